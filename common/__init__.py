@@ -1,0 +1,1 @@
+"""The contract floor of pdq and, below it, the engine and the node runtime."""

@@ -1,0 +1,130 @@
+"""The exception tree of the project: every failure that a caller may want to tell apart.
+
+    PdqError
+    ├── InvalidRequest            the request itself is wrong; never retried
+    │   ├── ContextLengthExceeded     prompt plus wanted tokens do not fit the model
+    │   ├── TokenOutOfRange           a token id the vocabulary does not have
+    │   └── NeverFits                 more blocks than the whole pool has
+    ├── ConfigError               a setting is unknown, mistyped or contradicts another
+    ├── ModelError                the model cannot be served
+    │   ├── CheckpointError           a file or tensor is missing, corrupt or misshapen
+    │   └── UnsupportedModel          an architecture, rope type or field we do not run
+    ├── ResourceError             the machine cannot give what a setting asks for
+    │   ├── OutOfBlocks               the pool has no free block just now
+    │   └── InsufficientMemory        the pool or the model does not fit
+    ├── ProtocolError             a peer sent something that cannot be accepted
+    │   ├── MalformedMessage          wrong version, type, field, size or trailing bytes
+    │   └── FingerprintMismatch       two ends that must agree do not; names the field
+    ├── TransferError             a handoff failed; the attempt fails, not the process
+    │   ├── DigestMismatch            a block's content is not what its hash promises
+    │   ├── StaleBlock                a block was reused while it was being copied
+    │   └── LinkLost                  the connection to the peer is gone
+    ├── Overloaded                the service takes no further request now; retry later
+    ├── RequestAborted            cancelled, timed out, or its owner is gone
+    └── ServiceUnavailable        Redis or every node of a role is unreachable
+
+`code` is stable: it goes into HTTP error bodies, metrics labels and logs. `param` names the field,
+file or tensor that is at fault, when there is one.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class PdqError(Exception):
+    """Base of all errors; `code` is the stable label, `param` what it is about."""
+
+    code: ClassVar[str] = "internal_error"
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class InvalidRequest(PdqError):
+    code = "invalid_request"
+
+
+class ContextLengthExceeded(InvalidRequest):
+    code = "context_length_exceeded"
+
+
+class TokenOutOfRange(InvalidRequest):
+    code = "token_out_of_range"
+
+
+class NeverFits(InvalidRequest):
+    code = "never_fits"
+
+
+class ConfigError(PdqError):
+    code = "config_error"
+
+
+class ModelError(PdqError):
+    code = "model_error"
+
+
+class CheckpointError(ModelError):
+    code = "checkpoint_error"
+
+
+class UnsupportedModel(ModelError):
+    code = "unsupported_model"
+
+
+class ResourceError(PdqError):
+    code = "resource_error"
+
+
+class OutOfBlocks(ResourceError):
+    code = "out_of_blocks"
+
+
+class InsufficientMemory(ResourceError):
+    code = "insufficient_memory"
+
+
+class ProtocolError(PdqError):
+    code = "protocol_error"
+
+
+class MalformedMessage(ProtocolError):
+    code = "malformed_message"
+
+
+class FingerprintMismatch(ProtocolError):
+    code = "fingerprint_mismatch"
+
+
+class TransferError(PdqError):
+    code = "transfer_error"
+
+
+class DigestMismatch(TransferError):
+    code = "digest_mismatch"
+
+
+class StaleBlock(TransferError):
+    code = "stale_block"
+
+
+class LinkLost(TransferError):
+    code = "link_lost"
+
+
+class Overloaded(PdqError):
+    code = "overloaded"
+
+
+class RequestAborted(PdqError):
+    code = "request_aborted"
+
+
+class ServiceUnavailable(PdqError):
+    code = "service_unavailable"
