@@ -1,0 +1,408 @@
+"""Every message of the system, from top to bottom in the order they travel.
+
+Owns the field names and meaning of each message, who sends it and who receives it, and what a
+duplicate or late copy means. Knows nothing of sockets, of Redis, or of how bytes look (codec.py).
+
+Every message about a request bears `request` (its id), `attempt` (numbered from 1; only the
+gateway that holds the client raises it), `choice` (0 to n-1) and, between nodes, `link`: the id of
+the connection, new at each reconnect. A message of a link that is no longer the current one is
+late by definition: it is counted and dropped.
+
+    gateway ──Dispatch (Redis stream)──▶ prefill          Dispatch also goes to a unified node
+    prefill ──Hello──▶ decode, decode ──Welcome | Refuse──▶ prefill
+    prefill ──Offer──▶ decode ──Grant | Deny──▶ prefill
+    prefill ──Blocks…──▶ decode          (tcp: bytes travel; shm: places travel, decode pulls)
+    prefill ──Tail──▶ decode             (a prompt that ends inside a block)
+    prefill ──Tokens (the first)──▶ gateway
+    prefill ──Commit──▶ decode ──Ack──▶ prefill, decode ──TookOver──▶ gateway
+    decode ──Tokens──▶ gateway ──TokensAck──▶ decode
+    anyone ──Abort──▶ anyone, prefill ──Release──▶ decode, gateway ──Cancel──▶ nodes
+    everyone ──Beat──▶ everyone it has a link with
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+from common.sampling import SamplingParams
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Message:
+    """Base; `kind` is the number on the wire, never reused."""
+
+    kind: ClassVar[int]
+
+
+# ── The request, as it lies in Redis ─────────────────────────────────────────────────────────────
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Dispatch(Message):
+    """gateway → prefill or unified node, through the node's Redis stream. One attempt of a request.
+
+    `token_ids` are prompt and tokens already delivered to the client, `prompt_len` the border
+    between them; the delivered ones are per choice, so a retry dispatches each choice by itself
+    (`choices` lists which choices this attempt computes). Duplicate: `claim` lets one win.
+    """
+
+    kind: ClassVar[int] = 1
+    request: str
+    attempt: int
+    choices: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    prompt_len: int
+    params: SamplingParams
+    gateway: str  # incarnation of the gateway that holds the client
+    gateway_endpoint: str  # where its token socket is bound
+    decode_node: str  # provisional choice, an incarnation; "" when the node decides or decodes
+    decode_endpoint: str
+    cache_salt: str
+    priority: int
+    deadline_ms: int  # budget from acceptance, 0: none
+    trace: str  # W3C traceparent, "" when absent
+
+
+# ── Between two nodes: opening a link ────────────────────────────────────────────────────────────
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Hello(Message):
+    """handoff side → intake side, first on a new link. Duplicate: answered again, same answer."""
+
+    kind: ClassVar[int] = 10
+    link: str
+    node: str  # incarnation
+    model: str
+    revision: str
+    layout: str
+    numerics: str
+    adapter: str
+    block_size: int
+    slab_bytes: int
+    transports: tuple[str, ...]  # what this end can do, preferred first
+    proofs: dict[str, bytes]  # per transport, what the other end must be able to confirm
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Welcome(Message):
+    """intake → handoff: the link is open, over `transport`. Late: dropped."""
+
+    kind: ClassVar[int] = 11
+    link: str
+    node: str
+    transport: str
+    reason: str  # why this transport and not a faster one, for `pdq nodes`
+    credits: int  # prompts that may be offered at once
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Refuse(Message):
+    """intake → handoff: not compatible; `field` says which part of the fingerprint differs."""
+
+    kind: ClassVar[int] = 12
+    link: str
+    node: str
+    field: str
+    mine: str
+    yours: str
+
+
+# ── Between two nodes: one handoff ───────────────────────────────────────────────────────────────
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Offer(Message):
+    """handoff → intake: all that is needed to reserve room for one choice of one attempt.
+
+    `block_hashes` are those of all full blocks of `token_ids`; `tail_fill` positions follow them.
+    Duplicate: answered with the same Grant or Deny as before. Late (after Abort): Deny.
+    """
+
+    kind: ClassVar[int] = 20
+    link: str
+    request: str
+    attempt: int
+    choice: int
+    token_ids: tuple[int, ...]
+    prompt_len: int
+    params: SamplingParams
+    block_hashes: tuple[bytes, ...]
+    tail_fill: int
+    gateway: str
+    gateway_endpoint: str
+    cache_salt: str
+    priority: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Grant(Message):
+    """intake → handoff: room for the whole prompt is reserved; `missing` are block indexes to send.
+
+    An index counts blocks of this prompt from 0. Duplicate: ignored, sending goes on.
+    """
+
+    kind: ClassVar[int] = 21
+    link: str
+    request: str
+    attempt: int
+    choice: int
+    missing: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Deny(Message):
+    """intake → handoff: no, terminally, for this offer; another node is chosen. Duplicate: ignored."""
+
+    kind: ClassVar[int] = 22
+    link: str
+    request: str
+    attempt: int
+    choice: int
+    reason: str  # out_of_blocks | overloaded | draining | aborted | never_fits
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Blocks(Message):
+    """handoff → intake: these blocks are computed. Duplicate: indexes that already landed are skipped.
+
+    `slots` are block ids in the sender's pool and `generations` their generation counters, for a
+    transport in which the receiver pulls; where bytes travel with the message both are empty and
+    one frame per index follows. `digests` are xxh3-128 of each slab, seeded with its block hash;
+    empty when digests are switched off.
+    """
+
+    kind: ClassVar[int] = 23
+    link: str
+    request: str
+    attempt: int
+    choice: int
+    indexes: tuple[int, ...]
+    slots: tuple[int, ...]
+    generations: tuple[int, ...]
+    digests: tuple[bytes, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Tail(Message):
+    """handoff → intake: the last, partly filled block; only its first `fill` positions count.
+
+    Duplicate: skipped. A tail has no block hash; its digest is seeded with `parent`.
+    """
+
+    kind: ClassVar[int] = 24
+    link: str
+    request: str
+    attempt: int
+    choice: int
+    index: int
+    parent: bytes
+    token_ids: tuple[int, ...]
+    fill: int
+    slot: int
+    generation: int
+    digest: bytes
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TokenLogprobs(Message):
+    """Log probabilities of one token: its own, its rank from 1, and the most likely alternatives."""
+
+    kind: ClassVar[int] = 39
+    logprob: float
+    rank: int
+    top_ids: tuple[int, ...]
+    top_logprobs: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Commit(Message):
+    """handoff → intake: all is sent; decode may go on from `first_token`, at position `position`.
+
+    Repeated by the handoff side until Ack or Abort. Duplicate: answered with Ack again, even after
+    the sequence has finished (the intake remembers terminal answers of a link).
+    """
+
+    kind: ClassVar[int] = 25
+    link: str
+    request: str
+    attempt: int
+    choice: int
+    position: int
+    first_token: int
+    logprobs: TokenLogprobs | None
+    blocks: int  # how many indexes were sent in all: a check
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Ack(Message):
+    """intake → handoff: every block is checked and owned here; the lease ends. Duplicate: ignored."""
+
+    kind: ClassVar[int] = 26
+    link: str
+    request: str
+    attempt: int
+    choice: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Abort(Message):
+    """either end → the other: this handoff is over, nothing of it will be touched any more.
+
+    Terminal for the lease. Duplicate or for an unknown handoff: answered with Release by the
+    handoff side, ignored by the intake side.
+    """
+
+    kind: ClassVar[int] = 27
+    link: str
+    request: str
+    attempt: int
+    choice: int
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Release(Message):
+    """either end → the other: the answer to Abort; I touch nothing of it any more. Terminal."""
+
+    kind: ClassVar[int] = 28
+    link: str
+    request: str
+    attempt: int
+    choice: int
+
+
+# ── Node to gateway ──────────────────────────────────────────────────────────────────────────────
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TokenRun(Message):
+    """Tokens of one choice in one step: `token_ids[i]` is at absolute position `position + i`.
+
+    `logprobs` is empty or one entry per token. `finish_reason` is "" while the choice goes on.
+    """
+
+    kind: ClassVar[int] = 38
+    request: str
+    attempt: int
+    choice: int
+    position: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...]
+    finish_reason: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Tokens(Message):
+    """node → gateway, one message per gateway and step. The gateway orders by position; duplicates
+    of a position are dropped (they are equal by construction; a difference is counted as an error).
+    Sent again on a new link from the first position that was not acknowledged."""
+
+    kind: ClassVar[int] = 30
+    node: str
+    runs: tuple[TokenRun, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TookOver(Message):
+    """decode → gateway: from `position` on, tokens come from me. Duplicate: ignored."""
+
+    kind: ClassVar[int] = 31
+    node: str
+    request: str
+    attempt: int
+    choice: int
+    position: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Stage(Message):
+    """node → gateway: a request entered `state` here; `durations` are seconds by stage name, from
+    this node's monotonic clock. Late: merged into the record, which only moves forward."""
+
+    kind: ClassVar[int] = 32
+    node: str
+    request: str
+    attempt: int
+    choice: int
+    state: str
+    durations: dict[str, float]
+    cached_tokens: int  # prompt tokens taken from the prefix cache here
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Failed(Message):
+    """node → gateway: this attempt is over here; the gateway decides whether there is another.
+
+    `retryable` is false for what would fail anywhere (invalid request).
+    """
+
+    kind: ClassVar[int] = 33
+    node: str
+    request: str
+    attempt: int
+    choice: int
+    code: str
+    message: str
+    retryable: bool
+
+
+# ── Gateway to node ──────────────────────────────────────────────────────────────────────────────
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TokensAck(Message):
+    """gateway → node: for each (request, attempt, choice) all positions below `below` arrived.
+
+    Cumulative, so a lost or late one does no harm.
+    """
+
+    kind: ClassVar[int] = 40
+    gateway: str
+    acks: tuple[tuple[str, int, int, int], ...]  # request, attempt, choice, below
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Cancel(Message):
+    """gateway → node: free everything of attempts up to `attempt`. Duplicate, unknown: ignored."""
+
+    kind: ClassVar[int] = 41
+    gateway: str
+    request: str
+    attempt: int
+    reason: str
+
+
+# ── On every link ────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Beat(Message):
+    """everyone → everyone it has a link with, once per beat interval: liveness is progress.
+
+    `steps` is the engine's step counter and `busy` whether it has work: an engine that has work
+    and does not step is dead though its sockets answer.
+    """
+
+    kind: ClassVar[int] = 50
+    node: str
+    steps: int
+    busy: bool
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Goodbye(Message):
+    """a node or gateway → its peers: this incarnation ends in order. Missing: link loss says it."""
+
+    kind: ClassVar[int] = 51
+    node: str
+
+
+MESSAGES: dict[int, type[Message]] = {
+    message.kind: message
+    for message in (
+        Dispatch, Hello, Welcome, Refuse, Offer, Grant, Deny, Blocks, Tail, Commit, Ack, Abort,
+        Release, Tokens, TookOver, Stage, Failed, TokensAck, Cancel, Beat, Goodbye,
+    )
+}  # fmt: skip
