@@ -1,0 +1,151 @@
+"""The seam between the model and a device: a handful of operations, and nothing else.
+
+`model.py` is written against `Backend` alone. A backend owns its kernels, how weights are laid
+out for them, and its numerics class; it knows nothing of layers, sequences or scheduling.
+
+**The numerics rule.** What computes a position depends on whether the position is prompt or
+generated, never on how the step was batched. A backend that promises it says so in
+`numerics_class`; results are reproducible bit by bit between nodes whose classes are equal.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from common.engine.kv_cache import KVCache
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RowPlan:
+    """How many rows one matrix product takes, so that its kernel never depends on the batch.
+
+    Prompt rows go in calls of exactly `prompt_rows` (the last one filled up); generated rows in
+    calls of at most `generated_rows`, each a multiple of `generated_multiple`.
+    """
+
+    prompt_rows: int
+    generated_rows: int
+    generated_multiple: int
+    query_tile: int  # positions per unit of prompt attention; leaves no trace in the bits
+
+    def slices(self, rows: int, padded_generated: int) -> Iterator[slice]:
+        """The calls that `rows` rows take: half-open, in order, all of them."""
+        for start in range(0, padded_generated, self.generated_rows):
+            yield slice(start, min(start + self.generated_rows, padded_generated))
+        for start in range(padded_generated, rows, self.prompt_rows):
+            yield slice(start, start + self.prompt_rows)
+
+    def padded_generated(self, rows: int) -> int:
+        return -(-rows // self.generated_multiple) * self.generated_multiple
+
+    def padded_prompt(self, rows: int) -> int:
+        return -(-rows // self.prompt_rows) * self.prompt_rows
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Rows:
+    """The rows of one step as the operations see them: `[generated, padding, prompt, padding]`.
+
+    Built once a step by batch.py; every tensor lies on the backend's device.
+    """
+
+    token_ids: Tensor  # int64 [rows]; 0 in padding
+    positions: Tensor  # int64 [rows], absolute; 0 in padding
+    slots: Tensor  # int64 [rows]: block * block_size + offset; -1 in padding
+    num_generated: int  # without padding
+    padded_generated: int  # where the prompt rows begin
+    generated_tables: Tensor  # int32 [num_generated, blocks]: block ids of each row's sequence
+    generated_lengths: Tensor  # int32 [num_generated]: positions each row sees, its own included
+    prompt_chunks: tuple[tuple[int, int, int], ...]  # first row, rows, first position
+    prompt_tiles: Tensor  # int32 [tiles, 4]: first row, rows, first position, row of prompt_tables
+    prompt_tables: Tensor  # int32 [chunks, blocks]
+
+    @property
+    def num_rows(self) -> int:
+        return self.token_ids.shape[0]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class HeadShape:
+    """Heads of one attention layer; `window` in tokens, 0 for full attention."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rotary_dim: int
+    window: int
+
+
+class Linear(Protocol):
+    """A weight, prepared for a device once."""
+
+    def __call__(self, x: Tensor, padded_generated: int) -> Tensor:
+        """x `[rows, in]` → `[rows, out]`; the first `padded_generated` rows are generated ones."""
+        ...
+
+
+class Backend(Protocol):
+    """Inputs are contiguous, in the backend's dtype, rows as in `Rows`."""
+
+    device: torch.device
+    dtype: torch.dtype
+    row_plan: RowPlan
+
+    @property
+    def numerics_class(self) -> str:
+        """What the bits depend on besides model and request; equal classes give equal bits."""
+        ...
+
+    def tensor(self, value: Tensor) -> Tensor:
+        """A small parameter (a norm's weight, an embedding) in the backend's dtype and place."""
+        ...
+
+    def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
+        """Prepare weight `[out, in]`; the caller drops its own reference, no second copy stays."""
+        ...
+
+    def tied_linear(self, embedding: Tensor) -> Linear:
+        """A head on the embedding `[vocab, hidden]` that stays in use as such: no copy."""
+        ...
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
+
+    def add_rms_norm(self, delta: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """residual += delta in place; returns the norm of residual."""
+        ...
+
+    def gated_mlp(self, x: Tensor, gate_up: Linear, down: Linear, padded_generated: int) -> Tensor:
+        """down(silu(gate) * up) of x `[rows, hidden]`."""
+        ...
+
+    def attention(
+        self,
+        qkv: Tensor,
+        rows: Rows,
+        cache: KVCache,
+        layer: int,
+        shape: HeadShape,
+        rope: tuple[Tensor, Tensor],
+        norms: tuple[Tensor, Tensor] | None,
+        eps: float,
+    ) -> Tensor:
+        """Norm and rotate queries and keys, store keys and values, attend.
+
+        qkv `[rows, (heads + 2 * kv_heads) * head_dim]`, may be overwritten; rope float32
+        `[positions, rotary_dim / 2]` twice; norms are q's and k's `[head_dim]`. Returns
+        `[rows, heads * head_dim]`; padding rows hold anything finite.
+        """
+        ...
+
+    def settle(self) -> None:
+        """Called once, when all weights are prepared; may change `row_plan` and the class."""
+        ...
+
+    def synchronize(self) -> None:
+        """Wait until everything that was asked for is done."""
+        ...

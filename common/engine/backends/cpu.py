@@ -1,0 +1,248 @@
+"""The CPU backend: oneDNN products on reordered weights, fused kernels for all that lies between.
+
+Owns how weights lie (blocked for oneDNN, once, the plain copy dropped), how many rows a product
+takes, and the numerics class of this machine. The kernels are in cpu_kernels.py.
+
+Why the rule holds: oneDNN may choose another kernel, with another order of summation, for another
+number of rows; so prompt rows always go in calls of exactly `prompt_rows`, and generated rows in
+calls of at most `generated_rows` within which `settle` has seen that the number of rows makes no
+difference on this machine for any of the model's shapes. All other kernels are ours and compute a
+row from that row alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import llvmlite.binding
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common.engine import cpu_kernels as kernels
+from common.engine import numba_runtime
+from common.engine.backends.base import HeadShape, Linear, RowPlan, Rows
+from common.engine.kv_cache import KVCache
+from common.errors import ConfigError, UnsupportedModel
+
+KERNELS_VERSION = 1  # raise it when a change of cpu_kernels.py changes bits
+
+_ELEMENT = {torch.bfloat16: np.uint16(0), torch.float32: np.float32(0)}
+
+
+class _OneDnnLinear:
+    """weight `[out, in]`, reordered once into oneDNN's blocked layout."""
+
+    def __init__(self, backend: CpuBackend, weight: Tensor, bias: Tensor | None) -> None:
+        self.out_features, self.in_features = weight.shape
+        self._backend = backend
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), 32)
+        self._bias = bias
+
+    def product(self, x: Tensor) -> Tensor:
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(
+            x, self._weight, self._bias, "none", [], ""
+        )
+        return out
+
+    def __call__(self, x: Tensor, padded_generated: int) -> Tensor:
+        return self._backend.by_slices(self, x, padded_generated)
+
+
+class _PlainLinear:
+    """A head on an embedding that must stay readable by rows: oneDNN on the plain layout."""
+
+    def __init__(self, backend: CpuBackend, weight: Tensor) -> None:
+        self.out_features, self.in_features = weight.shape
+        self._backend = backend
+        self._weight = weight
+
+    def product(self, x: Tensor) -> Tensor:
+        return F.linear(x, self._weight)
+
+    def __call__(self, x: Tensor, padded_generated: int) -> Tensor:
+        return self._backend.by_slices(self, x, padded_generated)
+
+
+class CpuBackend:
+    """See `Backend`. `threads` is the number of cores this process computes on."""
+
+    def __init__(self, dtype: torch.dtype, threads: int, prompt_rows: int = 128) -> None:
+        if dtype not in _ELEMENT:
+            raise ConfigError(f"dtype {dtype} does not run on CPU; use bfloat16 or float32",
+                              param="dtype")  # fmt: skip
+        if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            raise ConfigError("this CPU has no bfloat16 products; use dtype float32", param="dtype")
+        self.device = torch.device("cpu")
+        self.dtype = dtype
+        self.threads = threads
+        self.row_plan = RowPlan(prompt_rows, 32, 32, query_tile=kernels.QUERY_TILE)
+        self._element = _ELEMENT[dtype]
+        self._shapes: set[tuple[str, int, int, bool]] = set()  # kind, in, out, with bias
+        torch.set_num_threads(threads)
+        numba_runtime.set_num_threads(threads)
+
+    @property
+    def numerics_class(self) -> str:
+        plan = self.row_plan
+        return "/".join(
+            (
+                "cpu",
+                llvmlite.binding.get_host_cpu_name(),
+                torch.backends.cpu.get_cpu_capability().replace(" ", ""),
+                "amx" if torch.cpu._is_amx_tile_supported() else "no-amx",
+                str(self.dtype).removeprefix("torch."),
+                f"threads-{self.threads}",
+                f"rows-{plan.prompt_rows}-{plan.generated_rows}x{plan.generated_multiple}",
+                f"torch-{torch.__version__.partition('+')[0]}",
+                f"llvm-{llvmlite.binding.llvm_version_info[0]}",
+                f"kernels-{KERNELS_VERSION}",
+            )
+        )
+
+    def settle(self) -> None:
+        """Find the smallest step of generated rows whose every count gives the same bits.
+
+        Called once all weights are prepared. Each shape is tried with a product of its own that
+        is zero but for the order of summation, so that another order shows in every element,
+        not in one of thousands. 32 rows always serve, being the one exact size.
+        """
+        most = self.row_plan.generated_rows
+        same = np.ones(most + 1, dtype=bool)
+        for shape in sorted(self._shapes):
+            x, linear = self._cancelling_product(*shape)
+            whole = linear.product(x)
+            for count in range(1, most):
+                if same[count]:
+                    last = x[most - count :].clone()  # other rows than the first, to see both
+                    same[count] = torch.equal(linear.product(x[:count]), whole[:count])
+                    same[count] &= torch.equal(linear.product(last), whole[most - count :])
+        multiple = next(m for m in (1, 2, 4, 8, 16, 32) if same[m : most + 1 : m].all())
+        self.row_plan = dataclasses.replace(self.row_plan, generated_multiple=multiple)
+
+    def _cancelling_product(
+        self, kind: str, in_features: int, out_features: int, biased: bool
+    ) -> tuple[Tensor, _OneDnnLinear | _PlainLinear]:
+        """Inputs and a weight whose products cancel in pairs, the second halves shuffled."""
+        generator = torch.Generator().manual_seed(0)
+        half = in_features // 2
+        order = torch.randperm(half, generator=generator)
+        rows = self.row_plan.generated_rows
+        x = torch.zeros(rows, in_features, dtype=self.dtype)
+        weight = torch.zeros(out_features, in_features, dtype=self.dtype)
+        x[:, :half] = torch.randn(rows, half, generator=generator)
+        weight[:, :half] = torch.randn(out_features, half, generator=generator)
+        x[:, half : 2 * half] = x[:, :half][:, order]
+        weight[:, half : 2 * half] = -weight[:, :half][:, order]
+        if kind == _PlainLinear.__name__:
+            return x, _PlainLinear(self, weight)
+        bias = torch.zeros(out_features, dtype=self.dtype) if biased else None
+        return x, _OneDnnLinear(self, weight, bias)
+
+    def tensor(self, value: Tensor) -> Tensor:
+        return value.to(self.dtype).contiguous()
+
+    def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
+        self._shapes.add((_OneDnnLinear.__name__, *weight.shape[::-1], bias is not None))
+        return _OneDnnLinear(self, self.tensor(weight), None if bias is None else self.tensor(bias))
+
+    def tied_linear(self, embedding: Tensor) -> Linear:
+        self._shapes.add((_PlainLinear.__name__, *embedding.shape[::-1], False))
+        return _PlainLinear(self, embedding)
+
+    def by_slices(
+        self, linear: _OneDnnLinear | _PlainLinear, x: Tensor, padded_generated: int
+    ) -> Tensor:
+        """The product of all rows, in the calls that the row plan allows."""
+        slices = list(self.row_plan.slices(x.shape[0], padded_generated))
+        if len(slices) == 1:
+            return linear.product(x)
+        out = torch.empty(x.shape[0], linear.out_features, dtype=self.dtype)
+        for part in slices:
+            out[part] = linear.product(x[part])
+        return out
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        out = torch.empty_like(x)
+        rows, width = x.shape
+        kernels.rms_norm(
+            x.data_ptr(), weight.data_ptr(), out.data_ptr(), rows, width, eps, self._element
+        )
+        return out
+
+    def add_rms_norm(self, delta: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        out = torch.empty_like(residual)
+        rows, width = residual.shape
+        kernels.add_rms_norm(
+            delta.data_ptr(), residual.data_ptr(), weight.data_ptr(), out.data_ptr(),
+            rows, width, eps, self._element,
+        )  # fmt: skip
+        return out
+
+    def gated_mlp(self, x: Tensor, gate_up: Linear, down: Linear, padded_generated: int) -> Tensor:
+        assert isinstance(gate_up, _OneDnnLinear)
+        assert isinstance(down, _OneDnnLinear)
+        width = down.in_features
+        out = torch.empty(x.shape[0], down.out_features, dtype=self.dtype)
+        for part in self.row_plan.slices(x.shape[0], padded_generated):
+            both = gate_up.product(x[part])  # one slice at a time stays in the cache
+            gated = torch.empty(both.shape[0], width, dtype=self.dtype)
+            kernels.silu_mul(both.data_ptr(), gated.data_ptr(), both.shape[0], width, self._element)
+            out[part] = down.product(gated)
+        return out
+
+    def attention(
+        self,
+        qkv: Tensor,
+        rows: Rows,
+        cache: KVCache,
+        layer: int,
+        shape: HeadShape,
+        rope: tuple[Tensor, Tensor],
+        norms: tuple[Tensor, Tensor] | None,
+        eps: float,
+    ) -> Tensor:
+        if shape.head_dim % 8:
+            raise UnsupportedModel(
+                f"head_dim {shape.head_dim} is not a multiple of 8", param="head_dim"
+            )
+        pool, slab = cache.elements.data_ptr(), cache.slab_elements
+        key_offset, value_offset = cache.offset(layer, "k"), cache.offset(layer, "v")
+        block_size = cache.layout.block_size
+        heads, kv_heads = shape.num_heads, shape.num_kv_heads
+        q_norm, k_norm = (0, 0) if norms is None else (norms[0].data_ptr(), norms[1].data_ptr())
+        kernels.rotate_and_store(
+            qkv.data_ptr(), rows.positions.data_ptr(), rows.slots.data_ptr(),
+            rope[0].data_ptr(), rope[1].data_ptr(), q_norm, k_norm,
+            pool, key_offset, value_offset, slab, block_size,
+            rows.num_rows, heads, kv_heads, shape.head_dim, shape.rotary_dim, eps, self._element,
+        )  # fmt: skip
+        out = torch.empty(rows.num_rows, heads * shape.head_dim, dtype=self.dtype)
+        lanes = (0,) * (shape.head_dim // 8)
+        scale = shape.head_dim**-0.5
+        filled = rows.num_generated
+        if rows.num_generated:
+            kernels.attend_generated(
+                qkv.data_ptr(), qkv.shape[1], out.data_ptr(),
+                rows.generated_tables.data_ptr(), rows.generated_tables.shape[1],
+                rows.generated_lengths.data_ptr(),
+                pool, key_offset, value_offset, slab, block_size,
+                rows.num_generated, heads, kv_heads, lanes, shape.window, scale, self._element,
+            )  # fmt: skip
+        out[filled : rows.padded_generated] = 0
+        if rows.prompt_chunks:
+            kernels.attend_prompt(
+                qkv.data_ptr(), qkv.shape[1], out.data_ptr(),
+                rows.prompt_tables.data_ptr(), rows.prompt_tables.shape[1],
+                rows.prompt_tiles.data_ptr(),
+                pool, key_offset, value_offset, slab, block_size,
+                rows.prompt_tiles.shape[0], heads, kv_heads, lanes, shape.window, scale,
+                self._element,
+            )  # fmt: skip
+            last, count, _ = rows.prompt_chunks[-1]
+            out[last + count :] = 0
+        return out
+
+    def synchronize(self) -> None:
+        """Nothing runs behind the caller's back on a CPU."""

@@ -1,0 +1,145 @@
+"""The reference backend: plain torch operations, on any device.
+
+Owns clarity: it is what the fast backends are compared with, and what runs on a device that has
+none (CUDA, until its kernels exist). It does not promise the numerics rule: torch chooses a
+product's kernel by the size of the batch.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common.engine.backends.base import HeadShape, Linear, RowPlan, Rows
+from common.engine.kv_cache import KVCache
+
+
+class _PlainLinear:
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self._weight, self._bias = weight, bias
+
+    def __call__(self, x: Tensor, padded_generated: int) -> Tensor:
+        return F.linear(x, self._weight, self._bias)
+
+
+class ReferenceBackend:
+    """See `Backend`; `dtype` is that of weights, activations and KV."""
+
+    row_plan = RowPlan(prompt_rows=1, generated_rows=1, generated_multiple=1, query_tile=1 << 20)
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.device = device
+        self.dtype = dtype
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        self._class = f"reference/{name}/{dtype}/torch-{torch.__version__}".replace(
+            " ", "-"
+        )
+
+    @property
+    def numerics_class(self) -> str:
+        return self._class
+
+    def tensor(self, value: Tensor) -> Tensor:
+        return value.to(self.device, self.dtype)
+
+    def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
+        return _PlainLinear(self.tensor(weight), None if bias is None else self.tensor(bias))
+
+    def tied_linear(self, embedding: Tensor) -> Linear:
+        return _PlainLinear(embedding, None)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight).to(x.dtype)
+
+    def add_rms_norm(self, delta: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+        residual += delta
+        return self.rms_norm(residual, weight, eps)
+
+    def gated_mlp(self, x: Tensor, gate_up: Linear, down: Linear, padded_generated: int) -> Tensor:
+        gate, up = gate_up(x, padded_generated).chunk(2, dim=-1)
+        return down(F.silu(gate) * up, padded_generated)
+
+    def attention(
+        self,
+        qkv: Tensor,
+        rows: Rows,
+        cache: KVCache,
+        layer: int,
+        shape: HeadShape,
+        rope: tuple[Tensor, Tensor],
+        norms: tuple[Tensor, Tensor] | None,
+        eps: float,
+    ) -> Tensor:
+        sizes = (shape.num_heads, shape.num_kv_heads, shape.num_kv_heads)
+        heads = qkv.view(rows.num_rows, sum(sizes), shape.head_dim)
+        query, key, value = torch.split(heads, list(sizes), dim=1)
+        if norms is not None:
+            query = self.rms_norm(query, norms[0], eps)
+            key = self.rms_norm(key, norms[1], eps)
+        query = _rotate(query, rows.positions, rope, shape.rotary_dim)
+        key = _rotate(key, rows.positions, rope, shape.rotary_dim)
+        keys, values = cache.view(layer, "k"), cache.view(layer, "v")
+        _store(keys, key, rows.slots)
+        _store(values, value, rows.slots)
+        out = torch.zeros_like(query)
+        for row in range(rows.num_generated):
+            end = int(rows.generated_lengths[row])
+            table = rows.generated_tables[row]
+            out[row : row + 1] = _attend(
+                query[row : row + 1], keys, values, table, end - 1, shape.window
+            )
+        for index, (first_row, count, position) in enumerate(rows.prompt_chunks):
+            table = rows.prompt_tables[index]
+            out[first_row : first_row + count] = _attend(
+                query[first_row : first_row + count], keys, values, table, position, shape.window
+            )
+        return out.reshape(rows.num_rows, -1)
+
+    def settle(self) -> None:
+        """Nothing is chosen at run time."""
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def _rotate(x: Tensor, positions: Tensor, rope: tuple[Tensor, Tensor], rotary_dim: int) -> Tensor:
+    """x `[rows, heads, head_dim]`; the first `rotary_dim` dimensions turn, halves paired."""
+    cosines, sines = (table[positions].unsqueeze(1) for table in rope)
+    low, high = x[..., :rotary_dim].float().chunk(2, dim=-1)
+    turned = torch.cat((low * cosines - high * sines, high * cosines + low * sines), dim=-1)
+    return torch.cat((turned.to(x.dtype), x[..., rotary_dim:]), dim=-1)
+
+
+def _store(pool: Tensor, x: Tensor, slots: Tensor) -> None:
+    """pool `[blocks, block_size, heads, head_dim]`; rows with a negative slot are padding."""
+    stored = slots >= 0
+    slots, x = slots[stored], x[stored]
+    block_size = pool.shape[1]
+    pool[slots // block_size, slots % block_size] = x
+
+
+def _attend(
+    query: Tensor, keys: Tensor, values: Tensor, table: Tensor, position: int, window: int
+) -> Tensor:
+    """Rows at `position`, `position + 1`, … of one sequence: query `[rows, heads, head_dim]`."""
+    rows = query.shape[0]
+    end = position + rows
+    blocks = table[: -(-end // keys.shape[1])].long()
+    k = keys[blocks].flatten(0, 1)[:end].transpose(0, 1)
+    v = values[blocks].flatten(0, 1)[:end].transpose(0, 1)
+    here = torch.arange(position, end, device=query.device).unsqueeze(1)
+    there = torch.arange(end, device=query.device).unsqueeze(0)
+    visible = there <= here
+    if window:
+        visible &= there > here - window
+    attended = F.scaled_dot_product_attention(
+        query.transpose(0, 1).unsqueeze(0),
+        k.unsqueeze(0),
+        v.unsqueeze(0),
+        attn_mask=visible,
+        enable_gqa=True,
+    )
+    return attended.squeeze(0).transpose(0, 1)

@@ -1,0 +1,183 @@
+"""One parametric decoder of the Llama family, written against `Backend` alone.
+
+Owns the layers, their order, and the names their tensors have in a checkpoint. Covers Llama,
+Mistral, Qwen2 and Qwen3: grouped-query attention, biases, q/k norm, sliding windows, scaled
+rotation, tied heads. Knows nothing of devices, blocks or scheduling.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from common.engine.backends.base import Backend, HeadShape, Linear, Rows
+from common.engine.kv_cache import KVCache
+from common.engine.model_config import ModelConfig
+from common.engine.rope import rope_table
+from common.engine.weights import TensorSource
+
+
+class CheckedSource(TensorSource, Protocol):
+    """A source that can say beforehand whether all tensors are as they must be."""
+
+    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Layer:
+    """One decoder layer's weights, prepared for the backend."""
+
+    shape: HeadShape
+    input_norm: Tensor
+    qkv: Linear
+    head_norms: tuple[Tensor, Tensor] | None
+    output: Linear
+    mlp_norm: Tensor
+    gate_up: Linear
+    down: Linear
+
+
+class Model:
+    """Token ids in, hidden states and logits out; keys and values go to the KV cache."""
+
+    def __init__(
+        self, config: ModelConfig, backend: Backend, source: CheckedSource, max_model_len: int
+    ) -> None:
+        """Load all weights. Raises `CheckpointError` before anything is prepared if a tensor is
+        missing or misshapen."""
+        self.config = config
+        self.backend = backend
+        source.check(tensor_shapes(config, has_head=source.has("lm_head.weight")))
+        cosines, sines = rope_table(config, max_model_len)
+        self._rope = (cosines.to(backend.device), sines.to(backend.device))
+        embedding = source.read(
+            "model.embed_tokens.weight", (config.vocab_size, config.hidden_size)
+        )
+        self._embedding = backend.tensor(embedding)
+        del embedding
+        self._layers = [self._load_layer(index, source) for index in range(config.num_layers)]
+        self._norm = backend.tensor(source.read("model.norm.weight", (config.hidden_size,)))
+        if config.tie_word_embeddings:
+            self._head = backend.tied_linear(self._embedding)
+        else:
+            head = source.read("lm_head.weight", (config.vocab_size, config.hidden_size))
+            self._head = backend.linear(head, None)
+
+    def _load_layer(self, index: int, source: TensorSource) -> Layer:
+        config, backend = self.config, self.backend
+        shapes = layer_shapes(config, index)
+        prefix = f"model.layers.{index}."
+
+        def read(name: str) -> Tensor:
+            return source.read(prefix + name, shapes[prefix + name])
+
+        def linear(*names: str) -> Linear:
+            """One product for several projections of the same input, stacked by rows."""
+            weight = torch.cat([read(f"{name}.weight") for name in names])
+            biases = [read(f"{n}.bias") for n in names if f"{prefix}{n}.bias" in shapes]
+            return backend.linear(weight, torch.cat(biases) if biases else None)
+
+        norms = None
+        if config.qk_norm:
+            query, key = (backend.tensor(read(f"self_attn.{n}_norm.weight")) for n in "qk")
+            norms = (query, key)
+        return Layer(
+            shape=HeadShape(
+                config.num_heads, config.num_kv_heads, config.head_dim,
+                config.rope.rotary_dim, config.windows[index],
+            ),
+            input_norm=backend.tensor(read("input_layernorm.weight")),
+            qkv=linear("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            head_norms=norms,
+            output=linear("self_attn.o_proj"),
+            mlp_norm=backend.tensor(read("post_attention_layernorm.weight")),
+            gate_up=linear("mlp.gate_proj", "mlp.up_proj"),
+            down=linear("mlp.down_proj"),
+        )  # fmt: skip
+
+    @torch.inference_mode()
+    def forward(self, rows: Rows, cache: KVCache) -> Tensor:
+        """Hidden states before the final norm, `[rows, hidden]`; stores KV at `rows.slots`."""
+        backend, eps = self.backend, self.config.rms_norm_eps
+        border = rows.padded_generated
+        residual = F.embedding(rows.token_ids, self._embedding)
+        hidden = None
+        for index, layer in enumerate(self._layers):
+            if hidden is None:
+                hidden = backend.rms_norm(residual, layer.input_norm, eps)
+            else:
+                hidden = backend.add_rms_norm(hidden, residual, layer.input_norm, eps)
+            attended = backend.attention(
+                layer.qkv(hidden, border), rows, cache, index, layer.shape, self._rope,
+                layer.head_norms, eps,
+            )  # fmt: skip
+            hidden = layer.output(attended, border)
+            hidden = backend.add_rms_norm(hidden, residual, layer.mlp_norm, eps)
+            hidden = backend.gated_mlp(hidden, layer.gate_up, layer.down, border)
+        assert hidden is not None
+        residual += hidden
+        return residual
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits `[rows, vocab]` of chosen rows of `forward`, in the backend's dtype.
+
+        Every row counts as generated here, whatever it was before: one class for all logits.
+        """
+        rows = hidden.shape[0]
+        padded = self.backend.row_plan.padded_generated(rows)
+        hidden = F.pad(hidden, (0, 0, 0, padded - rows))
+        normed = self.backend.rms_norm(hidden, self._norm, self.config.rms_norm_eps)
+        return self._head(normed, padded)[:rows]
+
+
+def layer_shapes(config: ModelConfig, index: int) -> dict[str, tuple[int, ...]]:
+    """Tensor names of one layer, as Hugging Face writes them, and their shapes `[out, in]`."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    query, key_value = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    shapes: dict[str, tuple[int, ...]] = {
+        "input_layernorm.weight": (hidden,),
+        "post_attention_layernorm.weight": (hidden,),
+        "self_attn.q_proj.weight": (query, hidden),
+        "self_attn.k_proj.weight": (key_value, hidden),
+        "self_attn.v_proj.weight": (key_value, hidden),
+        "self_attn.o_proj.weight": (hidden, query),
+        "mlp.gate_proj.weight": (inner, hidden),
+        "mlp.up_proj.weight": (inner, hidden),
+        "mlp.down_proj.weight": (hidden, inner),
+    }
+    if config.qk_norm:
+        shapes |= {f"self_attn.{n}_norm.weight": (config.head_dim,) for n in "qk"}
+    if config.qkv_bias:
+        shapes |= {
+            "self_attn.q_proj.bias": (query,),
+            "self_attn.k_proj.bias": (key_value,),
+            "self_attn.v_proj.bias": (key_value,),
+        }
+    if config.output_bias:
+        shapes["self_attn.o_proj.bias"] = (hidden,)
+    if config.mlp_bias:
+        shapes |= {
+            "mlp.gate_proj.bias": (inner,),
+            "mlp.up_proj.bias": (inner,),
+            "mlp.down_proj.bias": (hidden,),
+        }
+    return {f"model.layers.{index}.{name}": shape for name, shape in shapes.items()}
+
+
+def tensor_shapes(config: ModelConfig, *, has_head: bool) -> dict[str, tuple[int, ...]]:
+    """Every tensor a checkpoint of this model must have. A tied head may be stored or not."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (config.vocab_size, config.hidden_size),
+        "model.norm.weight": (config.hidden_size,),
+    }
+    for index in range(config.num_layers):
+        shapes |= layer_shapes(config, index)
+    if has_head or not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, config.hidden_size)
+    return shapes

@@ -1,0 +1,169 @@
+"""How the CPU kernels are compiled: one decorator, and the few things LLVM must be told by hand.
+
+Owns the numba settings. The kernels share torch's OpenMP thread pool (the `omp` layer binds to the
+libgomp that torch has loaded), so that one pool of threads runs everything and no two pools fight
+over the cores. Compiled code is cached on disk; where no directory can be written it is compiled
+anew in each process.
+
+Floating point: reassociation and contraction are allowed, NaN and infinity are kept. That is
+deterministic: one machine code per kernel, whose operations on a row depend on that row's own
+lengths only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numba
+import torch  # noqa: F401  (first, so that the omp layer finds its libgomp)
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic, overload
+
+numba.config.THREADING_LAYER = "omp"
+
+FAST_MATH = {"reassoc", "contract", "nsz", "arcp"}
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def kernel(function: F) -> F:
+    """Compile with parallel `prange` loops, without the GIL, cached on disk when that is possible."""
+    return _compile(function, parallel=True)
+
+
+def inline(function: F) -> F:
+    """Compile a function that kernels call; inlined by LLVM."""
+    return _compile(function, parallel=False)
+
+
+def _compile(function: F, *, parallel: bool) -> F:
+    options: dict[str, Any] = {
+        "parallel": parallel,
+        "fastmath": FAST_MATH,
+        "nogil": True,
+        "error_model": "numpy",
+    }
+    try:
+        compiled: F = numba.njit(cache=True, **options)(function)
+    except RuntimeError:  # no directory to cache in: "cannot cache function"
+        compiled = numba.njit(**options)(function)
+    return compiled
+
+
+def set_num_threads(count: int) -> None:
+    """Threads of every kernel from now on; at most what numba was started with."""
+    numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def pointer(typing_context: Any, address: Any, like: Any) -> Any:
+    """A pointer to elements of `like`'s type at an integer address."""
+    signature = types.CPointer(like)(types.int64, like)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+    return signature, generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def float_of_bits(typing_context: Any, bits: Any) -> Any:
+    """The float32 that has these 32 bits."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.FloatType())
+
+    return types.float32(types.uint32), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def bits_of_float(typing_context: Any, value: Any) -> Any:
+    """The 32 bits of a float32."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.IntType(32))
+
+    return types.uint32(types.float32), generate
+
+
+def widen(stored: Any) -> Any:
+    """A stored element as float32: float32 as it is, uint16 as the bits of a bfloat16."""
+    raise TypeError("only inside a kernel")
+
+
+@overload(widen, inline="always")  # type: ignore[untyped-decorator]
+def _widen(stored: Any) -> Any:
+    def from_bfloat16(stored: Any) -> Any:
+        return float_of_bits(numba.uint32(numba.uint32(stored) << numba.uint32(16)))
+
+    def as_it_is(stored: Any) -> Any:
+        return stored
+
+    return from_bfloat16 if stored == types.uint16 else as_it_is
+
+
+def narrow(value: Any, like: Any) -> Any:
+    """A float32 as an element of `like`'s type, rounded to nearest, ties to even; NaN stays NaN."""
+    raise TypeError("only inside a kernel")
+
+
+@inline
+def _to_bfloat16(value: Any) -> Any:
+    bits = bits_of_float(numba.float32(value))
+    rounded = (bits + numba.uint32(0x7FFF) + ((bits >> numba.uint32(16)) & numba.uint32(1))) >> (
+        numba.uint32(16)
+    )
+    return numba.uint16(numba.uint32(0x7FC0) if math.isnan(value) else rounded)
+
+
+@overload(narrow, inline="always")  # type: ignore[untyped-decorator]
+def _narrow(value: Any, like: Any) -> Any:
+    def to_bfloat16(value: Any, like: Any) -> Any:
+        return _to_bfloat16(value)
+
+    def as_it_is(value: Any, like: Any) -> Any:
+        return numba.float32(value)
+
+    return to_bfloat16 if like == types.uint16 else as_it_is
+
+
+@inline
+def fast_exp(x: Any) -> Any:
+    """exp of a float32 in [-87, 88] (clamped), relative error below 2e-7.
+
+    Cody-Waite reduction to [-ln2/2, ln2/2] and the degree-6 minimax polynomial of Cephes' expf;
+    plain arithmetic, so that LLVM vectorises it (there is no vector libm to rely on).
+    """
+    x = min(max(numba.float32(x), numba.float32(-87.0)), numba.float32(88.0))
+    n = math.floor(x * numba.float32(1.44269504088896341) + numba.float32(0.5))
+    n = numba.float32(n)
+    r = x - n * numba.float32(0.693359375)
+    r = r + n * numba.float32(2.12194440e-4)
+    p = numba.float32(1.9875691500e-4)
+    p = p * r + numba.float32(1.3981999507e-3)
+    p = p * r + numba.float32(8.3334519073e-3)
+    p = p * r + numba.float32(4.1665795894e-2)
+    p = p * r + numba.float32(1.6666665459e-1)
+    p = p * r + numba.float32(5.0000001201e-1)
+    p = p * r * r + r + numba.float32(1.0)
+    scale = float_of_bits(numba.uint32(numba.int32(n) + numba.int32(127)) << numba.uint32(23))
+    return p * scale
+
+
+def size_of(like: Any) -> Any:
+    """Bytes of one element of `like`'s type."""
+    raise TypeError("only inside a kernel")
+
+
+@overload(size_of, inline="always")  # type: ignore[untyped-decorator]
+def _size_of(like: Any) -> Any:
+    def two(like: Any) -> Any:
+        return 2
+
+    def four(like: Any) -> Any:
+        return 4
+
+    return two if like == types.uint16 else four

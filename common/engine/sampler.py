@@ -1,0 +1,165 @@
+"""The sampler: which token comes next, for every row of a step.
+
+    sampler.add(slot, params, choice, stop_ids, prompt_ids)      when a sequence enters
+    output = sampler.sample(logits, SampleRows(slots, positions))       at every step
+    sampler.append(slots, token_ids)                             what was accepted
+    sampler.remove(slot)                                         when it leaves
+
+**The rule.** The token of a row is a pure function of its logits, its parameters, the tokens
+before it, and (seed, choice, position). Other rows, their order, and threads have no influence.
+Numba and torch implementations agree, except where two scores differ by an ulp of a logarithm.
+
+**Order of application**, as in vLLM; each stage sees what the one before it left:
+
+1. logit_bias is added; banned ids, ids outside allowed ids, and, until min_tokens were
+   generated, stop ids become -inf.
+2. Penalties: repetition (divides positive, multiplies other logits) over prompt and generated
+   tokens; frequency (times the count) and presence over generated tokens.
+3. Temperature 0: the largest logit, of equal ones the lowest id. Done.
+4. min_p keeps logits of at least `largest + temperature * log(min_p)`, rounded to float32.
+5. top_k keeps exactly the k first by (larger logit, lower id).
+6. top_p keeps the shortest such prefix whose mass reaches `top_p` times the mass that steps 4
+   and 5 left; masses are the integers of `softmax_mass`.
+7. Gumbel-max over the kept ones, with the noise of `philox`; equal scores: the lowest id.
+
+Owns the slots and the choice of implementation. Knows nothing of sequences, steps or stop rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from common.engine.sampler_io import Logprobs, RowFault, SampleOutput, SampleRows
+from common.engine.sampler_slots import SlotTable
+from common.errors import TokenOutOfRange
+from common.sampling import SamplingParams
+
+__all__ = ["Logprobs", "RowFault", "SampleOutput", "SampleRows", "Sampler"]
+
+
+class Implementation(Protocol):
+    """The device's side: counts of tokens for penalties, and the arithmetic."""
+
+    def open_counts(self, prompt: NDArray[np.int64], generated: NDArray[np.int64]) -> int:
+        """A row of token counts, filled."""
+
+    def close_counts(self, row: int) -> None: ...
+
+    def append_counts(self, rows: NDArray[np.int64], tokens: NDArray[np.int64]) -> None: ...
+
+    def sample(self, logits: Tensor, rows: SampleRows, table: SlotTable) -> SampleOutput: ...
+
+    def logprobs(
+        self, logits: Tensor, targets: NDArray[np.int64], counts: NDArray[np.int64]
+    ) -> tuple[Logprobs, NDArray[np.uint8]]: ...
+
+
+class Sampler:
+    """Slots are numbers in `[0, slots)` that the caller hands out. Not thread-safe."""
+
+    def __init__(
+        self,
+        vocab_size: int,
+        slots: int,
+        device: torch.device | str = "cpu",
+        implementation: Literal["numba", "torch"] | None = None,
+    ) -> None:
+        """`implementation` None: numba on a CPU, torch elsewhere."""
+        device = torch.device(device)
+        self._table = SlotTable(slots, vocab_size)
+        self._generated = np.zeros(slots, np.int64)  # tokens appended
+        self._implementation: Implementation
+        if implementation == "numba" or (implementation is None and device.type == "cpu"):
+            from common.engine.sampler_cpu import NumbaSampling
+
+            self._implementation = NumbaSampling(vocab_size)
+        else:
+            from common.engine.sampler_torch import TorchSampling
+
+            self._implementation = TorchSampling(vocab_size, device)
+
+    @property
+    def vocab_size(self) -> int:
+        return self._table.vocab_size
+
+    def add(
+        self,
+        slot: int,
+        params: SamplingParams,
+        choice: int,
+        stop_ids: Sequence[int],
+        prompt_ids: Sequence[int],
+        generated_ids: Sequence[int] = (),
+    ) -> None:
+        """Fill a free slot. `stop_ids`: the model's; those of `params` are added to them.
+        `generated_ids`: tokens delivered by an earlier attempt. Raises `InvalidRequest`."""
+        counts = -1
+        if _has_penalties(params):
+            prompt, generated = self._tokens(prompt_ids), self._tokens(generated_ids)
+            counts = self._implementation.open_counts(prompt, generated)
+        try:
+            self._table.add(slot, params, choice, stop_ids, len(prompt_ids), counts)
+        except BaseException:
+            if counts >= 0:
+                self._implementation.close_counts(counts)
+            raise
+        self._generated[slot] = len(generated_ids)
+
+    def remove(self, slot: int) -> None:
+        counts = int(self._table.records["counts"][slot])
+        self._table.remove(slot)
+        if counts >= 0:
+            self._implementation.close_counts(counts)
+
+    def append(self, slots: NDArray[np.int64], token_ids: NDArray[np.int64]) -> None:
+        """Accepted tokens, one per entry; a slot may occur several times, in order."""
+        np.add.at(self._generated, slots, 1)
+        counts = self._table.records["counts"][slots]
+        tracked = counts >= 0
+        if tracked.any():
+            self._implementation.append_counts(counts[tracked], token_ids[tracked])
+
+    def sample(self, logits: Tensor, rows: SampleRows) -> SampleOutput:
+        """Choose a token per row. `logits`: `[>= rows, vocab]`, float32 or bfloat16."""
+        records = self._table.records[rows.slots]
+        assert records["live"].all(), "a row names a free slot"
+        assert logits.shape[1] == self.vocab_size
+        tracked = records["counts"] >= 0
+        if tracked.any():
+            drafted = 0 if rows.draft_length is None else rows.draft_length[tracked]
+            known = self._generated[rows.slots[tracked]] + drafted
+            before = rows.positions[tracked] - records["prompt_length"][tracked]
+            assert (known == before).all(), "a position does not follow the tokens appended"
+        return self._implementation.sample(logits, rows, self._table)
+
+    def logprobs(
+        self, logits: Tensor, targets: NDArray[np.int64], top: NDArray[np.int64]
+    ) -> tuple[Logprobs, NDArray[np.uint8]]:
+        """Logprobs of given tokens (of a prompt, say): `targets[i]` and the `top[i]` most likely
+        ones under `logits[i]`; and the `RowFault` of each row."""
+        assert len(targets) == len(top) <= logits.shape[0]
+        return self._implementation.logprobs(logits, targets, top)
+
+    def _tokens(self, token_ids: Sequence[int]) -> NDArray[np.int64]:
+        tokens = np.asarray(token_ids, np.int64)
+        outside = (tokens < 0) | (tokens >= self.vocab_size)
+        if outside.any():
+            raise TokenOutOfRange(
+                f"token id {tokens[outside][0]}, the vocabulary has {self.vocab_size}",
+                param="prompt",
+            )
+        return tokens
+
+
+def _has_penalties(params: SamplingParams) -> bool:
+    return (
+        params.repetition_penalty != 1.0
+        or params.presence_penalty != 0.0
+        or params.frequency_penalty != 0.0
+    )

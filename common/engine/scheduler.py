@@ -1,0 +1,476 @@
+"""The scheduler: which positions of which sequences the next step computes, and in what blocks.
+
+Owns: the waiting and the running sequences, their order, block tables and progress, and all
+policy: token budget, admission, preemption, copy-on-write, the end of a sequence. Knows nothing
+of tensors or roles; the engine runs
+
+    step = scheduler.schedule()            # blocks are taken, preempted sequences wait again
+    ... copy step.copies, run step.chunks, sample; fork before the first token ...
+    deliveries = scheduler.postprocess(step, accepted)     # or abandon(step) when it failed
+
+`add`, `adopt`, `finish` and `abort` may be called at any time, `finish(keep_blocks=True)` between
+steps: the blocks of a sequence that ends while a step is under way are released when that ends.
+
+Why it cannot deadlock: a sequence is admitted only when all it knows fits; a running one that
+lacks a block takes it from the least important one; the least important one, lacking a block
+itself, stalls with what it has. So the most important running sequence advances in every step,
+unless blocks are held from outside (leases), which end on their own.
+"""
+
+from __future__ import annotations
+
+import collections.abc
+import dataclasses
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Mapping
+from itertools import chain
+from operator import attrgetter
+
+from common.engine.block_pool import BlockPool
+from common.engine.sequence import Sequence, SequenceStatus
+from common.engine.step import Chunk, Delivery, Step
+from common.errors import (
+    ConfigError,
+    ContextLengthExceeded,
+    InvalidRequest,
+    NeverFits,
+    OutOfBlocks,
+)
+from common.sampling import FinishReason
+
+_order = attrgetter("order")
+
+
+class Scheduler:
+    """`max_num_batched_tokens` bounds a step, `max_num_seqs` the running sequences; `watermark`
+    is the share of the pool that admission leaves free for those that run already."""
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        watermark: float = 0.01,
+    ) -> None:
+        if max_num_seqs < 1:
+            raise ConfigError("max_num_seqs must be at least 1", param="max_num_seqs")
+        if max_num_batched_tokens < max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens ({max_num_batched_tokens}) must give each of "
+                f"max_num_seqs ({max_num_seqs}) sequences a token",
+                param="max_num_batched_tokens",
+            )
+        if not 0.0 <= watermark < 1.0:
+            raise ConfigError(f"watermark must be in [0, 1), got {watermark}", param="watermark")
+        self.pool = pool
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_model_len = max_model_len
+        self.num_preemptions = 0
+        self._watermark = int(watermark * pool.num_blocks)
+        self._waiting: list[Sequence] = []  # both most important first
+        self._running: list[Sequence] = []
+        self._requests: dict[str, dict[int, Sequence]] = {}
+        self._step: Step | None = None  # under way
+        self._step_holds: list[list[int]] = []  # references that end with the step
+
+    @property
+    def running(self) -> collections.abc.Sequence[Sequence]:
+        """Most important first; a live view, not to be changed."""
+        return self._running
+
+    @property
+    def waiting(self) -> collections.abc.Sequence[Sequence]:
+        """Most important first; a live view, not to be changed."""
+        return self._waiting
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_free_slots(self) -> int:
+        """How many sequences `adopt` takes now."""
+        return max(0, self.max_num_seqs - len(self._running))
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._running or self._waiting)
+
+    # Sequences come and go.
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence, or raise the `InvalidRequest` that says why it can never run."""
+        self._validate(sequence)
+        self._register(sequence)
+        insort(self._waiting, sequence, key=_order)
+
+    def adopt(self, sequence: Sequence) -> None:
+        """Run a sequence whose first `num_computed` positions lie in `block_table` already.
+
+        The sequence owns a reference to each of these blocks from now on. `OutOfBlocks` when
+        no slot is free (see `num_free_slots`); then nothing has changed hands.
+        """
+        self._validate(sequence)
+        assert 0 <= sequence.num_computed < len(sequence.token_ids)
+        assert self.pool.blocks_for(sequence.num_computed) <= len(sequence.block_table)
+        if not self.num_free_slots:
+            raise OutOfBlocks(f"all {self.max_num_seqs} sequence slots are taken")
+        self._register(sequence)
+        self._run(sequence)
+        self._publish(sequence)
+
+    def fork(self, parent: Sequence, children: Iterable[Sequence]) -> None:
+        """Let children with the parent's prompt take part from their first token on.
+
+        Called while the step that completes the parent's prompt is under way; `accepted` then
+        has tokens for the children too, sampled from the parent's row. They share all blocks
+        until they write. A child that finds no slot waits, with its first token, and finds the
+        prompt in the prefix cache.
+        """
+        assert self._step is not None, "fork within a step"
+        chunk = next(c for c in self._step.chunks if c.sequence is parent)
+        at_end_of_prompt = chunk.is_prompt and chunk.samples
+        assert at_end_of_prompt
+        children = list(children)
+        for child in children:
+            assert child.token_ids == parent.token_ids
+            assert child.cache_root == parent.cache_root
+            self._validate(child)
+        if self.pool.enable_prefix_cache:
+            parent.hashes(parent.prompt_len // self.pool.block_size, self.pool.block_size)
+        for child in children:
+            self._register(child)
+            child.block_hashes = list(parent.block_hashes)
+            self._step.forked.append(dataclasses.replace(chunk, sequence=child))
+            if not self.num_free_slots:
+                insort(self._waiting, child, key=_order)
+                continue
+            self.pool.acquire(parent.block_table)
+            child.block_table = list(parent.block_table)
+            child.num_computed = parent.num_computed
+            child.num_published = parent.num_published
+            self._run(child)
+
+    def finish(
+        self, sequence: Sequence, reason: FinishReason, *, keep_blocks: bool = False
+    ) -> list[int]:
+        """End a sequence; one that has ended already stays as it is.
+
+        Its blocks are released, or with `keep_blocks` returned together with their references.
+        """
+        if sequence.status is SequenceStatus.FINISHED:
+            return []
+        members = self._requests[sequence.request_id]
+        del members[sequence.sequence_id]
+        if not members:
+            del self._requests[sequence.request_id]
+        kept: list[int] = []
+        if sequence.status is SequenceStatus.WAITING:
+            _remove(self._waiting, sequence)
+        else:
+            _remove(self._running, sequence)
+            if keep_blocks:
+                assert self._step is None, "keep blocks between steps"
+                kept, sequence.block_table = sequence.block_table, []
+            elif self._step is not None:
+                self._step_holds.append(sequence.block_table)
+                sequence.block_table = []
+            else:
+                self._release_blocks(sequence)
+        sequence.move_to(SequenceStatus.FINISHED)
+        sequence.finish_reason = reason
+        sequence.draft_token_ids = []
+        return kept
+
+    def abort(
+        self, request_id: str, reason: FinishReason = FinishReason.CANCELLED
+    ) -> list[Sequence]:
+        """Finish every sequence of a request; returns those that had not ended."""
+        sequences = list(self._requests.get(request_id, {}).values())
+        for sequence in sequences:
+            self.finish(sequence, reason)
+        return sequences
+
+    # A step.
+
+    def schedule(self) -> Step:
+        """Plan the next step. Without chunks it is no step: nothing can run just now."""
+        assert self._step is None, "the last step was neither postprocessed nor abandoned"
+        step = Step()
+        plan = self._plan()
+        stalled = self._secure_blocks(plan, step)
+        for sequence, (known, drafted) in zip(self._running, plan, strict=False):
+            if known:
+                step.append(self._chunk(sequence, known, self._fit_drafts(sequence, drafted)))
+        if not stalled and not step.preempted:
+            self._admit(step)
+        if step.chunks:
+            self._step = step
+        return step
+
+    def postprocess(
+        self, step: Step, accepted: Mapping[int, collections.abc.Sequence[int]]
+    ) -> list[Delivery]:
+        """Take in a step's result.
+
+        `accepted` maps the id of each sequence that samples to its tokens: the drafted ones that
+        were verified, then one that the model chose. What follows the end of a sequence is cut
+        off. A sequence that was aborted meanwhile gets nothing.
+        """
+        self._end_step(step)
+        deliveries: list[Delivery] = []
+        for chunk in chain(step.chunks, step.forked):
+            sequence = chunk.sequence
+            if sequence.status is SequenceStatus.FINISHED:
+                continue
+            num_computed, reason = chunk.end, None
+            if chunk.samples:
+                position = len(sequence.token_ids)
+                tokens, reason = self._accept(chunk, accepted[sequence.sequence_id])
+                num_computed += len(tokens) - 1 - chunk.num_drafted
+                deliveries.append(Delivery(sequence, position, tokens, reason))
+            if sequence.status is SequenceStatus.RUNNING:  # not a fork that found no slot
+                sequence.num_computed = num_computed
+                self._publish(sequence)
+            if reason is not None:
+                self.finish(sequence, reason)
+        self._release_step_holds()
+        return deliveries
+
+    def abandon(self, step: Step) -> None:
+        """The step failed, and what it wrote is unknown: its sequences wait and recompute."""
+        self._end_step(step)
+        for chunk in chain(step.chunks, step.forked):
+            if chunk.sequence.status is SequenceStatus.RUNNING:
+                self._preempt(chunk.sequence)
+        self._release_step_holds()
+
+    def check(self) -> None:
+        """Prove the invariants of scheduler and pool; for idle moments and tests."""
+        self.pool.check()
+        held: dict[int, int] = {}
+        for sequence in self._running:
+            assert sequence.status is SequenceStatus.RUNNING
+            assert self.pool.blocks_for(sequence.num_computed) <= len(sequence.block_table)
+            for block_id in sequence.block_table:
+                held[block_id] = held.get(block_id, 0) + 1
+        for sequence in self._waiting:
+            assert sequence.status is SequenceStatus.WAITING
+            assert (sequence.block_table, sequence.num_computed) == ([], 0)
+        for block_id, count in held.items():
+            assert count <= self.pool.references(block_id), f"block {block_id} lacks references"
+        registered = sum(len(members) for members in self._requests.values())
+        assert registered == len(self._running) + len(self._waiting)
+        assert len(self._running) <= self.max_num_seqs
+
+    # Inside `schedule`.
+
+    def _plan(self) -> list[tuple[int, int]]:
+        """Token budget, as (known tokens, drafted tokens) for each running sequence.
+
+        Sequences that only lack their newest token have one each for sure, and a running prompt
+        has one; drafts, then prompts and replays share what is spare, most important first.
+        """
+        running = self._running
+        plan = [(0, 0)] * len(running)
+        decoding = [index for index, sequence in enumerate(running) if sequence.is_decoding]
+        spare = self.max_num_batched_tokens - len(decoding)
+        reserve = 1 if len(decoding) < len(running) else 0
+        for index in decoding:
+            drafted = 0
+            if running[index].draft_token_ids:
+                drafted = min(running[index].max_drafted, spare - reserve)
+                spare -= drafted
+            plan[index] = (1, drafted)
+        if reserve:
+            for index, sequence in enumerate(running):
+                if not sequence.is_decoding:
+                    known = min(sequence.num_computable, spare)
+                    spare -= known
+                    plan[index] = (known, 0)
+        return plan
+
+    def _secure_blocks(self, plan: list[tuple[int, int]], step: Step) -> bool:
+        """Give each planned sequence the blocks its known tokens write, most important first.
+
+        Victims come from the other end of the order, so that none has been secured yet. Returns
+        whether the least important sequence has to stall for lack of a block.
+        """
+        running, pool = self._running, self.pool
+        block_size = pool.block_size
+        index = 0
+        while index < len(running):
+            sequence, known = running[index], plan[index][0]
+            if known == 0:
+                index += 1
+                continue
+            table = sequence.block_table
+            first = sequence.num_computed // block_size
+            shared = first < len(table) and pool.is_shared(table[first])
+            end = sequence.num_computed + known
+            lacking = max(0, -(-end // block_size) - len(table))
+            if lacking + shared > pool.num_free:
+                if running[-1] is sequence:
+                    plan[index] = (0, 0)
+                    return True
+                victim = running[-1]
+                self._preempt(victim)
+                step.preempted.append(victim)
+                continue
+            if lacking:
+                table += pool.allocate(lacking)
+            if shared:
+                (copy,) = pool.allocate(1)
+                step.copies.append((table[first], copy))
+                self._step_holds.append([table[first]])  # intact until it was copied
+                table[first] = copy
+            index += 1
+        return False
+
+    def _fit_drafts(self, sequence: Sequence, drafted: int) -> int:
+        """As many drafts as free blocks hold; the sequence keeps only these."""
+        if drafted:
+            table, pool = sequence.block_table, self.pool
+            known = len(sequence.token_ids)
+            if known + drafted > len(table) * pool.block_size:
+                drafted = min(drafted, (len(table) + pool.num_free) * pool.block_size - known)
+                table += pool.allocate(max(0, pool.blocks_for(known + drafted) - len(table)))
+        if drafted < len(sequence.draft_token_ids):
+            del sequence.draft_token_ids[drafted:]
+        return drafted
+
+    def _admit(self, step: Step) -> None:
+        """Start waiting sequences in order while slots, tokens and blocks last."""
+        pool = self.pool
+        while self._waiting and self.num_free_slots:
+            spare = self.max_num_batched_tokens - step.num_tokens
+            sequence = self._waiting[0]
+            known = len(sequence.token_ids)
+            hashes: list[bytes] = []
+            if pool.enable_prefix_cache and sequence.params.prompt_logprobs is None:
+                # The last token is always computed: its row is sampled.
+                hashes = sequence.hashes((known - 1) // pool.block_size, pool.block_size)
+            cached = pool.lookup(hashes)
+            lacking = pool.blocks_for(known) - len(cached)
+            watermark = self._watermark if self._running else 0
+            if not spare or lacking + pool.num_idle(cached) + watermark > pool.num_free:
+                return
+            del self._waiting[0]
+            sequence.block_table = pool.match(hashes) + pool.allocate(lacking)
+            sequence.num_computed = len(cached) * pool.block_size
+            sequence.num_published = len(cached)
+            self._run(sequence)
+            length = min(sequence.num_computable, spare)
+            step.append(self._chunk(sequence, length, 0))
+
+    def _chunk(self, sequence: Sequence, known: int, drafted: int) -> Chunk:
+        start = sequence.num_computed
+        return Chunk(
+            sequence,
+            start,
+            known + drafted,
+            drafted,
+            start < sequence.prompt_len,
+            start + known == len(sequence.token_ids),
+        )
+
+    # Inside `postprocess`.
+
+    def _accept(
+        self, chunk: Chunk, sampled: collections.abc.Sequence[int]
+    ) -> tuple[list[int], FinishReason | None]:
+        """Append tokens up to the sequence's end; returns those that were appended."""
+        sequence = chunk.sequence
+        verified = len(sampled) - 1
+        assert 0 <= verified <= chunk.num_drafted
+        # Their KV was computed from the drafts: another token would be cached under a wrong hash.
+        assert list(sampled[:verified]) == sequence.draft_token_ids[:verified]
+        sequence.draft_token_ids = []
+        tokens: list[int] = []
+        reason = None
+        for token in sampled:
+            sequence.token_ids.append(token)
+            tokens.append(token)
+            reason = sequence.end_at(token)
+            if reason is not None:
+                break
+        return tokens, reason
+
+    def _publish(self, sequence: Sequence) -> None:
+        """Offer newly full blocks to the prefix cache."""
+        pool = self.pool
+        full = sequence.num_computed // pool.block_size
+        if full <= sequence.num_published or not pool.enable_prefix_cache:
+            return
+        hashes = sequence.hashes(full, pool.block_size)
+        for index in range(sequence.num_published, full):
+            pool.publish(sequence.block_table[index], hashes[index])
+        sequence.num_published = full
+
+    def _end_step(self, step: Step) -> None:
+        assert step is self._step or not step.chunks, "not the step under way"
+        self._step = None
+
+    def _release_step_holds(self) -> None:
+        for block_ids in self._step_holds:
+            self.pool.release(block_ids)
+        self._step_holds.clear()
+
+    # States.
+
+    def _validate(self, sequence: Sequence) -> None:
+        params = sequence.params
+        if not 1 <= sequence.prompt_len <= len(sequence.token_ids):
+            raise InvalidRequest("the prompt is empty or cut off", param="prompt")
+        if sequence.num_generated >= params.max_tokens:
+            raise InvalidRequest("all tokens were generated already", param="max_tokens")
+        wanted = sequence.length_limit
+        if wanted > self.max_model_len:
+            raise ContextLengthExceeded(
+                f"{sequence.prompt_len} prompt tokens and {params.max_tokens} to generate exceed "
+                f"the context length of {self.max_model_len}",
+                param="max_tokens",
+            )
+        blocks = self.pool.blocks_for(wanted - 1)  # the last token's KV is never needed
+        if blocks > self.pool.num_blocks:
+            raise NeverFits(
+                f"{wanted - 1} positions need {blocks} blocks, the pool has {self.pool.num_blocks}",
+                param="max_tokens",
+            )
+
+    def _register(self, sequence: Sequence) -> None:
+        assert sequence.status is SequenceStatus.WAITING
+        members = self._requests.setdefault(sequence.request_id, {})
+        assert sequence.sequence_id not in members, f"sequence {sequence.sequence_id} twice"
+        members[sequence.sequence_id] = sequence
+
+    def _run(self, sequence: Sequence) -> None:
+        sequence.move_to(SequenceStatus.RUNNING)
+        insort(self._running, sequence, key=_order)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Back to its place among the waiting, to recompute; full blocks remain as cache."""
+        _remove(self._running, sequence)
+        self._release_blocks(sequence)
+        sequence.num_computed = sequence.num_published = 0
+        sequence.draft_token_ids = []
+        sequence.move_to(SequenceStatus.WAITING)
+        insort(self._waiting, sequence, key=_order)
+        self.num_preemptions += 1
+
+    def _release_blocks(self, sequence: Sequence) -> None:
+        self.pool.release(sequence.block_table)
+        sequence.block_table = []
+
+
+def _remove(ordered: list[Sequence], sequence: Sequence) -> None:
+    index = bisect_left(ordered, sequence.order, key=_order)
+    assert ordered[index] is sequence
+    del ordered[index]

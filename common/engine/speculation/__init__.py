@@ -1,0 +1,5 @@
+"""Proposers of draft tokens; the engine verifies them, so that output never depends on them."""
+
+from common.engine.speculation.base import Proposer
+
+__all__ = ["Proposer"]

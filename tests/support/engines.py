@@ -1,0 +1,46 @@
+"""Ways to look into an engine that users do not have: the logits it computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from common.engine import Engine, SamplingParams
+from common.engine.backends.base import Rows
+from common.engine.kv_cache import KVCache
+
+
+@contextmanager
+def watched_hidden_states(engine: Engine, watch: Callable[[Rows, Tensor], None]) -> Iterator[None]:
+    """Call `watch` with the rows and hidden states of every step."""
+    original = engine.model.forward
+
+    def forward(rows: Rows, cache: KVCache) -> Tensor:
+        hidden = original(rows, cache)
+        watch(rows, hidden)
+        return hidden
+
+    engine.model.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        engine.model.forward = original  # type: ignore[method-assign]
+
+
+def prompt_logits(engine: Engine, token_ids: list[int]) -> Tensor:
+    """Logits of every position of a prompt, float32 `[len(token_ids), vocab]`, by a real run."""
+    logits = torch.full((len(token_ids), engine.config.vocab_size), float("nan"))
+
+    def watch(rows: Rows, hidden: Tensor) -> None:
+        for first_row, count, position in rows.prompt_chunks:
+            logits[position : position + count] = engine.model.logits(
+                hidden[first_row : first_row + count]
+            ).float()
+
+    with watched_hidden_states(engine, watch):
+        engine.generate([token_ids], SamplingParams(max_tokens=1, temperature=0.0))
+    assert not logits.isnan().any()
+    return logits

@@ -1,0 +1,76 @@
+"""A real Redis for tests, a clean database for each, and the check that nothing is left in it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+
+import pytest
+import pytest_asyncio
+
+from common.config import RedisSettings
+from common.messages import Dispatch
+from common.redis_client import RedisClient, text
+from common.redis_server import EmbeddedRedis
+from common.sampling import SamplingParams
+
+
+@pytest.fixture(scope="session")
+def redis_server() -> Iterator[EmbeddedRedis]:
+    """One server for the whole run; a test that stops it starts it again."""
+    with EmbeddedRedis() as server:
+        yield server
+
+
+@pytest_asyncio.fixture
+async def redis_client(redis_server: EmbeddedRedis) -> AsyncIterator[RedisClient]:
+    """A client of an empty database. Afterwards a key without time to live fails the test."""
+    client = RedisClient(RedisSettings(url=redis_server.url, timeout_s=2.0, retry_s=2.0))
+    await client.command("FLUSHALL")
+    await client.open()
+    yield client
+    leaks = await leaked_keys(client)
+    await client.close()
+    assert not leaks, f"keys without a time to live: {leaks}"
+
+
+async def leaked_keys(client: RedisClient) -> list[str]:
+    """Keys that live for ever and are not meant to."""
+    keys = [text(key) for key in await client.command("KEYS", "*")]
+    if not keys:
+        return []
+    times = await client.pipeline(*(("PTTL", key) for key in keys))
+    permanent = client.keys.permanent()
+    return sorted(k for k, t in zip(keys, times, strict=True) if t == -1 and k not in permanent)
+
+
+async def wait_until(
+    condition: Callable[[], Awaitable[bool] | bool], what: str, limit_s: float = 10.0
+) -> None:
+    """Return as soon as `condition` holds; fail with `what` if it does not come about."""
+    deadline = asyncio.get_running_loop().time() + limit_s
+    while True:
+        holds = condition()
+        if not isinstance(holds, bool):
+            holds = await holds
+        if holds:
+            return
+        assert asyncio.get_running_loop().time() < deadline, f"waited in vain until {what}"
+        await asyncio.sleep(0.005)
+
+
+def a_dispatch(
+    request: str = "r-1",
+    attempt: int = 1,
+    choices: tuple[int, ...] = (0,),
+    *,
+    gateway: str = "gateway-1",
+    prompt: int = 5,
+) -> Dispatch:
+    """An attempt with a prompt of `prompt` tokens."""
+    return Dispatch(
+        request=request, attempt=attempt, choices=choices, token_ids=tuple(range(prompt)),
+        prompt_len=prompt, params=SamplingParams(), gateway=gateway,
+        gateway_endpoint="tcp://127.0.0.1:1", decode_node="", decode_endpoint="", cache_salt="",
+        priority=0, deadline_ms=0, trace="",
+    )  # fmt: skip

@@ -1,0 +1,742 @@
+"""The scheduler with a model that can be computed by hand.
+
+`Machine` stands for engine and KV tensors. The cell of a position holds a digest of all tokens up
+to it and of their side of the border, and the next token is a function of that cell: whoever reads
+garbage, somebody else's block, a rejected draft or a position computed on the wrong side gets
+another token, or fails the comparison before that.
+"""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections import Counter
+from collections.abc import Sequence as AbstractSequence
+
+import pytest
+from hypothesis import Phase, event, given, settings
+from hypothesis import strategies as st
+
+from common.engine.block_pool import BlockPool
+from common.engine.scheduler import Scheduler
+from common.engine.sequence import Sequence, SequenceStatus
+from common.engine.step import Chunk, Delivery, Step
+from common.errors import (
+    ConfigError,
+    ContextLengthExceeded,
+    InvalidRequest,
+    NeverFits,
+    OutOfBlocks,
+)
+from common.kv_layout import chain_hashes
+from common.sampling import FinishReason, SamplingParams
+
+STOP = 0
+ROOT = b"root"
+
+
+def digests(token_ids: AbstractSequence[int], prompt_len: int) -> list[int]:
+    """What the cells of a sequence's positions must hold."""
+    state, cells = 0, []
+    for position, token in enumerate(token_ids):
+        state = zlib.crc32(b"%d %d %d" % (state, token, position < prompt_len))
+        cells.append(state)
+    return cells
+
+
+def next_token(cell: int, choice: int) -> int:
+    return zlib.crc32(b"%d %d" % (cell, choice)) % 11
+
+
+def expected_output(prompt: list[int], params: SamplingParams, choice: int) -> list[int]:
+    token_ids = list(prompt)
+    while len(token_ids) < len(prompt) + params.max_tokens:
+        token_ids.append(next_token(digests(token_ids, len(prompt))[-1], choice))
+        generated = len(token_ids) - len(prompt)
+        if token_ids[-1] == STOP and generated >= params.min_tokens and not params.ignore_eos:
+            break
+    return token_ids[len(prompt) :]
+
+
+class Machine:
+    """Engine and KV memory around a scheduler; checks each step before it runs it."""
+
+    def __init__(
+        self,
+        num_blocks: int = 16,
+        block_size: int = 4,
+        *,
+        max_num_seqs: int = 4,
+        max_num_batched_tokens: int = 32,
+        max_model_len: int = 64,
+        watermark: float = 0.0,
+        enable_prefix_cache: bool = True,
+    ) -> None:
+        self.cells: list[list[int | None]] = [[None] * block_size for _ in range(num_blocks)]
+        self.pool = BlockPool(
+            num_blocks,
+            block_size,
+            enable_prefix_cache=enable_prefix_cache,
+            on_free=self.spoil,
+        )
+        self.scheduler = Scheduler(
+            self.pool,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_model_len=max_model_len,
+            watermark=watermark,
+        )
+        self.unforked: dict[Sequence, list[Sequence]] = {}
+        self.outputs: dict[Sequence, list[int]] = {}
+        self.num_sequences = 0
+
+    def spoil(self, block_ids: AbstractSequence[int]) -> None:
+        for block_id in block_ids:
+            self.cells[block_id] = [None] * self.pool.block_size
+
+    def sequence(
+        self,
+        prompt: list[int],
+        *,
+        request_id: str = "",
+        choice: int = 0,
+        replayed: int = 0,
+        priority: int = 0,
+        **params: object,
+    ) -> Sequence:
+        params.setdefault("ignore_eos", True)
+        sampling = SamplingParams(**params)  # type: ignore[arg-type]
+        number = self.num_sequences
+        self.num_sequences += 1
+        sequence = Sequence(
+            sequence_id=number,
+            request_id=request_id or f"request-{number}",
+            choice=choice,
+            prompt_len=len(prompt),
+            token_ids=prompt + expected_output(prompt, sampling, choice)[:replayed],
+            params=sampling,
+            stop_ids=frozenset({STOP}),
+            priority=priority,
+            arrival=number,
+            cache_root=ROOT,
+        )
+        self.outputs[sequence] = sequence.token_ids[len(prompt) :]
+        return sequence
+
+    def add(self, prompt: list[int], **options: object) -> Sequence:
+        sequence = self.sequence(prompt, **options)  # type: ignore[arg-type]
+        self.scheduler.add(sequence)
+        return sequence
+
+    def land(self, sequence: Sequence, blocks: list[int]) -> None:
+        """The KV of the prompt arrives from another node, in these blocks."""
+        sequence.block_table, sequence.num_computed = blocks, sequence.prompt_len
+        prompt = sequence.token_ids[: sequence.prompt_len]
+        for position, cell in enumerate(digests(prompt, len(prompt))):
+            index, offset = divmod(position, self.pool.block_size)
+            self.cells[blocks[index]][offset] = cell
+
+    def step(self) -> Step:
+        """One whole step."""
+        step = self.scheduler.schedule()
+        self.finish_step(step)
+        return step
+
+    def finish_step(self, step: Step) -> list[Delivery]:
+        accepted = self.run(step)
+        deliveries = self.scheduler.postprocess(step, accepted)
+        for delivery in deliveries:
+            output = self.outputs[delivery.sequence]
+            assert delivery.position == delivery.sequence.prompt_len + len(output)
+            output += delivery.token_ids
+            assert delivery.finish_reason is delivery.sequence.finish_reason
+            self.assert_output(delivery.sequence)
+        self.assert_published()
+        return deliveries
+
+    def run(self, step: Step) -> dict[int, list[int]]:
+        self.assert_legal(step)
+        for source, target in step.copies:
+            self.cells[target] = list(self.cells[source])
+        accepted: dict[int, list[int]] = {}
+        for chunk in step.chunks:
+            self.compute(chunk)
+            if chunk.samples:
+                accepted[chunk.sequence.sequence_id] = self.sample(chunk, chunk.sequence.choice)
+            children = self.unforked.get(chunk.sequence)
+            aborted = chunk.sequence.status is SequenceStatus.FINISHED
+            if children and chunk.samples and not aborted:
+                del self.unforked[chunk.sequence]
+                self.scheduler.fork(chunk.sequence, children)
+                for child in children:
+                    accepted[child.sequence_id] = self.sample(chunk, child.choice)
+        return accepted
+
+    def compute(self, chunk: Chunk) -> None:
+        sequence = chunk.sequence
+        if sequence.status is SequenceStatus.FINISHED:
+            return  # aborted under way: its table was taken from it
+        block_size = self.pool.block_size
+        tokens = sequence.token_ids + sequence.draft_token_ids
+        truth = digests(tokens, sequence.prompt_len)
+        for position in range(chunk.end):
+            cells = self.cells[sequence.block_table[position // block_size]]
+            if position >= chunk.start:
+                cells[position % block_size] = truth[position]
+            assert cells[position % block_size] == truth[position], f"wrong KV at {position}"
+
+    def sample(self, chunk: Chunk, choice: int) -> list[int]:
+        sequence = chunk.sequence
+        tokens = sequence.token_ids + sequence.draft_token_ids
+        truth = digests(tokens, sequence.prompt_len)
+        sampled: list[int] = []
+        for position in range(chunk.end - chunk.num_drafted - 1, chunk.end):
+            sampled.append(next_token(truth[position], choice))
+            if tokens[position + 1 : position + 2] != sampled[-1:]:
+                break
+        return sampled
+
+    def assert_legal(self, step: Step) -> None:
+        scheduler, pool = self.scheduler, self.pool
+        assert sum(chunk.length for chunk in step.chunks) == step.num_tokens
+        assert step.num_tokens <= scheduler.max_num_batched_tokens
+        assert scheduler.num_running <= scheduler.max_num_seqs
+        sides = [chunk.is_prompt for chunk in step.chunks]
+        assert sides == sorted(sides), "generated chunks come first"
+        assert len({chunk.sequence for chunk in step.chunks}) == len(step.chunks)
+        written: Counter[int] = Counter()
+        for chunk in step.chunks:
+            sequence = chunk.sequence
+            if sequence.status is SequenceStatus.FINISHED:
+                continue
+            known = len(sequence.token_ids)
+            assert chunk.length > 0
+            assert chunk.start == sequence.num_computed
+            assert chunk.num_drafted == len(sequence.draft_token_ids)
+            assert chunk.is_prompt == (chunk.start < sequence.prompt_len)
+            if chunk.is_prompt:
+                assert chunk.end <= sequence.prompt_len, "a chunk straddles the border"
+                assert chunk.num_drafted == 0
+            assert chunk.samples == (chunk.end == known + chunk.num_drafted)
+            assert chunk.end <= known + chunk.num_drafted
+            first, last = chunk.start // pool.block_size, (chunk.end - 1) // pool.block_size
+            for block_id in sequence.block_table[first : last + 1]:
+                written[block_id] += 1
+                assert not pool.is_shared(block_id), "a shared block is written"
+                assert pool.hash_of(block_id) is None, "a published block is written"
+        assert all(count == 1 for count in written.values())
+        for source, target in step.copies:
+            assert written[source] == 0
+            assert not self.pool.is_shared(target)
+
+    def assert_output(self, sequence: Sequence) -> None:
+        output = self.outputs[sequence]
+        prompt = sequence.token_ids[: sequence.prompt_len]
+        expected = expected_output(prompt, sequence.params, sequence.choice)
+        assert output == expected[: len(output)]
+        assert output == sequence.token_ids[sequence.prompt_len :]
+        if sequence.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
+            assert output == expected
+
+    def assert_published(self) -> None:
+        """Blocks carry the chain hash of the tokens in them, and only full, computed ones do."""
+        size = self.pool.block_size
+        for sequence in self.scheduler.running:
+            truth = digests(sequence.token_ids, sequence.prompt_len)
+            hashes = chain_hashes(ROOT, sequence.token_ids, size, sequence.prompt_len)
+            full = sequence.num_computed // size
+            for index, block_id in enumerate(sequence.block_table):
+                published = self.pool.hash_of(block_id)
+                if index >= full:
+                    assert published is None
+                    continue
+                assert self.cells[block_id] == truth[index * size : (index + 1) * size]
+                assert published in (None, hashes[index])
+                for canonical in self.pool.lookup([hashes[index]]):
+                    assert self.cells[canonical] == self.cells[block_id]
+
+    def run_until_idle(self) -> None:
+        for _ in range(2000):
+            if not self.scheduler.has_work:
+                break
+            assert self.step().chunks, "work is left and nothing runs"
+        assert not self.scheduler.has_work
+        assert self.pool.num_used == 0
+        self.scheduler.check()
+
+
+def chunks_of(step: Step) -> list[tuple[int, int, int]]:
+    return [(chunk.sequence.sequence_id, chunk.start, chunk.end) for chunk in step.chunks]
+
+
+PROMPT = list(range(1, 30))
+
+
+# The border, the budget and the order of a step.
+
+
+def test_a_prompt_is_computed_in_chunks_under_the_budget() -> None:
+    machine = Machine(max_num_batched_tokens=6)
+    machine.add(PROMPT[:10], max_tokens=2)
+    assert chunks_of(machine.step()) == [(0, 0, 6)]
+    assert chunks_of(machine.step()) == [(0, 6, 10)]
+    assert chunks_of(machine.step()) == [(0, 10, 11)]
+    assert not machine.scheduler.has_work
+
+
+def test_a_replay_stops_at_the_border_and_goes_on_as_generated() -> None:
+    machine = Machine()
+    machine.add(PROMPT[:6], replayed=5, max_tokens=7)
+    first, second = machine.step(), machine.step()
+    assert [(c.start, c.end, c.is_prompt, c.samples) for c in first.chunks] == [(0, 6, True, False)]
+    assert [(c.start, c.end, c.is_prompt, c.samples) for c in second.chunks] == [
+        (6, 11, False, True)
+    ]
+    machine.run_until_idle()
+
+
+def test_decoding_goes_before_prompts_and_every_running_prompt_budget_is_in_order() -> None:
+    machine = Machine(max_num_batched_tokens=8)
+    machine.add(PROMPT[:4], max_tokens=8)
+    machine.step()
+    machine.add(PROMPT[5:25], max_tokens=1)
+    machine.add(PROMPT[9:29], max_tokens=1, priority=-1)
+    assert chunks_of(machine.step()) == [(0, 4, 5), (2, 0, 7)]
+    assert chunks_of(machine.step()) == [(0, 5, 6), (2, 7, 14)]
+    assert chunks_of(machine.step()) == [(0, 6, 7), (2, 14, 20), (1, 0, 1)]
+
+
+def test_drafts_leave_a_running_prompt_one_token() -> None:
+    machine = Machine(max_num_batched_tokens=6)
+    decoding = machine.add(PROMPT[:4], max_tokens=12)
+    machine.step()
+    machine.add(PROMPT[10:29], max_tokens=1)
+    machine.step()
+    decoding.draft_token_ids = [1] * 9
+    assert [chunk.length for chunk in machine.step().chunks] == [5, 1]
+
+
+def test_drafts_never_pass_the_last_token() -> None:
+    machine = Machine()
+    sequence = machine.add(PROMPT[:4], max_tokens=4)
+    machine.step()
+    sequence.draft_token_ids = [*expected_output(PROMPT[:4], sequence.params, 0)[1:], 7, 7]
+    assert machine.step().chunks[0].num_drafted == 2
+    assert sequence.finish_reason is FinishReason.LENGTH
+
+
+# Blocks.
+
+
+def test_drafts_are_dropped_before_anybody_is_preempted() -> None:
+    machine = Machine(num_blocks=3)
+    first = machine.add(PROMPT[:7], max_tokens=5)
+    machine.add(PROMPT[10:13], max_tokens=2)
+    machine.step()
+    first.draft_token_ids = [1, 1]
+    step = machine.step()
+    assert step.chunks[0].num_drafted == 0
+    assert step.preempted == []
+
+
+def test_the_least_important_sequence_is_preempted_and_repeats_its_tokens() -> None:
+    machine = Machine(num_blocks=5)
+    least = machine.add(PROMPT[:8], max_tokens=8, priority=2)
+    machine.step()
+    machine.add(PROMPT[10:18], max_tokens=8, priority=1)
+    preempted = [machine.step().preempted for _ in range(8)]
+    assert [least] in preempted
+    machine.run_until_idle()
+    assert machine.scheduler.num_preemptions == 1
+    machine.assert_output(least)
+
+
+def test_the_least_important_sequence_stalls_while_a_lease_holds_the_pool() -> None:
+    machine = Machine(num_blocks=3)
+    sequence = machine.add(PROMPT[:4], max_tokens=8)
+    machine.step()
+    lease = machine.pool.allocate(2)
+    assert machine.scheduler.schedule().chunks == []
+    assert sequence.status is SequenceStatus.RUNNING
+    machine.pool.release(lease)
+    machine.run_until_idle()
+
+
+def test_a_cached_prompt_is_reused_up_to_its_last_token() -> None:
+    machine = Machine()
+    machine.add(PROMPT[:8], max_tokens=1)
+    machine.run_until_idle()
+    machine.add(PROMPT[:8], max_tokens=1)
+    machine.add(PROMPT[:9], max_tokens=1)
+    assert chunks_of(machine.step()) == [(1, 4, 8), (2, 8, 9)]
+
+
+def test_prompt_logprobs_need_every_position_computed() -> None:
+    machine = Machine()
+    machine.add(PROMPT[:9], max_tokens=1)
+    machine.run_until_idle()
+    machine.add(PROMPT[:9], max_tokens=1, prompt_logprobs=0)
+    assert chunks_of(machine.step()) == [(1, 0, 9)]
+
+
+def test_generated_blocks_do_not_serve_as_prompt() -> None:
+    machine = Machine()
+    first = machine.add(PROMPT[:6], max_tokens=8)
+    machine.run_until_idle()
+    machine.add(first.token_ids[:13], max_tokens=1)
+    assert chunks_of(machine.step()) == [(1, 4, 13)]
+
+
+def test_admission_leaves_the_watermark_free_but_starts_an_idle_engine() -> None:
+    machine = Machine(num_blocks=4, watermark=0.5)
+    machine.add(PROMPT[:12], max_tokens=2)
+    machine.add(PROMPT[20:24], max_tokens=1)
+    assert chunks_of(machine.step()) == [(0, 0, 12)]
+    assert chunks_of(machine.step()) == [(0, 12, 13)]
+    assert chunks_of(machine.step()) == [(1, 0, 4)]
+
+
+def test_nobody_overtakes_the_most_important_waiting_sequence() -> None:
+    machine = Machine(num_blocks=4)
+    machine.add(PROMPT[:8], max_tokens=3)
+    machine.step()
+    machine.add(PROMPT[10:22], max_tokens=1)
+    machine.add(PROMPT[:2], max_tokens=1)
+    machine.step()
+    assert machine.scheduler.num_waiting == 2
+    machine.run_until_idle()
+
+
+# Fork and copy-on-write.
+
+
+def forked(machine: Machine, length: int, choices: int, **params: object) -> list[Sequence]:
+    family = [
+        machine.sequence(PROMPT[:length], request_id="n", choice=choice, **params)  # type: ignore[arg-type]
+        for choice in range(choices)
+    ]
+    machine.unforked[family[0]] = family[1:]
+    machine.scheduler.add(family[0])
+    return family
+
+
+def test_choices_share_the_prompt_and_copy_its_tail_when_they_write() -> None:
+    machine = Machine()
+    family = forked(machine, 6, 3, max_tokens=6)
+    machine.step()
+    assert machine.pool.num_used == 2
+    assert all(sequence.num_generated == 1 for sequence in family)
+    shared_tail = family[0].block_table[1]
+    step = machine.step()
+    assert [source for source, _ in step.copies] == [shared_tail] * 3
+    assert machine.pool.num_used == 4
+    machine.run_until_idle()
+    assert len({tuple(machine.outputs[sequence]) for sequence in family}) == 3
+
+
+def test_choices_of_a_prompt_that_fills_its_blocks_copy_nothing() -> None:
+    machine = Machine()
+    forked(machine, 8, 3, max_tokens=3)
+    machine.step()
+    assert machine.step().copies == []
+    machine.run_until_idle()
+
+
+def test_choices_without_a_slot_wait_with_their_first_token() -> None:
+    machine = Machine(max_num_seqs=2)
+    family = forked(machine, 6, 4, max_tokens=3)
+    machine.step()
+    assert [sequence.status.value for sequence in family] == ["running"] * 2 + ["waiting"] * 2
+    assert [sequence.num_generated for sequence in family] == [1] * 4
+    machine.run_until_idle()
+
+
+# Coming and going.
+
+
+def test_a_sequence_that_can_never_run_is_refused() -> None:
+    machine = Machine(num_blocks=4, max_model_len=20)
+    machine.add(PROMPT[:10], max_tokens=7)  # 16 positions need KV
+    with pytest.raises(NeverFits):
+        machine.add(PROMPT[:10], max_tokens=8)
+    with pytest.raises(ContextLengthExceeded):
+        machine.add(PROMPT[:10], max_tokens=11)
+    empty = machine.sequence(PROMPT[:4], max_tokens=1)
+    empty.prompt_len = 0
+    with pytest.raises(InvalidRequest):
+        machine.scheduler.add(empty)
+    with pytest.raises(InvalidRequest):
+        machine.add(PROMPT[:4], max_tokens=2, replayed=2)
+    machine.run_until_idle()
+
+
+def test_a_budget_that_cannot_serve_all_slots_is_a_config_error() -> None:
+    with pytest.raises(ConfigError):
+        Machine(max_num_seqs=9, max_num_batched_tokens=8)
+
+
+def test_an_adopted_sequence_decodes_at_once_and_its_prompt_becomes_cache() -> None:
+    machine = Machine(max_num_seqs=1)
+    sequence = machine.sequence(PROMPT[:9], replayed=1, max_tokens=3)
+    machine.land(sequence, machine.pool.allocate(3))
+    machine.scheduler.adopt(sequence)
+    assert machine.pool.num_cached == 2
+    with pytest.raises(OutOfBlocks):
+        machine.scheduler.adopt(machine.sequence(PROMPT[:2]))
+    assert chunks_of(machine.step()) == [(0, 9, 10)]
+    machine.run_until_idle()
+
+
+def test_finish_hands_the_blocks_to_a_lease() -> None:
+    machine = Machine()
+    sequence = machine.add(PROMPT[:6], max_tokens=5)
+    machine.step()
+    kept = machine.scheduler.finish(sequence, FinishReason.STOP, keep_blocks=True)
+    assert not machine.scheduler.has_work
+    assert [machine.pool.references(block_id) for block_id in kept] == [1, 1]
+    assert machine.scheduler.finish(sequence, FinishReason.ERROR) == []
+    assert sequence.finish_reason is FinishReason.STOP
+    machine.pool.release(kept)
+    assert machine.pool.num_used == 0
+
+
+def test_blocks_of_an_aborted_sequence_stay_until_the_step_ends() -> None:
+    machine = Machine()
+    sequence = machine.add(PROMPT[:6], max_tokens=5)
+    step = machine.scheduler.schedule()
+    assert machine.scheduler.abort(sequence.request_id) == [sequence]
+    assert machine.pool.num_used == 2
+    assert machine.finish_step(step) == []
+    assert machine.pool.num_used == 0
+    assert machine.scheduler.abort(sequence.request_id) == []
+
+
+def test_an_abandoned_step_is_computed_again() -> None:
+    machine = Machine()
+    sequence = machine.add(PROMPT[:6], max_tokens=3)
+    machine.step()
+    machine.scheduler.abandon(machine.scheduler.schedule())
+    assert sequence.status is SequenceStatus.WAITING
+    machine.scheduler.check()
+    machine.run_until_idle()
+    assert len(machine.outputs[sequence]) == 3
+
+
+# Ends.
+
+
+@pytest.mark.parametrize(
+    ("params", "accepted", "tokens", "reason"),
+    [
+        ({}, [7, STOP], [7, STOP], FinishReason.STOP),
+        ({}, [STOP, 7], [STOP], FinishReason.STOP),
+        ({"ignore_eos": True}, [STOP, 7], [STOP, 7], None),
+        ({"ignore_eos": True, "stop_token_ids": (7,)}, [7, 8], [7], FinishReason.STOP),
+        ({"min_tokens": 3}, [STOP, STOP], [STOP, STOP], FinishReason.STOP),
+        ({"min_tokens": 4}, [STOP, STOP], [STOP, STOP], None),
+        ({"max_tokens": 3}, [7, 8], [7, 8], FinishReason.LENGTH),
+        ({"max_tokens": 2}, [7], [7], FinishReason.LENGTH),
+        ({"max_tokens": 2}, [STOP], [STOP], FinishReason.STOP),
+    ],
+)
+def test_what_follows_the_end_is_cut_off(
+    params: dict[str, object],
+    accepted: list[int],
+    tokens: list[int],
+    reason: FinishReason | None,
+) -> None:
+    machine = Machine()
+    sequence = machine.add(PROMPT[:4], **({"ignore_eos": False, "max_tokens": 9} | params))
+    machine.scheduler.postprocess(machine.scheduler.schedule(), {0: [5]})
+    sequence.draft_token_ids = accepted[:-1]
+    (delivery,) = machine.scheduler.postprocess(machine.scheduler.schedule(), {0: accepted})
+    assert (delivery.position, delivery.token_ids, delivery.finish_reason) == (5, tokens, reason)
+    if reason is None:
+        assert sequence.num_computed == len(sequence.token_ids) - 1
+    else:
+        assert machine.pool.num_used == 0
+
+
+def test_a_token_that_contradicts_its_draft_is_not_accepted_as_verified() -> None:
+    machine = Machine()
+    sequence = machine.add(PROMPT[:4], max_tokens=9)
+    machine.step()
+    sequence.draft_token_ids = [7]
+    with pytest.raises(AssertionError):
+        machine.scheduler.postprocess(machine.scheduler.schedule(), {0: [8, 9]})
+
+
+class Storm:
+    """Random requests, drafts, aborts, crashes and leases over a tiny pool."""
+
+    def __init__(self, seed: int) -> None:
+        self.chance = chance = random.Random(seed)
+        max_num_seqs = chance.randint(1, 5)
+        self.machine = Machine(
+            num_blocks=chance.randint(4, 14),
+            block_size=chance.randint(1, 4),
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_seqs + chance.randint(0, 12),
+            watermark=chance.choice([0.0, 0.2]),
+            enable_prefix_cache=chance.random() < 0.8,
+        )
+        self.pool, self.scheduler = self.machine.pool, self.machine.scheduler
+        self.leases: list[list[int]] = []
+
+    def run(self, num_events: int) -> None:
+        events = {
+            self.add: 6, self.step: 20, self.step_with_abort: 2, self.step_that_crashes: 1,
+            self.abort: 1, self.lease: 2, self.reserve: 1, self.release_lease: 4, self.adopt: 2,
+        }  # fmt: skip
+        for act in self.chance.choices(list(events), list(events.values()), k=num_events):
+            act()
+            self.assert_references_equal_holders()
+        for lease in self.leases:
+            self.pool.release(lease)
+        self.machine.run_until_idle()
+        for sequence in self.machine.outputs:
+            self.machine.assert_output(sequence)
+
+    def prompt(self, longest: int) -> list[int]:
+        """Two families, so that prefixes are shared and told apart."""
+        return [self.chance.randint(1, 2), *PROMPT[: self.chance.randrange(longest)]]
+
+    def add(self) -> None:
+        chance, machine = self.chance, self.machine
+        prompt, max_tokens = self.prompt(14), chance.randint(1, 10)
+        ignore_eos = chance.random() < 0.7
+        params = SamplingParams(max_tokens=max_tokens, ignore_eos=ignore_eos)
+        length = len(expected_output(prompt, params, 0))
+        replayed = chance.choice([0, 0, chance.randrange(length)])
+        request_id, priority = f"request-{machine.num_sequences}", chance.randint(-1, 1)
+        first, *others = (
+            machine.sequence(
+                prompt,
+                request_id=request_id,
+                choice=choice,
+                replayed=replayed,
+                priority=priority,
+                max_tokens=max_tokens,
+                ignore_eos=ignore_eos,
+            )
+            for choice in range(1 if replayed else chance.choice([1, 1, 2, 4]))
+        )
+        if self.pool.blocks_for(len(prompt) + max_tokens - 1) > self.pool.num_blocks:
+            with pytest.raises(NeverFits):
+                self.scheduler.add(first)
+            return
+        self.scheduler.add(first)
+        if others:
+            machine.unforked[first] = others
+
+    def step(self) -> None:
+        step = self.schedule()
+        if step.chunks:
+            self.machine.finish_step(step)
+
+    def step_with_abort(self) -> None:
+        step = self.schedule()
+        self.abort()
+        if step.chunks:
+            self.machine.finish_step(step)
+
+    def step_that_crashes(self) -> None:
+        step = self.schedule()
+        if step.chunks:
+            if self.chance.random() < 0.5:
+                self.machine.run(step)
+            self.scheduler.abandon(step)
+
+    def schedule(self) -> Step:
+        scheduler = self.scheduler
+        for sequence in scheduler.running:
+            if sequence.is_decoding and self.chance.random() < 0.6:
+                self.propose(sequence)
+        was_running = set(scheduler.running)
+        step = scheduler.schedule()
+        kept = [sequence.order for sequence in scheduler.running if sequence in was_running]
+        admitted = [sequence.order for sequence in scheduler.running if sequence not in was_running]
+        if step.preempted:
+            assert min(sequence.order for sequence in step.preempted) > max(kept)
+            assert not admitted
+        if admitted and scheduler.waiting:
+            assert max(admitted) < scheduler.waiting[0].order, "somebody was overtaken"
+        if scheduler.has_work and not self.leases:
+            most_important = scheduler.running[0]
+            assert most_important in {chunk.sequence for chunk in step.chunks}
+        for name, seen in (
+            ("preempted", step.preempted),
+            ("copied", step.copies),
+            ("without a chunk", len(scheduler.running) > len(step.chunks)),
+            ("drafted", any(chunk.num_drafted for chunk in step.chunks)),
+            ("cache hit", self.pool.num_hit_blocks),
+            ("evicted", self.pool.num_evictions),
+        ):
+            if seen:
+                event(name)
+        return step
+
+    def propose(self, sequence: Sequence) -> None:
+        """Right tokens as a rule, then perhaps a wrong one, perhaps too many."""
+        tokens = list(sequence.token_ids)
+        for _ in range(self.chance.randint(1, 5)):
+            token = next_token(digests(tokens, sequence.prompt_len)[-1], sequence.choice)
+            tokens.append(token if self.chance.random() < 0.7 else (token + 1) % 11)
+        sequence.draft_token_ids = tokens[len(sequence.token_ids) :]
+
+    def abort(self) -> None:
+        sequences = [*self.scheduler.running, *self.scheduler.waiting]
+        if sequences:
+            for sequence in self.scheduler.abort(self.chance.choice(sequences).request_id):
+                self.machine.unforked.pop(sequence, None)
+                assert sequence.finish_reason is FinishReason.CANCELLED
+
+    def lease(self) -> None:
+        """A handoff takes references to finished blocks, or inherits all of them."""
+        if not self.scheduler.running:
+            return
+        sequence = self.chance.choice(self.scheduler.running)
+        if self.chance.random() < 0.5 and sequence not in self.machine.unforked:
+            blocks = self.scheduler.finish(sequence, FinishReason.CANCELLED, keep_blocks=True)
+        else:
+            blocks = sequence.block_table[: sequence.num_computed // self.pool.block_size]
+            self.pool.acquire(blocks)
+        self.leases.append(blocks)
+
+    def reserve(self) -> None:
+        """An intake reserves room."""
+        self.leases.append(self.pool.allocate(min(self.chance.randint(1, 4), self.pool.num_free)))
+
+    def release_lease(self) -> None:
+        if self.leases:
+            self.pool.release(self.leases.pop(0))
+
+    def adopt(self) -> None:
+        """A prompt that was computed elsewhere has landed."""
+        prompt, max_tokens = self.prompt(10), self.chance.randint(2, 6)
+        count = self.pool.blocks_for(len(prompt))
+        positions = len(prompt) + max_tokens - 1
+        if count > self.pool.num_free or self.pool.blocks_for(positions) > self.pool.num_blocks:
+            return
+        sequence = self.machine.sequence(prompt, replayed=1, max_tokens=max_tokens)
+        self.machine.land(sequence, self.pool.allocate(count))
+        if self.scheduler.num_free_slots:
+            self.scheduler.adopt(sequence)
+        else:
+            with pytest.raises(OutOfBlocks):
+                self.scheduler.adopt(sequence)
+            self.pool.release(sequence.block_table)
+
+    def assert_references_equal_holders(self) -> None:
+        self.scheduler.check()
+        held = Counter(block_id for lease in self.leases for block_id in lease)
+        for sequence in self.scheduler.running:
+            held.update(sequence.block_table)
+        for block_id in range(self.pool.num_blocks):
+            assert self.pool.references(block_id) == held[block_id]
+
+
+@settings(max_examples=150, deadline=None, phases=set(Phase) - {Phase.shrink})
+@given(seed=st.integers(0, 2**32))
+def test_whatever_happens_tokens_are_right_and_nothing_is_left(seed: int) -> None:
+    Storm(seed).run(num_events=80)
