@@ -24,7 +24,7 @@ bench: $(INSTALLED)
 
 # For a bare machine with torch, triton and transformers, and no network: no installation.
 test-gpu:
-	$(PYTHON) -m pytest -m gpu -p no:cacheprovider -W default tests/gpu $(ARGS)
+	$(PYTHON) -m pytest -c tests/gpu/pytest.ini --rootdir tests/gpu --confcutdir tests/gpu -m gpu -ra tests/gpu $(ARGS)
 
 bench-gpu:
 	$(PYTHON) -m bench.engine --device cuda --threads 1 $(ARGS)

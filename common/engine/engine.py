@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import threading
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as AnySequence
 from pathlib import Path
@@ -147,6 +148,7 @@ class Engine:
         self._children: dict[int, list[Sequence]] = {}  # parent's id → choices that wait for it
         self._prompt_logprobs: dict[int, list[TokenLogprob | None]] = {}
         self._sequence_ids = itertools.count()
+        self._thread = threading.get_ident()  # the one that steps
 
     @classmethod
     def load(cls, model: str | Path = "", **settings: object) -> Engine:
@@ -214,8 +216,6 @@ class Engine:
             )
         params.check_vocabulary(vocab_size)
         number = next(self._sequence_ids)
-        if params.prompt_logprobs is not None:  # every position must be computed, none reused
-            cache_salt += f"\0prompt-logprobs-{number}"
         return Sequence(
             sequence_id=number, request_id=request_id, choice=choice,
             prompt_len=len(token_ids) if prompt_len is None else prompt_len,
@@ -247,6 +247,9 @@ class Engine:
 
     def step(self) -> list[StepOutput]:
         """Run one step; [] when nothing can run now."""
+        if threading.get_ident() != self._thread:
+            self.backend.enter_thread()
+            self._thread = threading.get_ident()
         if self.proposer is not None:
             self.proposer.propose([s for s in self.scheduler.running if s.is_decoding])
         step = self.scheduler.schedule()
@@ -514,7 +517,7 @@ def _dtype(wanted: str, stored: str, device: torch.device) -> torch.dtype:
 
 
 def _backend(settings: EngineSettings, device: torch.device, dtype: torch.dtype) -> Backend:
-    if device.type == "cpu":
+    if device.type == "cpu" and settings.kernels == "auto":
         from common.engine.backends.cpu import CpuBackend
 
         threads = settings.threads or len(settings.cores) or torch.get_num_threads()

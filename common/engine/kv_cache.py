@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import psutil
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ class KVCache:
         self.dtype = TORCH_DTYPES[dtypes.pop()]
         shape = (num_blocks, layout.slab_bytes)
         if storage is None:
-            storage = torch.zeros(shape, dtype=torch.uint8, device=device)
+            storage = _zeros(shape, torch.device(device))
         if tuple(storage.shape) != shape or not storage.is_contiguous():
             raise ConfigError(f"the pool's memory must be {list(shape)} contiguous bytes")
         self.slabs = storage
@@ -81,6 +82,13 @@ class KVCache:
     def poison(self, block_ids: Sequence[int]) -> None:
         """Fill blocks with NaN, so that whoever reads a freed block finds out (tests)."""
         self.elements[list(block_ids)] = float("nan")
+
+
+def _zeros(shape: tuple[int, int], device: torch.device) -> Tensor:
+    """Memory that the system gives when it is first touched, where it can."""
+    if device.type == "cpu":
+        return torch.from_numpy(np.zeros(shape, np.uint8))
+    return torch.zeros(shape, dtype=torch.uint8, device=device)
 
 
 def blocks_for_memory(layout: KVLayout, memory_bytes: int) -> int:

@@ -2,8 +2,8 @@
 
 Owns the numba settings. The kernels share torch's OpenMP thread pool (the `omp` layer binds to the
 libgomp that torch has loaded), so that one pool of threads runs everything and no two pools fight
-over the cores. Compiled code is cached on disk; where no directory can be written it is compiled
-anew in each process.
+over the cores. Compiled code is cached in the user's cache folder; where none can be written it is
+compiled anew in each process.
 
 Floating point: reassociation and contraction are allowed, NaN and infinity are kept. That is
 deterministic: one machine code per kernel, whose operations on a row depend on that row's own
@@ -12,50 +12,100 @@ lengths only.
 
 from __future__ import annotations
 
+import hashlib
 import math
+import os
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numba
-import torch  # noqa: F401  (first, so that the omp layer finds its libgomp)
+import torch  # first, so that the omp layer finds its libgomp
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, overload
+
+from common.errors import ConfigError
 
 numba.config.THREADING_LAYER = "omp"
 
 FAST_MATH = {"reassoc", "contract", "nsz", "arcp"}
 
+KERNEL_SOURCES = (
+    "numba_runtime.py",
+    "*_kernels.py",
+    "sampler_cpu*.py",
+    "philox*.py",
+    "softmax*.py",
+)
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+def _cache_directory() -> str:
+    """Where compiled kernels are kept: one folder for one state of the kernels' sources, since
+    numba itself only sees a change of the file that a kernel is in, not of what it calls."""
+    digest = hashlib.blake2b(digest_size=8)
+    for pattern in KERNEL_SOURCES:
+        for path in sorted(Path(__file__).parent.glob(pattern)):
+            digest.update(path.read_bytes())
+    name = f"kernels-{digest.hexdigest()}"
+    for folder in (
+        Path.home() / ".cache" / "pdq",
+        Path(tempfile.gettempdir()) / f"pdq-{os.getuid()}",
+    ):
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError:
+            continue
+        if os.access(folder, os.W_OK) and folder.stat().st_uid == os.getuid():
+            return str(folder / name)
+    return ""
+
+
+numba.config.CACHE_DIR = _cache_directory()
+
+
 def kernel(function: F) -> F:
-    """Compile with parallel `prange` loops, without the GIL, cached on disk when that is possible."""
-    return _compile(function, parallel=True)
+    """Compile with parallel `prange` loops, without the GIL, and FAST_MATH."""
+    return _compile(function, parallel=True, fastmath=FAST_MATH)
 
 
 def inline(function: F) -> F:
     """Compile a function that kernels call; inlined by LLVM."""
-    return _compile(function, parallel=False)
+    return _compile(function, parallel=False, fastmath=FAST_MATH)
 
 
-def _compile(function: F, *, parallel: bool) -> F:
-    options: dict[str, Any] = {
-        "parallel": parallel,
-        "fastmath": FAST_MATH,
-        "nogil": True,
-        "error_model": "numpy",
-    }
-    try:
-        compiled: F = numba.njit(cache=True, **options)(function)
-    except RuntimeError:  # no directory to cache in: "cannot cache function"
-        compiled = numba.njit(**options)(function)
+def exact_kernel(function: F) -> F:
+    """As `kernel`, with IEEE arithmetic as written: no fused multiply-add, no reordering."""
+    return _compile(function, parallel=True, fastmath=False)
+
+
+def exact(function: F) -> F:
+    """As `inline`, with IEEE arithmetic as written."""
+    return _compile(function, parallel=False, fastmath=False)
+
+
+def _compile(function: F, *, parallel: bool, fastmath: object) -> F:
+    compiled: F = numba.njit(
+        parallel=parallel, fastmath=fastmath, nogil=True, error_model="numpy",
+        cache=bool(numba.config.CACHE_DIR),
+    )(function)  # fmt: skip
     return compiled
 
 
 def set_num_threads(count: int) -> None:
-    """Threads of every kernel from now on; at most what numba was started with."""
-    numba.set_num_threads(min(count, numba.config.NUMBA_NUM_THREADS))
+    """Threads of every kernel and of torch, for the calling thread (both keep them per thread).
+
+    A parallel kernel sets OpenMP's count, which is torch's too; so they are always set together.
+    """
+    if count > numba.config.NUMBA_NUM_THREADS:
+        raise ConfigError(
+            f"{count} threads on {numba.config.NUMBA_NUM_THREADS} cores", param="threads"
+        )
+    numba.set_num_threads(count)
+    torch.set_num_threads(count)
 
 
 @intrinsic  # type: ignore[untyped-decorator]

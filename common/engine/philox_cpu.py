@@ -1,19 +1,13 @@
-"""The numba twin of `philox`, and how kernels compile that must give the bits that torch gives.
-
-Owns: `exact` and `exact_kernel` (numba without fastmath: no fused multiply-add, no reordering), and
-the scalar Philox. Threading layer and thread count are those of `numba_runtime`.
-"""
+"""The numba twin of `philox`: the same integers, by scalar code for kernels to call."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
-import numba
 import numpy as np
 
-import common.engine.numba_runtime  # noqa: F401  (sets the threading layer)
+from common.engine.numba_runtime import exact
 from common.engine.philox import (
     GROUP,
     GROUP_DOMAIN,
@@ -32,27 +26,6 @@ _MASK, _32, _20, _12 = (np.uint64(v) for v in (0xFFFFFFFF, 32, 20, 12))
 _TOP_BITS = np.uint64(32 - GROUP_SHIFT)
 _GROUP_DOMAIN, _TOKEN_DOMAIN = np.uint64(GROUP_DOMAIN), np.uint64(TOKEN_DOMAIN)
 _ULP52 = 2.0**-52
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-
-def exact(function: F) -> F:
-    """Compile a function that kernels call, with IEEE arithmetic as written."""
-    return _compile(function, parallel=False)
-
-
-def exact_kernel(function: F) -> F:
-    """Compile a kernel with parallel `prange` loops, with IEEE arithmetic as written."""
-    return _compile(function, parallel=True)
-
-
-def _compile(function: F, *, parallel: bool) -> F:
-    options: dict[str, Any] = {"parallel": parallel, "error_model": "numpy", "nogil": True}
-    try:
-        compiled: F = numba.njit(cache=True, **options)(function)
-    except RuntimeError:  # no directory to cache in: "cannot cache function"
-        compiled = numba.njit(**options)(function)
-    return compiled
 
 
 @exact

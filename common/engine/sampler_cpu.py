@@ -17,8 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from common.engine.numba_runtime import exact, exact_kernel
 from common.engine.philox import GROUP
-from common.engine.philox_cpu import exact, exact_kernel
 from common.engine.sampler_cpu_select import (
     BINS,
     argmax,

@@ -48,13 +48,15 @@ SLOT = np.dtype(
     align=True,
 )
 
+_SMALL = 64  # entries that are not worth compacting
+
 
 class RaggedLists:
     """Lists of token ids (each with a float32 value) of all slots, end to end in two arrays."""
 
     def __init__(self, name: str) -> None:
-        self.ids: NDArray[np.int64] = np.zeros(64, np.int64)
-        self.values: NDArray[np.float32] = np.zeros(64, np.float32)
+        self.ids: NDArray[np.int64] = np.zeros(_SMALL, np.int64)
+        self.values: NDArray[np.float32] = np.zeros(_SMALL, np.float32)
         self._start = f"{name}_start"
         self._length = f"{name}_length"
         self._end = 0
@@ -72,10 +74,10 @@ class RaggedLists:
         self._end = end
 
     def drop(self, records: Records, slot: int) -> None:
-        """Forget the list of `slot`; closes the gaps once they are half of the arrays."""
+        """Forget the list of `slot`; closes the gaps once they are half of what is used."""
         self._dropped += int(records[self._length][slot])
         records[self._length][slot] = 0
-        if 2 * self._dropped > len(self.ids):
+        if self._end > _SMALL and 2 * self._dropped > self._end:
             starts, lengths = records[self._start], records[self._length]
             index = ragged_index(starts, lengths)
             self.ids[: len(index)] = self.ids[index]

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from common.config import EngineSettings
 from common.engine import Engine, SamplingParams
 from common.engine.backends.base import Rows
 from common.engine.kv_cache import KVCache
+from tests.support.checkpoints import STORIES
 
 
 @contextmanager
@@ -44,3 +47,12 @@ def prompt_logits(engine: Engine, token_ids: list[int]) -> Tensor:
         engine.generate([token_ids], SamplingParams(max_tokens=1, temperature=0.0))
     assert not logits.isnan().any()
     return logits
+
+
+def poisoned_engine(**settings: Any) -> Engine:
+    """The stories model in float32, with NaN in every block that nobody holds."""
+    fields: dict[str, Any] = {
+        "model": str(STORIES), "dtype": "float32", "threads": 1, "num_kv_blocks": 256,
+        "max_num_seqs": 8, "max_num_batched_tokens": 256,
+    }  # fmt: skip
+    return Engine(EngineSettings(**(fields | settings)), poison_freed_blocks=True)

@@ -146,6 +146,10 @@ class Backend(Protocol):
         """Called once, when all weights are prepared; may change `row_plan` and the class."""
         ...
 
+    def enter_thread(self) -> None:
+        """Called by a thread before its first operation: thread counts are kept per thread."""
+        ...
+
     def synchronize(self) -> None:
         """Wait until everything that was asked for is done."""
         ...

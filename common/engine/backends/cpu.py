@@ -80,8 +80,7 @@ class CpuBackend:
         self.row_plan = RowPlan(prompt_rows, 32, 32, query_tile=kernels.QUERY_TILE)
         self._element = _ELEMENT[dtype]
         self._shapes: set[tuple[str, int, int, bool]] = set()  # kind, in, out, with bias
-        torch.set_num_threads(threads)
-        numba_runtime.set_num_threads(threads)
+        self.enter_thread()
 
     @property
     def numerics_class(self) -> str:
@@ -139,6 +138,9 @@ class CpuBackend:
             return x, _PlainLinear(self, weight)
         bias = torch.zeros(out_features, dtype=self.dtype) if biased else None
         return x, _OneDnnLinear(self, weight, bias)
+
+    def enter_thread(self) -> None:
+        numba_runtime.set_num_threads(self.threads)
 
     def tensor(self, value: Tensor) -> Tensor:
         return value.to(self.dtype).contiguous()

@@ -32,13 +32,14 @@ class ReferenceBackend:
         self.device = device
         self.dtype = dtype
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        self._class = f"reference/{name}/{dtype}/torch-{torch.__version__}".replace(
-            " ", "-"
-        )
+        self._class = f"reference/{name}/{dtype}/torch-{torch.__version__}".replace(" ", "-")
 
     @property
     def numerics_class(self) -> str:
         return self._class
+
+    def enter_thread(self) -> None:
+        """Nothing is kept per thread."""
 
     def tensor(self, value: Tensor) -> Tensor:
         return value.to(self.device, self.dtype)

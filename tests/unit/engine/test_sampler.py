@@ -16,6 +16,7 @@ from scipy import stats
 
 from common.engine import philox, philox_cpu, sampler_cpu, sampler_cpu_select, softmax_mass
 from common.engine.sampler import RowFault, Sampler, SampleRows
+from common.engine.sampler_slots import SLOT, RaggedLists
 from common.errors import InvalidRequest, TokenOutOfRange
 from common.sampling import SamplingParams
 
@@ -493,6 +494,21 @@ def test_slots_are_reused_without_a_trace(implementation):
         rows = at(taken, [12] * len(taken), sources=[0] * len(taken))
         wanted = [expected[lives[s]] for s in taken]
         assert sampler.sample(logits, rows).token_ids.tolist() == wanted
+
+
+def test_ragged_lists_survive_compaction():
+    records, lists = np.zeros(4, SLOT), RaggedLists("allowed")
+    generator = np.random.default_rng(0)
+    wanted = [[], [], [], []]
+    for _ in range(200):
+        slot = int(generator.integers(4))
+        lists.drop(records, slot)
+        wanted[slot] = generator.integers(0, 999, generator.integers(80)).tolist()
+        lists.put(records[slot], wanted[slot])
+        for record, ids in zip(records, wanted, strict=True):
+            start = int(record["allowed_start"])
+            assert lists.ids[start : start + int(record["allowed_length"])].tolist() == ids
+    assert len(lists.ids) < 1000  # it does compact
 
 
 def test_a_slot_refuses_what_the_vocabulary_does_not_have():

@@ -1,0 +1,162 @@
+"""Settings: one frozen dataclass tree per service, built once at its start and passed down.
+
+Owns: every setting's name, type, default and help line. Knows nothing of what the settings do, nor
+of how they are read (config_loader.py). A new setting is one line: a field with
+`setting(default, "help")`; a new service is one class, and one entry in `SERVICES`. The flags of a
+nested tree start with its field's name, or with the `prefix` in the field's metadata.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import ipaddress
+from collections.abc import Mapping, Sequence
+from dataclasses import field
+from typing import Any, Literal, TypeVar
+
+from common import config_loader
+from common.config_loader import child_environment, describe, parse_bytes, setting
+from common.errors import ConfigError
+
+__all__ = ["child_environment", "describe", "is_loopback", "load"]
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class RedisSettings:
+    """How to reach Redis, and for how long to try."""
+
+    url: str = setting("", "redis://, rediss:// or unix:// address of Redis or Valkey", secret=True)
+    prefix: str = setting("pdq", "first part of every key")
+    timeout_s: float = setting(5.0, "longest wait for one answer", at_least=0.01)
+    retry_s: float = setting(2.0, "how long a repeatable operation is retried", at_least=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class BusSettings:
+    """Messages between nodes and gateways, and when a silent peer counts as dead."""
+
+    host: str = setting("127.0.0.1", "address to listen on; beyond loopback a secret key is needed")
+    port: int = setting(0, "port to listen on (0: any free one)", at_least=0)
+    advertise_host: str = setting("", "address that peers connect to, where it differs from host")
+    beat_interval_s: float = setting(0.5, "time between two beats", at_least=0.01)
+    missed_beats: int = setting(6, "beats that may be missing before a peer is dead", at_least=2)
+    stall_limit_s: float = setting(60.0, "a busy peer without a step for so long is dead")
+    high_water_mark: int = setting(10_000, "messages waiting for one peer at most", at_least=1)
+    max_message_bytes: int = setting(2**26, "largest message frame", parse=parse_bytes, at_least=1)
+    secret_key: str = setting("", "Z85 CURVE key (40 characters) of the whole system", secret=True)
+
+    def __post_init__(self) -> None:
+        if self.secret_key and len(self.secret_key) != 40:
+            raise ConfigError("the bus secret key must have 40 characters", param="secret_key")
+        if not self.secret_key and not is_loopback(self.host):
+            raise ConfigError(
+                f"without a bus secret key only loopback can be listened on, not {self.host!r}",
+                param="host",
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineSettings:
+    """The model and the engine that runs it; names as vLLM's where the meaning is the same."""
+
+    model: str = setting("", "folder or hub name of the model (empty: the one that ships)")
+    revision: str = setting("", "branch, tag or commit of a model from the hub")
+    served_model_name: str = setting("", "name that clients use (empty: the model's own)")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = setting("auto", "type of weights")
+    load_format: Literal["auto", "dummy"] = setting(
+        "auto", "dummy: random weights, to measure cost"
+    )
+    seed: int = setting(0, "seed of dummy weights", at_least=0)
+    kernels: Literal["auto", "reference"] = setting("auto", "reference: plain torch, to compare")
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "where the model runs")
+    max_model_len: int | None = setting(None, "longest prompt plus output, in tokens", at_least=1)
+    block_size: int = setting(16, "token positions in one KV block", at_least=1)
+    num_kv_blocks: int | None = setting(None, "blocks in the KV pool, exactly", at_least=1)
+    kv_cache_memory_bytes: int | None = setting(
+        None, "size of the KV pool, such as 2GiB", parse=parse_bytes, at_least=1
+    )
+    max_num_seqs: int = setting(64, "sequences in one step at most", at_least=1)
+    max_num_batched_tokens: int = setting(512, "tokens in one step at most", at_least=1)
+    enable_prefix_caching: bool = setting(True, "reuse the blocks of equal prefixes")
+    kv_digests: bool = setting(True, "check every block that is handed over against its digest")
+    threads: int | None = setting(None, "compute threads (none: one per core of ours)", at_least=1)
+    cores: tuple[int, ...] = setting((), "cores this process is bound to (empty: not bound)")
+
+    def __post_init__(self) -> None:
+        if self.num_kv_blocks is not None and self.kv_cache_memory_bytes is not None:
+            raise ConfigError(
+                "num_kv_blocks and kv_cache_memory_bytes both give the pool's size; use one",
+                param="num_kv_blocks",
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class LogSettings:
+    """What goes to stderr."""
+
+    level: Literal["debug", "info", "warning", "error"] = setting("info", "least level shown")
+
+
+@dataclasses.dataclass(frozen=True)
+class NodeSettings:
+    """One node: its role, its engine, and how others reach it."""
+
+    role: Literal["prefill", "decode", "unified"] = setting("unified", "what this node does")
+    name: str = setting("", "name of the node, the same over its lives (empty: role and host)")
+    grace_period_s: float = setting(30.0, "time that a drain gives to what runs", at_least=0)
+    transports: tuple[Literal["shm", "tcp"], ...] = setting(
+        ("shm", "tcp"), "ways to hand blocks over, preferred first"
+    )
+    engine: EngineSettings = field(default_factory=EngineSettings, metadata={"prefix": ""})
+    redis: RedisSettings = field(default_factory=RedisSettings)
+    bus: BusSettings = field(default_factory=BusSettings)
+    log: LogSettings = field(default_factory=LogSettings)
+
+
+@dataclasses.dataclass(frozen=True)
+class GatewaySettings:
+    """One gateway: the HTTP side, and what one client may ask for."""
+
+    host: str = setting("127.0.0.1", "HTTP address to listen on")
+    port: int = setting(8000, "HTTP port", at_least=0)
+    name: str = setting("", "name of the gateway, the same over its lives (empty: from the host)")
+    model: str = setting("", "folder or hub name of the model (empty: the one that ships)")
+    revision: str = setting("", "branch, tag or commit of a model from the hub")
+    served_model_name: str = setting("", "name that clients use (empty: the model's own)")
+    api_keys: tuple[str, ...] = setting((), "keys that clients must show (none: open)", secret=True)
+    max_body_bytes: int = setting(2**22, "largest request body", parse=parse_bytes, at_least=1)
+    max_prompt_tokens: int | None = setting(None, "longest prompt (none: the model's)", at_least=1)
+    max_n: int = setting(16, "most choices of one request", at_least=1)
+    max_prompts: int = setting(64, "most prompts in one request", at_least=1)
+    max_open_requests: int = setting(256, "open requests at most; further ones get 429", at_least=1)
+    max_attempts: int = setting(4, "times that one request is tried", at_least=1)
+    request_timeout_s: float = setting(600.0, "longest life of a request", at_least=0.1)
+    grace_period_s: float = setting(30.0, "time that a drain gives to open requests", at_least=0)
+    redis: RedisSettings = field(default_factory=RedisSettings)
+    bus: BusSettings = field(default_factory=BusSettings)
+    log: LogSettings = field(default_factory=LogSettings)
+
+
+SERVICES: list[type[Any]] = [NodeSettings, GatewaySettings]
+"""All trees; a `PDQ_…` variable of any of them is no mistake in the environment of another."""
+
+
+def is_loopback(host: str) -> bool:
+    """Whether `host` can be reached from this machine only."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def load(
+    settings_class: type[T],
+    argv: Sequence[str],
+    environ: Mapping[str, str],
+    *,
+    program: str = "pdq",
+) -> T:
+    """`config_loader.load` with all services' variables allowed in the environment."""
+    return config_loader.load(settings_class, argv, environ, program=program, others=SERVICES)

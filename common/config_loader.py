@@ -1,0 +1,367 @@
+"""How flags, environment and a file become an instance of a settings class (config.py has those).
+
+Owns: the spellings of a setting, precedence and types. Knows no particular setting. Reads `argv`,
+`environ` and one file, nothing else. Precedence: flag, then environment, then file, then default.
+
+One name in three spellings. The field `max_model_len` of `engine` is `--max-model-len`,
+`PDQ_MAX_MODEL_LEN`, and `max_model_len` under `[engine]` in the TOML file that `--config` or
+`PDQ_CONFIG` names. A nested tree puts its field's name in front (`--redis-url`), unless the field
+has another `prefix` in its metadata, as `engine` has the empty one.
+
+An environment variable that is empty counts as absent. "none" stands for no value where the type
+allows it. A tuple is written with commas, or by repeating the flag. A name that no service knows
+is an error, wherever it stands; so is a `PDQ_…` variable, but one of another service is not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import tomllib
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn, TypeVar
+
+from common.errors import ConfigError
+
+ENVIRONMENT_PREFIX = "PDQ_"
+CONFIG_VARIABLE = "PDQ_CONFIG"
+BYTE_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+
+T = TypeVar("T")
+
+
+def parse_bytes(text: str) -> int:
+    """`512`, `512k`, `1.5GiB`, `2g` as a number of bytes; `ValueError` for anything else."""
+    lowered = text.strip().lower().removesuffix("b")
+    number = lowered.rstrip("kmgi")
+    size = float(number) * BYTE_UNITS[lowered[len(number) :]] if number else math.nan
+    if not math.isfinite(size):
+        raise ValueError(text)
+    return int(size)
+
+
+def setting(
+    default: Any = dataclasses.MISSING,
+    help: str = "",
+    *,
+    flag: str | None = None,
+    secret: bool = False,
+    parse: Callable[[str], Any] | None = None,
+    at_least: float | None = None,
+) -> Any:
+    """A field of a settings class. `flag` replaces the flag's name (without dashes in front);
+    `parse` turns text into the value where the type alone does not say how."""
+    metadata = {
+        "help": help, "flag": flag, "secret": secret, "parse": parse, "at_least": at_least,
+    }  # fmt: skip
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+# ── Reading and writing the trees ────────────────────────────────────────────────────────────────
+
+
+@dataclasses.dataclass(frozen=True)
+class _Leaf:
+    """One setting with its place in the tree and its names."""
+
+    path: tuple[str, ...]
+    annotation: Any
+    field: dataclasses.Field[Any]
+    flag: str  # with dashes, "--redis-url"
+
+    @property
+    def variable(self) -> str:
+        return ENVIRONMENT_PREFIX + self.flag[2:].replace("-", "_").upper()
+
+    @property
+    def secret(self) -> bool:
+        return bool(self.field.metadata.get("secret"))
+
+    def value(self, settings: Any) -> Any:
+        for name in self.path:
+            settings = getattr(settings, name)
+        return settings
+
+    def parse(self, text: str, source: str) -> Any:
+        try:
+            value = _parse(text, self.annotation, self.field.metadata.get("parse"))
+        except (ValueError, KeyError) as error:
+            raise ConfigError(
+                f"{source} must be {_wanted(self.annotation)}{self._shown(text)}", param=source
+            ) from error
+        return self._in_range(value, source)
+
+    def accept(self, value: Any, source: str) -> Any:
+        """A value from the TOML file, which has types already."""
+        parse = self.field.metadata.get("parse")
+        if isinstance(value, str) and parse is not None:
+            return self.parse(value, source)
+        try:
+            checked = _typed(value, self.annotation)
+        except ValueError as error:
+            raise ConfigError(
+                f"{source} must be {_wanted(self.annotation)}{self._shown(value)}", param=source
+            ) from error
+        return self._in_range(checked, source)
+
+    def _in_range(self, value: Any, source: str) -> Any:
+        least = self.field.metadata.get("at_least")
+        if least is not None and value is not None and value < least:
+            raise ConfigError(f"{source} must be at least {least}, not {value}", param=source)
+        return value
+
+    def _shown(self, value: Any) -> str:
+        return "" if self.secret else f", not {value!r}"
+
+
+def load(
+    settings_class: type[T],
+    argv: Sequence[str],
+    environ: Mapping[str, str],
+    *,
+    program: str = "pdq",
+    others: Sequence[type[Any]] = (),
+) -> T:
+    """An instance from flags, environment and file; `ConfigError` names what is wrong and where.
+
+    `others` are the classes whose variables may stand in `environ` too. `--help` prints every
+    setting and raises `SystemExit(0)`.
+    """
+    leaves = list(_leaves(settings_class))
+    flags = _read_flags(leaves, argv, program, settings_class)
+    found: dict[tuple[str, ...], Any] = {}
+    config_file = flags.pop("config", None) or environ.get(CONFIG_VARIABLE)
+    if config_file:
+        found.update(_read_file(settings_class, Path(config_file)))
+    found.update(_read_environment(leaves, others, environ))
+    for leaf in leaves:
+        if leaf.flag in flags:
+            found[leaf.path] = leaf.parse(flags[leaf.flag], leaf.flag)
+    for leaf in leaves:
+        if leaf.path not in found and leaf.field.default is dataclasses.MISSING:
+            raise ConfigError(f"{leaf.flag} (or {leaf.variable}) is needed", param=leaf.flag)
+    return typing.cast(T, _build(settings_class, found, ()))
+
+
+def describe(settings: Any) -> dict[str, str]:
+    """Flag name without dashes → value as text, secrets masked; for logs and `pdq nodes`."""
+    return {
+        leaf.flag[2:]: "***" if leaf.secret and leaf.value(settings)
+        else _text(leaf.value(settings))
+        for leaf in _leaves(type(settings))
+    }  # fmt: skip
+
+
+def child_environment(settings: Any, environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment for a child process that shall load exactly `settings`.
+
+    All `PDQ_…` variables of `environ` are replaced; nothing secret appears on a command line.
+    """
+    child = {k: v for k, v in environ.items() if not k.startswith(ENVIRONMENT_PREFIX)}
+    for leaf in _leaves(type(settings)):
+        value = leaf.value(settings)
+        if value == leaf.field.default:
+            continue
+        if value == "":
+            raise ConfigError(f"{leaf.flag} cannot be passed on empty", param=leaf.flag)
+        child[leaf.variable] = _text(value)
+    return child
+
+
+def _leaves(
+    settings_class: type[Any], path: tuple[str, ...] = (), prefix: str = ""
+) -> Iterator[_Leaf]:
+    hints = typing.get_type_hints(settings_class)
+    for field in dataclasses.fields(settings_class):
+        annotation = hints[field.name]
+        if dataclasses.is_dataclass(annotation):
+            own = field.metadata.get("prefix")
+            inner = prefix + (field.name + "-" if own is None else own)
+            yield from _leaves(typing.cast(type[Any], annotation), (*path, field.name), inner)
+        else:
+            name = field.metadata.get("flag") or prefix + field.name
+            yield _Leaf((*path, field.name), annotation, field, "--" + name.replace("_", "-"))
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse that raises instead of exiting, and whose help is one line per setting."""
+
+    def __init__(self, program: str, settings_class: type[Any], leaves: Sequence[_Leaf]) -> None:
+        super().__init__(prog=program, allow_abbrev=False)
+        self._settings_class = settings_class
+        self._settings = leaves
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (see {self.prog} --help)")
+
+    def format_help(self) -> str:
+        about = (self._settings_class.__doc__ or "").strip()
+        lines = [f"usage: {self.prog} [--config FILE] [settings]", "", about, ""]
+        lines.append("settings (flag, then environment, then file, then default):")
+        rows = [("--help", "this text"), ("--config FILE", f"TOML file [{CONFIG_VARIABLE}]")]
+        for leaf in self._settings:
+            default = leaf.field.default
+            needed = default is dataclasses.MISSING
+            shown = "needed" if needed else f"default: {_text(default) or 'empty'}"
+            flag = f"{leaf.flag} {_metavar(leaf.annotation)}"
+            if leaf.annotation is bool:
+                flag = f"{leaf.flag}, --no-{leaf.flag[2:]}"
+            rows.append((flag, f"{leaf.field.metadata['help']} ({shown}) [{leaf.variable}]"))
+        width = min(44, max(len(flag) for flag, _ in rows))
+        return "\n".join([*lines, *(f"  {flag:<{width}}  {about}" for flag, about in rows), ""])
+
+
+def _read_flags(
+    leaves: Sequence[_Leaf], argv: Sequence[str], program: str, settings_class: type[Any]
+) -> dict[str, str]:
+    """Flag (or "config") → text, as it stands in `argv`."""
+    parser = _Parser(program, settings_class, leaves)
+    parser.add_argument("--config", default=argparse.SUPPRESS)
+    for leaf in leaves:
+        options: dict[str, Any] = {"dest": leaf.flag, "default": argparse.SUPPRESS}
+        if leaf.annotation is bool:
+            parser.add_argument(leaf.flag, action="store_const", const="true", **options)
+            off = f"--no-{leaf.flag[2:]}"
+            parser.add_argument(off, action="store_const", const="false", **options)
+        else:
+            many = typing.get_origin(leaf.annotation) is tuple
+            parser.add_argument(leaf.flag, action="append" if many else "store", **options)
+    values = vars(parser.parse_args(list(argv)))
+    return {k: ",".join(v) if isinstance(v, list) else v for k, v in values.items()}
+
+
+def _read_environment(
+    leaves: Sequence[_Leaf], others: Sequence[type[Any]], environ: Mapping[str, str]
+) -> dict[tuple[str, ...], Any]:
+    known = {CONFIG_VARIABLE, *(leaf.variable for leaf in leaves)}
+    known |= {leaf.variable for other in others for leaf in _leaves(other)}
+    for variable in environ:
+        if variable.startswith(ENVIRONMENT_PREFIX) and variable not in known:
+            raise ConfigError(f"unknown environment variable {variable}", param=variable)
+    return {
+        leaf.path: leaf.parse(environ[leaf.variable], leaf.variable)
+        for leaf in leaves
+        if environ.get(leaf.variable)
+    }
+
+
+def _read_file(settings_class: type[Any], path: Path) -> dict[tuple[str, ...], Any]:
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"cannot read settings from {path}: {error}", param=str(path)) from error
+    leaves = {leaf.path: leaf for leaf in _leaves(settings_class)}
+    sections = {leaf.path[:end] for leaf in leaves.values() for end in range(1, len(leaf.path))}
+    found: dict[tuple[str, ...], Any] = {}
+
+    def walk(table: Mapping[str, Any], above: tuple[str, ...]) -> None:
+        for name, value in table.items():
+            place = (*above, name)
+            source = f"{path}: {'.'.join(place)}"
+            if place in leaves:
+                found[place] = leaves[place].accept(value, source)
+            elif place in sections and isinstance(value, dict):
+                walk(value, place)
+            else:
+                raise ConfigError(f"{source} is not a setting", param=source)
+
+    walk(content, ())
+    return found
+
+
+def _build(
+    settings_class: type[Any], found: Mapping[tuple[str, ...], Any], at: tuple[str, ...]
+) -> Any:
+    hints = typing.get_type_hints(settings_class)
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(settings_class):
+        path = (*at, field.name)
+        if dataclasses.is_dataclass(hints[field.name]):
+            values[field.name] = _build(hints[field.name], found, path)
+        elif path in found:
+            values[field.name] = found[path]
+    return settings_class(**values)
+
+
+# ── Types ────────────────────────────────────────────────────────────────────────────────────────
+
+_BOOLEANS = {"true": True, "1": True, "yes": True, "on": True,
+             "false": False, "0": False, "no": False, "off": False}  # fmt: skip
+
+
+def _optional(annotation: Any) -> Any | None:
+    """X of `X | None`, or None."""
+    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
+        (inner,) = (a for a in typing.get_args(annotation) if a is not type(None))
+        return inner
+    return None
+
+
+def _parse(text: str, annotation: Any, parse: Callable[[str], Any] | None) -> Any:
+    if (inner := _optional(annotation)) is not None:
+        return None if text.lower() == "none" else _parse(text, inner, parse)
+    if typing.get_origin(annotation) is tuple:
+        if text.lower() == "none":
+            return ()
+        item = typing.get_args(annotation)[0]
+        return tuple(_parse(part.strip(), item, parse) for part in text.split(",") if part.strip())
+    if parse is not None:
+        return parse(text)
+    if annotation is bool:
+        return _BOOLEANS[text.lower()]
+    if annotation is float:
+        return _typed(float(text), float)
+    if annotation is int:
+        return int(text)
+    return _typed(text, annotation)
+
+
+def _typed(value: Any, annotation: Any) -> Any:
+    """`value` if it is of the type, tuples made from lists and floats from ints; `ValueError`."""
+    if (inner := _optional(annotation)) is not None:
+        return None if value in (None, "none") else _typed(value, inner)
+    if typing.get_origin(annotation) is tuple and isinstance(value, list):
+        return tuple(_typed(item, typing.get_args(annotation)[0]) for item in value)
+    if typing.get_origin(annotation) is Literal and value in typing.get_args(annotation):
+        return value
+    if annotation is float and type(value) in (int, float) and math.isfinite(value):
+        return float(value)
+    if annotation in (str, int, bool) and type(value) is annotation:
+        return value
+    raise ValueError(value)
+
+
+def _wanted(annotation: Any) -> str:
+    if (inner := _optional(annotation)) is not None:
+        return f"{_wanted(inner)} or none"
+    if typing.get_origin(annotation) is tuple:
+        return f"a list, each {_wanted(typing.get_args(annotation)[0])}"
+    if typing.get_origin(annotation) is Literal:
+        return "one of " + ", ".join(typing.get_args(annotation))
+    names = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
+    return names[annotation]
+
+
+def _metavar(annotation: Any) -> str:
+    if (inner := _optional(annotation)) is not None:
+        return _metavar(inner)
+    if typing.get_origin(annotation) is tuple:
+        return _metavar(typing.get_args(annotation)[0]) + ",…"
+    if typing.get_origin(annotation) is Literal:
+        return "|".join(typing.get_args(annotation))
+    return {int: "N", float: "X", str: "TEXT"}.get(annotation, "VALUE")
+
+
+def _text(value: Any) -> str:
+    """The spelling that `_parse` reads back."""
+    if value is None or value == ():
+        return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return str(value)

@@ -1,0 +1,136 @@
+"""A checkpoint that cannot be served is refused with an error that names file, tensor or field."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from common.engine import Engine
+from common.errors import CheckpointError, ModelError, UnsupportedModel
+from tests.support.checkpoints import STORIES
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A copy of the stories model to damage."""
+    for path in STORIES.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    return tmp_path
+
+
+def refused(folder: Path, error: type[ModelError]) -> ModelError:
+    with pytest.raises(error) as raised:
+        Engine.load(folder, num_kv_blocks=8)
+    return raised.value
+
+
+def change_config(folder: Path, **fields: Any) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | fields
+    path.write_text(json.dumps({k: v for k, v in config.items() if v != "absent"}))
+
+
+def change_tensors(folder: Path, **changes: torch.Tensor | None) -> None:
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    for name, tensor in changes.items():
+        if tensor is None:
+            del tensors[name]
+        else:
+            tensors[name] = tensor
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -1])
+def test_a_truncated_file(folder: Path, keep: int) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    assert refused(folder, CheckpointError).param == str(path)
+
+
+def test_a_corrupt_header(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[8:40] = b"\xff" * 32
+    path.write_bytes(data)
+    assert refused(folder, CheckpointError).param == str(path)
+
+
+def test_no_weights_at_all(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    assert "neither model.safetensors nor" in str(refused(folder, CheckpointError))
+
+
+def test_a_missing_tensor(folder: Path) -> None:
+    change_tensors(folder, **{"model.layers.3.mlp.up_proj.weight": None})
+    assert refused(folder, CheckpointError).param == "model.layers.3.mlp.up_proj.weight"
+
+
+def test_a_misshapen_tensor(folder: Path) -> None:
+    change_tensors(folder, **{"model.layers.0.self_attn.k_proj.weight": torch.zeros(32, 63)})
+    error = refused(folder, CheckpointError)
+    assert error.param == "model.layers.0.self_attn.k_proj.weight"
+    assert "[32, 63]" in str(error)
+    assert "[32, 64]" in str(error)
+
+
+def test_a_tensor_of_integers(folder: Path) -> None:
+    change_tensors(folder, **{"model.norm.weight": torch.zeros(64, dtype=torch.int32)})
+    assert refused(folder, CheckpointError).param == "model.norm.weight"
+
+
+def test_a_tensor_with_nan(folder: Path) -> None:
+    change_tensors(folder, **{"model.norm.weight": torch.full((64,), float("nan"))})
+    assert refused(folder, CheckpointError).param == "model.norm.weight"
+
+
+def test_an_index_that_names_a_missing_file(folder: Path) -> None:
+    index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "model-00001-of-00002.safetensors" in str(refused(folder, CheckpointError).param)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": {"a": "../../x"}}'])
+def test_an_index_that_is_none(folder: Path, text: str) -> None:
+    path = folder / "model.safetensors.index.json"
+    path.write_text(text)
+    error = refused(folder, CheckpointError)
+    assert "index" in str(error) or "neither" in str(error) or "missing" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"model_type": "gpt2"}, "model_type"),
+        ({"model_type": "absent"}, "model_type"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads"),
+        ({"num_hidden_layers": "five"}, "num_hidden_layers"),
+        ({"vocab_size": 0}, "vocab_size"),
+        ({"rope_scaling": {"rope_type": "longrope"}}, "rope_parameters.rope_type"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "rope_parameters.factor"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": "x"}}, "rope_parameters.factor"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"eos_token_id": "</s>"}, "eos_token_id"),
+    ],
+)
+def test_a_field_that_is_not_supported(folder: Path, fields: dict[str, Any], param: str) -> None:
+    (folder / "generation_config.json").unlink()
+    change_config(folder, **fields)
+    assert refused(folder, UnsupportedModel).param == param
+
+
+@pytest.mark.parametrize("text", ["", "nonsense", "[1]", '"x"', "\xff"])
+def test_a_config_that_is_no_object(folder: Path, text: str) -> None:
+    (folder / "config.json").write_bytes(text.encode("latin-1"))
+    assert str(folder / "config.json") == refused(folder, CheckpointError).param
+
+
+def test_no_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    assert "config.json" in str(refused(folder, CheckpointError))
