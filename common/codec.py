@@ -26,9 +26,13 @@ _Check = Callable[[Any, str], Any]
 
 
 def encode(message: Message) -> bytes:
-    """One message as bytes."""
+    """One message as bytes; `MalformedMessage` for a value that has no bytes: an integer beyond 64
+    bits, half of a surrogate pair."""
     kind = type(message).kind
-    body: bytes = msgpack.packb([kind, *_fields_out(message)], use_bin_type=True)
+    try:
+        body: bytes = msgpack.packb([kind, *_fields_out(message)], use_bin_type=True)
+    except (OverflowError, UnicodeEncodeError) as error:
+        raise MalformedMessage(f"{type(message).__name__} cannot be sent: {error}") from error
     return _PREFIX + body
 
 
@@ -51,7 +55,7 @@ def decode(data: bytes | bytearray | memoryview) -> Message:
     message_type = MESSAGES.get(value[0])
     if message_type is None:
         raise MalformedMessage(f"unknown message kind {value[0]}")
-    message: Message = _checker(message_type)(value[1:], message_type.__name__)
+    message: Message = _checker(typing.cast(Any, message_type))(value[1:], message_type.__name__)
     return message
 
 

@@ -11,12 +11,13 @@ late by definition: it is counted and dropped.
     gateway ──Dispatch (Redis stream)──▶ prefill          Dispatch also goes to a unified node
     prefill ──Hello──▶ decode, decode ──Welcome | Refuse──▶ prefill
     prefill ──Offer──▶ decode ──Grant | Deny──▶ prefill
-    prefill ──Blocks…──▶ decode          (tcp: bytes travel; shm: places travel, decode pulls)
+    prefill ──Blocks…──▶ decode          (places, generations, digests: decode pulls the bytes)
     prefill ──Tail──▶ decode             (a prompt that ends inside a block)
+    decode ──Pull──▶ prefill ──Slabs, Proved──▶ decode      (tcp only, on a socket of their own)
     prefill ──Tokens (the first)──▶ gateway
     prefill ──Commit──▶ decode ──Ack──▶ prefill, decode ──TookOver──▶ gateway
     decode ──Tokens──▶ gateway ──TokensAck──▶ decode
-    anyone ──Abort──▶ anyone, prefill ──Release──▶ decode, gateway ──Cancel──▶ nodes
+    anyone ──Abort──▶ anyone, decode ──Release──▶ prefill, gateway ──Cancel──▶ nodes
     everyone ──Beat──▶ everyone it has a link with
 """
 
@@ -110,6 +111,9 @@ class Refuse(Message):
 
 
 # ── Between two nodes: one handoff ───────────────────────────────────────────────────────────────
+#
+# kv_transfer/README.md has the rules and the state tables of both ends. An intake that is asked
+# about a handoff it has ended repeats its terminal answer (Deny, Ack, Abort or Release).
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -117,7 +121,8 @@ class Offer(Message):
     """handoff → intake: all that is needed to reserve room for one choice of one attempt.
 
     `block_hashes` are those of all full blocks of `token_ids`; `tail_fill` positions follow them.
-    Duplicate: answered with the same Grant or Deny as before. Late (after Abort): Deny.
+    Repeated until Grant, Deny or Abort. Duplicate: answered with a Grant of what is missing still,
+    or the terminal answer. Late (after Abort): the terminal answer again, nothing is reserved.
     """
 
     kind: ClassVar[int] = 20
@@ -133,14 +138,18 @@ class Offer(Message):
     gateway: str
     gateway_endpoint: str
     cache_salt: str
-    priority: int
+    priority: int  # lower goes first
+    waited_ms: int  # how long the request has waited already: among equals the oldest goes first
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Grant(Message):
-    """intake → handoff: room for the whole prompt is reserved; `missing` are block indexes to send.
+    """intake → handoff: room for the whole prompt is reserved; `missing` are the indexes to announce.
 
-    An index counts blocks of this prompt from 0. Duplicate: ignored, sending goes on.
+    An index counts blocks of this prompt from 0; the tail's index follows the last full block's.
+    Sent again when something seems lost, then `missing` names what was not announced yet: the
+    handoff side announces those of them that are computed once more. For a handoff that is not
+    going on (any more): answered with Abort, so that no reservation outlives its sender's memory.
     """
 
     kind: ClassVar[int] = 21
@@ -160,17 +169,16 @@ class Deny(Message):
     request: str
     attempt: int
     choice: int
-    reason: str  # out_of_blocks | overloaded | draining | aborted | never_fits
+    reason: str  # out_of_blocks | overloaded | draining | aborted | never_fits | malformed
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Blocks(Message):
-    """handoff → intake: these blocks are computed. Duplicate: indexes that already landed are skipped.
+    """handoff → intake: these blocks are computed, and lie still until a terminal answer.
 
-    `slots` are block ids in the sender's pool and `generations` their generation counters, for a
-    transport in which the receiver pulls; where bytes travel with the message both are empty and
-    one frame per index follows. `digests` are xxh3-128 of each slab, seeded with its block hash;
-    empty when digests are switched off.
+    `slots` are block ids in the sender's pool and `generations` their generation counters (even:
+    nobody writes). `digests` are xxh3-128 of each slab, seeded with its block hash; empty when
+    digests are switched off. Duplicate: indexes that were announced already are skipped.
     """
 
     kind: ClassVar[int] = 23
@@ -188,7 +196,8 @@ class Blocks(Message):
 class Tail(Message):
     """handoff → intake: the last, partly filled block; only its first `fill` positions count.
 
-    Duplicate: skipped. A tail has no block hash; its digest is seeded with `parent`.
+    Duplicate: skipped. A tail has no block hash; its digest is seeded with `parent` (the hash of
+    the block before it, empty if there is none) and `token_ids`, over the filled positions only.
     """
 
     kind: ClassVar[int] = 24
@@ -202,7 +211,7 @@ class Tail(Message):
     fill: int
     slot: int
     generation: int
-    digest: bytes
+    digest: bytes  # empty when digests are switched off
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -218,10 +227,11 @@ class TokenLogprobs(Message):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Commit(Message):
-    """handoff → intake: all is sent; decode may go on from `first_token`, at position `position`.
+    """handoff → intake: all is announced; decode may go on from `first_token`, at `position`.
 
-    Repeated by the handoff side until Ack or Abort. Duplicate: answered with Ack again, even after
-    the sequence has finished (the intake remembers terminal answers of a link).
+    Repeated by the handoff side until Ack or Abort. Duplicate while blocks are still being
+    copied: answered with Grant (what was not announced: the repair of a lost Blocks); afterwards
+    with Ack again, even after the sequence has finished.
     """
 
     kind: ClassVar[int] = 25
@@ -232,7 +242,7 @@ class Commit(Message):
     position: int
     first_token: int
     logprobs: TokenLogprobs | None
-    blocks: int  # how many indexes were sent in all: a check
+    blocks: int  # how many indexes the prompt has, tail included: a check
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -248,10 +258,11 @@ class Ack(Message):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Abort(Message):
-    """either end → the other: this handoff is over, nothing of it will be touched any more.
+    """either end → the other: this handoff is over.
 
-    Terminal for the lease. Duplicate or for an unknown handoff: answered with Release by the
-    handoff side, ignored by the intake side.
+    From the intake it is an answer, terminal for the lease: sent only when no copy runs any more.
+    From the handoff side it is a question, repeated until a terminal answer comes (Release, or the
+    Ack, Deny or Abort that crossed it): the lease stays until then. Duplicate: answered again.
     """
 
     kind: ClassVar[int] = 27
@@ -264,13 +275,56 @@ class Abort(Message):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Release(Message):
-    """either end → the other: the answer to Abort; I touch nothing of it any more. Terminal."""
+    """intake → handoff: the answer to Abort; I touch nothing of it any more. Duplicate: ignored."""
 
     kind: ClassVar[int] = 28
     link: str
     request: str
     attempt: int
     choice: int
+
+
+# ── Between two nodes: the bytes, over tcp ───────────────────────────────────────────────────────
+#
+# On a socket that belongs to one link and dies with it. shm has no messages: the reader copies.
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Pull(Message):
+    """reader → source: send me these slabs. `number` counts pulls of a link, from 0.
+
+    Served only with the link's `token` and only for blocks leased to that link. `fill` 0 asks for
+    whole slabs, more for that many positions of one tail. A duplicate is served again.
+    """
+
+    kind: ClassVar[int] = 60
+    link: str
+    token: bytes
+    number: int
+    slots: tuple[int, ...]
+    generations: tuple[int, ...]
+    fill: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Slabs(Message):
+    """source → reader: the slabs of one Pull, one frame each; no frames and a code if refused."""
+
+    kind: ClassVar[int] = 61
+    link: str
+    number: int
+    refused: str  # "" | stale_block
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Proved(Message):
+    """source → reader: the bytes of Pull `number` have left; `unchanged` says that no generation
+    changed while they did. Nothing counts as copied before."""
+
+    kind: ClassVar[int] = 62
+    link: str
+    number: int
+    unchanged: bool
 
 
 # ── Node to gateway ──────────────────────────────────────────────────────────────────────────────
@@ -403,6 +457,7 @@ MESSAGES: dict[int, type[Message]] = {
     message.kind: message
     for message in (
         Dispatch, Hello, Welcome, Refuse, Offer, Grant, Deny, Blocks, Tail, Commit, Ack, Abort,
-        Release, Tokens, TookOver, Stage, Failed, TokensAck, Cancel, Beat, Goodbye,
+        Release, Pull, Slabs, Proved, Tokens, TookOver, Stage, Failed, TokensAck, Cancel, Beat,
+        Goodbye,
     )
 }  # fmt: skip

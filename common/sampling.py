@@ -62,9 +62,7 @@ class SamplingParams:
                 )
 
         require(self.max_tokens >= 1, "max_tokens", "at least 1")
-        require(
-            0 <= self.min_tokens <= self.max_tokens, "min_tokens", "between 0 and max_tokens"
-        )
+        require(0 <= self.min_tokens <= self.max_tokens, "min_tokens", "between 0 and max_tokens")
         for field in ("temperature", "top_p", "min_p", "repetition_penalty",
                       "presence_penalty", "frequency_penalty"):  # fmt: skip
             require(math.isfinite(getattr(self, field)), field, "a finite number")

@@ -90,9 +90,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(shape.hidden_size, key, bias=False)
         self.o_proj = nn.Linear(query, shape.hidden_size, bias=False)
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, past: Past | None, layer: int
-    ) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, past: Past | None, layer: int) -> Tensor:
         batch, length, _ = x.shape
         q = self.q_proj(x).view(batch, length, -1, self.shape.head_dim).transpose(1, 2)
         k = self.k_proj(x).view(batch, length, -1, self.shape.head_dim).transpose(1, 2)
@@ -100,11 +98,16 @@ class Attention(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if past is not None:
             k, v = past.extend(layer, k, v)
-        group = self.shape.num_heads // self.shape.num_kv_heads
-        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-        # A cached call is either the whole prompt or one token: causal, or nothing to mask.
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=length > 1)
-        return self.o_proj(out.transpose(1, 2).reshape(batch, length, -1))
+        if length == 1:
+            # One token sees all that is cached: the heads of a group are rows of one query.
+            q = q.reshape(batch, self.shape.num_kv_heads, -1, self.shape.head_dim)
+            out = F.scaled_dot_product_attention(q, k, v)
+        else:
+            # A cached call of more tokens is the whole prompt, so causal from position 0.
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            out = out.transpose(1, 2)
+        mixed: Tensor = self.o_proj(out.reshape(batch, length, -1))
+        return mixed
 
 
 class FeedForward(nn.Module):
@@ -117,7 +120,8 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(shape.intermediate_size, shape.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        mixed: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return mixed
 
 
 class Layer(nn.Module):
@@ -131,11 +135,10 @@ class Layer(nn.Module):
         self.mlp = FeedForward(shape)
         self.dropout = BranchDropout(dropout)
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, past: Past | None, layer: int
-    ) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, past: Past | None, layer: int) -> Tensor:
         x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin, past, layer))
-        return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
+        fed: Tensor = self.dropout(self.mlp(self.post_attention_layernorm(x)))
+        return x + fed
 
 
 class Past:
@@ -167,6 +170,9 @@ class Body(nn.Module):
 
 class Llama(nn.Module):
     """Token ids `[batch, length]` to logits `[batch, length, vocab]`; embeddings are tied."""
+
+    cos: Tensor  # [max_positions, head_dim]
+    sin: Tensor
 
     def __init__(self, shape: Shape, dropout: float = 0.0) -> None:
         super().__init__()

@@ -1,0 +1,104 @@
+"""Log lines: one line per event, to stderr, made of time, level, service, event and key=value.
+
+Owns: their form. Knows nothing of what is logged.
+
+    2026-01-31T09:15:00.123Z INFO gateway-1f3a request.accepted request=r-7 prompt_len=12
+
+An event is a dotted name that never changes, so that it can be searched for; everything that varies
+is a key. A line never breaks: control characters are escaped.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any, TextIO
+
+ROOT = "pdq"
+
+
+class Logger:
+    """Writes events with the keys it is bound to. Cheap; make one where it is needed."""
+
+    __slots__ = ("_logger", "_values")
+
+    def __init__(self, logger: logging.Logger, values: Mapping[str, Any]) -> None:
+        self._logger = logger
+        self._values = values
+
+    def bind(self, **values: Any) -> Logger:
+        """The same logger with further keys on each line, such as `request=…`."""
+        return Logger(self._logger, {**self._values, **values})
+
+    def debug(self, event: str, **values: Any) -> None:
+        self._log(logging.DEBUG, event, values)
+
+    def info(self, event: str, **values: Any) -> None:
+        self._log(logging.INFO, event, values)
+
+    def warning(self, event: str, **values: Any) -> None:
+        self._log(logging.WARNING, event, values)
+
+    def error(self, event: str, *, exc_info: BaseException | None = None, **values: Any) -> None:
+        """`exc_info` adds the traceback, escaped into the same line."""
+        self._log(logging.ERROR, event, values, exc_info)
+
+    def _log(
+        self,
+        level: int,
+        event: str,
+        values: Mapping[str, Any],
+        exc_info: BaseException | None = None,
+    ) -> None:
+        if self._logger.isEnabledFor(level):
+            extra = {"values": {**self._values, **values}}
+            self._logger.log(level, "%s", event, extra=extra, exc_info=exc_info)
+
+
+class LineFormatter(logging.Formatter):
+    """The form of a line; records of other libraries come out in it too."""
+
+    def __init__(self, service: str) -> None:
+        super().__init__()
+        self._service = service
+
+    def format(self, record: logging.LogRecord) -> str:
+        moment = datetime.fromtimestamp(record.created, UTC)
+        values: dict[str, Any] = dict(getattr(record, "values", {}))
+        event = record.getMessage()
+        if not hasattr(record, "values"):
+            event, values = record.name, {"message": event}
+        if record.exc_info and record.exc_info[0] is not None:
+            values["traceback"] = self.formatException(record.exc_info)
+        time = moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        pairs = "".join(f" {key}={_shown(value)}" for key, value in values.items())
+        return f"{time} {record.levelname} {self._service} {_escaped(event)}{pairs}"
+
+
+def configure(service: str, level: str = "info", stream: TextIO | None = None) -> None:
+    """Send all log lines of this process to `stream` (stderr), named after `service`."""
+    handler = logging.StreamHandler(stream or sys.stderr)
+    handler.setFormatter(LineFormatter(service))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+    logging.getLogger(ROOT).setLevel(level.upper())
+
+
+def get_logger(name: str = "", **values: Any) -> Logger:
+    """A logger for one part of the program, such as "bus"."""
+    return Logger(logging.getLogger(f"{ROOT}.{name}" if name else ROOT), values)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    text = _escaped(str(value))
+    return f'"{text}"' if not text or any(c in text for c in ' "=') else text
+
+
+def _escaped(text: str) -> str:
+    if text.isprintable() and '"' not in text and "\\" not in text:
+        return text
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in escaped)

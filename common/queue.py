@@ -1,0 +1,173 @@
+"""The queue of one incarnation: a Redis stream that it reads only when it has room.
+
+Owns: reading, claiming, and deleting what is done; moving entries that nobody has read. Knows
+nothing of what an entry costs or how it is computed. An entry that was read and claimed stays in
+the stream, as pending, until `done` deletes it: so the stream and its pending list show what waits
+and what is at work. They never cause a second execution: the claim decides, and a retry is a new
+attempt that the gateway makes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from common import redis_scripts as scripts
+from common.codec import decode
+from common.errors import MalformedMessage, ServiceUnavailable
+from common.logs import get_logger
+from common.messages import Dispatch
+from common.redis_client import RedisClient, reply_code, text
+from common.redis_keys import WORK_TTL_S
+from common.requests import Claim, Requests
+
+log = get_logger("queue")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Entry:
+    """One claimed attempt. `id` is what `done` wants."""
+
+    id: str
+    dispatch: Dispatch
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class QueueLength:
+    """What lies in a stream: entries nobody has read, and entries at work."""
+
+    waiting: int
+    at_work: int
+
+
+class NodeQueue:
+    """The reading side, for the one incarnation the stream is named after. Not for two tasks at
+    once: `take` is called again only after it has returned."""
+
+    def __init__(self, client: RedisClient, incarnation: str) -> None:
+        self._client = client
+        self._requests = Requests(client)
+        self._incarnation = incarnation
+        self._stream = client.keys.stream(incarnation)
+        self._in_hand: set[str] = set()
+        self._answer_lost = False
+        self.dropped = 0  # entries whose claim was lost, superseded or unknown, or malformed
+
+    async def open(self) -> None:
+        """Make stream and group; harmless where they exist."""
+        create = ("XGROUP", "CREATE", self._stream, scripts.GROUP, "0", "MKSTREAM")
+        try:
+            await self._client.command(*create)
+        except ServiceUnavailable as error:
+            if reply_code(error) != "BUSYGROUP":
+                raise
+        await self._client.command("EXPIRE", self._stream, WORK_TTL_S)
+
+    async def take(self, capacity: int, wait_s: float = 0.0) -> list[Entry]:
+        """At most `capacity` attempts, claimed for us; fewer, or none, after at most `wait_s`
+        (bounded by half of the time limit for Redis' answers).
+
+        Cancelling it, or an error, loses nothing: what was read meanwhile comes with the next call.
+        """
+        if capacity <= 0:
+            return []
+        entries: list[tuple[str, dict[bytes, bytes] | None]] = []
+        again = self._answer_lost
+        if again:
+            pending = await self._read("0", capacity + len(self._in_hand), 0.0)
+            entries = [entry for entry in pending if entry[0] not in self._in_hand][:capacity]
+        if not entries:
+            again = False
+            self._answer_lost = True  # until everything read is in the caller's hands
+            entries = await self._read(">", capacity, wait_s)
+        taken: list[Entry] = []
+        for entry_id, fields in entries:
+            dispatch = await self._claimed(fields)
+            if dispatch is None:
+                self.dropped += 1
+                await self._delete([entry_id])
+            else:
+                taken.append(Entry(entry_id, dispatch))
+        self._in_hand.update(entry.id for entry in taken)
+        if not again or len(entries) < capacity:
+            self._answer_lost = False
+        return taken
+
+    async def done(self, entries: Iterable[Entry]) -> None:
+        """Delete entries whose attempt is over here, whatever became of it."""
+        ids = [entry.id for entry in entries]
+        await self._delete(ids)
+        self._in_hand.difference_update(ids)
+
+    async def _claimed(self, fields: dict[bytes, bytes] | None) -> Dispatch | None:
+        try:
+            dispatch = decode((fields or {}).get(b"dispatch", b""))
+        except MalformedMessage as error:
+            log.warning("queue.malformed", error=error)
+            return None
+        if not isinstance(dispatch, Dispatch):
+            log.warning("queue.malformed", error=f"a {type(dispatch).__name__} in the queue")
+            return None
+        claim = await self._requests.claim(dispatch.request, dispatch.attempt, self._incarnation)
+        if claim in (Claim.WON, Claim.HELD):
+            return dispatch
+        log.info(
+            "queue.dropped", request=dispatch.request, attempt=dispatch.attempt, claim=claim.value
+        )
+        return None
+
+    async def _read(
+        self, start: str, count: int, wait_s: float
+    ) -> list[tuple[str, dict[bytes, bytes] | None]]:
+        wait_ms = int(1000 * min(wait_s, self._client.settings.timeout_s / 2))
+        block = ("BLOCK", wait_ms) if wait_ms > 0 else ()
+        command = (
+            "XREADGROUP", "GROUP", scripts.GROUP, self._incarnation, "COUNT", count, *block,
+            "STREAMS", self._stream, start,
+        )  # fmt: skip
+        try:
+            reply: Any = await self._client.command(*command)
+        except ServiceUnavailable as error:
+            if reply_code(error) not in ("NOGROUP", "UNBLOCKED"):
+                raise
+            await self.open()  # Redis lost its content, or the stream outlived its time
+            return []
+        return [(text(i), fields) for _, batch in reply or () for i, fields in batch]
+
+    async def _delete(self, ids: Sequence[str]) -> None:
+        if ids:
+            await self._client.pipeline(
+                ("XACK", self._stream, scripts.GROUP, *ids), ("XDEL", self._stream, *ids)
+            )
+
+
+async def move_unread(client: RedisClient, source: str, target: str, count: int) -> int:
+    """Move up to `count` entries that nobody has read, oldest first, from one incarnation's stream
+    to another's, loads included; the number moved. Attempts no longer wanted are deleted instead.
+    Atomic: an entry is read by `source` or moved, never both."""
+    keys = client.keys
+    return int(
+        await client.call(
+            scripts.MOVE_UNREAD,
+            [keys.stream(source), keys.stream(target)],
+            [count, scripts.GROUP, target, keys.request(""), keys.load("")],
+        )
+    )
+
+
+async def queue_lengths(client: RedisClient, incarnations: Sequence[str]) -> list[QueueLength]:
+    """Lengths of these streams, in order; one that does not exist is empty."""
+    lengths = []
+    for incarnation in incarnations:
+        stream = client.keys.stream(incarnation)
+        try:
+            total = int(await client.command("XLEN", stream))
+            summary: Any = await client.command("XPENDING", stream, scripts.GROUP)
+            at_work = int(summary["pending"])
+        except ServiceUnavailable as error:
+            if reply_code(error) != "NOGROUP":
+                raise
+            at_work = 0
+        lengths.append(QueueLength(max(0, total - at_work), at_work))
+    return lengths

@@ -1,0 +1,92 @@
+"""Every key that `pdq` has in Redis, spelled by a named method that says what it is.
+
+Owns: names, types and times to live. Knows nothing of what is in them (requests.py, queue.py,
+registry.py and reaper.py do). `redis-cli --scan --pattern 'pdq:*'` is meant to be read by a person.
+
+Times to live of work outlast any outage by far: they are the last resort against litter, never a
+means to conclude anything. The permanent keys are few, and bounded in size.
+"""
+
+from __future__ import annotations
+
+SCHEMA = "1"
+"""Version of names and contents; a Redis that carries another one is refused."""
+
+WORK_TTL_S = 24 * 3600
+INSPECT_TTL_S = 600
+NODE_TTL_S = 3600
+REAPER_LOCK_TTL_S = 30
+
+RECENT_REQUESTS = 10_000
+DEAD_LETTERS = 1_000
+
+
+class Keys:
+    """Key names under one prefix. A method called with an empty argument gives the stem of its
+    family, which scripts complete with names that only they read."""
+
+    def __init__(self, prefix: str = "pdq") -> None:
+        self.prefix = prefix
+
+    def node(self, incarnation: str) -> str:
+        """Record of a node or gateway. Hash; NODE_TTL_S, renewed by every beat.
+        Writer: its own incarnation; deleted by it or by the reaper. Readers: everyone."""
+        return f"{self.prefix}:node:{incarnation}"
+
+    def nodes(self) -> str:
+        """Incarnation → unix ms of its last beat. Sorted set; permanent, one entry per record.
+        Writer: each incarnation; the reaper removes the dead. Readers: everyone."""
+        return f"{self.prefix}:nodes"
+
+    def stream(self, incarnation: str) -> str:
+        """Attempts that wait for one incarnation. Stream with the group "node"; WORK_TTL_S, renewed
+        by every write. Writer: gateways; whoever moves unread entries. Reader: that incarnation,
+        which deletes what is done; the reaper deletes the stream of a dead one."""
+        return f"{self.prefix}:stream:{incarnation}"
+
+    def request(self, request: str) -> str:
+        """Record of one request. Hash; WORK_TTL_S while open, INSPECT_TTL_S once closed.
+        Writer: its gateway; a claim by a node; the reaper. Readers: everyone."""
+        return f"{self.prefix}:request:{request}"
+
+    def requests(self) -> str:
+        """Ids of the latest RECENT_REQUESTS requests → unix ms of acceptance, for people. Sorted
+        set; permanent. Writer: gateways; the reaper drops ids without a record. Reader: `pdq`."""
+        return f"{self.prefix}:requests"
+
+    def open_requests(self, gateway: str) -> str:
+        """Ids of the requests a gateway incarnation has to answer. Set; WORK_TTL_S, renewed by
+        every write. Writer: that gateway. Readers: it, and the reaper when it is dead."""
+        return f"{self.prefix}:open:{gateway}"
+
+    def load(self, incarnation: str) -> str:
+        """Work given to one incarnation and not finished: `requests`, `prompt_tokens`. Hash;
+        WORK_TTL_S, renewed by every write; absent when idle. Writer: gateways, by the scripts that
+        write the record too. Readers: routers."""
+        return f"{self.prefix}:load:{incarnation}"
+
+    def dead_letters(self) -> str:
+        """Requests that brought a node down while alone. Stream of at most DEAD_LETTERS entries;
+        permanent. Writer: gateways. Reader: people."""
+        return f"{self.prefix}:dead_letters"
+
+    def reaper_lock(self) -> str:
+        """Name of the one reaper at work. String; REAPER_LOCK_TTL_S.
+        Writer and reader: reapers."""
+        return f"{self.prefix}:reaper"
+
+    def schema(self) -> str:
+        """SCHEMA of whoever came first. String; permanent. Writer and reader: every client."""
+        return f"{self.prefix}:schema"
+
+    def epoch(self) -> str:
+        """A random name of this content's life: gone with the content, after FLUSHALL or a restart
+        without persistence. String; permanent. Writer: whoever finds it absent. Readers: gateways,
+        which then assert their open requests again."""
+        return f"{self.prefix}:epoch"
+
+    def permanent(self) -> frozenset[str]:
+        """The only keys that may lack a time to live."""
+        return frozenset(
+            {self.nodes(), self.requests(), self.dead_letters(), self.schema(), self.epoch()}
+        )

@@ -1,0 +1,60 @@
+"""The states of a request, which may follow which, and how concurrent writes are merged.
+
+Owns: the two tables below. Knows nothing of Redis: redis_scripts.py carries `RANK` into Lua.
+
+States belong to one choice of one attempt; what a request as a whole is in, is the least advanced
+state of its choices. `NEXT` says what one writer may write after what. Writes of several writers
+arrive in any order, and twice: `merge` keeps the larger (attempt, rank), which does not depend on
+the order. Hence a late write of an older state or attempt changes nothing, and a state that was
+skipped, because its write was lost, is no error.
+"""
+
+from __future__ import annotations
+
+import enum
+
+
+class State(enum.StrEnum):
+    QUEUED = "queued"
+    PREFILLING = "prefilling"
+    HANDING_OFF = "handing_off"
+    DECODING = "decoding"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    FINISHED = "finished"
+
+    @property
+    def terminal(self) -> bool:
+        return not NEXT[self]
+
+    @property
+    def rank(self) -> int:
+        return RANK[self]
+
+
+_ENDS = frozenset({State.FINISHED, State.FAILED, State.CANCELLED})
+
+NEXT: dict[State, frozenset[State]] = {
+    State.QUEUED: _ENDS | {State.PREFILLING},
+    State.PREFILLING: _ENDS | {State.HANDING_OFF, State.DECODING},  # a unified node hands nothing
+    State.HANDING_OFF: _ENDS | {State.DECODING},
+    State.DECODING: _ENDS,
+    State.FAILED: frozenset(),
+    State.CANCELLED: frozenset(),
+    State.FINISHED: frozenset(),
+}
+"""Legal transitions within an attempt. A new attempt starts again at `queued`."""
+
+RANK: dict[State, int] = {state: rank for rank, state in enumerate(State)}
+"""Larger wins within an attempt. Among ends, success is the truth that cannot be invented: a
+gateway that was taken for dead may still finish what the reaper has marked failed."""
+
+
+def merge(old: tuple[int, State], new: tuple[int, State]) -> tuple[int, State]:
+    """The (attempt, state) of a choice after both writes, in whatever order they came."""
+    return max(old, new, key=lambda write: (write[0], write[1].rank))
+
+
+def overall(states: list[State]) -> State:
+    """State of a request from those of its choices: the least advanced; of ends, the worst."""
+    return min(states, key=lambda state: state.rank)

@@ -1,0 +1,370 @@
+"""Requests as Redis knows them: accepted once, claimed once, merged forward, closed once.
+
+Owns: the record of a request and every write to it. Knows nothing of HTTP, of sockets, or of what
+computes. The fields are listed in redis_scripts.py, the states in request_state.py.
+
+    gateway   accept ──▶ record, queue entry and load, in one atomic write; only now it is accepted
+    node      claim  ──▶ exactly one incarnation wins an attempt, and with it state `prefilling`
+    gateway   advance ─▶ handing_off, decoding: what the nodes told it (messages Stage, TookOver)
+    gateway   finish, cancel ─▶ closed: loads taken back, time to live set for inspection
+
+That is a handful of writes per request and none per token. Every one is idempotent. All raise
+`ServiceUnavailable` when Redis cannot be reached in time; then nobody knows whether the write
+happened, and the caller repeats it or gives up, both without harm.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from common import redis_scripts as scripts
+from common.codec import encode
+from common.messages import Dispatch
+from common.redis_client import RedisClient, text
+from common.request_state import State
+
+__all__ = [
+    "AttemptRecord", "ChoiceRecord", "Claim", "Load", "RequestRecord", "Requests", "Standing",
+    "State",
+]  # fmt: skip
+
+
+class Claim(enum.StrEnum):
+    """Answer to a claim."""
+
+    WON = "won"
+    HELD = "held"  # this incarnation has it already; an answer may have been lost
+    LOST = "lost"  # another incarnation has it
+    SUPERSEDED = "superseded"  # a newer attempt, or the request has ended
+    UNKNOWN = "unknown"  # no such attempt: closed long ago, or Redis lost its content
+
+
+class Standing(enum.StrEnum):
+    """Whether an attempt is still wanted."""
+
+    CURRENT = "current"
+    SUPERSEDED = "superseded"
+    ENDED = "ended"
+    UNKNOWN = "unknown"  # Redis lost its content, perhaps; its gateway will assert it again
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Load:
+    """Work given to an incarnation and not finished, by all gateways together."""
+
+    requests: int = 0
+    prompt_tokens: int = 0  # of attempts whose prompt is not computed yet
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ChoiceRecord:
+    """One choice in its current attempt. `at` is unix ms by state, `seconds` durations by stage."""
+
+    choice: int
+    state: State
+    attempt: int
+    prefill_node: str
+    decode_node: str
+    generated: int
+    cached_tokens: int
+    finish_reason: str
+    error: str
+    message: str
+    at: dict[str, int]
+    seconds: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class AttemptRecord:
+    """One attempt: in whose stream it was put, and who won it."""
+
+    attempt: int
+    choices: tuple[int, ...]
+    node: str
+    claim: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RequestRecord:
+    """All that Redis knows of a request; times are unix ms, 0 where something has not happened."""
+
+    request: str
+    state: State
+    attempt: int
+    gateway: str
+    model: str
+    prompt_len: int
+    priority: int
+    deadline_ms: int
+    accepted_at: int
+    ended_at: int
+    choices: tuple[ChoiceRecord, ...]
+    attempts: tuple[AttemptRecord, ...]
+
+
+class Requests:
+    """Reads and writes records. Holds no state of its own; any number may exist."""
+
+    def __init__(self, client: RedisClient) -> None:
+        self._client = client
+        self._keys = client.keys
+
+    async def accept(
+        self, dispatch: Dispatch, node: str, *, model: str = "", claimed_by: str = ""
+    ) -> bool:
+        """Write the record of this attempt and put it into the stream of `node`.
+
+        False if this attempt was accepted before, or a newer one of any of its choices was.
+        With `claimed_by` nothing is queued: that is how a gateway asserts an attempt that a node
+        works on already, after Redis lost its content; `advance` then restores its state.
+        """
+        attempt, keys = dispatch.attempt, self._keys
+        fields: dict[str, str | int] = {
+            "gateway": dispatch.gateway,
+            "model": model,
+            "prompt_len": dispatch.prompt_len,
+            "priority": dispatch.priority,
+            "deadline_ms": dispatch.deadline_ms,
+        }
+        reply = await self._client.call(
+            scripts.ACCEPT,
+            [keys.request(dispatch.request), keys.stream(node), keys.requests()],
+            [
+                keys.load(""), keys.open_requests(""), dispatch.request, attempt,
+                _joined(dispatch.choices), node, len(dispatch.token_ids),
+                b"" if claimed_by else encode(dispatch), claimed_by, *_pairs(fields),
+            ],
+        )  # fmt: skip
+        return bool(reply)
+
+    async def claim(self, request: str, attempt: int, incarnation: str) -> Claim:
+        """Try to become the one that computes this attempt. Only WON, or HELD by a caller that
+        does not compute it yet, gives the right to."""
+        reply = await self._client.call(
+            scripts.CLAIM,
+            [self._keys.request(request)],
+            [*self._stems(), request, attempt, incarnation],
+        )
+        return Claim(text(reply))
+
+    async def standing(self, attempts: Sequence[tuple[str, int]]) -> list[Standing]:
+        """For each (request, attempt): is it still wanted? One round trip; what a node asks that
+        was stopped and comes back."""
+        if not attempts:
+            return []
+        reply = await self._client.call(
+            scripts.STANDING,
+            [self._keys.request(request) for request, _ in attempts],
+            [attempt for _, attempt in attempts],
+        )
+        return [Standing(text(answer)) for answer in reply]
+
+    async def advance(
+        self,
+        request: str,
+        attempt: int,
+        choices: Sequence[int],
+        state: State,
+        *,
+        node: str = "",
+        seconds: Mapping[str, float] | None = None,
+        generated: int = 0,
+        cached_tokens: int = 0,
+    ) -> bool:
+        """Merge what is known of these choices; True if it raised the state of any.
+
+        `node` is who prefills or decodes, with these states; from `decoding` on it counts in that
+        node's load. `seconds` are durations by stage name; they and the counts only ever grow, and
+        are merged even where the state itself comes late.
+        """
+        raised = await self._merge(
+            request, str(attempt), choices, state, node=node, seconds=seconds,
+            generated=generated, cached_tokens=cached_tokens,
+        )  # fmt: skip
+        return raised > 0
+
+    async def finish(
+        self,
+        request: str,
+        attempt: int,
+        choices: Sequence[int],
+        state: State = State.FINISHED,
+        *,
+        finish_reason: str = "",
+        error: str = "",
+        message: str = "",
+        seconds: Mapping[str, float] | None = None,
+        generated: int = 0,
+        cached_tokens: int = 0,
+    ) -> bool:
+        """End these choices; False if they had ended, or a newer attempt has them.
+
+        With the last choice the request is closed: it leaves its gateway's open requests, and its
+        record stays for INSPECT_TTL_S. `error` is a code of errors.py.
+        """
+        assert state.terminal, state
+        raised = await self._merge(
+            request, str(attempt), choices, state, seconds=seconds, generated=generated,
+            cached_tokens=cached_tokens,
+            ending={"finish_reason": finish_reason, "error": error, "message": message},
+        )  # fmt: skip
+        return raised > 0
+
+    async def cancel(self, request: str, reason: str) -> bool:
+        """End every choice that has not ended, whatever attempt it is in."""
+        return await self._end_all(request, State.CANCELLED, "request_aborted", reason)
+
+    async def fail(self, request: str, error: str, message: str) -> bool:
+        """End every choice that has not ended as failed; how the reaper closes what a dead gateway
+        left."""
+        return await self._end_all(request, State.FAILED, error, message)
+
+    async def dead_letter(self, dispatch: Dispatch, reason: str) -> None:
+        """Keep a request that brought a node down while alone, for a person to look at."""
+        fields = {
+            "request": dispatch.request, "attempt": dispatch.attempt, "reason": reason,
+            "dispatch": encode(dispatch),
+        }  # fmt: skip
+        await self._client.call(scripts.DEAD_LETTER, [self._keys.dead_letters()], _pairs(fields))
+
+    async def get(self, request: str) -> RequestRecord | None:
+        (record,) = await self.get_all([request])
+        return record
+
+    async def get_all(self, requests: Sequence[str]) -> list[RequestRecord | None]:
+        """Records in the order asked; None for one that is gone."""
+        if not requests:
+            return []
+        replies = await self._client.pipeline(
+            *(("HGETALL", self._keys.request(request)) for request in requests)
+        )
+        return [
+            _record(request, reply) if reply else None
+            for request, reply in zip(requests, replies, strict=True)
+        ]
+
+    async def recent(self, limit: int = 100) -> list[RequestRecord]:
+        """The latest requests, newest first, open or closed."""
+        ids = await self._client.command("ZREVRANGE", self._keys.requests(), 0, limit - 1)
+        records = await self.get_all([text(request) for request in ids])
+        return [record for record in records if record is not None]
+
+    async def open_requests(self, gateway: str) -> set[str]:
+        """What a gateway incarnation has accepted and not answered."""
+        members = await self._client.command("SMEMBERS", self._keys.open_requests(gateway))
+        return {text(member) for member in members}
+
+    async def loads(self, incarnations: Sequence[str]) -> dict[str, Load]:
+        """Load of each incarnation; all of them in one round trip."""
+        if not incarnations:
+            return {}
+        replies = await self._client.pipeline(
+            *(("HGETALL", self._keys.load(incarnation)) for incarnation in incarnations)
+        )
+        return {
+            incarnation: Load(
+                int(reply.get(b"requests", 0)), max(0, int(reply.get(b"prompt_tokens", 0)))
+            )
+            for incarnation, reply in zip(incarnations, replies, strict=True)
+        }
+
+    async def _end_all(self, request: str, state: State, error: str, message: str) -> bool:
+        ending = {"error": error, "message": message}
+        return await self._merge(request, "", (), state, ending=ending) > 0
+
+    async def _merge(
+        self,
+        request: str,
+        attempt: str,
+        choices: Sequence[int],
+        state: State,
+        *,
+        node: str = "",
+        seconds: Mapping[str, float] | None = None,
+        generated: int = 0,
+        cached_tokens: int = 0,
+        ending: Mapping[str, str] | None = None,
+    ) -> int:
+        maxima: dict[str, str | int] = {
+            f"seconds.{stage}": f"{value:.6f}" for stage, value in (seconds or {}).items()
+        }
+        if generated:
+            maxima["generated"] = generated
+        if cached_tokens:
+            maxima["cached_tokens"] = cached_tokens
+        reply = await self._client.call(
+            scripts.MERGE,
+            [self._keys.request(request)],
+            [
+                *self._stems(), request, attempt, _joined(choices), state.value, node,
+                len(maxima), *_pairs(maxima),
+                *_pairs({name: value for name, value in (ending or {}).items() if value}),
+            ],
+        )  # fmt: skip
+        return int(reply)
+
+    def _stems(self) -> tuple[str, str]:
+        return self._keys.load(""), self._keys.open_requests("")
+
+
+def _joined(numbers: Iterable[int]) -> str:
+    return ",".join(map(str, numbers))
+
+
+def _pairs(fields: Mapping[str, Any]) -> list[Any]:
+    return [part for pair in fields.items() for part in pair]
+
+
+def _record(request: str, reply: Mapping[bytes, bytes]) -> RequestRecord:
+    fields = {text(name): text(value) for name, value in reply.items()}
+    attempts = sorted(
+        int(name[1:-8]) for name in fields if name[0] == "a" and name.endswith(".choices")
+    )
+    return RequestRecord(
+        request=request,
+        state=State(fields["state"]),
+        attempt=int(fields["attempt"]),
+        gateway=fields["gateway"],
+        model=fields["model"],
+        prompt_len=int(fields["prompt_len"]),
+        priority=int(fields["priority"]),
+        deadline_ms=int(fields["deadline_ms"]),
+        accepted_at=int(fields["accepted_at"]),
+        ended_at=int(fields.get("ended_at", 0)),
+        choices=tuple(_choice(int(choice), fields) for choice in fields["choices"].split(",")),
+        attempts=tuple(
+            AttemptRecord(
+                attempt=attempt,
+                choices=tuple(int(c) for c in fields[f"a{attempt}.choices"].split(",")),
+                node=fields[f"a{attempt}.node"],
+                claim=fields.get(f"a{attempt}.claim", ""),
+            )
+            for attempt in attempts
+        ),
+    )
+
+
+def _choice(choice: int, fields: Mapping[str, str]) -> ChoiceRecord:
+    prefix = f"c{choice}."
+    mine = {name.removeprefix(prefix): v for name, v in fields.items() if name.startswith(prefix)}
+    return ChoiceRecord(
+        choice=choice,
+        state=State(mine["state"]),
+        attempt=int(mine["attempt"]),
+        prefill_node=mine.get("prefill_node", ""),
+        decode_node=mine.get("decode_node", ""),
+        generated=int(mine.get("generated", 0)),
+        cached_tokens=int(mine.get("cached_tokens", 0)),
+        finish_reason=mine.get("finish_reason", ""),
+        error=mine.get("error", ""),
+        message=mine.get("message", ""),
+        at={name[:-3]: int(value) for name, value in mine.items() if name.endswith("_at")},
+        seconds={
+            name.removeprefix("seconds."): float(value)
+            for name, value in mine.items()
+            if name.startswith("seconds.")
+        },
+    )

@@ -1,0 +1,207 @@
+"""The gateway's process: settings, then Redis, bus, HTTP, then the way back in reverse.
+
+First signal: no new requests, open ones finish within the grace period, then they fail. Second
+signal: they fail at once. Either way their clients and the nodes are told.
+An error at start is one line and exit code 1.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import math
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator, Sequence
+
+import uvicorn
+
+from common.bus import Bus
+from common.config import GatewaySettings, load
+from common.errors import PdqError, ResourceError, ServiceUnavailable
+from common.logs import configure, get_logger
+from common.metrics import Metrics
+from common.model_files import model_name, resolve_model
+from common.reaper import Reaper
+from common.redis_client import RedisClient
+from common.registry import NodeRecord, NodeState, Registry, Role, new_incarnation
+from common.requests import Requests
+from gateway.app import create_app
+from gateway.dispatch import Dispatcher, Limits
+from gateway.metrics import GatewayMetrics
+from gateway.node_links import NodeLinks
+from gateway.prefix_index import PrefixIndex
+from gateway.record_store import RecordStore
+from gateway.router import LeastLoadedRouter
+from gateway.service import Service, ServiceLimits
+from gateway.tokenizer import Tokenizer
+
+FAREWELL_S = 1.0  # for clients to take their last bytes
+
+log = get_logger("gateway")
+
+
+class Server(uvicorn.Server):
+    """uvicorn without its signal handlers: ours come first, and cleaning up goes on after it."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+async def run(settings: GatewaySettings) -> None:
+    """Serve until a signal comes. Raises `PdqError` for what keeps it from starting."""
+    incarnation = new_incarnation(settings.name or f"gateway-{socket.gethostname().split('.')[0]}")
+    configure(incarnation, settings.log.level)
+    folder = resolve_model(settings.model, settings.revision)
+    tokenizer = await asyncio.to_thread(Tokenizer, folder)
+    model = settings.served_model_name or model_name(settings.model, folder)
+    listener = _listen(settings.host, settings.port)
+    host, port = listener.getsockname()[:2]
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    redis = RedisClient(settings.redis, name=incarnation)
+    bus = Bus(incarnation, settings.bus)
+    async with contextlib.AsyncExitStack() as stack:
+        stack.callback(listener.close)
+        stack.push_async_callback(redis.close)
+        await redis.open()
+        await stack.enter_async_context(bus)
+        registry, requests = Registry(redis), Requests(redis)
+        links = NodeLinks(bus, registry, requests)
+        metrics = GatewayMetrics(Metrics())
+        dispatcher = Dispatcher(
+            gateway=incarnation,
+            store=RecordStore(requests, model),
+            bus=links,
+            directory=links,
+            router=LeastLoadedRouter(PrefixIndex()),
+            limits=Limits(
+                max_attempts=settings.max_attempts,
+                max_open=settings.max_open_requests,
+                request_timeout_s=settings.request_timeout_s,
+            ),
+            metrics=metrics,
+        )
+        links.inbox, links.on_redis_lost = dispatcher, dispatcher.reassert
+        limits = ServiceLimits(
+            api_keys=settings.api_keys,
+            max_body_bytes=settings.max_body_bytes,
+            max_prompt_tokens=settings.max_prompt_tokens,
+            max_n=settings.max_n,
+            max_prompts=settings.max_prompts,
+        )
+        service = Service(model, tokenizer, dispatcher, limits, metrics)
+        record = NodeRecord(
+            incarnation=incarnation,
+            name=incarnation.rpartition("-")[0],
+            role=Role.GATEWAY,
+            state=NodeState.READY,
+            endpoint=bus.endpoint,
+            url=url,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            started_at=int(time.time() * 1000),
+            model=model,
+        )
+        server = Server(
+            uvicorn.Config(
+                create_app(service),
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                ws="none",
+                timeout_graceful_shutdown=math.ceil(settings.grace_period_s + FAREWELL_S),
+            )
+        )
+        _handle_signals(server, service, settings.grace_period_s)
+        background = [
+            asyncio.create_task(links.run(), name="links"),
+            asyncio.create_task(_announce(registry, service, record), name="announce"),
+            asyncio.create_task(Reaper(redis, incarnation).run(), name="reaper"),
+        ]
+        for task in background:
+            task.add_done_callback(lambda done: _stop_if_failed(done, server))
+        log.info("gateway.listening", url=url, model=model, bus=bus.endpoint)
+        try:
+            await server.serve(sockets=[listener])
+        finally:
+            await dispatcher.shut_down()
+            for task in background:
+                task.cancel()
+            ended = await asyncio.gather(*background, return_exceptions=True)
+            with contextlib.suppress(ServiceUnavailable):
+                await registry.leave(incarnation)
+        log.info("gateway.ended")
+        for outcome in ended:
+            if isinstance(outcome, Exception):
+                raise outcome
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise ResourceError(f"cannot listen on {host}:{port}: {error}", param="port") from error
+
+
+def _handle_signals(server: Server, service: Service, grace_period_s: float) -> None:
+    loop = asyncio.get_running_loop()
+    dispatcher = service.dispatcher
+
+    def force() -> None:
+        log.warning("gateway.forced", open=dispatcher.num_open)
+        dispatcher.fail_all(ServiceUnavailable("this gateway ends"))
+        loop.call_later(FAREWELL_S, setattr, server, "force_exit", True)
+
+    def on_signal() -> None:
+        if service.draining:
+            force()
+            return
+        log.info("gateway.draining", open=dispatcher.num_open)
+        service.draining = True
+        server.should_exit = True
+        loop.call_later(grace_period_s, force)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, on_signal)
+
+
+def _stop_if_failed(task: asyncio.Task[None], server: Server) -> None:
+    """A background loop ends only by a bug: better no gateway than one that hears nobody."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.error("gateway.loop_failed", loop=task.get_name(), error=repr(error), exc_info=error)
+        server.should_exit = True
+
+
+async def _announce(registry: Registry, service: Service, record: NodeRecord) -> None:
+    """Write this gateway's record, once per beat."""
+    for beats in range(sys.maxsize):
+        state = NodeState.DRAINING if service.draining else NodeState.READY
+        now = dataclasses.replace(
+            record, state=state, running=service.dispatcher.num_open, beats=beats
+        )
+        with contextlib.suppress(ServiceUnavailable):
+            await registry.announce(now)
+        await asyncio.sleep(1.0)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        settings = load(
+            GatewaySettings, sys.argv[1:] if argv is None else argv, os.environ, program="gateway"
+        )
+        asyncio.run(run(settings))
+    except PdqError as error:
+        print(f"gateway: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,470 @@
+"""The open requests of this gateway: accepted, followed, retried, cancelled, closed.
+
+Owns: every request between acceptance and its end, which incarnation holds which choice, the
+attempt numbers, and the only retries of the whole system. Knows nothing of HTTP or text.
+
+How a choice moves (a request's choices start together in attempt 1, a retry is for one choice):
+
+    placed at a node ──Tokens──▶ … ──▶ finished
+       │  ▲   TookOver: now another node holds it
+       ▼  │
+    holder lost, or Failed(retryable) ──▶ new attempt: prompt + delivered tokens, same border
+       │
+       ▼
+    attempts used up, nowhere to go in time, or Failed(not retryable) ──▶ the request fails
+
+Attempt numbers count over the whole request. An old attempt that was thought dead may still run
+somewhere: what it sends is acknowledged and dropped, and it is told to stop as soon as that cannot
+stop a choice that is alive.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Coroutine
+
+import common.errors
+from common.errors import (
+    Overloaded,
+    PdqError,
+    ProtocolError,
+    RequestAborted,
+    ServiceUnavailable,
+)
+from common.logs import get_logger
+from common.messages import Cancel, Dispatch, Failed, Message, Stage, Tokens, TokensAck, TookOver
+from gateway.metrics import GatewayMetrics
+from gateway.open_request import Choice, OpenRequest, Update, Work
+from gateway.ports import Ending, NodeBus, NodeDirectory, NodeView, RequestStore
+from gateway.router import Decision, RouteQuestion, Router, longest_request
+
+log = get_logger("dispatch")
+
+STORE_RETRY_S = 0.2  # between two tries to reach Redis for a retry
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Limits:
+    """How long and how often the dispatcher tries."""
+
+    max_attempts: int = 4
+    max_open: int = 256
+    placement_timeout_s: float = 10.0  # without any node to go to
+    request_timeout_s: float = 600.0
+
+
+class Dispatcher:
+    """Implements `ports.Inbox`. All methods run on one event loop."""
+
+    def __init__(
+        self,
+        *,
+        gateway: str,
+        store: RequestStore,
+        bus: NodeBus,
+        directory: NodeDirectory,
+        router: Router,
+        limits: Limits,
+        metrics: GatewayMetrics,
+    ) -> None:
+        self._gateway = gateway
+        self._store = store
+        self._bus = bus
+        self._directory = directory
+        self._router = router
+        self._limits = limits
+        self._metrics = metrics
+        self._open: dict[str, OpenRequest] = {}
+        self._in_flight: Counter[str] = Counter()  # prompt tokens sent since loads were read
+        self._nodes_changed = asyncio.Event()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # ── For the HTTP side ────────────────────────────────────────────────────────────────────────
+
+    @property
+    def num_open(self) -> int:
+        return len(self._open)
+
+    def longest_request(self) -> int | None:
+        """Prompt plus output that some node could hold, None while there is none."""
+        return longest_request(self._directory.nodes())
+
+    def ready(self) -> str | None:
+        """None when a request could be placed now, else what is missing."""
+        probe = RouteQuestion("ready", (0,), 1, 1)
+        try:
+            decision = self._router.route(probe, self._directory.nodes(), {})
+        except PdqError as error:
+            return error.message
+        return None if decision else "no prefill and decode nodes that go together"
+
+    @contextlib.asynccontextmanager
+    async def run(self, work: Work) -> AsyncIterator[OpenRequest]:
+        """Accept the request, give it to the caller, and leave nothing of it behind after.
+
+        Leaving early (an error, a cancel, a client that went) cancels it on every node.
+        """
+        if len(self._open) >= self._limits.max_open:
+            raise Overloaded(f"{len(self._open)} requests are open, which is the limit")
+        request = OpenRequest(work)
+        request.accepted_at = time.monotonic()
+        self._open[work.request] = request
+        self._metrics.open_requests.inc()
+        limit = self._limits.request_timeout_s
+        overdue = asyncio.get_running_loop().call_later(
+            limit, request.fail, RequestAborted(f"the request took longer than {limit:g} s")
+        )
+        state, reason, message = "cancelled", "request_aborted", "client went away"
+        try:
+            everything = tuple(range(work.n))
+            await self._place(request, everything, 1, work.prompt_ids, frozenset())
+            self._metrics.prompt_tokens.inc(len(work.prompt_ids))
+            yield request
+            if request.done:
+                state = "finished"
+        except PdqError as error:
+            state, reason, message = "failed", error.code, error.message
+            raise
+        finally:
+            overdue.cancel()
+            self._close(request, state, reason, message)
+
+    def fail_all(self, error: PdqError) -> None:
+        """End every open request with `error`, as its client will be told."""
+        for request in tuple(self._open.values()):
+            request.fail(error)
+
+    async def shut_down(self) -> None:
+        """Wait for the writes that close requests; give up retries that still look for a node."""
+        for task in tuple(self._tasks):
+            if task.get_name() == "retry":
+                task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def reassert(self) -> None:
+        """Redis has lost its memory: write the open requests again, each where it was."""
+        for request in tuple(self._open.values()):
+            for choice in request.choices:
+                sent = request.dispatches.get(choice.stream.attempt)
+                if sent is not None and choice.holder and not choice.done:
+                    claimed_by = choice.holder if choice.heard else ""
+                    await self._store.accept(*sent, claimed_by=claimed_by)
+
+    # ── Placing ──────────────────────────────────────────────────────────────────────────────────
+
+    async def _place(
+        self,
+        request: OpenRequest,
+        choices: tuple[int, ...],
+        attempt: int,
+        token_ids: tuple[int, ...],
+        avoid: frozenset[str],
+    ) -> None:
+        """Find a node and write the attempt into its queue; what the node then says is separate.
+
+        When the node dies while the write is on its way, nobody would tell us again: so it is
+        looked at once more afterwards.
+        """
+        work = request.work
+        question = RouteQuestion(
+            request=work.request,
+            token_ids=token_ids,
+            prompt_len=len(work.prompt_ids),
+            max_tokens=work.params.max_tokens,
+            cache_salt=work.cache_salt,
+            fingerprint=request.fingerprint,
+            avoid=avoid,
+        )
+        decision = await self._decide(question)
+        node = decision.prefill.incarnation
+        request.explanation = decision.reason
+        request.fingerprint = request.fingerprint or decision.prefill.fingerprint
+        request.involved.add(node)
+        dispatch = Dispatch(
+            request=work.request,
+            attempt=attempt,
+            choices=choices,
+            token_ids=token_ids,
+            prompt_len=len(work.prompt_ids),
+            params=work.params,
+            gateway=self._gateway,
+            gateway_endpoint=self._bus.endpoint,
+            decode_node=decision.decode.incarnation if decision.decode else "",
+            decode_endpoint=decision.decode.endpoint if decision.decode else "",
+            cache_salt=work.cache_salt,
+            priority=work.priority,
+            deadline_ms=self._remaining_ms(request),
+            trace=work.trace,
+        )
+        for choice in choices:
+            request.choices[choice].holder = node
+        request.dispatches[attempt] = (node, dispatch)
+        self._in_flight[node] += len(token_ids)
+        await self._store.accept(node, dispatch)
+        if self._directory.lost(node):
+            self.on_node_lost(node, "gone while the request was queued")
+
+    async def _decide(self, question: RouteQuestion) -> Decision:
+        """A place, waiting for a node to come if there is none; never longer than the limit."""
+        try:
+            async with asyncio.timeout(self._limits.placement_timeout_s):
+                while True:
+                    self._nodes_changed.clear()
+                    nodes = self._directory.nodes()
+                    decision = self._router.route(question, nodes, self._in_flight)
+                    if decision is not None:
+                        return decision
+                    await self._nodes_changed.wait()
+        except TimeoutError as error:
+            raise ServiceUnavailable(
+                "no node could take the request within "
+                f"{self._limits.placement_timeout_s:g} s: {_roles(self._directory.nodes())}"
+            ) from error
+
+    def _remaining_ms(self, request: OpenRequest) -> int:
+        spent = time.monotonic() - request.accepted_at
+        return max(1, int((self._limits.request_timeout_s - spent) * 1000))
+
+    # ── Retrying ─────────────────────────────────────────────────────────────────────────────────
+
+    def _retry(self, request: OpenRequest, index: int, cause: str, avoid: str) -> None:
+        """Start the next attempt of one choice; `avoid` is the incarnation that failed it."""
+        choice = request.choices[index]
+        if choice.tries >= self._limits.max_attempts:
+            request.fail(
+                ServiceUnavailable(f"given up after {choice.tries} attempts, the last: {cause}")
+            )
+            return
+        choice.tries += 1
+        choice.holder, choice.heard = "", False
+        request.attempt += 1
+        choice.stream.begin(request.attempt)
+        self._metrics.retries.labels(cause).inc()
+        self._spawn(self._place_again(request, index, frozenset({avoid})), "retry")
+
+    async def _place_again(self, request: OpenRequest, index: int, avoid: frozenset[str]) -> None:
+        choice = request.choices[index]
+        attempt = choice.stream.attempt
+        token_ids = request.work.prompt_ids + choice.stream.token_ids
+        deadline = time.monotonic() + self._limits.placement_timeout_s
+        while request.work.request in self._open and choice.stream.attempt == attempt:
+            try:
+                await self._place(request, (index,), attempt, token_ids, avoid)
+                return
+            except ServiceUnavailable as error:
+                # Redis is away: the request was accepted, so it outlives that, up to the limit.
+                if time.monotonic() > deadline:
+                    request.fail(error)
+                    return
+                await asyncio.sleep(STORE_RETRY_S)
+            except PdqError as error:
+                request.fail(error)
+                return
+
+    # ── What the nodes say ───────────────────────────────────────────────────────────────────────
+
+    def on_message(self, node: str, message: Message) -> None:
+        match message:
+            case Tokens():
+                self._on_tokens(node, message)
+            case TookOver():
+                self._on_took_over(message)
+            case Stage():
+                self._on_stage(message)
+            case Failed():
+                self._on_failed(message)
+            case _:
+                self._metrics.late_messages.labels(type(message).__name__).inc()
+                log.warning("message.unexpected", node=node, kind=type(message).__name__)
+
+    def on_nodes_changed(self) -> None:
+        self._in_flight.clear()  # the loads that were just read hold it
+        self._nodes_changed.set()
+
+    def on_node_lost(self, node: str, reason: str) -> None:
+        """Retry every choice that this incarnation held."""
+        for request in tuple(self._open.values()):
+            for index, choice in enumerate(request.choices):
+                if choice.holder == node and not choice.done:
+                    log.info(
+                        "choice.lost", request=request.work.request, choice=index, node=node,
+                        reason=reason,
+                    )  # fmt: skip
+                    self._retry(request, index, "node_lost", node)
+        self._nodes_changed.set()
+
+    def _on_tokens(self, node: str, message: Tokens) -> None:
+        acks = []
+        for run in message.runs:
+            request = self._open.get(run.request)
+            if request is None or not 0 <= run.choice < len(request.choices):
+                end = run.position + len(run.token_ids)
+                acks.append((run.request, run.attempt, run.choice, end))
+                if not run.finish_reason:
+                    self._stop_unknown(node, run.request, run.attempt)
+                continue
+            choice = request.choices[run.choice]
+            try:
+                arrival = choice.stream.accept(run)
+            except ProtocolError as error:
+                self._metrics.refused_runs.inc()
+                log.warning("run.refused", node=node, error=error)
+                continue
+            acks.append((run.request, run.attempt, run.choice, choice.stream.acknowledged(run)))
+            self._metrics.duplicate_tokens.inc(arrival.duplicates)
+            if arrival.mismatched:
+                self._metrics.mismatched_tokens.inc(arrival.mismatched)
+                log.error(
+                    "run.mismatched", node=node, request=run.request, attempt=run.attempt,
+                    choice=run.choice, positions=arrival.mismatched,
+                )  # fmt: skip
+            choice.heard = choice.heard or run.attempt == choice.stream.attempt
+            if arrival.stale and run.attempt < choice.stream.attempt:
+                self._stop_old(node, request, run.attempt)
+            if (arrival.delivered or arrival.finished) and not choice.done:
+                self._observe(request, choice, len(arrival.delivered))
+                choice.done = arrival.finished is not None
+                request.publish(Update(run.choice, arrival.delivered, arrival.finished))
+        if acks:
+            self._bus.send(node, TokensAck(self._gateway, tuple(acks)))
+
+    def _on_took_over(self, message: TookOver) -> None:
+        request, choice = self._find("TookOver", message)
+        if request is None or choice is None:
+            self._stop_unknown(message.node, message.request, message.attempt)
+            return
+        request.involved.add(message.node)
+        if message.attempt == choice.stream.attempt:
+            choice.holder, choice.heard = message.node, True
+            stage = Stage(
+                message.node, message.request, message.attempt, message.choice, "decoding", {}, 0
+            )
+            self._spawn(self._write("advance", self._store.advance(stage)), "store")
+            if self._directory.lost(message.node):
+                self.on_node_lost(message.node, "gone when it took over")
+        else:
+            self._stop_old(message.node, request, message.attempt)
+
+    def _on_stage(self, message: Stage) -> None:
+        request, choice = self._find("Stage", message)
+        if request is None or choice is None:
+            return
+        request.involved.add(message.node)
+        if message.attempt == choice.stream.attempt and message.state == "prefilling":
+            # An entry that nobody had read may have moved to another node.
+            choice.holder, choice.heard = message.node, True
+        if message.cached_tokens > request.cached_tokens:
+            self._metrics.cached_tokens.inc(message.cached_tokens - request.cached_tokens)
+            request.cached_tokens = min(message.cached_tokens, len(request.work.prompt_ids))
+        self._spawn(self._write("advance", self._store.advance(message)), "store")
+
+    def _on_failed(self, message: Failed) -> None:
+        request, choice = self._find("Failed", message)
+        if request is None or choice is None:
+            return
+        if message.attempt != choice.stream.attempt or choice.done or not choice.holder:
+            return  # an attempt that was given up before, or its second message
+        if message.retryable:
+            self._retry(request, message.choice, message.code, message.node)
+        else:
+            request.fail(error_from(message.code, message.message))
+
+    def _find(
+        self, kind: str, message: TookOver | Stage | Failed
+    ) -> tuple[OpenRequest | None, Choice | None]:
+        request = self._open.get(message.request)
+        if request is None or not 0 <= message.choice < len(request.choices):
+            self._metrics.late_messages.labels(kind).inc()
+            return None, None
+        return request, request.choices[message.choice]
+
+    def _observe(self, request: OpenRequest, choice: Choice, tokens: int) -> None:
+        now = time.monotonic()
+        if not choice.last_arrival:
+            self._metrics.ttft.observe(now - request.accepted_at)
+        else:
+            self._metrics.itl.observe(now - choice.last_arrival)
+        choice.last_arrival = now
+        self._metrics.tokens.inc(tokens)
+
+    # ── Ending ───────────────────────────────────────────────────────────────────────────────────
+
+    def _stop_unknown(self, node: str, request: str, attempt: int) -> None:
+        if request not in self._open:
+            self._metrics.late_messages.labels("Tokens").inc()
+            self._bus.send(node, Cancel(self._gateway, request, attempt, "closed"))
+
+    def _stop_old(self, node: str, request: OpenRequest, attempt: int) -> None:
+        """Stop attempts up to `attempt` at `node`, unless a live choice runs in one of them."""
+        alive = any(c.stream.attempt <= attempt and not c.done for c in request.choices)
+        if not alive:
+            self._bus.send(node, Cancel(self._gateway, request.work.request, attempt, "superseded"))
+
+    def _close(self, request: OpenRequest, state: str, reason: str, message: str) -> None:
+        work = request.work
+        del self._open[work.request]
+        self._metrics.open_requests.dec()
+        self._metrics.requests.labels(state).inc()
+        if not all(choice.stream.finished for choice in request.choices):
+            for node in request.involved:
+                self._bus.send(node, Cancel(self._gateway, work.request, request.attempt, reason))
+        if request.dispatches:
+            ending = self._ending(request, state, reason, message)
+            self._spawn(self._write("end", ending), "store")
+
+    async def _ending(self, request: OpenRequest, state: str, code: str, message: str) -> None:
+        name = request.work.request
+        if state != "finished":
+            await self._store.end(name, state, code, message)
+            return
+        endings = [
+            Ending(index, c.stream.attempt, c.stream.finished or "stop", len(c.stream.token_ids))
+            for index, c in enumerate(request.choices)
+        ]
+        await self._store.finish(name, endings)
+
+    # ── Background ───────────────────────────────────────────────────────────────────────────────
+
+    async def _write(self, operation: str, writing: Coroutine[None, None, None]) -> None:
+        """A write that nobody waits for: given up with a count; the record expires by itself."""
+        try:
+            await writing
+        except PdqError as error:
+            self._metrics.store_errors.labels(operation).inc()
+            log.warning("store.given_up", operation=operation, error=error)
+
+    def _spawn(self, coroutine: Coroutine[None, None, None], name: str) -> None:
+        task = asyncio.create_task(coroutine, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def error_from(code: str, message: str) -> PdqError:
+    """The error of common/errors.py with this code; a `PdqError` for a code we do not know."""
+    return _BY_CODE.get(code, PdqError)(message)
+
+
+def _by_code() -> dict[str, type[PdqError]]:
+    return {
+        value.code: value
+        for value in vars(common.errors).values()
+        if isinstance(value, type) and issubclass(value, PdqError)
+    }
+
+
+_BY_CODE = _by_code()
+
+
+def _roles(nodes: object) -> str:
+    views: list[NodeView] = list(nodes)  # type: ignore[call-overload]
+    if not views:
+        return "no node is registered"
+    counts = Counter(
+        f"{view.role}{'' if view.healthy else ', unhealthy'}{', draining' if view.draining else ''}"
+        for view in views
+    )
+    return "; ".join(f"{count} {role}" for role, count in sorted(counts.items()))

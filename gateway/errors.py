@@ -1,0 +1,74 @@
+"""From the exception tree of common/errors.py to HTTP: status, headers, and OpenAI's error body.
+
+Owns: which error is which status, and the body `{"error": {message, type, param, code}}`. Also the
+few errors that exist only because there is HTTP: unknown model, body too large, bad key.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+
+from starlette.responses import Response
+
+from common.errors import (
+    InvalidRequest,
+    Overloaded,
+    PdqError,
+    RequestAborted,
+    ResourceError,
+    ServiceUnavailable,
+)
+
+
+class UnknownModel(InvalidRequest):
+    code = "model_not_found"
+
+
+class BodyTooLarge(InvalidRequest):
+    code = "body_too_large"
+
+
+class InvalidKey(InvalidRequest):
+    code = "invalid_api_key"
+
+
+# First match wins, so the narrower type stands before the wider one.
+STATUS: tuple[tuple[type[PdqError], int, str], ...] = (
+    (UnknownModel, 404, "invalid_request_error"),
+    (BodyTooLarge, 413, "invalid_request_error"),
+    (InvalidKey, 401, "authentication_error"),
+    (InvalidRequest, 400, "invalid_request_error"),
+    (Overloaded, 429, "overloaded_error"),
+    (RequestAborted, 504, "server_error"),
+    (ServiceUnavailable, 503, "server_error"),
+    (ResourceError, 503, "server_error"),
+    (PdqError, 500, "server_error"),
+)
+
+
+def status_of(error: PdqError) -> int:
+    return next(status for kind, status, _ in STATUS if isinstance(error, kind))
+
+
+def error_body(error: PdqError) -> dict[str, object]:
+    """OpenAI's error object; the same in a response and as the last event of a stream."""
+    label = next(label for kind, _, label in STATUS if isinstance(error, kind))
+    return {
+        "error": {
+            "message": error.message,
+            "type": label,
+            "param": error.param,
+            "code": error.code,
+        }
+    }
+
+
+def error_response(error: PdqError, retry_after_s: float) -> Response:
+    status = status_of(error)
+    headers = {}
+    if status in (429, 503):
+        headers["Retry-After"] = str(max(1, math.ceil(retry_after_s)))
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return Response(json.dumps(error_body(error)), status, headers, "application/json")

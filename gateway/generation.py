@@ -1,0 +1,131 @@
+"""From an open request's tokens to the text of its choices.
+
+Owns: detokenizing, stop strings, and the count of tokens a client pays for, per choice. What
+comes out depends on the tokens alone, never on how they arrived. Knows nothing of HTTP.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import AsyncGenerator, Collection, Sequence
+
+from gateway.dispatch import Dispatcher
+from gateway.open_request import Update, Work
+from gateway.stop_strings import StopStrings
+from gateway.streams import Token
+from gateway.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class VisibleToken:
+    """A token of the answer and where its text begins, in characters of the choice's text."""
+
+    token: Token
+    offset: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TextDelta:
+    """What came of one choice. `tokens` may be ahead of `text`, which waits for whole characters
+    and for what could begin a stop string."""
+
+    choice: int
+    text: str
+    tokens: tuple[VisibleToken, ...]
+    finish_reason: str | None
+
+
+@dataclasses.dataclass(slots=True)
+class Usage:
+    """Filled in while a request runs."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+
+    def add(self, other: Usage) -> None:
+        self.prompt_tokens += other.prompt_tokens
+        self.cached_tokens += other.cached_tokens
+        self.completion_tokens += other.completion_tokens
+
+
+class ChoiceText:
+    """The text of one choice, token by token.
+
+    `ending_ids` are the ids that end a choice: the last token is not part of the text when it is
+    one of them and the node says "stop". Text of the first `min_tokens` tokens is not searched.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_ids: Sequence[int],
+        stops: Sequence[str],
+        ending_ids: Collection[int],
+        min_tokens: int = 0,
+    ) -> None:
+        self._detokenizer = tokenizer.detokenizer(prompt_ids)
+        self._stops = StopStrings(stops)
+        self._ending_ids = ending_ids
+        self._min_tokens = min_tokens
+        self._offset = 0
+        self.num_tokens = 0
+        self.finish_reason: str | None = None
+
+    def push(self, update: Update) -> TextDelta:
+        text: list[str] = []
+        visible: list[VisibleToken] = []
+        last = len(update.tokens) - 1
+        for index, token in enumerate(update.tokens):
+            self.num_tokens += 1
+            ends = index == last and update.finished == "stop"
+            if ends and token.token_id in self._ending_ids:
+                continue
+            piece = self._detokenizer.push(token.token_id)
+            visible.append(VisibleToken(token, self._offset))
+            text.append(self._searched(piece))
+            if self.finish_reason is not None:
+                break
+        if update.finished is not None and self.finish_reason is None:
+            text.append(self._searched(self._detokenizer.finish()))
+            text.append(self._stops.finish())
+            self.finish_reason = self.finish_reason or update.finished
+        return TextDelta(update.choice, "".join(text), tuple(visible), self.finish_reason)
+
+    def _searched(self, piece: str) -> str:
+        self._offset += len(piece)
+        if self.num_tokens <= self._min_tokens:
+            return piece
+        certain = self._stops.push(piece)
+        if self._stops.stopped is not None:
+            self.finish_reason = "stop"
+        return certain
+
+
+async def generate(
+    dispatcher: Dispatcher, tokenizer: Tokenizer, work: Work, stops: Sequence[str], usage: Usage
+) -> AsyncGenerator[TextDelta, None]:
+    """Run `work`; yields deltas of all choices as they come, empty ones left out.
+
+    To be closed by whoever started it (`contextlib.aclosing`): that is what cancels it.
+    """
+    ending_ids = frozenset((*tokenizer.limits.eos_token_ids, *work.params.stop_token_ids))
+    choices = [
+        ChoiceText(tokenizer, work.prompt_ids, stops, ending_ids, work.params.min_tokens)
+        for _ in range(work.n)
+    ]
+    async with dispatcher.run(work) as request, contextlib.aclosing(request.updates()) as updates:
+        usage.prompt_tokens = len(work.prompt_ids)
+        async for update in updates:
+            choice = choices[update.choice]
+            if choice.finish_reason is not None:
+                continue
+            before = choice.num_tokens
+            delta = choice.push(update)
+            usage.completion_tokens += choice.num_tokens - before
+            usage.cached_tokens = request.cached_tokens
+            if delta.finish_reason is not None:
+                request.stop(update.choice)
+            if delta.text or delta.tokens or delta.finish_reason:
+                yield delta

@@ -1,0 +1,48 @@
+"""What the gateway counts. Owns the names; values are set where the events happen."""
+
+from __future__ import annotations
+
+from common.metrics import Metrics
+
+
+class GatewayMetrics:
+    def __init__(self, metrics: Metrics) -> None:
+        self.render = metrics.render
+        counter, gauge, histogram = metrics.counter, metrics.gauge, metrics.histogram
+        self.responses = counter(
+            "pdq_gateway_responses_total", "Responses, by path and status", ["path", "status"]
+        )
+        self.open_requests = gauge("pdq_gateway_open_requests", "Requests not closed")
+        self.requests = counter(
+            "pdq_gateway_requests_total", "Requests closed, by how they ended", ["state"]
+        )
+        self.prompt_tokens = counter("pdq_gateway_prompt_tokens_total", "Prompt tokens accepted")
+        self.cached_tokens = counter(
+            "pdq_gateway_cached_tokens_total", "Prompt tokens that nodes had in their cache"
+        )
+        self.tokens = counter("pdq_gateway_generated_tokens_total", "Generated tokens delivered")
+        self.ttft = histogram(
+            "pdq_gateway_time_to_first_token_seconds", "From acceptance to the first token"
+        )
+        self.itl = histogram(
+            "pdq_gateway_inter_token_seconds", "Between two arrivals of tokens of one choice"
+        )
+        self.retries = counter(
+            "pdq_gateway_retries_total", "Attempts after the first, by cause", ["cause"]
+        )
+        self.duplicate_tokens = counter(
+            "pdq_gateway_duplicate_tokens_total", "Positions that arrived again"
+        )
+        self.mismatched_tokens = counter(
+            "pdq_gateway_mismatched_tokens_total",
+            "Positions that arrived again with another token: an error",
+        )
+        self.refused_runs = counter(
+            "pdq_gateway_refused_runs_total", "Token runs that cannot belong to their request"
+        )
+        self.late_messages = counter(
+            "pdq_gateway_late_messages_total", "Messages about requests that are closed", ["kind"]
+        )
+        self.store_errors = counter(
+            "pdq_gateway_store_errors_total", "Writes to Redis that were given up", ["operation"]
+        )

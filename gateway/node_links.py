@@ -1,0 +1,193 @@
+"""The nodes as this gateway sees them: records from the registry, links of its own, and deaths.
+
+Owns: one link to every node there is, the conclusion that an incarnation is dead, and the view of
+all nodes that the router is given. Implements `ports.NodeDirectory` and `ports.NodeBus`; what comes
+in goes to `ports.Inbox`. Knows nothing of requests.
+
+    record appears ──▶ connect ──▶ link up: a candidate
+                          ▲            │ disconnected: once more, at once
+                          └────────────┤
+                                       ▼ unreachable, silent, stalled, goodbye, …
+                                     lost: on_node_lost; connected again only after a new beat
+
+A record alone proves nothing and a missing one neither: only a link makes a candidate, and only
+the loss of a link makes a death. A wrong conclusion costs one retry.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+
+from common.bus import Bus, Down
+from common.errors import LinkLost, ServiceUnavailable
+from common.kv_layout import Fingerprint
+from common.logs import get_logger
+from common.messages import Message
+from common.registry import NodeRecord, NodeState, Registry, Role, Snapshot
+from common.requests import Load, Requests
+from gateway.ports import Inbox, NodeLoad, NodeView
+
+log = get_logger("nodes")
+
+WATCH_INTERVAL_S = 0.5
+
+
+class NodeLinks:
+    """Give it an `inbox`, then `run` it. All methods belong to the event loop's thread."""
+
+    def __init__(self, bus: Bus, registry: Registry, requests: Requests) -> None:
+        self.inbox: Inbox
+        self.on_redis_lost: Callable[[], Awaitable[None]] | None = None
+        self.dropped: Counter[str] = Counter()  # messages without a link, by type
+        self._bus = bus
+        self._registry = registry
+        self._requests = requests
+        self._records: dict[str, NodeRecord] = {}
+        self._loads: dict[str, Load] = {}
+        self._lost: dict[str, int] = {}  # incarnation → beats in its record when it was lost
+        self._second_try: set[str] = set()
+        self._generation = ""
+
+    # ── Ports ────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def endpoint(self) -> str:
+        return self._bus.endpoint
+
+    def nodes(self) -> Sequence[NodeView]:
+        linked = self._bus.peers()
+        return [
+            _view(record, record.incarnation in linked, self._loads.get(record.incarnation))
+            for record in self._records.values()
+            if record.incarnation not in self._lost
+        ]
+
+    def lost(self, node: str) -> bool:
+        return node in self._lost
+
+    def send(self, node: str, message: Message) -> None:
+        try:
+            self._bus.send(node, message)
+        except LinkLost:
+            self.dropped[type(message).__name__] += 1
+
+    # ── Loops ────────────────────────────────────────────────────────────────────────────────────
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._watch_registry())
+            group.create_task(self._watch_links())
+            group.create_task(self._receive())
+
+    async def _watch_registry(self) -> None:
+        async for snapshot in self._registry.watch(WATCH_INTERVAL_S):
+            records = snapshot.of_role(Role.PREFILL, Role.DECODE, Role.UNIFIED)
+            self._records = {record.incarnation: record for record in records}
+            self._forget_old_deaths()
+            try:
+                self._loads = await self._requests.loads(list(self._records))
+                await self._assert_again(snapshot)
+            except ServiceUnavailable as error:
+                log.warning("nodes.unreachable", error=error)  # the last loads will do
+            for record in records:
+                self._link(record)
+            self.inbox.on_nodes_changed()
+
+    async def _watch_links(self) -> None:
+        while True:
+            event = await self._bus.next_event()
+            if event.up:
+                log.info("node.linked", node=event.peer)
+                self._second_try.discard(event.peer)
+                self._lost.pop(event.peer, None)
+                self.inbox.on_nodes_changed()
+            elif event.reason is not Down.CLOSED and event.peer not in self._bus.peers():
+                self._link_ended(event.peer, event.reason)
+
+    async def _receive(self) -> None:
+        while True:
+            received = await self._bus.receive()
+            self.inbox.on_message(received.peer, received.message)
+
+    # ── Steps ────────────────────────────────────────────────────────────────────────────────────
+
+    def _link(self, record: NodeRecord) -> None:
+        name = record.incarnation
+        if record.state is NodeState.DEAD:
+            if name not in self._lost:
+                self._bus.disconnect(name)
+                self._lose(name, "says so itself")
+            return
+        if name in self._lost and record.beats <= self._lost[name]:
+            return
+        if record.endpoint and self._bus.link(name) is None:
+            self._connect(record)
+
+    def _connect(self, record: NodeRecord) -> None:
+        try:
+            self._bus.connect(record.incarnation, record.endpoint)
+        except LinkLost as error:
+            log.warning("node.unconnectable", node=record.incarnation, error=error)
+            self._lose(record.incarnation, "unconnectable")
+
+    def _link_ended(self, node: str, reason: Down | None) -> None:
+        """No link is up. A connection that broke is tried once more; anything else is a death."""
+        if self._bus.link(node) is not None:
+            return  # one is being opened: what becomes of that decides
+        record = self._records.get(node)
+        again = reason is Down.DISCONNECTED and node not in self._second_try
+        if again and record is not None and record.endpoint:
+            self._second_try.add(node)
+            self._connect(record)
+            return
+        self._lose(node, reason.value if reason is not None else "")
+
+    def _lose(self, node: str, reason: str) -> None:
+        self._second_try.discard(node)
+        if node not in self._lost:
+            log.warning("node.lost", node=node, reason=reason)
+        record = self._records.get(node)
+        self._lost[node] = record.beats if record is not None else 0
+        self.inbox.on_node_lost(node, reason)
+
+    def _forget_old_deaths(self) -> None:
+        """An incarnation whose record is gone stays lost while anybody could still name it: the
+        dead are few, and names are never reused, so the latest thousand will do."""
+        for name in list(self._lost)[:-1000]:
+            if name not in self._records:
+                del self._lost[name]
+
+    async def _assert_again(self, snapshot: Snapshot) -> None:
+        """When Redis has lost its content: once for each loss, repeated if it did not succeed."""
+        if self._generation not in ("", snapshot.generation) and self.on_redis_lost is not None:
+            log.warning("redis.lost_content", generation=snapshot.generation)
+            await self.on_redis_lost()
+        self._generation = snapshot.generation
+
+
+def _view(record: NodeRecord, linked: bool, load: Load | None) -> NodeView:
+    return NodeView(
+        incarnation=record.incarnation,
+        role=record.role.value,
+        endpoint=record.endpoint,
+        fingerprint=Fingerprint(
+            record.model,
+            record.revision,
+            record.layout,
+            record.numerics,
+            record.block_size,
+            record.adapter,
+        ),
+        max_model_len=record.max_model_len,
+        total_blocks=record.num_blocks,
+        healthy=linked and record.state in (NodeState.READY, NodeState.DRAINING),
+        draining=record.state is NodeState.DRAINING,
+        load=NodeLoad(
+            waiting_tokens=load.prompt_tokens if load is not None else 0,
+            running=record.running,
+            free_blocks=record.free_blocks,
+        ),
+    )

@@ -1,0 +1,93 @@
+"""One accepted request while it is open: its choices, where they are, and what its client reads.
+
+Owns: the state that the dispatcher moves (dispatch.py) and the queue of updates that the HTTP side
+takes from. No I/O and no decisions.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import AsyncGenerator
+
+from common.errors import PdqError
+from common.kv_layout import Fingerprint
+from common.messages import Dispatch
+from common.sampling import SamplingParams
+from gateway.streams import ChoiceStream, Token
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Work:
+    """A validated request: token ids and parameters, nothing of HTTP."""
+
+    request: str
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams
+    n: int = 1
+    cache_salt: str = ""
+    priority: int = 0
+    trace: str = ""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Update:
+    """New tokens of one choice, in order; `finished` says why it ended, with the last of them."""
+
+    choice: int
+    tokens: tuple[Token, ...]
+    finished: str | None
+
+
+@dataclasses.dataclass(slots=True)
+class Choice:
+    stream: ChoiceStream
+    holder: str = ""  # the incarnation whose death would lose it; "" while it is being placed
+    heard: bool = False  # the holder has said something: its entry was read
+    tries: int = 1
+    done: bool = False  # finished, or stopped by us
+    last_arrival: float = 0.0
+
+
+class OpenRequest:
+    """One accepted request, as its HTTP handler sees it: a stream of updates, and `stop`."""
+
+    def __init__(self, work: Work) -> None:
+        self.work = work
+        self.attempt = 1
+        self.cached_tokens = 0
+        self.explanation = ""
+        self.fingerprint: Fingerprint | None = None
+        self.accepted_at = 0.0
+        self.dispatches: dict[int, tuple[str, Dispatch]] = {}  # by attempt: where, what
+        self.involved: set[str] = set()  # incarnations that may hold something of it
+        self.choices = [
+            Choice(ChoiceStream(len(work.prompt_ids), work.params.max_tokens))
+            for _ in range(work.n)
+        ]
+        self._updates: asyncio.Queue[Update | PdqError] = asyncio.Queue()
+        self.failed = False
+
+    @property
+    def done(self) -> bool:
+        return all(choice.done for choice in self.choices)
+
+    def publish(self, update: Update) -> None:
+        self._updates.put_nowait(update)
+
+    def fail(self, error: PdqError) -> None:
+        if not self.failed:
+            self.failed = True
+            self._updates.put_nowait(error)
+
+    def stop(self, choice: int) -> None:
+        """The client wants no more of this choice (a stop string was met)."""
+        self.choices[choice].done = True
+
+    async def updates(self) -> AsyncGenerator[Update, None]:
+        """Until every choice is done; raises what the request failed with."""
+        while not (self.done and self._updates.empty()):
+            item = await self._updates.get()
+            if isinstance(item, PdqError):
+                raise item
+            yield item

@@ -1,0 +1,57 @@
+"""`RequestStore` over Redis: what the dispatcher says, in the words of common/requests.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from common.logs import get_logger
+from common.messages import Dispatch, Stage
+from common.requests import Requests, State
+from gateway.ports import Ending
+
+log = get_logger("records")
+
+
+class RecordStore:
+    """Implements `ports.RequestStore`. `model` is the name that the records show."""
+
+    def __init__(self, requests: Requests, model: str) -> None:
+        self._requests = requests
+        self._model = model
+
+    async def accept(self, node: str, dispatch: Dispatch, *, claimed_by: str = "") -> None:
+        await self._requests.accept(dispatch, node, model=self._model, claimed_by=claimed_by)
+
+    async def advance(self, stage: Stage) -> None:
+        try:
+            state = State(stage.state)
+        except ValueError:
+            log.warning("stage.unknown", node=stage.node, state=stage.state)
+            return
+        if state.terminal:
+            return  # how a request ends is for its gateway to say
+        await self._requests.advance(
+            stage.request,
+            stage.attempt,
+            (stage.choice,),
+            state,
+            node=stage.node,
+            seconds=stage.durations,
+            cached_tokens=stage.cached_tokens,
+        )
+
+    async def finish(self, request: str, endings: Sequence[Ending]) -> None:
+        for ending in endings:
+            await self._requests.finish(
+                request,
+                ending.attempt,
+                (ending.choice,),
+                finish_reason=ending.finish_reason,
+                generated=ending.generated,
+            )
+
+    async def end(self, request: str, state: str, code: str, message: str) -> None:
+        if state == State.CANCELLED:
+            await self._requests.cancel(request, message)
+        else:
+            await self._requests.fail(request, code, message)

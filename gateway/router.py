@@ -1,0 +1,213 @@
+"""Which node computes a request: the interface, and the policy for now.
+
+Owns: what a router is asked (`RouteQuestion`) and answers (`Decision`, with its explanation), who
+is a candidate at all, and the least-loaded policy with prefix affinity. Knows nothing of how a
+request gets to the node, and keeps no state of requests.
+
+The policy estimates the work before the first token, in prompt tokens: what waits at the node plus
+what of this prompt it does not hold. Estimates within one block of the best are equal, and among
+equals a hash of the request decides: a hot prefix that several nodes hold spreads over them, and
+the same request asked twice gives the same answer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from common.errors import ContextLengthExceeded, NeverFits
+from common.kv_layout import Fingerprint, chain_hashes, root_hash
+from gateway.ports import DECODE, PREFILL, UNIFIED, NodeView
+from gateway.prefix_index import PrefixIndex
+
+RUNNING_COST = 8  # what one decoding sequence counts for, in prompt tokens
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RouteQuestion:
+    """One attempt to be placed. `fingerprint` is set once an earlier attempt has fixed it."""
+
+    request: str
+    token_ids: tuple[int, ...]
+    prompt_len: int
+    max_tokens: int
+    cache_salt: str = ""
+    fingerprint: Fingerprint | None = None
+    avoid: frozenset[str] = frozenset()  # incarnations that just failed this request
+
+    @property
+    def most_tokens(self) -> int:
+        return self.prompt_len + self.max_tokens
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Weighed:
+    """One candidate and what spoke for it, in prompt tokens."""
+
+    incarnation: str
+    waiting: int
+    uncached: int
+    decoding: int
+
+    @property
+    def cost(self) -> int:
+        return self.waiting + self.uncached + self.decoding
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Decision:
+    """`decode` is None when `prefill` is unified and goes on by itself."""
+
+    prefill: NodeView
+    decode: NodeView | None
+    weighed: tuple[Weighed, ...]  # every candidate for the first place, cheapest first
+    reason: str
+
+
+class Router(Protocol):
+    def route(
+        self, question: RouteQuestion, nodes: Sequence[NodeView], in_flight: Mapping[str, int]
+    ) -> Decision | None:
+        """Where to send it, or None while no complete way exists.
+
+        `in_flight` are the prompt tokens per incarnation that this gateway has sent and heard
+        nothing of. Raises `ContextLengthExceeded` or `NeverFits` when nodes exist and none can
+        ever hold it.
+        """
+
+
+class LeastLoadedRouter:
+    """Least work before the first token; see the module."""
+
+    def __init__(self, index: PrefixIndex) -> None:
+        self._index = index
+
+    def route(
+        self, question: RouteQuestion, nodes: Sequence[NodeView], in_flight: Mapping[str, int]
+    ) -> Decision | None:
+        usable = [node for node in nodes if node.healthy and not node.draining]
+        if question.fingerprint is not None:
+            usable = [n for n in usable if compatible(n.fingerprint, question.fingerprint)]
+        check_fits(question, usable)
+        usable = [node for node in usable if fits(question, node)]
+        decoders = [node for node in usable if node.role == DECODE]
+        first = [
+            node
+            for node in usable
+            if node.role == UNIFIED or (node.role == PREFILL and _partners(node, decoders))
+        ]
+        first = [node for node in first if node.incarnation not in question.avoid] or first
+        if not first:
+            return None
+        weighed = self._weigh(question, first, in_flight)
+        best = weighed[0]
+        prefill = next(node for node in first if node.incarnation == best.incarnation)
+        decode = None
+        if prefill.role == PREFILL:
+            partners = _partners(prefill, decoders)
+            partners = [n for n in partners if n.incarnation not in question.avoid] or partners
+            decode = min(partners, key=lambda n: (n.load.running, _spread(question.request, n)))
+        reason = (
+            f"{best.waiting} tokens wait, {best.uncached} of {len(question.token_ids)} "
+            f"not cached, {len(first)} candidates"
+        )
+        return Decision(prefill, decode, weighed, reason)
+
+    def _weigh(
+        self, question: RouteQuestion, nodes: Sequence[NodeView], in_flight: Mapping[str, int]
+    ) -> tuple[Weighed, ...]:
+        held = self._held(question, nodes)
+        slack = max(node.fingerprint.block_size for node in nodes)
+        entries = {}
+        for node in nodes:
+            entries[node.incarnation] = Weighed(
+                node.incarnation,
+                node.load.waiting_tokens + in_flight.get(node.incarnation, 0),
+                len(question.token_ids) - held[node.incarnation],
+                node.load.running * RUNNING_COST if node.role == UNIFIED else 0,
+            )
+        least = min(entry.cost for entry in entries.values())
+        # Clear differences by cost; everything within one block of the best by the spread.
+        order = sorted(
+            nodes,
+            key=lambda node: (
+                max(0, entries[node.incarnation].cost - least - slack),
+                _spread(question.request, node),
+            ),
+        )
+        return tuple(entries[node.incarnation] for node in order)
+
+    def _held(self, question: RouteQuestion, nodes: Sequence[NodeView]) -> dict[str, int]:
+        """Leading tokens in each node's prefix cache; the last one is always computed."""
+        counts: dict[Fingerprint, dict[str, int]] = {}
+        held = {}
+        for node in nodes:
+            fingerprint = node.fingerprint
+            if fingerprint not in counts:
+                root = root_hash(fingerprint, question.cache_salt)
+                chain = chain_hashes(
+                    root, question.token_ids, fingerprint.block_size, question.prompt_len
+                )
+                counts[fingerprint] = self._index.leading_blocks(chain)
+            blocks = counts[fingerprint].get(node.incarnation, 0)
+            held[node.incarnation] = min(
+                blocks * fingerprint.block_size, len(question.token_ids) - 1
+            )
+        return held
+
+
+def compatible(one: Fingerprint, other: Fingerprint) -> bool:
+    """Whether KV and tokens of one may go on at the other; block sizes are converted."""
+    return one.mismatch(other) in (None, "block_size")
+
+
+def fits(question: RouteQuestion, node: NodeView) -> bool:
+    """Whether the node could ever hold it; the last token's KV is never stored."""
+    if question.most_tokens > node.max_model_len:
+        return False
+    stored = len(question.token_ids) if node.role == PREFILL else question.most_tokens - 1
+    return stored <= _pool_tokens(node)
+
+
+def check_fits(question: RouteQuestion, nodes: Sequence[NodeView]) -> None:
+    """Raise when there are nodes for a phase and not one could ever hold the request."""
+    for phase in (PREFILL, DECODE):
+        able = [node for node in nodes if node.role in (phase, UNIFIED)]
+        if not able or any(fits(question, node) for node in able):
+            continue
+        asked = f"prompt ({question.prompt_len} tokens) and max_tokens ({question.max_tokens})"
+        longest = max(node.max_model_len for node in able)
+        if question.most_tokens > longest:
+            raise ContextLengthExceeded(
+                f"{asked} exceed the context of {longest} tokens", param="max_tokens"
+            )
+        pool = max(_pool_tokens(node) for node in able)
+        raise NeverFits(
+            f"{asked} do not fit the largest KV pool of a {phase} node, {pool} tokens",
+            param="prompt",
+        )
+
+
+def longest_request(nodes: Sequence[NodeView]) -> int | None:
+    """Prompt plus output that the roomiest node could hold; None when no node is there to ask."""
+    lengths = [
+        min(node.max_model_len, _pool_tokens(node) + 1)
+        for node in nodes
+        if node.role in (DECODE, UNIFIED) and node.healthy
+    ]
+    return max(lengths, default=None)
+
+
+def _pool_tokens(node: NodeView) -> int:
+    return node.total_blocks * node.fingerprint.block_size
+
+
+def _partners(prefill: NodeView, decoders: Sequence[NodeView]) -> list[NodeView]:
+    return [node for node in decoders if compatible(node.fingerprint, prefill.fingerprint)]
+
+
+def _spread(request: str, node: NodeView) -> bytes:
+    """A different order of the nodes for each request, the same at every gateway."""
+    return hashlib.blake2b(f"{request} {node.incarnation}".encode(), digest_size=8).digest()

@@ -1,0 +1,123 @@
+"""Which path is which endpoint, and the small endpoints themselves.
+
+Owns: `/v1/models`, `/tokenize`, `/detokenize`, `/health`, `/ready`, `/metrics`, and the seam where
+an error of ours becomes a response (gateway/errors.py). The two big endpoints have their own files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+from fastapi import APIRouter
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+
+from common.errors import InvalidRequest, PdqError
+from common.metrics import CONTENT_TYPE_LATEST
+from gateway.chat import chat_completions
+from gateway.completions import completions
+from gateway.errors import UnknownModel, error_response
+from gateway.schemas import DetokenizeBody, TokenizeBody, check_ids, parse
+from gateway.service import Service
+
+Endpoint = Callable[[Service, Request], Awaitable[Response]]
+
+
+async def models(service: Service, request: Request) -> Response:
+    service.authorize(request)
+    return JSONResponse({"object": "list", "data": [_model(service)]})
+
+
+async def model(service: Service, request: Request) -> Response:
+    service.authorize(request)
+    name = request.path_params["name"]
+    if name != service.model_name:
+        raise UnknownModel(f"the model {name!r:.200} is not served here", param="model")
+    return JSONResponse(_model(service))
+
+
+async def tokenize(service: Service, request: Request) -> Response:
+    body = parse(TokenizeBody, await service.read(request))
+    service.check_model(body.model)
+    if (body.prompt is None) == (body.messages is None):
+        raise InvalidRequest("give either prompt or messages", param="prompt")
+    if body.prompt is not None:
+        add = body.add_special_tokens is not False
+        ids = await service.tokenizer.encode(body.prompt, add_special_tokens=add)
+    else:
+        ids = await service.chat_prompt(body)
+    answer: dict[str, object] = {
+        "count": len(ids),
+        "max_model_len": service.max_model_len,
+        "tokens": ids,
+    }
+    if body.return_token_strs:
+        answer["token_strs"] = [service.tokenizer.token_text(token_id) for token_id in ids]
+    return JSONResponse(answer)
+
+
+async def detokenize(service: Service, request: Request) -> Response:
+    body = parse(DetokenizeBody, await service.read(request))
+    service.check_model(body.model)
+    check_ids(body.tokens, service.vocab_size, "tokens")
+    skip = body.skip_special_tokens
+    text = service.tokenizer.decode(body.tokens, skip_special_tokens=skip)
+    return JSONResponse({"prompt": text})
+
+
+async def health(service: Service, request: Request) -> Response:
+    """The process answers. Whether requests can be served is `/ready`."""
+    return JSONResponse({"status": "ok"})
+
+
+async def ready(service: Service, request: Request) -> Response:
+    missing = "draining" if service.draining else service.dispatcher.ready()
+    if missing is not None:
+        return JSONResponse({"status": "not ready", "reason": missing}, 503)
+    return JSONResponse({"status": "ready"})
+
+
+async def metrics(service: Service, request: Request) -> Response:
+    return Response(service.metrics.render(), media_type=CONTENT_TYPE_LATEST)
+
+
+def _model(service: Service) -> dict[str, object]:
+    return {
+        "id": service.model_name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "pdq",
+        "max_model_len": service.max_model_len,
+    }
+
+
+ROUTES: tuple[tuple[str, str, Endpoint], ...] = (
+    ("POST", "/v1/completions", completions),
+    ("POST", "/v1/chat/completions", chat_completions),
+    ("GET", "/v1/models", models),
+    ("GET", "/v1/models/{name:path}", model),
+    ("POST", "/tokenize", tokenize),
+    ("POST", "/detokenize", detokenize),
+    ("GET", "/health", health),
+    ("GET", "/ready", ready),
+    ("GET", "/metrics", metrics),
+)
+
+
+def build_router(service: Service) -> APIRouter:
+    router = APIRouter()
+    for method, path, endpoint in ROUTES:
+        router.add_route(path, _bound(service, endpoint), methods=[method])
+    return router
+
+
+def _bound(service: Service, endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:
+    async def handle(request: Request) -> Response:
+        try:
+            return await endpoint(service, request)
+        except PdqError as error:
+            return error_response(error, service.limits.retry_after_s)
+        except ClientDisconnect:
+            return Response(status_code=499)  # nobody reads it; nginx's name for it in the metrics
+
+    return handle

@@ -1,0 +1,140 @@
+"""What has arrived of one choice: tokens in the order of their positions, whatever came when.
+
+Owns: ordering, duplicates, late attempts, the end of a choice, and the position up to which all
+has arrived (which is what is acknowledged). No I/O and no clocks: runs in, arrivals out.
+
+Rules, with `P` the first position that has not arrived:
+
+- a run of the current attempt beyond `P` waits; from `P` on its tokens are delivered;
+- a position that was delivered before is compared: equal is a duplicate and dropped, different is
+  counted (`Arrival.mismatched`): tokens of a position are a pure function, so it is an error of
+  ours; the client keeps what it was given;
+- an older attempt's tokens are never delivered, only compared;
+- the end is a position: the run that carries it may be the first to arrive or the last.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from common.errors import ProtocolError
+from common.messages import TokenLogprobs, TokenRun
+
+FINISHED = ("stop", "length")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Token:
+    token_id: int
+    logprobs: TokenLogprobs | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Arrival:
+    """What one run brought. `finished` is the reason when this run completed the choice."""
+
+    delivered: tuple[Token, ...] = ()
+    duplicates: int = 0
+    mismatched: int = 0
+    stale: bool = False
+    finished: str | None = None
+
+
+class ChoiceStream:
+    """Tokens of one choice. `limit` is how many may come at most (`max_tokens`)."""
+
+    def __init__(self, prompt_len: int, limit: int) -> None:
+        self.prompt_len = prompt_len
+        self.attempt = 1
+        self.finished: str | None = None
+        self._limit = limit
+        self._tokens: list[int] = []
+        self._waiting: dict[int, Token] = {}
+        self._end: tuple[int, str] | None = None  # position after the last token, reason
+
+    @property
+    def below(self) -> int:
+        """All positions below this one have arrived."""
+        return self.prompt_len + len(self._tokens)
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Delivered tokens, the first at `prompt_len`."""
+        return tuple(self._tokens)
+
+    def begin(self, attempt: int) -> None:
+        """A new attempt goes on from `below`; what waited belongs to the old one."""
+        if attempt <= self.attempt:
+            raise AssertionError(f"attempt {attempt} is not after {self.attempt}")
+        self.attempt = attempt
+        self._waiting.clear()
+        self._end = None
+
+    def acknowledged(self, run: TokenRun) -> int:
+        """What to acknowledge to the sender of `run`: an old attempt is rid of all it sent."""
+        return self.below if run.attempt == self.attempt else run.position + len(run.token_ids)
+
+    def accept(self, run: TokenRun) -> Arrival:
+        """Take in one run; raises `ProtocolError` for one that cannot belong to this choice."""
+        self._check(run)
+        if run.attempt > self.attempt:
+            raise ProtocolError(
+                f"attempt {run.attempt} of {run.request} was never dispatched", param="attempt"
+            )
+        stale = run.attempt < self.attempt or self.finished is not None
+        duplicates = mismatched = 0
+        for index, token_id in enumerate(run.token_ids):
+            position = run.position + index
+            known = self._known(position)
+            if known is not None:
+                duplicates += 1
+                mismatched += known != token_id
+            elif not stale:
+                logprobs = run.logprobs[index] if run.logprobs else None
+                self._waiting[position] = Token(token_id, logprobs)
+        if stale:
+            return Arrival(duplicates=duplicates, mismatched=mismatched, stale=True)
+        if run.finish_reason:
+            mismatched += self._note_end(run.position + len(run.token_ids), run.finish_reason)
+        delivered = self._deliver()
+        return Arrival(delivered, duplicates, mismatched, finished=self.finished)
+
+    def _check(self, run: TokenRun) -> None:
+        end = run.position + len(run.token_ids)
+        if run.position < self.prompt_len or end > self.prompt_len + self._limit:
+            raise ProtocolError(
+                f"positions {run.position} to {end} of {run.request} are outside "
+                f"{self.prompt_len} to {self.prompt_len + self._limit}",
+                param="position",
+            )
+        if run.logprobs and len(run.logprobs) != len(run.token_ids):
+            raise ProtocolError("one entry of logprobs per token, or none", param="logprobs")
+        if run.finish_reason and run.finish_reason not in FINISHED:
+            raise ProtocolError(
+                f"a choice does not end by {run.finish_reason!r}", param="finish_reason"
+            )
+
+    def _known(self, position: int) -> int | None:
+        index = position - self.prompt_len
+        if index < len(self._tokens):
+            return self._tokens[index]
+        waiting = self._waiting.get(position)
+        return None if waiting is None else waiting.token_id
+
+    def _note_end(self, position: int, reason: str) -> bool:
+        """Remember where the choice ends; true when that contradicts what is known."""
+        if self._end is None and position >= self.below:
+            self._end = (position, reason)
+        return self._end != (position, reason)
+
+    def _deliver(self) -> tuple[Token, ...]:
+        delivered = []
+        end = self._end[0] if self._end is not None else None
+        while (end is None or self.below < end) and self.below in self._waiting:
+            token = self._waiting.pop(self.below)
+            self._tokens.append(token.token_id)
+            delivered.append(token)
+        if self._end is not None and self.below == self._end[0]:
+            self.finished = self._end[1]
+            self._waiting.clear()
+        return tuple(delivered)

@@ -1,0 +1,1 @@
+"""Moving KV between nodes: both ends of the handoff protocol, leases, handshake and transports."""

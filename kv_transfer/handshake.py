@@ -1,0 +1,76 @@
+"""Opening a link: do both ends serve the same thing, and by which transport can bytes travel?
+
+Owns the comparison of fingerprints and the choice of a transport. The choice goes by what is proven
+at that moment: a transport is chosen because its reading end has just been opened with the proof
+in Hello (shm: the descriptor came through a socket of this host and user, with the nonce; tcp: an
+empty pull was answered), never by host names. The first in the hello side's order that works wins;
+why each earlier one did not is kept for `pdq nodes`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from common.errors import FingerprintMismatch, PdqError
+from common.kv_layout import Fingerprint
+from common.messages import Hello, Refuse, Welcome
+from kv_transfer.transports.base import Opener, Reader, Target
+
+
+def hello(
+    link: str, node: str, fingerprint: Fingerprint, slab_bytes: int, proofs: Mapping[str, bytes]
+) -> Hello:
+    """What the sending node says first. `proofs` by transport, fastest first."""
+    return Hello(
+        link, node, fingerprint.model, fingerprint.revision, fingerprint.layout,
+        fingerprint.numerics, fingerprint.adapter, fingerprint.block_size, slab_bytes,
+        tuple(proofs), dict(proofs),
+    )  # fmt: skip
+
+
+def answer(
+    hello: Hello, node: str, fingerprint: Fingerprint, target: Target,
+    openers: Mapping[str, Opener], *, credits: int, forced: str = "",
+) -> tuple[Welcome | Refuse, Reader | None]:  # fmt: skip
+    """The receiving node's answer, with the open reader of the chosen transport. Blocking."""
+    if refusal := _compare(hello, node, fingerprint, target.memory.slab_bytes):
+        return refusal, None
+    reasons: list[str] = []
+    for transport in hello.transports:
+        if transport not in openers or transport not in hello.proofs:
+            reasons.append(f"{transport}: this end does not have it")
+        elif forced not in ("", transport):
+            reasons.append(f"{transport}: a setting forces {forced}")
+        else:
+            try:
+                reader = openers[transport](hello.link, hello.proofs[transport], target)
+            except PdqError as error:
+                reasons.append(f"{transport}: {error}")
+            else:
+                reason = "; ".join(reasons) or f"{transport} is the fastest that both ends have"
+                return Welcome(hello.link, node, transport, reason, credits), reader
+    mine = forced or ",".join(openers)
+    why = "; ".join(reasons) or "none offered"
+    return Refuse(hello.link, node, "transport", mine, why), None
+
+
+def _compare(hello: Hello, node: str, mine: Fingerprint, slab_bytes: int) -> Refuse | None:
+    yours = Fingerprint(
+        hello.model, hello.revision, hello.layout, hello.numerics, hello.block_size, hello.adapter
+    )
+    field = mine.mismatch(yours)
+    if field is not None:
+        values = str(getattr(mine, field)), str(getattr(yours, field))
+        return Refuse(hello.link, node, field, *values)
+    if hello.slab_bytes != slab_bytes:
+        return Refuse(hello.link, node, "slab_bytes", str(slab_bytes), str(hello.slab_bytes))
+    return None
+
+
+def mismatch(refuse: Refuse) -> FingerprintMismatch:
+    """A Refuse as the error that the sending node raises."""
+    return FingerprintMismatch(
+        f"{refuse.node} refuses the link: {refuse.field} is {refuse.mine!r} there and "
+        f"{refuse.yours!r} here",
+        param=refuse.field,
+    )

@@ -1,0 +1,479 @@
+"""The receiving end of the conversation; read it side by side with handoff.py. Rules: README.md.
+
+Owns: which offers wait, which reservations are held and for whom, what is announced, being copied
+and landed, and the terminal answers of each link. Has no I/O, clock or tensor of its own: calls
+and messages in, effects out (ports.py); `now` is any monotonic time in seconds.
+
+A reservation is this end's lease: it is adopted whole, or discarded when no copy into it runs.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import enum
+
+from common.errors import NeverFits
+from common.kv_layout import Fingerprint, chain_hashes, root_hash
+from common.messages import (
+    Abort,
+    Ack,
+    Blocks,
+    Commit,
+    Deny,
+    Grant,
+    Message,
+    Offer,
+    Release,
+    Tail,
+)
+from kv_transfer.digests import DIGEST_BYTES, tail_seed
+from kv_transfer.ports import (
+    Adopted,
+    Copy,
+    Effect,
+    Ended,
+    IntakePool,
+    Key,
+    Outcome,
+    Piece,
+    Reservation,
+    Send,
+    TransferSettings,
+)
+
+
+class State(enum.Enum):
+    WAITING = "waiting"  # offered; holds nothing until there is room for all of it
+    RECEIVING = "receiving"  # granted: room is reserved, announced blocks are copied
+    COMMITTING = "committing"  # Commit is here, blocks are not all here yet
+    STOPPING = "stopping"  # given up; a copy may still run into the reserved blocks
+    ENDED = "ended"  # holds nothing; the terminal answer is remembered
+
+
+class Event(enum.Enum):
+    OFFER = "Offer"
+    BLOCKS = "Blocks"
+    TAIL = "Tail"
+    COMMIT = "Commit"
+    ABORT = "Abort"
+    ROOM = "room"  # reserved
+    DENY = "deny"  # never fits, malformed, draining, over the credits, or waited too long
+    COPIED = "copied"  # one copy ended well
+    FAIL = "fail"  # a copy ended badly, or the peer broke a rule
+    COMPLETE = "complete"  # committed, and every block is here
+    IDLE = "idle"  # stopping, and no copy runs
+    QUIET = "quiet"  # not heard of for a while
+    CANCEL = "cancel"
+    LINK_LOST = "link lost"
+
+
+S, E = State, Event
+
+# (state, event) → (next state, action). What is not here is late or a duplicate: counted, ignored.
+TABLE: dict[tuple[State, Event], tuple[State, str]] = {
+    (S.WAITING, E.ROOM): (S.RECEIVING, "send_grant"),
+    (S.WAITING, E.DENY): (S.ENDED, "deny"),
+    (S.WAITING, E.ABORT): (S.ENDED, "withdrawn"),
+    (S.WAITING, E.CANCEL): (S.ENDED, "deny"),
+    (S.WAITING, E.LINK_LOST): (S.ENDED, "lost"),
+    #
+    (S.RECEIVING, E.OFFER): (S.RECEIVING, "send_grant"),
+    (S.RECEIVING, E.BLOCKS): (S.RECEIVING, "announced"),
+    (S.RECEIVING, E.TAIL): (S.RECEIVING, "tail_announced"),
+    (S.RECEIVING, E.COPIED): (S.RECEIVING, "land"),
+    (S.RECEIVING, E.QUIET): (S.RECEIVING, "send_grant"),
+    (S.RECEIVING, E.COMMIT): (S.COMMITTING, "committed"),
+    (S.RECEIVING, E.FAIL): (S.STOPPING, "stop_failed"),
+    (S.RECEIVING, E.CANCEL): (S.STOPPING, "stop_cancelled"),
+    (S.RECEIVING, E.ABORT): (S.STOPPING, "stop_aborted"),
+    (S.RECEIVING, E.LINK_LOST): (S.STOPPING, "stop_lost"),
+    #
+    (S.COMMITTING, E.BLOCKS): (S.COMMITTING, "announced"),
+    (S.COMMITTING, E.TAIL): (S.COMMITTING, "tail_announced"),
+    (S.COMMITTING, E.COPIED): (S.COMMITTING, "land"),
+    (S.COMMITTING, E.COMMIT): (S.COMMITTING, "send_grant"),
+    (S.COMMITTING, E.QUIET): (S.COMMITTING, "send_grant"),
+    (S.COMMITTING, E.COMPLETE): (S.ENDED, "adopt"),
+    (S.COMMITTING, E.FAIL): (S.STOPPING, "stop_failed"),
+    (S.COMMITTING, E.CANCEL): (S.STOPPING, "stop_cancelled"),
+    (S.COMMITTING, E.ABORT): (S.STOPPING, "stop_aborted"),
+    (S.COMMITTING, E.LINK_LOST): (S.STOPPING, "stop_lost"),
+    #
+    (S.STOPPING, E.COPIED): (S.STOPPING, "land"),
+    (S.STOPPING, E.FAIL): (S.STOPPING, "nothing"),
+    (S.STOPPING, E.ABORT): (S.STOPPING, "asked"),
+    (S.STOPPING, E.LINK_LOST): (S.STOPPING, "nothing"),
+    (S.STOPPING, E.IDLE): (S.ENDED, "discard"),
+}
+
+EVENT_OF: dict[type[Message], Event] = {
+    Offer: E.OFFER,
+    Blocks: E.BLOCKS,
+    Tail: E.TAIL,
+    Commit: E.COMMIT,
+    Abort: E.ABORT,
+}
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class _Entry:
+    key: Key
+    offer: Offer
+    order: tuple[int, float, int]  # among waiting offers: priority, birth, arrival
+    deadline: float  # until when it may wait
+    heard_at: float
+    state: State = State.WAITING
+    reservation: Reservation | None = None
+    unannounced: set[int] = dataclasses.field(default_factory=set)
+    pieces: collections.deque[Piece] = dataclasses.field(default_factory=collections.deque)
+    copy: Copy | None = None  # the one that runs; no other runs into this reservation
+    commit: Commit | None = None
+    outcome: Outcome = Outcome.FAILED
+    reason: str = ""
+    asked: bool = False  # the peer sent Abort
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class _Link:
+    credits: int  # in all
+    entries: dict[Key, _Entry] = dataclasses.field(default_factory=dict)
+    answers: collections.OrderedDict[Key, Message] = dataclasses.field(
+        default_factory=collections.OrderedDict
+    )
+
+
+class Intake:
+    """All handoffs that a node receives. Public calls return the effects to perform, in order."""
+
+    def __init__(
+        self, pool: IntakePool, fingerprint: Fingerprint, settings: TransferSettings
+    ) -> None:
+        self.counts: collections.Counter[str] = collections.Counter()  # of what changed nothing
+        self._pool = pool
+        self._fingerprint = fingerprint
+        self._settings = settings
+        self._links: dict[str, _Link] = {}
+        self._orphans: dict[Key, _Entry] = {}  # their link is gone, a copy still runs
+        self._waiting: dict[Key, _Entry] = {}
+        self._copying: dict[int, _Entry] = {}
+        self._effects: list[Effect] = []
+        self._number = 0
+        self._now = 0.0
+        self._draining = False
+
+    # What the node does
+
+    def open_link(self, link: str, credits: int) -> None:
+        self._links[link] = _Link(credits)
+
+    def receive(self, message: Message, *, now: float) -> list[Effect]:
+        """An Offer, Blocks, Tail, Commit or Abort from the peer of `message.link`."""
+        assert isinstance(message, (Offer, Blocks, Tail, Commit, Abort))
+        self._now = now
+        link = self._links.get(message.link)
+        if link is None:
+            self.counts["late_link"] += 1
+            return self._take()
+        key = Key(message.link, message.request, message.attempt, message.choice)
+        entry = link.entries.get(key)
+        if entry is not None:
+            entry.heard_at = now
+            self._step(entry, EVENT_OF[type(message)], message)
+        elif (answer := link.answers.get(key)) is not None:
+            self._send(key, answer)
+        elif isinstance(message, Offer):
+            self._consider(link, key, message)
+        elif isinstance(message, Abort):
+            self._answer(key, Release(*key))
+        else:
+            self._answer(key, Abort(*key, "unknown"))
+        return self._take()
+
+    def copied(self, number: int, error: str, *, now: float) -> list[Effect]:
+        """Copy `number` ended: every piece is here and checked, or `error` is the code of why not.
+
+        Every Copy effect is reported exactly once, also after its link was lost.
+        """
+        self._now = now
+        entry = self._copying.pop(number)
+        copy, entry.copy = entry.copy, None
+        self._step(entry, E.FAIL if error else E.COPIED, error or copy)
+        return self._take()
+
+    def room_changed(self, now: float) -> list[Effect]:
+        """The pool has more room than before: grant the oldest offers that wait."""
+        self._now = now
+        self._admit()
+        return self._take()
+
+    def cancel(self, key: Key, reason: str, *, now: float) -> list[Effect]:
+        """Give a handoff up that is not adopted yet; its reservation ends when no copy runs."""
+        self._now = now
+        link = self._links.get(key.link)
+        if link is not None and (entry := link.entries.get(key)) is not None:
+            self._step(entry, E.CANCEL, reason)
+        return self._take()
+
+    def drain(self, now: float) -> list[Effect]:
+        """From here on every new offer is denied; those granted go on."""
+        self._now = now
+        self._draining = True
+        for entry in list(self._waiting.values()):
+            self._step(entry, E.DENY, "draining")
+        return self._take()
+
+    def tick(self, now: float) -> list[Effect]:
+        """Deny what waited too long; ask about what was granted and went quiet."""
+        self._now = now
+        for entry in [entry for entry in self._waiting.values() if now >= entry.deadline]:
+            self._step(entry, E.DENY, "out_of_blocks")
+        self._admit()
+        for link in self._links.values():
+            for entry in list(link.entries.values()):
+                granted = entry.state in (S.RECEIVING, S.COMMITTING)
+                if granted and now - entry.heard_at >= self._settings.quiet:
+                    entry.heard_at = now
+                    self._step(entry, E.QUIET)
+        return self._take()
+
+    def link_lost(self, link: str, *, now: float) -> list[Effect]:
+        """The link is down: nothing more comes, and no answer is possible."""
+        self._now = now
+        lost = self._links.pop(link, None)
+        if lost is not None:
+            self._orphans.update(lost.entries)
+            for entry in list(lost.entries.values()):
+                self._step(entry, E.LINK_LOST)
+            self._admit()
+        return self._take()
+
+    def states(self) -> dict[Key, State]:
+        """What is under way, for `pdq` and tests; with what lost links still hold."""
+        live = {key: e.state for link in self._links.values() for key, e in link.entries.items()}
+        return live | {key: entry.state for key, entry in self._orphans.items()}
+
+    # The table's driver
+
+    def _step(self, entry: _Entry, event: Event, argument: object = None) -> None:
+        transition = TABLE.get((entry.state, event))
+        if transition is None:
+            self.counts["ignored"] += 1
+            return
+        entry.state, action = transition
+        getattr(self, "_" + action)(entry, argument)
+        if entry.state is S.ENDED:
+            self._forget(entry)
+        else:
+            self._go_on(entry)
+
+    def _go_on(self, entry: _Entry) -> None:
+        """What follows by itself from where an entry stands."""
+        if entry.state is S.STOPPING and entry.copy is None:
+            self._step(entry, E.IDLE)
+        elif entry.state in (S.RECEIVING, S.COMMITTING) and entry.copy is None:
+            if entry.pieces:
+                self._start_copy(entry)
+            elif entry.state is S.COMMITTING and not entry.unannounced:
+                self._step(entry, E.COMPLETE)
+
+    def _take(self) -> list[Effect]:
+        effects, self._effects = self._effects, []
+        return effects
+
+    def _send(self, key: Key, message: Message) -> None:
+        self._effects.append(Send(key.link, message))
+
+    def _answer(self, key: Key, message: Message) -> None:
+        """A terminal answer: said now, and again to everything about this handoff that comes later."""
+        link = self._links.get(key.link)
+        if link is None:
+            return
+        link.answers[key] = message
+        while len(link.answers) > self._settings.remembered:
+            link.answers.popitem(last=False)
+        self._send(key, message)
+
+    def _forget(self, entry: _Entry) -> None:
+        self._waiting.pop(entry.key, None)
+        self._orphans.pop(entry.key, None)
+        link = self._links.get(entry.key.link)
+        if link is not None:
+            link.entries.pop(entry.key, None)
+
+    # Offers and room
+
+    def _consider(self, link: _Link, key: Key, offer: Offer) -> None:
+        """A new offer: deny what cannot be, let the rest wait for room in its order."""
+        self._number += 1
+        order = (offer.priority, self._now - offer.waited_ms / 1000, self._number)
+        entry = _Entry(key, offer, order, self._now + self._settings.patience, self._now)
+        over = len(link.entries) >= link.credits
+        link.entries[key] = self._waiting[key] = entry
+        if self._draining or over:
+            self._step(entry, E.DENY, "draining" if self._draining else "overloaded")
+        elif not self._is_well_formed(offer):
+            self._step(entry, E.DENY, "malformed")
+        else:
+            self._admit()
+
+    def _is_well_formed(self, offer: Offer) -> bool:
+        """The hashes are what this node computes itself: nothing else may name blocks here."""
+        block_size = self._fingerprint.block_size
+        count, tail_fill = divmod(len(offer.token_ids), block_size)
+        return (
+            len(offer.token_ids) > 0
+            and offer.tail_fill == tail_fill
+            and len(offer.block_hashes) == count
+            and 0 <= offer.prompt_len <= len(offer.token_ids)
+            and all(0 <= token < 2**32 for token in offer.token_ids)
+            and list(offer.block_hashes)
+            == chain_hashes(
+                root_hash(self._fingerprint, offer.cache_salt),
+                offer.token_ids,
+                block_size,
+                offer.prompt_len,
+            )
+        )
+
+    def _admit(self) -> None:
+        """Reserve all or nothing, first for whom it is the turn; who does not fit holds up the rest,
+        so that a large prompt is not passed by small ones for ever."""
+        while self._waiting:
+            entry = min(self._waiting.values(), key=lambda waiting: waiting.order)
+            try:
+                entry.reservation = self._pool.reserve(entry.offer)
+            except NeverFits:
+                self._step(entry, E.DENY, "never_fits")
+                continue
+            if entry.reservation is None:
+                return
+            del self._waiting[entry.key]
+            entry.unannounced = set(entry.reservation.missing)
+            self._step(entry, E.ROOM)
+
+    # Actions: what is said
+
+    def _send_grant(self, entry: _Entry, _: object) -> None:
+        self._send(entry.key, Grant(*entry.key, tuple(sorted(entry.unannounced))))
+
+    def _committed(self, entry: _Entry, commit: object) -> None:
+        assert isinstance(commit, Commit)
+        count = len(entry.offer.block_hashes) + (entry.offer.tail_fill > 0)
+        if commit.blocks != count or commit.position != len(entry.offer.token_ids):
+            self._step(entry, E.FAIL, "protocol_error")
+            return
+        entry.commit = commit
+        if entry.unannounced:
+            self._send_grant(entry, None)
+
+    # Actions: blocks
+
+    def _announced(self, entry: _Entry, blocks: object) -> None:
+        assert isinstance(blocks, Blocks)
+        hashes, count = entry.offer.block_hashes, len(blocks.indexes)
+        digests = blocks.digests or (b"",) * count
+        if not (
+            len(blocks.slots) == len(blocks.generations) == len(digests) == count
+            and all(0 <= index < len(hashes) for index in blocks.indexes)
+            and all(len(digest) == DIGEST_BYTES for digest in blocks.digests)
+        ):
+            self._step(entry, E.FAIL, "protocol_error")
+            return
+        for index, slot, generation, digest in zip(
+            blocks.indexes, blocks.slots, blocks.generations, digests, strict=True
+        ):
+            self._expect(entry, index, slot, generation, 0, digest, hashes[index])
+
+    def _tail_announced(self, entry: _Entry, tail: object) -> None:
+        assert isinstance(tail, Tail)
+        offer = entry.offer
+        parent = offer.block_hashes[-1] if offer.block_hashes else b""
+        if not (
+            tail.index == len(offer.block_hashes)
+            and tail.fill == offer.tail_fill > 0
+            and tail.parent == parent
+            and tail.token_ids == offer.token_ids[-tail.fill :]
+            and len(tail.digest) in (0, DIGEST_BYTES)
+        ):
+            self._step(entry, E.FAIL, "protocol_error")
+            return
+        seed = tail_seed(parent, tail.token_ids)
+        self._expect(entry, tail.index, tail.slot, tail.generation, tail.fill, tail.digest, seed)
+
+    def _expect(
+        self, entry: _Entry, index: int, slot: int, generation: int, fill: int, digest: bytes,
+        seed: bytes,
+    ) -> None:  # fmt: skip
+        if index in entry.unannounced:
+            assert entry.reservation is not None
+            entry.unannounced.remove(index)
+            block = entry.reservation.blocks[index]
+            entry.pieces.append(Piece(index, slot, generation, block, fill, digest, seed))
+
+    def _start_copy(self, entry: _Entry) -> None:
+        count = min(len(entry.pieces), self._settings.copy_blocks)
+        self._number += 1
+        pieces = tuple(entry.pieces.popleft() for _ in range(count))
+        entry.copy = Copy(entry.key, self._number, pieces)
+        self._copying[self._number] = entry
+        self._effects.append(entry.copy)
+
+    def _land(self, entry: _Entry, copy: object) -> None:
+        assert isinstance(copy, Copy)
+        assert entry.reservation is not None
+        for piece in copy.pieces:
+            self._pool.landed(entry.reservation, piece)
+
+    # Actions: the end
+
+    def _adopt(self, entry: _Entry, _: object) -> None:
+        assert entry.reservation is not None
+        assert entry.commit is not None
+        self._pool.adopt(entry.reservation)
+        self._answer(entry.key, Ack(*entry.key))
+        self._effects.append(Adopted(entry.key, entry.offer, entry.commit, entry.reservation))
+
+    def _deny(self, entry: _Entry, reason: object) -> None:
+        self._answer(entry.key, Deny(*entry.key, str(reason)))
+        self._effects.append(Ended(entry.key, False, Outcome.DENIED, str(reason)))
+
+    def _withdrawn(self, entry: _Entry, abort: object) -> None:
+        assert isinstance(abort, Abort)
+        self._answer(entry.key, Release(*entry.key))
+        self._effects.append(Ended(entry.key, False, Outcome.FAILED, abort.reason))
+
+    def _lost(self, entry: _Entry, _: object) -> None:
+        self._effects.append(Ended(entry.key, False, Outcome.LINK_LOST, "link_lost"))
+
+    def _stop(self, entry: _Entry, outcome: Outcome, reason: str) -> None:
+        entry.outcome, entry.reason = outcome, reason
+        entry.pieces.clear()
+
+    def _stop_failed(self, entry: _Entry, code: object) -> None:
+        self._stop(entry, Outcome.FAILED, str(code))
+
+    def _stop_cancelled(self, entry: _Entry, reason: object) -> None:
+        self._stop(entry, Outcome.CANCELLED, str(reason))
+
+    def _stop_aborted(self, entry: _Entry, abort: object) -> None:
+        assert isinstance(abort, Abort)
+        entry.asked = True
+        self._stop(entry, Outcome.FAILED, abort.reason)
+
+    def _asked(self, entry: _Entry, _: object) -> None:
+        entry.asked = True
+
+    def _nothing(self, entry: _Entry, _: object) -> None: ...
+
+    def _stop_lost(self, entry: _Entry, _: object) -> None:
+        self._stop(entry, Outcome.LINK_LOST, "link_lost")
+
+    def _discard(self, entry: _Entry, _: object) -> None:
+        assert entry.reservation is not None
+        assert entry.copy is None
+        self._pool.discard(entry.reservation)
+        key = entry.key
+        self._answer(key, Release(*key) if entry.asked else Abort(*key, entry.reason))
+        self._effects.append(Ended(entry.key, False, entry.outcome, entry.reason))
+        self._admit()

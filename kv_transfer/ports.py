@@ -1,0 +1,167 @@
+"""What both ends of a handoff share: its key, its settings, what they ask for, and of whom.
+
+Owns the effects that the sans-io ends (handoff.py, intake.py) hand to their driver, and the
+protocols that a node's block pool must offer to them. Knows no pool, no socket, no tensor.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+from common.messages import Commit, Message, Offer
+
+
+class Key(NamedTuple):
+    """One handoff. A new link is a new handoff, even of the same attempt."""
+
+    link: str
+    request: str
+    attempt: int
+    choice: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TransferSettings:
+    """Times in seconds. A timer repeats a message or starts a teardown; it never ends a lease."""
+
+    credits: int = 16  # prompts that may be under way at once on one link
+    repeat: float = 0.25  # an unanswered message is sent again after this long
+    answer: float = 20.0  # silence about a handoff for this long tears the link down
+    patience: float = 5.0  # an offer waits this long for room, then it is denied; below `answer`
+    quiet: float = 2.0  # a granted prompt not heard of for this long is asked about
+    remembered: int = 4096  # terminal answers kept per link
+    copy_blocks: int = 32  # blocks in one copy: what an abort waits for at most
+    transport: str = ""  # "": the fastest that both ends can prove; or force one by name
+    digests: bool = True  # generations are always checked
+
+
+# ── Blocks ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ReadyBlock:
+    """A computed block of a prompt: `index` in the prompt, `slot` in the sender's pool."""
+
+    index: int
+    slot: int
+    generation: int
+    digest: bytes  # b"" when digests are off
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Piece:
+    """One block to copy: from `slot` of the peer's pool into `block` of our own."""
+
+    index: int
+    slot: int
+    generation: int
+    block: int
+    fill: int  # 0: the whole slab; else a tail's filled positions
+    digest: bytes  # what the content must have; b"": not checked
+    seed: bytes  # what the digest is seeded with: the block hash, or a tail's identity
+
+
+class BlockReferences(Protocol):
+    """The sending node's pool: references keep a block's content in place."""
+
+    def acquire(self, blocks: Sequence[int], /) -> None: ...
+
+    def release(self, blocks: Sequence[int], /) -> None: ...
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Reservation:
+    """Room for one whole prompt. `blocks[i]` takes index i; indexes not in `missing` are cached
+    here already and referenced. The caller of `reserve` owns all of it until adopt or discard."""
+
+    blocks: tuple[int, ...]
+    missing: tuple[int, ...]
+
+
+class IntakePool(Protocol):
+    """The receiving node's pool, called on the driver's thread only."""
+
+    def reserve(self, offer: Offer, /) -> Reservation | None:
+        """Room for all of the prompt, or None if there is none now; `NeverFits` if there never is.
+
+        Missing blocks are the caller's alone until discarded, and nobody reads them.
+        """
+
+    def landed(self, reservation: Reservation, piece: Piece, /) -> None:
+        """A block holds its checked content: a full one may be published as prefix cache."""
+
+    def adopt(self, reservation: Reservation, /) -> None:
+        """All is here: the references now belong to the sequence that decodes it."""
+
+    def discard(self, reservation: Reservation, /) -> None:
+        """The handoff failed and no copy runs: all references go back."""
+
+
+# ── Effects: what an end wants done ──────────────────────────────────────────────────────────────
+
+
+class Outcome(enum.Enum):
+    """How a handoff ended, the same word at both ends."""
+
+    ADOPTED = "adopted"
+    DENIED = "denied"
+    FAILED = "failed"  # the peer, or a check, gave it up
+    CANCELLED = "cancelled"  # this end gave it up
+    LINK_LOST = "link_lost"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Send:
+    link: str
+    message: Message
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Copy:
+    """Copy all pieces, check each, then report `number` with `Intake.copied`."""
+
+    key: Key
+    number: int
+    pieces: tuple[Piece, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Granted:
+    """Handoff side: the peer has room; `missing` indexes are wanted, others it has."""
+
+    key: Key
+    missing: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Adopted:
+    """Intake side: the sequence is here, whole and checked; decode it."""
+
+    key: Key
+    offer: Offer
+    commit: Commit
+    reservation: Reservation
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Ended:
+    """Either side: the handoff is over and holds nothing any more."""
+
+    key: Key
+    sending: bool  # which end: True the handoff, False the intake
+    outcome: Outcome
+    reason: str  # a PdqError code or a Deny reason; "" for adopted
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Teardown:
+    """The peer does not answer: close the link, then report `link_lost`."""
+
+    link: str
+    reason: str
+
+
+Effect = Send | Copy | Granted | Adopted | Ended | Teardown

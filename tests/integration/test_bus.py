@@ -1,0 +1,382 @@
+"""The bus over real sockets: messages, links, and the deaths that a peer can see."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+import zmq
+from support.redis import wait_until
+
+from common.bus import Bus, Down, LinkEvent, Progress
+from common.codec import encode
+from common.config import BusSettings
+from common.errors import ConfigError, LinkLost, ResourceError
+from common.messages import Abort, Beat, Cancel, Release
+
+FAST = BusSettings(beat_interval_s=0.02, missed_beats=5, stall_limit_s=0.2)
+CALM = BusSettings(beat_interval_s=60.0)
+
+
+def a_message(text: str = "why") -> Abort:
+    return Abort(link="l", request="r", attempt=1, choice=0, reason=text)
+
+
+@asynccontextmanager
+async def buses(
+    *names: str, settings: BusSettings = FAST, progress: Progress = lambda: (0, False)
+) -> AsyncIterator[list[Bus]]:
+    made = [Bus(name, settings, progress=progress) for name in names]
+    for bus in made:
+        await bus.start()
+    try:
+        yield made
+    finally:
+        for bus in made:
+            await bus.close()
+
+
+async def until_down(bus: Bus) -> LinkEvent:
+    async with asyncio.timeout(10):
+        while (event := await bus.next_event()).up:
+            pass
+    return event
+
+
+async def until_up(bus: Bus) -> LinkEvent:
+    async with asyncio.timeout(10):
+        while not (event := await bus.next_event()).up:
+            pass
+    return event
+
+
+async def received(bus: Bus) -> tuple[str, object, tuple[bytes, ...]]:
+    async with asyncio.timeout(10):
+        got = await bus.receive()
+    return got.peer, got.message, got.frames
+
+
+async def test_messages_and_frames_travel_both_ways_over_one_link() -> None:
+    async with buses("a-1", "b-1") as (a, b):
+        link = a.connect("b-1", b.endpoint)
+        a.send("b-1", a_message("there"), [b"frame", b""])
+        assert await received(b) == ("a-1", a_message("there"), (b"frame", b""))
+        b.send("a-1", a_message("back"))
+        assert await received(a) == ("b-1", a_message("back"), ())
+        assert a.link("b-1") == b.link("a-1") == link
+        assert a.connect("b-1", b.endpoint) == link, "connecting again keeps the link"
+        assert (await until_up(a)).link == (await until_up(b)).link == link
+        assert a.peers() == {"b-1"}
+
+
+async def test_messages_of_a_link_arrive_in_order_and_complete() -> None:
+    async with buses("a-1", "b-1") as (a, b):
+        a.connect("b-1", b.endpoint)
+        for number in range(500):
+            a.send("b-1", a_message(str(number)))
+        got = [(await received(b))[1] for _ in range(500)]
+        assert got == [a_message(str(number)) for number in range(500)]
+
+
+async def test_without_a_link_or_with_another_one_sending_is_a_typed_error() -> None:
+    async with buses("a-1", "b-1") as (a, b):
+        with pytest.raises(LinkLost, match="no link with b-1"):
+            a.send("b-1", a_message())
+        link = a.connect("b-1", b.endpoint)
+        with pytest.raises(LinkLost):
+            a.send("b-1", a_message(), link="an older one")
+        a.send("b-1", a_message(), link=link)
+        assert (await received(b))[1] == a_message()
+        with pytest.raises(LinkLost, match="not an address"):
+            a.connect("c-1", "nonsense")
+
+
+async def test_every_reconnect_is_a_new_link() -> None:
+    async with buses("a-1", "b-1") as (a, b):
+        first = a.connect("b-1", b.endpoint)
+        await until_up(a)
+        a.disconnect("b-1")
+        assert (await until_down(a)).reason is Down.CLOSED
+        second = a.connect("b-1", b.endpoint)
+        a.send("b-1", a_message())
+        await received(b)
+        assert second != first
+        assert b.link("a-1") == second
+
+
+async def test_a_peer_that_ends_in_order_says_goodbye() -> None:
+    async with buses("a-1", "b-1") as (a, b):
+        a.connect("b-1", b.endpoint)
+        await until_up(a)
+        await until_up(b)
+        await b.close()
+        assert (await until_down(a)).reason is Down.GOODBYE
+        c = Bus("c-1", FAST)
+        await c.start()
+        c.connect("a-1", a.endpoint)
+        assert (await until_up(a)).peer == "c-1"
+        await c.close()
+        gone = await until_down(a)
+        assert (gone.peer, gone.reason) == ("c-1", Down.GOODBYE)
+
+
+async def test_nobody_listening_is_noticed_without_waiting_for_beats() -> None:
+    async with buses("a-1", "b-1", settings=CALM) as (a, b):
+        endpoint = b.endpoint
+        await b.close()
+        a.connect("b-1", endpoint)
+        assert (await until_down(a)).reason is Down.UNREACHABLE
+        assert a.link("b-1") is None
+
+
+async def test_an_impostor_at_the_address_of_a_peer_is_recognised() -> None:
+    async with buses("a-1", "b-2") as (a, b):
+        a.connect("b-1", b.endpoint)  # b-1 is gone, b-2 listens on its port
+        assert (await until_down(a)).reason is Down.IMPOSTOR
+
+
+PEER = """
+import asyncio, sys
+from common.bus import Bus
+from common.config import BusSettings
+
+async def main():
+    interval, missed = float(sys.argv[1]), int(sys.argv[2])
+    bus = Bus("b-1", BusSettings(beat_interval_s=interval, missed_beats=missed))
+    await bus.start()
+    print(bus.endpoint, flush=True)
+    await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+
+
+@asynccontextmanager
+async def a_peer_process(
+    beat_interval_s: float, missed_beats: int = 5
+) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", PEER, str(beat_interval_s), str(missed_beats),
+        stdout=subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout is not None
+    try:
+        yield process, (await process.stdout.readline()).decode().strip()
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()
+
+
+async def test_kill_9_is_noticed_without_waiting_for_beats() -> None:
+    async with buses("a-1", settings=CALM) as (a,), a_peer_process(60.0) as (process, endpoint):
+        a.connect("b-1", endpoint)
+        await until_up(a)
+        process.kill()
+        assert (await until_down(a)).reason is Down.DISCONNECTED
+
+
+async def test_a_stopped_peer_is_silent_and_what_it_says_later_is_dropped() -> None:
+    async with buses("a-1") as (a,), a_peer_process(0.02) as (process, endpoint):
+        first = a.connect("b-1", endpoint)
+        await until_up(a)
+        process.send_signal(signal.SIGSTOP)
+        assert (await until_down(a)).reason is Down.SILENT
+        process.send_signal(signal.SIGCONT)
+        assert a.connect("b-1", endpoint) != first
+        assert (await until_up(a)).peer == "b-1"
+
+
+async def test_a_peer_that_is_busy_without_progress_is_stalled() -> None:
+    steps = iter(range(10**9))
+    stuck = asyncio.Event()
+
+    def progress() -> tuple[int, bool]:
+        return (7 if stuck.is_set() else next(steps) + 100, True)
+
+    async with buses("b-1", progress=progress) as (b,), buses("a-1") as (a,):
+        a.connect("b-1", b.endpoint)
+        await until_up(a)
+        before = a.counts["received"]
+        await wait_until(lambda: a.counts["received"] > before + 20, "twenty beats have come")
+        assert a.peers() == {"b-1"}, "progress is life"
+        stuck.set()
+        assert (await until_down(a)).reason is Down.STALLED
+
+
+async def test_an_idle_peer_need_not_step() -> None:
+    async with buses("a-1", "b-1") as (a, b):
+        a.connect("b-1", b.endpoint)
+        before = a.counts["received"]
+        await wait_until(lambda: a.counts["received"] > before + 20, "twenty beats have come")
+        assert a.peers() == {"b-1"}
+
+
+async def test_our_own_stop_is_not_held_against_peers() -> None:
+    async with buses("a-1") as (a,), a_peer_process(0.02, 10_000) as (_, endpoint):
+        a.connect("b-1", endpoint)
+        await until_up(a)
+        before = a.counts["received"]
+        # nothing of this loop runs for ten times the limit, as after SIGSTOP and SIGCONT
+        time.sleep(10 * FAST.missed_beats * FAST.beat_interval_s)  # noqa: ASYNC251
+        await wait_until(lambda: a.counts["received"] > before + 60, "beats come again")
+        assert a.peers() == {"b-1"}
+
+
+async def test_a_full_inbox_is_not_held_against_peers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("common.bus.INBOX", 1)
+    async with buses("b-1") as (b,), buses("a-1") as (a,):
+        a.connect("b-1", b.endpoint)
+        for number in range(10):
+            a.send("b-1", a_message(str(number)))
+        before = b.counts["sent"]
+        await wait_until(lambda: b.counts["sent"] > before + 20, "twenty intervals passed")
+        assert b.link("a-1") is not None
+        got = [(await received(b))[1] for _ in range(10)]
+        assert got == [a_message(str(number)) for number in range(10)]
+
+
+async def test_a_peer_that_does_not_read_fills_its_link_which_goes_down() -> None:
+    small = dataclasses.replace(CALM, high_water_mark=10)
+    listener = zmq.Context()
+    raw = listener.socket(zmq.ROUTER)
+    raw.setsockopt(zmq.RCVHWM, 10)
+    port = raw.bind_to_random_port("tcp://127.0.0.1")
+    try:
+        async with buses("a-1", settings=small) as (a,):
+            a.connect("b-1", f"tcp://127.0.0.1:{port}")
+
+            def flood() -> None:
+                for _ in range(10_000):
+                    a.send("b-1", a_message("x" * 10_000))
+
+            with pytest.raises(LinkLost, match="full"):
+                flood()
+            assert (await until_down(a)).reason is Down.FULL
+            assert a.link("b-1") is None
+    finally:
+        raw.close(linger=0)
+        listener.term()
+
+
+async def test_garbage_is_counted_and_does_no_harm() -> None:
+    context = zmq.Context()
+    raw = context.socket(zmq.DEALER)
+    raw.setsockopt(zmq.LINGER, 0)
+    raw.setsockopt(zmq.ROUTING_ID, b"x-1/link")
+    anonymous = context.socket(zmq.DEALER)
+    anonymous.setsockopt(zmq.LINGER, 0)
+    try:
+        async with buses("a-1") as (a,):
+            raw.connect(a.endpoint)
+            anonymous.connect(a.endpoint)
+            anonymous.send_multipart([encode(Beat("x-1", 0, False))])
+            for frames in ([b""], [b"\x00" * 100], [b"", b"", b""], [encode(a_message())[:-1]]):
+                raw.send_multipart(frames)
+            raw.send_multipart([encode(a_message())])
+            assert await received(a) == ("x-1", a_message(), ())
+            await wait_until(lambda: a.counts["malformed"] == 5, "all five are counted")
+            raw.send_multipart([encode(Beat("somebody-else", 0, False))])
+            assert (await until_down(a)).reason is Down.IMPOSTOR
+            raw.send_multipart([encode(a_message("late"))])
+            await wait_until(lambda: a.counts["late"] == 1, "the late message is counted")
+    finally:
+        raw.close()
+        anonymous.close()
+        context.term()
+
+
+async def test_a_port_that_is_taken_is_one_clear_line() -> None:
+    async with buses("a-1") as (a,):
+        port = int(a.endpoint.rpartition(":")[2])
+        with pytest.raises(ResourceError, match=rf"cannot listen on 127\.0\.0\.1:{port}"):
+            await Bus("b-1", BusSettings(port=port)).start()
+
+
+def a_key() -> str:
+    return zmq.curve_keypair()[1].decode()
+
+
+async def test_with_a_key_only_those_who_have_it_get_in() -> None:
+    key = a_key()
+    keyed = dataclasses.replace(FAST, secret_key=key)
+    wrong = dataclasses.replace(FAST, secret_key=a_key())
+    async with (
+        buses("a-1", "b-1", settings=keyed) as (a, b),
+        buses("c-1", settings=wrong) as (c,),
+        buses("d-1") as (d,),
+    ):
+        a.connect("b-1", b.endpoint)
+        a.send("b-1", a_message())
+        assert await received(b) == ("a-1", a_message(), ())
+        for stranger in (c, d):
+            stranger.connect("b-1", b.endpoint)
+            stranger.send("b-1", a_message("let me in"))
+            assert (await until_down(stranger)).reason is Down.UNREACHABLE
+        a.send("b-1", a_message("again"))
+        assert (await received(b))[1] == a_message("again")
+        assert b.peers() == {"a-1"}
+
+
+async def test_the_servers_public_key_alone_opens_nothing() -> None:
+    secret = a_key()
+    keyed = dataclasses.replace(FAST, secret_key=secret)
+    context = zmq.Context()
+    raw = context.socket(zmq.DEALER)
+    raw.setsockopt(zmq.LINGER, 0)
+    public, own_secret = zmq.curve_keypair()
+    raw.setsockopt(zmq.CURVE_SERVERKEY, zmq.curve_public(secret.encode()))
+    raw.setsockopt(zmq.CURVE_PUBLICKEY, public)
+    raw.setsockopt(zmq.CURVE_SECRETKEY, own_secret)
+    raw.setsockopt(zmq.ROUTING_ID, b"x-1/link")
+    monitor = raw.get_monitor_socket(zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_DISCONNECTED)
+    try:
+        async with buses("b-1", settings=keyed) as (b,):
+            raw.connect(b.endpoint)
+            raw.send(encode(a_message()))
+            await wait_until(lambda: bool(monitor.poll(0)), "it is refused")
+            assert b.peers() == set()
+            assert b.counts["received"] == 0
+    finally:
+        raw.disable_monitor()
+        monitor.close(linger=0)
+        raw.close()
+        context.term()
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org"])
+def test_without_a_key_nothing_but_loopback_is_listened_on(host: str) -> None:
+    with pytest.raises(ConfigError, match="loopback"):
+        BusSettings(host=host)
+    assert BusSettings(host=host, secret_key=a_key()).host == host
+
+
+async def test_a_key_that_is_none_is_a_config_error() -> None:
+    with pytest.raises(ConfigError, match="CURVE"):
+        await Bus("a-1", BusSettings(secret_key="~" * 40)).start()
+
+
+async def test_a_bus_leaves_no_descriptor_behind() -> None:
+    import psutil
+
+    process = psutil.Process()
+    async with buses("warm-1", "warm-2") as (a, b):
+        a.connect("warm-2", b.endpoint)
+        await until_up(a)
+    before = process.num_fds()
+    for _ in range(5):
+        async with buses("a-1", "b-1") as (a, b):
+            a.connect("b-1", b.endpoint)
+            b.connect("a-1", a.endpoint)
+            a.send("b-1", Cancel("a-1", "r", 1, "over"))
+            b.send("a-1", Release("l", "r", 1, 0))
+            await received(a)
+            await received(b)
+    assert process.num_fds() <= before

@@ -1,0 +1,279 @@
+"""The gateway as a process, with real Redis, real ZeroMQ and nodes that only lack an engine."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import re
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from common.redis_client import RedisClient
+from common.registry import Registry, Role
+from common.requests import Requests, State
+from tests.support.fake_cluster import until
+from tests.support.gateway_server import MODELS
+from tests.support.mini_node import MiniNode
+from tests.support.redis import redis_client, redis_server, wait_until
+
+__all__ = ["redis_client", "redis_server"]
+
+BODY: dict[str, Any] = {
+    "model": "stories", "prompt": "Once upon a time", "max_tokens": 30, "seed": 3,
+}  # fmt: skip
+ROOT = Path(__file__).parents[2]
+
+
+@dataclasses.dataclass(slots=True)
+class Process:
+    """A gateway that listens."""
+
+    url: str
+    process: asyncio.subprocess.Process
+    lines: list[str]
+
+    def openai(self) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+
+
+def command(redis_url: str, *flags: str) -> list[str]:
+    return [
+        sys.executable, "-W", "error", "-m", "gateway", "--port", "0", "--model",
+        str(MODELS / "stories260K"), "--served-model-name", "stories", "--redis-url", redis_url,
+        "--bus-beat-interval-s", "0.05", *flags,
+    ]  # fmt: skip
+
+
+@contextlib.asynccontextmanager
+async def started(redis_url: str, *flags: str) -> AsyncIterator[Process]:
+    process = await asyncio.create_subprocess_exec(
+        *command(redis_url, *flags), cwd=ROOT, stderr=asyncio.subprocess.PIPE
+    )
+    lines: list[str] = []
+
+    async def read() -> None:
+        assert process.stderr is not None
+        async for line in process.stderr:
+            lines.append(line.decode().rstrip())
+
+    reading = asyncio.create_task(read())
+    try:
+        await until(lambda: re.search(r"url=(\S+)", "\n".join(lines)) or process.returncode)
+        found = re.search(r"url=(\S+)", "\n".join(lines))
+        assert found, "\n".join(lines)
+        yield Process(found[1], process, lines)
+    finally:
+        if process.returncode is None:
+            process.send_signal(signal.SIGTERM)
+        try:
+            async with asyncio.timeout(10):
+                await process.wait()
+        finally:
+            if process.returncode is None:
+                process.kill()
+        await reading
+        bad = [line for line in lines if " ERROR " in line or "Traceback" in line]
+        assert not bad, bad
+
+
+@contextlib.asynccontextmanager
+async def a_node(
+    client: RedisClient, gateway: Process, *, hold_at: int | None = None
+) -> AsyncIterator[MiniNode]:
+    """A node that the gateway has linked with."""
+    async with MiniNode(client, hold_at=hold_at).running() as node:
+        linked = f"node.linked node={node.incarnation}"
+        await until(lambda: any(linked in line for line in gateway.lines))
+        yield node
+
+
+@pytest.fixture
+async def gateway(redis_client: RedisClient) -> AsyncIterator[Process]:
+    async with started(redis_client.settings.url) as process:
+        yield process
+
+
+async def the_text(gateway: Process) -> str:
+    async with httpx.AsyncClient(base_url=gateway.url, timeout=20) as http:
+        answer = await http.post("/v1/completions", json=BODY)
+    assert answer.status_code == 200, answer.text
+    text: str = answer.json()["choices"][0]["text"]
+    return text
+
+
+async def test_a_request_goes_through_redis_and_back_over_the_bus(
+    gateway: Process, redis_client: RedisClient
+) -> None:
+    async with a_node(redis_client, gateway) as node:
+        assert len(await the_text(gateway)) > 20
+        requests = Requests(redis_client)
+
+        async def finished() -> bool:
+            return [r.state for r in await requests.recent()] == [State.FINISHED]
+
+        await wait_until(finished, "the record is closed")
+        (record,) = await requests.recent()
+        (choice,) = record.choices
+        assert (choice.generated, choice.finish_reason, choice.prefill_node) == (
+            30, "length", node.incarnation,
+        )  # fmt: skip
+        (dispatch,) = node.taken
+        key = (dispatch.request, 1, 0)
+        await until(lambda: node.acknowledged.get(key) == dispatch.prompt_len + 30)
+        assert await requests.open_requests(dispatch.gateway) == set()
+        assert (await requests.loads([node.incarnation]))[node.incarnation].requests == 0
+
+
+async def test_the_death_of_a_node_changes_no_token(
+    gateway: Process, redis_client: RedisClient
+) -> None:
+    async with a_node(redis_client, gateway) as first:
+        truth = await the_text(gateway)
+        first.hold_at = 7
+        text = ""
+        async with contextlib.AsyncExitStack() as stack:
+            client = await stack.enter_async_context(gateway.openai())
+            stream = await client.completions.create(**BODY, stream=True)
+            async for chunk in stream:
+                text += chunk.choices[0].text
+                if len(first.taken) == 2 and len(text) >= 7 and first.computing:
+                    second = await stack.enter_async_context(a_node(redis_client, gateway))
+                    await first.die()
+            assert text == truth
+            (retry,) = second.taken
+            assert (retry.attempt, len(retry.token_ids)) == (2, retry.prompt_len + 7)
+
+
+async def test_a_disconnect_reaches_the_node(gateway: Process, redis_client: RedisClient) -> None:
+    async with a_node(redis_client, gateway, hold_at=5) as node:
+        async with httpx.AsyncClient(base_url=gateway.url) as http:
+            asking = asyncio.create_task(http.post("/v1/completions", json=BODY))
+            await until(lambda: node.acknowledged)
+            asking.cancel()
+            async with asyncio.timeout(1):
+                await until(lambda: not node.computing)
+        requests = Requests(redis_client)
+
+        async def cancelled() -> bool:
+            return [r.state for r in await requests.recent()] == [State.CANCELLED]
+
+        await wait_until(cancelled, "the record is closed")
+
+
+async def test_an_open_request_outlives_the_memory_of_redis(
+    gateway: Process, redis_client: RedisClient
+) -> None:
+    async with a_node(redis_client, gateway) as node:
+        truth = await the_text(gateway)
+        node.hold_at = 5
+        async with gateway.openai() as client:
+            asking = asyncio.create_task(client.completions.create(**BODY))
+            await until(lambda: node.computing and len(node.acknowledged) == 2)
+            await redis_client.command("FLUSHALL")
+            requests = Requests(redis_client)
+
+            async def known_again() -> bool:
+                return len(await requests.recent()) == 1
+
+            await wait_until(known_again, "the gateway has asserted it again")
+            node.release()
+            assert (await asking).choices[0].text == truth
+
+
+async def test_a_drain_lets_open_streams_finish_and_leaves_nothing(
+    redis_client: RedisClient,
+) -> None:
+    async with started(redis_client.settings.url) as gateway:
+        async with a_node(redis_client, gateway, hold_at=5) as node, gateway.openai() as client:
+            asking = asyncio.create_task(client.completions.create(**BODY))
+            await until(lambda: node.acknowledged)
+            gateway.process.send_signal(signal.SIGTERM)
+            await until(lambda: any("gateway.draining open=1" in line for line in gateway.lines))
+            async with httpx.AsyncClient(base_url=gateway.url) as http:
+
+                async def refuses() -> bool:
+                    with contextlib.suppress(httpx.TransportError):
+                        answer = await http.post("/v1/completions", json=BODY)
+                        return answer.status_code == 503
+                    return True
+
+                await wait_until(refuses, "new requests are refused")
+            node.release()
+            assert (await asking).choices[0].finish_reason == "length"
+            async with asyncio.timeout(5):
+                assert await gateway.process.wait() == 0
+        snapshot = await Registry(redis_client).snapshot()
+        assert snapshot.of_role(Role.GATEWAY) == []
+
+
+async def test_a_second_signal_ends_it_at_once(redis_client: RedisClient) -> None:
+    async with (
+        started(redis_client.settings.url) as gateway,
+        a_node(redis_client, gateway, hold_at=5) as node,
+        gateway.openai() as client,
+    ):
+        asking = asyncio.create_task(client.completions.create(**BODY))
+        await until(lambda: node.acknowledged)
+        gateway.process.send_signal(signal.SIGINT)
+        await until(lambda: any("gateway.draining" in line for line in gateway.lines))
+        gateway.process.send_signal(signal.SIGINT)
+        with pytest.raises(openai.InternalServerError, match="this gateway ends"):
+            await asking
+        async with asyncio.timeout(5):
+            assert await gateway.process.wait() == 0
+        await until(lambda: not node.computing, "the node was told")
+
+
+async def test_a_drain_ends_with_its_grace_period(redis_client: RedisClient) -> None:
+    flags = ("--grace-period-s", "0.1")
+    async with (
+        started(redis_client.settings.url, *flags) as gateway,
+        a_node(redis_client, gateway, hold_at=5) as node,
+        gateway.openai() as client,
+    ):
+        asking = asyncio.create_task(client.completions.create(**BODY))
+        await until(lambda: node.acknowledged)
+        gateway.process.send_signal(signal.SIGTERM)
+        with pytest.raises(openai.InternalServerError, match="this gateway ends"):
+            await asking
+        async with asyncio.timeout(5):
+            assert await gateway.process.wait() == 0
+
+
+async def test_two_gateways_share_the_nodes(gateway: Process, redis_client: RedisClient) -> None:
+    async with started(redis_client.settings.url) as other, a_node(redis_client, gateway) as node:
+        linked = f"node.linked node={node.incarnation}"
+        await until(lambda: any(linked in line for line in other.lines))
+        one, two = await asyncio.gather(the_text(gateway), the_text(other))
+        assert one == two
+        assert len({dispatch.gateway for dispatch in node.taken}) == 2
+
+
+@pytest.mark.parametrize("trouble", ["port", "redis", "model", "setting"])
+async def test_what_keeps_it_from_starting_is_one_line(
+    redis_client: RedisClient, trouble: str
+) -> None:
+    url = redis_client.settings.url
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        flags, wanted = {
+            "port": (("--port", str(taken.getsockname()[1])), "cannot listen"),
+            "redis": (("--redis-url", "redis://127.0.0.1:1", "--redis-retry-s", "0"), "edis"),
+            "model": (("--model", "/no/such/folder"), "/no/such/folder"),
+            "setting": (("--max-n", "none"), "max-n"),
+        }[trouble]
+        process = await asyncio.create_subprocess_exec(
+            *command(url, *flags), cwd=ROOT, stderr=asyncio.subprocess.PIPE
+        )
+        _, output = await process.communicate()
+    assert process.returncode == 1
+    (line,) = output.decode().splitlines()
+    assert wanted in line

@@ -1,0 +1,528 @@
+"""One contract for every transport: what kv_transfer/transports/base.py promises, with real memory.
+
+`source_process` is another process that owns a pool and serves it, so that it can be killed and
+stopped; everything else runs in this one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.errors import DigestMismatch, LinkLost, MalformedMessage, StaleBlock
+from common.kv_layout import KVLayout
+from kv_transfer.digests import tail_seed
+from kv_transfer.lease import Leases
+from kv_transfer.pool_memory import PoolMemory
+from kv_transfer.ports import Key, Piece
+from kv_transfer.transports.base import Reader, Source, Target
+from kv_transfer.transports.shm import ShmReader, ShmSource
+from kv_transfer.transports.tcp import TcpReader, TcpSource
+
+LAYOUT = KVLayout.paged_attention(
+    num_layers=3, num_kv_heads=2, head_dim=8, block_size=4, dtype="float32"
+)
+LARGE = KVLayout.paged_attention(
+    num_layers=8, num_kv_heads=8, head_dim=64, block_size=16, dtype="float32"
+)
+KEY = Key("link", "request", 1, 0)
+SEED = b"the block's hash"
+KEY_PAIR = "Yne@$w-vo<fVvi]a<NY6T1ed:M$fCG*[IaLV{hID"
+
+
+class CountingPool:
+    """References per block, as a block pool counts them."""
+
+    def __init__(self) -> None:
+        self.references: dict[int, int] = {}
+
+    def acquire(self, blocks: list[int]) -> None:
+        for block in blocks:
+            self.references[block] = self.references.get(block, 0) + 1
+
+    def release(self, blocks: list[int]) -> None:
+        for block in blocks:
+            self.references[block] -= 1
+
+
+@dataclasses.dataclass
+class End:
+    """Both ends of one link in this process, of one transport."""
+
+    source: Source
+    memory: PoolMemory
+    leases: Leases
+    pool: CountingPool
+    target: Target
+    open: Callable[[str], Reader]
+    readers: list[Reader] = dataclasses.field(default_factory=list)
+
+    def fill(self, block: int, seed: bytes = SEED) -> None:
+        self.memory.begin_write(block)
+        self.memory.slabs[block] = torch.randint(0, 256, (self.memory.slab_bytes,)).to(torch.uint8)
+        self.memory.seal(block, seed)
+
+    def piece(self, slot: int, block: int, seed: bytes = SEED, index: int = 0) -> Piece:
+        generation = int(self.memory.generations[slot])
+        return Piece(index, slot, generation, block, 0, self.memory.digests[slot], seed)
+
+    def same(self, slot: int, block: int) -> bool:
+        return torch.equal(self.memory.slabs[slot], self.target.memory.slabs[block])
+
+    def reader(self, link: str = "link") -> Reader:
+        self.readers.append(self.open(link))
+        return self.readers[-1]
+
+
+def opener(transport: str) -> Callable[[str, bytes, Target], Reader]:
+    return {
+        "shm": ShmReader.open,
+        "tcp": TcpReader.open,
+        "tcp+curve": lambda *a: TcpReader.open(*a, secret_key=KEY_PAIR),
+    }[transport]
+
+
+@contextlib.contextmanager
+def both_ends(transport: str, layout: KVLayout = LAYOUT, blocks: int = 8) -> Iterator[End]:
+    pool = CountingPool()
+    leases = Leases(pool)
+    memory = PoolMemory(blocks, layout.slab_bytes)
+    target = Target(PoolMemory(blocks, layout.slab_bytes), layout)
+    source: Source
+    if transport == "shm":
+        source = ShmSource(memory)
+    else:
+        key = KEY_PAIR if transport == "tcp+curve" else ""
+        source = TcpSource(memory, layout, leases, secret_key=key)
+    open_reader = opener(transport)
+    end = End(source, memory, leases, pool, target,
+              lambda link: open_reader(link, source.open_link(link), target))  # fmt: skip
+    try:
+        yield end
+    finally:
+        for reader in end.readers:
+            reader.close()
+        source.close()
+        memory.close()
+        target.memory.close()
+
+
+def descriptors() -> set[str]:
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            found.add(os.readlink(f"/proc/self/fd/{name}"))
+    return {name for name in found if "memfd" in name or "eventfd" in name or "socket" in name}
+
+
+def wait_until(condition: Callable[[], object], what: str, seconds: float = 20.0) -> None:
+    """Look again until it holds; only for what another thread or process does."""
+    deadline = time.monotonic() + seconds
+    tick = threading.Event()
+    while not condition():
+        assert time.monotonic() < deadline, f"never happened: {what}"
+        tick.wait(0.002)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _zmq_collector_runs() -> None:
+    """pyzmq starts one thread per process, at the first frame sent without a copy: part of the
+    baseline."""
+    with both_ends("tcp", LARGE) as end:
+        end.fill(0)
+        end.leases.add(KEY, [0])
+        end.reader().pull([end.piece(0, 0)])
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left(_zmq_collector_runs: None) -> Iterator[None]:
+    before, shared = descriptors(), set(os.listdir("/dev/shm"))
+    threads = threading.active_count()
+    yield
+    gc.collect()
+    wait_until(lambda: descriptors() <= before, "descriptors back to the baseline")
+    wait_until(lambda: threading.active_count() <= threads, "threads back to the baseline")
+    assert set(os.listdir("/dev/shm")) == shared
+
+
+every_transport = pytest.mark.parametrize("transport", ["shm", "tcp", "tcp+curve"])
+
+
+@every_transport
+def test_pulled_blocks_are_equal_byte_for_byte(transport: str) -> None:
+    with both_ends(transport) as end:
+        for block in range(8):
+            end.fill(block)
+        end.leases.add(KEY, list(range(8)))
+        end.reader().pull([end.piece(slot, 7 - slot, index=slot) for slot in range(8)])
+        assert all(end.same(slot, 7 - slot) for slot in range(8))
+
+
+@every_transport
+def test_a_prompt_much_larger_than_the_window_arrives_whole(transport: str) -> None:
+    with both_ends(transport, LARGE, blocks=48) as end:
+        assert 48 * LARGE.slab_bytes >= 24 << 20
+        for block in range(48):
+            end.fill(block)
+        end.leases.add(KEY, list(range(48)))
+        end.reader().pull([end.piece(b, b, index=b) for b in range(48)])
+        assert torch.equal(end.memory.slabs, end.target.memory.slabs)
+
+
+@every_transport
+@pytest.mark.parametrize("fill", [1, 3])
+def test_of_a_tail_only_the_filled_positions_are_copied(transport: str, fill: int) -> None:
+    seed = tail_seed(b"parent", range(fill))
+    with both_ends(transport) as end:
+        end.fill(2)
+        end.memory.seal(2, seed, list(LAYOUT.tail_ranges(fill)))
+        end.leases.add(KEY, [2])
+        end.target.memory.slabs[5] = 77
+        whole = end.piece(2, 5, seed)
+        end.reader().pull([dataclasses.replace(whole, fill=fill)])
+        filled = torch.zeros(LAYOUT.slab_bytes, dtype=torch.bool)
+        for offset, length in LAYOUT.tail_ranges(fill):
+            filled[offset : offset + length] = True
+        assert torch.equal(end.target.memory.slabs[5][filled], end.memory.slabs[2][filled])
+        assert (end.target.memory.slabs[5][~filled] == 77).all()
+
+
+@every_transport
+def test_a_block_that_was_rewritten_since_it_was_announced_is_stale(transport: str) -> None:
+    with both_ends(transport) as end:
+        end.fill(1)
+        end.leases.add(KEY, [1])
+        piece = end.piece(1, 0)
+        end.fill(1)
+        with pytest.raises(StaleBlock):
+            end.reader().pull([piece])
+
+
+@every_transport
+def test_a_block_that_is_being_written_is_stale(transport: str) -> None:
+    with both_ends(transport) as end:
+        end.fill(1)
+        end.leases.add(KEY, [1])
+        end.memory.begin_write(1)
+        with pytest.raises(StaleBlock):
+            end.reader().pull([end.piece(1, 0)])
+
+
+@every_transport
+def test_a_generation_that_changes_between_both_looks_is_stale(transport: str) -> None:
+    """The second look is what makes it a proof: the first one alone would pass here."""
+    with both_ends(transport) as end:
+        end.fill(1)
+        end.leases.add(KEY, [1])
+        piece = dataclasses.replace(end.piece(1, 0), digest=b"")
+        looks = RewriteAfterFirstLook(end.memory.generations, lambda: end.fill(1))
+        reader = end.reader()
+        if isinstance(reader, ShmReader):
+            reader._mapped.generations = looks  # type: ignore[assignment]
+        else:
+            end.memory.generations = looks  # type: ignore[assignment]
+        with pytest.raises(StaleBlock):
+            reader.pull([piece])
+        del looks
+
+
+class RewriteAfterFirstLook:
+    """A generation array that is looked at once, and then rewritten by `rewrite`."""
+
+    def __init__(self, generations: object, rewrite: Callable[[], None]) -> None:
+        self.generations, self.rewrite, self.busy, self.looks = generations, rewrite, False, 0
+
+    def __getitem__(self, block: int) -> object:
+        value = self.generations[block]  # type: ignore[index]
+        if not self.busy:
+            self.looks += 1
+            if self.looks == 1:
+                self.busy = True
+                value = int(value)
+                self.rewrite()
+                self.busy = False
+        return value
+
+    def __setitem__(self, block: int, value: int) -> None:
+        self.generations[block] = value  # type: ignore[index]
+
+
+@every_transport
+def test_corrupted_bytes_do_not_pass_the_digest(transport: str) -> None:
+    with both_ends(transport) as end:
+        end.fill(3)
+        end.memory.slabs[3][17] ^= 1
+        end.leases.add(KEY, [3])
+        with pytest.raises(DigestMismatch):
+            end.reader().pull([end.piece(3, 0)])
+
+
+@every_transport
+def test_equal_bytes_under_another_hash_do_not_pass_the_digest(transport: str) -> None:
+    with both_ends(transport) as end:
+        end.fill(3, seed=b"another's   hash")
+        end.leases.add(KEY, [3])
+        with pytest.raises(DigestMismatch):
+            end.reader().pull([end.piece(3, 0, seed=SEED)])
+
+
+@every_transport
+def test_a_link_goes_on_after_a_pull_that_failed(transport: str) -> None:
+    with both_ends(transport) as end:
+        for block in range(8):
+            end.fill(block)
+        end.leases.add(KEY, list(range(8)))
+        reader = end.reader()
+        pieces = [end.piece(b, b, index=b) for b in range(8)]
+        end.memory.slabs[2][0] ^= 1
+        with pytest.raises(DigestMismatch):
+            reader.pull(pieces)
+        end.memory.slabs[2][0] ^= 1
+        reader.pull(pieces)
+        assert torch.equal(end.memory.slabs, end.target.memory.slabs)
+
+
+@every_transport
+@pytest.mark.parametrize("slot", [-1, 8, 2**40])
+def test_a_place_that_does_not_exist_is_an_error(transport: str, slot: int) -> None:
+    with both_ends(transport) as end:
+        piece = Piece(0, slot, 0, 0, 0, b"", SEED)
+        with pytest.raises((MalformedMessage, StaleBlock)):
+            end.reader().pull([piece])
+
+
+@every_transport
+def test_a_closed_link_serves_no_new_reader(transport: str) -> None:
+    with both_ends(transport) as end:
+        proof = end.source.open_link("gone")
+        end.source.close_link("gone")
+        with pytest.raises(LinkLost):
+            opener(transport)("gone", proof, end.target)
+
+
+@every_transport
+def test_a_proof_that_is_wrong_opens_nothing(transport: str) -> None:
+    with both_ends(transport) as end:
+        proof = bytearray(end.source.open_link("link"))
+        proof[16 if transport == "shm" else 0] ^= 1
+        if transport == "shm":
+            proof[-1] ^= 1
+        with pytest.raises((LinkLost, MalformedMessage)), short_open_timeout():
+            opener(transport)("link", bytes(proof), end.target)
+        for nonsense in (b"", b"x", b"\xff" * 60):
+            with pytest.raises((LinkLost, MalformedMessage)):
+                opener(transport)("link", nonsense, end.target)
+
+
+@contextlib.contextmanager
+def short_open_timeout() -> Iterator[None]:
+    from kv_transfer.transports import tcp
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tcp, "_OPEN_TIMEOUT", 0.2)
+        yield
+
+
+@every_transport
+def test_a_pull_on_a_closed_reader_is_a_lost_link(transport: str) -> None:
+    with both_ends(transport) as end:
+        end.fill(0)
+        end.leases.add(KEY, [0])
+        reader = end.reader()
+        reader.close()
+        reader.close()
+        with pytest.raises(LinkLost):
+            reader.pull([end.piece(0, 0)])
+
+
+# What each transport promises besides
+
+
+def test_tcp_serves_only_blocks_that_are_leased_to_the_link() -> None:
+    with both_ends("tcp") as end:
+        end.fill(0)
+        end.leases.add(Key("another link", "r", 1, 0), [0])
+        with pytest.raises(StaleBlock):
+            end.reader().pull([end.piece(0, 0)])
+
+
+def test_tcp_keeps_references_until_the_bytes_have_left() -> None:
+    """The lease ends while a reader takes nothing: the blocks stay until the link is torn down."""
+    with both_ends("tcp", LARGE, blocks=64) as end:
+        for block in range(64):
+            end.fill(block)
+        end.leases.add(KEY, list(range(64)))
+        reader = end.reader()
+        assert isinstance(reader, TcpReader)
+        for start in range(0, 64, 8):  # asks for more than the sockets hold, and reads nothing
+            reader._ask(tuple(end.piece(b, b) for b in range(start, start + 8)))
+        wait_until(lambda: end.leases.count()["touched"] >= 48, "the source is sending")
+        end.leases.end(KEY)
+        assert end.leases.count()["ending"] == 1
+        assert end.pool.references[63] == 1
+        end.source.close_link("link")
+        end.leases.collect()
+        assert end.leases.count() == {"open": 0, "ending": 0, "touched": 0}
+        assert set(end.pool.references.values()) == {0}
+
+
+def test_tcp_gives_references_back_as_soon_as_a_pull_is_proved() -> None:
+    with both_ends("tcp") as end:
+        end.fill(0)
+        end.leases.add(KEY, [0])
+        end.reader().pull([end.piece(0, 0)])
+        assert end.leases.count()["touched"] == 0
+
+
+def test_shm_cannot_be_mapped_for_writing_and_cannot_shrink() -> None:
+    import mmap
+
+    memory = PoolMemory(2, 4096)
+    try:
+        with pytest.raises(PermissionError):
+            mmap.mmap(memory.fd, 4096)
+        with pytest.raises(PermissionError):
+            os.ftruncate(memory.fd, 0)
+    finally:
+        memory.close()
+
+
+def test_a_file_that_is_no_sealed_pool_is_not_mapped() -> None:
+    from kv_transfer.pool_memory import MappedPool
+
+    fd = os.memfd_create("loose")
+    os.ftruncate(fd, 8192)
+    try:
+        with pytest.raises(MalformedMessage):
+            MappedPool(fd)
+    finally:
+        os.close(fd)
+
+
+def test_generations_of_rewritten_blocks_never_come_back() -> None:
+    memory = PoolMemory(1, 64)
+    try:
+        seen = [int(memory.generations[0])]
+        for action in (memory.begin_write, memory.seal, memory.begin_write, memory.begin_write,
+                       memory.seal, memory.seal):  # fmt: skip
+            action(0)
+            seen.append(int(memory.generations[0]))
+        assert seen == [0, 1, 2, 3, 5, 6, 6]
+    finally:
+        memory.close()
+
+
+# With another process as the owner
+
+OWNER = """
+import sys, torch
+from common.kv_layout import KVLayout
+from kv_transfer.lease import Leases
+from kv_transfer.pool_memory import PoolMemory
+from kv_transfer.ports import Key
+from kv_transfer.transports.shm import ShmSource
+from kv_transfer.transports.tcp import TcpSource
+class Pool:
+    def acquire(self, blocks): pass
+    def release(self, blocks): pass
+layout = KVLayout.paged_attention(
+    num_layers=8, num_kv_heads=8, head_dim=64, block_size=16, dtype="float32")
+memory = PoolMemory(64, layout.slab_bytes)
+leases = Leases(Pool())
+leases.add(Key("link", "request", 1, 0), list(range(64)))
+for block in range(64):
+    memory.begin_write(block)
+    memory.slabs[block] = block
+    memory.seal(block)
+source = ShmSource(memory) if sys.argv[1] == "shm" else TcpSource(memory, layout, leases)
+print(source.open_link("link").hex(), flush=True)
+sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def source_process(transport: str) -> Iterator[tuple[subprocess.Popen[str], bytes]]:
+    root = Path(__file__).resolve().parents[2]
+    process = subprocess.Popen(
+        [sys.executable, "-c", OWNER, transport], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        text=True, cwd=root, env={**os.environ, "PYTHONPATH": str(root)},
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        yield process, bytes.fromhex(process.stdout.readline())
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def pull_until_it_fails(reader: Reader, copied: threading.Event, errors: list[object]) -> None:
+    pieces = [Piece(b, b, 2, b, 0, b"", SEED) for b in range(64)]
+    try:
+        while not errors:
+            reader.pull(pieces)
+            copied.set()
+    except Exception as error:
+        errors.append(error)
+
+
+@pytest.mark.parametrize("transport", ["shm", "tcp"])
+def test_kill_9_of_the_owner_while_the_reader_copies(transport: str) -> None:
+    """tcp: a typed error at once. shm: the mapping outlives its owner, and is given back at close.
+    In both no half-written block passes, and nothing is left behind."""
+    target = Target(PoolMemory(64, LARGE.slab_bytes), LARGE)
+    with source_process(transport) as (process, proof):
+        reader = opener(transport)("link", proof, target)
+        copied, errors = threading.Event(), []
+        thread = threading.Thread(target=pull_until_it_fails, args=(reader, copied, errors))
+        thread.start()
+        assert copied.wait(30)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        if transport == "shm":
+            copied.clear()
+            assert copied.wait(30), "copies go on from the dead owner's pool"
+            errors.append("enough")
+        thread.join(30)
+        assert not thread.is_alive()
+        assert errors == ["enough"] or isinstance(errors[0], LinkLost)
+        assert all((target.memory.slabs[b] == b).all() for b in range(64))
+        reader.close()
+    target.memory.close()
+
+
+def test_a_stopped_owner_is_left_by_closing_the_reader() -> None:
+    """SIGSTOP looks like a slow network: only whoever declares the death may end the wait."""
+    target = Target(PoolMemory(64, LARGE.slab_bytes), LARGE)
+    with source_process("tcp") as (process, proof):
+        reader = opener("tcp")("link", proof, target)
+        copied, errors = threading.Event(), []
+        thread = threading.Thread(target=pull_until_it_fails, args=(reader, copied, errors))
+        thread.start()
+        assert copied.wait(30)
+        process.send_signal(signal.SIGSTOP)
+        reader.close()
+        thread.join(30)
+        assert isinstance(errors[0], LinkLost)
+        process.send_signal(signal.SIGCONT)
+    target.memory.close()
+
+
+def test_a_reader_of_another_network_namespace_or_user_gets_nothing() -> None:
+    """The proof is the connection itself: a copied Hello without it opens nothing."""
+    target = Target(PoolMemory(1, LAYOUT.slab_bytes), LAYOUT)
+    elsewhere = b"0123456789abcdef" + bytes(32)
+    with pytest.raises(LinkLost, match="not on this host"):
+        ShmReader.open("link", elsewhere, target)
+    target.memory.close()

@@ -1,0 +1,387 @@
+"""Accepted requests end with the right tokens or a typed error, whatever happens to the nodes."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import AsyncIterator
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.errors import (
+    ContextLengthExceeded,
+    NeverFits,
+    Overloaded,
+    PdqError,
+    RequestAborted,
+    ServiceUnavailable,
+)
+from common.messages import Cancel, Dispatch, Failed, TokenRun, Tokens, TokensAck, TookOver
+from common.metrics import Metrics
+from common.sampling import SamplingParams
+from gateway.dispatch import Dispatcher, Limits
+from gateway.metrics import GatewayMetrics
+from gateway.open_request import OpenRequest, Work
+from gateway.ports import DECODE, PREFILL
+from gateway.prefix_index import PrefixIndex
+from gateway.router import LeastLoadedRouter
+from tests.support.fake_cluster import FakeCluster, endless, pair, until
+
+PROMPT = tuple(range(100, 120))
+TOKENS = 12
+WORK = Work("r1", PROMPT, SamplingParams(max_tokens=TOKENS, seed=7))
+SAMPLE = Dispatch(
+    request="", attempt=1, choices=(0,), token_ids=PROMPT, prompt_len=len(PROMPT),
+    params=WORK.params, gateway="", gateway_endpoint="", decode_node="", decode_endpoint="",
+    cache_salt="", priority=0, deadline_ms=0, trace="",
+)  # fmt: skip
+OVERLOADED = Failed("", "", 0, 0, "overloaded", "full", True)
+
+
+def connect(cluster: FakeCluster, **limits: object) -> Dispatcher:
+    dispatcher = Dispatcher(
+        gateway="g1",
+        store=cluster,
+        bus=cluster,
+        directory=cluster,
+        router=LeastLoadedRouter(PrefixIndex()),
+        limits=Limits(**limits),  # type: ignore[arg-type]
+        metrics=GatewayMetrics(Metrics()),
+    )
+    cluster.inbox = dispatcher
+    return dispatcher
+
+
+@pytest.fixture
+async def cluster() -> AsyncIterator[FakeCluster]:
+    """Whatever a test does: afterwards nothing may be left."""
+    made = FakeCluster()
+    yield made
+    made.release()
+    await until(lambda: made.running == 0, "nodes idle")
+    dispatcher = made.inbox
+    assert isinstance(dispatcher, Dispatcher)
+    await dispatcher.shut_down()
+    made.assert_idle()
+    assert dispatcher.num_open == 0
+
+
+async def collect(request: OpenRequest) -> list[list[int]]:
+    tokens: list[list[int]] = [[] for _ in request.choices]
+    async for update in request.updates():
+        tokens[update.choice] += [token.token_id for token in update.tokens]
+    return tokens
+
+
+async def run(dispatcher: Dispatcher, work: Work = WORK) -> list[list[int]]:
+    async with dispatcher.run(work) as request:
+        return await collect(request)
+
+
+def expected(work: Work = WORK) -> list[list[int]]:
+    dispatch = dataclasses.replace(SAMPLE, params=work.params, token_ids=work.prompt_ids)
+    count = work.params.max_tokens
+    return [endless(dispatch, choice)[:count] for choice in range(work.n)]
+
+
+async def test_tokens_go_from_node_to_client_and_are_acknowledged(cluster: FakeCluster) -> None:
+    pair(cluster)
+    assert await run(connect(cluster)) == expected()
+    assert cluster.acks[-1] == ("d1", ("r1", 1, 0, len(PROMPT) + TOKENS))
+    ((node, dispatch),) = cluster.dispatched
+    assert (node, dispatch.attempt, dispatch.decode_node) == ("p1", 1, "d1")
+    assert dispatch.token_ids == PROMPT
+    assert dispatch.gateway_endpoint == cluster.endpoint
+    await until(lambda: "r1" in cluster.finished)
+    (ending,) = cluster.finished["r1"]
+    assert (ending.attempt, ending.finish_reason, ending.generated) == (1, "length", TOKENS)
+    assert [stage.state for stage in cluster.stages] == ["prefilling", "decoding"]
+    assert cluster.cancelled == []
+
+
+async def test_choices_differ_and_come_from_one_dispatch(cluster: FakeCluster) -> None:
+    pair(cluster)
+    work = dataclasses.replace(WORK, n=3)
+    got = await run(connect(cluster), work)
+    assert got == expected(work)
+    assert len({tuple(tokens) for tokens in got}) == 3
+    assert len(cluster.dispatched) == 1
+
+
+@pytest.mark.parametrize("victim", ["p1", "d1"])
+@pytest.mark.parametrize("after", [0, 1, 5, TOKENS - 1])
+async def test_a_node_that_dies_changes_no_token(
+    cluster: FakeCluster, victim: str, after: int
+) -> None:
+    pair(cluster)
+    for node in cluster.members.values():
+        node.hold_at = after
+    dispatcher = connect(cluster)
+    async with dispatcher.run(WORK) as request:
+        stream = request.choices[0].stream
+        await until(lambda: cluster.dispatched and stream.below == len(PROMPT) + after)
+        cluster.add("p2", PREFILL)
+        cluster.add("d2", DECODE)
+        cluster.kill(victim)
+        cluster.release()
+        assert await collect(request) == expected()
+    holder = "p1" if after == 0 else "d1"
+    attempts = [dispatch.attempt for _, dispatch in cluster.dispatched]
+    if victim != holder:
+        assert attempts == [1], "who does not hold the choice may die without a retry"
+        return
+    assert attempts == [1, 2]
+    retry = cluster.dispatched[1][1]
+    assert retry.token_ids == PROMPT + tuple(expected()[0][:after])
+    assert (retry.prompt_len, retry.choices, retry.params) == (len(PROMPT), (0,), WORK.params)
+
+
+async def test_each_lost_choice_is_retried_by_itself_from_its_own_border(
+    cluster: FakeCluster,
+) -> None:
+    node = cluster.add("u1")
+    node.hold_at = 4
+    dispatcher = connect(cluster)
+    work = dataclasses.replace(WORK, n=3)
+    async with dispatcher.run(work) as request:
+        await until(lambda: all(c.stream.below == len(PROMPT) + 4 for c in request.choices))
+        cluster.add("u2")
+        cluster.kill("u1")
+        assert await collect(request) == expected(work)
+    retries = [dispatch for _, dispatch in cluster.dispatched[1:]]
+    assert sorted((d.choices, d.attempt) for d in retries) == [((0,), 2), ((1,), 3), ((2,), 4)]
+
+
+async def test_a_retryable_failure_goes_to_another_node(cluster: FakeCluster) -> None:
+    cluster.add("bad").refusal = OVERLOADED
+    dispatcher = connect(cluster)
+    async with dispatcher.run(WORK) as request:
+        await until(lambda: cluster.dispatched)
+        cluster.add("good")
+        assert await collect(request) == expected()
+    assert cluster.dispatched[-1][0] == "good"
+
+
+async def test_attempts_are_bounded(cluster: FakeCluster) -> None:
+    cluster.add("bad").refusal = OVERLOADED
+    with pytest.raises(ServiceUnavailable, match="after 3 attempts, the last: overloaded"):
+        await run(connect(cluster, max_attempts=3))
+    assert [dispatch.attempt for _, dispatch in cluster.dispatched] == [1, 2, 3]
+
+
+async def test_what_would_fail_anywhere_is_not_retried(cluster: FakeCluster) -> None:
+    cluster.add("u1").refusal = dataclasses.replace(
+        OVERLOADED, code="never_fits", message="too long", retryable=False
+    )
+    with pytest.raises(NeverFits, match="too long"):
+        await run(connect(cluster))
+    assert len(cluster.dispatched) == 1
+    await until(lambda: cluster.ended)
+    assert cluster.ended["r1"] == ("failed", "never_fits", "too long")
+
+
+async def test_a_node_that_comes_in_time_takes_the_request(cluster: FakeCluster) -> None:
+    dispatcher = connect(cluster)
+    running = asyncio.create_task(run(dispatcher))
+    await until(lambda: dispatcher.num_open == 1)
+    cluster.add("late")
+    assert await running == expected()
+
+
+async def test_without_any_node_the_request_fails_in_time_and_says_why(
+    cluster: FakeCluster,
+) -> None:
+    cluster.add("p1", PREFILL)
+    with pytest.raises(ServiceUnavailable, match=r"no node could take .* 1 prefill"):
+        await run(connect(cluster, placement_timeout_s=0.05))
+    assert cluster.dispatched == []
+
+
+async def test_a_retry_without_a_node_fails_in_time(cluster: FakeCluster) -> None:
+    cluster.add("u1").hold_at = 2
+    dispatcher = connect(cluster, placement_timeout_s=0.05)
+    running = asyncio.create_task(run(dispatcher))
+    await until(lambda: cluster.acks)
+    cluster.kill("u1")
+    with pytest.raises(ServiceUnavailable, match="no node is registered"):
+        await running
+
+
+async def test_leaving_early_cancels_everywhere(cluster: FakeCluster) -> None:
+    pair(cluster)
+    cluster.members["d1"].hold_at = 3
+    dispatcher = connect(cluster)
+    async with dispatcher.run(WORK) as request:
+        await until(lambda: request.choices[0].stream.below == len(PROMPT) + 3)
+    assert {node for node, _ in cluster.cancelled} == {"p1", "d1"}
+    await until(lambda: cluster.running == 0)
+    await until(lambda: cluster.ended)
+    assert cluster.ended["r1"][0] == "cancelled"
+
+
+async def test_a_cancelled_task_cancels_everywhere(cluster: FakeCluster) -> None:
+    cluster.add("u1").hold_at = 3
+    dispatcher = connect(cluster)
+    running = asyncio.create_task(run(dispatcher))
+    await until(lambda: cluster.acks)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert [node for node, _ in cluster.cancelled] == ["u1"]
+    assert dispatcher.num_open == 0
+
+
+async def test_a_stopped_choice_is_finished_and_its_node_told(cluster: FakeCluster) -> None:
+    cluster.add("u1").hold_at = 3
+    dispatcher = connect(cluster)
+    async with dispatcher.run(WORK) as request:
+        async for update in request.updates():
+            request.stop(update.choice)
+    await until(lambda: cluster.finished)
+    assert cluster.finished["r1"][0].finish_reason == "stop"
+    assert [message.request for _, message in cluster.cancelled] == ["r1"]
+
+
+async def test_the_limit_of_open_requests_is_overload(cluster: FakeCluster) -> None:
+    cluster.add("u1").hold_at = 0
+    dispatcher = connect(cluster, max_open=1)
+    async with dispatcher.run(WORK):
+        with pytest.raises(Overloaded):
+            await run(dispatcher, dataclasses.replace(WORK, request="r2"))
+    assert [dispatch.request for _, dispatch in cluster.dispatched] == ["r1"]
+
+
+async def test_a_request_that_takes_too_long_is_aborted(cluster: FakeCluster) -> None:
+    cluster.add("u1").hold_at = 1
+    with pytest.raises(RequestAborted):
+        await run(connect(cluster, request_timeout_s=0.1))
+    assert cluster.dispatched[0][1].deadline_ms in range(1, 101)
+
+
+async def test_nothing_is_dispatched_when_redis_refuses(cluster: FakeCluster) -> None:
+    cluster.add("u1")
+    cluster.store_error = ServiceUnavailable("Redis is away")
+    with pytest.raises(ServiceUnavailable, match="Redis is away"):
+        await run(connect(cluster))
+    cluster.store_error = None
+
+
+async def test_a_retry_outlasts_an_outage_of_redis(cluster: FakeCluster) -> None:
+    cluster.add("u1").hold_at = 2
+    dispatcher = connect(cluster)
+    async with dispatcher.run(WORK) as request:
+        await until(lambda: request.choices[0].stream.below == len(PROMPT) + 2)
+        cluster.add("u2")
+        cluster.store_error = ServiceUnavailable("Redis is away")
+        cluster.kill("u1")
+        await until(lambda: request.choices[0].holder == "u2")
+        cluster.store_error = None
+        assert await collect(request) == expected()
+
+
+async def test_requests_are_asserted_again_after_redis_forgot(cluster: FakeCluster) -> None:
+    cluster.add("u1").hold_at = 2
+    dispatcher = connect(cluster)
+    async with dispatcher.run(WORK) as request:
+        await until(lambda: request.choices[0].stream.below == len(PROMPT) + 2)
+        await dispatcher.reassert()
+    assert cluster.asserted == [("r1", 1, "u1")]
+
+
+async def test_tokens_of_a_closed_request_are_acknowledged_and_stopped(
+    cluster: FakeCluster,
+) -> None:
+    dispatcher = connect(cluster)
+    sent: list[object] = []
+    cluster.send = lambda node, message: sent.append((node, message))  # type: ignore[method-assign]
+    run_ = TokenRun("gone", 2, 0, 50, (7, 8), (), "")
+    dispatcher.on_message("d9", Tokens("d9", (run_,)))
+    dispatcher.on_message("d9", TookOver("d9", "gone", 2, 0, 50))
+    cancel = Cancel("g1", "gone", 2, "closed")
+    assert sent == [
+        ("d9", cancel), ("d9", TokensAck("g1", (("gone", 2, 0, 52),))), ("d9", cancel),
+    ]  # fmt: skip
+
+
+async def test_an_old_attempt_that_lives_on_is_dropped_and_stopped(cluster: FakeCluster) -> None:
+    cluster.add("u1").hold_at = 2
+    dispatcher = connect(cluster)
+    async with dispatcher.run(WORK) as request:
+        stream = request.choices[0].stream
+        await until(lambda: stream.below == len(PROMPT) + 2)
+        cluster.add("u2").hold_at = 2
+        zombie = cluster.members["u1"]
+        dispatcher.on_node_lost("u1", "taken for dead")
+        await until(lambda: len(cluster.dispatched) == 2)
+        assert cluster.members["u1"] is zombie
+        late = TokenRun("r1", 1, 0, len(PROMPT) + 2, (expected()[0][2],), (), "")
+        dispatcher.on_message("u1", Tokens("u1", (late,)))
+        assert stream.below == len(PROMPT) + 2, "only the new attempt goes on"
+        assert ("u1", Cancel("g1", "r1", 1, "superseded")) in cluster.cancelled
+        cluster.release()
+        assert await collect(request) == expected()
+
+
+async def test_what_can_never_fit_is_refused_before_it_is_queued(cluster: FakeCluster) -> None:
+    cluster.add("u1", max_model_len=16)
+    with pytest.raises(ContextLengthExceeded):
+        await run(connect(cluster))
+    assert cluster.dispatched == []
+
+
+async def test_malformed_runs_are_counted_and_harm_nobody(cluster: FakeCluster) -> None:
+    cluster.add("u1").hold_at = 1
+    dispatcher = connect(cluster)
+    async with dispatcher.run(WORK) as request:
+        await until(lambda: request.choices[0].stream.below == len(PROMPT) + 1)
+        for bad in (
+            TokenRun("r1", 1, 5, len(PROMPT), (1,), (), ""),
+            TokenRun("r1", 1, -1, len(PROMPT), (1,), (), ""),
+            TokenRun("r1", 9, 0, len(PROMPT) + 1, (1,), (), ""),
+            TokenRun("r1", 1, 0, 2**40, (1,), (), ""),
+            TokenRun("r1", 1, 0, len(PROMPT) + 1, (), (), "error"),
+        ):
+            dispatcher.on_message("u1", Tokens("u1", (bad,)))
+        cluster.release()
+        assert await collect(request) == expected()
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_any_sequence_of_deaths_ends_in_the_right_tokens_or_a_typed_error(
+    data: st.DataObject,
+) -> None:
+    """Nodes die and come at random moments; what the client got is always a prefix of the truth."""
+
+    async def scenario() -> None:
+        cluster = FakeCluster()
+        cluster.batch = data.draw(st.integers(1, 4))
+        pair(cluster)
+        cluster.add("u1")
+        dispatcher = connect(cluster, max_attempts=3, placement_timeout_s=0.05)
+        work = dataclasses.replace(WORK, n=data.draw(st.integers(1, 3)))
+        got: list[list[int]] = [[] for _ in range(work.n)]
+        serial = 0
+        try:
+            async with dispatcher.run(work) as request:
+                async for update in request.updates():
+                    got[update.choice] += [token.token_id for token in update.tokens]
+                    if cluster.members and data.draw(st.integers(0, 5)) == 0:
+                        cluster.kill(data.draw(st.sampled_from(sorted(cluster.members))))
+                    if data.draw(st.integers(0, 3)) == 0:
+                        serial += 1
+                        role = data.draw(st.sampled_from(["unified", PREFILL, DECODE]))
+                        cluster.add(f"n{serial}", role)
+            assert got == expected(work)
+        except PdqError as error:
+            assert isinstance(error, ServiceUnavailable)  # noqa: PT017
+        for tokens, truth in zip(got, expected(work), strict=True):
+            assert tokens == truth[: len(tokens)]
+        await dispatcher.shut_down()
+        await until(lambda: cluster.running == 0)
+        cluster.assert_idle()
+        assert dispatcher.num_open == 0
+
+    asyncio.run(scenario())

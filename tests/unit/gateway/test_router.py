@@ -1,0 +1,152 @@
+"""The router: who is a candidate, who is chosen, and why."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from common.errors import ContextLengthExceeded, NeverFits
+from common.kv_layout import Fingerprint, chain_hashes, root_hash
+from gateway.ports import NodeLoad, NodeView
+from gateway.prefix_index import CacheEvent, PrefixIndex
+from gateway.router import Decision, LeastLoadedRouter, RouteQuestion
+
+PRINT = Fingerprint("m", "r", "layout", "cpu-bf16", 4)
+PROMPT = tuple(range(40))
+
+
+def node(name: str, role: str = "unified", *, waiting: int = 0, running: int = 0,
+         **fields: object) -> NodeView:  # fmt: skip
+    view = NodeView(name, role, f"tcp://{name}", PRINT, 512, 64, load=NodeLoad(waiting, running))
+    return dataclasses.replace(view, **fields)  # type: ignore[arg-type]
+
+
+def question(request: str = "r1", **fields: object) -> RouteQuestion:
+    asked = RouteQuestion(request, PROMPT, len(PROMPT), 10)
+    return dataclasses.replace(asked, **fields)  # type: ignore[arg-type]
+
+
+def route(
+    nodes: list[NodeView],
+    asked: RouteQuestion | None = None,
+    index: PrefixIndex | None = None,
+    in_flight: dict[str, int] | None = None,
+) -> Decision | None:
+    router = LeastLoadedRouter(index or PrefixIndex())
+    return router.route(asked or question(), nodes, in_flight or {})
+
+
+def chosen(*args: object, **kwargs: object) -> str:
+    decision = route(*args, **kwargs)  # type: ignore[arg-type]
+    assert decision is not None
+    return decision.prefill.incarnation
+
+
+def holding(*names: str, blocks: int = 10, salt: str = "") -> PrefixIndex:
+    index = PrefixIndex()
+    chain = chain_hashes(root_hash(PRINT, salt), PROMPT, 4, len(PROMPT))
+    for name in names:
+        index.apply(name, CacheEvent(1, stored=tuple(chain[:blocks])))
+    return index
+
+
+def test_the_least_loaded_node_is_chosen() -> None:
+    assert chosen([node("a", waiting=100), node("b", waiting=20)]) == "b"
+
+
+def test_what_this_gateway_just_sent_counts_as_load() -> None:
+    assert chosen([node("a", waiting=10), node("b")], in_flight={"b": 200}) == "a"
+
+
+def test_a_cached_prefix_attracts_until_its_node_is_busier_than_it_saves() -> None:
+    index = holding("a")
+    assert chosen([node("a", waiting=20), node("b")], index=index) == "a"
+    assert chosen([node("a", waiting=200), node("b")], index=index) == "b"
+
+
+def test_another_salt_finds_no_prefix() -> None:
+    index = holding("a", salt="tenant-1")
+    busy = [node("a", waiting=20), node("b")]
+    assert chosen(busy, question(cache_salt="tenant-1"), index) == "a"
+    assert chosen(busy, question(cache_salt="tenant-2"), index) == "b"
+
+
+def test_a_hot_prefix_spreads_over_the_nodes_that_hold_it() -> None:
+    index = holding("a", "b", "c")
+    nodes = [node(name) for name in "abcd"]
+    counts = Counter(chosen(nodes, question(f"r{n}"), index) for n in range(300))
+    assert set(counts) == {"a", "b", "c"}
+    assert min(counts.values()) > 50
+
+
+def test_the_same_question_has_the_same_answer_whatever_the_order_of_nodes() -> None:
+    nodes = [node(name) for name in "abcd"]
+    assert chosen(nodes) == chosen(nodes[::-1])
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"healthy": False},
+        {"draining": True},
+        {"max_model_len": 45},
+        {"total_blocks": 12},
+    ],
+)
+def test_who_is_no_candidate(bad: dict[str, Any]) -> None:
+    assert chosen([node("a", **bad), node("b", waiting=1000)]) == "b"
+
+
+def test_a_retry_stays_within_the_fingerprint_of_the_first_attempt() -> None:
+    other = dataclasses.replace(PRINT, numerics="cuda-bf16")
+    nodes = [node("a", fingerprint=other), node("b", waiting=1000)]
+    assert chosen(nodes, question(fingerprint=PRINT)) == "b"
+    assert route(nodes[:1], question(fingerprint=PRINT)) is None
+
+
+def test_the_node_that_failed_is_avoided_while_there_is_another() -> None:
+    asked = question(avoid=frozenset({"a"}))
+    assert chosen([node("a"), node("b", waiting=1000)], asked) == "b"
+    assert chosen([node("a")], asked) == "a"
+
+
+def test_prefill_goes_with_the_decode_node_that_runs_least_and_matches() -> None:
+    other = dataclasses.replace(PRINT, layout="another")
+    nodes = [
+        node("p", "prefill"),
+        node("d1", "decode", running=3),
+        node("d2", "decode", running=1),
+        node("d3", "decode", fingerprint=other),
+    ]
+    decision = route(nodes)
+    assert decision is not None
+    assert decision.decode is not None
+    assert (decision.prefill.incarnation, decision.decode.incarnation) == ("p", "d2")
+
+
+def test_there_is_no_way_without_both_halves() -> None:
+    assert route([]) is None
+    assert route([node("p", "prefill")]) is None
+    assert route([node("d", "decode")]) is None
+    other = dataclasses.replace(PRINT, model="another")
+    assert route([node("p", "prefill"), node("d", "decode", fingerprint=other)]) is None
+
+
+def test_what_can_never_fit_is_refused_at_once() -> None:
+    with pytest.raises(NeverFits):
+        route([node("a", total_blocks=12), node("b", total_blocks=11)])
+    with pytest.raises(ContextLengthExceeded):
+        route([node("a", max_model_len=49)])
+
+
+def test_a_decision_explains_itself() -> None:
+    decision = route([node("a", waiting=7), node("b", waiting=90)], index=holding("a", blocks=3))
+    assert decision is not None
+    assert [(w.incarnation, w.waiting, w.uncached) for w in decision.weighed] == [
+        ("a", 7, 28),
+        ("b", 90, 40),
+    ]
+    assert "7 tokens wait, 28 of 40 not cached" in decision.reason

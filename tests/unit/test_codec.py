@@ -1,0 +1,202 @@
+"""The codec: every message survives the way, and no input whatever does harm."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+import typing
+from typing import Any
+
+import msgpack
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.redis import a_dispatch
+
+from common.codec import VERSION, decode, encode
+from common.errors import MalformedMessage
+from common.messages import MESSAGES, Dispatch, Message
+from common.sampling import SamplingParams
+
+PROBABILITY = st.floats(0.125, 1.0, width=32)
+PARAMS = st.builds(
+    SamplingParams,
+    max_tokens=st.integers(5, 2**40),
+    min_tokens=st.integers(0, 5),
+    temperature=st.floats(0.0, 100.0),
+    top_k=st.integers(0, 2**40),
+    top_p=PROBABILITY,
+    min_p=PROBABILITY,
+    repetition_penalty=PROBABILITY,
+    presence_penalty=st.floats(-2.0, 2.0),
+    frequency_penalty=st.floats(-2.0, 2.0),
+    logit_bias=st.lists(st.tuples(st.integers(0, 2**31), st.floats(-100, 100)), max_size=3).map(
+        tuple
+    ),
+    allowed_token_ids=st.none()
+    | st.lists(st.integers(0, 2**31), min_size=1, max_size=3).map(tuple),
+    stop_token_ids=st.lists(st.integers(0, 2**31), max_size=3).map(tuple),
+    ignore_eos=st.booleans(),
+    logprobs=st.none() | st.integers(0, 20),
+    seed=st.integers(0, 2**64 - 1),
+)
+
+
+def of_type(annotation: Any) -> st.SearchStrategy[Any]:
+    """Values that a field of this type may have on the wire."""
+    if annotation is SamplingParams:
+        return PARAMS
+    if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
+        hints = typing.get_type_hints(annotation)
+        fields = dataclasses.fields(annotation)
+        return st.builds(annotation, **{f.name: of_type(hints[f.name]) for f in fields})
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (types.UnionType, typing.Union):
+        (inner,) = (a for a in arguments if a is not type(None))
+        return st.none() | of_type(inner)
+    if origin is tuple and arguments[-1] is Ellipsis:
+        return st.lists(of_type(arguments[0]), max_size=3).map(tuple)
+    if origin is tuple:
+        return st.tuples(*map(of_type, arguments))
+    if origin is dict:
+        return st.dictionaries(of_type(arguments[0]), of_type(arguments[1]), max_size=3)
+    return {
+        int: st.integers(-(2**63), 2**64 - 1),
+        str: st.text(st.characters(exclude_categories=["Cs"]), max_size=8),
+        bytes: st.binary(max_size=8),
+        bool: st.booleans(),
+        float: st.floats(allow_nan=False),
+    }[annotation]
+
+
+MESSAGE = st.sampled_from(sorted(MESSAGES.values(), key=lambda m: m.kind)).flatmap(of_type)
+ANY_VALUE: st.SearchStrategy[Any] = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats()
+    | st.text(max_size=4) | st.binary(max_size=4),
+    lambda inner: st.lists(inner, max_size=4)
+    | st.dictionaries(st.text(max_size=2) | st.integers(0, 9), inner, max_size=3),
+    max_leaves=8,
+)  # fmt: skip
+
+
+def decodes_or_is_refused(data: bytes) -> None:
+    try:
+        message = decode(data)
+    except MalformedMessage:
+        return
+    assert isinstance(message, Message)
+
+
+@pytest.mark.parametrize("message_type", MESSAGES.values(), ids=lambda m: m.__name__)
+@given(data=st.data())
+@settings(max_examples=25, deadline=None)
+def test_every_message_survives_the_way(message_type: type[Message], data: st.DataObject) -> None:
+    message = data.draw(of_type(message_type))
+    assert decode(encode(message)) == message
+    assert decode(memoryview(bytearray(encode(message)))) == message
+
+
+@given(st.binary(max_size=64))
+@settings(max_examples=300, deadline=None)
+def test_arbitrary_bytes_are_refused(data: bytes) -> None:
+    decodes_or_is_refused(data)
+    decodes_or_is_refused(bytes([VERSION]) + data)
+
+
+@given(kind=st.sampled_from(sorted(MESSAGES)), values=st.lists(ANY_VALUE, max_size=16))
+@settings(max_examples=300, deadline=None)
+def test_arbitrary_values_in_the_fields_are_refused(kind: int, values: list[Any]) -> None:
+    decodes_or_is_refused(bytes([VERSION]) + msgpack.packb([kind, *values]))
+
+
+@given(message=MESSAGE, data=st.data())
+@settings(max_examples=400, deadline=None)
+def test_a_damaged_message_is_refused_or_is_another_valid_one(
+    message: Message, data: st.DataObject
+) -> None:
+    whole = encode(message)
+    at = data.draw(st.integers(0, len(whole) - 1))
+    damage = data.draw(st.sampled_from(["cut", "flip", "insert", "repeat"]))
+    byte = data.draw(st.integers(0, 255))
+    damaged = {
+        "cut": whole[:at],
+        "flip": whole[:at] + bytes([byte]) + whole[at + 1 :],
+        "insert": whole[:at] + bytes([byte]) + whole[at:],
+        "repeat": whole + whole[at:],
+    }[damage]
+    decodes_or_is_refused(damaged)
+
+
+@given(message=MESSAGE, surplus=st.binary(min_size=1, max_size=4))
+@settings(max_examples=100, deadline=None)
+def test_trailing_bytes_and_missing_ones_are_refused(message: Message, surplus: bytes) -> None:
+    with pytest.raises(MalformedMessage):
+        decode(encode(message) + surplus)
+    with pytest.raises(MalformedMessage):
+        decode(encode(message)[:-1])
+
+
+@pytest.mark.parametrize("message_type", MESSAGES.values(), ids=lambda m: m.__name__)
+@given(data=st.data())
+@settings(max_examples=15, deadline=None)
+def test_a_surplus_a_missing_and_a_mistyped_field_are_refused(
+    message_type: type[Message], data: st.DataObject
+) -> None:
+    values = msgpack.unpackb(encode(data.draw(of_type(message_type)))[1:], strict_map_key=False)
+    at = data.draw(st.integers(1, len(values) - 1))
+    for wrong in (
+        [*values, 0],
+        values[:-1],
+        [*values[:at], msgpack.Timestamp(1), *values[at + 1 :]],
+        [*values[:at], {1: 2}, *values[at + 1 :]],
+    ):
+        with pytest.raises(MalformedMessage):
+            decode(bytes([VERSION]) + msgpack.packb(wrong))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"\x90",  # an empty list
+        b"\x91\xcd\xff\xff",  # an unknown kind
+        b"\x91\xc3",  # true is no kind
+        b"\x81\x01\x02",  # a map
+        b"\xdd\xff\xff\xff\xff",  # a list that claims four milliards of entries
+        b"\xc6\xff\xff\xff\xff",  # bytes that claim to be four gigabytes
+        b"\x91" * 5000,  # nested deeper than any stack
+        b"\x91\xa1\xff",  # text that is not UTF-8
+    ],
+)
+def test_known_traps_are_refused(body: bytes) -> None:
+    with pytest.raises(MalformedMessage):
+        decode(bytes([VERSION]) + body)
+
+
+def test_another_version_is_refused_by_name() -> None:
+    with pytest.raises(MalformedMessage, match=f"version 9, this is version {VERSION}"):
+        decode(b"\x09\x90")
+
+
+def test_kinds_are_unique_and_complete() -> None:
+    # by name: a dataclass with slots leaves the class it was made from behind
+    kinds = {m.__name__: m.kind for m in Message.__subclasses__()}
+    assert len(set(kinds.values())) == len(kinds)
+    assert {m.__name__ for m in MESSAGES.values()} <= set(kinds)
+    assert len({m.kind for m in MESSAGES.values()}) == len(MESSAGES)
+
+
+def test_values_that_sampling_forbids_are_malformed_not_a_crash() -> None:
+    values = msgpack.unpackb(encode(a_dispatch())[1:])
+    position = 1 + [f.name for f in dataclasses.fields(Dispatch)].index("params")
+    temperature = [f.name for f in dataclasses.fields(SamplingParams)].index("temperature")
+    values[position][temperature] = math.nan
+    with pytest.raises(MalformedMessage, match="temperature"):
+        decode(bytes([VERSION]) + msgpack.packb(values))
+
+
+@pytest.mark.parametrize("wrong", [{"cache_salt": "\ud800"}, {"priority": 2**64}])
+def test_what_cannot_be_sent_is_a_typed_error_too(wrong: dict[str, Any]) -> None:
+    with pytest.raises(MalformedMessage, match="cannot be sent"):
+        encode(dataclasses.replace(a_dispatch(), **wrong))

@@ -1,0 +1,193 @@
+"""Settings: precedence, names, types, and that every mistake is one clear line."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+from common import config_loader
+from common.config import (
+    SERVICES,
+    EngineSettings,
+    GatewaySettings,
+    NodeSettings,
+    child_environment,
+    describe,
+    load,
+)
+from common.config_loader import parse_bytes, setting
+from common.errors import ConfigError
+
+
+def toml(folder: Path, text: str) -> str:
+    path = folder / "pdq.toml"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_a_flag_beats_the_environment_which_beats_the_file_which_beats_the_default(
+    tmp_path: Path,
+) -> None:
+    path = toml(tmp_path, "[engine]\nmax_num_seqs = 3\nblock_size = 32\nmax_model_len = 100\n")
+    environ = {"PDQ_CONFIG": path, "PDQ_MAX_NUM_SEQS": "5", "PDQ_BLOCK_SIZE": "8"}
+    settings = load(NodeSettings, ["--max-num-seqs", "7"], environ)
+    assert settings.engine.max_num_seqs == 7
+    assert settings.engine.block_size == 8
+    assert settings.engine.max_model_len == 100
+    assert settings.engine.max_num_batched_tokens == EngineSettings().max_num_batched_tokens
+
+
+def test_the_config_flag_beats_the_config_variable(tmp_path: Path) -> None:
+    path = toml(tmp_path, "port = 9000")
+    settings = load(GatewaySettings, ["--config", path], {"PDQ_CONFIG": "/no/such/file"})
+    assert settings.port == 9000
+
+
+def test_nested_trees_have_their_prefix_and_the_engine_has_none() -> None:
+    argv = ["--redis-url=redis://h", "--dtype", "float32", "--bus-port", "7"]
+    settings = load(NodeSettings, argv, {})
+    assert settings.redis.url == "redis://h"
+    assert settings.engine.dtype == "float32"
+    assert settings.bus.port == 7
+
+
+@pytest.mark.parametrize(
+    ("argv", "environ", "said"),
+    [
+        (["--no-such-flag", "1"], {}, "--no-such-flag"),
+        (["--max-num", "1"], {}, "--max-num"),  # an abbreviation is not a name
+        (["stray"], {}, "stray"),
+        ([], {"PDQ_MAX_NUM_SEQ": "1"}, "PDQ_MAX_NUM_SEQ"),
+        (["--max-num-seqs", "many"], {}, "--max-num-seqs must be an integer, not 'many'"),
+        (["--max-num-seqs", "0"], {}, "--max-num-seqs must be at least 1"),
+        (["--max-num-seqs"], {}, "expected one argument"),
+        ([], {"PDQ_BLOCK_SIZE": "1.5"}, "PDQ_BLOCK_SIZE must be an integer"),
+        (["--dtype", "int3"], {}, "one of auto, bfloat16"),
+        (["--transports", "shm,pigeon"], {}, "--transports must be a list, each one of shm, tcp"),
+        (["--bus-beat-interval-s", "nan"], {}, "must be a number"),
+        (["--kv-cache-memory-bytes", "2 parsecs"], {}, "--kv-cache-memory-bytes"),
+        ([], {"PDQ_ENABLE_PREFIX_CACHING": "maybe"}, "true or false"),
+        (["--num-kv-blocks=1", "--kv-cache-memory-bytes=1"], {}, "both give the pool's size"),
+        (["--bus-host", "0.0.0.0"], {}, "only loopback"),
+        (["--bus-secret-key", "short"], {}, "40 characters"),
+        (["--config", "/no/such/file"], {}, "/no/such/file"),
+    ],
+)
+def test_a_mistake_is_a_config_error_that_names_it(
+    argv: list[str], environ: dict[str, str], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        load(NodeSettings, argv, environ)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("colour = 1", "colour is not a setting"),
+        ("[engine]\ncolour = 1", "engine.colour is not a setting"),
+        ("engine = 1", "engine is not a setting"),
+        ("[engine]\nmax_num_seqs = true", "engine.max_num_seqs must be an integer"),
+        ("[engine]\nmax_num_seqs = '1'", "engine.max_num_seqs must be an integer"),
+        ("[engine]\nmax_num_seqs = 0", "at least 1"),
+        ("name = 3", "name must be text"),
+        ("name = ", "cannot read settings"),
+    ],
+)
+def test_a_mistake_in_the_file_names_file_and_place(tmp_path: Path, text: str, said: str) -> None:
+    path = toml(tmp_path, text)
+    with pytest.raises(ConfigError, match=re.escape(said)) as caught:
+        load(NodeSettings, ["--config", path], {})
+    assert path in str(caught.value)
+
+
+def test_variables_of_another_service_are_no_mistake() -> None:
+    assert load(NodeSettings, [], {"PDQ_MAX_N": "3", "HOME": "/"}).role == "unified"
+
+
+def test_an_empty_variable_counts_as_absent() -> None:
+    assert load(NodeSettings, [], {"PDQ_BLOCK_SIZE": ""}).engine.block_size == 16
+
+
+def test_secrets_appear_neither_in_descriptions_nor_in_errors() -> None:
+    settings = load(GatewaySettings, ["--api-keys", "tops3cret"], {})
+    assert "tops3cret" not in str(describe(settings))
+    with pytest.raises(ConfigError) as caught:
+        config_loader.load(_WithSecret, ["--pin", "tops3cret"], {})
+    assert "tops3cret" not in str(caught.value)
+
+
+@dataclasses.dataclass(frozen=True)
+class _WithSecret:
+    pin: int = setting(0, "a number", secret=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Needed:
+    """A service with one setting that has no default."""
+
+    size: int = setting(help="how large", flag="how-large")
+
+
+def test_a_setting_without_default_is_needed_and_its_flag_may_have_another_name() -> None:
+    with pytest.raises(ConfigError, match=r"--how-large \(or PDQ_HOW_LARGE\) is needed"):
+        config_loader.load(_Needed, [], {})
+    assert config_loader.load(_Needed, ["--how-large=4"], {}).size == 4
+
+
+def test_lists_come_with_commas_or_by_repetition_and_none_empties_them() -> None:
+    assert load(NodeSettings, ["--cores", "1,2", "--cores", "3"], {}).engine.cores == (1, 2, 3)
+    assert load(NodeSettings, ["--transports", "none"], {}).transports == ()
+    assert load(NodeSettings, ["--max-model-len", "none"], {}).engine.max_model_len is None
+
+
+def test_switches_have_a_negative_form() -> None:
+    assert not load(NodeSettings, ["--no-enable-prefix-caching"], {}).engine.enable_prefix_caching
+    assert load(NodeSettings, ["--kv-digests"], {"PDQ_KV_DIGESTS": "0"}).engine.kv_digests
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("512", 512), ("1k", 1000), ("1.5GiB", 3 * 2**29), ("2g", 2 * 10**9)]
+)
+def test_sizes_may_carry_a_unit(text: str, size: int) -> None:
+    assert parse_bytes(text) == size
+
+
+def test_sizes_in_the_file_may_carry_a_unit_too(tmp_path: Path) -> None:
+    path = toml(tmp_path, "[engine]\nkv_cache_memory_bytes = '2KiB'\n")
+    assert load(NodeSettings, ["--config", path], {}).engine.kv_cache_memory_bytes == 2048
+
+
+def test_a_child_process_loads_exactly_the_same_settings() -> None:
+    argv = ["--role=prefill", "--cores=1", "--transports=none", "--no-kv-digests", "--name=a b"]
+    argv += ["--redis-url=redis://:secret@h", "--bus-beat-interval-s=0.25", "--max-model-len=9"]
+    settings = load(NodeSettings, argv, {})
+    environ = child_environment(settings, {"PATH": "/bin", "PDQ_PORT": "1", "PDQ_BLOCK_SIZE": "4"})
+    assert load(NodeSettings, [], environ) == settings
+    assert environ["PATH"] == "/bin"
+    assert "PDQ_PORT" not in environ
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_help_has_one_line_for_every_setting(
+    service: type, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        load(service, ["--help"], {})
+    assert ended.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    for flag in describe(service()):
+        variable = "PDQ_" + flag.replace("-", "_").upper()
+        (line,) = [line for line in lines if line.endswith(f"[{variable}]")]
+        assert line.split()[0].rstrip(",") == f"--{flag}"
+        assert "default: " in line
+    for leaf in config_loader._leaves(service):
+        assert leaf.field.metadata["help"], f"{leaf.flag} has no help text"
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_no_two_settings_of_a_service_share_a_name(service: type) -> None:
+    flags = [leaf.flag for leaf in config_loader._leaves(service)]
+    assert len(flags) == len(set(flags))
