@@ -196,8 +196,9 @@ class Blocks(Message):
 class Tail(Message):
     """handoff → intake: the last, partly filled block; only its first `fill` positions count.
 
-    Duplicate: skipped. A tail has no block hash; its digest is seeded with `parent` (the hash of
-    the block before it, empty if there is none) and `token_ids`, over the filled positions only.
+    `parent` is the hash of the block before it, empty if there is none. Duplicate: skipped. A tail
+    has no block hash; its digest, over the filled positions only, is seeded with `parent` (or the
+    root that both ends know) and `token_ids`.
     """
 
     kind: ClassVar[int] = 24

@@ -72,6 +72,10 @@ class NodeRecord:
     waiting: int = 0
     running: int = 0
     free_blocks: int = 0
+    open_attempts: int = 0  # requests of which this node still has something
+    leases: int = 0  # of blocks that a peer may still read
+    reserved: int = 0  # prompts with room here that are on their way
+    unacknowledged: int = 0  # choices whose gateway has not acknowledged all tokens
     steps: int = 0
     beats: int = 0
 

@@ -166,8 +166,7 @@ class Dispatcher:
     ) -> None:
         """Find a node and write the attempt into its queue; what the node then says is separate.
 
-        When the node dies while the write is on its way, nobody would tell us again: so it is
-        looked at once more afterwards.
+        The node holds the choices from before the write on: its death meanwhile is a retry too.
         """
         work = request.work
         question = RouteQuestion(
@@ -205,8 +204,6 @@ class Dispatcher:
         request.dispatches[attempt] = (node, dispatch)
         self._in_flight[node] += len(token_ids)
         await self._store.accept(node, dispatch)
-        if self._directory.lost(node):
-            self.on_node_lost(node, "gone while the request was queued")
 
     async def _decide(self, question: RouteQuestion) -> Decision:
         """A place, waiting for a node to come if there is none; never longer than the limit."""
@@ -339,13 +336,11 @@ class Dispatcher:
             return
         request.involved.add(message.node)
         if message.attempt == choice.stream.attempt:
-            choice.holder, choice.heard = message.node, True
             stage = Stage(
                 message.node, message.request, message.attempt, message.choice, "decoding", {}, 0
             )
             self._spawn(self._write("advance", self._store.advance(stage)), "store")
-            if self._directory.lost(message.node):
-                self.on_node_lost(message.node, "gone when it took over")
+            self._hold(choice, message.node)
         else:
             self._stop_old(message.node, request, message.attempt)
 
@@ -356,7 +351,7 @@ class Dispatcher:
         request.involved.add(message.node)
         if message.attempt == choice.stream.attempt and message.state == "prefilling":
             # An entry that nobody had read may have moved to another node.
-            choice.holder, choice.heard = message.node, True
+            self._hold(choice, message.node)
         if message.cached_tokens > request.cached_tokens:
             self._metrics.cached_tokens.inc(message.cached_tokens - request.cached_tokens)
             request.cached_tokens = min(message.cached_tokens, len(request.work.prompt_ids))
@@ -372,6 +367,12 @@ class Dispatcher:
             self._retry(request, message.choice, message.code, message.node)
         else:
             request.fail(error_from(message.code, message.message))
+
+    def _hold(self, choice: Choice, node: str) -> None:
+        """`node` has the choice now. What it said may have come after the news of its death."""
+        choice.holder, choice.heard = node, True
+        if self._directory.lost(node):
+            self.on_node_lost(node, "gone before what it said arrived")
 
     def _find(
         self, kind: str, message: TookOver | Stage | Failed

@@ -32,6 +32,9 @@ def ranges_digest(slab: memoryview, ranges: Iterable[tuple[int, int]], seed: byt
 
 
 def tail_seed(parent: bytes, token_ids: Sequence[int]) -> bytes:
-    """What a tail's digest is seeded with, in place of the block hash that it does not have."""
+    """What a tail's digest is seeded with, in place of the block hash that it does not have.
+
+    `parent` is the hash of the block before it, or the root (`kv_layout.root_hash`) without one.
+    """
     data = struct.pack(f"<{len(token_ids)}I", *token_ids)
     return hashlib.blake2b(parent + data, digest_size=HASH_BYTES, person=b"pdq-tail").digest()

@@ -167,7 +167,8 @@ class Handoff:
         self._links[link] = _Link(credits)
 
     def offer(self, offer: Offer, *, now: float, waited: float = 0.0) -> list[Effect]:
-        """Offer a prompt on `offer.link`, which is open; `waited`: seconds since it was accepted.
+        """Offer a prompt on `offer.link`; `waited`: seconds since it was accepted. `KeyError` if
+        that link is not open any more.
 
         Under way at once are as many as the link has credits; the others wait, oldest first.
         """

@@ -398,7 +398,8 @@ class Intake:
         ):
             self._step(entry, E.FAIL, "protocol_error")
             return
-        seed = tail_seed(parent, tail.token_ids)
+        root = root_hash(self._fingerprint, offer.cache_salt)
+        seed = tail_seed(parent or root, tail.token_ids)
         self._expect(entry, tail.index, tail.slot, tail.generation, tail.fill, tail.digest, seed)
 
     def _expect(

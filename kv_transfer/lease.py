@@ -71,7 +71,7 @@ class Leases:
         to this link."""
         with self._lock:
             leased = self._leased.get(link)
-            if leased is None or not all(block in leased for block in blocks):
+            if blocks and (leased is None or not all(block in leased for block in blocks)):
                 return False
             self._touched.setdefault(link, collections.Counter()).update(blocks)
             return True

@@ -84,6 +84,24 @@ class StepOutput:
     error: PdqError | None = None
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class PlannedStep:
+    """What a step computes. `chunks` are those that sample, forks last, as `rows` has them."""
+
+    step: Step
+    batch: Batch
+    chunks: list[Chunk]
+    rows: SampleRows
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ComputedStep:
+    """What came of it. `sampled` is None where no row was sampled."""
+
+    sampled: SampleOutput | None
+    scores: list[tuple[int, int, list[TokenLogprob]]]
+
+
 class Engine:
     """One model, one pool. Build it with `load`, or from settings for a node."""
 
@@ -93,12 +111,14 @@ class Engine:
         *,
         storage: Callable[[int, int], Tensor] | None = None,
         proposer: Proposer | None = None,
+        on_free: Callable[[AnySequence[int]], None] | None = None,
         poison_freed_blocks: bool = False,
     ) -> None:
         """Load the model and reserve the pool.
 
         `storage(num_blocks, slab_bytes)` gives the pool's memory when it is to be shared with
-        other processes. `poison_freed_blocks` fills every freed block with NaN (tests).
+        other processes; `on_free(block_ids)` hears of every block whose content is garbage from
+        then on. `poison_freed_blocks` fills every freed block with NaN (tests).
         Raises `ModelError`, `ConfigError` or `InsufficientMemory`.
         """
         self.settings = settings
@@ -132,7 +152,7 @@ class Engine:
         self.pool = BlockPool(
             num_blocks, settings.block_size,
             enable_prefix_cache=settings.enable_prefix_caching,
-            on_free=self.cache.poison if poison_freed_blocks else None,
+            on_free=self._poison_and(on_free) if poison_freed_blocks else on_free,
         )  # fmt: skip
         self.scheduler = Scheduler(
             self.pool, max_num_seqs=settings.max_num_seqs,
@@ -148,7 +168,9 @@ class Engine:
         self._children: dict[int, list[Sequence]] = {}  # parent's id → choices that wait for it
         self._prompt_logprobs: dict[int, list[TokenLogprob | None]] = {}
         self._sequence_ids = itertools.count()
-        self._thread = threading.get_ident()  # the one that steps
+        self._thread = threading.get_ident()  # the one that computes
+        self._planned: PlannedStep | None = None  # under way
+        self._ended: list[Sequence] = []  # while a step was under way
 
     @classmethod
     def load(cls, model: str | Path = "", **settings: object) -> Engine:
@@ -158,6 +180,16 @@ class Engine:
         if unknown:
             raise ConfigError(f"unknown engine setting {min(unknown)}", param=min(unknown))
         return cls(EngineSettings(model=str(model), **settings))  # type: ignore[arg-type]
+
+    def _poison_and(
+        self, on_free: Callable[[AnySequence[int]], None] | None
+    ) -> Callable[[AnySequence[int]], None]:
+        def freed(block_ids: AnySequence[int]) -> None:
+            if on_free is not None:
+                on_free(block_ids)
+            self.cache.poison(block_ids)
+
+        return freed
 
     # Requests come and go.
 
@@ -224,8 +256,15 @@ class Engine:
             cache_root=root_hash(self.fingerprint, cache_salt),
         )  # fmt: skip
 
+    def finish(self, sequence: Sequence, reason: FinishReason) -> list[int]:
+        """End a sequence between steps; its blocks and their references go to the caller."""
+        self._children.pop(sequence.sequence_id, None)
+        kept = self.scheduler.finish(sequence, reason, keep_blocks=True)
+        self._forget(sequence)
+        return kept
+
     def abort(self, request_id: str) -> None:
-        """Free everything of a request; an unknown one is ignored."""
+        """Free everything of a request, also while a step runs; an unknown one is ignored."""
         for sequence in self.scheduler.abort(request_id):
             self._children.pop(sequence.sequence_id, None)
             self._forget(sequence)
@@ -243,70 +282,105 @@ class Engine:
         assert not self._children, "choices wait for a parent that is gone"
         assert not self._prompt_logprobs, "prompt logprobs were kept"
 
-    # A step.
+    # A step, in three parts. The first and the last touch blocks and sequences and take about a
+    # millisecond; `compute` touches neither, so that it may run in a thread of its own while
+    # requests come and go here.
 
     def step(self) -> list[StepOutput]:
         """Run one step; [] when nothing can run now."""
-        if threading.get_ident() != self._thread:
-            self.backend.enter_thread()
-            self._thread = threading.get_ident()
+        planned = self.begin_step()
+        if planned is None:
+            return []
+        try:
+            computed = self.compute(planned)
+        except BaseException:
+            self.fail_step(planned)
+            raise
+        return self.end_step(planned, computed)
+
+    def begin_step(self) -> PlannedStep | None:
+        """Decide what the next step computes; None when nothing can run now.
+
+        Until `end_step` or `fail_step`, aborted sequences keep their blocks and slots.
+        """
+        assert self._planned is None, "the last step has not ended"
         if self.proposer is not None:
             self.proposer.propose([s for s in self.scheduler.running if s.is_decoding])
         step = self.scheduler.schedule()
         for sequence in step.preempted:
             self._forget_slot(sequence)
         if not step.chunks:
-            return []
-        try:
-            outputs = self._run(step)
-        except BaseException:
-            self.scheduler.abandon(step)
-            for chunk in itertools.chain(step.chunks, step.forked):
-                self._forget_slot(chunk.sequence)
-            raise
+            return None
+        plan = self.backend.row_plan
+        batch = build_batch(step.chunks, self.layout.block_size, plan, self.backend.device)
+        chunks, rows = self._sample_rows(step)
+        self._planned = PlannedStep(step, batch, chunks, rows)
+        return self._planned
+
+    def compute(self, planned: PlannedStep) -> ComputedStep:
+        """The work itself: copies, forward, logits, sampling. Changes the cache's memory only."""
+        if threading.get_ident() != self._thread:
+            self.backend.enter_thread()
+            self._thread = threading.get_ident()
+        self.cache.copy_blocks(planned.step.copies)
+        hidden = self.model.forward(planned.batch.rows, self.cache)
+        scores = self._score_prompts(planned, hidden)
+        sampled = None
+        if len(planned.batch.sampled):
+            logits = self.model.logits(
+                hidden[torch.from_numpy(planned.batch.sampled).to(hidden.device)]
+            )
+            sampled = self._sampler.sample(logits, planned.rows)
+        return ComputedStep(sampled, scores)
+
+    def end_step(self, planned: PlannedStep, computed: ComputedStep) -> list[StepOutput]:
+        """Take in what was computed: accept tokens, publish blocks, end sequences."""
+        self._planned = None
+        for sequence_id, start, entries in computed.scores:
+            known = self._prompt_logprobs.setdefault(sequence_id, [None])
+            known[start + 1 :] = entries  # a run before a preemption knew more
+        if computed.sampled is None:
+            self.scheduler.postprocess(planned.step, {})
+            outputs = []
+        else:
+            outputs = self._accept(planned.step, planned.chunks, computed.sampled)
+        self._forget_ended()
         self.num_steps += 1
         return outputs
 
-    def _run(self, step: Step) -> list[StepOutput]:
-        self.cache.copy_blocks(step.copies)
-        plan = self.backend.row_plan
-        batch = build_batch(step.chunks, self.layout.block_size, plan, self.backend.device)
-        hidden = self.model.forward(batch.rows, self.cache)
-        self._score_prompts(step, batch, hidden)
-        if not len(batch.sampled):
-            self.scheduler.postprocess(step, {})
-            return []
-        logits = self.model.logits(hidden[torch.from_numpy(batch.sampled).to(hidden.device)])
-        chunks, rows = self._sample_rows(step)
-        sampled = self._sampler.sample(logits, rows)
-        return self._accept(step, chunks, sampled)
+    def fail_step(self, planned: PlannedStep) -> None:
+        """The step could not be computed: its sequences wait, and are computed again."""
+        self._planned = None
+        self.scheduler.abandon(planned.step)
+        for chunk in itertools.chain(planned.step.chunks, planned.step.forked):
+            self._forget_slot(chunk.sequence)
+        self._forget_ended()
 
     def _sample_rows(self, step: Step) -> tuple[list[Chunk], SampleRows]:
         """The sampled rows of all chunks in order, those of forks after them."""
         chunks = [chunk for chunk in step.chunks if chunk.samples]
-        first = dict(
-            zip((id(c) for c in chunks), _starts(1 + c.num_drafted for c in chunks), strict=True)
-        )
+        starts = _starts(1 + chunk.num_drafted for chunk in chunks)
         sources = list(range(sum(1 + chunk.num_drafted for chunk in chunks)))
-        for chunk in list(chunks):
+        for chunk, start in zip(list(chunks), starts, strict=True):
             children = self._children.pop(chunk.sequence.sequence_id, None)
             if children:
                 self.scheduler.fork(chunk.sequence, children)
-                sources += [first[id(chunk)]] * len(children)
+                sources += [start] * len(children)
         chunks += step.forked
-        counts = np.array([1 + chunk.num_drafted for chunk in chunks])
-        starts = np.cumsum(counts) - counts
-        offsets = np.arange(counts.sum()) - np.repeat(starts, counts)
-        ends = np.array([chunk.end for chunk in chunks])
+        counts = np.array([1 + chunk.num_drafted for chunk in chunks], np.int64)
+        offsets = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        ends = np.array([chunk.end for chunk in chunks], np.int64)
+        slots = np.array([self._slot(chunk.sequence) for chunk in chunks], np.int64)
         drafted = [t for c in chunks for t in c.sequence.draft_token_ids[: c.num_drafted]]
-        return chunks, SampleRows(
-            slots=np.repeat(np.array([self._slot(c.sequence) for c in chunks]), counts),
+        rows = SampleRows(
+            slots=np.repeat(slots, counts),
             positions=np.repeat(ends - counts + 1, counts) + offsets,
             drafted=np.array(drafted, np.int64),
             draft_start=np.repeat(np.cumsum(counts - 1) - (counts - 1), counts),
             draft_length=offsets,
             sources=np.array(sources, np.int64),
         )
+        return chunks, rows
 
     def _accept(self, step: Step, chunks: list[Chunk], sampled: SampleOutput) -> list[StepOutput]:
         """Keep drafted tokens while they equal the sampled ones, then one more; deliver."""
@@ -370,22 +444,26 @@ class Engine:
             FinishReason.ERROR, sequence, error=error,
         )  # fmt: skip
 
-    def _score_prompts(self, step: Step, batch: Batch, hidden: Tensor) -> None:
-        """Log probabilities of prompt tokens, for the sequences that ask for them."""
-        for chunk, row in zip(step.chunks, batch.first_rows, strict=True):
+    def _score_prompts(
+        self, planned: PlannedStep, hidden: Tensor
+    ) -> list[tuple[int, int, list[TokenLogprob]]]:
+        """Log probabilities of prompt tokens, for the sequences that ask for them: (sequence id,
+        position of the first row, entries for the tokens after it)."""
+        scores = []
+        for chunk, row in zip(planned.step.chunks, planned.batch.first_rows, strict=True):
             sequence, top = chunk.sequence, chunk.sequence.params.prompt_logprobs
             if top is None or not chunk.is_prompt:
                 continue
-            known = self._prompt_logprobs.setdefault(sequence.sequence_id, [None])
-            del known[chunk.start + 1 :]  # a run before a preemption knew more
-            targets = np.array(
-                sequence.token_ids[chunk.start + 1 : min(chunk.end + 1, sequence.prompt_len)]
-            )
+            end = min(chunk.end + 1, sequence.prompt_len)
+            targets = np.array(sequence.token_ids[chunk.start + 1 : end], np.int64)
+            entries: list[TokenLogprob] = []
             for begin in range(0, len(targets), 64):  # logits of a long prompt are large
                 part = targets[begin : begin + 64]
                 logits = self.model.logits(hidden[row + begin : row + begin + len(part)])
-                scores, _ = self._sampler.logprobs(logits, part, np.full(len(part), top))
-                known += [_logprob(scores, index, top) for index in range(len(part))]
+                found, _ = self._sampler.logprobs(logits, part, np.full(len(part), top))
+                entries += [_logprob(found, index, top) for index in range(len(part))]
+            scores.append((sequence.sequence_id, chunk.start, entries))
+        return scores
 
     # The sampler's slots: a sequence has one from its first sampled token, while it runs.
 
@@ -408,8 +486,18 @@ class Engine:
             self._free_slots.append(slot)
 
     def _forget(self, sequence: Sequence) -> None:
+        """Drop what is kept for a sequence that has ended: now, or when the step ends that may
+        be sampling for it."""
+        if self._planned is not None:
+            self._ended.append(sequence)
+            return
         self._forget_slot(sequence)
         self._prompt_logprobs.pop(sequence.sequence_id, None)
+
+    def _forget_ended(self) -> None:
+        ended, self._ended = self._ended, []
+        for sequence in ended:
+            self._forget(sequence)
 
     # In-process use.
 

@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--target", type=Path, default=Path("common/models/pdq-5m"))
     parser.add_argument("--out", type=Path, default=Path("build/model"), help="working folder")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=700)
+    parser.add_argument("--steps", type=int, default=900)
     parser.add_argument("--samples", type=int, default=1152, help="texts drawn from the target")
     parser.add_argument("--threads", type=int, default=1, help="part of what a seed reproduces")
     parser.add_argument("--save-every", type=int, default=100, help="steps")

@@ -175,6 +175,26 @@ async def test_stop_strings_cut_the_text_and_end_the_work(
     await until(lambda: served.cluster.running == 0, "the node was told")
 
 
+async def test_stop_strings_count_only_after_min_tokens(client: openai.AsyncOpenAI) -> None:
+    got = await client.completions.create(
+        model="stories", prompt=PROMPT, max_tokens=200, stop=" ", extra_body={"min_tokens": 12}
+    )
+    text = got.choices[0].text
+    assert " " in text
+    assert TEXT.startswith(text + " ")
+    assert got.usage is not None
+    assert got.usage.completion_tokens > 12
+
+
+async def test_the_folder_limits_the_context_even_where_nodes_allow_more(
+    served: Served, http: httpx.AsyncClient
+) -> None:
+    served.cluster.add("u1", max_model_len=4096, total_blocks=4096)
+    answer = await http.post("/v1/completions", json={**GOOD, "max_tokens": 600})
+    assert answer.json()["error"]["param"] == "max_tokens"
+    assert served.cluster.dispatched == []
+
+
 async def test_stop_token_ids_are_passed_on_and_not_shown(
     served: Served, client: openai.AsyncOpenAI
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import os
 import re
 import signal
 import socket
@@ -56,7 +57,10 @@ def command(redis_url: str, *flags: str) -> list[str]:
 @contextlib.asynccontextmanager
 async def started(redis_url: str, *flags: str) -> AsyncIterator[Process]:
     process = await asyncio.create_subprocess_exec(
-        *command(redis_url, *flags), cwd=ROOT, stderr=asyncio.subprocess.PIPE
+        *command(redis_url, *flags),
+        cwd=ROOT,
+        stderr=asyncio.subprocess.PIPE,
+        env={**os.environ, "PYTHONFAULTHANDLER": "1"},
     )
     lines: list[str] = []
 
@@ -74,13 +78,15 @@ async def started(redis_url: str, *flags: str) -> AsyncIterator[Process]:
     finally:
         if process.returncode is None:
             process.send_signal(signal.SIGTERM)
-        try:
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(10):
                 await process.wait()
-        finally:
-            if process.returncode is None:
-                process.kill()
+        hangs = process.returncode is None
+        if hangs:
+            process.send_signal(signal.SIGABRT)  # faulthandler says where
+            await process.wait()
         await reading
+        assert not hangs, "\n".join(lines)
         bad = [line for line in lines if " ERROR " in line or "Traceback" in line]
         assert not bad, bad
 

@@ -171,6 +171,16 @@ def test_pulled_blocks_are_equal_byte_for_byte(transport: str) -> None:
 
 
 @every_transport
+def test_a_link_opens_before_anything_is_leased(transport: str) -> None:
+    with both_ends(transport) as end:
+        reader = end.reader()
+        end.fill(0)
+        end.leases.add(KEY, [0])
+        reader.pull([end.piece(0, 1)])
+        assert end.same(0, 1)
+
+
+@every_transport
 def test_a_prompt_much_larger_than_the_window_arrives_whole(transport: str) -> None:
     with both_ends(transport, LARGE, blocks=48) as end:
         assert 48 * LARGE.slab_bytes >= 24 << 20
@@ -519,10 +529,49 @@ def test_a_stopped_owner_is_left_by_closing_the_reader() -> None:
     target.memory.close()
 
 
-def test_a_reader_of_another_network_namespace_or_user_gets_nothing() -> None:
-    """The proof is the connection itself: a copied Hello without it opens nothing."""
+def test_a_name_at_which_nobody_listens_opens_nothing() -> None:
     target = Target(PoolMemory(1, LAYOUT.slab_bytes), LAYOUT)
-    elsewhere = b"0123456789abcdef" + bytes(32)
     with pytest.raises(LinkLost, match="not on this host"):
-        ShmReader.open("link", elsewhere, target)
+        ShmReader.open("link", b"0123456789abcdef" + bytes(32), target)
     target.memory.close()
+
+
+STRANGER = """
+import sys
+from common.errors import LinkLost
+from common.kv_layout import KVLayout
+from kv_transfer.pool_memory import PoolMemory
+from kv_transfer.transports.base import Target
+from kv_transfer.transports.shm import ShmReader
+layout = KVLayout.paged_attention(
+    num_layers=3, num_kv_heads=2, head_dim=8, block_size=4, dtype="float32")
+target = Target(PoolMemory(1, layout.slab_bytes), layout)
+try:
+    ShmReader.open("link", bytes.fromhex(sys.argv[1]), target)
+    print("opened")
+except LinkLost as error:
+    print("refused:", error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("prefix", "outcome"),
+    [
+        ([], "opened"),
+        (["unshare", "--net"], "refused: not on this host"),
+        (["setpriv", "--reuid=65534", "--clear-groups"], "refused"),
+    ],
+    ids=["same", "another network namespace", "another user"],
+)
+def test_shm_is_for_processes_of_one_host_and_user(prefix: list[str], outcome: str) -> None:
+    """A copied Hello opens nothing elsewhere: what proves the host is the connection itself."""
+    if prefix and subprocess.run([*prefix, "true"], check=False, capture_output=True).returncode:
+        pytest.skip(f"{prefix[0]} is not permitted here")
+    root = Path(__file__).resolve().parents[2]
+    with both_ends("shm") as end:
+        proof = end.source.open_link("link").hex()
+        done = subprocess.run(
+            [*prefix, sys.executable, "-c", STRANGER, proof], cwd=root, text=True, check=False,
+            capture_output=True, env={**os.environ, "PYTHONPATH": str(root)}, timeout=60,
+        )  # fmt: skip
+    assert done.stdout.startswith(outcome), done.stderr

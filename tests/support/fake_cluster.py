@@ -82,6 +82,7 @@ class FakeCluster:
         self.ended: dict[str, tuple[str, str, str]] = {}
         self.stages: list[Stage] = []
         self.store_error: PdqError | None = None
+        self.accepting = 0  # writes begun
         self.batch = 1  # tokens in one message
         self._released = asyncio.Event()
 
@@ -132,7 +133,8 @@ class FakeCluster:
     # ── RequestStore ─────────────────────────────────────────────────────────────────────────────
 
     async def accept(self, node: str, dispatch: Dispatch, *, claimed_by: str = "") -> None:
-        await asyncio.sleep(0)
+        self.accepting += 1
+        await asyncio.sleep(0.002)  # a round trip
         if self.store_error is not None:
             raise self.store_error
         if claimed_by or any(d == dispatch for _, d in self.dispatched):

@@ -18,7 +18,7 @@ from common.errors import (
     RequestAborted,
     ServiceUnavailable,
 )
-from common.messages import Cancel, Dispatch, Failed, TokenRun, Tokens, TokensAck, TookOver
+from common.messages import Cancel, Dispatch, Failed, Stage, TokenRun, Tokens, TokensAck, TookOver
 from common.metrics import Metrics
 from common.sampling import SamplingParams
 from gateway.dispatch import Dispatcher, Limits
@@ -322,6 +322,36 @@ async def test_an_old_attempt_that_lives_on_is_dropped_and_stopped(cluster: Fake
         assert ("u1", Cancel("g1", "r1", 1, "superseded")) in cluster.cancelled
         cluster.release()
         assert await collect(request) == expected()
+
+
+@pytest.mark.parametrize("kind", ["TookOver", "Stage"])
+async def test_what_a_dead_node_said_before_it_died_does_not_hold_a_choice(
+    cluster: FakeCluster, kind: str
+) -> None:
+    cluster.add("u1").hold_at = 2
+    dispatcher = connect(cluster)
+    async with dispatcher.run(WORK) as request:
+        await until(lambda: request.choices[0].stream.below == len(PROMPT) + 2)
+        cluster.add("u2")
+        late: Stage | TookOver = TookOver("gone", "r1", 1, 0, len(PROMPT) + 2)
+        if kind == "Stage":
+            late = Stage("gone", "r1", 1, 0, "prefilling", {}, 0)
+        dispatcher.on_message("gone", late)
+        cluster.release()
+        assert await collect(request) == expected()
+    assert len(cluster.dispatched) == 2
+
+
+async def test_a_node_that_dies_while_the_request_is_queued_is_no_end(
+    cluster: FakeCluster,
+) -> None:
+    cluster.add("u1")
+    dispatcher = connect(cluster)
+    running = asyncio.create_task(run(dispatcher))
+    await until(lambda: cluster.accepting)
+    cluster.kill("u1")
+    cluster.add("u2")
+    assert await running == expected()
 
 
 async def test_what_can_never_fit_is_refused_before_it_is_queued(cluster: FakeCluster) -> None:

@@ -111,6 +111,16 @@ def test_an_old_attempt_is_compared_never_delivered() -> None:
     assert stream.acknowledged(run(PROMPT + 1, 4, attempt=2)) == PROMPT + 1
 
 
+def test_what_waited_in_an_old_attempt_is_forgotten() -> None:
+    stream = ChoiceStream(PROMPT, 5)
+    stream.accept(run(PROMPT + 1, 9))
+    stream.accept(run(PROMPT + 3, finish="stop"))
+    stream.begin(2)
+    arrival = stream.accept(run(PROMPT, 3, 4, 5, 6, attempt=2, finish="stop"))
+    assert [token.token_id for token in arrival.delivered] == [3, 4, 5, 6]
+    assert (arrival.mismatched, arrival.finished) == (0, "stop")
+
+
 def test_an_end_before_what_was_delivered_is_an_error_of_the_node() -> None:
     stream = ChoiceStream(PROMPT, 5)
     stream.accept(run(PROMPT, 3, 4))

@@ -61,7 +61,7 @@ def identities(token_ids: tuple[int, ...], prompt_len: int) -> tuple[bytes, ...]
     """What the blocks of a sequence must contain; the tail last."""
     hashes = chain_hashes(ROOT, token_ids, BLOCK, prompt_len)
     if fill := len(token_ids) % BLOCK:
-        hashes.append(tail_seed(hashes[-1] if hashes else b"", token_ids[-fill:]))
+        hashes.append(tail_seed(hashes[-1] if hashes else ROOT, token_ids[-fill:]))
     return tuple(hashes)
 
 

@@ -1,0 +1,192 @@
+"""`pdq nodes`, `pdq queue` and `pdq requests`: what Redis knows, as tables or as JSON.
+
+Owns: the columns. Changes nothing in Redis. Addresses of Redis, keys and prompts are not shown.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from common.commands import running
+from common.commands.settings import NodesSettings, QueueSettings, RequestsSettings, load
+from common.config import RedisSettings
+from common.queue import QueueLength, queue_lengths
+from common.redis_client import RedisClient
+from common.registry import NodeRecord, Registry, Role, Snapshot
+from common.requests import ChoiceRecord, Load, RequestRecord, Requests
+
+LATE_BEAT_S = 5.0
+
+
+def nodes(argv: Sequence[str]) -> int:
+    settings = load(NodesSettings, argv, os.environ, "pdq nodes")
+
+    async def read() -> Snapshot:
+        async with _redis(settings.redis) as client:
+            return await Registry(client).snapshot()
+
+    snapshot = asyncio.run(read())
+    records = sorted(snapshot.records.values(), key=lambda r: (r.role is Role.GATEWAY, r.name))
+    if settings.json:
+        ages = {name: round(age_s, 3) for name, age_s in snapshot.ages.items()}
+        return _print_json(
+            [{**dataclasses.asdict(r), "beat_age_s": ages[r.incarnation]} for r in records]
+        )
+    table = _table(
+        "NODE", "ROLE", "STATE", "UP", "BEAT", "PID", ">CORES", ">FREE", ">BLOCKS", ">RUN",
+        ">WAIT", ">STEPS", "TRANSPORTS", "MODEL", "AT",
+    )  # fmt: skip
+    for record in records:
+        table.add_row(*_node_row(record, snapshot.ages[record.incarnation]))
+    return _print_table(table, "no nodes")
+
+
+def queue(argv: Sequence[str]) -> int:
+    settings = load(QueueSettings, argv, os.environ, "pdq queue")
+
+    async def read() -> list[tuple[NodeRecord, QueueLength, Load]]:
+        async with _redis(settings.redis) as client:
+            workers = (await Registry(client).snapshot()).of_role(
+                Role.PREFILL, Role.DECODE, Role.UNIFIED
+            )
+            workers.sort(key=lambda record: record.name)
+            names = [record.incarnation for record in workers]
+            lengths = await queue_lengths(client, names)
+            loads = await Requests(client).loads(names)
+            return [
+                (record, length, loads[record.incarnation])
+                for record, length in zip(workers, lengths, strict=True)
+            ]
+
+    rows = asyncio.run(read())
+    if settings.json:
+        return _print_json([
+            {
+                "incarnation": record.incarnation, "name": record.name, "role": record.role,
+                "state": record.state, **dataclasses.asdict(length),
+                "open_requests": load_.requests, "prompt_tokens": load_.prompt_tokens,
+            }
+            for record, length, load_ in rows
+        ])  # fmt: skip
+    table = _table("NODE", "ROLE", "STATE", ">WAITING", ">AT WORK", ">OPEN", ">PROMPT TOKENS")
+    for record, length, load_ in rows:
+        table.add_row(
+            record.incarnation, record.role, record.state, str(length.waiting),
+            str(length.at_work), str(load_.requests), str(load_.prompt_tokens),
+        )  # fmt: skip
+    return _print_table(table, "no nodes, hence no queues")
+
+
+def requests(argv: Sequence[str]) -> int:
+    settings = load(RequestsSettings, argv, os.environ, "pdq requests")
+
+    async def read() -> list[RequestRecord]:
+        async with _redis(settings.redis) as client:
+            return await Requests(client).recent(settings.limit)
+
+    records = asyncio.run(read())
+    if settings.json:
+        return _print_json([dataclasses.asdict(record) for record in records])
+    table = _table(
+        "REQUEST", "STATE", "AGE", ">TRY", "PREFILL", "DECODE", ">PROMPT", ">CACHED", ">OUT",
+        ">TOTAL", "STAGES", "ENDED BY",
+    )  # fmt: skip
+    now_ms = time.time() * 1000
+    for record in records:
+        for choice in record.choices:
+            table.add_row(*_request_row(record, choice, now_ms))
+    return _print_table(table, "no requests")
+
+
+def _node_row(record: NodeRecord, beat_age_s: float) -> list[str]:
+    up_s = time.time() - record.started_at / 1000 if record.started_at else None
+    worker = record.role is not Role.GATEWAY
+    late = " late" if beat_age_s > LATE_BEAT_S else ""
+    return [
+        record.incarnation, record.role, record.state, _age(up_s), _age(beat_age_s) + late,
+        str(record.pid or ""), str(record.cores or ""),
+        str(record.free_blocks) if worker else "", str(record.num_blocks) if worker else "",
+        str(record.running), str(record.waiting) if worker else "",
+        str(record.steps) if worker else "", record.transports, record.model,
+        record.url or record.endpoint,
+    ]  # fmt: skip
+
+
+def _request_row(record: RequestRecord, choice: ChoiceRecord, now_ms: float) -> list[str]:
+    several = len(record.choices) > 1
+    total = record.ended_at - record.accepted_at if record.ended_at else None
+    ended_by = choice.finish_reason or " ".join(filter(None, (choice.error, choice.message)))
+    return [
+        f"{record.request}#{choice.choice}" if several else record.request,
+        choice.state, _age((now_ms - record.accepted_at) / 1000), str(choice.attempt),
+        choice.prefill_node, choice.decode_node, str(record.prompt_len),
+        str(choice.cached_tokens), str(choice.generated),
+        "" if total is None else _milliseconds(total / 1000), stages(choice, total), ended_by,
+    ]  # fmt: skip
+
+
+def stages(choice: ChoiceRecord, total_ms: int | None) -> str:
+    """`queue 3ms prefill 12ms … rest 5ms`: what the nodes measured, and what does not add up."""
+    parts = [f"{stage} {_milliseconds(seconds)}" for stage, seconds in choice.seconds.items()]
+    if parts and total_ms is not None:
+        parts.append(f"rest {_milliseconds(total_ms / 1000 - sum(choice.seconds.values()))}")
+    return " ".join(parts)
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1000:.0f}ms" if abs(seconds) < 10 else f"{seconds:.1f}s"
+
+
+def _age(seconds: float | None) -> str:
+    if seconds is None:
+        return ""
+    seconds = max(0.0, seconds)
+    if seconds < 120:
+        return f"{seconds:.0f}s"
+    return f"{seconds / 60:.0f}m" if seconds < 7200 else f"{seconds / 3600:.0f}h"
+
+
+@contextlib.asynccontextmanager
+async def _redis(settings: RedisSettings) -> AsyncIterator[RedisClient]:
+    client = RedisClient(running.redis_of(settings, os.environ), name="pdq-inspect")
+    try:
+        yield client
+    finally:
+        await client.close()
+
+
+def _table(*headers: str) -> Table:
+    """`>` in front of a header: its column is aligned to the right."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for header in headers:
+        right = header.startswith(">")
+        table.add_column(header.lstrip(">"), justify="right" if right else "left", no_wrap=True)
+    return table
+
+
+def _print_table(table: Table, empty: str) -> int:
+    """Whole lines, however long: a terminal can scroll or wrap, and a pipe has no width."""
+    if table.row_count:
+        Console(width=10_000, highlight=False, markup=False, emoji=False).print(
+            table, crop=False, soft_wrap=True
+        )
+    else:
+        print(empty)
+    return 0
+
+
+def _print_json(value: Any) -> int:
+    json.dump(value, sys.stdout, indent=2, ensure_ascii=False)
+    print()
+    return 0

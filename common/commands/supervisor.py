@@ -1,0 +1,320 @@
+"""The processes of `pdq serve`: started together, watched, restarted, and stopped in order.
+
+Owns: the life of each part. Knows nothing of what they compute; whether a part is ready is what its
+record in the registry says. Read it from top to bottom: start, main loop, stop.
+
+    dies before all were ready once     nothing of it can be used: `ResourceError`, all is stopped
+    dies later                          started again, after a pause that doubles each time
+    dies MAX_FAILED_STARTS times in a row before it was ready     `ResourceError`, all is stopped
+    first signal                        gateway, then nodes, then Redis; each finishes what runs
+    second signal                       all of them are killed
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import os
+import signal
+import socket
+import time
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from urllib.parse import urlsplit
+
+import httpx
+
+from common.commands import cores, running
+from common.commands.child import Child, ending
+from common.commands.settings import Deployment
+from common.config import RedisSettings, child_environment
+from common.errors import ResourceError, ServiceUnavailable
+from common.redis_client import RedisClient
+from common.redis_server import EmbeddedRedis
+from common.registry import NodeRecord, NodeState, Registry, Role
+
+MAX_FAILED_STARTS = 3
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
+STEADY_S = 60.0  # a part that lived so long is not restarted more slowly for what was before
+START_POLL_S, WATCH_POLL_S = 0.1, 1.0
+OVERTIME_S = 5.0  # beyond the grace period, for a part to end before it is killed
+
+Say = Callable[[str, str, str], None]
+"""Called with the name of a part, its state, and what there is to say about it."""
+
+
+@dataclasses.dataclass(slots=True)
+class Part:
+    """One process to keep alive, and the life it is in."""
+
+    name: str
+    module: str
+    argv: Sequence[str]
+    environment: Mapping[str, str]
+    cores: Sequence[int]
+    child: Child | None = None
+    record: NodeRecord | None = None  # once it is ready
+    started_at: float = 0.0
+    failed_starts: int = 0
+
+    @property
+    def is_gateway(self) -> bool:
+        return self.module == "gateway"
+
+
+class Supervisor:
+    """Runs one deployment. `say` is told of every part's states; `invite` once, when requests can
+    be served, with the URL; `show_line` gets what the parts write to stderr."""
+
+    def __init__(
+        self,
+        deployment: Deployment,
+        environ: Mapping[str, str],
+        say: Say,
+        invite: Callable[[str], None],
+        show_line: Callable[[str, str], None],
+    ) -> None:
+        self._deployment = deployment
+        num_nodes = deployment.prefill + deployment.decode + deployment.unified
+        self._shares = cores.divide(deployment.cores, num_nodes)
+        self._environ = environ
+        self._say = say
+        self._invite = invite
+        self._show_line = show_line
+        self._server: EmbeddedRedis | None = None
+        self._parts: list[Part] = []
+        self._stop = asyncio.Event()
+        self._killed = False
+        self._serving = False
+        self._stuck = False
+
+    async def run(self) -> int:
+        """Until a signal comes: 0, or 1 if a part had to be killed, or 130 after a second signal.
+        Raises `PdqError` for what keeps it from starting or going on."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            loop.add_signal_handler(number, self._on_signal)
+        try:
+            async with contextlib.AsyncExitStack() as stack:
+                stack.push_async_callback(self._stop_redis)
+                redis = await self._start_redis()
+                client = RedisClient(redis, name="pdq-serve")
+                stack.push_async_callback(client.close)
+                await self._greet(client)
+                self._parts = self._plan(redis)
+                stack.push_async_callback(self._stop_parts)
+                if not self._stop.is_set():
+                    await self._main_loop(stack, client, redis)
+        finally:
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                loop.remove_signal_handler(number)
+        return 130 if self._killed else int(self._stuck)
+
+    def _on_signal(self) -> None:
+        if not self._stop.is_set():
+            self._stop.set()
+            return
+        self._killed = True
+        for part in self._parts:
+            if part.child is not None:
+                part.child.signal(signal.SIGKILL)
+
+    # ── Start ────────────────────────────────────────────────────────────────────────────────────
+
+    async def _start_redis(self) -> RedisSettings:
+        # We and what we start without cores of its own, which is Redis, keep off those of nodes.
+        os.sched_setaffinity(0, self._shares.rest)
+        given = self._deployment.node.redis
+        if given.url:
+            return given
+        self._server = EmbeddedRedis()
+        await asyncio.to_thread(self._server.start)
+        return dataclasses.replace(given, url=self._server.url)
+
+    async def _greet(self, client: RedisClient) -> None:
+        info = await client.open()
+        if self._server is not None:
+            port = urlsplit(self._server.url).port
+            self._say("redis", "ready", f"{self._server.binary}, port {port}")
+        else:
+            where = urlsplit(client.settings.url)
+            place = where.path if where.scheme == "unix" else f"{where.hostname}:{where.port}"
+            self._say("redis", "ready", f"{info.kind} {info.version}, given, at {place}")
+
+    def _plan(self, redis: RedisSettings) -> list[Part]:
+        wanted = self._deployment
+        roles = [
+            (role, index + 1)
+            for role, count in (
+                (Role.PREFILL, wanted.prefill),
+                (Role.DECODE, wanted.decode),
+                (Role.UNIFIED, wanted.unified),
+            )
+            for index in range(count)
+        ]
+        if self._shares.note:
+            self._say("cores", "shared", self._shares.note)
+        # A Redis that others use too: the names of this machine's parts tell it.
+        where = "" if self._server is not None else f"-{socket.gethostname().split('.')[0]}"[:40]
+        gateway = dataclasses.replace(wanted.gateway, redis=redis)
+        environment = child_environment(gateway, self._environ)
+        name = f"gateway-1{where}"
+        parts = [Part(name, "gateway", ("--name", name), environment, self._shares.rest)]
+        for (role, number), own in zip(roles, self._shares.nodes, strict=True):
+            engine = dataclasses.replace(wanted.node.engine, cores=own)
+            node = dataclasses.replace(wanted.node, engine=engine, redis=redis)
+            environment = child_environment(node, self._environ)
+            name = f"{role}-{number}{where}"
+            argv = ("--role", role.value, "--name", name)
+            parts.append(Part(name, "common.node", argv, environment, own))
+        return parts
+
+    # ── Main loop ────────────────────────────────────────────────────────────────────────────────
+
+    async def _main_loop(
+        self, stack: contextlib.AsyncExitStack, client: RedisClient, redis: RedisSettings
+    ) -> None:
+        """Keep everything alive until a signal comes, or something cannot be kept."""
+        duties: list[Awaitable[None]] = [self._keep(part) for part in self._parts]
+        duties += [self._watch(client, redis, stack), self._keep_redis()]
+        tasks = [asyncio.ensure_future(duty) for duty in duties]
+        stopping = asyncio.create_task(self._stop.wait())
+        try:
+            done, _ = await asyncio.wait(
+                [*tasks, stopping], return_when=asyncio.FIRST_COMPLETED
+            )
+            for task in done:
+                task.result()
+        finally:
+            self._stop.set()
+            for task in (*tasks, stopping):
+                task.cancel()
+            await asyncio.gather(*tasks, stopping, return_exceptions=True)
+
+    async def _keep(self, part: Part) -> None:
+        """Start the part, and again when it ends."""
+        pause = FIRST_PAUSE_S
+        while True:
+            part.started_at, part.record = time.monotonic(), None
+            part.child = child = await Child.start(
+                part.module, part.argv, part.environment, part.cores
+            )
+            self._say(part.name, "starting", f"pid {child.pid}, {cores.shown(part.cores)}")
+            # Shielded: its end is awaited again when we stop.
+            how = ending(await asyncio.shield(child.ended))
+            words = f": {child.last_words}" if child.last_words else ""
+            part.failed_starts = 0 if part.record else part.failed_starts + 1
+            if not self._serving and part.record is None:
+                raise ResourceError(f"{part.name} died at start ({how}){words}")
+            if part.failed_starts >= MAX_FAILED_STARTS:
+                times = f"{part.failed_starts} times in a row"
+                raise ResourceError(f"{part.name} died at start {times} ({how}){words}")
+            if time.monotonic() - part.started_at > STEADY_S:
+                pause = FIRST_PAUSE_S
+            self._say(part.name, "died", f"{how}; starts again in {pause:g} s{words}")
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE_S)
+
+    async def _watch(
+        self, client: RedisClient, redis: RedisSettings, stack: contextlib.AsyncExitStack
+    ) -> None:
+        """See parts become ready, and say so; once, when requests can be served, invite."""
+        registry = Registry(client)
+        async with httpx.AsyncClient(timeout=5.0) as http:
+            while True:
+                waiting = [part for part in self._parts if part.record is None]
+                if waiting:
+                    with contextlib.suppress(ServiceUnavailable):
+                        self._note_ready(waiting, (await registry.snapshot()).records)
+                elif not self._serving and await self._answers(http):
+                    self._serving = True
+                    try:
+                        stack.enter_context(running.announced(self._url, redis, self._environ))
+                    except ResourceError as error:
+                        self._say("pdq", "unlisted", f"{error}: `pdq nodes` needs --redis-url")
+                    self._invite(self._url)
+                await asyncio.sleep(WATCH_POLL_S if self._serving else START_POLL_S)
+
+    def _note_ready(self, waiting: Sequence[Part], records: Mapping[str, NodeRecord]) -> None:
+        for part in waiting:
+            for record in records.values():
+                mine = part.child is not None and record.pid == part.child.pid
+                if not (mine and record.name == part.name and record.state is NodeState.READY):
+                    continue
+                part.record = record
+                self._say(part.name, "ready", _described(part, record))
+                assert part.child is not None
+                part.child.show(lambda line, name=part.name: self._show_line(name, line))
+                if part.is_gateway:  # after a death, at the same port
+                    port = str(urlsplit(record.url).port)
+                    part.argv = ("--name", part.name, "--port", port)
+
+    @property
+    def _url(self) -> str:
+        """Where a client on this machine reaches the gateway."""
+        (gateway,) = (part for part in self._parts if part.is_gateway)
+        assert gateway.record is not None
+        url = gateway.record.url
+        return url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
+
+    async def _answers(self, http: httpx.AsyncClient) -> bool:
+        """Whether the gateway has found its nodes."""
+        try:
+            return (await http.get(f"{self._url}/ready")).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    async def _keep_redis(self) -> None:
+        """Start our Redis again, empty and at the same port, when it has died."""
+        while self._server is not None:
+            await asyncio.sleep(WATCH_POLL_S)
+            ended = os.waitid(os.P_PID, self._server.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            if ended is not None:
+                self._say("redis", "died", "starts again, empty; open requests go on")
+                await asyncio.to_thread(self._server.restart)
+                self._say("redis", "ready", "again")
+        await asyncio.Event().wait()
+
+    # ── Stop ─────────────────────────────────────────────────────────────────────────────────────
+
+    async def _stop_parts(self) -> None:
+        """The gateway first, so that what is open finishes on nodes that still run."""
+        alive = [p for p in self._parts if p.child is not None and p.child.returncode is None]
+        if alive and self._serving:
+            self._say("pdq", "stopping", "open requests finish first; Ctrl-C again ends it at once")
+        for group in ([p for p in alive if p.is_gateway], [p for p in alive if not p.is_gateway]):
+            await asyncio.gather(*(self._end(part) for part in group))
+
+    async def _end(self, part: Part) -> None:
+        child = part.child
+        assert child is not None
+        # Before it is ready there is nothing to finish, nor perhaps a handler of the signal.
+        quick = self._killed or part.record is None
+        child.signal(signal.SIGKILL if quick else signal.SIGTERM)
+        limit = self._deployment.node.grace_period_s + OVERTIME_S  # the gateway's is the same
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.shield(child.ended), limit)
+        if not child.ended.done():
+            self._stuck = True
+            self._say(part.name, "killed", f"it did not end within {limit:g} s")
+            child.signal(signal.SIGKILL)
+        code = await child.ended
+        if self._serving:
+            self._say(part.name, "stopped", "" if code == 0 else ending(code))
+
+    async def _stop_redis(self) -> None:
+        if self._server is None:
+            return
+        if self._killed:
+            self._server.kill()
+        await asyncio.to_thread(self._server.stop)
+        if self._serving:
+            self._say("redis", "stopped", "")
+
+
+def _described(part: Part, record: NodeRecord) -> str:
+    took = f"after {time.monotonic() - part.started_at:.1f} s"
+    if part.is_gateway:
+        return f"{took}, {record.url}"
+    blocks = f"{record.num_blocks} blocks of {record.block_size} tokens"
+    return f"{took}, {blocks}" if record.num_blocks else took

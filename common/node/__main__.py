@@ -1,0 +1,49 @@
+"""A node's process: settings, cores, model, then `Node.run` until a signal comes.
+
+First signal: drain and end. Second: end at once. An error at start is one line and exit code 1.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Sequence
+
+from common.config import NodeSettings, load
+from common.errors import PdqError
+from common.logs import configure, get_logger
+
+log = get_logger("node")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        settings = load(
+            NodeSettings, sys.argv[1:] if argv is None else argv, os.environ, program="node"
+        )
+        configure(settings.name or settings.role, settings.log.level)
+        if settings.engine.cores:
+            os.sched_setaffinity(0, settings.engine.cores)
+        asyncio.run(_serve(settings))
+    except PdqError as error:
+        print(f"node: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+async def _serve(settings: NodeSettings) -> None:
+    from common.node.runtime import Node  # torch comes in here, after the cores are bound
+
+    node = Node(settings)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, node.stop)
+    await node.run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+"""What a role is: the part of a node that decides what to do with requests.
+
+A role is a plug-in, loaded by its dotted name (`prefill_node.role`), so that roles never import
+each other. The runtime owns engine, bus, queue and links; it calls the role on the event loop's
+thread, and the role calls back into the runtime's public methods.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Protocol
+
+from common.engine.engine import PlannedStep, StepOutput
+from common.queue import Entry
+from kv_transfer.ports import Adopted, Ended, Granted
+
+if TYPE_CHECKING:
+    from common.node.runtime import Node
+
+ROLE_MODULES = {
+    "prefill": "prefill_node.role",
+    "decode": "decode_node.role",
+    "unified": "decode_node.role",
+}
+
+
+class NodeRole(Protocol):
+    """Called by the runtime, in about this order in a request's life."""
+
+    def capacity(self) -> int:
+        """How many more queue entries this node would begin soon."""
+        ...
+
+    def accept(self, entry: Entry) -> None:
+        """A claimed attempt. Whatever is wrong with it is told to its gateway, never raised."""
+        ...
+
+    def step_begins(self, planned: PlannedStep) -> None: ...
+
+    def step_ended(self, planned: PlannedStep, outputs: list[StepOutput]) -> None: ...
+
+    def sent(self, effect: Granted | Ended) -> None:
+        """News of a handoff that this node sends."""
+        ...
+
+    def received(self, effect: Adopted | Ended) -> None:
+        """News of a handoff that this node receives."""
+        ...
+
+    def cancel(self, request: str, attempt: int, reason: str) -> None:
+        """Free everything of the request's attempts up to `attempt`."""
+        ...
+
+    def gateway_lost(self, gateway: str) -> None:
+        """Free everything of this gateway's requests."""
+        ...
+
+    @property
+    def num_open(self) -> int:
+        """Attempts this node still has something of; 0 when idle."""
+        ...
+
+
+def load_role(name: str, node: Node) -> NodeRole:
+    """The role's module has `create(node)`."""
+    role: NodeRole = importlib.import_module(ROLE_MODULES[name]).create(node)
+    return role

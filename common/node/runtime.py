@@ -1,0 +1,397 @@
+"""One node: an engine in a thread, and around it the loops that keep it in touch with the others.
+
+Owns the process's parts and their order of start and stop: memory, engine, Redis, bus, KV links,
+role. Read `run` from top to bottom. Blocks, sequences and leases belong to the event loop's
+thread; only `Engine.compute` and copies run elsewhere.
+
+    take      queue entries, when the role has capacity → role.accept
+    listen    messages: transfer → links, acknowledgements → tokens, cancels → role
+    watch     links that come up (send again) or go down (gateway lost, KV link lost)
+    announce  the node's record, once a beat; the other nodes, for the role to choose from
+    compute   steps, while there is work
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import functools
+import os
+import socket
+import time
+from collections.abc import Coroutine, Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+from common.bus import Bus
+from common.config import NodeSettings
+from common.engine import Engine
+from common.errors import LinkLost, PdqError, ServiceUnavailable
+from common.logs import get_logger
+from common.messages import Cancel, Failed, Message, Stage, TokenRun, TokensAck
+from common.node.kv import NodeKV, SharedMemory
+from common.node.role import NodeRole, load_role
+from common.node.token_stream import ChoiceKey, TokenStream
+from common.queue import Entry, NodeQueue, move_unread, queue_lengths
+from common.redis_client import RedisClient
+from common.registry import NodeRecord, NodeState, Registry, Role, Snapshot, new_incarnation
+from kv_transfer.lease import Leases
+from kv_transfer.link import TRANSFER_MESSAGES, Links
+from kv_transfer.ports import Adopted, Ended, Granted, TransferSettings
+from kv_transfer.transports.base import Opener, Source, Target
+from kv_transfer.transports.shm import ShmReader, ShmSource
+from kv_transfer.transports.tcp import TcpReader, TcpSource
+
+log = get_logger("node")
+
+ANNOUNCE_INTERVAL_S = 0.5
+GATEWAY_GRACE_S = 3.0  # for a gateway's link to come back before its requests are freed
+QUEUE_WAIT_S = 1.0
+BLOCKED_WAIT_S = 0.005  # until the engine looks again whether a lease has ended
+MAX_FAILED_STEPS = 3  # in a row: then the engine is broken, and the node ends
+
+
+class EngineBroken(PdqError):
+    """The engine failed several steps in a row; another process may do better."""
+
+    code = "engine_broken"
+
+
+class Node:
+    """Build it (this loads the model), then `await run()`; `stop` ends it in order."""
+
+    def __init__(self, settings: NodeSettings) -> None:
+        self.settings = settings
+        self.name = settings.name or f"{settings.role}-{socket.gethostname().split('.')[0]}"
+        self.incarnation = new_incarnation(self.name)
+        shared = SharedMemory()
+        self.engine = Engine(settings.engine, storage=shared.allocate, on_free=shared.freed)
+        assert shared.memory is not None
+        self.memory = shared.memory
+        self.kv = NodeKV(self.engine, self.memory, digests=settings.engine.kv_digests)
+        self.redis = RedisClient(settings.redis, name=self.incarnation)
+        self.registry = Registry(self.redis)
+        self.queue = NodeQueue(self.redis, self.incarnation)
+        self.bus = Bus(self.incarnation, settings.bus, progress=self._progress)
+        self.leases = Leases(self.engine.pool)
+        self.links: Links
+        self.tokens = TokenStream(self.incarnation, self.send)
+        self.role: NodeRole = load_role(settings.role, self)
+        self.state = NodeState.STARTING
+        self.peers: Snapshot | None = None
+        self._work = asyncio.Event()
+        self._room = asyncio.Event()
+        self._stopping = asyncio.Event()
+        self._gateways: dict[str, asyncio.TimerHandle] = {}  # lost ones, by when they are given up
+        self._started_at = int(time.time() * 1000)
+        self._computing = False
+        self._beats = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    # For the role.
+
+    def send(self, peer: str, message: Message) -> None:
+        """Send to a gateway, or drop: what matters is repeated by those who wait for it."""
+        try:
+            self.bus.send(peer, message)
+        except LinkLost:
+            log.info("message.dropped", peer=peer, kind=type(message).__name__)
+
+    def connect(self, peer: str, endpoint: str) -> None:
+        """Have a link with a peer, or raise `LinkLost`."""
+        if self.bus.link(peer) is None:
+            self.bus.connect(peer, endpoint)
+
+    def wake(self) -> None:
+        """There may be work for the engine, or room for another entry."""
+        self._work.set()
+        self._room.set()
+
+    def push_tokens(self, runs: Iterable[tuple[str, TokenRun]]) -> None:
+        self.tokens.push(runs)
+
+    def stage(
+        self, gateway: str, key: ChoiceKey, state: str, seconds: dict[str, float], cached: int = 0
+    ) -> None:
+        """Tell the gateway that a choice is in this state now."""
+        self.send(gateway, Stage(self.incarnation, *key, state, seconds, cached))
+
+    def failed(self, gateway: str, key: ChoiceKey, error: PdqError, *, retryable: bool) -> None:
+        """Tell the gateway that this attempt is over here."""
+        log.warning("attempt.failed", request=key.request, attempt=key.attempt, error=error)
+        self.send(gateway, Failed(self.incarnation, *key, error.code, str(error), retryable))
+
+    def done(self, entry: Entry) -> None:
+        """The attempt is over here: its queue entry goes."""
+        self.spawn(self._delete(entry))
+
+    # Life.
+
+    async def run(self) -> None:
+        """Serve until `stop`; then finish what runs, within the grace period, and leave nothing."""
+        await self.redis.open()
+        await self.queue.open()
+        await self.bus.start()
+        self.links = self._make_links()
+        self.links.start()
+        loops: list[asyncio.Task[None]] = []
+        thread = ThreadPoolExecutor(1, "engine")
+        try:
+            await asyncio.get_running_loop().run_in_executor(thread, self.engine.warm_up)
+            self.state = NodeState.READY
+            await self.registry.announce(self.record())
+            log.info("node.ready", **self._summary())
+            loops = [
+                asyncio.create_task(coroutine, name=name)
+                for name, coroutine in (
+                    ("take", self._take()),
+                    ("listen", self._listen()),
+                    ("watch", self._watch()),
+                    ("announce", self._announce()),
+                    ("compute", self._compute(thread)),
+                )
+            ]
+            stopping = asyncio.create_task(self._stopping.wait(), name="stopping")
+            loops.append(stopping)  # type: ignore[arg-type]
+            done, _ = await asyncio.wait(loops, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()  # a loop ends only by an error
+            await self._drain()
+        finally:
+            for task in loops:
+                task.cancel()
+            for timer in self._gateways.values():
+                timer.cancel()
+            await asyncio.gather(*loops, return_exceptions=True)
+            await self.links.close()
+            await self.bus.close()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+            try:
+                await self.registry.leave(self.incarnation)
+            except ServiceUnavailable as error:
+                log.warning("node.left_unsaid", error=error)  # the reaper will find it
+            await self.redis.close()
+            thread.shutdown()
+            log.info("node.ended", steps=self.engine.num_steps)
+
+    def stop(self) -> None:
+        """Ask `run` to end in order; asked again, at once."""
+        if self._stopping.is_set():
+            self.settings = dataclasses.replace(self.settings, grace_period_s=0.0)
+        self._stopping.set()
+
+    async def _drain(self) -> None:
+        """Take nothing new, finish what runs, within the grace period."""
+        self.state = NodeState.DRAINING
+        self.links.perform(self.links.intake.drain(time.monotonic()))
+        try:
+            await self.registry.announce(self.record())
+        except ServiceUnavailable as error:
+            log.warning("node.unannounced", error=error)
+        begun = time.monotonic()
+        while self.role.num_open or self.tokens.num_unacknowledged:
+            if time.monotonic() - begun >= self.settings.grace_period_s:
+                log.warning("node.grace_over", open=self.role.num_open)
+                return
+            await asyncio.sleep(0.02)
+
+    def _make_links(self) -> Links:
+        bus, layout = self.settings.bus, self.engine.layout
+        sources: list[Source] = []
+        openers: dict[str, Opener] = {}
+        for name in self.settings.transports:
+            if name == "shm":
+                sources.append(ShmSource(self.memory))
+                openers["shm"] = ShmReader.open
+            else:
+                sources.append(
+                    TcpSource(
+                        self.memory, layout, self.leases, host=bus.host,
+                        advertise_host=bus.advertise_host, secret_key=bus.secret_key,
+                    )
+                )  # fmt: skip
+                openers["tcp"] = functools.partial(TcpReader.open, secret_key=bus.secret_key)
+        return Links(
+            self.bus, self.incarnation, self.engine.fingerprint, Target(self.memory, layout),
+            pool=self.kv, leases=self.leases, sources=sources, openers=openers,
+            on_sent=self._on_sent, on_received=self._on_received,
+            settings=TransferSettings(digests=self.settings.engine.kv_digests),
+        )  # fmt: skip
+
+    # Loops.
+
+    async def _take(self) -> None:
+        while True:
+            self._room.clear()
+            capacity = self.role.capacity() if self.state is NodeState.READY else 0
+            if capacity <= 0:
+                await self._room.wait()
+                continue
+            try:
+                entries = await self.queue.take(capacity, wait_s=QUEUE_WAIT_S)
+                if not entries and not self.engine.has_work:
+                    await self._relieve_others(capacity)
+            except ServiceUnavailable as error:
+                log.warning("queue.unreachable", error=error)
+                await asyncio.sleep(ANNOUNCE_INTERVAL_S)
+                continue
+            for entry in entries:
+                gateway = entry.dispatch.gateway
+                if self.bus.link(gateway) is None:
+                    try:
+                        self.bus.connect(gateway, entry.dispatch.gateway_endpoint)
+                    except LinkLost as error:
+                        log.warning("gateway.unreachable", gateway=gateway, error=error)
+                self.role.accept(entry)
+            if entries:
+                self._work.set()
+
+    async def _relieve_others(self, capacity: int) -> None:
+        """Idle: take over what waits, unread, at a node that does the same work."""
+        if self.peers is None:
+            return
+        alike = [
+            record.incarnation
+            for record in self.peers.of_role(Role(self.settings.role))
+            if record.incarnation != self.incarnation and self._is_alike(record)
+        ]
+        if not alike:
+            return
+        for name, length in zip(alike, await queue_lengths(self.redis, alike), strict=True):
+            if length.waiting and await move_unread(self.redis, name, self.incarnation, capacity):
+                return
+
+    def _is_alike(self, record: NodeRecord) -> bool:
+        mine = self.engine.fingerprint
+        theirs = (record.model, record.revision, record.layout, record.numerics)
+        return theirs == (mine.model, mine.revision, mine.layout, mine.numerics)
+
+    async def _listen(self) -> None:
+        while True:
+            received = await self.bus.receive()
+            message = received.message
+            if isinstance(message, TRANSFER_MESSAGES):
+                self.links.receive(received.peer, received.link, message)
+            elif isinstance(message, TokensAck):
+                for request, attempt, choice, below in message.acks:
+                    self.tokens.acknowledge(ChoiceKey(request, attempt, choice), below)
+            elif isinstance(message, Cancel):
+                self.tokens.forget(message.request, message.attempt)
+                self.role.cancel(message.request, message.attempt, message.reason)
+                self.wake()
+            else:
+                log.warning("message.unexpected", peer=received.peer, kind=type(message).__name__)
+
+    async def _watch(self) -> None:
+        while True:
+            event = await self.bus.next_event()
+            if event.up:
+                timer = self._gateways.pop(event.peer, None)
+                if timer is not None:
+                    timer.cancel()
+                self.tokens.resend(event.peer)
+                continue
+            self.links.connection_lost(event.link)
+            if self.bus.link(event.peer) is None and event.peer not in self._gateways:
+                loop = asyncio.get_running_loop()
+                self._gateways[event.peer] = loop.call_later(
+                    GATEWAY_GRACE_S, self._give_up, event.peer
+                )
+            self.wake()
+
+    def _give_up(self, peer: str) -> None:
+        del self._gateways[peer]
+        if self.bus.link(peer) is None:
+            self.role.gateway_lost(peer)
+            self.tokens.forget_gateway(peer)
+            self.wake()
+
+    async def _announce(self) -> None:
+        while True:
+            try:
+                await self.registry.announce(self.record())
+                self.peers = await self.registry.snapshot()
+            except ServiceUnavailable as error:
+                log.warning("registry.unreachable", error=error)
+            await asyncio.sleep(ANNOUNCE_INTERVAL_S)
+
+    async def _compute(self, thread: ThreadPoolExecutor) -> None:
+        loop = asyncio.get_running_loop()
+        engine, failures = self.engine, 0
+        while True:
+            self._work.clear()
+            planned = engine.begin_step() if engine.has_work else None
+            if planned is None:
+                self._computing = False
+                timeout = BLOCKED_WAIT_S if engine.has_work else None
+                try:
+                    await asyncio.wait_for(self._work.wait(), timeout)
+                except TimeoutError:
+                    continue
+                continue
+            self._computing = True
+            self.role.step_begins(planned)
+            try:
+                computed = await loop.run_in_executor(thread, engine.compute, planned)
+            except Exception as error:
+                engine.fail_step(planned)
+                failures += 1
+                log.error("step.failed", error=repr(error), failures=failures, exc_info=error)
+                if failures >= MAX_FAILED_STEPS:
+                    raise EngineBroken(f"{failures} steps failed in a row: {error}") from error
+                continue
+            failures = 0
+            outputs = engine.end_step(planned, computed)
+            self.role.step_ended(planned, outputs)
+            self.links.perform(self.links.intake.room_changed(time.monotonic()))
+            self._room.set()
+
+    # Parts.
+
+    def _on_sent(self, effect: Granted | Ended) -> None:
+        self.role.sent(effect)
+        self.wake()
+
+    def _on_received(self, effect: Adopted | Ended) -> None:
+        self.role.received(effect)
+        self.wake()
+
+    def _progress(self) -> tuple[int, bool]:
+        return self.engine.num_steps, self._computing
+
+    async def _delete(self, entry: Entry) -> None:
+        try:
+            await self.queue.done([entry])
+        except ServiceUnavailable as error:
+            log.warning("entry.kept", error=error)  # it expires with the stream
+
+    def spawn(self, coroutine: Coroutine[object, object, None]) -> None:
+        """Run something in the background; `run` waits for it at the end."""
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def record(self) -> NodeRecord:
+        """What `pdq nodes` shows of this node."""
+        engine, mine = self.engine, self.engine.fingerprint
+        self._beats += 1
+        return NodeRecord(
+            incarnation=self.incarnation, name=self.name, role=Role(self.settings.role),
+            state=self.state, endpoint=self.bus.endpoint, host=socket.gethostname(),
+            pid=os.getpid(), cores=len(os.sched_getaffinity(0)), started_at=self._started_at,
+            model=mine.model, revision=mine.revision, layout=mine.layout, numerics=mine.numerics,
+            adapter=mine.adapter, transports=",".join(self.settings.transports),
+            block_size=mine.block_size, slab_bytes=engine.layout.slab_bytes,
+            num_blocks=engine.pool.num_blocks, max_num_seqs=engine.settings.max_num_seqs,
+            max_model_len=engine.max_model_len, waiting=engine.scheduler.num_waiting,
+            running=engine.scheduler.num_running, free_blocks=engine.pool.num_free,
+            open_attempts=self.role.num_open, leases=sum(self.leases.count().values()),
+            reserved=self.kv.num_reserved, unacknowledged=self.tokens.num_unacknowledged,
+            steps=engine.num_steps, beats=self._beats,
+        )  # fmt: skip
+
+    def _summary(self) -> dict[str, object]:
+        return {
+            "role": self.settings.role, "node": self.incarnation,
+            "model": self.engine.fingerprint.model, "blocks": self.engine.pool.num_blocks,
+            "numerics": self.engine.fingerprint.numerics, "bus": self.bus.endpoint,
+        }  # fmt: skip

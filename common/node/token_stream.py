@@ -1,0 +1,76 @@
+"""Tokens on their way to gateways, kept until the gateway says that it has them.
+
+Owns: what is unacknowledged, per choice of an attempt, and the packing of one message per gateway
+and step. Acknowledgements are cumulative by position; what is not acknowledged is sent again on a
+new link. Has no I/O of its own: messages out, acknowledgements in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from common.messages import TokenRun, Tokens
+
+
+class ChoiceKey(NamedTuple):
+    """One choice of one attempt."""
+
+    request: str
+    attempt: int
+    choice: int
+
+
+@dataclasses.dataclass(slots=True)
+class _Unacknowledged:
+    gateway: str
+    runs: list[TokenRun]
+
+
+class TokenStream:
+    """`send(gateway, message)` may drop the message when there is no link; then `resend` repairs."""
+
+    def __init__(self, node: str, send: Callable[[str, Tokens], None]) -> None:
+        self._node = node
+        self._send = send
+        self._kept: dict[ChoiceKey, _Unacknowledged] = {}
+
+    def push(self, runs: Iterable[tuple[str, TokenRun]]) -> None:
+        """Send the runs of one step, (gateway, run) each: one message per gateway."""
+        by_gateway: dict[str, list[TokenRun]] = {}
+        for gateway, run in runs:
+            key = ChoiceKey(run.request, run.attempt, run.choice)
+            self._kept.setdefault(key, _Unacknowledged(gateway, [])).runs.append(run)
+            by_gateway.setdefault(gateway, []).append(run)
+        for gateway, sent in by_gateway.items():
+            self._send(gateway, Tokens(self._node, tuple(sent)))
+
+    def acknowledge(self, key: ChoiceKey, below: int) -> None:
+        """Every position under `below` has arrived; an unknown choice or a late one is ignored."""
+        kept = self._kept.get(key)
+        if kept is None:
+            return
+        kept.runs = [run for run in kept.runs if run.position + len(run.token_ids) > below]
+        if not kept.runs:
+            del self._kept[key]
+
+    def resend(self, gateway: str) -> None:
+        """A new link with this gateway: whatever it has not acknowledged goes again, in order."""
+        runs = [run for kept in self._kept.values() if kept.gateway == gateway for run in kept.runs]
+        if runs:
+            self._send(gateway, Tokens(self._node, tuple(runs)))
+
+    def forget(self, request: str, attempt: int) -> None:
+        """The gateway wants nothing more of attempts up to this one."""
+        for key in [k for k in self._kept if k.request == request and k.attempt <= attempt]:
+            del self._kept[key]
+
+    def forget_gateway(self, gateway: str) -> None:
+        for key in [key for key, kept in self._kept.items() if kept.gateway == gateway]:
+            del self._kept[key]
+
+    @property
+    def num_unacknowledged(self) -> int:
+        """Choices of which something is not acknowledged; 0 when idle."""
+        return len(self._kept)

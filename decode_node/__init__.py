@@ -1,0 +1,1 @@
+"""The decode role: continuous batching of sequences that arrive with their KV; also unified."""

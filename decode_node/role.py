@@ -1,0 +1,144 @@
+"""The decode role: sequences arrive by handoff, with KV and first token, and run to their end.
+
+Owns the attempts that decode here. As `unified` (and whenever a gateway sends it a request) it
+computes the prompt itself. Admission to decoding is the pool's: `NodeKV.reserve` grants room for a
+whole prompt or nothing, and every sequence joins the running ones at the next step.
+"""
+
+from __future__ import annotations
+
+import time
+
+from common.engine.engine import PlannedStep, StepOutput
+from common.errors import InvalidRequest, PdqError
+from common.messages import TokenRun, TookOver
+from common.node.attempt import Attempt
+from common.node.runtime import Node
+from common.queue import Entry
+from common.sampling import FinishReason
+from kv_transfer.ports import Adopted, Ended, Granted
+
+
+def create(node: Node) -> DecodeRole:
+    return DecodeRole(node)
+
+
+class DecodeRole:
+    """Implements `NodeRole`."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._attempts: dict[str, Attempt] = {}  # by the engine's id
+
+    @property
+    def num_open(self) -> int:
+        return len(self._attempts) + len(self._node.links.intake.states())
+
+    def capacity(self) -> int:
+        scheduler = self._node.engine.scheduler
+        return min(8, scheduler.max_num_seqs - scheduler.num_running - scheduler.num_waiting)
+
+    def accept(self, entry: Entry) -> None:
+        """A request to compute whole, prompt and all."""
+        dispatch, node = entry.dispatch, self._node
+        attempt = Attempt.of(entry)
+        try:
+            sequences = node.engine.add(
+                attempt.engine_id, dispatch.token_ids, dispatch.params, choices=dispatch.choices,
+                prompt_len=dispatch.prompt_len, priority=dispatch.priority,
+                cache_salt=dispatch.cache_salt,
+            )  # fmt: skip
+        except InvalidRequest as error:
+            for choice in dispatch.choices:
+                node.failed(attempt.gateway, attempt.key(choice), error, retryable=False)
+            node.done(entry)
+            return
+        self._attempts[attempt.engine_id] = attempt
+        attempt.sequences = {sequence.choice: sequence for sequence in sequences}
+        for choice in dispatch.choices:
+            node.stage(attempt.gateway, attempt.key(choice), "prefilling", {})
+
+    def received(self, effect: Adopted | Ended) -> None:
+        """A sequence is here with its KV: run it, and tell its gateway who has it now."""
+        if not isinstance(effect, Adopted):
+            return
+        node, offer, commit = self._node, effect.offer, effect.commit
+        attempt = Attempt(offer.request, offer.attempt, offer.gateway, None, set())
+        attempt = self._attempts.setdefault(attempt.engine_id, attempt)
+        try:
+            node.connect(offer.gateway, offer.gateway_endpoint)
+            sequence = node.engine.make_sequence(
+                attempt.engine_id, (*offer.token_ids, commit.first_token), offer.params,
+                choice=offer.choice, prompt_len=offer.prompt_len, priority=offer.priority,
+                cache_salt=offer.cache_salt,
+            )  # fmt: skip
+            sequence.block_table = list(effect.reservation.blocks)
+            sequence.num_computed = len(offer.token_ids)
+            node.engine.scheduler.adopt(sequence)
+        except PdqError as error:
+            node.engine.pool.release(effect.reservation.blocks)
+            node.failed(offer.gateway, attempt.key(offer.choice), error, retryable=True)
+            self._close_if_over(attempt)
+            return
+        attempt.open_choices.add(offer.choice)
+        attempt.sequences[offer.choice] = sequence
+        node.send(
+            offer.gateway,
+            TookOver(
+                node.incarnation, offer.request, offer.attempt, offer.choice, commit.position + 1
+            ),
+        )
+
+    def step_begins(self, planned: PlannedStep) -> None:
+        """Nothing waits for the begin of a step here."""
+
+    def step_ended(self, planned: PlannedStep, outputs: list[StepOutput]) -> None:
+        runs: list[tuple[str, TokenRun]] = []
+        ended: list[tuple[Attempt, StepOutput]] = []
+        for output in outputs:
+            attempt = self._attempts.get(output.request_id)
+            if attempt is None:
+                continue  # aborted while the step ran
+            if output.error is not None:
+                key = attempt.key(output.choice)
+                self._node.failed(attempt.gateway, key, output.error, retryable=False)
+            else:
+                runs.append((attempt.gateway, attempt.run(output)))
+            if output.finish_reason is not None:
+                ended.append((attempt, output))
+        self._node.push_tokens(runs)
+        for attempt, output in ended:
+            if output.finish_reason is not FinishReason.ERROR:
+                seconds = {"decode": time.monotonic() - attempt.began}
+                key = attempt.key(output.choice)
+                self._node.stage(attempt.gateway, key, "decoding", seconds)
+            attempt.open_choices.discard(output.choice)
+            self._close_if_over(attempt)
+
+    def sent(self, effect: Granted | Ended) -> None:
+        """This role offers nothing."""
+
+    def cancel(self, request: str, attempt: int, reason: str) -> None:
+        intake = self._node.links.intake
+        for key in intake.states():
+            if key.request == request and key.attempt <= attempt:
+                self._node.links.perform(intake.cancel(key, reason, now=time.monotonic()))
+        for open_attempt in list(self._attempts.values()):
+            if open_attempt.request == request and open_attempt.number <= attempt:
+                self._abort(open_attempt)
+
+    def gateway_lost(self, gateway: str) -> None:
+        for attempt in list(self._attempts.values()):
+            if attempt.gateway == gateway:
+                self._abort(attempt)
+
+    def _abort(self, attempt: Attempt) -> None:
+        self._node.engine.abort(attempt.engine_id)
+        attempt.open_choices.clear()
+        self._close_if_over(attempt)
+
+    def _close_if_over(self, attempt: Attempt) -> None:
+        if not attempt.open_choices and self._attempts.pop(attempt.engine_id, None) is not None:
+            if attempt.entry is not None:
+                self._node.done(attempt.entry)
+            self._node.wake()

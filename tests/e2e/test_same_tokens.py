@@ -1,0 +1,107 @@
+"""Same request, same tokens: whatever nodes compute it, it is what the in-process engine says.
+
+Greedy and seeded requests, alone and under load, first time and from the prefix cache, through one
+prefill and one decode node, two and three of them, and one unified node.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from common.engine import Completion, Engine, SamplingParams
+from tests.support.checkpoints import STORIES
+from tests.support.deployment import Deployment, complete
+from tests.support.engines import poisoned_engine
+
+SHAPES = {
+    "1P1D": {"prefill": 1, "decode": 1},
+    "2P3D": {"prefill": 2, "decode": 3},
+    "unified": {"unified": 1},
+}
+
+
+def requests() -> list[dict[str, Any]]:
+    """Prompts with shared beginnings, of one token to several chunks; every kind of sampling."""
+    random = np.random.default_rng(5)
+    stem = random.integers(3, 512, 200).tolist()
+    bodies: list[dict[str, Any]] = []
+    for index in range(24):
+        length = int(random.choice([1, 2, 15, 16, 17, 64, 100, 250]))
+        prompt = stem[: int(random.integers(0, 180))] if index % 3 else []
+        prompt = [1, *prompt, *random.integers(3, 512, length).tolist()]
+        body: dict[str, Any] = {
+            "prompt": prompt, "max_tokens": int(random.choice([1, 2, 20, 60])),
+            "temperature": 0.0 if index % 4 == 0 else 0.9, "seed": index * 7919,
+        }  # fmt: skip
+        if index % 4 == 2:
+            body |= {"top_p": 0.9, "presence_penalty": 0.7, "frequency_penalty": 0.2}
+        if index % 4 == 3:
+            body |= {"top_k": 20, "repetition_penalty": 1.2, "min_p": 0.01}
+        if index % 5 == 0:
+            body |= {"ignore_eos": True}
+        if index % 7 == 0:
+            body |= {"n": 3}
+        bodies.append(body)
+    return bodies
+
+
+def expected(engine: Engine, body: dict[str, Any]) -> list[Completion]:
+    fields = {k: v for k, v in body.items() if k not in ("prompt", "n")}
+    return engine.generate([body["prompt"]], SamplingParams(**fields), n=body.get("n", 1))
+
+
+@pytest.fixture(scope="module")
+def truth() -> list[list[Completion]]:
+    engine = poisoned_engine(max_num_seqs=16)
+    return [expected(engine, body) for body in requests()]
+
+
+@pytest.fixture(scope="module", params=SHAPES, ids=list(SHAPES))
+def system(request: pytest.FixtureRequest) -> Iterator[Deployment]:
+    with Deployment(STORIES, **SHAPES[request.param]) as deployment:
+        yield deployment
+
+
+def check(result: dict[str, Any], completions: list[Completion]) -> None:
+    for choice, completion in zip(result["choices"], completions, strict=True):
+        ids = [int(token.removeprefix("token_id:")) for token in choice["logprobs"]["tokens"]]
+        assert tuple(ids) == completion.token_ids
+        assert choice["finish_reason"] == completion.finish_reason.value
+    assert result["usage"]["completion_tokens"] == sum(len(c.token_ids) for c in completions)
+
+
+async def test_alone_and_again_from_the_cache(
+    system: Deployment, truth: list[list[Completion]]
+) -> None:
+    async with httpx.AsyncClient() as client:
+        for _ in range(2):
+            for body, completions in zip(requests()[:8], truth[:8], strict=True):
+                result = await complete(
+                    client, system.url, model=STORIES.name, logprobs=0,
+                    return_tokens_as_token_ids=True, **body,
+                )  # fmt: skip
+                check(result, completions)
+    await system.assert_idle()
+
+
+async def test_all_at_once(system: Deployment, truth: list[list[Completion]]) -> None:
+    async with httpx.AsyncClient(limits=httpx.Limits(max_connections=None)) as client:
+        for _ in range(2):
+            results = await asyncio.gather(
+                *(
+                    complete(
+                        client, system.url, model=STORIES.name, logprobs=0,
+                        return_tokens_as_token_ids=True, **body,
+                    )
+                    for body in requests()
+                )
+            )  # fmt: skip
+            for result, completions in zip(results, truth, strict=True):
+                check(result, completions)
+    await system.assert_idle()

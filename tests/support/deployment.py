@@ -1,0 +1,196 @@
+"""A whole system of real processes on loopback: Redis, a gateway, nodes; and the proof that it is idle.
+
+Owns starting and ending only what it started. A test takes a `Deployment`, sends HTTP, kills what
+it likes, and asks `assert_idle` at the end: every block, lease, reservation and queue entry is back
+to its idle value, and no key is without a time to live.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from common.config import RedisSettings
+from common.queue import queue_lengths
+from common.redis_client import RedisClient
+from common.redis_server import EmbeddedRedis
+from common.registry import NodeRecord, Registry, Role
+from tests.support.redis import leaked_keys
+
+ROOT = Path(__file__).resolve().parents[2]
+START_LIMIT_S = 120.0
+IDLE_LIMIT_S = 10.0
+
+
+class Deployment:
+    """`with Deployment(model, prefill=1, decode=1) as system`. `flags` go to every node."""
+
+    def __init__(
+        self, model: Path, *, prefill: int = 0, decode: int = 0, unified: int = 0,
+        flags: tuple[str, ...] = (),
+    ) -> None:  # fmt: skip
+        self.model = model
+        self.roles = ["prefill"] * prefill + ["decode"] * decode + ["unified"] * unified
+        self.flags = flags
+        self.redis = EmbeddedRedis()
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.url = ""
+        self._logs = Path(tempfile.mkdtemp(prefix="pdq-test-"))
+
+    def __enter__(self) -> Deployment:
+        self.redis.start()
+        try:
+            gateway = ("gateway", "--host", "127.0.0.1", "--port", "0", "--model", str(self.model))
+            self.start("gateway", *gateway)
+            for index, role in enumerate(self.roles):
+                self.start_node(f"{role}-{index}", role)
+            asyncio.run(self._wait_ready())
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def start_node(self, name: str, role: str) -> None:
+        self.start(
+            name, "common.node", "--role", role, "--name", name, "--model", str(self.model),
+            "--dtype", "float32", "--threads", "1", "--num-kv-blocks", "256",
+            "--max-num-seqs", "16", "--max-num-batched-tokens", "256", *self.flags,
+        )  # fmt: skip
+
+    def start(self, name: str, module: str, *arguments: str) -> None:
+        log = (self._logs / f"{name}.log").open("ab")
+        with log:
+            self.processes[name] = subprocess.Popen(
+                [sys.executable, "-m", module, "--redis-url", self.redis.url, *arguments],
+                cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+            )  # fmt: skip
+
+    def kill(self, name: str) -> None:
+        """As power loss: no goodbye."""
+        self.processes[name].kill()
+        self.processes.pop(name).wait()
+
+    def signal(self, name: str, number: signal.Signals) -> None:
+        self.processes[name].send_signal(number)
+
+    def stop(self) -> None:
+        for process in self.processes.values():
+            process.send_signal(signal.SIGCONT)
+            process.terminate()
+        for process in self.processes.values():
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self.redis.stop()
+
+    def logs(self) -> str:
+        return "\n".join(
+            f"== {path.name}\n" + "\n".join(path.read_text().splitlines()[-15:])
+            for path in sorted(self._logs.iterdir())
+        )
+
+    # Looking in.
+
+    @contextlib.asynccontextmanager
+    async def redis_client(self) -> AsyncIterator[RedisClient]:
+        client = RedisClient(RedisSettings(url=self.redis.url))
+        await client.open()
+        try:
+            yield client
+        finally:
+            await client.close()
+
+    async def records(self) -> list[NodeRecord]:
+        async with self.redis_client() as client:
+            snapshot = await Registry(client).snapshot()
+        return [r for r in snapshot.records.values() if r.role is not Role.GATEWAY]
+
+    async def _wait_ready(self) -> None:
+        deadline = time.monotonic() + START_LIMIT_S
+        while True:
+            for name, process in self.processes.items():
+                assert process.poll() is None, f"{name} ended at start\n{self.logs()}"
+            if not self.url:
+                self.url = await self._gateway_url()
+            names = {r.name for r in await self.records() if r.state.value == "ready"}
+            wanted = {name for name in self.processes if name != "gateway"}
+            if self.url and wanted <= names and await self._http_ready():
+                return
+            assert time.monotonic() < deadline, f"not ready: {wanted - names}\n{self.logs()}"
+            await asyncio.sleep(0.05)
+
+    async def _gateway_url(self) -> str:
+        async with self.redis_client() as client:
+            snapshot = await Registry(client).snapshot()
+        return next((r.url for r in snapshot.of_role(Role.GATEWAY)), "")
+
+    async def _http_ready(self) -> bool:
+        async with httpx.AsyncClient() as client:
+            try:
+                return (await client.get(f"{self.url}/ready")).status_code == 200
+            except httpx.TransportError:
+                return False
+
+    async def assert_idle(self) -> None:
+        """Everything of every living node is back, within the limit; and no key leaks."""
+        deadline = time.monotonic() + IDLE_LIMIT_S
+        while True:
+            held = await self._held()
+            if not held:
+                return
+            assert time.monotonic() < deadline, f"not idle: {held}\n{self.logs()}"
+            await asyncio.sleep(0.05)
+
+    async def _held(self) -> list[str]:
+        living = {process.pid for process in self.processes.values()}
+        async with self.redis_client() as client:
+            snapshot = await Registry(client).snapshot()
+            nodes = [r for r in snapshot.records.values() if r.pid in living]
+            held = [
+                f"{r.name}: {field} is {value}"
+                for r in nodes
+                for field, value in {
+                    "used blocks": r.num_blocks - r.free_blocks,
+                    "waiting": r.waiting, "running": r.running, "open": r.open_attempts,
+                    "leases": r.leases, "reserved": r.reserved,
+                    "unacknowledged": r.unacknowledged,
+                }.items()
+                if value
+            ]  # fmt: skip
+            names = [r.incarnation for r in nodes]
+            for name, length in zip(names, await queue_lengths(client, names), strict=True):
+                if length.waiting or length.at_work:
+                    held.append(f"queue of {name}: {length}")
+            held += [f"key without time to live: {key}" for key in await leaked_keys(client)]
+        return held
+
+
+@contextlib.contextmanager
+def deployed(model: Path, **counts: Any) -> Iterator[Deployment]:
+    with Deployment(model, **counts) as system:
+        yield system
+
+
+async def complete(client: httpx.AsyncClient, url: str, **body: Any) -> dict[str, Any]:
+    """One completion as JSON; raises for an HTTP error, with its body."""
+    response = await client.post(f"{url}/v1/completions", json=body, timeout=120.0)
+    assert response.status_code == 200, response.text
+    result: dict[str, Any] = response.json()
+    return result

@@ -1,0 +1,411 @@
+"""The driver: two nodes in one process, real pools and transports, an in-memory bus."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Sequence
+
+import pytest
+import torch
+
+from common.errors import FingerprintMismatch, LinkLost
+from common.kv_layout import Fingerprint, KVLayout, chain_hashes, root_hash
+from common.messages import Message, Offer
+from common.sampling import SamplingParams
+from kv_transfer.digests import tail_seed
+from kv_transfer.lease import Leases
+from kv_transfer.link import Links
+from kv_transfer.pool_memory import PoolMemory
+from kv_transfer.ports import (
+    Adopted,
+    Ended,
+    Granted,
+    Key,
+    Outcome,
+    Piece,
+    ReadyBlock,
+    Reservation,
+    TransferSettings,
+)
+from kv_transfer.transports.base import Source, Target
+from kv_transfer.transports.shm import ShmReader, ShmSource
+from kv_transfer.transports.tcp import TcpReader, TcpSource
+
+LAYOUT = KVLayout.paged_attention(
+    num_layers=2, num_kv_heads=2, head_dim=8, block_size=4, dtype="float32"
+)
+FINGERPRINT = Fingerprint("model", "rev", "layout", "numerics", 4)
+OPENERS = {"shm": ShmReader.open, "tcp": TcpReader.open}
+SETTINGS = TransferSettings(repeat=0.05, answer=5.0, patience=0.3, quiet=0.5, copy_blocks=3)
+BLOCKS = 16
+
+
+class Wires:
+    """An in-memory bus for all nodes: messages arrive in order, until a connection is cut."""
+
+    def __init__(self) -> None:
+        self.nodes: dict[str, Node] = {}
+        self.cuts: set[str] = set()
+
+    def connection(self, a: str, b: str) -> str:
+        return "-".join(sorted((a, b)))
+
+    def cut(self, a: str, b: str) -> None:
+        name = self.connection(a, b)
+        if name not in self.cuts:
+            self.cuts.add(name)
+            for node in (a, b):
+                loop = asyncio.get_running_loop()
+                loop.call_soon(self.nodes[node].links.connection_lost, name)
+
+
+class Port:
+    """One node's end of the wires."""
+
+    def __init__(self, wires: Wires, name: str) -> None:
+        self.wires, self.name = wires, name
+
+    def send(
+        self, peer: str, message: Message, frames: Sequence[bytes] = (), *, link: str | None = None
+    ) -> None:
+        connection = self.wires.connection(self.name, peer)
+        if connection in self.wires.cuts:
+            raise LinkLost("cut")
+        asyncio.get_running_loop().call_soon(
+            self.wires.nodes[peer].links.receive, self.name, connection, message
+        )
+
+    def link(self, peer: str) -> str | None:
+        connection = self.wires.connection(self.name, peer)
+        return None if connection in self.wires.cuts else connection
+
+    def disconnect(self, peer: str) -> None:
+        self.wires.cut(self.name, peer)
+
+
+class Pool:
+    """References and a prefix cache over real memory; enough for both roles."""
+
+    def __init__(self, memory: PoolMemory) -> None:
+        self.memory = memory
+        self.references = [0] * memory.num_blocks
+        self.cached: dict[bytes, int] = {}
+
+    def acquire(self, blocks: Sequence[int]) -> None:
+        for block in blocks:
+            self.references[block] += 1
+
+    def release(self, blocks: Sequence[int]) -> None:
+        for block in blocks:
+            self.references[block] -= 1
+
+    def allocate(self, count: int) -> list[int] | None:
+        cached = set(self.cached.values())
+        free = [b for b, n in enumerate(self.references) if n == 0 and b not in cached]
+        if len(free) < count:
+            return None
+        for block in free[:count]:
+            self.memory.begin_write(block)
+        self.acquire(free[:count])
+        return free[:count]
+
+    def reserve(self, offer: Offer) -> Reservation | None:
+        held = [self.cached[h] for h in offer.block_hashes if h in self.cached]
+        count = len(offer.block_hashes) + (offer.tail_fill > 0) - len(held)
+        new = self.allocate(count)
+        if new is None:
+            return None
+        self.acquire(held)
+        return Reservation((*held, *new), tuple(range(len(held), len(held) + count)))
+
+    def landed(self, reservation: Reservation, piece: Piece) -> None:
+        self.memory.seal(piece.block)
+        self.memory.digests[piece.block] = piece.digest
+        if not piece.fill:
+            self.cached[piece.seed] = piece.block
+
+    def adopt(self, reservation: Reservation) -> None: ...
+
+    def discard(self, reservation: Reservation) -> None:
+        self.release(reservation.blocks)
+
+
+class Node:
+    def __init__(
+        self, wires: Wires, name: str, transport: str, fingerprint: Fingerprint = FINGERPRINT
+    ) -> None:
+        self.memory = PoolMemory(BLOCKS, LAYOUT.slab_bytes)
+        self.pool = Pool(self.memory)
+        self.leases = Leases(self.pool)
+        self.sent: list[Granted | Ended] = []
+        self.received: list[Adopted | Ended] = []
+        self.happened = asyncio.Event()
+        sources: list[Source] = [
+            ShmSource(self.memory),
+            TcpSource(self.memory, LAYOUT, self.leases),
+        ]
+        self.links = Links(
+            Port(wires, name), name, fingerprint, Target(self.memory, LAYOUT), pool=self.pool,
+            leases=self.leases, sources=sources, openers=OPENERS, on_sent=self.hear(self.sent),
+            on_received=self.hear(self.received),
+            settings=TransferSettings(**{**_fields(SETTINGS), "transport": transport}),
+        )  # fmt: skip
+        wires.nodes[name] = self
+        self.links.start()
+
+    def hear(self, where: list) -> Callable[[object], None]:
+        def on(event: object) -> None:
+            where.append(event)
+            self.happened.set()
+
+        return on
+
+    async def until(self, condition: Callable[[], object]) -> None:
+        async with asyncio.timeout(10):
+            while not condition():
+                self.happened.clear()
+                await self.happened.wait()
+
+    async def quiet(self) -> None:
+        """No lease, no reservation: what ends them runs on the loop, so turns of it do."""
+        async with asyncio.timeout(10):
+            while any(self.leases.count().values()) or self.links.intake.states():  # noqa: ASYNC110
+                await asyncio.sleep(0)
+
+
+def _fields(settings: TransferSettings) -> dict[str, object]:
+    return {name: getattr(settings, name) for name in settings.__dataclass_fields__}
+
+
+@contextlib.asynccontextmanager
+async def two_nodes(
+    transport: str, there: Fingerprint = FINGERPRINT
+) -> AsyncIterator[tuple[Wires, Node, Node]]:
+    wires = Wires()
+    nodes = Node(wires, "p", transport), Node(wires, "d", transport, there)
+    try:
+        yield wires, *nodes
+    finally:
+        for node in nodes:
+            await node.links.close()
+            assert not any(node.leases.count().values())
+            node.memory.close()
+
+
+class Prompt:
+    """A prompt on the prefill node: blocks filled with random bytes, as prefill would."""
+
+    def __init__(self, node: Node, name: str, length: int) -> None:
+        self.node, self.tokens = node, tuple(range(length))
+        self.hashes = chain_hashes(root_hash(FINGERPRINT), self.tokens, 4, length)
+        self.fill = length % 4
+        self.count = len(self.hashes) + (self.fill > 0)
+        blocks = node.pool.allocate(self.count)
+        assert blocks is not None
+        self.blocks, self.name = blocks, name
+
+    def offer(self, link: str, attempt: int = 1) -> Key:
+        offer = Offer(
+            link, self.name, attempt, 0, self.tokens, len(self.tokens), SamplingParams(),
+            tuple(self.hashes), self.fill, "g", "", "", 0, 0,
+        )  # fmt: skip
+        links = self.node.links
+        links.perform(links.handoff.offer(offer, now=links._clock()))
+        return Key(link, self.name, attempt, 0)
+
+    def compute(self, key: Key, start: int, end: int) -> None:
+        memory, ready = self.node.memory, []
+        for index in range(start, end):
+            block = self.blocks[index]
+            memory.slabs[block] = torch.randint(0, 256, (memory.slab_bytes,)).to(torch.uint8)
+            if index < len(self.hashes):
+                generation = memory.seal(block, self.hashes[index])
+            else:
+                parent = self.hashes[-1] if self.hashes else root_hash(FINGERPRINT)
+                seed = tail_seed(parent, self.tokens[-self.fill :])
+                generation = memory.seal(block, seed, list(LAYOUT.tail_ranges(self.fill)))
+            ready.append(ReadyBlock(index, block, generation, memory.digests[block]))
+        links = self.node.links
+        links.perform(links.handoff.ready(key, ready, now=links._clock()))
+
+    def finish(self, key: Key) -> None:
+        links = self.node.links
+        links.perform(
+            links.handoff.finished(
+                key, position=len(self.tokens), first_token=9, logprobs=None, now=links._clock()
+            )
+        )
+        self.node.pool.release(self.blocks)
+
+    def arrived(self, adopted: Adopted, there: Node) -> bool:
+        for index, block in enumerate(adopted.reservation.blocks):
+            mine, theirs = self.node.memory.slabs[self.blocks[index]], there.memory.slabs[block]
+            if index < len(self.hashes):
+                ranges = [(0, LAYOUT.slab_bytes)]
+            else:
+                ranges = list(LAYOUT.tail_ranges(self.fill))
+            for offset, length in ranges:
+                if not torch.equal(
+                    mine[offset : offset + length], theirs[offset : offset + length]
+                ):
+                    return False
+        return True
+
+
+every_transport = pytest.mark.parametrize("transport", ["shm", "tcp"])
+
+
+@every_transport
+async def test_a_prompt_is_handed_over_chunk_by_chunk(transport: str) -> None:
+    async with two_nodes(transport) as (_, p, d):
+        link = await p.links.open("d")
+        assert p.links.describe()[0]["transport"] == transport
+        prompt = Prompt(p, "r", 30)
+        key = prompt.offer(link)
+        prompt.compute(key, 0, 3)
+        await p.until(lambda: p.sent)
+        prompt.compute(key, 3, 6)
+        prompt.compute(key, 6, 8)
+        prompt.finish(key)
+        await d.until(lambda: d.received)
+        assert isinstance(adopted := d.received[0], Adopted)
+        assert (adopted.commit.first_token, adopted.commit.position) == (9, 30)
+        assert prompt.arrived(adopted, d)
+        await p.until(lambda: p.sent[-1] == Ended(key, True, Outcome.ADOPTED, ""))
+        await p.quiet()
+        assert set(p.pool.references) == {0}
+
+
+@every_transport
+@pytest.mark.parametrize("length", [1, 3, 4, 5])
+async def test_prompts_around_the_length_of_a_block_arrive(transport: str, length: int) -> None:
+    async with two_nodes(transport) as (_, p, d):
+        prompt = Prompt(p, "r", length)
+        key = prompt.offer(await p.links.open("d"))
+        prompt.compute(key, 0, prompt.count)
+        prompt.finish(key)
+        await d.until(lambda: d.received)
+        assert isinstance(adopted := d.received[0], Adopted)
+        assert prompt.arrived(adopted, d)
+
+
+@every_transport
+async def test_blocks_the_decode_side_holds_are_not_sent(transport: str) -> None:
+    async with two_nodes(transport) as (_, p, d):
+        link = await p.links.open("d")
+        first, second = Prompt(p, "first", 10), Prompt(p, "second", 14)  # two blocks in common
+        for prompt in (first, second):
+            key = prompt.offer(link)
+            prompt.compute(key, 0, prompt.count)
+            prompt.finish(key)
+            done = Ended(key, True, Outcome.ADOPTED, "")
+            await p.until(lambda done=done: done in p.sent)
+        granted = [event for event in p.sent if isinstance(event, Granted)]
+        assert [event.missing for event in granted] == [(0, 1, 2), (2, 3)]
+        assert d.links.counts["blocks_copied"] == 5
+
+
+@every_transport
+async def test_a_corrupted_block_fails_the_attempt_and_the_next_one_succeeds(
+    transport: str,
+) -> None:
+    async with two_nodes(transport) as (_, p, d):
+        link = await p.links.open("d")
+        prompt = Prompt(p, "r", 12)
+        key = prompt.offer(link)
+        prompt.compute(key, 0, 1)
+        await p.until(lambda: p.sent)
+        p.memory.slabs[prompt.blocks[0]][3] ^= 1
+        prompt.compute(key, 1, 3)
+        p.memory.slabs[prompt.blocks[2]][3] ^= 1
+        prompt.finish(key)
+        await p.until(lambda: len(p.sent) == 2)
+        assert p.sent[1] == Ended(key, True, Outcome.FAILED, "digest_mismatch")
+        await d.quiet()
+        again = Prompt(p, "r", 12)
+        key = again.offer(link, attempt=2)
+        again.compute(key, 0, 3)
+        again.finish(key)
+        await p.until(lambda: p.sent[-1] == Ended(key, True, Outcome.ADOPTED, ""))
+
+
+@every_transport
+async def test_a_prompt_for_which_there_is_no_room_is_denied_after_the_patience(
+    transport: str,
+) -> None:
+    async with two_nodes(transport) as (_, p, d):
+        link = await p.links.open("d")
+        assert d.pool.allocate(BLOCKS - 2) is not None
+        prompt = Prompt(p, "r", 12)
+        key = prompt.offer(link)
+        await p.until(lambda: p.sent)
+        assert p.sent == [Ended(key, True, Outcome.DENIED, "out_of_blocks")]
+
+
+@every_transport
+async def test_a_cut_connection_ends_leases_and_reservations_at_both_ends(transport: str) -> None:
+    async with two_nodes(transport) as (wires, p, d):
+        link = await p.links.open("d")
+        prompt = Prompt(p, "r", 30)
+        key = prompt.offer(link)
+        prompt.compute(key, 0, 6)
+        await p.until(lambda: p.sent)
+        wires.cut("p", "d")
+        await p.until(lambda: Ended(key, True, Outcome.LINK_LOST, "link_lost") in p.sent)
+        await d.until(lambda: Ended(key, False, Outcome.LINK_LOST, "link_lost") in d.received)
+        await p.quiet()
+        await d.quiet()
+        assert set(d.pool.references) == {0}
+        assert not p.links.describe()
+        with pytest.raises(LinkLost):
+            await p.links.open("d")
+
+
+@every_transport
+async def test_a_cancelled_handoff_frees_both_ends(transport: str) -> None:
+    async with two_nodes(transport) as (_, p, d):
+        link = await p.links.open("d")
+        prompt = Prompt(p, "r", 30)
+        key = prompt.offer(link)
+        prompt.compute(key, 0, 4)
+        await p.until(lambda: p.sent)
+        p.links.perform(p.links.handoff.cancel(key, "cancelled", now=p.links._clock()))
+        await p.until(lambda: p.sent[-1] == Ended(key, True, Outcome.CANCELLED, "cancelled"))
+        await d.quiet()
+        await p.quiet()
+        assert set(d.pool.references) == {0}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("model", "other"), ("revision", "x"), ("layout", "x"), ("numerics", "x"), ("adapter", "x")],
+)
+async def test_a_node_that_serves_something_else_is_refused_by_name(field: str, value: str) -> None:
+    there = Fingerprint(**{**_plain(FINGERPRINT), field: value})
+    async with two_nodes("", there) as (_, p, _d):
+        with pytest.raises(FingerprintMismatch) as caught:
+            await p.links.open("d")
+        assert caught.value.param == field
+        assert not p.links.describe()
+
+
+async def test_the_fastest_transport_that_can_be_proven_is_chosen() -> None:
+    async with two_nodes("") as (_, p, d):
+        await p.links.open("d")
+        assert p.links.describe()[0]["transport"] == "shm"
+        assert d.links.describe()[0]["direction"] == "receives"
+
+
+async def test_without_a_proof_of_one_host_tcp_is_chosen_and_the_reason_said() -> None:
+    async with two_nodes("") as (_, p, _d):
+        source = p.links._sources[0]
+        source._name = b"0" * 16  # type: ignore[attr-defined]  # nobody listens there
+        await p.links.open("d")
+        row = p.links.describe()[0]
+        assert row["transport"] == "tcp"
+        assert row["reason"].startswith("shm: not on this host")
+
+
+def _plain(fingerprint: Fingerprint) -> dict[str, object]:
+    return {name: getattr(fingerprint, name) for name in fingerprint.__dataclass_fields__}
