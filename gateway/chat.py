@@ -59,8 +59,13 @@ async def _chunks(run: _Run) -> AsyncGenerator[object, None]:
     usage = Usage()
     empty_usage = {"usage": None} if run.body.include_usage else {}
 
-    def chunk(index: int, delta: dict[str, Any], logprobs: object, reason: str | None) -> object:
+    def chunk(
+        index: int, delta: dict[str, Any], logprobs: object, reason: str | None,
+        token_ids: Sequence[int] = (),
+    ) -> object:  # fmt: skip
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+        if run.body.return_token_ids:
+            choice["token_ids"] = list(token_ids)
         return {**run.head, "choices": [choice], **empty_usage}
 
     role_due = [True] * run.body.n
@@ -72,8 +77,9 @@ async def _chunks(run: _Run) -> AsyncGenerator[object, None]:
                 role_due[delta.choice] = False
                 yield chunk(delta.choice, {"role": "assistant", "content": ""}, None, None)
             logprobs = _logprobs(run, delta.tokens)
-            if delta.text or logprobs is not None:
-                yield chunk(delta.choice, {"content": delta.text}, logprobs, None)
+            if delta.text or logprobs is not None or (delta.tokens and run.body.return_token_ids):
+                ids = [token.token.token_id for token in delta.tokens]
+                yield chunk(delta.choice, {"content": delta.text}, logprobs, None, ids)
             if delta.finish_reason is not None:
                 yield chunk(delta.choice, {}, None, delta.finish_reason)
     if run.body.include_usage:
@@ -92,7 +98,7 @@ async def _whole(run: _Run) -> object:
             texts[delta.choice].append(delta.text)
             tokens[delta.choice] += delta.tokens
             reasons[delta.choice] = delta.finish_reason
-    choices = [
+    choices: list[dict[str, Any]] = [
         {
             "index": index,
             "message": {"role": "assistant", "content": "".join(texts[index])},
@@ -101,6 +107,9 @@ async def _whole(run: _Run) -> object:
         }
         for index in range(run.body.n)
     ]
+    if run.body.return_token_ids:
+        for choice, visible in zip(choices, tokens, strict=True):
+            choice["token_ids"] = [token.token.token_id for token in visible]
     return {**run.head, "choices": choices, "usage": usage_body(usage)}
 
 

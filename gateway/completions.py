@@ -84,10 +84,13 @@ async def _chunks(run: _Run) -> AsyncGenerator[object, None]:
             text, echo = delta.text, run.echoes[prompt]
             if echo_due[index]:
                 text, echo_due[index] = echo + text, False
-            if not (text or delta.finish_reason or run.body.logprobs is not None):
+            by_token = run.body.logprobs is not None or run.body.return_token_ids
+            if not (text or delta.finish_reason or by_token):
                 continue
             logprobs = _logprobs(run, delta.tokens, len(echo))
             choice = _choice(index, text, logprobs, delta.finish_reason)
+            if run.body.return_token_ids:
+                choice["token_ids"] = [visible.token.token_id for visible in delta.tokens]
             yield {**run.head, "choices": [choice], **empty_usage}
     if run.body.include_usage:
         yield {**run.head, "choices": [], "usage": usage_body(usage)}
@@ -109,7 +112,10 @@ async def _whole(run: _Run) -> object:
     for index in range(count):
         echo = run.echoes[index // run.body.n]
         logprobs = _logprobs(run, tokens[index], len(echo))
-        choices.append(_choice(index, echo + "".join(texts[index]), logprobs, reasons[index]))
+        choice = _choice(index, echo + "".join(texts[index]), logprobs, reasons[index])
+        if run.body.return_token_ids:
+            choice["token_ids"] = [visible.token.token_id for visible in tokens[index]]
+        choices.append(choice)
     return {**run.head, "choices": choices, "usage": usage_body(usage)}
 
 

@@ -64,6 +64,7 @@ class Body(_Strict):
     ignore_eos: bool = False
     stop_token_ids: list[int] | None = None
     allowed_token_ids: list[int] | None = None
+    return_token_ids: bool = False
     priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] = 0
     cache_salt: Annotated[str, Field(max_length=MAX_CACHE_SALT)] | None = None
 

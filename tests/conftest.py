@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from support.redis import redis_client, redis_server
+from tests.support.redis import redis_client, redis_server
 
 __all__ = ["redis_client", "redis_server"]

@@ -18,14 +18,15 @@ from common.errors import ConfigError
 PROMPT_COLUMNS = ("ContextTokens", "input_length", "prompt_size", "prompt_len", "prompt_tokens")
 OUTPUT_COLUMNS = ("GeneratedTokens", "output_length", "token_size", "output_len", "output_tokens")
 
-WORDS = (
+_WORDS = (
     "the king and his daughter went into a great forest where there was an old house by river "
     "stone night came with wind rain so that they could not see way home said little fox who had "
     "been listening if you will give me your golden ring I shall show road but must never tell "
     "anyone what have seen here then took sword horse rode over seven hills until morning sun "
     "rose people of town stood at gate asked why bread was dear winter long war peace nation "
     "congress law right work year honest labor country one two three upon time once again good"
-).split()
+)
+WORDS = tuple(_WORDS.split(" "))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -106,7 +107,9 @@ def draw_lengths(
     return [(max(1, round(p * scale)), max(1, round(o * scale))) for p, o in drawn]
 
 
-def fit(lengths: Sequence[tuple[int, int]], longest: int | None) -> tuple[list[tuple[int, int]], int]:
+def fit(
+    lengths: Sequence[tuple[int, int]], longest: int | None
+) -> tuple[list[tuple[int, int]], int]:
     """Lengths that the context of `longest` tokens can take, and how many had to be cut."""
     if longest is None:
         return list(lengths), 0

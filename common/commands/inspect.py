@@ -178,9 +178,10 @@ def _table(*headers: str) -> Table:
 def _print_table(table: Table, empty: str) -> int:
     """Whole lines, however long: a terminal can scroll or wrap, and a pipe has no width."""
     if table.row_count:
-        Console(width=10_000, highlight=False, markup=False, emoji=False).print(
-            table, crop=False, soft_wrap=True
-        )
+        out = Console(width=10_000, highlight=False, markup=False, emoji=False)
+        with out.capture() as capture:
+            out.print(table, crop=False)
+        print("\n".join(line.rstrip() for line in capture.get().splitlines()))
     else:
         print(empty)
     return 0

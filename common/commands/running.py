@@ -43,13 +43,9 @@ def folder(environ: Mapping[str, str]) -> Path:
 
 
 @contextlib.contextmanager
-def announced(
-    url: str, redis: RedisSettings, environ: Mapping[str, str]
-) -> Iterator[Path]:
+def announced(url: str, redis: RedisSettings, environ: Mapping[str, str]) -> Iterator[Path]:
     """While the context lasts, `find` finds this process."""
-    note = Running(
-        os.getpid(), psutil.Process().create_time(), url, redis.url, redis.prefix
-    )
+    note = Running(os.getpid(), psutil.Process().create_time(), url, redis.url, redis.prefix)
     place = folder(environ)
     path = place / f"serve-{note.pid}.json"
     unfinished = path.with_suffix(".part")

@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import os
 import signal
 import socket
@@ -180,9 +181,7 @@ class Supervisor:
         tasks = [asyncio.ensure_future(duty) for duty in duties]
         stopping = asyncio.create_task(self._stop.wait())
         try:
-            done, _ = await asyncio.wait(
-                [*tasks, stopping], return_when=asyncio.FIRST_COMPLETED
-            )
+            done, _ = await asyncio.wait([*tasks, stopping], return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
         finally:
@@ -244,7 +243,7 @@ class Supervisor:
                 part.record = record
                 self._say(part.name, "ready", _described(part, record))
                 assert part.child is not None
-                part.child.show(lambda line, name=part.name: self._show_line(name, line))
+                part.child.show(functools.partial(self._show_line, part.name))
                 if part.is_gateway:  # after a death, at the same port
                     port = str(urlsplit(record.url).port)
                     part.argv = ("--name", part.name, "--port", port)
@@ -268,8 +267,7 @@ class Supervisor:
         """Start our Redis again, empty and at the same port, when it has died."""
         while self._server is not None:
             await asyncio.sleep(WATCH_POLL_S)
-            ended = os.waitid(os.P_PID, self._server.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-            if ended is not None:
+            if _has_ended(self._server.pid):
                 self._say("redis", "died", "starts again, empty; open requests go on")
                 await asyncio.to_thread(self._server.restart)
                 self._say("redis", "ready", "again")
@@ -310,6 +308,11 @@ class Supervisor:
         await asyncio.to_thread(self._server.stop)
         if self._serving:
             self._say("redis", "stopped", "")
+
+
+def _has_ended(pid: int) -> bool:
+    """Whether this child of ours has ended; it stays for its owner to reap."""
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 def _described(part: Part, record: NodeRecord) -> str:

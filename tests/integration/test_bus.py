@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 import zmq
-from support.redis import wait_until
+from tests.support.redis import wait_until
 
 from common.bus import Bus, Down, LinkEvent, Progress
 from common.codec import encode

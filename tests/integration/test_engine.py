@@ -180,7 +180,9 @@ def test_any_stop_id_of_the_list_ends_a_sequence() -> None:
 def test_abort_frees_everything_at_any_moment() -> None:
     for steps in range(6):
         engine = poisoned_engine(max_num_batched_tokens=32)
-        engine.add("r", PROMPTS[2], sampled(presence_penalty=1.0, prompt_logprobs=1), choices=range(3))
+        engine.add(
+            "r", PROMPTS[2], sampled(presence_penalty=1.0, prompt_logprobs=1), choices=range(3)
+        )
         engine.add("other", PROMPTS[0], sampled(3))
         for _ in range(steps):
             engine.step()

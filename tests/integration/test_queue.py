@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from support.redis import a_dispatch, wait_until
+from tests.support.redis import a_dispatch, wait_until
 
 from common.queue import NodeQueue, QueueLength, move_unread, queue_lengths
 from common.redis_client import RedisClient

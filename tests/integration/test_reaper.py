@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from support.redis import a_dispatch, leaked_keys
+from tests.support.redis import a_dispatch, leaked_keys
 
 from common.errors import ServiceUnavailable
 from common.reaper import GATEWAY_LOST, Reaped, Reaper

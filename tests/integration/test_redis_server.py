@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from support.redis import wait_until
+from tests.support.redis import wait_until
 
 from common import redis_server
 from common.config import RedisSettings

@@ -7,7 +7,7 @@ import dataclasses
 from dataclasses import replace
 
 import pytest
-from support.redis import a_dispatch, wait_until
+from tests.support.redis import a_dispatch, wait_until
 
 from common.errors import ConfigError
 from common.redis_client import RedisClient

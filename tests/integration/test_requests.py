@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.redis import a_dispatch, leaked_keys, wait_until
+from tests.support.redis import a_dispatch, leaked_keys, wait_until
 
 from common.codec import decode
 from common.config import RedisSettings

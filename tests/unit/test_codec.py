@@ -12,7 +12,7 @@ import msgpack
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.redis import a_dispatch
+from tests.support.redis import a_dispatch
 
 from common.codec import VERSION, decode, encode
 from common.errors import MalformedMessage
