@@ -1,0 +1,68 @@
+"""Rules of the house that no other tool holds: one door per dependency, no torch on the floor."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("common", "kv_transfer", "prefill_node", "decode_node", "gateway")
+
+DOORS = {
+    "redis": {"common/redis_client.py"},
+    "zmq": {"common/bus.py", "kv_transfer/transports/tcp.py"},
+    "msgpack": {"common/codec.py"},
+    "xxhash": {"kv_transfer/digests.py"},
+    "huggingface_hub": {"common/model_files.py"},
+    "safetensors": {"common/engine/weights.py"},
+    "prometheus_client": {"common/metrics.py"},
+    "pickle": set(),
+    "marshal": set(),
+    "transformers": set(),
+}
+
+
+def sources() -> Iterator[Path]:
+    for package in PACKAGES:
+        yield from sorted((ROOT / package).rglob("*.py"))
+
+
+def imported(path: Path) -> set[str]:
+    """Top-level names of everything a file imports, at any depth of its code."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names.add(node.module.partition(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("dependency", DOORS)
+def test_a_dependency_comes_in_by_its_own_door(dependency: str) -> None:
+    users = {str(path.relative_to(ROOT)) for path in sources() if dependency in imported(path)}
+    assert users == DOORS[dependency]
+
+
+def test_only_the_engine_and_what_moves_its_memory_knows_torch() -> None:
+    allowed = ("common/engine/", "common/node/", "kv_transfer/")
+    users = {str(path.relative_to(ROOT)) for path in sources() if "torch" in imported(path)}
+    assert users
+    assert not [user for user in users if not user.startswith(allowed)]
+
+
+def test_the_environment_is_read_where_a_process_begins() -> None:
+    """`os.environ` is for entry points; everything else is passed down."""
+    users = {
+        str(path.relative_to(ROOT))
+        for path in sources()
+        if re.search(r"\bos\.(environ|getenv)\b", path.read_text(encoding="utf-8"))
+    }
+    entries = {path for path in users if path.endswith("__main__.py")}
+    assert users - entries <= {"common/cli.py", "common/config.py", "common/config_loader.py"} | {
+        user for user in users if user.startswith("common/commands/")
+    }
