@@ -115,7 +115,7 @@ class PrefillRole:
         self._node.push_tokens(first_runs)
         for chunk in planned.step.chunks:
             handover = self._handovers.get((chunk.sequence.request_id, chunk.sequence.choice))
-            if handover is not None and handover.first is None:
+            if handover is not None and handover.first is None and not handover.cancelled:
                 self._announce(handover)
 
     def _first_token(self, handover: Handover, output: StepOutput) -> list[tuple[str, TokenRun]]:

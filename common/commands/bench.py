@@ -46,6 +46,7 @@ DEFAULT_RATE = 2.0
 LEAD_S = 0.05  # between the last preparation and the first arrival
 TEXT_MARGIN = 20  # 1/20 of the context is left free, because text is only about as long as wanted
 SAMPLE_WORDS = 2000  # of the text, to learn how many tokens a word is
+SAMPLE_RUNS = 20
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -96,6 +97,8 @@ async def _run(settings: BenchSettings, out: Console) -> int:
     ]
     summary = summarize(outcomes, settings.ttft_slo, settings.tpot_slo)
     show(out, summary, uses, client_cores)
+    for code, message in _first_messages(outcomes).items():
+        out.print(f"{code}: {message}")
     if unknown:
         out.print(f"memory of the processes: not known, {unknown}")
     if settings.json:
@@ -205,7 +208,7 @@ async def _source(http: httpx.AsyncClient, target: Target, settings: BenchSettin
     if settings.dataset == "random" and settings.vocab_size is not None:
         return Source(ids=range(settings.vocab_size))
     words = _words(settings.text_file)
-    sample = words[:SAMPLE_WORDS]
+    sample = _sample(words)
     body = {"model": target.model, "prompt": " ".join(sample), "add_special_tokens": False}
     reply = await http.post("/tokenize", json=body)
     if reply.status_code != 200:
@@ -217,6 +220,14 @@ async def _source(http: httpx.AsyncClient, target: Target, settings: BenchSettin
     if settings.dataset == "random":
         return Source(ids=sorted(set(ids)))
     return Source(words=words, tokens_per_word=len(ids) / len(sample))
+
+
+def _sample(words: Sequence[str]) -> Sequence[str]:
+    """Runs from all over the text: its parts differ in how many tokens a word is."""
+    if len(words) <= SAMPLE_WORDS:
+        return words
+    step, run = len(words) // SAMPLE_RUNS, SAMPLE_WORDS // SAMPLE_RUNS
+    return [word for r in range(SAMPLE_RUNS) for word in words[r * step : r * step + run]]
 
 
 def _words(path: str) -> Sequence[str]:
@@ -256,6 +267,12 @@ async def _processes(settings: BenchSettings) -> tuple[dict[int, tuple[str, str]
         return await local_processes(redis, os.environ), ""
     except PdqError as error:
         return {}, str(error)
+
+
+def _first_messages(outcomes: Sequence[Outcome]) -> dict[str, str]:
+    """Error code → what the server said the first time."""
+    said = {o.error: o.answer.message for o in reversed(outcomes) if o.error and o.answer.message}
+    return dict(reversed(said.items()))
 
 
 # ── Output ───────────────────────────────────────────────────────────────────────────────────────

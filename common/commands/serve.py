@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
 
 def curl_line(url: str, model: str, guarded: bool) -> str:
     """A command to paste into a shell. A key is named, never shown."""
-    body = {"model": model, "prompt": PROMPT, "max_tokens": 64}
+    body = {"model": model, "prompt": PROMPT, "max_tokens": 64, "temperature": 0.6}
     parts = ["curl", f"{url}/v1/completions", "-H", "Content-Type: application/json"]
     line = shlex.join([*parts, "-d", json.dumps(body, ensure_ascii=False)])
     return line + (' -H "Authorization: Bearer $PDQ_API_KEY"' if guarded else "")

@@ -25,7 +25,7 @@ from common.config import RedisSettings
 from common.queue import queue_lengths
 from common.redis_client import RedisClient
 from common.redis_server import EmbeddedRedis
-from common.registry import NodeRecord, Registry, Role
+from common.registry import NodeRecord, NodeState, Registry, Role
 from tests.support.redis import leaked_keys
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,24 +38,27 @@ class Deployment:
 
     def __init__(
         self, model: Path, *, prefill: int = 0, decode: int = 0, unified: int = 0,
-        flags: tuple[str, ...] = (),
+        flags: tuple[str, ...] = (), gateway_flags: tuple[str, ...] = (),
     ) -> None:  # fmt: skip
         self.model = model
-        self.roles = ["prefill"] * prefill + ["decode"] * decode + ["unified"] * unified
+        roles = ["prefill"] * prefill + ["decode"] * decode + ["unified"] * unified
+        self.roles = {f"{role}-{index}": role for index, role in enumerate(roles)}
         self.flags = flags
+        self.gateway_flags = gateway_flags
         self.redis = EmbeddedRedis()
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
-        self.url = ""
+        self.urls: dict[str, str] = {}  # of the gateways, by name
         self._logs = Path(tempfile.mkdtemp(prefix="pdq-test-"))
+
+    @property
+    def url(self) -> str:
+        return self.urls["gateway"]
 
     def __enter__(self) -> Deployment:
         self.redis.start()
         try:
-            gateway = ("gateway", "--host", "127.0.0.1", "--port", "0", "--model", str(self.model))
-            self.start("gateway", *gateway)
-            for index, role in enumerate(self.roles):
-                self.start_node(f"{role}-{index}", role)
-            asyncio.run(self._wait_ready())
+            self.start_missing()
+            asyncio.run(self.wait_ready())
         except BaseException:
             self.stop()
             raise
@@ -63,6 +66,21 @@ class Deployment:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+    def start_missing(self) -> None:
+        """The gateway and every node of the deployment that does not run (any more)."""
+        if "gateway" not in self.processes:
+            self.start_gateway("gateway")
+        for name, role in self.roles.items():
+            if name not in self.processes:
+                self.start_node(name, role)
+
+    def start_gateway(self, name: str) -> None:
+        self.urls.pop(name, None)
+        self.start(
+            name, "gateway", "--name", name, "--host", "127.0.0.1", "--port", "0",
+            "--model", str(self.model), *self.gateway_flags,
+        )  # fmt: skip
 
     def start_node(self, name: str, role: str) -> None:
         self.start(
@@ -87,6 +105,15 @@ class Deployment:
 
     def signal(self, name: str, number: signal.Signals) -> None:
         self.processes[name].send_signal(number)
+
+    async def terminate(self, name: str, limit_s: float = 40.0) -> int:
+        """SIGTERM, and the exit code once it has ended by itself."""
+        process = self.processes.pop(name)
+        process.terminate()
+        try:
+            return await asyncio.to_thread(process.wait, limit_s)
+        finally:
+            process.kill()
 
     def stop(self) -> None:
         for process in self.processes.values():
@@ -117,34 +144,31 @@ class Deployment:
         finally:
             await client.close()
 
-    async def records(self) -> list[NodeRecord]:
+    async def records(self) -> dict[str, NodeRecord]:
+        """What the living say of themselves, gateways too, by name."""
+        names = {process.pid: name for name, process in self.processes.items()}
         async with self.redis_client() as client:
             snapshot = await Registry(client).snapshot()
-        return [r for r in snapshot.records.values() if r.role is not Role.GATEWAY]
+        return {names[r.pid]: r for r in snapshot.records.values() if r.pid in names}
 
-    async def _wait_ready(self) -> None:
+    async def wait_ready(self) -> None:
+        """Everything that was started is up, and every gateway would take a request."""
         deadline = time.monotonic() + START_LIMIT_S
         while True:
             for name, process in self.processes.items():
                 assert process.poll() is None, f"{name} ended at start\n{self.logs()}"
-            if not self.url:
-                self.url = await self._gateway_url()
-            names = {r.name for r in await self.records() if r.state.value == "ready"}
-            wanted = {name for name in self.processes if name != "gateway"}
-            if self.url and wanted <= names and await self._http_ready():
+            ready = {n: r for n, r in (await self.records()).items() if r.state is NodeState.READY}
+            self.urls |= {name: r.url for name, r in ready.items() if r.role is Role.GATEWAY}
+            missing = self.processes.keys() - ready.keys()
+            if not missing and all([await self._http_ready(url) for url in self.urls.values()]):
                 return
-            assert time.monotonic() < deadline, f"not ready: {wanted - names}\n{self.logs()}"
+            assert time.monotonic() < deadline, f"not ready: {missing}\n{self.logs()}"
             await asyncio.sleep(0.05)
 
-    async def _gateway_url(self) -> str:
-        async with self.redis_client() as client:
-            snapshot = await Registry(client).snapshot()
-        return next((r.url for r in snapshot.of_role(Role.GATEWAY)), "")
-
-    async def _http_ready(self) -> bool:
+    async def _http_ready(self, url: str) -> bool:
         async with httpx.AsyncClient() as client:
             try:
-                return (await client.get(f"{self.url}/ready")).status_code == 200
+                return (await client.get(f"{url}/ready")).status_code == 200
             except httpx.TransportError:
                 return False
 
