@@ -153,10 +153,18 @@ class RedisClient:
         """Run `operation`, again while its failure is transient and time is left."""
         deadline = time.monotonic() + (self.settings.retry_s if retry else 0.0)
         pause = FIRST_PAUSE_S
+        task = asyncio.current_task()
         while True:
+            cancels = task.cancelling() if task else 0
             try:
-                return await operation()
+                result = await operation()
+                # asyncio.wait_for of Python 3.11, inside the library, may swallow a cancel.
+                if task and task.cancelling() > cancels:
+                    raise asyncio.CancelledError
+                return result
             except (exceptions.RedisError, OSError) as error:
+                if task and task.cancelling() > cancels:
+                    raise asyncio.CancelledError from error
                 typed, transient = _translated(error)
                 if not transient or time.monotonic() + pause >= deadline:
                     raise typed from error

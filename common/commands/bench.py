@@ -87,6 +87,7 @@ async def _run(settings: BenchSettings, out: Console) -> int:
         measured = await _closed_loop(client, jobs, requests, settings.concurrency or 1)
     else:
         measured = await _open_loop(client, jobs, requests)
+    gc.unfreeze()
     client_cores = (time.process_time() - cpu) / max(1e-9, time.monotonic() - began)
     uses = meter.read()
 

@@ -134,6 +134,9 @@ def read(exchange: Exchange) -> Answer:
             done = True
             continue
         event = _json(data)
+        if event is None:
+            error = "malformed_event"
+            continue
         if "error" in event:
             error, message = _error(data, "stream_error")
         usage = event.get("usage") or usage
@@ -185,9 +188,12 @@ def _body(exchange: Exchange, chunked: bool, start: int) -> Iterator[tuple[float
                 yield moment, raw[max(start, end - size) : end]
         return
     while (line_end := raw.find(b"\r\n", start)) >= 0:
-        size = int(raw[start:line_end].split(b";")[0] or b"0", 16)
+        try:
+            size = int(raw[start:line_end].split(b";")[0], 16)
+        except ValueError:
+            return
         end = line_end + 2 + size
-        if size == 0 or end > total:
+        if size <= 0 or end > total:
             return
         yield exchange.pieces[bisect.bisect_left(ends, end)][0], raw[line_end + 2 : end]
         start = end + 2
@@ -203,17 +209,17 @@ def _events(body: Iterator[tuple[float, bytes]]) -> Iterator[tuple[float, bytes]
                 yield moment, event[5:].strip()
 
 
-def _json(data: bytes) -> dict[str, Any]:
+def _json(data: bytes) -> dict[str, Any] | None:
     try:
         value = json.loads(data)
     except ValueError:
-        return {"error": {"code": "malformed_event"}}
-    return value if isinstance(value, dict) else {}
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def _error(data: bytes, otherwise: str) -> tuple[str, str]:
     """Code and message from an error body in OpenAI's shape."""
-    error = _json(data).get("error")
+    error = (_json(data) or {}).get("error")
     if not isinstance(error, dict):
         return otherwise, ""
     code = error.get("code")

@@ -80,13 +80,13 @@ def read_trace(path: Path) -> list[tuple[int, int]]:
                 rows = [json.loads(line) for line in file if line.strip()]
             else:
                 rows = list(csv.DictReader(file))
-    except (OSError, ValueError, csv.Error) as error:
+        lengths = [
+            (int(float(str(prompt))), int(float(str(output))))
+            for row in rows
+            if (prompt := _first(row, PROMPT_COLUMNS)) and (output := _first(row, OUTPUT_COLUMNS))
+        ]
+    except (OSError, ValueError, AttributeError, csv.Error) as error:
         raise ConfigError(f"cannot read the trace {path}: {error}", param="trace") from error
-    lengths = [
-        (int(float(str(prompt))), int(float(str(output))))
-        for row in rows
-        if (prompt := _first(row, PROMPT_COLUMNS)) and (output := _first(row, OUTPUT_COLUMNS))
-    ]
     lengths = [pair for pair in lengths if min(pair) > 0]
     if not lengths:
         raise ConfigError(

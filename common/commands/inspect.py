@@ -45,7 +45,7 @@ def nodes(argv: Sequence[str]) -> int:
         )
     table = _table(
         "NODE", "ROLE", "STATE", "UP", "BEAT", "PID", ">CORES", ">FREE", ">BLOCKS", ">RUN",
-        ">WAIT", ">STEPS", "TRANSPORTS", "MODEL", "AT",
+        ">WAIT", ">LEASES", ">STEPS", "TRANSPORTS", "MODEL", "AT",
     )  # fmt: skip
     for record in records:
         table.add_row(*_node_row(record, snapshot.ages[record.incarnation]))
@@ -118,7 +118,8 @@ def _node_row(record: NodeRecord, beat_age_s: float) -> list[str]:
         str(record.pid or ""), str(record.cores or ""),
         str(record.free_blocks) if worker else "", str(record.num_blocks) if worker else "",
         str(record.running), str(record.waiting) if worker else "",
-        str(record.steps) if worker else "", record.transports, record.model,
+        str(record.leases) if worker else "", str(record.steps) if worker else "",
+        record.transports, record.model,
         record.url or record.endpoint,
     ]  # fmt: skip
 

@@ -26,6 +26,7 @@ from common.model_files import model_name, resolve_model
 STYLES = {
     "starting": "yellow", "ready": "green", "died": "bold red", "killed": "bold red",
     "stopping": "yellow", "stopped": "dim", "shared": "yellow",
+    "waiting": "yellow",
 }  # fmt: skip
 PROMPT = "Once upon a time there was a king who had a daughter"
 

@@ -16,6 +16,7 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
+import math
 import os
 import signal
 import socket
@@ -38,6 +39,7 @@ MAX_FAILED_STARTS = 3
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 STEADY_S = 60.0  # a part that lived so long is not restarted more slowly for what was before
 START_POLL_S, WATCH_POLL_S = 0.1, 1.0
+PATIENCE_S = 10.0  # for the gateway to link with its nodes, before it is said that it waits
 OVERTIME_S = 5.0  # beyond the grace period, for a part to end before it is killed
 
 Say = Callable[[str, str, str], None]
@@ -83,6 +85,7 @@ class Supervisor:
         self._invite = invite
         self._show_line = show_line
         self._server: EmbeddedRedis | None = None
+        self._restarting: asyncio.Task[None] | None = None
         self._parts: list[Part] = []
         self._stop = asyncio.Event()
         self._killed = False
@@ -219,20 +222,31 @@ class Supervisor:
     ) -> None:
         """See parts become ready, and say so; once, when requests can be served, invite."""
         registry = Registry(client)
+        all_ready_at: float | None = None
         async with httpx.AsyncClient(timeout=5.0) as http:
             while True:
-                waiting = [part for part in self._parts if part.record is None]
-                if waiting:
+                if waiting := [part for part in self._parts if part.record is None]:
                     with contextlib.suppress(ServiceUnavailable):
                         self._note_ready(waiting, (await registry.snapshot()).records)
-                elif not self._serving and await self._answers(http):
-                    self._serving = True
-                    try:
-                        stack.enter_context(running.announced(self._url, redis, self._environ))
-                    except ResourceError as error:
-                        self._say("pdq", "unlisted", f"{error}: `pdq nodes` needs --redis-url")
-                    self._invite(self._url)
+                elif not self._serving:
+                    lacking = await self._lacking(http)
+                    if not lacking:
+                        self._begin(redis, stack)
+                    elif all_ready_at is None:
+                        all_ready_at = time.monotonic()
+                    elif time.monotonic() - all_ready_at > PATIENCE_S:
+                        all_ready_at = math.inf
+                        self._say("gateway-1", "waiting", lacking)
                 await asyncio.sleep(WATCH_POLL_S if self._serving else START_POLL_S)
+
+    def _begin(self, redis: RedisSettings, stack: contextlib.AsyncExitStack) -> None:
+        """Requests can be served from now on."""
+        self._serving = True
+        try:
+            stack.enter_context(running.announced(self._url, redis, self._environ))
+        except ResourceError as error:
+            self._say("pdq", "unlisted", f"{error}: `pdq nodes` needs --redis-url")
+        self._invite(self._url)
 
     def _note_ready(self, waiting: Sequence[Part], records: Mapping[str, NodeRecord]) -> None:
         for part in waiting:
@@ -256,12 +270,13 @@ class Supervisor:
         url = gateway.record.url
         return url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
 
-    async def _answers(self, http: httpx.AsyncClient) -> bool:
-        """Whether the gateway has found its nodes."""
+    async def _lacking(self, http: httpx.AsyncClient) -> str:
+        """What keeps the gateway from serving although all parts are ready, or ""."""
         try:
-            return (await http.get(f"{self._url}/ready")).status_code == 200
-        except httpx.HTTPError:
-            return False
+            reply = await http.get(f"{self._url}/ready")
+            return "" if reply.status_code == 200 else str(reply.json()["reason"])
+        except (httpx.HTTPError, ValueError, KeyError) as error:
+            return f"/ready does not answer: {error}"
 
     async def _keep_redis(self) -> None:
         """Start our Redis again, empty and at the same port, when it has died."""
@@ -269,7 +284,9 @@ class Supervisor:
             await asyncio.sleep(WATCH_POLL_S)
             if _has_ended(self._server.pid):
                 self._say("redis", "died", "starts again, empty; open requests go on")
-                await asyncio.to_thread(self._server.restart)
+                restart = asyncio.to_thread(self._server.restart)
+                self._restarting = asyncio.create_task(restart)
+                await asyncio.shield(self._restarting)
                 self._say("redis", "ready", "again")
         await asyncio.Event().wait()
 
@@ -303,6 +320,8 @@ class Supervisor:
     async def _stop_redis(self) -> None:
         if self._server is None:
             return
+        if self._restarting is not None:  # in a thread, which nothing can cancel
+            await asyncio.wait([self._restarting])
         if self._killed:
             self._server.kill()
         await asyncio.to_thread(self._server.stop)

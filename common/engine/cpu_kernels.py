@@ -20,7 +20,7 @@ from common.engine.numba_runtime import fast_exp, inline, kernel, narrow, pointe
 
 NEGATIVE_INFINITY = np.float32(-np.inf)
 KEY_BLOCK = 64  # keys per pass of attend_prompt, aligned to absolute position
-QUERY_TILE = 16  # positions per unit of work of attend_prompt; no trace in the bits
+QUERY_TILE = 32  # positions per unit of work of attend_prompt; no trace in the bits
 
 
 @kernel

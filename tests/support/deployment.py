@@ -95,7 +95,7 @@ class Deployment:
             self.processes[name] = subprocess.Popen(
                 [sys.executable, "-m", module, "--redis-url", self.redis.url, *arguments],
                 cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"},
             )  # fmt: skip
 
     def kill(self, name: str) -> None:
@@ -106,14 +106,16 @@ class Deployment:
     def signal(self, name: str, number: signal.Signals) -> None:
         self.processes[name].send_signal(number)
 
-    async def terminate(self, name: str, limit_s: float = 40.0) -> int:
+    async def terminate(self, name: str, limit_s: float = 20.0) -> int:
         """SIGTERM, and the exit code once it has ended by itself."""
         process = self.processes.pop(name)
         process.terminate()
         try:
             return await asyncio.to_thread(process.wait, limit_s)
-        finally:
-            process.kill()
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGABRT)  # its log says where it hangs
+            process.wait()
+            raise AssertionError(f"{name} does not end\n{self.logs()}") from None
 
     def stop(self) -> None:
         for process in self.processes.values():
