@@ -428,6 +428,12 @@ class Bus:
         return socket
 
 
+def new_secret_key() -> str:
+    """A CURVE key, as `BusSettings.secret_key` wants it."""
+    _, secret = zmq.curve_keypair()
+    return bytes(secret).decode("ascii")
+
+
 def _connection_gone(link: _Link) -> bool:
     """Whether the monitor of an outgoing link has news, of which there is one kind only."""
     if link.monitor is None:

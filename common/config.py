@@ -39,20 +39,29 @@ class BusSettings:
 
     host: str = setting("127.0.0.1", "address to listen on; beyond loopback a secret key is needed")
     port: int = setting(0, "port to listen on (0: any free one)", at_least=0)
-    advertise_host: str = setting("", "address that peers connect to, where it differs from host")
+    advertise_host: str = setting(
+        "", "address that peers connect to (empty: host, or where that is any, how Redis sees us)"
+    )
     beat_interval_s: float = setting(0.5, "time between two beats", at_least=0.01)
     missed_beats: int = setting(6, "beats that may be missing before a peer is dead", at_least=2)
     stall_limit_s: float = setting(60.0, "a busy peer without a step for so long is dead")
     high_water_mark: int = setting(10_000, "messages waiting for one peer at most", at_least=1)
     max_message_bytes: int = setting(2**26, "largest message frame", parse=parse_bytes, at_least=1)
     secret_key: str = setting("", "Z85 CURVE key (40 characters) of the whole system", secret=True)
+    secret_key_file: str = setting("", "file with that key; made with a new one where it is missing")
 
     def __post_init__(self) -> None:
         if self.secret_key and len(self.secret_key) != 40:
             raise ConfigError("the bus secret key must have 40 characters", param="secret_key")
-        if not self.secret_key and not is_loopback(self.host):
+        if self.secret_key and self.secret_key_file:
             raise ConfigError(
-                f"without a bus secret key only loopback can be listened on, not {self.host!r}",
+                "bus secret_key and secret_key_file both give the key; use one",
+                param="secret_key_file",
+            )
+        if not (self.secret_key or self.secret_key_file) and not is_loopback(self.host):
+            raise ConfigError(
+                f"without a bus secret key only loopback can be listened on, not {self.host!r}; "
+                "name a file for one with --bus-secret-key-file",
                 param="host",
             )
 
@@ -108,6 +117,9 @@ class NodeSettings:
     grace_period_s: float = setting(30.0, "time that a drain gives to what runs", at_least=0)
     transports: tuple[Literal["shm", "tcp"], ...] = setting(
         ("shm", "tcp"), "ways to hand blocks over, preferred first"
+    )
+    shm_dir: str = setting(
+        "", "folder that containers of one host share, for the sockets that hand out shared memory"
     )
     engine: EngineSettings = field(default_factory=EngineSettings, metadata={"prefix": ""})
     redis: RedisSettings = field(default_factory=RedisSettings)

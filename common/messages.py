@@ -17,6 +17,7 @@ late by definition: it is counted and dropped.
     prefill ──Tokens (the first)──▶ gateway
     prefill ──Commit──▶ decode ──Ack──▶ prefill, decode ──TookOver──▶ gateway
     decode ──Tokens──▶ gateway ──TokensAck──▶ decode
+    node ──CacheEvents──▶ gateway ──CacheQuery──▶ node ──CacheContent──▶ gateway
     anyone ──Abort──▶ anyone, decode ──Release──▶ prefill, gateway ──Cancel──▶ nodes
     everyone ──Beat──▶ everyone it has a link with
 """
@@ -403,6 +404,31 @@ class Failed(Message):
     retryable: bool
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class CacheEvents(Message):
+    """node → gateway: what its prefix cache gained and lost since message `number - 1`.
+
+    Numbers are consecutive from 1 for each incarnation. Duplicate: dropped; a gap: the gateway
+    sends CacheQuery. A wrong idea of a cache costs time, never correctness.
+    """
+
+    kind: ClassVar[int] = 34
+    node: str
+    number: int
+    stored: tuple[bytes, ...]
+    evicted: tuple[bytes, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CacheContent(Message):
+    """node → gateway, the answer to CacheQuery: all block hashes cached after events `number`."""
+
+    kind: ClassVar[int] = 35
+    node: str
+    number: int
+    blocks: tuple[bytes, ...]
+
+
 # ── Gateway to node ──────────────────────────────────────────────────────────────────────────────
 
 
@@ -427,6 +453,14 @@ class Cancel(Message):
     request: str
     attempt: int
     reason: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CacheQuery(Message):
+    """gateway → node, on a new link and after a gap: what is in your prefix cache?"""
+
+    kind: ClassVar[int] = 42
+    gateway: str
 
 
 # ── On every link ────────────────────────────────────────────────────────────────────────────────
@@ -458,7 +492,7 @@ MESSAGES: dict[int, type[Message]] = {
     message.kind: message
     for message in (
         Dispatch, Hello, Welcome, Refuse, Offer, Grant, Deny, Blocks, Tail, Commit, Ack, Abort,
-        Release, Pull, Slabs, Proved, Tokens, TookOver, Stage, Failed, TokensAck, Cancel, Beat,
-        Goodbye,
+        Release, Pull, Slabs, Proved, Tokens, TookOver, Stage, Failed, CacheEvents,
+        CacheContent, TokensAck, Cancel, CacheQuery, Beat, Goodbye,
     )
 }  # fmt: skip

@@ -63,6 +63,7 @@ class NodeRecord:
     numerics: str = ""
     adapter: str = ""
     transports: str = ""  # with commas, preferred first
+    kv_links: str = ""  # JSON: [{link, peer, transport, reason, direction}]
     block_size: int = 0
     slab_bytes: int = 0
     num_blocks: int = 0

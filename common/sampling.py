@@ -81,6 +81,11 @@ class SamplingParams:
             self.allowed_token_ids is None or len(self.allowed_token_ids) > 0,
             "allowed_token_ids", "absent or not empty",
         )  # fmt: skip
+        require(
+            self.allowed_token_ids is None
+            or not set(self.allowed_token_ids) <= set(self.banned_token_ids),
+            "allowed_token_ids", "ids of which banned_token_ids leave one",
+        )  # fmt: skip
         for field in ("logprobs", "prompt_logprobs"):
             value = getattr(self, field)
             require(

@@ -90,7 +90,10 @@ class DecodeRole:
         )
 
     def step_begins(self, planned: PlannedStep) -> None:
-        """Nothing waits for the begin of a step here."""
+        for chunk in planned.step.chunks:
+            attempt = self._attempts.get(chunk.sequence.request_id)
+            if attempt is not None and attempt.entry is not None:
+                self._node.prompt_begins(attempt, chunk)
 
     def step_ended(self, planned: PlannedStep, outputs: list[StepOutput]) -> None:
         runs: list[tuple[str, TokenRun]] = []

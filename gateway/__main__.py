@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 import uvicorn
 
 from common.bus import Bus
+from common.bus_setup import complete
 from common.config import GatewaySettings, load
 from common.errors import PdqError, ResourceError, ServiceUnavailable
 from common.logs import configure, get_logger
@@ -65,21 +66,22 @@ async def run(settings: GatewaySettings) -> None:
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     redis = RedisClient(settings.redis, name=incarnation)
-    bus = Bus(incarnation, settings.bus)
+    bus = Bus(incarnation, await asyncio.to_thread(complete, settings.bus, settings.redis))
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(listener.close)
         stack.push_async_callback(redis.close)
         await redis.open()
         await stack.enter_async_context(bus)
         registry, requests = Registry(redis), Requests(redis)
-        links = NodeLinks(bus, registry, requests)
+        index = PrefixIndex()
+        links = NodeLinks(bus, registry, requests, index)
         metrics = GatewayMetrics(Metrics())
         dispatcher = Dispatcher(
             gateway=incarnation,
             store=RecordStore(requests, model),
             bus=links,
             directory=links,
-            router=LeastLoadedRouter(PrefixIndex()),
+            router=LeastLoadedRouter(index),
             limits=Limits(
                 max_attempts=settings.max_attempts,
                 max_open=settings.max_open_requests,

@@ -79,7 +79,8 @@ class Dispatcher:
         self._limits = limits
         self._metrics = metrics
         self._open: dict[str, OpenRequest] = {}
-        self._in_flight: Counter[str] = Counter()  # prompt tokens sent since loads were read
+        # Prompt tokens by node: sent, less those computed, since loads were read; may be negative.
+        self._in_flight: Counter[str] = Counter()
         self._nodes_changed = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -203,6 +204,7 @@ class Dispatcher:
             request.choices[choice].holder = node
         request.dispatches[attempt] = (node, dispatch)
         self._in_flight[node] += len(token_ids)
+        request.uncomputed[attempt] = (node, len(token_ids))
         await self._store.accept(node, dispatch)
 
     async def _decide(self, question: RouteQuestion) -> Decision:
@@ -385,6 +387,10 @@ class Dispatcher:
 
     def _observe(self, request: OpenRequest, choice: Choice, tokens: int) -> None:
         now = time.monotonic()
+        dispatched = request.uncomputed.pop(choice.stream.attempt, None)
+        if dispatched is not None:
+            node, prompt_tokens = dispatched
+            self._in_flight[node] -= prompt_tokens
         if not choice.last_arrival:
             self._metrics.ttft.observe(now - request.accepted_at)
         else:

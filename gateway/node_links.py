@@ -24,10 +24,11 @@ from common.bus import Bus, Down
 from common.errors import LinkLost, ServiceUnavailable
 from common.kv_layout import Fingerprint
 from common.logs import get_logger
-from common.messages import Message
+from common.messages import CacheContent, CacheEvents, CacheQuery, Message
 from common.registry import NodeRecord, NodeState, Registry, Role, Snapshot
 from common.requests import Load, Requests
 from gateway.ports import Inbox, NodeLoad, NodeView
+from gateway.prefix_index import CacheEvent, PrefixIndex
 
 log = get_logger("nodes")
 
@@ -37,13 +38,16 @@ WATCH_INTERVAL_S = 0.5
 class NodeLinks:
     """Give it an `inbox`, then `run` it. All methods belong to the event loop's thread."""
 
-    def __init__(self, bus: Bus, registry: Registry, requests: Requests) -> None:
+    def __init__(
+        self, bus: Bus, registry: Registry, requests: Requests, index: PrefixIndex
+    ) -> None:
         self.inbox: Inbox
         self.on_redis_lost: Callable[[], Awaitable[None]] | None = None
         self.dropped: Counter[str] = Counter()  # messages without a link, by type
         self._bus = bus
         self._registry = registry
         self._requests = requests
+        self._index = index  # fed here with the nodes' cache events
         self._records: dict[str, NodeRecord] = {}
         self._loads: dict[str, Load] = {}
         self._lost: dict[str, int] = {}  # incarnation → beats in its record when it was lost
@@ -103,6 +107,7 @@ class NodeLinks:
                 log.info("node.linked", node=event.peer)
                 self._second_try.discard(event.peer)
                 self._lost.pop(event.peer, None)
+                self.send(event.peer, CacheQuery(self._bus.incarnation))
                 self.inbox.on_nodes_changed()
             elif event.reason is not Down.CLOSED and event.peer not in self._bus.peers():
                 self._link_ended(event.peer, event.reason)
@@ -110,7 +115,15 @@ class NodeLinks:
     async def _receive(self) -> None:
         while True:
             received = await self._bus.receive()
-            self.inbox.on_message(received.peer, received.message)
+            match received.message:
+                case CacheEvents(number=number, stored=stored, evicted=evicted):
+                    self._index.apply(received.peer, CacheEvent(number, stored, evicted))
+                    if self._index.wants_snapshot(received.peer):
+                        self.send(received.peer, CacheQuery(self._bus.incarnation))
+                case CacheContent(number=number, blocks=blocks):
+                    self._index.load_snapshot(received.peer, number, blocks)
+                case message:
+                    self.inbox.on_message(received.peer, message)
 
     # ── Steps ────────────────────────────────────────────────────────────────────────────────────
 
@@ -147,6 +160,7 @@ class NodeLinks:
 
     def _lose(self, node: str, reason: str) -> None:
         self._second_try.discard(node)
+        self._index.forget(node)
         if node not in self._lost:
             log.warning("node.lost", node=node, reason=reason)
         record = self._records.get(node)

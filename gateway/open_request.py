@@ -60,6 +60,7 @@ class OpenRequest:
         self.fingerprint: Fingerprint | None = None
         self.accepted_at = 0.0
         self.dispatches: dict[int, tuple[str, Dispatch]] = {}  # by attempt: where, what
+        self.uncomputed: dict[int, tuple[str, int]] = {}  # by attempt: node and prompt tokens there
         self.involved: set[str] = set()  # incarnations that may hold something of it
         self.choices = [
             Choice(ChoiceStream(len(work.prompt_ids), work.params.max_tokens))

@@ -72,9 +72,9 @@ class Router(Protocol):
     ) -> Decision | None:
         """Where to send it, or None while no complete way exists.
 
-        `in_flight` are the prompt tokens per incarnation that this gateway has sent and heard
-        nothing of. Raises `ContextLengthExceeded` or `NeverFits` when nodes exist and none can
-        ever hold it.
+        `in_flight` corrects the nodes' loads by what this gateway has sent, and heard to be
+        computed, since they were read: prompt tokens per incarnation, negative where less.
+        Raises `ContextLengthExceeded` or `NeverFits` when nodes exist and none can ever hold it.
         """
 
 
@@ -124,7 +124,7 @@ class LeastLoadedRouter:
         for node in nodes:
             entries[node.incarnation] = Weighed(
                 node.incarnation,
-                node.load.waiting_tokens + in_flight.get(node.incarnation, 0),
+                max(0, node.load.waiting_tokens + in_flight.get(node.incarnation, 0)),
                 len(question.token_ids) - held[node.incarnation],
                 node.load.running * RUNNING_COST if node.role == UNIFIED else 0,
             )

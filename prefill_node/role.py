@@ -103,7 +103,10 @@ class PrefillRole:
         """A prompt whose first chunk begins is offered: the room is asked for meanwhile."""
         for chunk in planned.step.chunks:
             handover = self._handovers.get((chunk.sequence.request_id, chunk.sequence.choice))
-            if handover is not None and not handover.peer and handover.first is None:
+            if handover is None or handover.first is not None:
+                continue
+            self._node.prompt_begins(handover.attempt, chunk)
+            if not handover.peer:
                 self._offer(handover)
 
     def step_ended(self, planned: PlannedStep, outputs: list[StepOutput]) -> None:

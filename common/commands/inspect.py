@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -41,11 +42,14 @@ def nodes(argv: Sequence[str]) -> int:
     if settings.json:
         ages = {name: round(age_s, 3) for name, age_s in snapshot.ages.items()}
         return _print_json(
-            [{**dataclasses.asdict(r), "beat_age_s": ages[r.incarnation]} for r in records]
+            [
+                {**dataclasses.asdict(r), "kv_links": kv_links(r), "beat_age_s": ages[r.incarnation]}
+                for r in records
+            ]
         )
     table = _table(
         "NODE", "ROLE", "STATE", "UP", "BEAT", "PID", ">CORES", ">FREE", ">BLOCKS", ">RUN",
-        ">WAIT", ">LEASES", ">STEPS", "TRANSPORTS", "MODEL", "AT",
+        ">WAIT", ">LEASES", ">STEPS", "TRANSPORTS", "LINKS", "MODEL", "AT",
     )  # fmt: skip
     for record in records:
         table.add_row(*_node_row(record, snapshot.ages[record.incarnation]))
@@ -119,9 +123,24 @@ def _node_row(record: NodeRecord, beat_age_s: float) -> list[str]:
         str(record.free_blocks) if worker else "", str(record.num_blocks) if worker else "",
         str(record.running), str(record.waiting) if worker else "",
         str(record.leases) if worker else "", str(record.steps) if worker else "",
-        record.transports, record.model,
+        record.transports, _links(record), record.model,
         record.url or record.endpoint,
     ]  # fmt: skip
+
+
+def kv_links(record: NodeRecord) -> list[dict[str, str]]:
+    """The links over which KV comes and goes, each with its transport and why it is that one."""
+    try:
+        found: list[dict[str, str]] = json.loads(record.kv_links or "[]")
+    except ValueError:
+        return []
+    return found
+
+
+def _links(record: NodeRecord) -> str:
+    """`shm 2 tcp 1`: open links by transport."""
+    counts = Counter(link["transport"] for link in kv_links(record) if link["transport"])
+    return " ".join(f"{transport} {count}" for transport, count in sorted(counts.items()))
 
 
 def _request_row(record: RequestRecord, choice: ChoiceRecord, now_ms: float) -> list[str]:

@@ -39,6 +39,7 @@ MAX_FAILED_STARTS = 3
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 STEADY_S = 60.0  # a part that lived so long is not restarted more slowly for what was before
 START_POLL_S, WATCH_POLL_S = 0.1, 1.0
+SLOW_START_S = 15.0
 PATIENCE_S = 10.0  # for the gateway to link with its nodes, before it is said that it waits
 OVERTIME_S = 5.0  # beyond the grace period, for a part to end before it is killed
 
@@ -59,6 +60,7 @@ class Part:
     record: NodeRecord | None = None  # once it is ready
     started_at: float = 0.0
     failed_starts: int = 0
+    slow: bool = False  # and that has been said
 
     @property
     def is_gateway(self) -> bool:
@@ -197,7 +199,7 @@ class Supervisor:
         """Start the part, and again when it ends."""
         pause = FIRST_PAUSE_S
         while True:
-            part.started_at, part.record = time.monotonic(), None
+            part.started_at, part.record, part.slow = time.monotonic(), None, False
             part.child = child = await Child.start(
                 part.module, part.argv, part.environment, part.cores
             )
@@ -226,6 +228,7 @@ class Supervisor:
         async with httpx.AsyncClient(timeout=5.0) as http:
             while True:
                 if waiting := [part for part in self._parts if part.record is None]:
+                    self._note_slow(waiting)
                     with contextlib.suppress(ServiceUnavailable):
                         self._note_ready(waiting, (await registry.snapshot()).records)
                 elif not self._serving:
@@ -247,6 +250,13 @@ class Supervisor:
         except ResourceError as error:
             self._say("pdq", "unlisted", f"{error}: `pdq nodes` needs --redis-url")
         self._invite(self._url)
+
+    def _note_slow(self, waiting: Sequence[Part]) -> None:
+        for part in waiting:
+            if not part.slow and time.monotonic() - part.started_at > SLOW_START_S:
+                part.slow = True
+                about = f"for {SLOW_START_S:g} s now; a first start compiles kernels"
+                self._say(part.name, "starting", about)
 
     def _note_ready(self, waiting: Sequence[Part], records: Mapping[str, NodeRecord]) -> None:
         for part in waiting:

@@ -132,9 +132,9 @@ def attend_generated(
     Row r reads positions [max(0, lengths[r] - window), lengths[r]) of the blocks tables[r]. One
     row and one key-value head is one unit of work: scores of its group of query heads, softmax,
     weighted sum of values, by position; so its bits are a function of that row alone.
-    `lanes` is a tuple of head_dim / 8 entries: a length that is known when compiling.
+    `lanes` is a tuple of head_dim / 4 entries: a length that is known when compiling.
     """
-    head_dim = 8 * len(lanes)
+    head_dim = 4 * len(lanes)
     group = heads // kv_heads
     length = carray(pointer(lengths, np.int32(0)), (rows,))
     size = kv_heads * head_dim
@@ -142,29 +142,29 @@ def attend_generated(
         row, kv_head = unit // kv_heads, unit % kv_heads
         table = carray(pointer(tables + row * table_stride * 4, np.int32(0)), (table_stride,))
         q_start = queries + (row * row_stride + kv_head * group * head_dim) * size_of(like)
-        q = carray(pointer(q_start, like), (group, 8 * len(lanes)))
+        q = carray(pointer(q_start, like), (group, 4 * len(lanes)))
         y_start = out + (row * heads + kv_head * group) * head_dim * size_of(like)
-        y = carray(pointer(y_start, like), (group, 8 * len(lanes)))
+        y = carray(pointer(y_start, like), (group, 4 * len(lanes)))
         end = length[row]
         start = max(0, end - window) if window > 0 else 0
-        query = np.empty((group, 8 * len(lanes)), np.float32)
+        query = np.empty((group, 4 * len(lanes)), np.float32)
         for g in range(group):
-            for i in range(8 * len(lanes)):
+            for i in range(4 * len(lanes)):
                 query[g, i] = widen(q[g, i]) * np.float32(scale)
         weights = np.empty((group, end - start), np.float32)
-        element = np.empty(8 * len(lanes), np.float32)
+        element = np.empty(4 * len(lanes), np.float32)
         for position in range(start, end):
             cell = numba.int64(table[position // block_size]) * slab
             cell += (position % block_size) * size + kv_head * head_dim + key_offset
-            k = carray(pointer(pool + cell * size_of(like), like), (8 * len(lanes),))
-            for i in range(8 * len(lanes)):
+            k = carray(pointer(pool + cell * size_of(like), like), (4 * len(lanes),))
+            for i in range(4 * len(lanes)):
                 element[i] = widen(k[i])
             for g in range(group):
                 total = np.float32(0.0)
-                for i in range(8 * len(lanes)):
+                for i in range(4 * len(lanes)):
                     total += query[g, i] * element[i]
                 weights[g, position - start] = total
-        result = np.zeros((group, 8 * len(lanes)), np.float32)
+        result = np.zeros((group, 4 * len(lanes)), np.float32)
         inverse = np.empty(group, np.float32)
         for g in range(group):
             highest = NEGATIVE_INFINITY
@@ -178,15 +178,15 @@ def attend_generated(
         for position in range(start, end):
             cell = numba.int64(table[position // block_size]) * slab
             cell += (position % block_size) * size + kv_head * head_dim + value_offset
-            v = carray(pointer(pool + cell * size_of(like), like), (8 * len(lanes),))
-            for i in range(8 * len(lanes)):
+            v = carray(pointer(pool + cell * size_of(like), like), (4 * len(lanes),))
+            for i in range(4 * len(lanes)):
                 element[i] = widen(v[i])
             for g in range(group):
                 weight = weights[g, position - start]
-                for i in range(8 * len(lanes)):
+                for i in range(4 * len(lanes)):
                     result[g, i] += weight * element[i]
         for g in range(group):
-            for i in range(8 * len(lanes)):
+            for i in range(4 * len(lanes)):
                 y[g, i] = narrow(result[g, i] * inverse[g], like)
 
 
@@ -234,7 +234,7 @@ def attend_prompt(
     group = heads // kv_heads
     pairs = (group + 1) // 2
     tile = carray(pointer(tiles, np.int32(0)), (num_tiles, 4))
-    size = kv_heads * 8 * len(lanes)
+    size = kv_heads * 4 * len(lanes)
     for unit in prange(num_tiles * kv_heads):
         # later tiles cost more: hand them out first
         index, kv_head = num_tiles - 1 - unit // kv_heads, unit % kv_heads
@@ -242,19 +242,19 @@ def attend_prompt(
         first, table_row = numba.int64(tile[index, 2]), numba.int64(tile[index, 3])
         table = carray(pointer(tables + table_row * table_stride * 4, np.int32(0)), (table_stride,))
         end = first + count
-        head_offset = kv_head * group * 8 * len(lanes)
-        query = np.zeros((count * pairs * 2, 8 * len(lanes)), np.float32)
-        result = np.zeros((count * pairs * 2, 8 * len(lanes)), np.float32)
+        head_offset = kv_head * group * 4 * len(lanes)
+        query = np.zeros((count * pairs * 2, 4 * len(lanes)), np.float32)
+        result = np.zeros((count * pairs * 2, 4 * len(lanes)), np.float32)
         highest = np.full(count * pairs * 2, NEGATIVE_INFINITY, np.float32)
         total = np.zeros(count * pairs * 2, np.float32)
         for r in range(count):
             start = queries + ((first_row + r) * row_stride + head_offset) * size_of(like)
-            q = carray(pointer(start, like), (group, 8 * len(lanes)))
+            q = carray(pointer(start, like), (group, 4 * len(lanes)))
             for g in range(group):
-                for i in range(8 * len(lanes)):
+                for i in range(4 * len(lanes)):
                     query[r * pairs * 2 + g, i] = widen(q[g, i]) * np.float32(scale)
-        keys = np.empty((8 * len(lanes), KEY_BLOCK), np.float32)
-        values = np.empty((KEY_BLOCK, 8 * len(lanes)), np.float32)
+        keys = np.empty((4 * len(lanes), KEY_BLOCK), np.float32)
+        values = np.empty((KEY_BLOCK, 4 * len(lanes)), np.float32)
         scores_a, scores_b = np.empty(KEY_BLOCK, np.float32), np.empty(KEY_BLOCK, np.float32)
         lowest = max(0, first - window + 1) if window > 0 else 0
         for key_block in range(lowest // KEY_BLOCK, (end + KEY_BLOCK - 1) // KEY_BLOCK):
@@ -263,17 +263,17 @@ def attend_prompt(
                 position = base + j
                 if lowest <= position < end:
                     cell = numba.int64(table[position // block_size]) * slab
-                    cell += (position % block_size) * size + kv_head * 8 * len(lanes)
+                    cell += (position % block_size) * size + kv_head * 4 * len(lanes)
                     k_start = pool + (cell + key_offset) * size_of(like)
                     v_start = pool + (cell + value_offset) * size_of(like)
-                    k = carray(pointer(k_start, like), (8 * len(lanes),))
-                    v = carray(pointer(v_start, like), (8 * len(lanes),))
-                    for i in range(8 * len(lanes)):
+                    k = carray(pointer(k_start, like), (4 * len(lanes),))
+                    v = carray(pointer(v_start, like), (4 * len(lanes),))
+                    for i in range(4 * len(lanes)):
                         values[j, i] = widen(v[i])
-                    for i in range(8 * len(lanes)):
+                    for i in range(4 * len(lanes)):
                         keys[i, j] = widen(k[i])
                 else:
-                    for i in range(8 * len(lanes)):
+                    for i in range(4 * len(lanes)):
                         values[j, i] = np.float32(0.0)
                         keys[i, j] = np.float32(0.0)
             for pair in range(count * pairs):
@@ -286,7 +286,7 @@ def attend_prompt(
                 for j in range(KEY_BLOCK):
                     scores_a[j] = np.float32(0.0)
                     scores_b[j] = np.float32(0.0)
-                for i in range(0, 8 * len(lanes), 4):
+                for i in range(0, 4 * len(lanes), 4):
                     a0, a1, a2, a3 = query[a, i], query[a, i + 1], query[a, i + 2], query[a, i + 3]
                     b0, b1, b2, b3 = query[b, i], query[b, i + 1], query[b, i + 2], query[b, i + 3]
                     for j in range(KEY_BLOCK):
@@ -297,21 +297,21 @@ def attend_prompt(
                 decay_b, sum_b = softmax_step(scores_b, highest, b, visible_start, visible_end)
                 total[a] = total[a] * decay_a + sum_a
                 total[b] = total[b] * decay_b + sum_b
-                for i in range(8 * len(lanes)):
+                for i in range(4 * len(lanes)):
                     result[a, i] *= decay_a
                     result[b, i] *= decay_b
                 for j in range(0, KEY_BLOCK, 4):
                     a0, a1, a2, a3 = scores_a[j], scores_a[j + 1], scores_a[j + 2], scores_a[j + 3]
                     b0, b1, b2, b3 = scores_b[j], scores_b[j + 1], scores_b[j + 2], scores_b[j + 3]
-                    for i in range(8 * len(lanes)):
+                    for i in range(4 * len(lanes)):
                         v0, v1 = values[j, i], values[j + 1, i]
                         v2, v3 = values[j + 2, i], values[j + 3, i]
                         result[a, i] += (a0 * v0 + a1 * v1) + (a2 * v2 + a3 * v3)
                         result[b, i] += (b0 * v0 + b1 * v1) + (b2 * v2 + b3 * v3)
         for r in range(count):
-            start = out + ((first_row + r) * heads * 8 * len(lanes) + head_offset) * size_of(like)
-            y = carray(pointer(start, like), (group, 8 * len(lanes)))
+            start = out + ((first_row + r) * heads * 4 * len(lanes) + head_offset) * size_of(like)
+            y = carray(pointer(start, like), (group, 4 * len(lanes)))
             for g in range(group):
                 line = r * pairs * 2 + g
-                for i in range(8 * len(lanes)):
+                for i in range(4 * len(lanes)):
                     y[g, i] = narrow(result[line, i] / total[line], like)

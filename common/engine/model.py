@@ -52,6 +52,8 @@ class Model:
         missing or misshapen."""
         self.config = config
         self.backend = backend
+        for index in range(config.num_layers):
+            backend.check(_head_shape(config, index))
         source.check(tensor_shapes(config, has_head=source.has("lm_head.weight")))
         cosines, sines = rope_table(config, max_model_len)
         self._rope = (cosines.to(backend.device), sines.to(backend.device))
@@ -62,11 +64,18 @@ class Model:
         del embedding
         self._layers = [self._load_layer(index, source) for index in range(config.num_layers)]
         self._norm = backend.tensor(source.read("model.norm.weight", (config.hidden_size,)))
-        if config.tie_word_embeddings:
-            self._head = backend.tied_linear(self._embedding)
-        else:
-            head = source.read("lm_head.weight", (config.vocab_size, config.hidden_size))
-            self._head = backend.linear(head, None)
+        self._head = self._load_head(source)
+
+    def _load_head(self, source: TensorSource) -> Linear:
+        """A head that is stored although it is tied counts where it differs from the embedding,
+        as in transformers."""
+        name, tied = "lm_head.weight", self.config.tie_word_embeddings
+        if tied and not source.has(name):
+            return self.backend.tied_linear(self._embedding)
+        head = source.read(name, (self.config.vocab_size, self.config.hidden_size))
+        if tied and torch.equal(self.backend.tensor(head), self._embedding):
+            return self.backend.tied_linear(self._embedding)
+        return self.backend.linear(head, None)
 
     def _load_layer(self, index: int, source: TensorSource) -> Layer:
         config, backend = self.config, self.backend
@@ -87,10 +96,7 @@ class Model:
             query, key = (backend.tensor(read(f"self_attn.{n}_norm.weight")) for n in "qk")
             norms = (query, key)
         return Layer(
-            shape=HeadShape(
-                config.num_heads, config.num_kv_heads, config.head_dim,
-                config.rope.rotary_dim, config.windows[index],
-            ),
+            shape=_head_shape(config, index),
             input_norm=backend.tensor(read("input_layernorm.weight")),
             qkv=linear("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
             head_norms=norms,
@@ -134,6 +140,13 @@ class Model:
         hidden = F.pad(hidden, (0, 0, 0, padded - rows))
         normed = self.backend.rms_norm(hidden, self._norm, self.config.rms_norm_eps)
         return self._head(normed, padded)[:rows]
+
+
+def _head_shape(config: ModelConfig, index: int) -> HeadShape:
+    return HeadShape(
+        config.num_heads, config.num_kv_heads, config.head_dim,
+        config.rope.rotary_dim, config.windows[index],
+    )  # fmt: skip
 
 
 def layer_shapes(config: ModelConfig, index: int) -> dict[str, tuple[int, ...]]:

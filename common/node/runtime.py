@@ -16,18 +16,23 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
+import json
 import os
 import socket
 import time
 from collections.abc import Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
+from common import bus_setup
 from common.bus import Bus
 from common.config import NodeSettings
 from common.engine import Engine
+from common.engine.step import Chunk
 from common.errors import LinkLost, PdqError, ServiceUnavailable
 from common.logs import get_logger
-from common.messages import Cancel, Failed, Message, Stage, TokenRun, TokensAck
+from common.messages import CacheQuery, Cancel, Failed, Message, Stage, TokenRun, TokensAck
+from common.node.attempt import Attempt
+from common.node.cache_feed import CacheFeed
 from common.node.kv import NodeKV, SharedMemory
 from common.node.role import NodeRole, load_role
 from common.node.token_stream import ChoiceKey, TokenStream
@@ -60,7 +65,8 @@ class Node:
     """Build it (this loads the model), then `await run()`; `stop` ends it in order."""
 
     def __init__(self, settings: NodeSettings) -> None:
-        self.settings = settings
+        bus = bus_setup.complete(settings.bus, settings.redis)
+        self.settings = settings = dataclasses.replace(settings, bus=bus)
         self.name = settings.name or f"{settings.role}-{socket.gethostname().split('.')[0]}"
         self.incarnation = new_incarnation(self.name)
         shared = SharedMemory()
@@ -75,6 +81,7 @@ class Node:
         self.leases = Leases(self.engine.pool)
         self.links: Links
         self.tokens = TokenStream(self.incarnation, self.send)
+        self.cache_feed = CacheFeed(self.incarnation, self.engine.pool)
         self.role: NodeRole = load_role(settings.role, self)
         self.state = NodeState.STARTING
         self.peers: Snapshot | None = None
@@ -114,6 +121,14 @@ class Node:
     ) -> None:
         """Tell the gateway that a choice is in this state now."""
         self.send(gateway, Stage(self.incarnation, *key, state, seconds, cached))
+
+    def prompt_begins(self, attempt: Attempt, chunk: Chunk) -> None:
+        """Tell the gateway, once, how much of the prompt the prefix cache had."""
+        if attempt.cached_tokens is None and chunk.is_prompt:
+            attempt.cached_tokens = chunk.start
+            waited = {"queue": time.monotonic() - attempt.began}
+            key = attempt.key(chunk.sequence.choice)
+            self.stage(attempt.gateway, key, "prefilling", waited, attempt.cached_tokens)
 
     def failed(self, gateway: str, key: ChoiceKey, error: PdqError, *, retryable: bool) -> None:
         """Tell the gateway that this attempt is over here."""
@@ -200,8 +215,8 @@ class Node:
         openers: dict[str, Opener] = {}
         for name in self.settings.transports:
             if name == "shm":
-                sources.append(ShmSource(self.memory))
-                openers["shm"] = ShmReader.open
+                sources.append(ShmSource(self.memory, self.settings.shm_dir))
+                openers["shm"] = functools.partial(ShmReader.open, folder=self.settings.shm_dir)
             else:
                 sources.append(
                     TcpSource(
@@ -274,6 +289,8 @@ class Node:
             elif isinstance(message, TokensAck):
                 for request, attempt, choice, below in message.acks:
                     self.tokens.acknowledge(ChoiceKey(request, attempt, choice), below)
+            elif isinstance(message, CacheQuery):
+                self.send(received.peer, self.cache_feed.content())
             elif isinstance(message, Cancel):
                 self.tokens.forget(message.request, message.attempt)
                 self.role.cancel(message.request, message.attempt, message.reason)
@@ -310,6 +327,7 @@ class Node:
             try:
                 await self.registry.announce(self.record())
                 self.peers = await self.registry.snapshot()
+                self._feed_gateways()
             except ServiceUnavailable as error:
                 log.warning("registry.unreachable", error=error)
             await asyncio.sleep(ANNOUNCE_INTERVAL_S)
@@ -347,6 +365,16 @@ class Node:
 
     # Parts.
 
+    def _feed_gateways(self) -> None:
+        """Tell every gateway there is what the prefix cache gained and lost."""
+        events = self.cache_feed.events()
+        if events is None or self.peers is None:
+            return
+        linked = self.bus.peers()
+        for record in self.peers.of_role(Role.GATEWAY):
+            if record.incarnation in linked:
+                self.send(record.incarnation, events)
+
     def _on_sent(self, effect: Granted | Ended) -> None:
         self.role.sent(effect)
         self.wake()
@@ -380,6 +408,7 @@ class Node:
             pid=os.getpid(), cores=len(os.sched_getaffinity(0)), started_at=self._started_at,
             model=mine.model, revision=mine.revision, layout=mine.layout, numerics=mine.numerics,
             adapter=mine.adapter, transports=",".join(self.settings.transports),
+            kv_links=json.dumps(self.links.describe()),
             block_size=mine.block_size, slab_bytes=engine.layout.slab_bytes,
             num_blocks=engine.pool.num_blocks, max_num_seqs=engine.settings.max_num_seqs,
             max_model_len=engine.max_model_len, waiting=engine.scheduler.num_waiting,

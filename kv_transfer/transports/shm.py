@@ -1,9 +1,13 @@
 """Shared memory: the reader maps the source's pool read-only and copies slabs straight out of it.
 
-One memcpy per slab, no message, no staging. The pool's descriptor goes over an abstract unix socket
-(no file: nothing left behind) to a process of the same user in the same network namespace that
-knows the link's nonce: that the connection works, and that both halves of the nonce match, proves
-that both ends are on one host; host names prove nothing and are not looked at.
+One memcpy per slab, no message, no staging. The pool's descriptor goes over a unix socket to a
+process of the same user that knows the link's nonce: that the connection works, and that both halves
+of the nonce match, proves that both ends are on one host; host names prove nothing and are not
+looked at. The socket is one of two kinds, and everything else is the same for both:
+
+    abstract          no file, nothing left behind; ends at the border of a network namespace
+    in a folder       `--shm-dir`, for containers, which have a network namespace each and can have
+                      a folder in common; what a killed process left there, the next source removes
 
 A mapping cannot be revoked, so closing a link only stops new mappings; readers prove afterwards
 that no generation changed while they copied (seqlock).
@@ -19,8 +23,9 @@ import socket
 import struct
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 
-from common.errors import LinkLost, MalformedMessage, StaleBlock
+from common.errors import ConfigError, LinkLost, MalformedMessage, StaleBlock
 from kv_transfer.pool_memory import MappedPool, PoolMemory, copy_bytes, copy_ranges
 from kv_transfer.ports import Piece
 from kv_transfer.transports.base import Target
@@ -36,14 +41,27 @@ class ShmSource:
 
     name = "shm"
 
-    def __init__(self, memory: PoolMemory) -> None:
+    def __init__(self, memory: PoolMemory, folder: str = "") -> None:
+        """`folder`: where the socket is to lie; empty: an abstract one. `ConfigError` if it cannot."""
         self._memory = memory
         self._name = secrets.token_bytes(_NAME_BYTES // 2).hex().encode()
         self._nonces: dict[bytes, bytes] = {}  # first half → second half
         self._links: dict[str, bytes] = {}
+        self._path = _path(folder, self._name) if folder else None
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._socket.bind(b"\0pdq-" + self._name)
-        self._socket.listen(64)
+        if self._path is None:
+            self._socket.bind(_abstract(self._name))
+            self._socket.listen(64)
+        else:
+            try:
+                _listen(self._socket, self._path)
+            except OSError as error:
+                self._socket.close()
+                raise ConfigError(
+                    f"no socket can be made in the shm folder {folder}: {error}; name a writable "
+                    "one with a short path (--shm-dir)",
+                    param="shm_dir",
+                ) from error
         self._thread = threading.Thread(target=self._serve, name="shm-source", daemon=True)
         self._thread.start()
 
@@ -63,6 +81,8 @@ class ShmSource:
             self._socket.shutdown(socket.SHUT_RDWR)  # wakes accept
         self._thread.join()
         self._socket.close()
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
         self._links.clear()
         self._nonces.clear()
 
@@ -93,15 +113,16 @@ class ShmReader:
         self._closed = False
 
     @classmethod
-    def open(cls, link: str, proof: bytes, target: Target) -> ShmReader:
-        """Prove that the other end is on this host and of this user, and map its pool."""
+    def open(cls, link: str, proof: bytes, target: Target, *, folder: str = "") -> ShmReader:
+        """Prove that the other end is on this host and of this user, and map its pool. A source
+        is looked for in `folder`, where there is one, and among the abstract sockets."""
         if len(proof) != _NAME_BYTES + 2 * _HALF:
             raise MalformedMessage("a shm proof has a name and a nonce", param="proofs")
         name, first = proof[:_NAME_BYTES], proof[_NAME_BYTES:-_HALF]
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
                 connection.settimeout(_TIMEOUT)
-                connection.connect(b"\0pdq-" + name)
+                _connect(connection, name, folder)
                 if _user(connection) != os.geteuid():
                     raise LinkLost("the pool belongs to another user")
                 connection.send(first)
@@ -148,6 +169,39 @@ class ShmReader:
             if not self._closed:
                 self._closed = True
                 self._mapped.close()
+
+
+def _abstract(name: bytes) -> bytes:
+    return b"\0pdq-" + name
+
+
+def _path(folder: str, name: bytes) -> Path:
+    return Path(folder, f"pdq-{name.decode()}.sock")
+
+
+def _listen(listener: socket.socket, path: Path) -> None:
+    """Listen at `path`, which appears only then; and remove those that nobody listens at any more."""
+    unfinished = path.with_suffix(".new")
+    listener.bind(str(unfinished))
+    listener.listen(64)
+    unfinished.chmod(0o600)
+    unfinished.rename(path)
+    for other in path.parent.glob("pdq-*.sock"):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
+            probe.setblocking(False)
+            try:
+                probe.connect(str(other))
+            except ConnectionRefusedError:
+                other.unlink(missing_ok=True)
+            except OSError:  # full, of another user, or just gone: not ours to judge
+                continue
+
+
+def _connect(connection: socket.socket, name: bytes, folder: str) -> None:
+    if folder and name.isalnum():  # it comes from a peer, and becomes part of a path
+        with contextlib.suppress(FileNotFoundError):
+            return connection.connect(str(_path(folder, name)))
+    return connection.connect(_abstract(name))
 
 
 def _user(connection: socket.socket) -> int:

@@ -13,13 +13,13 @@ from contextlib import asynccontextmanager
 
 import pytest
 import zmq
-from tests.support.redis import wait_until
 
 from common.bus import Bus, Down, LinkEvent, Progress
 from common.codec import encode
 from common.config import BusSettings
 from common.errors import ConfigError, LinkLost, ResourceError
 from common.messages import Abort, Beat, Cancel, Release
+from tests.support.redis import wait_until
 
 FAST = BusSettings(beat_interval_s=0.02, missed_beats=5, stall_limit_s=0.2)
 CALM = BusSettings(beat_interval_s=60.0)

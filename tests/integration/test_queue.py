@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from tests.support.redis import a_dispatch, wait_until
 
 from common.queue import NodeQueue, QueueLength, move_unread, queue_lengths
 from common.redis_client import RedisClient
 from common.requests import Load, Requests
 from common.sampling import SamplingParams
+from tests.support.redis import a_dispatch, wait_until
 
 
 async def a_queue(client: RedisClient, incarnation: str) -> NodeQueue:

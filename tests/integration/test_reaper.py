@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-from tests.support.redis import a_dispatch, leaked_keys
 
 from common.errors import ServiceUnavailable
 from common.reaper import GATEWAY_LOST, Reaped, Reaper
@@ -11,6 +10,7 @@ from common.redis_client import RedisClient, text
 from common.registry import NodeRecord, Registry, Role
 from common.request_state import State
 from common.requests import Load, Requests
+from tests.support.redis import a_dispatch, leaked_keys
 
 
 class Clock:

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import psutil
 import pytest
-from tests.support.redis import wait_until
 
 from common import redis_server
 from common.config import RedisSettings
 from common.errors import ResourceError
 from common.redis_client import RedisClient
 from common.redis_server import EmbeddedRedis, ServerBinary, find_binary
+from tests.support.redis import wait_until
 
 
 async def test_the_client_sees_the_version_the_binary_told() -> None:

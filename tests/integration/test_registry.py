@@ -7,7 +7,6 @@ import dataclasses
 from dataclasses import replace
 
 import pytest
-from tests.support.redis import a_dispatch, wait_until
 
 from common.errors import ConfigError
 from common.redis_client import RedisClient
@@ -15,6 +14,7 @@ from common.redis_keys import NODE_TTL_S
 from common.redis_server import EmbeddedRedis
 from common.registry import NodeRecord, NodeState, Registry, Role, Snapshot, new_incarnation
 from common.requests import Requests
+from tests.support.redis import a_dispatch, wait_until
 
 
 def a_node(incarnation: str = "p-1", role: Role = Role.PREFILL) -> NodeRecord:

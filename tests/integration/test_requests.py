@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.support.redis import a_dispatch, leaked_keys, wait_until
 
 from common.codec import decode
 from common.config import RedisSettings
@@ -19,6 +18,7 @@ from common.redis_keys import INSPECT_TTL_S
 from common.redis_server import EmbeddedRedis
 from common.request_state import State, merge
 from common.requests import Claim, Load, Requests, Standing
+from tests.support.redis import a_dispatch, leaked_keys, wait_until
 
 IDLE = Load()
 

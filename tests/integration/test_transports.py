@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.errors import DigestMismatch, LinkLost, MalformedMessage, StaleBlock
+from common.errors import ConfigError, DigestMismatch, LinkLost, MalformedMessage, StaleBlock
 from common.kv_layout import KVLayout
 from kv_transfer.digests import tail_seed
 from kv_transfer.lease import Leases
@@ -40,6 +41,7 @@ LARGE = KVLayout.paged_attention(
 KEY = Key("link", "request", 1, 0)
 SEED = b"the block's hash"
 KEY_PAIR = "Yne@$w-vo<fVvi]a<NY6T1ed:M$fCG*[IaLV{hID"
+FOLDER = tempfile.TemporaryDirectory(prefix="pdq-shm-")  # where sockets of "shm+folder" lie
 
 
 class CountingPool:
@@ -89,6 +91,7 @@ class End:
 def opener(transport: str) -> Callable[[str, bytes, Target], Reader]:
     return {
         "shm": ShmReader.open,
+        "shm+folder": lambda *a: ShmReader.open(*a, folder=FOLDER.name),
         "tcp": TcpReader.open,
         "tcp+curve": lambda *a: TcpReader.open(*a, secret_key=KEY_PAIR),
     }[transport]
@@ -101,8 +104,8 @@ def both_ends(transport: str, layout: KVLayout = LAYOUT, blocks: int = 8) -> Ite
     memory = PoolMemory(blocks, layout.slab_bytes)
     target = Target(PoolMemory(blocks, layout.slab_bytes), layout)
     source: Source
-    if transport == "shm":
-        source = ShmSource(memory)
+    if transport.startswith("shm"):
+        source = ShmSource(memory, FOLDER.name if transport == "shm+folder" else "")
     else:
         key = KEY_PAIR if transport == "tcp+curve" else ""
         source = TcpSource(memory, layout, leases, secret_key=key)
@@ -155,9 +158,10 @@ def _nothing_is_left(_zmq_collector_runs: None) -> Iterator[None]:
     wait_until(lambda: descriptors() <= before, "descriptors back to the baseline")
     wait_until(lambda: threading.active_count() <= threads, "threads back to the baseline")
     assert set(os.listdir("/dev/shm")) == shared
+    assert os.listdir(FOLDER.name) == []
 
 
-every_transport = pytest.mark.parametrize("transport", ["shm", "tcp", "tcp+curve"])
+every_transport = pytest.mark.parametrize("transport", ["shm", "shm+folder", "tcp", "tcp+curve"])
 
 
 @every_transport
@@ -326,8 +330,8 @@ def test_a_closed_link_serves_no_new_reader(transport: str) -> None:
 def test_a_proof_that_is_wrong_opens_nothing(transport: str) -> None:
     with both_ends(transport) as end:
         proof = bytearray(end.source.open_link("link"))
-        proof[16 if transport == "shm" else 0] ^= 1
-        if transport == "shm":
+        proof[16 if transport.startswith("shm") else 0] ^= 1
+        if transport.startswith("shm"):
             proof[-1] ^= 1
         with pytest.raises((LinkLost, MalformedMessage)), short_open_timeout():
             opener(transport)("link", bytes(proof), end.target)
@@ -456,17 +460,22 @@ for block in range(64):
     memory.begin_write(block)
     memory.slabs[block] = block
     memory.seal(block)
-source = ShmSource(memory) if sys.argv[1] == "shm" else TcpSource(memory, layout, leases)
+shm = sys.argv[1].startswith("shm")
+source = ShmSource(memory, sys.argv[2]) if shm else TcpSource(memory, layout, leases)
 print(source.open_link("link").hex(), flush=True)
 sys.stdin.read()
 """
 
 
 @contextlib.contextmanager
-def source_process(transport: str) -> Iterator[tuple[subprocess.Popen[str], bytes]]:
+def source_process(
+    transport: str, *before: str
+) -> Iterator[tuple[subprocess.Popen[str], bytes]]:
+    """The owner's process, started by the command `before`; and the proof of its link."""
     root = Path(__file__).resolve().parents[2]
+    folder = FOLDER.name if transport == "shm+folder" else ""
     process = subprocess.Popen(
-        [sys.executable, "-c", OWNER, transport], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        [*before, sys.executable, "-c", OWNER, transport, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         text=True, cwd=root, env={**os.environ, "PYTHONPATH": str(root)},
     )  # fmt: skip
     try:
@@ -510,6 +519,57 @@ def test_kill_9_of_the_owner_while_the_reader_copies(transport: str) -> None:
         assert all((target.memory.slabs[b] == b).all() for b in range(64))
         reader.close()
     target.memory.close()
+
+
+def test_a_socket_in_a_folder_reaches_into_another_network_namespace() -> None:
+    """As between two containers of one host; an abstract socket ends at the border."""
+    if subprocess.run(["unshare", "--net", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("this user may not make a network namespace (unshare --net)")
+    target = Target(PoolMemory(64, LARGE.slab_bytes), LARGE)
+    with source_process("shm", "unshare", "--net") as (_, proof):
+        with pytest.raises(LinkLost, match="not on this host"):
+            opener("shm")("link", proof, target)
+    with source_process("shm+folder", "unshare", "--net") as (process, proof):
+        reader = opener("shm+folder")("link", proof, target)
+        reader.pull([Piece(b, b, 2, b, 0, b"", SEED) for b in range(64)])
+        assert all((target.memory.slabs[b] == b).all() for b in range(64))
+        reader.close()
+        process.kill()
+        process.wait()
+        assert os.listdir(FOLDER.name), "kill -9 leaves the socket's file behind"
+    with both_ends("shm+folder"):
+        (left,) = os.listdir(FOLDER.name)  # the next source removes it, and has its own
+    target.memory.close()
+
+
+def test_a_reader_with_a_folder_finds_a_source_without_one() -> None:
+    with both_ends("shm") as end:
+        end.fill(0)
+        proof = end.source.open_link("link")
+        end.readers.append(ShmReader.open("link", proof, end.target, folder=FOLDER.name))
+        end.readers[-1].pull([end.piece(0, 1)])
+        assert end.same(0, 1)
+
+
+def test_a_folder_in_which_no_socket_can_be_made_is_one_line(tmp_path: Path) -> None:
+    memory = PoolMemory(1, 64)
+    try:
+        for folder in (tmp_path / "missing", tmp_path / ("long" * 30)):
+            with pytest.raises(ConfigError, match="--shm-dir"):
+                ShmSource(memory, str(folder))
+    finally:
+        memory.close()
+
+
+def test_the_name_of_a_source_leads_nowhere_else(tmp_path: Path) -> None:
+    """It comes from a peer and becomes part of a path."""
+    target = Target(PoolMemory(1, LAYOUT.slab_bytes), LAYOUT)
+    try:
+        for name in (b"../../../x.sock\0", b"/etc/passwd/abcd", b"\xff" * 16):
+            with pytest.raises(LinkLost):
+                ShmReader.open("link", name + b"n" * 32, target, folder=str(tmp_path))
+    finally:
+        target.memory.close()
 
 
 def test_a_stopped_owner_is_left_by_closing_the_reader() -> None:

@@ -12,12 +12,12 @@ import msgpack
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.support.redis import a_dispatch
 
 from common.codec import VERSION, decode, encode
 from common.errors import MalformedMessage
 from common.messages import MESSAGES, Dispatch, Message
 from common.sampling import SamplingParams
+from tests.support.redis import a_dispatch
 
 PROBABILITY = st.floats(0.125, 1.0, width=32)
 PARAMS = st.builds(

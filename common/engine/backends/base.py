@@ -101,6 +101,10 @@ class Backend(Protocol):
         """What the bits depend on besides model and request; equal classes give equal bits."""
         ...
 
+    def check(self, shape: HeadShape) -> None:
+        """Called at load for each layer; raises `UnsupportedModel` for heads it cannot compute."""
+        ...
+
     def tensor(self, value: Tensor) -> Tensor:
         """A small parameter (a norm's weight, an embedding) in the backend's dtype and place."""
         ...
@@ -147,7 +151,8 @@ class Backend(Protocol):
         ...
 
     def enter_thread(self) -> None:
-        """Called by a thread before its first operation: thread counts are kept per thread."""
+        """Called before each step, by the thread that computes it: thread counts are kept per
+        thread, and another engine in this one may have changed them. Must cost next to nothing."""
         ...
 
     def synchronize(self) -> None:

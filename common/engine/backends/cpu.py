@@ -139,6 +139,12 @@ class CpuBackend:
         bias = torch.zeros(out_features, dtype=self.dtype) if biased else None
         return x, _OneDnnLinear(self, weight, bias)
 
+    def check(self, shape: HeadShape) -> None:
+        if shape.head_dim % 4:
+            raise UnsupportedModel(
+                f"head_dim {shape.head_dim} is not a multiple of 4", param="head_dim"
+            )
+
     def enter_thread(self) -> None:
         numba_runtime.set_num_threads(self.threads)
 
@@ -205,10 +211,6 @@ class CpuBackend:
         norms: tuple[Tensor, Tensor] | None,
         eps: float,
     ) -> Tensor:
-        if shape.head_dim % 8:
-            raise UnsupportedModel(
-                f"head_dim {shape.head_dim} is not a multiple of 8", param="head_dim"
-            )
         pool, slab = cache.elements.data_ptr(), cache.slab_elements
         key_offset, value_offset = cache.offset(layer, "k"), cache.offset(layer, "v")
         block_size = cache.layout.block_size
@@ -221,7 +223,7 @@ class CpuBackend:
             rows.num_rows, heads, kv_heads, shape.head_dim, shape.rotary_dim, eps, self._element,
         )  # fmt: skip
         out = torch.empty(rows.num_rows, heads * shape.head_dim, dtype=self.dtype)
-        lanes = (0,) * (shape.head_dim // 8)
+        lanes = (0,) * (shape.head_dim // 4)
         scale = shape.head_dim**-0.5
         filled = rows.num_generated
         if rows.num_generated:
