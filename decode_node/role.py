@@ -56,7 +56,7 @@ class DecodeRole:
         self._attempts[attempt.engine_id] = attempt
         attempt.sequences = {sequence.choice: sequence for sequence in sequences}
         for choice in dispatch.choices:
-            node.stage(attempt.gateway, attempt.key(choice), "prefilling", {})
+            self._say_who_has(attempt, choice)
 
     def received(self, effect: Adopted | Ended) -> None:
         """A sequence is here with its KV: run it, and tell its gateway who has it now."""
@@ -65,6 +65,10 @@ class DecodeRole:
         node, offer, commit = self._node, effect.offer, effect.commit
         attempt = Attempt(offer.request, offer.attempt, offer.gateway, None, set())
         attempt = self._attempts.setdefault(attempt.engine_id, attempt)
+        if offer.choice in attempt.open_choices:  # its Ack was lost, and it was offered again
+            node.engine.pool.release(effect.reservation.blocks)
+            self._say_who_has(attempt, offer.choice)
+            return
         try:
             node.connect(offer.gateway, offer.gateway_endpoint)
             sequence = node.engine.make_sequence(
@@ -82,12 +86,15 @@ class DecodeRole:
             return
         attempt.open_choices.add(offer.choice)
         attempt.sequences[offer.choice] = sequence
-        node.send(
-            offer.gateway,
-            TookOver(
-                node.incarnation, offer.request, offer.attempt, offer.choice, commit.position + 1
-            ),
-        )
+        self._say_who_has(attempt, offer.choice)
+
+    def _say_who_has(self, attempt: Attempt, choice: int) -> None:
+        node, key = self._node, attempt.key(choice)
+        if attempt.entry is not None:
+            node.stage(attempt.gateway, key, "prefilling", {})
+            return
+        position = len(attempt.sequences[choice].token_ids)
+        node.send(attempt.gateway, TookOver(node.incarnation, *key, position))
 
     def step_begins(self, planned: PlannedStep) -> None:
         for chunk in planned.step.chunks:
@@ -129,6 +136,15 @@ class DecodeRole:
         for open_attempt in list(self._attempts.values()):
             if open_attempt.request == request and open_attempt.number <= attempt:
                 self._abort(open_attempt)
+
+    def gateway_linked(self, gateway: str) -> None:
+        for attempt in self._attempts.values():
+            if attempt.gateway == gateway:
+                for choice in attempt.open_choices:
+                    self._say_who_has(attempt, choice)
+
+    def peers_changed(self) -> None:
+        """This role chooses nobody."""
 
     def gateway_lost(self, gateway: str) -> None:
         for attempt in list(self._attempts.values()):

@@ -53,7 +53,7 @@ class Limits:
 
     max_attempts: int = 4
     max_open: int = 256
-    placement_timeout_s: float = 10.0  # without any node to go to
+    placement_timeout_s: float = 8.0  # without any node to go to
     request_timeout_s: float = 600.0
 
 
@@ -307,6 +307,8 @@ class Dispatcher:
                     self._stop_unknown(node, run.request, run.attempt)
                 continue
             choice = request.choices[run.choice]
+            if run.attempt == choice.stream.attempt and not choice.heard:
+                self._hold(choice, node)
             try:
                 arrival = choice.stream.accept(run)
             except ProtocolError as error:
@@ -321,7 +323,6 @@ class Dispatcher:
                     "run.mismatched", node=node, request=run.request, attempt=run.attempt,
                     choice=run.choice, positions=arrival.mismatched,
                 )  # fmt: skip
-            choice.heard = choice.heard or run.attempt == choice.stream.attempt
             if arrival.stale and run.attempt < choice.stream.attempt:
                 self._stop_old(node, request, run.attempt)
             if (arrival.delivered or arrival.finished) and not choice.done:
@@ -351,7 +352,7 @@ class Dispatcher:
         if request is None or choice is None:
             return
         request.involved.add(message.node)
-        if message.attempt == choice.stream.attempt and message.state == "prefilling":
+        if message.attempt == choice.stream.attempt and not choice.heard:
             # An entry that nobody had read may have moved to another node.
             self._hold(choice, message.node)
         if message.cached_tokens > request.cached_tokens:

@@ -8,7 +8,8 @@ Owns the attempts that are computed or handed over here. For each choice:
                       handing over ──Ended(adopted)──▶ over: the blocks go (they stay as cache)
                          │ denied, failed, link lost
                          ▼
-                      another decode node, or Failed to the gateway, which decides
+                      another decode node; where all are full, the same ones again; where there
+                      is none for a while, Failed to the gateway, which decides
 
 The choices after the first are offered when the first has been adopted: by then the decode node
 holds the prompt's blocks, and only the tail is sent again.
@@ -33,6 +34,9 @@ from kv_transfer.ports import Adopted, Ended, Granted, Key, Outcome
 
 log = get_logger("prefill")
 
+NO_DECODE_NODE_S = 1.0  # a prompt waits so long for one to appear, then its gateway is told
+FULL = frozenset({"out_of_blocks", "overloaded"})  # reasons of a Deny that pass by themselves
+
 
 def create(node: Node) -> PrefillRole:
     return PrefillRole(node)
@@ -50,6 +54,7 @@ class Handover:
     first: TokenRun | None = None
     held: list[int] = dataclasses.field(default_factory=list)  # blocks of the ended sequence
     refused: set[str] = dataclasses.field(default_factory=set)  # nodes that did not take it
+    stranded_at: float | None = None  # since when no node takes it; None: one may
     cancelled: bool = False
     began: float = dataclasses.field(default_factory=time.monotonic)
 
@@ -157,13 +162,27 @@ class PrefillRole:
             return
         chosen = self._choose(handover)
         if chosen is None:
-            error = ServiceUnavailable("no decode node takes this prompt now")
-            key = handover.attempt.key(handover.sequence.choice)
-            self._node.failed(handover.attempt.gateway, key, error, retryable=True)
-            self._over(handover, "no decode node")
+            handover.stranded_at = handover.stranded_at or time.monotonic()
             return
         handover.peer, endpoint = chosen
         self._node.spawn(self._open(handover, handover.peer, endpoint))
+
+    def peers_changed(self) -> None:
+        """Ask once more for prompts that no decode node took; give up those that find none."""
+        now = time.monotonic()
+        for handover in list(self._handovers.values()):
+            stranded_at = handover.stranded_at
+            if stranded_at is None or handover.cancelled or handover.peer:
+                continue
+            if now - stranded_at < NO_DECODE_NODE_S:
+                handover.refused.clear()
+                self._offer(handover)
+                continue
+            attempt = handover.attempt
+            error = ServiceUnavailable("no decode node takes this prompt now")
+            for choice in attempt.open_choices:
+                self._node.failed(attempt.gateway, attempt.key(choice), error, retryable=True)
+            self._abort(attempt, "no decode node")
 
     def _is_next(self, handover: Handover) -> bool:
         """Whether no choice before this one is still on its way."""
@@ -252,6 +271,8 @@ class PrefillRole:
 
     def sent(self, effect: Granted | Ended) -> None:
         if isinstance(effect, Granted):
+            if effect.key in self._by_key:
+                self._by_key[effect.key].stranded_at = None
             return
         handover = self._by_key.pop(effect.key, None)
         if handover is None:
@@ -261,6 +282,8 @@ class PrefillRole:
         elif effect.outcome is Outcome.ADOPTED:
             self._over(handover, "adopted")
         else:
+            if effect.outcome is Outcome.DENIED and effect.reason in FULL:
+                handover.stranded_at = None  # somebody is there: it waits for its turn
             log.info("handoff.ended", request=effect.key.request, outcome=effect.outcome.value,
                      reason=effect.reason, peer=handover.peer)  # fmt: skip
             self._ended(handover, handover.peer)
@@ -321,6 +344,12 @@ class PrefillRole:
         for other in list(self._attempts.values()):
             if other.request == request and other.number <= attempt:
                 self._abort(other, reason)
+
+    def gateway_linked(self, gateway: str) -> None:
+        for handover in self._handovers.values():
+            if handover.attempt.gateway == gateway and not handover.cancelled:
+                key = handover.attempt.key(handover.sequence.choice)
+                self._node.stage(gateway, key, "prefilling", {})
 
     def gateway_lost(self, gateway: str) -> None:
         for attempt in list(self._attempts.values()):

@@ -51,8 +51,16 @@ class NodeRole(Protocol):
         """Free everything of the request's attempts up to `attempt`."""
         ...
 
+    def gateway_linked(self, gateway: str) -> None:
+        """A new link: say again what it must know to follow its requests."""
+        ...
+
     def gateway_lost(self, gateway: str) -> None:
         """Free everything of this gateway's requests."""
+        ...
+
+    def peers_changed(self) -> None:
+        """The records of the other nodes were read again."""
         ...
 
     @property

@@ -14,12 +14,14 @@ thread; only `Engine.compute` and copies run elsewhere.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import functools
 import json
 import os
 import socket
 import time
+from collections import deque
 from collections.abc import Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -52,6 +54,7 @@ ANNOUNCE_INTERVAL_S = 0.5
 GATEWAY_GRACE_S = 3.0  # for a gateway's link to come back before its requests are freed
 QUEUE_WAIT_S = 1.0
 BLOCKED_WAIT_S = 0.005  # until the engine looks again whether a lease has ended
+FAILURES_REMEMBERED = 1024  # to say again on a new link
 MAX_FAILED_STEPS = 3  # in a row: then the engine is broken, and the node ends
 
 
@@ -85,6 +88,7 @@ class Node:
         self.role: NodeRole = load_role(settings.role, self)
         self.state = NodeState.STARTING
         self.peers: Snapshot | None = None
+        self._failures: deque[tuple[str, Failed]] = deque(maxlen=FAILURES_REMEMBERED)
         self._work = asyncio.Event()
         self._room = asyncio.Event()
         self._stopping = asyncio.Event()
@@ -133,7 +137,9 @@ class Node:
     def failed(self, gateway: str, key: ChoiceKey, error: PdqError, *, retryable: bool) -> None:
         """Tell the gateway that this attempt is over here."""
         log.warning("attempt.failed", request=key.request, attempt=key.attempt, error=error)
-        self.send(gateway, Failed(self.incarnation, *key, error.code, str(error), retryable))
+        message = Failed(self.incarnation, *key, error.code, str(error), retryable)
+        self._failures.append((gateway, message))
+        self.send(gateway, message)
 
     def done(self, entry: Entry) -> None:
         """The attempt is over here: its queue entry goes."""
@@ -305,7 +311,7 @@ class Node:
                 timer = self._gateways.pop(event.peer, None)
                 if timer is not None:
                     timer.cancel()
-                self.tokens.resend(event.peer)
+                self._say_again(event.peer)
                 continue
             self.links.connection_lost(event.link)
             if self.bus.link(event.peer) is None and event.peer not in self._gateways:
@@ -314,6 +320,14 @@ class Node:
                     GATEWAY_GRACE_S, self._give_up, event.peer
                 )
             self.wake()
+
+    def _say_again(self, gateway: str) -> None:
+        """A new link. What the old one lost is repeated; what it did not lose does no harm."""
+        self.role.gateway_linked(gateway)
+        for name, message in self._failures:
+            if name == gateway:
+                self.send(gateway, message)
+        self.tokens.resend(gateway)
 
     def _give_up(self, peer: str) -> None:
         del self._gateways[peer]
@@ -328,6 +342,7 @@ class Node:
                 await self.registry.announce(self.record())
                 self.peers = await self.registry.snapshot()
                 self._feed_gateways()
+                self.role.peers_changed()
             except ServiceUnavailable as error:
                 log.warning("registry.unreachable", error=error)
             await asyncio.sleep(ANNOUNCE_INTERVAL_S)
@@ -341,10 +356,9 @@ class Node:
             if planned is None:
                 self._computing = False
                 timeout = BLOCKED_WAIT_S if engine.has_work else None
-                try:
-                    await asyncio.wait_for(self._work.wait(), timeout)
-                except TimeoutError:
-                    continue
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(timeout):
+                        await self._work.wait()
                 continue
             self._computing = True
             self.role.step_begins(planned)

@@ -35,6 +35,7 @@ from kv_transfer.pool_memory import PoolMemory, copy_bytes
 from kv_transfer.ports import Piece
 from kv_transfer.transports.base import Target
 
+SB, RB = (int(os.environ.get(k, '0')) for k in ('SB', 'RB'))
 WINDOW_BYTES = 8 << 20  # under way at once on a link, or two slabs where those are larger
 REQUEST_BYTES = 2 << 20  # of one Pull, or one slab
 _TOKEN_BYTES = 16
@@ -92,6 +93,7 @@ class _Served:
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.SNDHWM, 0)  # bounded by _MAX_PENDING
+        if SB: self._socket.setsockopt(zmq.SNDBUF, SB)
         self._socket.setsockopt(zmq.MAXMSGSIZE, _MAX_PULL_BYTES)
         if source._secret_key:
             self._socket.curve_server = True
@@ -199,6 +201,7 @@ class TcpReader:
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.RECONNECT_IVL, -1)
         self._socket.setsockopt(zmq.RCVHWM, 0)  # bounded by the window
+        if RB: self._socket.setsockopt(zmq.RCVBUF, RB)
         self._socket.setsockopt(zmq.MAXMSGSIZE, target.memory.slab_bytes + _MAX_PULL_BYTES)
         if key:
             self._socket.curve_secretkey = key.encode()

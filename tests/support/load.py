@@ -164,9 +164,7 @@ class Load:
     def num_open(self) -> int:
         return sum(not client.ended_at for client in self.clients)
 
-    async def finish(
-        self, completions: list[list[Completion]], *, may_fail: bool = False
-    ) -> float:
+    async def finish(self, completions: list[list[Completion]], *, may_fail: bool = False) -> float:
         """Wait for all and check them; when the last one ended, on the monotonic clock."""
         await asyncio.gather(*self.tasks)
         for client, expected in zip(self.clients, completions, strict=True):

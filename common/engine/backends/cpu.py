@@ -28,6 +28,9 @@ from common.errors import ConfigError, UnsupportedModel
 
 KERNELS_VERSION = 1  # raise it when a change of cpu_kernels.py changes bits
 
+# The overload itself: looking it up costs microseconds at each of hundreds of calls a step.
+_PRODUCT = torch.ops.mkldnn._linear_pointwise.default
+
 _ELEMENT = {torch.bfloat16: np.uint16(0), torch.float32: np.float32(0)}
 
 
@@ -41,7 +44,7 @@ class _OneDnnLinear:
         self._bias = bias
 
     def product(self, x: Tensor) -> Tensor:
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(
+        out: Tensor = _PRODUCT(
             x, self._weight, self._bias, "none", [], ""
         )
         return out

@@ -515,7 +515,7 @@ def test_a_slot_refuses_what_the_vocabulary_does_not_have():
     sampler = Sampler(VOCAB, 1)
     with pytest.raises(InvalidRequest, match="banned_token_ids"):
         sampler.add(0, SamplingParams(banned_token_ids=(VOCAB,)), 0, (), [1])
-    with pytest.raises(InvalidRequest, match="every allowed"):
+    with pytest.raises(InvalidRequest, match="allowed_token_ids"):
         sampler.add(0, SamplingParams(allowed_token_ids=(1,), banned_token_ids=(1,)), 0, (), [1])
     with pytest.raises(TokenOutOfRange):
         sampler.add(0, SamplingParams(presence_penalty=1.0), 0, (), [VOCAB])

@@ -336,6 +336,7 @@ async def test_what_a_dead_node_said_before_it_died_does_not_hold_a_choice(
         late: Stage | TookOver = TookOver("gone", "r1", 1, 0, len(PROMPT) + 2)
         if kind == "Stage":
             late = Stage("gone", "r1", 1, 0, "prefilling", {}, 0)
+            request.choices[0].heard = False  # as if its entry had moved there, unread
         dispatcher.on_message("gone", late)
         cluster.release()
         assert await collect(request) == expected()
@@ -415,3 +416,34 @@ def test_any_sequence_of_deaths_ends_in_the_right_tokens_or_a_typed_error(
         assert dispatcher.num_open == 0
 
     asyncio.run(scenario())
+
+
+async def test_a_late_stage_does_not_take_a_choice_from_the_node_that_took_over(
+    cluster: FakeCluster,
+) -> None:
+    cluster.add("u1").hold_at = 2
+    dispatcher = connect(cluster)
+    async with dispatcher.run(WORK) as request:
+        await until(lambda: request.choices[0].stream.below == len(PROMPT) + 2)
+        holder = request.choices[0].holder
+        cluster.add("u2")
+        dispatcher.on_message("u2", Stage("u2", "r1", 1, 0, "prefilling", {}, 0))
+        assert request.choices[0].holder == holder
+        cluster.release()
+        assert await collect(request) == expected()
+
+
+async def test_tokens_alone_say_who_holds_a_choice(cluster: FakeCluster) -> None:
+    """The messages that say it may be lost with a link; tokens are sent again."""
+    cluster.add("u1").hold_at = 2
+    dispatcher = connect(cluster)
+    async with dispatcher.run(WORK) as request:
+        choice = request.choices[0]
+        await until(lambda: choice.stream.below == len(PROMPT) + 2)
+        cluster.add("u2")
+        choice.heard = False
+        run = TokenRun("r1", 1, 0, len(PROMPT) + 2, (expected()[0][2],), (), "")
+        dispatcher.on_message("u2", Tokens("u2", (run,)))
+        assert (choice.holder, choice.heard) == ("u2", True)
+        cluster.release()
+        assert await collect(request) == expected()

@@ -1,0 +1,177 @@
+"""Transports against the limits of the same run: half of `python -m bench.handoff`.
+
+The source is another process. All pages are warm, all pieces are slabs of one size, and every
+number is the best of several rounds: other load only ever makes them slower. What moves and what
+limits take turns, so that both see the same machine.
+
+    memcpy   the same pieces between two warm pools, one `memmove` each       limits shm
+    socket   the same pieces over one TCP connection of two processes: `sendall` out of the pool,
+             `recv_into` a warm buffer, one copy into the pool                limits tcp
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import multiprocessing
+import socket
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from typing import Any
+
+from common.kv_layout import KVLayout
+from kv_transfer.lease import Leases
+from kv_transfer.pool_memory import PoolMemory, copy_bytes
+from kv_transfer.ports import Key, Piece
+from kv_transfer.transports.base import Opener, Reader, Source, Target
+from kv_transfer.transports.shm import ShmReader, ShmSource
+from kv_transfer.transports.tcp import TcpReader, TcpSource
+
+LAYOUT = KVLayout.paged_attention(
+    num_layers=24, num_kv_heads=4, head_dim=64, block_size=16, dtype="bfloat16"
+)  # 16 positions of 24 KiB
+SEED = b"a block's hash.."
+LINK = "bench"
+
+Source_ = Callable[[PoolMemory, Leases], Source]
+SOURCES: dict[str, Source_] = {
+    "shm": lambda memory, _: ShmSource(memory),
+    "tcp": lambda memory, leases: TcpSource(memory, LAYOUT, leases),
+}
+OPENERS: dict[str, Opener] = {"shm": ShmReader.open, "tcp": TcpReader.open}
+
+
+class _Held:
+    """Blocks that nobody frees."""
+
+    def acquire(self, blocks: Any) -> None: ...
+
+    def release(self, blocks: Any) -> None: ...
+
+
+def serve(pipe: Connection, blocks: int) -> None:
+    """The source's process: a filled, sealed, leased pool; its links, and the bare socket."""
+    memory = PoolMemory(blocks, LAYOUT.slab_bytes)
+    leases = Leases(_Held())
+    sources = {name: make(memory, leases) for name, make in SOURCES.items()}
+    for block in range(blocks):
+        memory.begin_write(block)
+        memory.slabs[block] = block % 251
+        memory.seal(block, SEED)
+    leases.add(Key(LINK, "r", 1, 0), list(range(blocks)))
+    listener = socket.create_server(("127.0.0.1", 0))
+    proofs = {name: source.open_link(LINK) for name, source in sources.items()}
+    generations = [int(number) for number in memory.generations]
+    pipe.send((proofs, generations, memory.digests, listener.getsockname()))
+    connection, _ = listener.accept()
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    while connection.recv(1):
+        for block in range(blocks):
+            connection.sendall(memory.slab(block))
+    for source in sources.values():
+        source.close()
+
+
+@contextlib.contextmanager
+def _source(blocks: int) -> Iterator[Any]:
+    context = multiprocessing.get_context("spawn")
+    mine, theirs = context.Pipe()
+    process = context.Process(target=serve, args=(theirs, blocks), daemon=True)
+    process.start()
+    try:
+        yield mine.recv()
+    finally:
+        process.join(10)
+        process.kill()
+        process.join()
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def measure_transports(blocks: int = 128, rounds: int = 7) -> dict[str, Any]:
+    """GB/s of each, and the shares of their limits. A prompt of `blocks` slabs per round."""
+    own = PoolMemory(blocks, LAYOUT.slab_bytes)
+    other = PoolMemory(blocks, LAYOUT.slab_bytes)
+    target = Target(own, LAYOUT)
+    slab = LAYOUT.slab_bytes
+    with _source(blocks) as (proofs, generations, digests, address):
+        bare = _Bare(address, own)
+        readers = {name: opener(LINK, proofs[name], target) for name, opener in OPENERS.items()}
+        plain = tuple(Piece(b, b, generations[b], b, 0, b"", SEED) for b in range(blocks))
+        checked = tuple(Piece(b, b, generations[b], b, 0, digests[b], SEED) for b in range(blocks))
+
+        def memcpy() -> None:
+            for block in range(blocks):
+                copy_bytes(own.slab_address(block), other.slab_address(block), slab)
+
+        def digest() -> None:
+            for piece in checked:
+                target.check(piece)
+
+        runs: dict[str, Callable[[], object]] = {"memcpy": memcpy, "socket": bare.pull}
+        for name, reader in readers.items():
+            runs[name] = functools.partial(pull, reader, plain)
+            runs[f"{name}, digest"] = functools.partial(pull, reader, checked)
+        runs["digest alone"] = digest  # after a pull: the content is what the pieces promise
+        tries: dict[str, list[float]] = {name: [] for name in runs}
+        for _ in range(rounds + 1):  # the first warms up
+            for name, run in runs.items():
+                tries[name].append(_seconds(run))
+        for reader in readers.values():
+            reader.close()
+        bare.close()
+    volume = blocks * slab
+    rates = {name: volume / min(seconds[1:]) / 1e9 for name, seconds in tries.items()}
+    medians = {name: volume / statistics.median(s[1:]) / 1e9 for name, s in tries.items()}
+    shares = {
+        f"{name} / {limit}": statistics.median(
+            b / a for a, b in zip(tries[name][1:], tries[limit][1:], strict=True)
+        )
+        for name, limit in (
+            ("shm", "memcpy"), ("shm, digest", "memcpy"), ("tcp", "socket"),
+            ("tcp, digest", "socket"),
+        )
+    }  # fmt: skip
+    best = {name: rates[name.split(" / ")[0]] / rates[name.split(" / ")[1]] for name in shares}
+    own.close()
+    other.close()
+    return {
+        "slab_bytes": slab, "blocks": blocks, "rounds": rounds, "best_gb_per_s": rates,
+        "median_gb_per_s": medians, "share_best": best, "share_median": shares,
+    }  # fmt: skip
+
+
+def pull(reader: Reader, pieces: tuple[Piece, ...], at_once: int = 32) -> None:
+    """As the driver does: a copy is of `copy_blocks` pieces at most."""
+    for start in range(0, len(pieces), at_once):
+        reader.pull(pieces[start : start + at_once])
+
+
+class _Bare:
+    """The reading end of the bare socket."""
+
+    def __init__(self, address: tuple[str, int], pool: PoolMemory) -> None:
+        self._socket = socket.create_connection(address)
+        self._pool = pool
+        self._buffer = bytearray(LAYOUT.slab_bytes)
+        import numpy as np
+
+        self._address = np.frombuffer(self._buffer, np.uint8).ctypes.data
+
+    def pull(self) -> None:
+        self._socket.send(b"x")
+        view = memoryview(self._buffer)
+        for block in range(self._pool.num_blocks):
+            got = 0
+            while got < len(view):
+                got += self._socket.recv_into(view[got:])
+            copy_bytes(self._pool.slab_address(block), self._address, len(view))
+
+    def close(self) -> None:
+        self._socket.close()

@@ -1,0 +1,151 @@
+"""docker-compose.yml on a real engine: built, started, scaled, killed, looked into, taken down."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from common.config import EngineSettings
+from common.engine import Completion, Engine
+from tests.support.docker import ROOT, Compose, NoEngine, docker_engine, images
+from tests.support.load import Load, bodies, truth
+from tests.support.redis import wait_until
+
+pytestmark = [pytest.mark.docker, pytest.mark.timeout(1200)]
+
+MODEL = "pdq-5m"
+ASKED = bodies(24, max_tokens=(20, 120))
+
+
+@pytest.fixture(scope="module")
+def system() -> Iterator[Compose]:
+    """One prefill and one decode node, in containers; nothing of it is left at the end."""
+    try:
+        with docker_engine() as engine:
+            variables = images(engine) | {"MODELS": str(ROOT / "common" / "models")}
+            with Compose(engine, variables) as compose:
+                compose.wait_ready(gateway=1, prefill=1, decode=1)
+                yield compose
+    except NoEngine as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine(EngineSettings(threads=1, num_kv_blocks=1024))
+
+
+@pytest.fixture(scope="module")
+def expected(engine: Engine) -> list[list[Completion]]:
+    return truth(engine, ASKED)
+
+
+def sent(model: str = MODEL) -> list[dict[str, Any]]:
+    return [{"model": model, **body} for body in ASKED]
+
+
+def transports(nodes: list[dict[str, Any]]) -> dict[tuple[str, str], str]:
+    """(sending, receiving node) → the transport between them, from what the senders say."""
+    return {
+        (node["incarnation"], link["peer"]): link["transport"]
+        for node in nodes
+        for link in node["kv_links"]
+        if link["direction"] == "sends"
+    }
+
+
+def test_nobody_in_a_container_is_root_or_could_compile(system: Compose) -> None:
+    for service in ("gateway", "prefill", "decode"):
+        assert system.inside(service, "id", "-u").strip() == "10001"
+        found = system.inside(service, "sh", "-c", "command -v cc gcc g++ make clang || true")
+        assert not found.strip()
+    assert system.inside("decode", "stat", "-c", "%a %u", "/run/pdq/bus.key").split() == [
+        "600", "10001",
+    ]  # fmt: skip
+
+
+async def test_the_tokens_are_the_engines_and_blocks_go_by_shared_memory(
+    system: Compose, engine: Engine, expected: list[list[Completion]]
+) -> None:
+    nodes = system.wait_ready(gateway=1, prefill=1, decode=1)
+    numerics = {node["numerics"] for node in nodes if node["role"] != "gateway"}
+    assert numerics == {engine.fingerprint.numerics}
+    async with Load(system.url, sent()) as load:
+        await load.finish(expected)
+    found = transports(system.wait_ready(gateway=1, prefill=1, decode=1))
+    assert list(found.values()) == ["shm"], system.nodes()
+    print(system.inside("gateway", "pdq", "nodes"))
+
+
+async def test_it_is_scaled_while_it_runs(
+    system: Compose, expected: list[list[Completion]]
+) -> None:
+    async with Load(system.url, sent()) as load:
+        system.up("--no-recreate", "--scale", "prefill=2", "--scale", "decode=2")
+        await load.finish(expected)
+    nodes = system.wait_ready(gateway=1, prefill=2, decode=2)
+    pairs = {
+        (p["incarnation"], d["incarnation"])
+        for p in nodes if p["role"] == "prefill" for d in nodes if d["role"] == "decode"
+    }  # fmt: skip
+    deadline = time.monotonic() + 120
+    found: dict[tuple[str, str], str] = {}
+    while found.keys() != pairs:  # until every prefill node has sent to every decode node
+        assert time.monotonic() < deadline, (found, pairs)
+        async with Load(system.url, sent()) as load:
+            await load.finish(expected)
+        found = transports(system.wait_ready(gateway=1, prefill=2, decode=2))
+    assert set(found.values()) == {"shm"}, system.nodes()
+    print(system.inside("gateway", "pdq", "nodes"))
+
+
+@pytest.mark.parametrize("service", ["decode", "prefill"])
+async def test_a_container_that_is_killed_under_load_costs_no_request(
+    system: Compose, expected: list[list[Completion]], service: str
+) -> None:
+    system.up("--no-recreate", "--scale", "prefill=2", "--scale", "decode=2")
+    system.wait_ready(gateway=1, prefill=2, decode=2)
+    async with Load(system.url, sent()) as load:
+        await wait_until(lambda: load.num_begun >= 3, "some streams run")
+        system.engine.run("kill", system.containers(service)[0])
+        await load.finish(expected)
+
+
+async def test_the_queue_is_read_with_redis_cli(
+    system: Compose, expected: list[list[Completion]]
+) -> None:
+    system.up("--no-recreate", "--scale", "prefill=1", "--scale", "decode=1")
+    (node,) = [
+        n for n in system.wait_ready(prefill=1, decode=1) if n["role"] == "prefill"
+    ]  # fmt: skip
+    stream = f"pdq:stream:{node['incarnation']}"
+
+    def cli(*command: str) -> str:
+        return system.inside("redis", "redis-cli", *command)
+
+    assert cli("config", "get", "appendonly").split() == ["appendonly", "yes"]
+    assert stream in cli("--scan", "--pattern", "pdq:*").split()
+    (container,) = system.containers("prefill")
+    async with Load(system.url, sent()) as load:
+        system.engine.run("pause", container)  # what it has not read yet stays in its stream
+        try:
+            length = int(cli("xlen", stream))
+            print(f"redis-cli xlen {stream}: {length}")
+            print(system.inside("gateway", "pdq", "queue"))
+        finally:
+            system.engine.run("unpause", container)
+        await load.finish(expected)
+    assert length > 0
+
+
+def test_another_model_is_one_variable(system: Compose) -> None:
+    system.up(MODEL="/models/pdq-5m-draft")
+    system.wait_ready(gateway=1, prefill=1, decode=1)
+    body = {"prompt": "Once upon a time", "max_tokens": 8}
+    answer = httpx.post(f"{system.url}/v1/completions", json=body, timeout=60.0).json()
+    assert answer["model"] == "pdq-5m-draft", answer
+    assert answer["usage"]["completion_tokens"] > 0
