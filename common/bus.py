@@ -162,7 +162,9 @@ class Bus:
         except zmq.ZMQError as error:
             await self.close()
             raise ResourceError(
-                f"cannot listen on {settings.host}:{settings.port}: {error}", param="bus.port"
+                f"the bus cannot listen on {settings.host}:{settings.port}: {error}; --bus-port and "
+                "--bus-host name another place",
+                param="bus.port",
             ) from error
         bound = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
         advertised = settings.advertise_host or host

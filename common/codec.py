@@ -41,7 +41,9 @@ def decode(data: bytes | bytearray | memoryview) -> Message:
     view = memoryview(data)
     if len(view) < 2 or view[0] != VERSION:
         found = view[0] if len(view) else "nothing"
-        raise MalformedMessage(f"message version {found}, this is version {VERSION}")
+        raise MalformedMessage(
+            f"message version {found}, this is version {VERSION}: the sender is another pdq"
+        )
     limit = len(view)
     try:
         value = msgpack.unpackb(

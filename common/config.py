@@ -48,7 +48,9 @@ class BusSettings:
     high_water_mark: int = setting(10_000, "messages waiting for one peer at most", at_least=1)
     max_message_bytes: int = setting(2**26, "largest message frame", parse=parse_bytes, at_least=1)
     secret_key: str = setting("", "Z85 CURVE key (40 characters) of the whole system", secret=True)
-    secret_key_file: str = setting("", "file with that key; made with a new one where it is missing")
+    secret_key_file: str = setting(
+        "", "file with that key; made with a new one where it is missing"
+    )
 
     def __post_init__(self) -> None:
         if self.secret_key and len(self.secret_key) != 40:
@@ -80,7 +82,7 @@ class EngineSettings:
     seed: int = setting(0, "seed of dummy weights", at_least=0)
     kernels: Literal["auto", "reference"] = setting("auto", "reference: plain torch, to compare")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where the model runs")
-    max_model_len: int | None = setting(None, "longest prompt plus output, in tokens", at_least=1)
+    max_model_len: int | None = setting(None, "longest prompt plus output, in tokens", at_least=2)
     block_size: int = setting(16, "token positions in one KV block", at_least=1)
     num_kv_blocks: int | None = setting(None, "blocks in the KV pool, exactly", at_least=1)
     kv_cache_memory_bytes: int | None = setting(
@@ -115,8 +117,9 @@ class NodeSettings:
     role: Literal["prefill", "decode", "unified"] = setting("unified", "what this node does")
     name: str = setting("", "name of the node, the same over its lives (empty: role and host)")
     grace_period_s: float = setting(30.0, "time that a drain gives to what runs", at_least=0)
-    transports: tuple[Literal["shm", "tcp"], ...] = setting(
-        ("shm", "tcp"), "ways to hand blocks over, preferred first"
+    transports: tuple[Literal["cuda_ipc", "shm", "nixl", "nccl", "tcp"], ...] = setting(
+        ("cuda_ipc", "shm", "tcp"),
+        "ways to hand blocks over, preferred first (those that the pool's memory can have)",
     )
     shm_dir: str = setting(
         "", "folder that containers of one host share, for the sockets that hand out shared memory"

@@ -147,6 +147,18 @@ def load(
     return typing.cast(T, _build(settings_class, found, ()))
 
 
+def from_values(settings_class: type[T], values: Mapping[str, object]) -> T:
+    """An instance of a class without nested trees, from values by name; `ConfigError` names the
+    one that is unknown, of another type, or out of range."""
+    leaves = {leaf.path: leaf for leaf in _leaves(settings_class)}
+    found: dict[tuple[str, ...], Any] = {}
+    for name, value in values.items():
+        if (name,) not in leaves:
+            raise ConfigError(f"unknown setting {name}", param=name)
+        found[name,] = leaves[name,].accept(value, name)
+    return typing.cast(T, _build(settings_class, found, ()))
+
+
 def describe(settings: Any) -> dict[str, str]:
     """Flag name without dashes → value as text, secrets masked; for logs and `pdq nodes`."""
     return {
@@ -324,7 +336,7 @@ def _typed(value: Any, annotation: Any) -> Any:
     """`value` if it is of the type, tuples made from lists and floats from ints; `ValueError`."""
     if (inner := _optional(annotation)) is not None:
         return None if value in (None, "none") else _typed(value, inner)
-    if typing.get_origin(annotation) is tuple and isinstance(value, list):
+    if typing.get_origin(annotation) is tuple and isinstance(value, (list, tuple)):
         return tuple(_typed(item, typing.get_args(annotation)[0]) for item in value)
     if typing.get_origin(annotation) is Literal and value in typing.get_args(annotation):
         return value

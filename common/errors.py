@@ -19,6 +19,7 @@
     │   ├── DigestMismatch            a block's content is not what its hash promises
     │   ├── StaleBlock                a block was reused while it was being copied
     │   └── LinkLost                  the connection to the peer is gone
+    ├── NotFiniteLogits           the model gave NaN or infinity, or every token was banned
     ├── Overloaded                the service takes no further request now; retry later
     ├── RequestAborted            cancelled, timed out, or its owner is gone
     └── ServiceUnavailable        Redis or every node of a role is unreachable
@@ -116,6 +117,10 @@ class StaleBlock(TransferError):
 
 class LinkLost(TransferError):
     code = "link_lost"
+
+
+class NotFiniteLogits(PdqError):
+    code = "no_token"
 
 
 class Overloaded(PdqError):

@@ -15,7 +15,7 @@ late by definition: it is counted and dropped.
     prefill ──Tail──▶ decode             (a prompt that ends inside a block)
     decode ──Pull──▶ prefill ──Slabs, Proved──▶ decode      (tcp only, on a socket of their own)
     prefill ──Tokens (the first)──▶ gateway
-    prefill ──Commit──▶ decode ──Ack──▶ prefill, decode ──TookOver──▶ gateway
+    prefill ──Commit──▶ decode ──Ack──▶ prefill, both ──TookOver──▶ gateway
     decode ──Tokens──▶ gateway ──TokensAck──▶ decode
     node ──CacheEvents──▶ gateway ──CacheQuery──▶ node ──CacheContent──▶ gateway
     anyone ──Abort──▶ anyone, decode ──Release──▶ prefill, gateway ──Cancel──▶ nodes
@@ -362,7 +362,8 @@ class Tokens(Message):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TookOver(Message):
-    """decode → gateway: from `position` on, tokens come from me. Duplicate: ignored."""
+    """decode → gateway: from `position` on, tokens come from me; and prefill → gateway, of the node
+    that sent Ack, which may die before it says so itself. Duplicate: ignored."""
 
     kind: ClassVar[int] = 31
     node: str

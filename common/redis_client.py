@@ -203,7 +203,9 @@ def _translated(error: Exception) -> tuple[PdqError, bool]:
     if isinstance(error, exceptions.OutOfMemoryError) or "OOM " in str(error):
         return ServiceUnavailable(f"Redis is out of memory: {error}"), False
     if isinstance(error, (exceptions.ConnectionError, exceptions.TimeoutError, OSError)):
-        return ServiceUnavailable(f"Redis cannot be reached: {error}"), True
+        return ServiceUnavailable(
+            f"Redis cannot be reached: {error}; --redis-url or PDQ_REDIS_URL says where it is"
+        ), True
     known = isinstance(error, (exceptions.ReadOnlyError, exceptions.TryAgainError))
     transient = known or TRANSIENT_REPLY.search(str(error)) is not None
     return ServiceUnavailable(f"Redis refused: {error}"), transient

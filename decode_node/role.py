@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import time
 
-from common.engine.engine import PlannedStep, StepOutput
+from common.engine.engine import PlannedStep
+from common.engine.output import StepOutput
 from common.errors import InvalidRequest, PdqError
 from common.messages import TokenRun, TookOver
 from common.node.attempt import Attempt
@@ -42,6 +43,9 @@ class DecodeRole:
         """A request to compute whole, prompt and all."""
         dispatch, node = entry.dispatch, self._node
         attempt = Attempt.of(entry)
+        if attempt.engine_id in self._attempts:  # Redis lost it, and its gateway queued it again
+            node.done(entry)
+            return
         try:
             sequences = node.engine.add(
                 attempt.engine_id, dispatch.token_ids, dispatch.params, choices=dispatch.choices,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import errno
 import math
 import os
 import signal
@@ -149,7 +150,8 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
-        raise ResourceError(f"cannot listen on {host}:{port}: {error}", param="port") from error
+        advice = "is taken; --port names another" if error.errno == errno.EADDRINUSE else f": {error}"
+        raise ResourceError(f"port {port} of {host} {advice}", param="port") from error
 
 
 def _handle_signals(server: Server, service: Service, grace_period_s: float) -> None:

@@ -40,7 +40,7 @@ from common.messages import Cancel, Dispatch, Failed, Message, Stage, Tokens, To
 from gateway.metrics import GatewayMetrics
 from gateway.open_request import Choice, OpenRequest, Update, Work
 from gateway.ports import Ending, NodeBus, NodeDirectory, NodeView, RequestStore
-from gateway.router import Decision, RouteQuestion, Router, longest_request
+from gateway.router import Decision, RouteQuestion, Router, longest_request, what_lacks
 
 log = get_logger("dispatch")
 
@@ -101,7 +101,7 @@ class Dispatcher:
             decision = self._router.route(probe, self._directory.nodes(), {})
         except PdqError as error:
             return error.message
-        return None if decision else "no prefill and decode nodes that go together"
+        return None if decision else what_lacks(self._directory.nodes())
 
     @contextlib.asynccontextmanager
     async def run(self, work: Work) -> AsyncIterator[OpenRequest]:
@@ -339,6 +339,8 @@ class Dispatcher:
             return
         request.involved.add(message.node)
         if message.attempt == choice.stream.attempt:
+            if choice.heard and choice.holder == message.node:
+                return  # both ends of a handoff say it
             stage = Stage(
                 message.node, message.request, message.attempt, message.choice, "decoding", {}, 0
             )

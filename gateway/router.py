@@ -190,6 +190,26 @@ def check_fits(question: RouteQuestion, nodes: Sequence[NodeView]) -> None:
         )
 
 
+def what_lacks(nodes: Sequence[NodeView]) -> str:
+    """Why no way exists, in one line that says what to do. Call it when there is none."""
+    usable = [node for node in nodes if node.healthy and not node.draining]
+    prefill = [node for node in usable if node.role == PREFILL]
+    decode = [node for node in usable if node.role == DECODE]
+    if not usable:
+        return "no node is here; start some with the same Redis address and prefix"
+    if not prefill or not decode:
+        lacking = PREFILL if not prefill else DECODE
+        return f"no {lacking} node is here; start one with the same Redis address and prefix"
+    one, other = prefill[0], decode[0]
+    field = one.fingerprint.mismatch(other.fingerprint)
+    values = [getattr(node.fingerprint, str(field), "") for node in (one, other)]
+    return (
+        f"no prefill and decode nodes that go together: {field} is {values[0]!r} at "
+        f"{one.incarnation} and {values[1]!r} at {other.incarnation}; start them with the same "
+        "model, version and settings"
+    )
+
+
 def longest_request(nodes: Sequence[NodeView]) -> int | None:
     """Prompt plus output that the roomiest node could hold; None when no node is there to ask."""
     lengths = [

@@ -71,6 +71,6 @@ def mismatch(refuse: Refuse) -> FingerprintMismatch:
     """A Refuse as the error that the sending node raises."""
     return FingerprintMismatch(
         f"{refuse.node} refuses the link: {refuse.field} is {refuse.mine!r} there and "
-        f"{refuse.yours!r} here",
+        f"{refuse.yours!r} here; start both with the same model, version and settings",
         param=refuse.field,
     )

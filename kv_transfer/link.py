@@ -77,6 +77,7 @@ class _Link:
     transport: str = ""
     reason: str = ""
     reader: Reader | None = None
+    blocks: int = 0  # copied here over it
     answer: Welcome | Refuse | None = None  # ours to Hello, to repeat
     opened: asyncio.Future[None] | None = None  # theirs to Hello
 
@@ -170,10 +171,10 @@ class Links:
         return name
 
     def describe(self) -> list[dict[str, str]]:
-        """One row per link, for `pdq nodes`."""
+        """One row per link, for `pdq nodes`. `blocks` were copied: 0 at the side that sends."""
         return [
             {"link": name, "peer": link.peer, "transport": link.transport, "reason": link.reason,
-             "direction": "sends" if link.sending else "receives"}
+             "direction": "sends" if link.sending else "receives", "blocks": str(link.blocks)}
             for name, link in self._links.items()
         ]  # fmt: skip
 
@@ -296,6 +297,7 @@ class Links:
             await loop.run_in_executor(self._threads, link.reader.pull, copy.pieces)
             error = ""
             self.counts["blocks_copied"] += len(copy.pieces)
+            link.blocks += len(copy.pieces)
         except PdqError as failure:
             error = failure.code
             self.counts[error] += 1

@@ -48,6 +48,8 @@ class PoolMemory:
     `[num_blocks]`. Pages are touched at the start where `warm`, so that no request pays for it.
     """
 
+    device: int | None = None  # the CUDA device that the slabs lie on: device_memory.py
+
     def __init__(self, num_blocks: int, slab_bytes: int, *, warm: bool = True) -> None:
         self.num_blocks, self.slab_bytes = num_blocks, slab_bytes
         generations, slabs, length = _offsets(num_blocks, slab_bytes)
@@ -68,9 +70,8 @@ class PoolMemory:
         self.generations: npt.NDArray[np.int64] = np.frombuffer(
             self._map, np.int64, num_blocks, generations
         )
-        self.slabs = torch.frombuffer(
-            self._map, dtype=torch.uint8, count=num_blocks * slab_bytes, offset=slabs
-        ).view(num_blocks, slab_bytes)
+        content = np.frombuffer(self._map, np.uint8, num_blocks * slab_bytes, slabs)
+        self.slabs = torch.from_numpy(content).view(num_blocks, slab_bytes)
         self.view = memoryview(self._map)[slabs:]
         self.address = self.slabs.data_ptr()
         self.digests: list[bytes] = [b""] * num_blocks
@@ -106,6 +107,22 @@ class PoolMemory:
     def slab_address(self, block: int) -> int:
         return self.address + block * self.slab_bytes
 
+    def put(self, block: int, ranges: Iterable[tuple[int, int]], source: int) -> None:
+        """Copy host bytes, which lie in one piece at `source`, to the (offset, length) of a slab."""
+        into = self.slab_address(block)
+        for offset, length in ranges:
+            copy_bytes(into + offset, source, length)
+            source += length
+
+    def warm(self, limit: int) -> None:
+        """Touch the first `limit` bytes of slabs, piece by piece. Blocking, for a thread of its own;
+        content stays as it is, whoever writes meanwhile."""
+        start = self.address // _PAGE * _PAGE
+        length = min(limit, self.num_blocks * self.slab_bytes)
+        for offset in range(0, length, _WARM_PIECE):
+            if _madvise(start + offset, min(_WARM_PIECE, length - offset), _POPULATE_WRITE):
+                return  # a kernel that cannot
+
     def close(self) -> None:
         """Close the descriptor; the mapping goes when the last tensor over it does."""
         os.close(self.fd)
@@ -127,7 +144,6 @@ class MappedPool:
         if magic != _MAGIC or length != expected:
             self._map.close()
             raise MalformedMessage("not the file of a pool of this version")
-        _advise(self._map, _POPULATE_READ)
         self.generations: npt.NDArray[np.int64] = np.frombuffer(
             self._map, np.int64, self.num_blocks, generations
         )
@@ -142,7 +158,8 @@ class MappedPool:
         self._map.close()
 
 
-_POPULATE_READ, _POPULATE_WRITE = 22, 23  # linux/mman.h, Linux 5.14
+_POPULATE_WRITE = 23  # linux/mman.h, Linux 5.14
+_WARM_PIECE = 4 << 20  # bytes that one system call touches
 
 
 def _advise(mapping: mmap.mmap, advice: int) -> None:
@@ -156,6 +173,10 @@ def _advise(mapping: mmap.mmap, advice: int) -> None:
 # The C function itself: calling it releases the GIL, so that the event loop runs meanwhile.
 _copy: Any = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)(
     ("memmove", ctypes.CDLL(None))
+)
+
+_madvise: Any = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)(
+    ("madvise", ctypes.CDLL(None))
 )
 
 

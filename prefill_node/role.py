@@ -20,11 +20,12 @@ from __future__ import annotations
 import dataclasses
 import time
 
-from common.engine.engine import PlannedStep, StepOutput
+from common.engine.engine import PlannedStep
+from common.engine.output import StepOutput
 from common.engine.sequence import Sequence
 from common.errors import InvalidRequest, OutOfBlocks, PdqError, ServiceUnavailable
 from common.logs import get_logger
-from common.messages import Dispatch, Offer, TokenLogprobs, TokenRun
+from common.messages import Dispatch, Offer, TokenLogprobs, TokenRun, TookOver
 from common.node.attempt import Attempt
 from common.node.runtime import Node
 from common.queue import Entry
@@ -86,6 +87,9 @@ class PrefillRole:
     def accept(self, entry: Entry) -> None:
         dispatch, node = entry.dispatch, self._node
         attempt = Attempt.of(entry)
+        if attempt.engine_id in self._attempts:  # Redis lost it, and its gateway queued it again
+            node.done(entry)
+            return
         try:
             sequences = node.engine.add(
                 attempt.engine_id, dispatch.token_ids, _for_prefill(dispatch),
@@ -280,6 +284,7 @@ class PrefillRole:
         if handover.cancelled:
             self._drop(handover)
         elif effect.outcome is Outcome.ADOPTED:
+            self._say_who_took_over(handover)
             self._over(handover, "adopted")
         else:
             if effect.outcome is Outcome.DENIED and effect.reason in FULL:
@@ -287,6 +292,13 @@ class PrefillRole:
             log.info("handoff.ended", request=effect.key.request, outcome=effect.outcome.value,
                      reason=effect.reason, peer=handover.peer)  # fmt: skip
             self._ended(handover, handover.peer)
+
+    def _say_who_took_over(self, handover: Handover) -> None:
+        """The decode node says so too, but it may die between its Ack and that."""
+        attempt, first = handover.attempt, handover.first
+        assert first is not None
+        key = attempt.key(handover.sequence.choice)
+        self._node.send(attempt.gateway, TookOver(handover.peer, *key, first.position + 1))
 
     def _ended(self, handover: Handover, peer: str) -> None:
         """A handoff is over without success: the next decode node, if there is one."""

@@ -43,7 +43,11 @@ def nodes(argv: Sequence[str]) -> int:
         ages = {name: round(age_s, 3) for name, age_s in snapshot.ages.items()}
         return _print_json(
             [
-                {**dataclasses.asdict(r), "kv_links": kv_links(r), "beat_age_s": ages[r.incarnation]}
+                {
+                    **dataclasses.asdict(r),
+                    "kv_links": kv_links(r),
+                    "beat_age_s": ages[r.incarnation],
+                }
                 for r in records
             ]
         )

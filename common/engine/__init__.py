@@ -3,7 +3,8 @@
 from common.engine import Engine, SamplingParams
 """
 
-from common.engine.engine import Completion, Engine, StepOutput, TokenLogprob
+from common.engine.engine import Engine
+from common.engine.output import Completion, StepOutput, TokenLogprob
 from common.sampling import FinishReason, SamplingParams
 
 __all__ = ["Completion", "Engine", "FinishReason", "SamplingParams", "StepOutput", "TokenLogprob"]

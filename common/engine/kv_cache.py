@@ -97,7 +97,7 @@ def blocks_for_memory(layout: KVLayout, memory_bytes: int) -> int:
     if count < 1:
         raise InsufficientMemory(
             f"{memory_bytes} bytes hold no block of {layout.slab_bytes}; "
-            "raise kv_cache_memory_bytes or lower block_size",
+            "raise --kv-cache-memory-bytes or lower --block-size",
             param="kv_cache_memory_bytes",
         )
     return count

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,19 @@ from common.errors import CheckpointError, UnsupportedModel
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+
+# What transformers assumes where `config.json` is silent.
+FAMILY_DEFAULTS: Mapping[str, Mapping[str, int]] = {
+    "llama": {},
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28},
+    "qwen3": {
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+    },
+}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -28,16 +42,8 @@ class RopeConfig:
     parameters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def number(self, name: str, default: float | None = None) -> float:
-        """A numeric parameter of the scaling; raises `UnsupportedModel` when it is missing."""
-        value = self.parameters.get(name)
-        if value is None:
-            value = default
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
-            raise UnsupportedModel(
-                f"rope type {self.kind} needs a number for {name}, got {value!r}",
-                param=f"rope_parameters.{name}",
-            )
-        return float(value)
+        """A positive parameter of the scaling; raises `UnsupportedModel` when it is none."""
+        return _number(self.parameters, name, default, f"rope_parameters.{name}")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -62,7 +68,6 @@ class ModelConfig:
     qk_norm: bool
     tie_word_embeddings: bool
     stop_token_ids: tuple[int, ...]
-    bos_token_id: int | None
     dtype: str  # as stored: "float32", "bfloat16" or "float16"
 
     @property
@@ -106,6 +111,7 @@ def parse_model_config(
         raise UnsupportedModel(
             f"model_type {model_type!r} is not one of {', '.join(MODEL_TYPES)}", param="model_type"
         )
+    config = {**FAMILY_DEFAULTS[model_type], **config}
     _refuse(config, "hidden_act", "silu", allowed=("silu", "swish", None))
     _refuse(config, "pretraining_tp", 1, allowed=(1, None))
     _refuse(config, "quantization_config", None, allowed=(None,))
@@ -120,30 +126,34 @@ def parse_model_config(
             f"{num_heads} attention heads do not divide among {num_kv_heads} key-value heads",
             param="num_key_value_heads",
         )
-    attention_bias = bool(config.get("attention_bias", False))
+    vocab_size = _positive(config, "vocab_size")
+    attention_bias = model_type in ("llama", "qwen3") and _flag(config, "attention_bias")
     generation = generation or {}
-    stop = generation.get("eos_token_id", config.get("eos_token_id"))
-    tied_default = model_type not in ("mistral", "llama", "qwen2", "qwen3")
+    stop = _token_ids(generation.get("eos_token_id", config.get("eos_token_id")), "eos_token_id")
+    if any(token >= vocab_size for token in stop):
+        raise UnsupportedModel(
+            f"eos_token_id {max(stop)} is not in the vocabulary of {vocab_size}",
+            param="eos_token_id",
+        )
     return ModelConfig(
         model_type=model_type,
-        vocab_size=_positive(config, "vocab_size"),
+        vocab_size=vocab_size,
         hidden_size=hidden_size,
         intermediate_size=_positive(config, "intermediate_size"),
         num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+        rms_norm_eps=_number(config, "rms_norm_eps", 1e-6),
         max_position_embeddings=_positive(config, "max_position_embeddings"),
         rope=_rope(config, head_dim),
         windows=_windows(config, model_type, num_layers),
-        qkv_bias=True if model_type == "qwen2" else attention_bias,
-        output_bias=attention_bias if model_type in ("llama", "qwen3") else False,
-        mlp_bias=bool(config.get("mlp_bias", False)),
+        qkv_bias=model_type == "qwen2" or attention_bias,
+        output_bias=attention_bias,
+        mlp_bias=model_type == "llama" and _flag(config, "mlp_bias"),
         qk_norm=model_type == "qwen3",
-        tie_word_embeddings=bool(config.get("tie_word_embeddings", tied_default)),
-        stop_token_ids=_token_ids(stop, "eos_token_id"),
-        bos_token_id=next(iter(_token_ids(config.get("bos_token_id"), "bos_token_id")), None),
+        tie_word_embeddings=_flag(config, "tie_word_embeddings"),
+        stop_token_ids=stop,
         dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32"),
     )
 
@@ -153,7 +163,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing", param=str(path)) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}", param=str(path)) from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} does not hold a JSON object", param=str(path))
@@ -167,6 +177,26 @@ def _positive(config: Mapping[str, Any], field: str, default: int | None = None)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UnsupportedModel(f"{field} must be a positive integer, got {value!r}", param=field)
     return value
+
+
+def _number(
+    config: Mapping[str, Any], name: str, default: float | None = None, param: str = ""
+) -> float:
+    value = config.get(name)
+    if value is None:
+        value = default
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise UnsupportedModel(
+            f"{param or name} must be a positive number, got {value!r}", param=param or name
+        )
+    return float(value)
+
+
+def _flag(config: Mapping[str, Any], field: str) -> bool:
+    value = config.get(field)
+    if value not in (None, True, False):
+        raise UnsupportedModel(f"{field} must be true or false, got {value!r}", param=field)
+    return bool(value)
 
 
 def _refuse(config: Mapping[str, Any], field: str, default: Any, allowed: tuple[Any, ...]) -> None:
@@ -191,18 +221,23 @@ def _windows(config: Mapping[str, Any], model_type: str, num_layers: int) -> tup
     window = config.get("sliding_window")
     if model_type == "llama" or window is None:
         return (0,) * num_layers
-    if model_type in ("qwen2", "qwen3") and not config.get("use_sliding_window", False):
+    window = _positive(config, "sliding_window")
+    if model_type != "mistral" and not _flag(config, "use_sliding_window"):
         return (0,) * num_layers
-    if not isinstance(window, int) or window < 1:
-        raise UnsupportedModel(
-            f"sliding_window must be a positive integer, got {window!r}", param="sliding_window"
-        )
     layer_types = config.get("layer_types")
     if layer_types is None:
-        first = config.get("max_window_layers", 0) if model_type != "mistral" else 0
+        first = config.get("max_window_layers", 0)
+        if type(first) is not int:
+            raise UnsupportedModel(
+                f"max_window_layers must be an integer, got {first!r}", param="max_window_layers"
+            )
         return tuple(0 if layer < first else window for layer in range(num_layers))
     known = {"full_attention": 0, "sliding_attention": window}
-    if len(layer_types) != num_layers or any(kind not in known for kind in layer_types):
+    if (
+        not isinstance(layer_types, list)
+        or len(layer_types) != num_layers
+        or any(not isinstance(k, str) or k not in known for k in layer_types)
+    ):
         raise UnsupportedModel(
             f"layer_types must name {num_layers} layers as full_attention or sliding_attention",
             param="layer_types",
@@ -210,21 +245,28 @@ def _windows(config: Mapping[str, Any], model_type: str, num_layers: int) -> tup
     return tuple(known[kind] for kind in layer_types)
 
 
-def _rope(config: Mapping[str, Any], head_dim: int) -> RopeConfig:
+def _rope(config: dict[str, Any], head_dim: int) -> RopeConfig:
     """Both spellings: `rope_parameters` (transformers 5), `rope_scaling` + `rope_theta` (before)."""
-    parameters = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
+    parameters: dict[str, Any] = {}
+    for field in ("rope_scaling", "rope_parameters"):
+        given = config.get(field) or {}
+        if not isinstance(given, dict) or any(isinstance(v, dict) for v in given.values()):
+            raise UnsupportedModel(
+                f"{field} must be one set of parameters for all layers, got {given!r}", param=field
+            )
+        parameters |= given
     kind = str(parameters.get("rope_type") or parameters.get("type") or "default")
     if kind not in ROPE_TYPES:
         raise UnsupportedModel(
             f"rope type {kind!r} is not one of {', '.join(ROPE_TYPES)}",
             param="rope_parameters.rope_type",
         )
-    theta = parameters.get("rope_theta") or config.get("rope_theta") or 10_000.0
-    partial = parameters.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
-    rotary_dim = int(head_dim * partial)
-    if rotary_dim < 2 or rotary_dim % 2:
-        raise UnsupportedModel(
-            f"{rotary_dim} rotating dimensions of a head of {head_dim} are not an even number",
-            param="head_dim",
-        )
-    return RopeConfig(float(theta), kind, rotary_dim, parameters)
+    for given in (config, parameters):
+        # None of these families turns a part of a head only; transformers ignores it or crashes.
+        _refuse(given, "partial_rotary_factor", None, allowed=(None, 1))
+    theta = _number(config | parameters, "rope_theta", 10_000.0)
+    if theta <= 1.0:
+        raise UnsupportedModel(f"rope_theta must be above 1, got {theta}", param="rope_theta")
+    if head_dim % 2:
+        raise UnsupportedModel(f"a head of {head_dim} cannot be rotated", param="head_dim")
+    return RopeConfig(theta, kind, head_dim, parameters)

@@ -6,8 +6,8 @@ over the cores. Compiled code is cached in the user's cache folder; where none c
 compiled anew in each process.
 
 Floating point: reassociation and contraction are allowed, NaN and infinity are kept. That is
-deterministic: one machine code per kernel, whose operations on a row depend on that row's own
-lengths only.
+deterministic as long as there is one machine code per kernel, whose operations on a row depend on
+that row's own lengths only. Numba alone does not give that: see `_own_copies`.
 """
 
 from __future__ import annotations
@@ -15,20 +15,25 @@ from __future__ import annotations
 import hashlib
 import math
 import os
+import secrets
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numba
-import torch  # first, so that the omp layer finds its libgomp
+import torch  # first, so that omp_pool finds its libgomp loaded
 from llvmlite import ir
+from llvmlite.binding import Linkage
 from numba import types
+from numba.core.codegen import CPUCodeLibrary
 from numba.extending import intrinsic, overload
 
+from common.engine import omp_pool
 from common.errors import ConfigError
 
 numba.config.THREADING_LAYER = "omp"
+omp_pool.bind_to_torch()
 
 FAST_MATH = {"reassoc", "contract", "nsz", "arcp"}
 
@@ -39,6 +44,8 @@ KERNEL_SOURCES = (
     "philox*.py",
     "softmax*.py",
 )
+
+_PROCESS = secrets.token_hex(4)
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -51,20 +58,47 @@ def _cache_directory() -> str:
         for path in sorted(Path(__file__).parent.glob(pattern)):
             digest.update(path.read_bytes())
     name = f"kernels-{digest.hexdigest()}"
-    for folder in (
-        Path.home() / ".cache" / "pdq",
-        Path(tempfile.gettempdir()) / f"pdq-{os.getuid()}",
-    ):
+    for parent in ("~/.cache/pdq", f"{tempfile.gettempdir()}/pdq-{os.getuid()}"):
         try:
+            folder = Path(parent).expanduser()
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError:
+        except (OSError, RuntimeError):  # the latter where the user has no home at all
             continue
         if os.access(folder, os.W_OK) and folder.stat().st_uid == os.getuid():
             return str(folder / name)
     return ""
 
 
+def target() -> str:
+    """What kernels are compiled by and for: numba's version, the processor, its features."""
+    _, name, features = numba.core.registry.cpu_target.target_context.codegen().magic_tuple()
+    digest = hashlib.blake2b(features.encode(), digest_size=3).hexdigest()
+    return f"{name}-{digest}-numba-{numba.__version__}"
+
+
 numba.config.CACHE_DIR = _cache_directory()
+
+
+def _own_copies() -> None:
+    """Let each compiled module call its own copies of the functions it contains.
+
+    Numba compiles the body of a parallel loop by itself first, then once more, optimised further,
+    within the kernel; both under one weak name, of which the linker takes the first it has seen:
+    the former in the process that compiles, the latter in one that loads the kernel from the
+    cache. FAST_MATH gives the two different bits.
+    """
+    optimize = CPUCodeLibrary._optimize_final_module
+
+    def optimize_own(library: Any) -> None:
+        for function in library._final_module.functions:
+            if function.linkage is Linkage.linkonce_odr and not function.is_declaration:
+                function.linkage = Linkage.internal
+        optimize(library)
+
+    CPUCodeLibrary._optimize_final_module = optimize_own
+
+
+_own_copies()
 
 
 def kernel(function: F) -> F:
@@ -92,6 +126,11 @@ def _compile(function: F, *, parallel: bool, fastmath: object) -> F:
         parallel=parallel, fastmath=fastmath, nogil=True, error_model="numpy",
         cache=bool(numba.config.CACHE_DIR),
     )(function)  # fmt: skip
+    files = getattr(compiled._cache, "_cache_file", None)  # type: ignore[attr-defined]
+    if files is not None:
+        # Numba numbers these files; two processes that fill an empty cache would take the same
+        # number, and one find the other's code under its signature.
+        files._data_name_pattern = files._data_name_pattern.replace("{", f"{_PROCESS}.{{")
     return compiled
 
 

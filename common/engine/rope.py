@@ -54,6 +54,11 @@ def _llama3(inverse: torch.Tensor, rope: RopeConfig) -> torch.Tensor:
     factor = rope.number("factor")
     low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
     original = rope.number("original_max_position_embeddings")
+    if low >= high:
+        raise UnsupportedModel(
+            f"low_freq_factor {low} must be below high_freq_factor {high}",
+            param="rope_parameters.low_freq_factor",
+        )
     wavelength = 2 * math.pi / inverse
     smooth = (original / wavelength - low) / (high - low)
     blended = (1 - smooth) * inverse / factor + smooth * inverse

@@ -354,7 +354,8 @@ class Scheduler:
             sequence = self._waiting[0]
             known = len(sequence.token_ids)
             hashes: list[bytes] = []
-            if pool.enable_prefix_cache and sequence.params.prompt_logprobs is None:
+            scores = sequence.params.prompt_logprobs is not None and not sequence.num_generated
+            if pool.enable_prefix_cache and not scores:
                 # The last token is always computed: its row is sampled.
                 hashes = sequence.hashes((known - 1) // pool.block_size, pool.block_size)
             cached = pool.lookup(hashes)

@@ -50,7 +50,7 @@ class Checkpoint:
             file.__enter__()
         except FileNotFoundError as error:
             raise CheckpointError(f"{path} is missing", param=str(path)) from error
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, ValueError) as error:
             raise CheckpointError(f"{path} is corrupt: {error}", param=str(path)) from error
         self._files[path] = file
         for name in file.keys():  # noqa: SIM118 (not a mapping)

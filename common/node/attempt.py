@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 
-from common.engine.engine import StepOutput
+from common.engine.output import StepOutput
 from common.engine.sequence import Sequence
 from common.messages import Dispatch, TokenLogprobs, TokenRun
 from common.node.token_stream import ChoiceKey

@@ -7,27 +7,43 @@ loop's thread, as the pool does.
 
 from __future__ import annotations
 
+import functools
+import threading
 from collections.abc import Sequence as AnySequence
 
+import torch
 from torch import Tensor
 
 from common.engine import Engine
 from common.engine.sequence import Sequence
 from common.errors import NeverFits, OutOfBlocks
 from common.messages import Offer
+from kv_transfer.cuda_runtime import CudaRuntime
+from kv_transfer.device_memory import DevicePoolMemory
 from kv_transfer.digests import tail_seed
 from kv_transfer.pool_memory import PoolMemory
 from kv_transfer.ports import Piece, ReadyBlock, Reservation
+
+WARM_BYTES = 128 << 20  # of the pool, touched at the start
 
 
 class SharedMemory:
     """Pool memory that other processes may map; give `allocate` and `freed` to the engine."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self.memory: PoolMemory | None = None
 
     def allocate(self, num_blocks: int, slab_bytes: int) -> Tensor:
+        """The blocks that are used first are touched meanwhile; the others cost what they cost, so
+        that a pool which is larger than what is asked of it does not fill the machine."""
+        if self._device.type == "cuda":
+            index = self._device.index or 0
+            self.memory = DevicePoolMemory(num_blocks, slab_bytes, index, CudaRuntime())
+            return self.memory.slabs
         self.memory = PoolMemory(num_blocks, slab_bytes, warm=False)
+        warm = functools.partial(self.memory.warm, WARM_BYTES)
+        threading.Thread(target=warm, name="kv-warm", daemon=True).start()
         return self.memory.slabs
 
     def freed(self, block_ids: AnySequence[int]) -> None:

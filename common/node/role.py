@@ -10,7 +10,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Protocol
 
-from common.engine.engine import PlannedStep, StepOutput
+from common.engine.engine import PlannedStep
+from common.engine.output import StepOutput
 from common.queue import Entry
 from kv_transfer.ports import Adopted, Ended, Granted
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import functools
 import json
 import os
 import socket
@@ -28,7 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from common import bus_setup
 from common.bus import Bus
 from common.config import NodeSettings
-from common.engine import Engine
+from common.engine import Engine, loading
 from common.engine.step import Chunk
 from common.errors import LinkLost, PdqError, ServiceUnavailable
 from common.logs import get_logger
@@ -38,15 +37,14 @@ from common.node.cache_feed import CacheFeed
 from common.node.kv import NodeKV, SharedMemory
 from common.node.role import NodeRole, load_role
 from common.node.token_stream import ChoiceKey, TokenStream
+from common.node.transports import make_transports
 from common.queue import Entry, NodeQueue, move_unread, queue_lengths
 from common.redis_client import RedisClient
 from common.registry import NodeRecord, NodeState, Registry, Role, Snapshot, new_incarnation
 from kv_transfer.lease import Leases
 from kv_transfer.link import TRANSFER_MESSAGES, Links
 from kv_transfer.ports import Adopted, Ended, Granted, TransferSettings
-from kv_transfer.transports.base import Opener, Source, Target
-from kv_transfer.transports.shm import ShmReader, ShmSource
-from kv_transfer.transports.tcp import TcpReader, TcpSource
+from kv_transfer.transports.base import Target
 
 log = get_logger("node")
 
@@ -72,7 +70,7 @@ class Node:
         self.settings = settings = dataclasses.replace(settings, bus=bus)
         self.name = settings.name or f"{settings.role}-{socket.gethostname().split('.')[0]}"
         self.incarnation = new_incarnation(self.name)
-        shared = SharedMemory()
+        shared = SharedMemory(loading.choose_device(settings.engine.device))
         self.engine = Engine(settings.engine, storage=shared.allocate, on_free=shared.freed)
         assert shared.memory is not None
         self.memory = shared.memory
@@ -83,6 +81,7 @@ class Node:
         self.bus = Bus(self.incarnation, settings.bus, progress=self._progress)
         self.leases = Leases(self.engine.pool)
         self.links: Links
+        self.transports = ""  # what this node has of them, fastest first
         self.tokens = TokenStream(self.incarnation, self.send)
         self.cache_feed = CacheFeed(self.incarnation, self.engine.pool)
         self.role: NodeRole = load_role(settings.role, self)
@@ -216,21 +215,9 @@ class Node:
             await asyncio.sleep(0.02)
 
     def _make_links(self) -> Links:
-        bus, layout = self.settings.bus, self.engine.layout
-        sources: list[Source] = []
-        openers: dict[str, Opener] = {}
-        for name in self.settings.transports:
-            if name == "shm":
-                sources.append(ShmSource(self.memory, self.settings.shm_dir))
-                openers["shm"] = functools.partial(ShmReader.open, folder=self.settings.shm_dir)
-            else:
-                sources.append(
-                    TcpSource(
-                        self.memory, layout, self.leases, host=bus.host,
-                        advertise_host=bus.advertise_host, secret_key=bus.secret_key,
-                    )
-                )  # fmt: skip
-                openers["tcp"] = functools.partial(TcpReader.open, secret_key=bus.secret_key)
+        layout = self.engine.layout
+        sources, openers = make_transports(self.settings, self.memory, layout, self.leases)
+        self.transports = ",".join(openers)
         return Links(
             self.bus, self.incarnation, self.engine.fingerprint, Target(self.memory, layout),
             pool=self.kv, leases=self.leases, sources=sources, openers=openers,
@@ -421,7 +408,7 @@ class Node:
             state=self.state, endpoint=self.bus.endpoint, host=socket.gethostname(),
             pid=os.getpid(), cores=len(os.sched_getaffinity(0)), started_at=self._started_at,
             model=mine.model, revision=mine.revision, layout=mine.layout, numerics=mine.numerics,
-            adapter=mine.adapter, transports=",".join(self.settings.transports),
+            adapter=mine.adapter, transports=self.transports,
             kv_links=json.dumps(self.links.describe()),
             block_size=mine.block_size, slab_bytes=engine.layout.slab_bytes,
             num_blocks=engine.pool.num_blocks, max_num_seqs=engine.settings.max_num_seqs,

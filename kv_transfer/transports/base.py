@@ -20,7 +20,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from common.errors import DigestMismatch
+import numpy as np
+import numpy.typing as npt
+
+from common.errors import DigestMismatch, StaleBlock
 from common.kv_layout import KVLayout
 from kv_transfer.digests import ranges_digest, slab_digest
 from kv_transfer.pool_memory import PoolMemory
@@ -64,6 +67,12 @@ class Target:
     def __init__(self, memory: PoolMemory, layout: KVLayout) -> None:
         self.memory, self.layout = memory, layout
 
+    def ranges(self, piece: Piece) -> list[tuple[int, int]]:
+        """What of a slab is copied, as (offset, length): all, or a tail's filled positions."""
+        if piece.fill:
+            return list(self.layout.tail_ranges(piece.fill))
+        return [(0, self.memory.slab_bytes)]
+
     def check(self, piece: Piece) -> None:
         """Compare a copied piece's digest with the promised one; `DigestMismatch`."""
         if not piece.digest:
@@ -75,6 +84,20 @@ class Target:
             found = slab_digest(slab, piece.seed)
         if found != piece.digest:
             raise DigestMismatch(f"block {piece.index} is not what its hash promises")
+
+
+class Counted(Protocol):
+    """A pool whose generations can be looked at: our own, or a peer's mapping."""
+
+    @property
+    def generations(self) -> npt.NDArray[np.int64]: ...
+
+
+def require_still(pool: Counted, piece: Piece) -> None:
+    """`StaleBlock` unless the piece's block has the announced, even generation now."""
+    generation = int(pool.generations[piece.slot])
+    if generation != piece.generation or generation % 2:
+        raise StaleBlock(f"block {piece.index} was reused while it was being copied")
 
 
 # Opens the reading end of a link from a Hello's proof: `LinkLost` or `MalformedMessage` says why it

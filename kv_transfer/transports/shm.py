@@ -1,13 +1,7 @@
 """Shared memory: the reader maps the source's pool read-only and copies slabs straight out of it.
 
-One memcpy per slab, no message, no staging. The pool's descriptor goes over a unix socket to a
-process of the same user that knows the link's nonce: that the connection works, and that both halves
-of the nonce match, proves that both ends are on one host; host names prove nothing and are not
-looked at. The socket is one of two kinds, and everything else is the same for both:
-
-    abstract          no file, nothing left behind; ends at the border of a network namespace
-    in a folder       `--shm-dir`, for containers, which have a network namespace each and can have
-                      a folder in common; what a killed process left there, the next source removes
+One memcpy per slab, no message, no staging. The pool's descriptor comes by same_host.py, which
+proves that both ends are processes of one user on one host.
 
 A mapping cannot be revoked, so closing a link only stops new mappings; readers prove afterwards
 that no generation changed while they copied (seqlock).
@@ -15,93 +9,23 @@ that no generation changed while they copied (seqlock).
 
 from __future__ import annotations
 
-import contextlib
-import hmac
-import os
-import secrets
-import socket
-import struct
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 
-from common.errors import ConfigError, LinkLost, MalformedMessage, StaleBlock
+from common.errors import LinkLost, MalformedMessage
 from kv_transfer.pool_memory import MappedPool, PoolMemory, copy_bytes, copy_ranges
 from kv_transfer.ports import Piece
-from kv_transfer.transports.base import Target
-
-_NAME_BYTES = 16
-_HALF = 16  # bytes of a nonce's half: the first is shown by the reader, the second by the source
-_TIMEOUT = 2.0  # seconds for one exchange on the socket
-_CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
+from kv_transfer.transports.base import Target, require_still
+from kv_transfer.transports.same_host import Passer, receive
 
 
-class ShmSource:
-    """Hands the descriptor of `memory` to readers that can prove a link. One thread, mostly asleep."""
+class ShmSource(Passer):
+    """Hands the descriptor of `memory` to readers that can prove a link."""
 
     name = "shm"
 
     def __init__(self, memory: PoolMemory, folder: str = "") -> None:
-        """`folder`: where the socket is to lie; empty: an abstract one. `ConfigError` if it cannot."""
-        self._memory = memory
-        self._name = secrets.token_bytes(_NAME_BYTES // 2).hex().encode()
-        self._nonces: dict[bytes, bytes] = {}  # first half → second half
-        self._links: dict[str, bytes] = {}
-        self._path = _path(folder, self._name) if folder else None
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        if self._path is None:
-            self._socket.bind(_abstract(self._name))
-            self._socket.listen(64)
-        else:
-            try:
-                _listen(self._socket, self._path)
-            except OSError as error:
-                self._socket.close()
-                raise ConfigError(
-                    f"no socket can be made in the shm folder {folder}: {error}; name a writable "
-                    "one with a short path (--shm-dir)",
-                    param="shm_dir",
-                ) from error
-        self._thread = threading.Thread(target=self._serve, name="shm-source", daemon=True)
-        self._thread.start()
-
-    def open_link(self, link: str) -> bytes:
-        first, second = secrets.token_bytes(_HALF), secrets.token_bytes(_HALF)
-        self._links[link] = first
-        self._nonces[first] = second
-        return self._name + first + second
-
-    def close_link(self, link: str) -> None:
-        first = self._links.pop(link, None)
-        if first is not None:
-            self._nonces.pop(first, None)
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)  # wakes accept
-        self._thread.join()
-        self._socket.close()
-        if self._path is not None:
-            self._path.unlink(missing_ok=True)
-        self._links.clear()
-        self._nonces.clear()
-
-    def _serve(self) -> None:
-        while True:
-            try:
-                connection, _ = self._socket.accept()
-            except OSError:
-                return
-            with connection, contextlib.suppress(OSError):
-                self._answer(connection)
-
-    def _answer(self, connection: socket.socket) -> None:
-        connection.settimeout(_TIMEOUT)
-        if _user(connection) != os.geteuid():
-            return
-        second = self._nonces.get(connection.recv(_HALF + 1))
-        if second is not None:
-            socket.send_fds(connection, [second], [self._memory.fd])
+        super().__init__(memory.fd, folder)
 
 
 class ShmReader:
@@ -114,28 +38,9 @@ class ShmReader:
 
     @classmethod
     def open(cls, link: str, proof: bytes, target: Target, *, folder: str = "") -> ShmReader:
-        """Prove that the other end is on this host and of this user, and map its pool. A source
-        is looked for in `folder`, where there is one, and among the abstract sockets."""
-        if len(proof) != _NAME_BYTES + 2 * _HALF:
-            raise MalformedMessage("a shm proof has a name and a nonce", param="proofs")
-        name, first = proof[:_NAME_BYTES], proof[_NAME_BYTES:-_HALF]
-        try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
-                connection.settimeout(_TIMEOUT)
-                _connect(connection, name, folder)
-                if _user(connection) != os.geteuid():
-                    raise LinkLost("the pool belongs to another user")
-                connection.send(first)
-                second, fds, _, _ = socket.recv_fds(connection, _HALF + 1, 1)
-        except OSError as error:
-            raise LinkLost(f"not on this host: {error}") from error
-        try:
-            if not hmac.compare_digest(second, proof[-_HALF:]) or len(fds) != 1:
-                raise LinkLost("not on this host: the nonce differs")
-            mapped = MappedPool(fds[0])
-        finally:
-            for fd in fds:
-                os.close(fd)
+        """Prove that the other end is on this host and of this user, and map its pool."""
+        with receive(proof, folder) as (fd, _):
+            mapped = MappedPool(fd)
         if mapped.slab_bytes != target.memory.slab_bytes:
             mapped.close()
             raise MalformedMessage("the peer's slabs have another size", param="slab_bytes")
@@ -149,62 +54,18 @@ class ShmReader:
             with self._lock:
                 if self._closed:
                     raise LinkLost("the link was closed")
-                self._require_still(piece)
+                require_still(self._mapped, piece)
                 source = self._mapped.slab_address(piece.slot)
                 into = target.memory.slab_address(piece.block)
                 if piece.fill:
                     copy_ranges(into, source, target.layout.tail_ranges(piece.fill))
                 else:
                     copy_bytes(into, source, target.memory.slab_bytes)
-                self._require_still(piece)
+                require_still(self._mapped, piece)
             target.check(piece)
-
-    def _require_still(self, piece: Piece) -> None:
-        generation = int(self._mapped.generations[piece.slot])
-        if generation != piece.generation or generation % 2:
-            raise StaleBlock(f"block {piece.index} was reused while it was being copied")
 
     def close(self) -> None:
         with self._lock:
             if not self._closed:
                 self._closed = True
                 self._mapped.close()
-
-
-def _abstract(name: bytes) -> bytes:
-    return b"\0pdq-" + name
-
-
-def _path(folder: str, name: bytes) -> Path:
-    return Path(folder, f"pdq-{name.decode()}.sock")
-
-
-def _listen(listener: socket.socket, path: Path) -> None:
-    """Listen at `path`, which appears only then; and remove those that nobody listens at any more."""
-    unfinished = path.with_suffix(".new")
-    listener.bind(str(unfinished))
-    listener.listen(64)
-    unfinished.chmod(0o600)
-    unfinished.rename(path)
-    for other in path.parent.glob("pdq-*.sock"):
-        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
-            probe.setblocking(False)
-            try:
-                probe.connect(str(other))
-            except ConnectionRefusedError:
-                other.unlink(missing_ok=True)
-            except OSError:  # full, of another user, or just gone: not ours to judge
-                continue
-
-
-def _connect(connection: socket.socket, name: bytes, folder: str) -> None:
-    if folder and name.isalnum():  # it comes from a peer, and becomes part of a path
-        with contextlib.suppress(FileNotFoundError):
-            return connection.connect(str(_path(folder, name)))
-    return connection.connect(_abstract(name))
-
-
-def _user(connection: socket.socket) -> int:
-    """The user id of the process at the other end, from the kernel."""
-    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    return int(_CREDENTIALS.unpack(credentials)[1])

@@ -95,7 +95,10 @@ def test_an_index_that_names_a_missing_file(folder: Path) -> None:
     assert "model-00001-of-00002.safetensors" in str(refused(folder, CheckpointError).param)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": {"a": "../../x"}}'])
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{}", '{"weight_map": {"a": "../../x"}}', '{"weight_map": {"a": "x\\u0000y"}}'],
+)
 def test_an_index_that_is_none(folder: Path, text: str) -> None:
     path = folder / "model.safetensors.index.json"
     path.write_text(text)
@@ -116,7 +119,20 @@ def test_an_index_that_is_none(folder: Path, text: str) -> None:
         ({"rope_scaling": {"rope_type": "linear"}}, "rope_parameters.factor"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": "x"}}, "rope_parameters.factor"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "rope_parameters.factor"),
+        ({"rope_scaling": {"full_attention": {"rope_type": "default"}}}, "rope_scaling"),
+        ({"rope_scaling": ["linear"]}, "rope_scaling"),
+        ({"rope_theta": -1.0}, "rope_theta"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"head_dim": 6}, "head_dim"),
+        ({"head_dim": 7}, "head_dim"),
+        ({"rms_norm_eps": "tiny"}, "rms_norm_eps"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
+        ({"model_type": "mistral", "sliding_window": -4}, "sliding_window"),
+        ({"model_type": "mistral", "layer_types": 3}, "layer_types"),
         ({"eos_token_id": "</s>"}, "eos_token_id"),
+        ({"eos_token_id": [2, 512]}, "eos_token_id"),
     ],
 )
 def test_a_field_that_is_not_supported(folder: Path, fields: dict[str, Any], param: str) -> None:

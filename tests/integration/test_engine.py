@@ -8,13 +8,13 @@ from torch import Tensor
 
 from common.engine import Engine, FinishReason, SamplingParams
 from common.engine.backends.base import Rows
-from common.engine.engine import NotFiniteLogits
 from common.errors import (
     ConfigError,
     ContextLengthExceeded,
     InsufficientMemory,
     InvalidRequest,
     NeverFits,
+    NotFiniteLogits,
     TokenOutOfRange,
 )
 from tests.support.checkpoints import STORIES, transformers_model
@@ -271,14 +271,22 @@ def test_the_pool_has_the_size_that_was_asked_for() -> None:
     assert Engine.load(STORIES, num_kv_blocks=37).pool.num_blocks == 37
     engine = Engine.load(STORIES, dtype="float32", kv_cache_memory_bytes=1 << 20)
     assert engine.pool.num_blocks == (1 << 20) // engine.layout.slab_bytes
-    with pytest.raises(InsufficientMemory, match="kv_cache_memory_bytes"):
+    with pytest.raises(InsufficientMemory, match=r"does not fit into \d+ MiB.*--num-kv-blocks"):
         Engine.load(STORIES, num_kv_blocks=1 << 40)
     with pytest.raises(InsufficientMemory, match="hold no block"):
         Engine.load(STORIES, kv_cache_memory_bytes=100)
 
 
+def test_weights_that_do_not_fit_are_refused_before_they_are_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("common.engine.loading.free_memory", lambda device: 1 << 19)
+    with pytest.raises(InsufficientMemory, match=r"the weights take \d+ MiB as float32.*smaller"):
+        Engine.load(STORIES, dtype="float32")
+
+
 def test_unknown_and_impossible_settings_are_refused() -> None:
-    with pytest.raises(ConfigError, match="unknown engine setting max_sequences"):
+    with pytest.raises(ConfigError, match="unknown setting max_sequences"):
         Engine.load(STORIES, max_sequences=3)
     with pytest.raises(ConfigError, match="beyond the model's 512"):
         Engine.load(STORIES, max_model_len=513)

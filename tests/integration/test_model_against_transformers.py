@@ -11,8 +11,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from common.engine import Engine, SamplingParams
+from common.engine.model_config import load_model_config
 from common.model_files import SHIPPED_DRAFT, SHIPPED_MODEL
 from tests.support.checkpoints import (
     BABYLLAMA,
@@ -100,6 +102,94 @@ def test_random_configurations_give_transformers_logits(
         assert_same_logits(folder, token_ids, max_num_batched_tokens=64, max_num_seqs=4)
 
     check()
+
+
+TINY: dict[str, Any] = {
+    "vocab_size": 97, "hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 2,
+    "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8,
+    "max_position_embeddings": 256,
+}  # fmt: skip
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
+YARN_64 = YARN | {"original_max_position_embeddings": 64}
+
+CORNERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "head_dim 4": ("llama", {"head_dim": 4}),
+    "head_dim 20": ("qwen3", {"head_dim": 20}),
+    "head_dim 100": ("llama", {"head_dim": 100}),
+    "groups of 7": ("llama", {"num_attention_heads": 7, "num_key_value_heads": 1,
+                              "hidden_size": 56}),
+    "as many keys as queries": ("qwen3", {"num_key_value_heads": 6}),
+    "window 1": ("mistral", {"sliding_window": 1}),
+    "window of a block": ("mistral", {"sliding_window": 16}),
+    "window of a key block and one": ("mistral", {"sliding_window": 65}),
+    "some layers with a window": ("qwen3", {
+        "use_sliding_window": True, "sliding_window": 9,
+        "layer_types": ["sliding_attention", "full_attention"]}),
+    "yarn that contradicts its length": ("llama", {"rope_parameters": YARN_64 | {"factor": 8.0}}),
+    "yarn attention_factor": ("llama", {"rope_parameters": YARN_64 | {"attention_factor": 0.7}}),
+    "yarn mscale": ("llama", {"rope_parameters": YARN_64 | {"mscale": 0.7, "mscale_all_dim": 1.0}}),
+    "yarn not truncated": ("llama", {"rope_parameters": YARN_64 | {"truncate": False}}),
+    "yarn beta": ("llama", {"rope_parameters": YARN_64 | {"beta_fast": 8.0, "beta_slow": 2.0}}),
+    "yarn without a length": ("llama", {"rope_parameters": YARN}),
+    "flags of another family": ("mistral", {"attention_bias": True, "mlp_bias": True}),
+    "a large eps": ("llama", {"rms_norm_eps": 0.01}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CORNERS)
+def test_corners_give_transformers_logits(name: str, tmp_path: Path) -> None:
+    model_type, fields = CORNERS[name]
+    folder = save_random_model(tmp_path, model_type, 7, **TINY | fields)
+    token_ids = np.random.default_rng(1).integers(0, 97, 150).tolist()
+    assert_same_logits(folder, token_ids, max_num_batched_tokens=64, max_num_seqs=4)
+
+
+def change_config(folder: Path, remove: list[str], **fields: Any) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in config.items() if k not in remove} | fields))
+
+
+@pytest.mark.parametrize("kind", ["linear", "dynamic", "llama3", "yarn"])
+def test_the_old_spelling_of_rope_means_the_same(kind: str, tmp_path: Path) -> None:
+    folder = save_random_model(tmp_path, "llama", 7, **TINY)
+    scaling = {"type": kind, **ROPES[kind]}
+    change_config(folder, ["rope_parameters"], rope_theta=5000.0, rope_scaling=scaling)
+    assert_same_logits(folder, list(range(90)))
+
+
+@pytest.mark.parametrize("block_size", [1, 7, 128])
+def test_any_block_size_gives_transformers_logits(block_size: int, tmp_path: Path) -> None:
+    folder = save_random_model(tmp_path, "mistral", 7, **TINY, sliding_window=5)
+    assert_same_logits(folder, list(range(95)), block_size=block_size)
+
+
+def test_what_a_config_does_not_say_is_what_transformers_assumes(tmp_path: Path) -> None:
+    folder = save_random_model(
+        tmp_path, "mistral", 7, **TINY | {"num_attention_heads": 16, "num_key_value_heads": 8}
+    )
+    change_config(folder, ["num_key_value_heads", "sliding_window"])
+    assert_same_logits(folder, list(range(90)))
+    assert load_model_config(folder).windows == (4096, 4096)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.1])
+def test_a_tied_head_that_is_stored_too_counts_where_it_differs(
+    scale: float, tmp_path: Path
+) -> None:
+    folder = save_random_model(tmp_path, "llama", 7, **TINY, tie_word_embeddings=True)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].flip(1) * scale
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert_same_logits(folder, list(range(90)))
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
+def test_a_checkpoint_of_another_dtype_is_converted(stored: torch.dtype, tmp_path: Path) -> None:
+    folder = save_random_model(tmp_path, "qwen3", 7, **TINY)
+    path = folder / "model.safetensors"
+    save_file({k: v.to(stored) for k, v in load_file(path).items()}, path, {"format": "pt"})
+    assert_same_logits(folder, list(range(90)))
 
 
 def test_sharded_checkpoints_load(tmp_path: Path) -> None:

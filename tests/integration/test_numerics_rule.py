@@ -17,6 +17,7 @@ import torch
 
 from common.config import EngineSettings
 from common.engine import Engine, SamplingParams
+from common.engine.backends.cpu import CpuBackend
 from tests.support.checkpoints import save_random_model
 from tests.support.logit_record import RandomProposer, Run, run_recorded
 
@@ -124,6 +125,47 @@ def test_no_logit_depends_on_the_batch(folder: Path, dtype: str, threads: int) -
     if threads == 1:
         assert total >= 10**7
         assert preemptions >= 10
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_no_logit_depends_on_the_block_size_or_the_context(folder: Path, dtype: str) -> None:
+    """Such settings change hashes, or how much fits, and no bit."""
+    prompt = np.random.default_rng(4).integers(0, VOCAB, 333).tolist()
+    params = SamplingParams(max_tokens=40, seed=5, ignore_eos=True)
+    runs = []
+    for settings in (
+        {}, {"block_size": 1, "num_kv_blocks": 400}, {"block_size": 7}, {"block_size": 128},
+        {"max_model_len": 400}, {"max_num_batched_tokens": 9},
+    ):  # fmt: skip
+        fields = {"num_kv_blocks": 100, "max_num_seqs": 4, "threads": 1} | settings
+        engine = Engine.load(folder, dtype=dtype, **fields)
+        recorded = run_recorded(engine, {"r": prompt}, {"r": params}, ["r"])
+        runs.append((recorded.tokens, {key: rows[0] for key, rows in recorded.logits.items()}))
+    for tokens, logits in runs[1:]:
+        assert tokens == runs[0][0]
+        assert all(torch.equal(row, runs[0][1][key]) for key, row in logits.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_settle_sees_every_count_of_rows_that_gives_other_bits(
+    dtype: torch.dtype, threads: int
+) -> None:
+    """With biases, heads on embeddings, and sizes that fit no vector."""
+    generator = torch.Generator().manual_seed(2)
+    for inputs, outputs in ((64, 192), (101, 300), (1089, 513), (4865, 97), (17, 2048), (1, 9)):
+        for kind in ("plain", "biased", "tied"):
+            backend = CpuBackend(dtype, threads)
+            weight = torch.randn(outputs, inputs, generator=generator).to(dtype)
+            bias = torch.randn(outputs, generator=generator) if kind == "biased" else None
+            tied = kind == "tied"
+            linear = backend.tied_linear(weight) if tied else backend.linear(weight, bias)
+            backend.settle()
+            x = torch.randn(32, inputs, generator=generator).to(dtype)
+            whole = linear(x, 32)
+            for count in range(0, 32, backend.row_plan.generated_multiple):
+                assert torch.equal(linear(x[count:], 32 - count), whole[count:])
+    CpuBackend(dtype, 1)  # this thread computes with one again
 
 
 def test_the_class_names_what_the_bits_depend_on(folder: Path) -> None:

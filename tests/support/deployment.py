@@ -76,7 +76,6 @@ class Deployment:
                 self.start_node(name, role)
 
     def start_gateway(self, name: str) -> None:
-        self.urls.pop(name, None)
         self.start(
             name, "gateway", "--name", name, "--host", "127.0.0.1", "--port", "0",
             "--model", str(self.model), *self.gateway_flags,
@@ -160,7 +159,7 @@ class Deployment:
             for name, process in self.processes.items():
                 assert process.poll() is None, f"{name} ended at start\n{self.logs()}"
             ready = {n: r for n, r in (await self.records()).items() if r.state is NodeState.READY}
-            self.urls |= {name: r.url for name, r in ready.items() if r.role is Role.GATEWAY}
+            self.urls = {name: r.url for name, r in ready.items() if r.role is Role.GATEWAY}
             missing = self.processes.keys() - ready.keys()
             if not missing and all([await self._http_ready(url) for url in self.urls.values()]):
                 return

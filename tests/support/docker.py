@@ -130,7 +130,10 @@ def own_engine() -> Iterator[Engine]:
             process.wait(30)
         process.kill()
         process.wait()
-        shutil.rmtree(folder, ignore_errors=True)
+        for line in reversed(Path("/proc/self/mounts").read_text().splitlines()):
+            if (place := line.split()[1]).startswith(f"{folder}/"):  # dockerd leaves one or two
+                subprocess.run(["umount", place], check=False)
+        shutil.rmtree(folder)
 
 
 # ── Images ───────────────────────────────────────────────────────────────────────────────────────
@@ -224,7 +227,9 @@ def _pip_settings() -> tuple[dict[str, str], set[str]]:
     """This machine's settings of pip, as variables; and the files and folders that they name."""
     listed = run([sys.executable, "-m", "pip", "config", "list"])
     settings: dict[str, str] = {}
-    for name, value in re.findall(r"^(?:global|:env:|install|download)\.(\S+?)='(.*)'$", listed, re.M):
+    for name, value in re.findall(
+        r"^(?:global|:env:|install|download)\.(\S+?)='(.*)'$", listed, re.M
+    ):
         settings["PIP_" + name.upper().replace("-", "_")] = value.replace("\\n", " ").strip()
     places = set()
     for word in " ".join(settings.values()).split():
@@ -270,6 +275,14 @@ class Compose:
             [*self.engine.compose_command, *arguments],
             env={**self.engine.environment, **self.variables, **variables}, limit_s=limit_s,
         )  # fmt: skip
+
+    def script(self, *command: str, limit_s: float = BUILD_LIMIT_S) -> str:
+        """What a command prints that calls compose itself, by $COMPOSE."""
+        environment = {
+            **self.engine.environment, **self.variables,
+            "COMPOSE": shlex.join(self.engine.compose_command),
+        }  # fmt: skip
+        return run(command, env=environment, limit_s=limit_s) or "(nothing)"
 
     def up(self, *arguments: str, **variables: str) -> None:
         self.compose("up", "--detach", *arguments, **variables)

@@ -135,10 +135,14 @@ class Client:
 
 
 class Load:
-    """`async with Load(url, bodies)`: all are asked at once, every other one streams."""
+    """`async with Load(url, bodies)`: all are asked at once, every other one streams, unless
+    `streams` says it for all. Leaving it disconnects those that wait still."""
 
-    def __init__(self, url: str, asked: Sequence[Body]) -> None:
-        self.clients = [Client(body, index % 2 == 0) for index, body in enumerate(asked)]
+    def __init__(self, url: str, asked: Sequence[Body], *, streams: bool | None = None) -> None:
+        self.clients = [
+            Client(body, index % 2 == 0 if streams is None else streams)
+            for index, body in enumerate(asked)
+        ]
         self.tasks: list[asyncio.Task[None]] = []
         self._url = url
         self._http = httpx.AsyncClient(limits=httpx.Limits(max_connections=None), timeout=120.0)

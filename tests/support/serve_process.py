@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ END_LIMIT_S = 40.0
 class ServeProcess:
     """Use `serving`. `lines` are those of stdout, `errors` those of stderr."""
 
-    def __init__(self, folder: Path, *flags: str) -> None:
+    def __init__(self, folder: Path, *flags: str, command: Sequence[str] = ()) -> None:
         self.folder = folder
         self.temporary, self.notes = folder / "tmp", folder / "run"
         for place in (self.temporary, self.notes):
@@ -40,7 +40,7 @@ class ServeProcess:
         self.ports: set[int] = set()
         self._heard = threading.Condition()
         self.process = subprocess.Popen(
-            [sys.executable, "-W", "error", "-m", "common.cli", "serve", *flags],
+            command or [sys.executable, "-W", "error", "-m", "common.cli", "serve", *flags],
             cwd=ROOT, env=self.environment(), text=True,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
@@ -143,9 +143,10 @@ class ServeProcess:
 
 
 @contextlib.contextmanager
-def serving(folder: Path, *flags: str) -> Iterator[ServeProcess]:
-    """A started one; whatever happens, it is ended, by Ctrl-C if it can be."""
-    serve = ServeProcess(folder, *flags)
+def serving(folder: Path, *flags: str, command: Sequence[str] = ()) -> Iterator[ServeProcess]:
+    """A started one, by `command` where that is given; whatever happens, it is ended, by Ctrl-C
+    if it can be."""
+    serve = ServeProcess(folder, *flags, command=command)
     try:
         yield serve
     finally:

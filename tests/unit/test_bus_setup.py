@@ -33,7 +33,7 @@ def test_a_file_that_holds_no_key_is_named(tmp_path: Path) -> None:
 
 
 def test_a_place_where_no_key_can_be_made_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="missing/bus.key"):
+    with pytest.raises(ConfigError, match=r"missing/bus\.key"):
         complete(BusSettings(secret_key_file=str(tmp_path / "missing" / "bus.key")), REDIS)
 
 

@@ -17,12 +17,19 @@ DOORS = {
     "zmq": {"common/bus.py", "kv_transfer/transports/tcp.py"},
     "msgpack": {"common/codec.py"},
     "xxhash": {"kv_transfer/digests.py"},
+    "nixl": {"kv_transfer/transports/nixl.py"},
     "huggingface_hub": {"common/model_files.py"},
     "safetensors": {"common/engine/weights.py"},
     "prometheus_client": {"common/metrics.py"},
     "pickle": set(),
     "marshal": set(),
     "transformers": set(),
+}
+
+
+LIBRARIES = {  # those that are loaded by name, not imported
+    "libcudart": {"kv_transfer/cuda_runtime.py"},
+    "libnccl": {"kv_transfer/nccl_library.py"},
 }
 
 
@@ -46,6 +53,21 @@ def imported(path: Path) -> set[str]:
 def test_a_dependency_comes_in_by_its_own_door(dependency: str) -> None:
     users = {str(path.relative_to(ROOT)) for path in sources() if dependency in imported(path)}
     assert users == DOORS[dependency]
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_library_is_loaded_by_its_own_door(library: str) -> None:
+    users = {
+        str(path.relative_to(ROOT))
+        for path in sources()
+        if any(
+            isinstance(node, ast.Constant)
+            and isinstance(node.value, str)
+            and node.value.startswith(library)
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        )
+    }
+    assert users == LIBRARIES[library]
 
 
 def test_only_the_engine_and_what_moves_its_memory_knows_torch() -> None:

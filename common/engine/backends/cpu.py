@@ -13,8 +13,8 @@ row from that row alone.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 
-import llvmlite.binding
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -44,9 +44,7 @@ class _OneDnnLinear:
         self._bias = bias
 
     def product(self, x: Tensor) -> Tensor:
-        out: Tensor = _PRODUCT(
-            x, self._weight, self._bias, "none", [], ""
-        )
+        out: Tensor = _PRODUCT(x, self._weight, self._bias, "none", [], "")
         return out
 
     def __call__(self, x: Tensor, padded_generated: int) -> Tensor:
@@ -83,6 +81,7 @@ class CpuBackend:
         self.row_plan = RowPlan(prompt_rows, 32, 32, query_tile=kernels.QUERY_TILE)
         self._element = _ELEMENT[dtype]
         self._shapes: set[tuple[str, int, int, bool]] = set()  # kind, in, out, with bias
+        self._products = ""  # digest of what the products gave, see `settle`
         self.enter_thread()
 
     @property
@@ -91,15 +90,15 @@ class CpuBackend:
         return "/".join(
             (
                 "cpu",
-                llvmlite.binding.get_host_cpu_name(),
+                numba_runtime.target(),
                 torch.backends.cpu.get_cpu_capability().replace(" ", ""),
                 "amx" if torch.cpu._is_amx_tile_supported() else "no-amx",
                 str(self.dtype).removeprefix("torch."),
                 f"threads-{self.threads}",
                 f"rows-{plan.prompt_rows}-{plan.generated_rows}x{plan.generated_multiple}",
                 f"torch-{torch.__version__.partition('+')[0]}",
-                f"llvm-{llvmlite.binding.llvm_version_info[0]}",
                 f"kernels-{KERNELS_VERSION}",
+                f"products-{self._products}",
             )
         )
 
@@ -108,13 +107,19 @@ class CpuBackend:
 
         Called once all weights are prepared. Each shape is tried with a product of its own that
         is zero but for the order of summation, so that another order shows in every element,
-        not in one of thousands. 32 rows always serve, being the one exact size.
+        not in one of thousands. 32 rows always serve, being the one exact size. What the products
+        gave becomes part of the class: a library, a processor or a variable of the environment
+        that leads to another order of summation leads to another class.
         """
         most = self.row_plan.generated_rows
         same = np.ones(most + 1, dtype=bool)
+        digest = hashlib.blake2b(digest_size=6)
         for shape in sorted(self._shapes):
-            x, linear = self._cancelling_product(*shape)
+            rows, linear = self._cancelling_product(*shape)
+            self._check_prompt_rows(rows, linear, digest)
+            x = rows[:most]
             whole = linear.product(x)
+            digest.update(_bytes(whole))
             for count in range(1, most):
                 if same[count]:
                     last = x[most - count :].clone()  # other rows than the first, to see both
@@ -122,24 +127,42 @@ class CpuBackend:
                     same[count] &= torch.equal(linear.product(last), whole[most - count :])
         multiple = next(m for m in (1, 2, 4, 8, 16, 32) if same[m : most + 1 : m].all())
         self.row_plan = dataclasses.replace(self.row_plan, generated_multiple=multiple)
+        self._products = digest.hexdigest()
+
+    def _check_prompt_rows(
+        self, x: Tensor, linear: _OneDnnLinear | _PlainLinear, digest: hashlib.blake2b
+    ) -> None:
+        """A row of a prompt's product must not depend on its place among the others."""
+        if isinstance(linear, _PlainLinear):
+            return  # a head, whose rows all count as generated
+        whole = linear.product(x)
+        if not torch.equal(linear.product(x.roll(1, 0)), whole.roll(1, 0)):
+            raise ConfigError(
+                f"on this machine a product of {len(x)} rows depends on their order, so that no "
+                "result could be repeated; use kernels reference",
+                param="kernels",
+            )
+        digest.update(_bytes(whole))
 
     def _cancelling_product(
         self, kind: str, in_features: int, out_features: int, biased: bool
     ) -> tuple[Tensor, _OneDnnLinear | _PlainLinear]:
-        """Inputs and a weight whose products cancel in pairs, the second halves shuffled."""
+        """Inputs for a prompt's call, and a weight, whose products cancel in pairs of columns that
+        lie anywhere. A bias is as small as what is left, so that it matters when it is added."""
         generator = torch.Generator().manual_seed(0)
         half = in_features // 2
-        order = torch.randperm(half, generator=generator)
-        rows = self.row_plan.generated_rows
+        one, other = torch.randperm(in_features, generator=generator)[: 2 * half].view(2, half)
+        rows = self.row_plan.prompt_rows
         x = torch.zeros(rows, in_features, dtype=self.dtype)
         weight = torch.zeros(out_features, in_features, dtype=self.dtype)
-        x[:, :half] = torch.randn(rows, half, generator=generator)
-        weight[:, :half] = torch.randn(out_features, half, generator=generator)
-        x[:, half : 2 * half] = x[:, :half][:, order]
-        weight[:, half : 2 * half] = -weight[:, :half][:, order]
+        x[:, one] = torch.randn(rows, half, generator=generator).to(self.dtype)
+        weight[:, one] = torch.randn(out_features, half, generator=generator).to(self.dtype)
+        x[:, other], weight[:, other] = x[:, one], -weight[:, one]
         if kind == _PlainLinear.__name__:
             return x, _PlainLinear(self, weight)
-        bias = torch.zeros(out_features, dtype=self.dtype) if biased else None
+        bias = None
+        if biased:
+            bias = (torch.randn(out_features, generator=generator) * 2.0**-20).to(self.dtype)
         return x, _OneDnnLinear(self, weight, bias)
 
     def check(self, shape: HeadShape) -> None:
@@ -253,3 +276,7 @@ class CpuBackend:
 
     def synchronize(self) -> None:
         """Nothing runs behind the caller's back on a CPU."""
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes()

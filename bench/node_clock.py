@@ -1,0 +1,98 @@
+"""A real node that also writes down when things happened: `python -m bench.node_clock … FILE`.
+
+What comes before FILE are the flags of a node. One JSON line per happening, with the machine's monotonic
+clock, which all processes of a host share. The node's code is not changed: its role, and the
+readers of its transports, are wrapped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from common.config import NodeSettings, load
+from common.engine.engine import PlannedStep, StepOutput
+from common.node.runtime import Node
+from kv_transfer.ports import Adopted, Ended, Granted, Piece
+from kv_transfer.transports.shm import ShmReader
+from kv_transfer.transports.tcp import TcpReader
+
+Note = Callable[..., None]
+
+
+class ClockedRole:
+    """A role, and what it is told: written down, then passed on."""
+
+    def __init__(self, role: Any, note: Note) -> None:
+        self._role, self._note = role, note
+        self._decoding: set[str] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._role, name)
+
+    def step_begins(self, planned: PlannedStep) -> None:
+        now = time.monotonic()
+        for chunk in planned.step.chunks:
+            name = chunk.sequence.request_id
+            if not chunk.is_prompt and name not in self._decoding:
+                self._decoding.add(name)
+                self._note("first step", now, request=name)
+        self._role.step_begins(planned)
+
+    def step_ended(self, planned: PlannedStep, outputs: list[StepOutput]) -> None:
+        now = time.monotonic()
+        for chunk in planned.step.chunks:
+            if chunk.is_prompt:
+                end = chunk.end
+                self._note("chunk", now, request=chunk.sequence.request_id, end=end)
+        self._role.step_ended(planned, outputs)
+
+    def sent(self, effect: Granted | Ended) -> None:
+        if isinstance(effect, Granted):
+            self._note("granted", request=effect.key.request, missing=len(effect.missing))
+        self._role.sent(effect)
+
+    def received(self, effect: Adopted | Ended) -> None:
+        if isinstance(effect, Adopted):
+            self._note("adopted", request=f"{effect.offer.request}/{effect.offer.attempt}")
+        self._role.received(effect)
+
+
+def clock_pulls(reader: type[Any], note: Note) -> None:
+    pull = reader.pull
+
+    def clocked(self: Any, pieces: Sequence[Piece]) -> None:
+        begin = time.monotonic()
+        pull(self, pieces)
+        note("pull", begin=begin, pieces=len(pieces))
+
+    reader.pull = clocked
+
+
+async def serve(settings: NodeSettings, note: Note) -> None:
+    node = Node(settings)
+    node.role = ClockedRole(node.role, note)  # type: ignore[assignment]
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, node.stop)
+    await node.run()
+
+
+def main() -> None:
+    file = open(sys.argv[-1], "a", buffering=1)  # noqa: SIM115  (until the process ends)
+
+    def note(what: str, at: float = 0.0, **fields: object) -> None:
+        file.write(json.dumps({"what": what, "at": at or time.monotonic(), **fields}) + "\n")
+
+    for reader in (ShmReader, TcpReader):
+        clock_pulls(reader, note)
+    asyncio.run(serve(load(NodeSettings, sys.argv[1:-1], os.environ, program="node"), note))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""What comes out of an engine: per step, or of a whole request.
+
+Owns the records only; engine.py fills them. Positions are absolute.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from common.engine.sampler_io import Logprobs
+from common.engine.sequence import Sequence
+from common.errors import PdqError
+from common.sampling import FinishReason
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Log probabilities at one position: `top` are (token id, logprob), the most likely first."""
+
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...]
+
+    @classmethod
+    def of(cls, scores: Logprobs, row: int, top: int) -> TokenLogprob:
+        """Of one row that asked for `top`; a small vocabulary has fewer."""
+        ids = scores.top_ids[row, :top]
+        ids = ids[ids >= 0]
+        logprobs = scores.top[row, : len(ids)]
+        return cls(
+            float(scores.chosen[row]),
+            int(scores.ranks[row]),
+            tuple(zip(ids.tolist(), logprobs.tolist(), strict=True)),
+        )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What one sequence got from one step; `token_ids[i]` is at absolute `position + i`."""
+
+    request_id: str
+    choice: int
+    position: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...]  # empty, or one per token
+    finish_reason: FinishReason | None
+    sequence: Sequence
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None  # with the first choice's first
+    error: PdqError | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Completion:
+    """One choice of one prompt, complete. `text` is None when the model has no tokenizer."""
+
+    index: int
+    choice: int
+    prompt_token_ids: tuple[int, ...]
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...]
+    prompt_logprobs: tuple[TokenLogprob | None, ...] | None
+    finish_reason: FinishReason
+    text: str | None

@@ -1,0 +1,89 @@
+"""Which transports a node has: what the settings name, as far as this machine and its pool allow.
+
+The order is the settings'; the first that both ends of a link prove is taken (handshake.py). What
+the pool cannot have is left out: `shm` reads host memory, `cuda_ipc` and `nccl` a device's. A node
+that would be left with none of those it was told to have does not start.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from common.config import NodeSettings
+from common.errors import ConfigError
+from common.kv_layout import KVLayout
+from common.logs import get_logger
+from kv_transfer.device_memory import DevicePoolMemory
+from kv_transfer.lease import Leases
+from kv_transfer.nccl_library import NcclLibrary
+from kv_transfer.pool_memory import PoolMemory
+from kv_transfer.transports.base import Opener, Source
+from kv_transfer.transports.cuda_ipc import CudaIpcReader, CudaIpcSource
+from kv_transfer.transports.nccl import NcclReader, NcclSource, Turns
+from kv_transfer.transports.nixl import NixlReader, NixlSource
+from kv_transfer.transports.shm import ShmReader, ShmSource
+from kv_transfer.transports.tcp import TcpReader, TcpSource
+
+log = get_logger("node")
+
+Ends = tuple[Source, Opener]
+Made = tuple[list[Source], dict[str, Opener]]
+
+
+def make_transports(
+    settings: NodeSettings, memory: PoolMemory, layout: KVLayout, leases: Leases
+) -> Made:
+    """Both ends of each, fastest first. `ConfigError` if one that was named cannot be had."""
+    found: list[tuple[str, Ends]] = []
+    for name in settings.transports:
+        if not _suits(name, memory):
+            continue
+        try:
+            found.append((name, _make(name, settings, memory, layout, leases)))
+        except ConfigError as error:
+            if name == "cuda_ipc":  # one of the default ones, and some platforms have no handles
+                log.warning("transport.unavailable", name=name, error=error)
+                continue
+            for _, (source, _) in found:
+                source.close()
+            raise ConfigError(f"transport {name}: {error}", param="transports") from error
+    if settings.transports and not found:
+        place = "host memory" if memory.device is None else "a CUDA device"
+        raise ConfigError(
+            f"none of the transports {', '.join(settings.transports)} reads a pool on {place}; "
+            "add tcp (--transports)",
+            param="transports",
+        )
+    log.info("transports", names=",".join(name for name, _ in found))
+    return [source for _, (source, _) in found], {name: opener for name, (_, opener) in found}
+
+
+def _suits(name: str, memory: PoolMemory) -> bool:
+    on_device = isinstance(memory, DevicePoolMemory)
+    return {"shm": not on_device, "cuda_ipc": on_device, "nccl": on_device}.get(name, True)
+
+
+def _make(
+    name: str, settings: NodeSettings, memory: PoolMemory, layout: KVLayout, leases: Leases
+) -> Ends:
+    bus, folder = settings.bus, settings.shm_dir
+    network = {
+        "host": bus.host, "advertise_host": bus.advertise_host, "secret_key": bus.secret_key,
+    }  # fmt: skip
+    if name == "shm":
+        return ShmSource(memory, folder), functools.partial(ShmReader.open, folder=folder)
+    if name == "nixl":
+        return NixlSource(memory), NixlReader.open
+    if name == "tcp":
+        source = TcpSource(memory, layout, leases, **network)
+        return source, functools.partial(TcpReader.open, secret_key=bus.secret_key)
+    assert isinstance(memory, DevicePoolMemory)
+    if name == "cuda_ipc":
+        return CudaIpcSource(memory, folder), functools.partial(CudaIpcReader.open, folder=folder)
+    nccl, turns = NcclLibrary(), Turns()
+    return (
+        NcclSource(memory, layout, leases, nccl, turns, **network),
+        functools.partial(
+            NcclReader.connect, nccl=nccl, turns=turns, secret_key=bus.secret_key
+        ),
+    )  # fmt: skip

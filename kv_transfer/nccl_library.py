@@ -1,0 +1,134 @@
+"""Communicators of two ranks that never block. The only user of libnccl.
+
+The library is the one that torch has loaded, found by its name. A communicator is made without
+waiting for its peer (`blocking=0`), asked whether it is ready, and can be aborted at any moment:
+after `abort` no kernel of it runs, and what it was receiving into may be used again.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+
+from common.errors import ConfigError, LinkLost, PdqError
+
+ID_BYTES = 128
+_UINT8 = 1  # ncclUint8
+_IN_PROGRESS = 7  # ncclInProgress
+_UNDEFINED = -(2**31)
+_CONFIG_VERSION = 21801  # whose ncclConfig_t is below; later libraries accept a shorter one
+
+Ranges = Sequence[tuple[int, int]]  # device address, length
+
+
+class Communicator(Protocol):
+    """One end of a pair. Methods belong to one thread; all return at once."""
+
+    def is_ready(self) -> bool:
+        """Whether what was asked last has been set up; `LinkLost` if it failed."""
+
+    def exchange(self, ranges: Ranges, stream: int, *, send: bool) -> None:
+        """Put one send or receive of all ranges on a stream; `is_ready` says when it is there."""
+
+    def abort(self) -> None:
+        """End everything that is under way, and the communicator. May be called twice."""
+
+
+class Nccl(Protocol):
+    def unique_id(self) -> bytes:
+        """128 bytes with which two ranks find each other."""
+
+    def communicator(self, device: int, unique_id: bytes, rank: int) -> Communicator: ...
+
+
+class _Id(ctypes.Structure):
+    """ncclUniqueId: passed by value."""
+
+    _fields_ = (("internal", ctypes.c_char * ID_BYTES),)
+
+
+class _Config(ctypes.Structure):
+    """ncclConfig_t, as of 2.18."""
+
+    _fields_ = (
+        ("size", ctypes.c_size_t), ("magic", ctypes.c_uint), ("version", ctypes.c_uint),
+        ("blocking", ctypes.c_int), ("cga_cluster_size", ctypes.c_int),
+        ("min_ctas", ctypes.c_int), ("max_ctas", ctypes.c_int),
+        ("net_name", ctypes.c_char_p), ("split_share", ctypes.c_int),
+    )  # fmt: skip
+
+
+class NcclLibrary:
+    """`Nccl` by libnccl. `ConfigError` where there is none."""
+
+    def __init__(self) -> None:
+        try:
+            self.functions: Any = ctypes.CDLL("libnccl.so.2")
+        except OSError as error:
+            raise ConfigError(
+                f"the nccl transport needs libnccl.so.2, which torch for CUDA brings: {error}"
+            ) from error
+        self.functions.ncclGetErrorString.restype = ctypes.c_char_p
+
+    def check(self, error: type[PdqError], function: str, status: int) -> None:
+        if status not in (0, _IN_PROGRESS):
+            said = self.functions.ncclGetErrorString(status).decode()
+            raise error(f"{function}: {said} ({status})")
+
+    def unique_id(self) -> bytes:
+        unique = _Id()
+        status = self.functions.ncclGetUniqueId(ctypes.byref(unique))
+        self.check(LinkLost, "ncclGetUniqueId", status)
+        return ctypes.string_at(ctypes.byref(unique), ID_BYTES)  # with its zero bytes
+
+    def communicator(self, device: int, unique_id: bytes, rank: int) -> Communicator:
+        return _Pair(self, device, unique_id, rank)
+
+
+class _Pair:
+    def __init__(self, library: NcclLibrary, device: int, unique_id: bytes, rank: int) -> None:
+        self._library, self._peer, self._device = library, 1 - rank, device
+        self._pair = ctypes.c_void_p()
+        self._lock = threading.Lock()
+        config = _Config(
+            ctypes.sizeof(_Config), 0xCAFEBEEF, _CONFIG_VERSION, 0, _UNDEFINED, _UNDEFINED,
+            _UNDEFINED, None, _UNDEFINED,
+        )  # fmt: skip
+        torch.cuda.set_device(device)  # of this thread
+        status = library.functions.ncclCommInitRankConfig(
+            ctypes.byref(self._pair), 2, _Id.from_buffer_copy(unique_id), rank,
+            ctypes.byref(config),
+        )  # fmt: skip
+        library.check(LinkLost, "ncclCommInitRankConfig", status)
+
+    def is_ready(self) -> bool:
+        state = ctypes.c_int()
+        functions = self._library.functions
+        status = functions.ncclCommGetAsyncError(self._pair, ctypes.byref(state))
+        self._library.check(LinkLost, "ncclCommGetAsyncError", status)
+        self._library.check(LinkLost, "nccl", state.value)
+        return state.value != _IN_PROGRESS
+
+    def exchange(self, ranges: Ranges, stream: int, *, send: bool) -> None:
+        functions = self._library.functions
+        one = functions.ncclSend if send else functions.ncclRecv
+        torch.cuda.set_device(self._device)
+        self._library.check(LinkLost, "ncclGroupStart", functions.ncclGroupStart())
+        statuses = [
+            one(ctypes.c_void_p(address), ctypes.c_size_t(length), _UINT8, self._peer,
+                self._pair, ctypes.c_void_p(stream))
+            for address, length in ranges
+        ]  # fmt: skip
+        self._library.check(LinkLost, "ncclGroupEnd", functions.ncclGroupEnd())
+        for status in statuses:
+            self._library.check(LinkLost, "ncclSend" if send else "ncclRecv", status)
+
+    def abort(self) -> None:
+        with self._lock:
+            if self._pair:
+                self._library.functions.ncclCommAbort(self._pair)
+                self._pair = ctypes.c_void_p()

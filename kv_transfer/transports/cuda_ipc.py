@@ -1,0 +1,102 @@
+"""CUDA IPC: the reader maps the source's device memory and copies slabs from device to device.
+
+As `shm`, one step on: same_host.py passes the descriptor of the generations, which live in host
+memory, and the handle of the slabs. Copies run on a stream of the reader's own, which is
+synchronised before the second look at the generations: a copy that is still under way proves
+nothing. The mapping cannot be revoked, so closing a link only stops new mappings.
+"""
+
+from __future__ import annotations
+
+import struct
+import threading
+from collections.abc import Sequence
+
+from common.errors import LinkLost, MalformedMessage, PdqError
+from kv_transfer.cuda_runtime import HANDLE_BYTES, Cuda
+from kv_transfer.device_memory import DevicePoolMemory
+from kv_transfer.pool_memory import MappedPool
+from kv_transfer.ports import Piece
+from kv_transfer.transports.base import Target, require_still
+from kv_transfer.transports.same_host import Passer, receive
+
+_PAYLOAD = struct.Struct(f"<Q{HANDLE_BYTES}s")  # bytes of a slab, handle of the allocation
+
+
+class CudaIpcSource(Passer):
+    """Hands the generations' descriptor and the slabs' handle to readers that prove a link."""
+
+    name = "cuda_ipc"
+
+    def __init__(self, memory: DevicePoolMemory, folder: str = "") -> None:
+        """`ConfigError` where the platform has no IPC handles."""
+        handle = memory.cuda.ipc_handle(memory.device_index, memory.address)
+        super().__init__(memory.fd, folder, _PAYLOAD.pack(memory.slab_bytes, handle))
+
+
+class CudaIpcReader:
+    """A peer's device pool, mapped; `pull` copies."""
+
+    def __init__(self, mapped: MappedPool, base: int, target: Target, cuda: Cuda) -> None:
+        memory = target.memory
+        assert memory.device is not None
+        self._mapped, self._base, self._target = mapped, base, target
+        self._cuda, self._device = cuda, memory.device
+        self._lock = threading.Lock()  # held while copying: close waits
+        self._closed = False
+        self._stream = cuda.stream(memory.device)
+
+    @classmethod
+    def open(cls, link: str, proof: bytes, target: Target, *, folder: str = "") -> CudaIpcReader:
+        """Prove that the other end is on this host and of this user, and map its pool."""
+        own = target.memory
+        if not isinstance(own, DevicePoolMemory):
+            raise LinkLost("this node's pool is not on a CUDA device")
+        with receive(proof, folder) as (fd, payload):
+            if len(payload) != _PAYLOAD.size:
+                raise MalformedMessage("not the memory of a device pool", param="proofs")
+            slab_bytes, handle = _PAYLOAD.unpack(payload)
+            if slab_bytes != own.slab_bytes:
+                raise MalformedMessage("the peer's slabs have another size", param="slab_bytes")
+            mapped = MappedPool(fd)
+        try:
+            base = own.cuda.open_ipc(own.device_index, handle)
+        except PdqError:
+            mapped.close()
+            raise
+        return cls(mapped, base, target, own.cuda)
+
+    def pull(self, pieces: Sequence[Piece]) -> None:
+        target = self._target
+        for piece in pieces:
+            if not 0 <= piece.slot < self._mapped.num_blocks:
+                raise MalformedMessage(f"the peer's pool has no block {piece.slot}", param="slots")
+        with self._lock:
+            if self._closed:
+                raise LinkLost("the link was closed")
+            for piece in pieces:
+                require_still(self._mapped, piece)
+            try:
+                for piece in pieces:
+                    self._enqueue(piece)
+            finally:  # also of a pull that fails, no copy outlives it
+                self._cuda.synchronize(self._device, self._stream)
+            for piece in pieces:
+                require_still(self._mapped, piece)
+        for piece in pieces:
+            target.check(piece)
+
+    def _enqueue(self, piece: Piece) -> None:
+        memory = self._target.memory
+        source = self._base + piece.slot * memory.slab_bytes
+        into = memory.slab_address(piece.block)
+        for offset, length in self._target.ranges(piece):
+            self._cuda.copy(self._device, self._stream, into + offset, source + offset, length)
+
+    def close(self) -> None:
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._cuda.destroy(self._device, self._stream)
+                self._cuda.close_ipc(self._device, self._base)
+                self._mapped.close()

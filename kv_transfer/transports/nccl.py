@@ -1,0 +1,287 @@
+"""Slabs by NCCL: a communicator of two ranks for each link; asking and proving go as in tcp.py.
+
+The reader asks by `Pull`; the source answers `Slabs` and puts one send of all of it on its stream;
+the reader puts the receive on its own, straight into its pool; then comes `Proved`.
+
+Several communicators on one device must not wait for each other crosswise: a kernel of NCCL holds
+the device until the peer's runs. Hence turns, two for each device of a process, taken in one order
+everywhere: a reader takes its device's turn to receive, and only then asks; the source takes its
+device's turn to send, and only then answers. Who has the turn to send waits for nobody: the reader
+that asked holds its own already. So no circle of waits can close, and each device runs at most one
+send and one receive at a time. A peer that stands still keeps a turn until its link is torn down.
+
+A communicator is set up when a reader asks for it, and without blocking. It is aborted before a
+failed pull reports, that is, before the blocks that it was receiving into can be given back; on the
+source's side before the lease ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from common.codec import encode
+from common.errors import LinkLost, MalformedMessage, PdqError
+from common.kv_layout import KVLayout
+from common.messages import Pull, Slabs
+from kv_transfer.device_memory import DevicePoolMemory
+from kv_transfer.lease import Leases
+from kv_transfer.nccl_library import ID_BYTES, Communicator, Nccl, Ranges
+from kv_transfer.ports import Piece
+from kv_transfer.transports import tcp
+from kv_transfer.transports.base import Target
+
+_SETUP_TIMEOUT = 30.0  # for both ends to set a communicator up
+_POLL = 0.0002
+
+
+class Turns:
+    """The turns of one process: for each device one to send and one to receive."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._turns: dict[tuple[int, str], threading.Lock] = {}
+
+    def of(self, device: int, direction: str) -> threading.Lock:
+        with self._lock:
+            return self._turns.setdefault((device, direction), threading.Lock())
+
+
+class _Channel:
+    """One end of a pair: its communicator, its stream, and the turn that it works in."""
+
+    def __init__(
+        self, memory: DevicePoolMemory, nccl: Nccl, turn: threading.Lock, *, sends: bool,
+        is_closing: Callable[[], bool],
+    ) -> None:  # fmt: skip
+        self._cuda, self._device, self._nccl = memory.cuda, memory.device_index, nccl
+        self._turn, self._sends, self._is_closing = turn, sends, is_closing
+        self._pair: Communicator | None = None
+        self._stream = self._cuda.stream(self._device)
+        self._has_turn = False
+
+    def take_turn(self) -> None:
+        while not self._turn.acquire(timeout=0.02):
+            self._require_open()
+        self._has_turn = True
+
+    def give_turn(self) -> None:
+        if self._has_turn:
+            self._has_turn = False
+            self._turn.release()
+
+    def set_up(self, unique_id: bytes) -> None:
+        """Meet the peer; returns when both are there. `LinkLost`, and nothing is left."""
+        rank = 0 if self._sends else 1
+        try:
+            self._pair = self._nccl.communicator(self._device, unique_id, rank)
+            self._wait_ready(_SETUP_TIMEOUT)
+        except PdqError:
+            self.abort()
+            raise
+
+    def begin(self, ranges: Ranges) -> None:
+        """Put one exchange on the stream."""
+        if self._pair is None:
+            raise LinkLost("the communicator was aborted")
+        self._pair.exchange(ranges, self._stream, send=self._sends)
+        self._wait_ready(tcp.STALL_TIMEOUT)
+
+    def is_done(self) -> bool:
+        return self._cuda.is_done(self._device, self._stream)
+
+    def _wait_ready(self, timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        assert self._pair is not None
+        while not self._pair.is_ready():
+            self.pause(deadline)
+
+    def pause(self, deadline: float) -> None:
+        """A moment; `LinkLost` when the link is closing or the deadline is over."""
+        self._require_open()
+        if time.monotonic() > deadline:
+            raise LinkLost("the peer's end of the communicator does not answer")
+        time.sleep(_POLL)
+
+    def _require_open(self) -> None:
+        if self._is_closing():
+            raise LinkLost("the link was closed")
+
+    def abort(self) -> None:
+        """From here on the device does nothing for this link."""
+        if self._pair is not None:
+            self._pair.abort()
+            self._pair = None
+        self.give_turn()
+
+    def close(self) -> None:
+        self.abort()
+        self._cuda.destroy(self._device, self._stream)
+
+
+class NcclSource(tcp.TcpSource):
+    """Serves leased blocks of a device pool."""
+
+    name = "nccl"
+
+    def __init__(
+        self, memory: DevicePoolMemory, layout: KVLayout, leases: Leases, nccl: Nccl,
+        turns: Turns, *, host: str = "127.0.0.1", advertise_host: str = "", secret_key: str = "",
+    ) -> None:  # fmt: skip
+        super().__init__(
+            memory, layout, leases, host=host, advertise_host=advertise_host,
+            secret_key=secret_key,
+        )  # fmt: skip
+        self.device_memory, self.nccl, self.turns = memory, nccl, turns
+
+    def _serve(self, link: str, token: bytes) -> tcp.Served:
+        return _NcclServed(self, link, token)
+
+
+class _NcclServed(tcp.Served):
+    """One link: the thread of tcp.py, which sends by the communicator instead."""
+
+    max_pending = 1  # whoever has a turn finishes it first
+
+    def __init__(self, source: NcclSource, link: str, token: bytes) -> None:
+        memory = source.device_memory
+        turn = source.turns.of(memory.device_index, "send")
+        self._nccl, self._unique_id = source.nccl, b""
+        self._device_memory = memory
+        self._channel = _Channel(
+            memory, source.nccl, turn, sends=True, is_closing=lambda: self._closing
+        )
+        self._is_set_up = False
+        super().__init__(source, link, token)
+
+    def _ship(self, routing_id: bytes, pull: Pull) -> None:
+        """A first pull of nothing gets the communicator's id, a second one waits for its setup."""
+        header = [routing_id, encode(Slabs(self._link, pull.number, ""))]
+        sent = tcp.Sent(routing_id, pull, _Exchange(self._channel))
+        self._sent.append(sent)  # whatever happens now, its blocks are touched
+        if pull.slots:
+            self._channel.take_turn()
+            self._socket.send_multipart(header)
+            self._channel.begin(self._ranges(pull))
+        elif not self._unique_id:
+            self._unique_id = self._nccl.unique_id()
+            self._socket.send_multipart([*header, self._unique_id])
+        else:
+            self._socket.send_multipart(header)
+            if not self._is_set_up:
+                self._channel.set_up(self._unique_id)
+                self._is_set_up = True
+
+    def _ranges(self, pull: Pull) -> list[tuple[int, int]]:
+        memory = self._device_memory
+        whole = [(0, memory.slab_bytes)]
+        ranges = list(self._layout.tail_ranges(pull.fill)) if pull.fill else whole
+        return [
+            (memory.slab_address(slot) + offset, length)
+            for slot in pull.slots
+            for offset, length in ranges
+        ]
+
+    def _left(self, sent: tcp.Sent) -> None:
+        self._channel.give_turn()
+
+    def _serve_until_stopped(self, poller: Any) -> None:
+        with contextlib.suppress(LinkLost):  # of the device: the link ends, the node goes on
+            super()._serve_until_stopped(poller)
+
+    def _ended(self) -> None:
+        self._channel.close()
+
+
+class _Exchange:
+    """In place of a frame's tracker: whether the device has sent it."""
+
+    def __init__(self, channel: _Channel) -> None:
+        self._channel = channel
+
+    def wait(self, timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        while not self._channel.is_done():
+            if time.monotonic() > deadline:
+                raise tcp.NotDone
+            time.sleep(_POLL)
+
+
+class NcclReader(tcp.TcpReader):
+    """The asking end of one link."""
+
+    def __init__(
+        self, link: str, token: bytes, target: Target, key: str, nccl: Nccl, turns: Turns
+    ) -> None:
+        memory = target.memory
+        if not isinstance(memory, DevicePoolMemory):
+            raise LinkLost("this node's pool is not on a CUDA device")
+        turn = turns.of(memory.device_index, "receive")
+        self._channel = _Channel(memory, nccl, turn, sends=False, is_closing=lambda: self._closed)
+        self._unique_id = b""
+        self._pulling = threading.Lock()  # one pull at a time: it has the turn
+        super().__init__(link, token, target, key)
+
+    @classmethod
+    def connect(
+        cls, link: str, proof: bytes, target: Target, nccl: Nccl, turns: Turns,
+        secret_key: str = "",
+    ) -> NcclReader:  # fmt: skip
+        """Ask for the communicator's id, which proves the token, then meet the source in it."""
+        token, endpoint = tcp.split_proof(proof)
+        reader = cls(link, token, target, secret_key, nccl, turns)
+        try:
+            reader._connect(endpoint)  # the first pull of nothing
+            if len(reader._unique_id) != ID_BYTES:
+                raise MalformedMessage("not an id of a communicator", param="proofs")
+            reader._pull([()], _SETUP_TIMEOUT)
+        except PdqError:
+            reader.close()
+            raise
+        return reader
+
+    def pull(self, pieces: Sequence[Piece]) -> None:
+        with self._in_turn():
+            super().pull(pieces)
+
+    @contextlib.contextmanager
+    def _in_turn(self) -> Iterator[None]:
+        with self._pulling:
+            self._channel.take_turn()
+            try:
+                yield
+            finally:
+                self._channel.give_turn()
+
+    def _window(self) -> int:
+        return 1
+
+    def _arrived(self, pieces: tuple[Piece, ...], frames: list[Any]) -> None:
+        if not pieces:
+            if frames:
+                self._unique_id = bytes(frames[0].buffer)
+            elif len(self._unique_id) == ID_BYTES:
+                self._channel.set_up(self._unique_id)
+            return
+        target = self._target
+        ranges = [
+            (target.memory.slab_address(piece.block) + offset, length)
+            for piece in pieces
+            for offset, length in target.ranges(piece)
+        ]
+        deadline = time.monotonic() + tcp.STALL_TIMEOUT
+        try:
+            self._channel.begin(ranges)
+            while not self._channel.is_done():
+                self._channel.pause(deadline)
+        except PdqError:
+            self._channel.abort()  # before anybody hears that the blocks are free
+            raise
+        for piece in pieces:
+            target.check(piece)
+
+    def _released(self) -> None:
+        self._channel.close()

@@ -1,0 +1,254 @@
+"""Slabs by NIXL READ (UCX: RDMA where there is any, else shared memory or TCP). The only user of nixl.
+
+The reader's network reads the source's registered pool straight into the reader's, no code of the
+source takes part, and no byte is staged: only the generations come into a small buffer of their
+own. They are read by the same means, in a transfer that has ended before the slabs' begins, and
+again in one that begins after it ended.
+
+Each link has an agent of its own at both ends: tearing a link down deregisters the memory and ends
+the agent, and its remote keys with it. The proof is a nonce in the source's registered memory: who
+can read it there reads the right process. Proofs travel in Hello; UCX itself neither encrypts nor
+asks who connects, which is why this transport is taken only where a setting names it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import struct
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from common.errors import ConfigError, LinkLost, MalformedMessage, PdqError, StaleBlock
+from kv_transfer.pool_memory import PoolMemory
+from kv_transfer.ports import Piece
+from kv_transfer.transports.base import Target
+
+_MAGIC = b"pdqnixl1"
+# magic, nonce, where it lies, blocks, bytes of a slab, where generations and slabs lie, device
+_PROOF = struct.Struct("<8s16sQQQQQi")
+_NONCE_BYTES = 16
+_BATCH = 64  # pieces in one transfer at most: what the generations' buffer holds
+_OPEN_TIMEOUT = 5.0
+_STALL_TIMEOUT = 20.0  # a transfer that takes longer has lost its link
+_SPIN = 0.0005  # seconds of asking without a pause: what a small transfer takes
+
+Ranges = list[tuple[int, int]]  # address, length
+Bytes = npt.NDArray[np.uint8]
+
+
+def _agent(*, serves: bool) -> Any:
+    """A new agent with UCX; one that `serves` has a thread that answers. `ConfigError` without nixl."""
+    try:
+        import nixl
+    except ImportError as error:
+        raise ConfigError(f"the nixl transport needs `pip install pdq[nixl]`: {error}") from error
+    config = nixl.nixl_agent_config(
+        enable_prog_thread=serves, backends=["UCX"],
+        sync_mode=nixl.nixl_thread_sync_t.NIXL_THREAD_SYNC_STRICT,
+    )  # fmt: skip
+    return nixl.nixl_agent(secrets.token_hex(8), config)
+
+
+class _Memory:
+    """What an agent has registered: the agent and its memory go together."""
+
+    def __init__(self, memory: PoolMemory, own: Bytes, *, serves: bool) -> None:
+        """`own`: a small array of this link, registered besides the pool."""
+        self.agent = _agent(serves=serves)
+        self.kind = "DRAM" if memory.device is None else "VRAM"
+        device = memory.device or 0
+        host = [(own.ctypes.data, own.nbytes, 0, ""),
+                (memory.generations.ctypes.data, memory.generations.nbytes, 0, "")]  # fmt: skip
+        pool = (memory.address, memory.num_blocks * memory.slab_bytes, device, "")
+        if self.kind == "DRAM":
+            self._registered = [self.agent.register_memory([*host, pool], "DRAM")]
+        else:
+            self._registered = [self.agent.register_memory(host, "DRAM"),
+                                self.agent.register_memory([pool], "VRAM")]  # fmt: skip
+
+    def close(self) -> None:
+        for registered in self._registered:
+            self.agent.deregister_memory(registered)
+        self._registered = []
+        del self.agent  # the last reference: ends its threads and connections
+
+
+class NixlSource:
+    """Lets readers read `memory`, one agent for each link."""
+
+    name = "nixl"
+
+    def __init__(self, memory: PoolMemory) -> None:
+        self._memory = memory
+        self._links: dict[str, tuple[_Memory, Bytes]] = {}
+        _agent(serves=False)  # fails here, at the start, where nixl cannot be used
+
+    def open_link(self, link: str) -> bytes:
+        memory, nonce = self._memory, secrets.token_bytes(_NONCE_BYTES)
+        lies = np.frombuffer(nonce, np.uint8).copy()
+        registered = _Memory(memory, lies, serves=True)
+        self._links[link] = registered, lies
+        head = _PROOF.pack(
+            _MAGIC, nonce, lies.ctypes.data, memory.num_blocks, memory.slab_bytes,
+            memory.generations.ctypes.data, memory.address,
+            -1 if memory.device is None else memory.device,
+        )  # fmt: skip
+        metadata: bytes = registered.agent.get_agent_metadata()
+        return head + metadata
+
+    def close_link(self, link: str) -> None:
+        registered, _ = self._links.pop(link, (None, None))
+        if registered is not None:
+            registered.close()
+
+    def close(self) -> None:
+        for link in list(self._links):
+            self.close_link(link)
+
+
+class NixlReader:
+    """Reads a peer's pool into our own."""
+
+    def __init__(self, proof: bytes, target: Target) -> None:
+        """Connects to nobody yet. `MalformedMessage` if the proof is none of ours."""
+        if len(proof) <= _PROOF.size or not proof.startswith(_MAGIC):
+            raise MalformedMessage("not a proof of this nixl transport", param="proofs")
+        (_, self._nonce, self._nonce_at, self._num_blocks, slab_bytes,
+         self._generations_at, self._slabs_at, device) = _PROOF.unpack_from(proof)  # fmt: skip
+        if slab_bytes != target.memory.slab_bytes:
+            raise MalformedMessage("the peer's slabs have another size", param="slab_bytes")
+        self._target = target
+        self._kind = "DRAM" if device < 0 else "VRAM"
+        self._device: int = max(device, 0)
+        self._own = np.zeros(max(_BATCH * 8, _NONCE_BYTES), np.uint8)
+        self._generations = self._own[: _BATCH * 8].view(np.int64)
+        self._lock = threading.Lock()  # held by whoever uses the agent
+        self._stop = threading.Event()
+        self._memory: _Memory | None = _Memory(target.memory, self._own, serves=False)
+        with _as_link_lost():
+            self._peer = self._memory.agent.add_remote_agent(proof[_PROOF.size :])
+
+    @classmethod
+    def open(cls, link: str, proof: bytes, target: Target) -> NixlReader:
+        """Connect, and read the nonce out of the memory of the process that made it."""
+        reader = cls(proof, target)
+        try:
+            with reader._lock:
+                here = reader._own.ctypes.data
+                reader._read([(here, _NONCE_BYTES)], [(reader._nonce_at, _NONCE_BYTES)],
+                             "DRAM", "DRAM", _OPEN_TIMEOUT)  # fmt: skip
+            if reader._own[:_NONCE_BYTES].tobytes() != reader._nonce:
+                raise LinkLost("the memory at the other end is another process's")
+        except PdqError:
+            reader.close()
+            raise
+        return reader
+
+    def pull(self, pieces: Sequence[Piece]) -> None:
+        for piece in pieces:
+            if not 0 <= piece.slot < self._num_blocks:
+                raise MalformedMessage(f"the peer's pool has no block {piece.slot}", param="slots")
+        for start in range(0, len(pieces), _BATCH):
+            batch = pieces[start : start + _BATCH]
+            with self._lock:
+                self._require_still(batch)
+                local, remote = self._places(batch)
+                kind = "DRAM" if self._target.memory.device is None else "VRAM"
+                self._read(local, remote, kind, self._kind, _STALL_TIMEOUT)
+                self._require_still(batch)
+            for piece in batch:
+                self._target.check(piece)
+
+    def _places(self, pieces: Sequence[Piece]) -> tuple[Ranges, Ranges]:
+        memory = self._target.memory
+        local: Ranges = []
+        remote: Ranges = []
+        for piece in pieces:
+            into = memory.slab_address(piece.block)
+            source = self._slabs_at + piece.slot * memory.slab_bytes
+            for offset, length in self._target.ranges(piece):
+                local.append((into + offset, length))
+                remote.append((source + offset, length))
+        return local, remote
+
+    def _require_still(self, pieces: Sequence[Piece]) -> None:
+        """Read the pieces' generations out of the source's memory, and compare."""
+        here = self._generations.ctypes.data
+        local = [(here + 8 * i, 8) for i in range(len(pieces))]
+        remote = [(self._generations_at + 8 * piece.slot, 8) for piece in pieces]
+        self._generations[:] = -1
+        self._read(local, remote, "DRAM", "DRAM", _STALL_TIMEOUT)
+        for piece, generation in zip(pieces, self._generations.tolist(), strict=False):
+            if generation != piece.generation or generation % 2:
+                raise StaleBlock(f"block {piece.index} was reused while it was being copied")
+
+    def _read(
+        self, local: Ranges, remote: Ranges, local_kind: str, remote_kind: str, timeout: float
+    ) -> None:
+        """One READ, ended when this returns; when it raises, nothing more is written here."""
+        if self._stop.is_set() or self._memory is None:
+            raise LinkLost("the link was closed")
+        agent = self._memory.agent
+        device = self._target.memory.device or 0
+        handle = None
+        try:
+            with _as_link_lost():
+                handle = agent.initialize_xfer(
+                    "READ",
+                    agent.get_xfer_descs([(*r, device if local_kind == "VRAM" else 0)
+                                          for r in local], local_kind),
+                    agent.get_xfer_descs([(*r, self._device if remote_kind == "VRAM" else 0)
+                                          for r in remote], remote_kind),
+                    self._peer,
+                )  # fmt: skip
+                self._wait(agent, handle, timeout)
+                handle.release()
+        except LinkLost:
+            if handle is not None:
+                with contextlib.suppress(Exception):  # it cannot be cancelled: its agent ends now
+                    handle.release()
+            del handle, agent
+            self._end()
+            raise
+
+    def _wait(self, agent: Any, handle: Any, timeout: float) -> None:
+        state, began = agent.transfer(handle), time.monotonic()
+        while state == "PROC":
+            waited = time.monotonic() - began
+            if waited > timeout:
+                raise LinkLost("the source's memory does not answer")
+            if waited > _SPIN and self._stop.wait(0.0002):
+                raise LinkLost("the link was closed")
+            state = agent.check_xfer_state(handle)
+        if state != "DONE":
+            raise LinkLost("the source's memory cannot be read any more")
+
+    def _end(self) -> None:
+        """End the agent: from here on nobody writes into our pool over this link."""
+        memory, self._memory = self._memory, None
+        if memory is not None:
+            with contextlib.suppress(LinkLost), _as_link_lost():
+                memory.agent.remove_remote_agent(self._peer)
+            memory.close()
+
+    def close(self) -> None:
+        self._stop.set()
+        with self._lock:
+            self._end()
+
+
+@contextlib.contextmanager
+def _as_link_lost() -> Iterator[None]:
+    """Whatever nixl raises means that the other end cannot be read."""
+    try:
+        yield
+    except PdqError:
+        raise
+    except Exception as error:
+        raise LinkLost(f"nixl: {type(error).__name__} {error}") from error

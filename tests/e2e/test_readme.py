@@ -1,0 +1,125 @@
+"""Every command of the README does what stands there."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.readme import COMMAND, KINDS, Block, blocks, marked
+from tests.support.serve_process import ROOT, ServeProcess, serving
+
+BIN = Path(sys.executable).parent
+REASONS = {
+    "docker": "run by test_compose.py, on an engine",
+    "network": "downloads a model",
+    "gpu": "there is no GPU here",
+}
+
+
+def each(*kinds: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("block", marked(*kinds), ids=str)
+
+
+def made(command: str) -> str:
+    """`make …` without installing anything: this Python has it all."""
+    installed = shlex.quote(str(BIN.parent / ".installed"))
+    return command.replace("make ", f"make -o {installed} VENV={shlex.quote(str(BIN.parent))} ", 1)
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServeProcess]:
+    with serving(tmp_path_factory.mktemp("serve"), "--port", "0") as serve:
+        serve.url()
+        yield serve
+    serve.assert_nothing_left()
+
+
+def beside(served: ServeProcess, text: str) -> str:
+    """The text as it would be for this server and this Python."""
+    return text.replace("http://127.0.0.1:8000", served.url()).replace(".venv/bin/", f"{BIN}/")
+
+
+def environment(served: ServeProcess) -> dict[str, str]:
+    (redis,) = [pid for pid, child in served.children.items() if "server" in child.name()]
+    port = served.children[redis].cmdline()
+    address = f"redis://{next(word for word in port if re.fullmatch(r'127.0.0.1:[0-9]+', word))}"
+    return {**served.environment(), "PDQ_REDIS_URL": address}
+
+
+def test_every_block_of_commands_has_a_mark() -> None:
+    for block in blocks():
+        assert block.kind in ("", *KINDS), block
+        if not block.kind:
+            assert not COMMAND.match(block.text), f"line {block.line} has commands, and no mark"
+
+
+@each("serve")
+def test_what_starts_a_server_serves(block: Block, tmp_path: Path) -> None:
+    for number, command in enumerate(block.commands):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        with serving(folder, command=["sh", "-c", f"exec env PDQ_PORT=0 {made(command)}"]) as serve:
+            serve.url()
+            line = serve.line("^curl .*").group()
+            done = subprocess.run(
+                ["sh", "-c", line.replace("curl ", "curl --fail --silent --show-error ", 1)],
+                capture_output=True, text=True, timeout=120, check=False,
+            )  # fmt: skip
+            assert done.returncode == 0, done.stderr
+            for child in serve.children.values():
+                if child.is_running() and "serve" in child.cmdline():
+                    child.send_signal(signal.SIGINT)
+            serve.end()
+        serve.assert_nothing_left()
+
+
+@each("use")
+def test_what_looks_at_a_server_works(block: Block, served: ServeProcess) -> None:
+    for command in block.commands:
+        program = shlex.split(beside(served, command), comments=True)[0]
+        if shutil.which(program) is None:
+            pytest.skip(f"there is no {program} here")
+        done = subprocess.run(
+            ["sh", "-c", beside(served, command)], cwd=ROOT, env=environment(served),
+            capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stdout.strip()
+
+
+@each("python")
+def test_what_is_python_runs(block: Block, served: ServeProcess) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", beside(served, block.text)], cwd=ROOT, capture_output=True,
+        text=True, timeout=120, env=environment(served), check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+@each("plan")
+def test_what_takes_long_is_known(block: Block) -> None:
+    for command in block.commands:
+        if command.startswith("make"):
+            shown = made(command).replace("make ", "make --dry-run ", 1)
+        else:
+            shown = command.partition("#")[0].replace(".venv/bin/", f"{BIN}/") + " --help"
+        done = subprocess.run(
+            ["sh", "-c", shown], cwd=ROOT, capture_output=True, text=True, timeout=120,
+            env=dict(os.environ), check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+
+
+@each("docker", "network", "gpu")
+def test_what_needs_more_than_this_machine(block: Block) -> None:
+    pytest.skip(REASONS[block.kind])

@@ -1,0 +1,66 @@
+"""Only what the decode node lacks is sent: counted in blocks, over real processes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+
+import httpx
+import numpy as np
+import pytest
+
+from common.engine import SamplingParams
+from tests.support.checkpoints import STORIES
+from tests.support.deployment import Deployment, complete
+from tests.support.engines import poisoned_engine
+
+BLOCK = 16
+
+
+@pytest.fixture(scope="module", params=["shm", "tcp"])
+def system(request: pytest.FixtureRequest) -> Iterator[Deployment]:
+    flags = ("--transports", request.param)
+    with Deployment(STORIES, prefill=1, decode=1, flags=flags) as deployment:
+        yield deployment
+
+
+async def copied(system: Deployment) -> int:
+    """Blocks that the decode node has copied, once its record says so of everything."""
+    await system.assert_idle()
+    node = (await system.records())["decode-1"]
+    beats = node.beats
+    while node.beats <= beats + 1:
+        await asyncio.sleep(0.1)
+        node = (await system.records())["decode-1"]
+    links = json.loads(node.kv_links)
+    return sum(int(link["blocks"]) for link in links if link["direction"] == "receives")
+
+
+async def test_a_second_turn_sends_only_the_blocks_that_are_new(system: Deployment) -> None:
+    """First turn: all blocks. Second: those after the first prompt's last full block. The same
+    again: its tail alone."""
+    engine = poisoned_engine(max_num_seqs=16)
+    random = np.random.default_rng(11)
+    first = [1, *random.integers(3, 512, 149).tolist()]  # 9 full blocks and a tail of 6
+    params = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)
+    counts = [0]
+    async with httpx.AsyncClient() as client:
+
+        async def ask(prompt: list[int]) -> list[int]:
+            (truth,) = engine.generate([prompt], params)
+            result = await complete(
+                client, system.url, model=STORIES.name, prompt=prompt, max_tokens=20,
+                temperature=0.0, ignore_eos=True, return_token_ids=True,
+            )  # fmt: skip
+            reply = result["choices"][0]["token_ids"]
+            assert tuple(reply) == truth.token_ids
+            counts.append(await copied(system))
+            return list(reply)
+
+        reply = await ask(first)
+        second = [*first, *reply, *random.integers(3, 512, 60).tolist()]  # 230: 14 full and a tail
+        await ask(second)
+        await ask(second)
+    sent = [after - before for before, after in zip(counts, counts[1:], strict=False)]
+    assert sent == [len(first) // BLOCK + 1, len(second) // BLOCK - len(first) // BLOCK + 1, 1]

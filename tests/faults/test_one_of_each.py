@@ -1,0 +1,47 @@
+"""One prefill and one decode node: what was on the one that is killed waits for its next life."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from common.engine import Engine
+from tests.support.checkpoints import STORIES
+from tests.support.deployment import Deployment
+from tests.support.load import Load, bodies, truth
+from tests.support.redis import wait_until
+
+LIMIT_S = 10.0
+LOAD = bodies(20, seed=13)
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[Deployment]:
+    with Deployment(STORIES, prefill=1, decode=1) as deployment:
+        yield deployment
+
+
+@pytest.mark.parametrize("restarted", [True, False], ids=["restarted", "gone"])
+@pytest.mark.parametrize("name", ["prefill-0", "decode-1"])
+async def test_every_request_ends(
+    pair: Deployment, engine: Engine, name: str, restarted: bool
+) -> None:
+    expected = truth(engine, LOAD)
+    async with Load(pair.url, LOAD) as load:
+        await wait_until(lambda: load.num_begun >= 3, "some streams run")
+        pair.kill(name)
+        killed_at = time.monotonic()
+        if restarted:
+            pair.start_missing()
+        ended_at = await load.finish(expected, may_fail=True)
+    assert ended_at < killed_at + LIMIT_S
+    if not restarted:
+        assert any(client.error for client in load.clients)
+    await pair.assert_idle()
+    pair.start_missing()
+    await pair.wait_ready()
+    async with Load(pair.url, LOAD[:4]) as load:
+        await load.finish(expected[:4])
+    await pair.assert_idle()

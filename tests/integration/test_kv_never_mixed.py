@@ -1,0 +1,579 @@
+"""KV is never mixed up: thousands of random handoffs over the real transports and real pool memory.
+
+Three nodes hand over to each other in one process: real `Links`, `Leases`, `PoolMemory`, and the real
+readers and sources of `shm` and `tcp`, over a bus that delays, duplicates, reorders, loses and is
+cut. The pools are small and shared prefixes are common, so that blocks are evicted and reused all
+the time, also while a peer whose link is down still copies them.
+
+A block's content is a function of its token ids: every position holds a number made from the tokens
+up to it. Whoever adopts a sequence reads every filled position of every block, at once and again
+later, and compares; whoever computes does so with the blocks that its prefix cache gave it.
+
+`PDQ_HANDOFFS` asks for more handoffs than `make test` runs. The rules are then taken out one at a
+time, in the real code: each must be noticed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import dataclasses
+import os
+import random
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+
+import numpy as np
+import pytest
+
+from common.errors import LinkLost
+from common.kv_layout import Fingerprint, KVLayout, chain_hashes, root_hash
+from common.messages import Message, Offer
+from common.sampling import SamplingParams
+from kv_transfer.digests import tail_seed
+from kv_transfer import pool_memory
+from kv_transfer.handoff import Handoff
+from kv_transfer.intake import Intake
+from kv_transfer.lease import Leases
+from kv_transfer.link import Links
+from kv_transfer.pool_memory import PoolMemory
+from kv_transfer.ports import (
+    Adopted,
+    Ended,
+    Granted,
+    Key,
+    Piece,
+    ReadyBlock,
+    Reservation,
+    TransferSettings,
+)
+from kv_transfer.transports import shm, tcp
+from kv_transfer.transports.base import Source, Target
+from kv_transfer.transports.shm import ShmReader, ShmSource
+from kv_transfer.transports.tcp import TcpReader, TcpSource
+
+HANDOFFS = int(os.environ.get("PDQ_HANDOFFS", "1500"))
+BLOCK = 4
+LAYOUT = KVLayout.paged_attention(
+    num_layers=2, num_kv_heads=4, head_dim=64, block_size=BLOCK, dtype="float32"
+)
+WORDS = LAYOUT.slab_bytes // 8
+FINGERPRINT = Fingerprint("model", "rev", "layout", "numerics", BLOCK)
+ROOT = root_hash(FINGERPRINT)
+SETTINGS = TransferSettings(
+    credits=4, repeat=0.03, answer=3.0, patience=0.2, quiet=0.2, copy_blocks=3
+)
+OPENERS = {"shm": ShmReader.open, "tcp": TcpReader.open}
+POISON = 0xA5
+NEVER = 15.0  # seconds
+
+
+class Mixed(AssertionError):
+    """A block does not hold what its token ids say, or what must be free is not."""
+
+
+def identities(tokens: tuple[int, ...]) -> list[bytes]:
+    """Of every block: its hash; of a tail, what stands for it."""
+    names = chain_hashes(ROOT, tokens, BLOCK, len(tokens))
+    if fill := len(tokens) % BLOCK:
+        names.append(tail_seed(names[-1] if names else ROOT, tokens[-fill:]))
+    return names
+
+
+def content(name: bytes) -> np.ndarray:
+    """What a block of this identity holds, all of it."""
+    seed = int.from_bytes(name[:8], "little")
+    return np.arange(WORDS, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed)
+
+
+class Pool:
+    """Counts references, keeps freed blocks as prefix cache until it needs them, oldest first."""
+
+    def __init__(self, memory: PoolMemory) -> None:
+        self.memory = memory
+        self.references = [0] * memory.num_blocks
+        self.cached: dict[bytes, int] = {}
+        self.name_of: dict[int, bytes] = {}
+        self.freed: dict[int, None] = dict.fromkeys(range(memory.num_blocks))
+
+    def acquire(self, blocks: Sequence[int]) -> None:
+        for block in blocks:
+            self.references[block] += 1
+            self.freed.pop(block, None)
+
+    def release(self, blocks: Sequence[int]) -> None:
+        for block in blocks:
+            self.references[block] -= 1
+            if self.references[block] < 0:
+                raise Mixed("released too often")
+            if not self.references[block]:
+                self.freed[block] = None
+
+    def take(self, names: Sequence[bytes], full: int) -> tuple[list[int], int] | None:
+        """Blocks for these identities, and how many of the first came from the cache."""
+        held: list[int] = []
+        for name in names[:full]:
+            if name not in self.cached:
+                break
+            held.append(self.cached[name])
+        self.acquire(held)
+        lacking = len(names) - len(held)
+        if lacking > len(self.freed):
+            self.release(held)
+            return None
+        fresh = list(self.freed)[:lacking]
+        self.acquire(fresh)
+        for block in fresh:
+            self.memory.begin_write(block)
+            self.cached.pop(self.name_of.pop(block, b""), None)
+            self.memory.slabs[block] = POISON
+        return [*held, *fresh], len(held)
+
+    def write(self, block: int, name: bytes, fill: int) -> None:
+        slab = np.frombuffer(self.memory.slab(block), np.uint64)
+        slab[:] = content(name)
+        ranges = list(LAYOUT.tail_ranges(fill)) if fill else []
+        self.memory.seal(block, name, ranges)
+        if not fill:
+            self.publish(block, name)
+
+    def publish(self, block: int, name: bytes) -> None:
+        if name not in self.cached:
+            self.cached[name], self.name_of[block] = block, name
+
+    def check(self, blocks: Sequence[int], tokens: tuple[int, ...]) -> None:
+        """Every filled position of every block is what the tokens say."""
+        fill = len(tokens) % BLOCK
+        for index, (block, name) in enumerate(zip(blocks, identities(tokens), strict=True)):
+            found = np.frombuffer(self.memory.slab(block), np.uint8)
+            wanted = content(name).view(np.uint8)
+            last = fill and index == len(blocks) - 1
+            ranges = LAYOUT.tail_ranges(fill) if last else [(0, LAYOUT.slab_bytes)]
+            for start, length in ranges:
+                if not np.array_equal(found[start : start + length], wanted[start : start + length]):
+                    raise Mixed(f"block {index} holds another content")
+
+    # IntakePool
+
+    def reserve(self, offer: Offer) -> Reservation | None:
+        taken = self.take(identities(offer.token_ids), len(offer.block_hashes))
+        if taken is None:
+            return None
+        blocks, cached = taken
+        return Reservation(tuple(blocks), tuple(range(cached, len(blocks))))
+
+    def landed(self, reservation: Reservation, piece: Piece) -> None:
+        self.memory.seal(piece.block)
+        self.memory.digests[piece.block] = piece.digest
+        if not piece.fill:
+            self.publish(piece.block, piece.seed)
+
+    def adopt(self, reservation: Reservation) -> None: ...
+
+    def discard(self, reservation: Reservation) -> None:
+        self.release(reservation.blocks)
+
+
+class Air:
+    """The bus of all nodes: late, twice, in another order, or not at all; and cut now and then."""
+
+    def __init__(self, seed: int) -> None:
+        self.random = random.Random(seed)
+        self.nodes: dict[str, Node] = {}
+        self.faults = True
+        self.aborts = 40  # one prompt in so many blocks is aborted
+        self.cuts = 0
+        self.connections: dict[frozenset[str], int] = {}
+
+    def name(self, a: str, b: str) -> str:
+        pair = frozenset((a, b))
+        return f"{'-'.join(sorted(pair))}#{self.connections.setdefault(pair, 0)}"
+
+    def cut(self, a: str, b: str) -> None:
+        """A new connection takes the place of the old one; both ends hear of it, not at once."""
+        lost = self.name(a, b)
+        self.cuts += 1
+        self.connections[frozenset((a, b))] += 1
+        for node in (a, b):
+            late = self.random.random() * self.random.choice((0.002, 0.03))
+            asyncio.get_running_loop().call_later(
+                late, self.nodes[node].links.connection_lost, lost
+            )
+
+    def send(self, source: str, peer: str, message: Message, link: str | None) -> None:
+        connection = self.name(source, peer)
+        if link not in (None, connection):
+            raise LinkLost("cut")
+        draw = self.random.random() if self.faults else 1.0
+        if draw < 0.02:
+            return
+        loop, receive = asyncio.get_running_loop(), self.nodes[peer].links.receive
+        for _ in range(2 if draw < 0.08 else 1):
+            late = self.random.random() * 0.004 if self.faults else 0.0
+            loop.call_later(late, receive, source, connection, message)
+
+
+class Port:
+    """One node's end of the air."""
+
+    def __init__(self, air: Air, name: str) -> None:
+        self.air, self.name = air, name
+
+    def send(
+        self, peer: str, message: Message, frames: Sequence[bytes] = (), *, link: str | None = None
+    ) -> None:
+        self.air.send(self.name, peer, message, link)
+
+    def link(self, peer: str) -> str | None:
+        return self.air.name(self.name, peer)
+
+    def disconnect(self, peer: str) -> None:
+        self.air.cut(self.name, peer)
+
+
+class Node:
+    def __init__(self, air: Air, name: str, transport: str, blocks: int, digests: bool) -> None:
+        self.air, self.name, self.digests = air, name, digests
+        self.memory = PoolMemory(blocks, LAYOUT.slab_bytes)
+        self.pool = Pool(self.memory)
+        self.leases = Leases(self.pool)
+        self.ended: dict[Key, asyncio.Future[Ended]] = {}
+        self.adopted = 0
+        self.decoding: set[asyncio.Task[None]] = set()
+        self.failure: BaseException | None = None
+        source: Source = (
+            ShmSource(self.memory) if transport == "shm"
+            else TcpSource(self.memory, LAYOUT, self.leases)
+        )  # fmt: skip
+        self.links = Links(
+            Port(air, name), name, FINGERPRINT, Target(self.memory, LAYOUT), pool=self.pool,
+            leases=self.leases, sources=[source], openers={transport: OPENERS[transport]},
+            on_sent=self.on_sent, on_received=self.on_received, settings=SETTINGS,
+        )  # fmt: skip
+        air.nodes[name] = self
+        self.links.start()
+
+    def on_sent(self, effect: Granted | Ended) -> None:
+        if isinstance(effect, Ended):
+            future = self.ended[effect.key]
+            if not future.done():
+                future.set_result(effect)
+
+    def on_received(self, effect: Adopted | Ended) -> None:
+        if isinstance(effect, Adopted):
+            self.adopted += 1
+            task = asyncio.get_running_loop().create_task(self.decode(effect))
+            self.decoding.add(task)
+            task.add_done_callback(self.decoding.discard)
+
+    def changed(self) -> None:
+        self.links.perform(self.links.intake.room_changed(self.links._clock()))
+
+    async def decode(self, adopted: Adopted) -> None:
+        """Read all of it, twice."""
+        blocks, tokens = adopted.reservation.blocks, adopted.offer.token_ids
+        try:
+            self.pool.check(blocks, tokens)
+            await asyncio.sleep(self.air.random.random() * 0.01)
+            self.pool.check(blocks, tokens)
+        except Mixed as mixed:
+            self.failure = self.failure or mixed
+        finally:
+            self.pool.release(blocks)
+            self.changed()
+
+    async def prefill(self, request: str, attempt: int, tokens: tuple[int, ...], to: str) -> None:
+        """One attempt: compute chunk by chunk, announce, commit; abort at times. Room is waited for."""
+        rng, now, handoff = self.air.random, self.links._clock, self.links.handoff
+        names, full = identities(tokens), len(tokens) // BLOCK
+        async with asyncio.timeout(20):
+            link = await self.links.open(to)
+            while (taken := self.pool.take(names, full)) is None:
+                await asyncio.sleep(0.002)
+        blocks, cached = taken
+        key = Key(link, request, attempt, 0)
+        ended = self.ended[key] = asyncio.get_running_loop().create_future()
+        try:
+            self.pool.check(blocks[:cached], tokens[: cached * BLOCK])
+            offer = Offer(
+                link, request, attempt, 0, tokens, len(tokens), SamplingParams(),
+                tuple(names[:full]), len(tokens) % BLOCK, "g", "", "", 0, 0,
+            )  # fmt: skip
+            try:
+                self.links.perform(handoff.offer(offer, now=now()))
+            except KeyError:
+                return
+            computed, abort_at = 0, rng.randrange(self.air.aborts) if self.air.faults else 99
+            while computed < len(names) and not ended.done():
+                end = min(len(names), computed + rng.randrange(1, 4))
+                ready = []
+                for index in range(computed, end):
+                    slot, fill = blocks[index], len(tokens) % BLOCK if index >= full else 0
+                    if index >= cached:
+                        self.pool.write(slot, names[index], fill)
+                    generation = int(self.memory.generations[slot])
+                    digest = self.memory.digests[slot] if self.digests else b""
+                    ready.append(ReadyBlock(index, slot, generation, digest))
+                self.links.perform(handoff.ready(key, ready, now=now()))
+                if computed <= abort_at < end:
+                    self.links.perform(handoff.cancel(key, "aborted", now=now()))
+                computed = end
+                await asyncio.sleep(rng.random() * 0.002)
+            if not ended.done() and computed == len(names):
+                self.links.perform(
+                    handoff.finished(
+                        key, position=len(tokens), first_token=1, logprobs=None, now=now()
+                    )
+                )
+        finally:
+            self.pool.release(blocks)  # from here on only the lease holds them
+            self.changed()
+        try:
+            await asyncio.wait_for(ended, NEVER)
+        except TimeoutError:
+            raise Mixed("a handoff never ends") from None
+
+    async def quiet(self) -> None:
+        deadline = asyncio.get_running_loop().time() + NEVER
+        while True:
+            if not (
+                any(self.leases.count().values()) or self.links.intake.states()
+                or self.links.handoff.states() or self.decoding
+            ):  # fmt: skip
+                break
+            if asyncio.get_running_loop().time() > deadline:
+                raise Mixed("something never ends")
+            await asyncio.sleep(0.01)
+        if any(self.pool.references):
+            raise Mixed("blocks are left in use")
+        if self.failure is not None:
+            raise self.failure
+
+
+@contextlib.asynccontextmanager
+async def three_nodes(
+    transport: str, seed: int, *, blocks: int = 14, digests: bool = True
+) -> AsyncIterator[tuple[Air, list[Node]]]:
+    air = Air(seed)
+    nodes = [Node(air, name, transport, blocks, digests) for name in ("a", "b", "c")]
+    try:
+        yield air, nodes
+    finally:
+        for node in nodes:
+            await node.links.close()
+            node.memory.close()
+
+
+def prompts(rng: random.Random) -> tuple[int, ...]:
+    """A shared beginning, one of few continuations: equal blocks and reuse are common."""
+    stem = (rng.randrange(3),) * (BLOCK * rng.randrange(4))
+    return stem + tuple(9 for _ in range(rng.randrange(1, 10)))
+
+
+async def hand_over(
+    transport: str, seed: int, count: int, *, digests: bool = True, cuts: float = 0.03, aborts: int = 40
+) -> int:
+    """`count` attempts of random prompts between random nodes, some at once; how many arrived."""
+    async with three_nodes(transport, seed, digests=digests) as (air, nodes):
+        air.aborts = aborts
+        rng = random.Random(seed)
+        left = iter(range(count))
+
+        async def some() -> None:
+            for number in left:
+                source, target = rng.sample(nodes, 2)
+                if rng.random() < cuts:
+                    loop, pair = asyncio.get_running_loop(), (source.name, target.name)
+                    loop.call_later(rng.random() * 0.01, air.cut, *pair)
+                with contextlib.suppress(LinkLost):
+                    await source.prefill(f"r{number}", 1, prompts(rng), target.name)
+                for node in nodes:
+                    if node.failure is not None:
+                        raise node.failure
+                    if node.links.counts["stale_block"] and not (cuts or air.cuts):
+                        raise Mixed("a leased block was reused")
+
+        tasks = [asyncio.create_task(some()) for _ in range(6)]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            air.faults = False
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        for node in nodes:
+            await node.quiet()
+        return sum(node.adopted for node in nodes)
+
+
+@pytest.fixture(autouse=True)
+def rough_copies(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """Copies that may take long and tear in the middle, and may be corrupted (`flips`)."""
+    rough = {"flips": 0.0, "slow": 0.2, "longest": 0.006}
+    rng = random.Random(5)
+
+    def copy(target: int, source: int, length: int) -> None:
+        half = length // 2
+        ctypes.memmove(target, source, half)
+        if rng.random() < rough["slow"]:
+            threading.Event().wait(rng.random() * rough["longest"])
+        ctypes.memmove(target + half, source + half, length - half)
+        if rng.random() < rough["flips"]:
+            ctypes.c_uint8.from_address(target).value ^= 0xFF
+
+    monkeypatch.setattr(pool_memory, "_copy", copy)
+    return rough
+
+
+every_transport = pytest.mark.parametrize("transport", ["shm", "tcp"])
+
+
+@every_transport
+async def test_whoever_adopts_a_sequence_reads_what_its_tokens_say(
+    transport: str, rough_copies: dict[str, float]
+) -> None:
+    rough_copies["flips"] = 0.005
+    arrived = await hand_over(transport, seed=1, count=HANDOFFS // 3)
+    assert arrived >= HANDOFFS // 3 // 3, "many arrive, in spite of all"
+
+
+@every_transport
+async def test_generations_alone_keep_it_right_where_nothing_is_corrupted(transport: str) -> None:
+    assert await hand_over(transport, seed=2, count=HANDOFFS // 12, digests=False)
+
+
+@every_transport
+async def test_a_leased_block_is_never_stale(transport: str) -> None:
+    """Without cuts every announced block stands still until its handoff has ended."""
+    assert await hand_over(transport, seed=3, count=HANDOFFS // 12, digests=False, cuts=0)
+
+
+# The test of the test: rules taken out of the real code, one at a time. Each must be noticed.
+
+
+def no_generation_check(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(shm, "require_still", lambda *_: None)
+
+
+def no_second_look(patch: pytest.MonkeyPatch) -> None:
+    """The seqlock without its end: a copy may tear."""
+    look, looked = shm.require_still, set()
+
+    def first_only(pool: pool_memory.MappedPool, piece: Piece) -> None:
+        if id(piece) in looked:
+            looked.discard(id(piece))
+            return
+        look(pool, piece)
+        looked.add(id(piece))
+
+    patch.setattr(shm, "require_still", first_only)
+
+
+def no_digest_check(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Target, "check", lambda *_: None)
+
+
+def failed_copy_counts_as_good(patch: pytest.MonkeyPatch) -> None:
+    copied = Intake.copied
+    patch.setattr(
+        Intake, "copied", lambda self, number, _, *, now: copied(self, number, "", now=now)
+    )
+
+
+def adopted_with_blocks_missing(patch: pytest.MonkeyPatch) -> None:
+    committed = Intake._committed
+
+    def hasty(self: Intake, entry, commit):  # type: ignore[no-untyped-def]
+        entry.unannounced.clear()
+        committed(self, entry, commit)
+
+    patch.setattr(Intake, "_committed", hasty)
+
+
+def reservation_ends_while_a_copy_runs(patch: pytest.MonkeyPatch) -> None:
+    stop = Intake._stop
+
+    def early(self: Intake, entry, outcome, reason):  # type: ignore[no-untyped-def]
+        stop(self, entry, outcome, reason)
+        entry.copy = None
+
+    patch.setattr(Intake, "_stop", early)
+
+
+def lease_ends_with_commit(patch: pytest.MonkeyPatch) -> None:
+    send = Handoff._send_commit
+
+    def early(self: Handoff, entry, commit):  # type: ignore[no-untyped-def]
+        send(self, entry, commit)
+        self._leases.end(entry.key)
+
+    patch.setattr(Handoff, "_send_commit", early)
+
+
+def lease_ends_with_own_abort(patch: pytest.MonkeyPatch) -> None:
+    send = Handoff._send_abort
+
+    def early(self: Handoff, entry, reason):  # type: ignore[no-untyped-def]
+        send(self, entry, reason)
+        self._leases.end(entry.key)
+
+    patch.setattr(Handoff, "_send_abort", early)
+
+
+def lease_holds_no_reference(patch: pytest.MonkeyPatch) -> None:
+    """And nobody asks what was leased, or whether it changed."""
+    patch.setattr(Leases, "add", lambda *_: None)
+    patch.setattr(Leases, "end", lambda *_: None)
+    patch.setattr(Leases, "touch", lambda *_: True)
+    patch.setattr(Leases, "untouch", lambda *_: None)
+    patch.setattr(tcp.Served, "_is_still", lambda *_: True)
+
+
+def lease_outlives_its_link(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Handoff, "_lost", lambda *_: None)
+    patch.setattr(sys.modules[__name__], "NEVER", 3.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutation:
+    """A rule taken out, over which transport. Where digests are on, they alone would hide it."""
+
+    take_out: Callable[[pytest.MonkeyPatch], None]
+    transport: str = "shm"
+    digests: bool = False
+    cuts: float = 0.03
+    aborts: int = 40
+    flips: float = 0.0
+    slow: float = 0.2
+
+
+MUTATIONS = [
+    Mutation(no_generation_check, cuts=0.2, slow=0.5),
+    Mutation(no_second_look, cuts=0.2, slow=0.5),
+    Mutation(no_digest_check, digests=True, flips=0.02),
+    Mutation(no_digest_check, "tcp", digests=True, flips=0.02),
+    Mutation(failed_copy_counts_as_good, digests=True, flips=0.02),
+    Mutation(adopted_with_blocks_missing),
+    Mutation(adopted_with_blocks_missing, "tcp"),
+    Mutation(reservation_ends_while_a_copy_runs),
+    Mutation(lease_ends_with_commit, cuts=0),
+    Mutation(lease_ends_with_commit, "tcp", cuts=0),
+    Mutation(lease_ends_with_own_abort, cuts=0, aborts=6, slow=0.5),
+    Mutation(lease_holds_no_reference, "tcp", cuts=0),
+    Mutation(lease_outlives_its_link),
+]
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: f"{m.take_out.__name__}-{m.transport}")
+async def test_a_rule_that_is_taken_out_is_noticed(
+    monkeypatch: pytest.MonkeyPatch, rough_copies: dict[str, float], mutation: Mutation
+) -> None:
+    rough_copies |= {"flips": mutation.flips, "slow": mutation.slow, "longest": 0.02}
+    mutation.take_out(monkeypatch)
+    with pytest.raises(Mixed):
+        await hand_over(
+            mutation.transport, 4, 3000, digests=mutation.digests, cuts=mutation.cuts,
+            aborts=mutation.aborts,
+        )  # fmt: skip

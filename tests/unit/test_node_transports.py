@@ -1,0 +1,161 @@
+"""Which transports a node has, and which of them a link takes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from common.config import NodeSettings
+from common.errors import ConfigError
+from common.kv_layout import Fingerprint, KVLayout
+from common.messages import Welcome
+from common.node import transports
+from common.node.transports import make_transports
+from kv_transfer import handshake
+from kv_transfer.device_memory import DevicePoolMemory
+from kv_transfer.lease import Leases
+from kv_transfer.pool_memory import PoolMemory
+from kv_transfer.transports.base import Source, Target
+from tests.support.fake_cuda import FakeCuda
+
+LAYOUT = KVLayout.paged_attention(
+    num_layers=1, num_kv_heads=1, head_dim=8, block_size=4, dtype="float32"
+)
+SAME = Fingerprint("m", "r", "l", "n", 4)
+
+
+class NoPool:
+    def acquire(self, blocks: object) -> None: ...
+
+    def release(self, blocks: object) -> None: ...
+
+
+@dataclasses.dataclass
+class Nodes:
+    """Makes nodes' ends, and closes them."""
+
+    memories: list[PoolMemory] = dataclasses.field(default_factory=list)
+    sources: list[Source] = dataclasses.field(default_factory=list)
+    cuda: FakeCuda = dataclasses.field(default_factory=FakeCuda)
+
+    def memory(self, *, device: bool) -> PoolMemory:
+        slab_bytes = LAYOUT.slab_bytes
+        made = (
+            DevicePoolMemory(2, slab_bytes, 0, self.cuda) if device else PoolMemory(2, slab_bytes)
+        )
+        self.memories.append(made)
+        return made
+
+    def make(self, names: tuple[str, ...] | None, *, device: bool) -> transports.Made:
+        settings = NodeSettings()
+        if names is not None:
+            settings = dataclasses.replace(settings, transports=names)  # type: ignore[arg-type]
+        made = make_transports(settings, self.memory(device=device), LAYOUT, Leases(NoPool()))
+        self.sources += made[0]
+        return made
+
+
+@pytest.fixture
+def nodes() -> Iterator[Nodes]:
+    made = Nodes()
+    yield made
+    for source in made.sources:
+        source.close()
+    for memory in made.memories:
+        memory.close()
+    assert made.cuda.left == 0
+
+
+def test_the_pool_decides_which_of_the_default_ones_a_node_has(nodes: Nodes) -> None:
+    assert list(nodes.make(None, device=False)[1]) == ["shm", "tcp"]
+    assert list(nodes.make(None, device=True)[1]) == ["cuda_ipc", "tcp"]
+
+
+def test_one_that_a_setting_names_is_the_only_one(nodes: Nodes) -> None:
+    sources, openers = nodes.make(("tcp",), device=True)
+    assert [source.name for source in sources] == list(openers) == ["tcp"]
+
+
+def test_none_is_none(nodes: Nodes) -> None:
+    assert nodes.make((), device=False) == ([], {})
+
+
+@pytest.mark.parametrize(("name", "device"), [("shm", True), ("cuda_ipc", False)])
+def test_a_node_whose_pool_none_of_them_reads_does_not_start(
+    nodes: Nodes, name: str, device: bool
+) -> None:
+    with pytest.raises(ConfigError, match="--transports"):
+        nodes.make((name,), device=device)
+
+
+def test_one_that_is_named_and_cannot_be_had_is_an_error(
+    nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing() -> None:
+        raise ConfigError("no libnccl here")
+
+    monkeypatch.setattr(transports, "NcclLibrary", missing)
+    with pytest.raises(ConfigError, match="nccl: no libnccl here"):
+        nodes.make(("tcp", "nccl"), device=True)
+
+
+def test_a_device_without_handles_for_its_memory_has_the_others(
+    nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def not_supported(device: int, address: int) -> bytes:
+        raise ConfigError("not supported")
+
+    monkeypatch.setattr(nodes.cuda, "ipc_handle", not_supported)
+    assert list(nodes.make(None, device=True)[1]) == ["tcp"]
+
+
+@pytest.mark.parametrize(
+    ("device", "theirs", "chosen"),
+    [
+        (False, ("shm", "tcp"), "shm"),
+        (False, ("tcp",), "tcp"),
+        (True, ("cuda_ipc", "tcp"), "cuda_ipc"),
+        (True, ("tcp",), "tcp"),
+    ],
+)
+def test_a_link_takes_the_first_that_both_ends_prove(
+    nodes: Nodes, device: bool, theirs: tuple[str, ...], chosen: str
+) -> None:
+    sources, _ = nodes.make(None, device=device)
+    proofs = {source.name: source.open_link("link") for source in sources}
+    hello = handshake.hello("link", "sender", SAME, LAYOUT.slab_bytes, proofs)
+    _, openers = nodes.make(theirs, device=device)
+    target = Target(nodes.memories[-1], LAYOUT)
+    answer, reader = handshake.answer(hello, "me", SAME, target, openers, credits=1)
+    assert isinstance(answer, Welcome)
+    assert reader is not None
+    assert answer.transport == chosen
+    reader.close()
+
+
+def test_why_a_faster_one_was_not_taken_is_kept(nodes: Nodes) -> None:
+    """A sender on another host: its proof opens nothing here, and tcp is left."""
+    sources, openers = nodes.make(None, device=True)
+    proofs = {source.name: source.open_link("link") for source in sources}
+    proofs["cuda_ipc"] = b"0123456789abcdef" + bytes(32)
+    hello = handshake.hello("link", "sender", SAME, LAYOUT.slab_bytes, proofs)
+    target = Target(nodes.memories[-1], LAYOUT)
+    answer, reader = handshake.answer(hello, "me", SAME, target, openers, credits=1)
+    assert isinstance(answer, Welcome)
+    assert reader is not None
+    assert answer.transport == "tcp"
+    assert answer.reason.startswith("cuda_ipc: not on this host")
+    reader.close()
+
+
+def test_device_memory_keeps_generations_in_host_memory_and_no_digests(nodes: Nodes) -> None:
+    memory = nodes.memory(device=True)
+    memory.begin_write(1)
+    memory.slabs[1] = torch.arange(LAYOUT.slab_bytes).to(torch.uint8)
+    assert memory.seal(1, b"a block's hash..") == 2
+    assert memory.generations.tolist() == [0, 2]
+    assert memory.digests == [b"", b""]
+    assert bytes(memory.slab(1)) == bytes(memory.slabs[1].numpy())
