@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: serve test lint bench test-gpu bench-gpu clean
+.PHONY: serve test lint bench bench-handoff chaos-handoff test-gpu bench-gpu clean
 
 serve: $(INSTALLED)
 	$(BIN)/pdq serve $(ARGS)
@@ -21,6 +21,14 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m bench.engine $(ARGS)
+
+# Transports against memcpy and a bare socket, then the latency of handoffs between real nodes.
+bench-handoff: $(INSTALLED)
+	$(BIN)/python -m bench.handoff $(ARGS)
+
+# Every fault at every moment of a handoff, over shm and tcp; `make test` has a sample.
+chaos-handoff: $(INSTALLED)
+	CHAOS=all $(BIN)/python -m pytest tests/faults/test_handoff_chaos.py $(ARGS)
 
 # For a bare machine with torch, triton and transformers, and no network: no installation.
 test-gpu:

@@ -6,6 +6,8 @@ idle, once with a stream that it decodes all the time. Per prompt:
 
     last chunk → adopted      the part of the handoff that computing does not hide
     adopted → first step      0 when the decode loop is idle, else what is left of the running step
+    last chunk to its copy    digests, three messages, a thread that begins
+    last copy to adopted      the thread's result, and Commit where it is not there yet
     copied after last chunk   of that, bytes under way: the unhidden copy (with digests)
     hidden                    share of all seconds of copying that lie before the last chunk's end
 
@@ -111,6 +113,8 @@ def evaluate(notes: list[dict[str, Any]]) -> dict[str, Any]:
             "last chunk to adopted": adopted[name] - computed[name],
             "adopted to first step": stepped[name] - adopted[name],
             "last chunk to first step": stepped[name] - computed[name],
+            "last chunk to its copy": max([a for a, _ in mine]) - computed[name],
+            "last copy to adopted": adopted[name] - mine[-1][1],
             "copied after last chunk": late,
             "beyond the unhidden copy": stepped[name] - computed[name] - late,
             "copying": copying,

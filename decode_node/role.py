@@ -90,6 +90,7 @@ class DecodeRole:
             return
         attempt.open_choices.add(offer.choice)
         attempt.sequences[offer.choice] = sequence
+        attempt.handoffs[offer.choice] = effect.waited
         self._say_who_has(attempt, offer.choice)
 
     def _say_who_has(self, attempt: Attempt, choice: int) -> None:
@@ -124,6 +125,8 @@ class DecodeRole:
         for attempt, output in ended:
             if output.finish_reason is not FinishReason.ERROR:
                 seconds = {"decode": time.monotonic() - attempt.began}
+                if output.choice in attempt.handoffs:
+                    seconds["handoff"] = attempt.handoffs[output.choice]
                 key = attempt.key(output.choice)
                 self._node.stage(attempt.gateway, key, "decoding", seconds)
             attempt.open_choices.discard(output.choice)

@@ -150,7 +150,9 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
-        advice = "is taken; --port names another" if error.errno == errno.EADDRINUSE else f": {error}"
+        advice = (
+            "is taken; --port names another" if error.errno == errno.EADDRINUSE else f": {error}"
+        )
         raise ResourceError(f"port {port} of {host} {advice}", param="port") from error
 
 

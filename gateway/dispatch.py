@@ -11,7 +11,7 @@ How a choice moves (a request's choices start together in attempt 1, a retry is 
     holder lost, or Failed(retryable) ──▶ new attempt: prompt + delivered tokens, same border
        │
        ▼
-    attempts used up, nowhere to go in time, or Failed(not retryable) ──▶ the request fails
+    tries used up, nowhere to go in time, or Failed(not retryable) ──▶ the request fails
 
 Attempt numbers count over the whole request. An old attempt that was thought dead may still run
 somewhere: what it sends is acknowledged and dropped, and it is told to stop as soon as that cannot
@@ -44,6 +44,7 @@ from gateway.router import Decision, RouteQuestion, Router, longest_request, wha
 
 log = get_logger("dispatch")
 
+NO_ROOM = frozenset({"out_of_blocks", "overloaded"})  # nobody failed: it costs no attempt
 STORE_RETRY_S = 0.2  # between two tries to reach Redis for a retry
 
 
@@ -238,7 +239,7 @@ class Dispatcher:
                 ServiceUnavailable(f"given up after {choice.tries} attempts, the last: {cause}")
             )
             return
-        choice.tries += 1
+        choice.tries += cause not in NO_ROOM
         choice.holder, choice.heard = "", False
         request.attempt += 1
         choice.stream.begin(request.attempt)

@@ -129,6 +129,7 @@ class _Entry:
     pieces: collections.deque[Piece] = dataclasses.field(default_factory=collections.deque)
     copy: Copy | None = None  # the one that runs; no other runs into this reservation
     commit: Commit | None = None
+    committed_at: float = 0.0
     outcome: Outcome = Outcome.FAILED
     reason: str = ""
     asked: bool = False  # the peer sent Abort
@@ -363,7 +364,7 @@ class Intake:
         if commit.blocks != count or commit.position != len(entry.offer.token_ids):
             self._step(entry, E.FAIL, "protocol_error")
             return
-        entry.commit = commit
+        entry.commit, entry.committed_at = commit, self._now
         if entry.unannounced:
             self._send_grant(entry, None)
 
@@ -433,7 +434,10 @@ class Intake:
         assert entry.commit is not None
         self._pool.adopt(entry.reservation)
         self._answer(entry.key, Ack(*entry.key))
-        self._effects.append(Adopted(entry.key, entry.offer, entry.commit, entry.reservation))
+        waited = self._now - entry.committed_at
+        self._effects.append(
+            Adopted(entry.key, entry.offer, entry.commit, entry.reservation, waited)
+        )
 
     def _deny(self, entry: _Entry, reason: object) -> None:
         self._answer(entry.key, Deny(*entry.key, str(reason)))

@@ -144,6 +144,7 @@ class Adopted:
     offer: Offer
     commit: Commit
     reservation: Reservation
+    waited: float  # seconds from Commit to here: what computing did not hide of the transfer
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -8,8 +8,8 @@ Owns the attempts that are computed or handed over here. For each choice:
                       handing over ──Ended(adopted)──▶ over: the blocks go (they stay as cache)
                          │ denied, failed, link lost
                          ▼
-                      another decode node; where all are full, the same ones again; where there
-                      is none for a while, Failed to the gateway, which decides
+                      another decode node; where all are full, or there is none for a while,
+                      Failed to the gateway, which decides
 
 The choices after the first are offered when the first has been adopted: by then the decode node
 holds the prompt's blocks, and only the tail is sent again.
@@ -17,6 +17,7 @@ holds the prompt's blocks, and only the tail is sent again.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import time
 
@@ -37,6 +38,7 @@ log = get_logger("prefill")
 
 NO_DECODE_NODE_S = 1.0  # a prompt waits so long for one to appear, then its gateway is told
 FULL = frozenset({"out_of_blocks", "overloaded"})  # reasons of a Deny that pass by themselves
+ENDED_REMEMBERED = 4096  # attempts
 
 
 def create(node: Node) -> PrefillRole:
@@ -55,7 +57,8 @@ class Handover:
     first: TokenRun | None = None
     held: list[int] = dataclasses.field(default_factory=list)  # blocks of the ended sequence
     refused: set[str] = dataclasses.field(default_factory=set)  # nodes that did not take it
-    stranded_at: float | None = None  # since when no node takes it; None: one may
+    found_full: bool = False  # one of them has no room just now
+    stranded_at: float | None = None  # since when there is none to ask; None: one was asked
     cancelled: bool = False
     began: float = dataclasses.field(default_factory=time.monotonic)
 
@@ -68,6 +71,7 @@ class PrefillRole:
         self._attempts: dict[str, Attempt] = {}  # by the engine's id
         self._handovers: dict[tuple[str, int], Handover] = {}  # by the engine's id, and choice
         self._by_key: dict[Key, Handover] = {}
+        self._past: collections.deque[str] = collections.deque(maxlen=ENDED_REMEMBERED)
 
     @property
     def num_open(self) -> int:
@@ -87,8 +91,8 @@ class PrefillRole:
     def accept(self, entry: Entry) -> None:
         dispatch, node = entry.dispatch, self._node
         attempt = Attempt.of(entry)
-        if attempt.engine_id in self._attempts:  # Redis lost it, and its gateway queued it again
-            node.done(entry)
+        if attempt.engine_id in self._attempts or attempt.engine_id in self._past:
+            node.done(entry)  # Redis lost it, and its gateway queued it again
             return
         try:
             sequences = node.engine.add(
@@ -166,13 +170,16 @@ class PrefillRole:
             return
         chosen = self._choose(handover)
         if chosen is None:
-            handover.stranded_at = handover.stranded_at or time.monotonic()
+            if handover.found_full:
+                self._give_up(handover.attempt, OutOfBlocks("no decode node has room for it"))
+            elif handover.stranded_at is None:
+                handover.stranded_at = time.monotonic()
             return
         handover.peer, endpoint = chosen
         self._node.spawn(self._open(handover, handover.peer, endpoint))
 
     def peers_changed(self) -> None:
-        """Ask once more for prompts that no decode node took; give up those that find none."""
+        """Look again for prompts that found no decode node to ask, for a while."""
         now = time.monotonic()
         for handover in list(self._handovers.values()):
             stranded_at = handover.stranded_at
@@ -181,12 +188,14 @@ class PrefillRole:
             if now - stranded_at < NO_DECODE_NODE_S:
                 handover.refused.clear()
                 self._offer(handover)
-                continue
-            attempt = handover.attempt
-            error = ServiceUnavailable("no decode node takes this prompt now")
-            for choice in attempt.open_choices:
-                self._node.failed(attempt.gateway, attempt.key(choice), error, retryable=True)
-            self._abort(attempt, "no decode node")
+            else:
+                self._give_up(handover.attempt, ServiceUnavailable("there is no decode node"))
+
+    def _give_up(self, attempt: Attempt, error: PdqError) -> None:
+        """Nothing more of this attempt here; its gateway makes another."""
+        for choice in attempt.open_choices:
+            self._node.failed(attempt.gateway, attempt.key(choice), error, retryable=True)
+        self._abort(attempt, error.code)
 
     def _is_next(self, handover: Handover) -> bool:
         """Whether no choice before this one is still on its way."""
@@ -288,7 +297,7 @@ class PrefillRole:
             self._over(handover, "adopted")
         else:
             if effect.outcome is Outcome.DENIED and effect.reason in FULL:
-                handover.stranded_at = None  # somebody is there: it waits for its turn
+                handover.found_full = True
             log.info("handoff.ended", request=effect.key.request, outcome=effect.outcome.value,
                      reason=effect.reason, peer=handover.peer)  # fmt: skip
             self._ended(handover, handover.peer)
@@ -345,6 +354,7 @@ class PrefillRole:
         handover.held = []
         if not any(id_ == attempt.engine_id for id_, _ in self._handovers):
             del self._attempts[attempt.engine_id]
+            self._past.append(attempt.engine_id)
             assert attempt.entry is not None
             self._node.done(attempt.entry)
             self._node.wake()

@@ -287,7 +287,10 @@ class Engine:
         return self._planned
 
     def compute(self, planned: PlannedStep) -> ComputedStep:
-        """The work itself: copies, forward, logits, sampling. Changes the cache's memory only."""
+        """The work itself: copies, forward, logits, sampling. Changes the cache's memory only.
+
+        When it returns, the device has ended the step: its blocks may be handed to another node.
+        """
         self.backend.enter_thread()
         self.cache.copy_blocks(planned.step.copies)
         hidden = self.model.forward(planned.batch.rows, self.cache)
@@ -298,6 +301,7 @@ class Engine:
                 hidden[torch.from_numpy(planned.batch.sampled).to(hidden.device)]
             )
             sampled = self._sampler.sample(logits, planned.rows)
+        self.backend.synchronize()  # a step that samples nothing has not waited for anything
         return ComputedStep(sampled, scores)
 
     def end_step(self, planned: PlannedStep, computed: ComputedStep) -> list[StepOutput]:

@@ -24,6 +24,7 @@ class Attempt:
     open_choices: set[int]
     sequences: dict[int, Sequence] = dataclasses.field(default_factory=dict)
     began: float = dataclasses.field(default_factory=time.monotonic)
+    handoffs: dict[int, float] = dataclasses.field(default_factory=dict)  # seconds, by choice
     cached_tokens: int | None = None  # of the prompt; None until its first chunk begins
 
     @property

@@ -201,21 +201,23 @@ class NixlReader:
             with _as_link_lost():
                 handle = agent.initialize_xfer(
                     "READ",
-                    agent.get_xfer_descs([(*r, device if local_kind == "VRAM" else 0)
-                                          for r in local], local_kind),
-                    agent.get_xfer_descs([(*r, self._device if remote_kind == "VRAM" else 0)
-                                          for r in remote], remote_kind),
+                    agent.get_xfer_descs(_on(local, local_kind, device), local_kind),
+                    agent.get_xfer_descs(_on(remote, remote_kind, self._device), remote_kind),
                     self._peer,
-                )  # fmt: skip
+                )
                 self._wait(agent, handle, timeout)
                 handle.release()
-        except LinkLost:
-            if handle is not None:
-                with contextlib.suppress(Exception):  # it cannot be cancelled: its agent ends now
-                    handle.release()
-            del handle, agent
-            self._end()
-            raise
+            return
+        except LinkLost as error:
+            reason = str(error)
+        # What failed may still be under way. It is cancelled, or ends with its agent, of which no
+        # reference may be left: out here not even the error's traceback has one.
+        if handle is not None:
+            with contextlib.suppress(Exception):
+                handle.release()
+        del handle, agent
+        self._end()
+        raise LinkLost(reason)
 
     def _wait(self, agent: Any, handle: Any, timeout: float) -> None:
         state, began = agent.transfer(handle), time.monotonic()
@@ -241,6 +243,11 @@ class NixlReader:
         self._stop.set()
         with self._lock:
             self._end()
+
+
+def _on(ranges: Ranges, kind: str, device: int) -> list[tuple[int, int, int]]:
+    """Ranges with the device that they lie on, as nixl wants them."""
+    return [(*place, device if kind == "VRAM" else 0) for place in ranges]
 
 
 @contextlib.contextmanager

@@ -359,7 +359,11 @@ class TcpReader:
         generations = tuple(piece.generation for piece in pieces)
         if self._closed:
             raise LinkLost("the link was closed")
-        self._socket.send(encode(Pull(self._link, self._token, number, slots, generations, fill)))
+        pull = Pull(self._link, self._token, number, slots, generations, fill)
+        try:
+            self._socket.send(encode(pull), zmq.DONTWAIT)  # it would wait for ever without a peer
+        except zmq.Again as error:
+            raise LinkLost("the connection to the source is gone") from error
         return number
 
     def _receive(self, timeout: float) -> tuple[Message, list[Any]]:

@@ -135,7 +135,8 @@ async def test_the_queue_is_read_with_redis_cli(
     assert stream in cli("--scan", "--pattern", "pdq:*").split()
     # Entries stay until their prompts are computed: a moment, so it is looked for in a loop.
     look = (
-        f'until [ "$(redis-cli xlen {stream})" -gt 0 ]; do :; done; redis-cli xinfo stream {stream}'
+        f'until [ "$(redis-cli xlen {stream})" -gt 0 ]; do :; done; '
+        f"redis-cli --no-raw xinfo stream {stream}"
     )
     looking = asyncio.create_task(
         asyncio.to_thread(system.inside, "redis", "timeout", "120", "sh", "-c", look)
@@ -144,8 +145,8 @@ async def test_the_queue_is_read_with_redis_cli(
         async with Load(system.url, sent()) as load:
             await load.finish(expected)
     said = await looking
-    print(said)
-    assert int(said.split()[1]) > 0
+    print(said[:400])
+    assert "last-generated-id" in said
 
 
 def test_the_readmes_commands_work(system: Compose) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
+import itertools
 import json
 from collections.abc import Iterator
 
@@ -18,7 +20,16 @@ from tests.support.engines import poisoned_engine
 BLOCK = 16
 
 
-@pytest.fixture(scope="module", params=["shm", "tcp"])
+NIXL = pytest.param(
+    "nixl",
+    marks=pytest.mark.skipif(
+        importlib.util.find_spec("nixl") is None,
+        reason="nixl is not installed (pip install pdq[nixl])",
+    ),
+)
+
+
+@pytest.fixture(scope="module", params=["shm", "tcp", NIXL])
 def system(request: pytest.FixtureRequest) -> Iterator[Deployment]:
     flags = ("--transports", request.param)
     with Deployment(STORIES, prefill=1, decode=1, flags=flags) as deployment:
@@ -62,5 +73,5 @@ async def test_a_second_turn_sends_only_the_blocks_that_are_new(system: Deployme
         second = [*first, *reply, *random.integers(3, 512, 60).tolist()]  # 230: 14 full and a tail
         await ask(second)
         await ask(second)
-    sent = [after - before for before, after in zip(counts, counts[1:], strict=False)]
+    sent = [after - before for before, after in itertools.pairwise(counts)]
     assert sent == [len(first) // BLOCK + 1, len(second) // BLOCK - len(first) // BLOCK + 1, 1]

@@ -247,6 +247,12 @@ def test_a_node_that_dies_at_start_is_one_line_that_says_why(tmp_path: Path) -> 
     assert "max_model_len 1000000 is beyond the model's 2048 positions" in line
 
 
+def test_a_pool_that_does_not_fit_is_one_line_that_says_what_to_lower(tmp_path: Path) -> None:
+    line = _refusal(tmp_path, "--port", "0", "--unified", "1", "--num-kv-blocks", "1000000000")
+    assert line.startswith("pdq serve: unified-1 died at start (exit code 1): ")
+    assert "MiB of free memory; lower --num-kv-blocks or --kv-cache-memory-bytes" in line
+
+
 def test_a_node_that_keeps_dying_ends_it(tmp_path: Path) -> None:
     with serving(tmp_path, *UNIFIED) as serve:
         serve.url()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import signal
 import time
 
@@ -26,7 +25,7 @@ async def open_records(system: Deployment) -> list[RequestRecord]:
     return [record for record in recent if not record.state.terminal]
 
 
-@pytest.mark.parametrize("name", ["prefill-0", "prefill-1", "decode-2", "decode-3"])
+@pytest.mark.parametrize("name", ["prefill-0", "decode-2"])
 async def test_under_load_the_others_take_over(
     system: Deployment, engine: Engine, name: str
 ) -> None:
@@ -111,4 +110,3 @@ async def test_a_stopped_decode_node_is_superseded_and_comes_back(
     system.kill("decode-3")  # the one that was stopped has to do it all now
     async with Load(system.url, asked[:6]) as load:
         await load.finish(expected[:6])
-    await asyncio.sleep(0)

@@ -23,8 +23,9 @@ def pair() -> Iterator[Deployment]:
         yield deployment
 
 
-@pytest.mark.parametrize("restarted", [True, False], ids=["restarted", "gone"])
-@pytest.mark.parametrize("name", ["prefill-0", "decode-1"])
+@pytest.mark.parametrize(
+    ("name", "restarted"), [("prefill-0", True), ("decode-1", True), ("decode-1", False)]
+)
 async def test_every_request_ends(
     pair: Deployment, engine: Engine, name: str, restarted: bool
 ) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 
-import pytest
-
 from common.engine import Engine
 from common.requests import Requests
 from tests.support.deployment import Deployment
@@ -15,16 +13,10 @@ from tests.support.redis import wait_until
 LOAD = bodies(24, seed=9)
 
 
-@pytest.mark.parametrize("while_", ["prompts are computed", "tokens flow"])
-async def test_open_requests_outlive_redis(
-    system: Deployment, engine: Engine, while_: str
-) -> None:
+async def test_open_requests_outlive_redis(system: Deployment, engine: Engine) -> None:
     expected = truth(engine, LOAD)
     async with Load(system.url, LOAD) as load:
-        if while_ == "tokens flow":
-            await wait_until(lambda: load.num_begun >= 4, "some streams run")
-        else:
-            await wait_until(lambda: load.num_begun >= 1, "the first token is there")
+        await wait_until(lambda: load.num_begun >= 1, "the first tokens are there")
         await asyncio.to_thread(system.redis.restart)
         async with Load(system.url, LOAD) as later:
             await load.finish(expected)

@@ -271,8 +271,11 @@ async def test_what_keeps_it_from_starting_is_one_line(
     url = redis_client.settings.url
     with socket.create_server(("127.0.0.1", 0)) as taken:
         flags, wanted = {
-            "port": (("--port", str(taken.getsockname()[1])), "cannot listen"),
-            "redis": (("--redis-url", "redis://127.0.0.1:1", "--redis-retry-s", "0"), "edis"),
+            "port": (("--port", str(taken.getsockname()[1])), "is taken; --port names another"),
+            "redis": (
+                ("--redis-url", "redis://127.0.0.1:1", "--redis-retry-s", "0"),
+                "--redis-url or PDQ_REDIS_URL",
+            ),
             "model": (("--model", "/no/such/folder"), "/no/such/folder"),
             "setting": (("--max-n", "none"), "max-n"),
         }[trouble]

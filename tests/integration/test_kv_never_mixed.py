@@ -32,8 +32,8 @@ from common.errors import LinkLost
 from common.kv_layout import Fingerprint, KVLayout, chain_hashes, root_hash
 from common.messages import Message, Offer
 from common.sampling import SamplingParams
-from kv_transfer.digests import tail_seed
 from kv_transfer import pool_memory
+from kv_transfer.digests import tail_seed
 from kv_transfer.handoff import Handoff
 from kv_transfer.intake import Intake
 from kv_transfer.lease import Leases
@@ -152,7 +152,9 @@ class Pool:
             last = fill and index == len(blocks) - 1
             ranges = LAYOUT.tail_ranges(fill) if last else [(0, LAYOUT.slab_bytes)]
             for start, length in ranges:
-                if not np.array_equal(found[start : start + length], wanted[start : start + length]):
+                if not np.array_equal(
+                    found[start : start + length], wanted[start : start + length]
+                ):
                     raise Mixed(f"block {index} holds another content")
 
     # IntakePool
@@ -290,7 +292,7 @@ class Node:
         names, full = identities(tokens), len(tokens) // BLOCK
         async with asyncio.timeout(20):
             link = await self.links.open(to)
-            while (taken := self.pool.take(names, full)) is None:
+            while (taken := self.pool.take(names, full)) is None:  # noqa: ASYNC110  (any release)
                 await asyncio.sleep(0.002)
         blocks, cached = taken
         key = Key(link, request, attempt, 0)
@@ -373,8 +375,9 @@ def prompts(rng: random.Random) -> tuple[int, ...]:
 
 
 async def hand_over(
-    transport: str, seed: int, count: int, *, digests: bool = True, cuts: float = 0.03, aborts: int = 40
-) -> int:
+    transport: str, seed: int, count: int, *, digests: bool = True, cuts: float = 0.03,
+    aborts: int = 40,
+) -> int:  # fmt: skip
     """`count` attempts of random prompts between random nodes, some at once; how many arrived."""
     async with three_nodes(transport, seed, digests=digests) as (air, nodes):
         air.aborts = aborts
@@ -566,7 +569,9 @@ MUTATIONS = [
 ]
 
 
-@pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: f"{m.take_out.__name__}-{m.transport}")
+@pytest.mark.parametrize(
+    "mutation", MUTATIONS, ids=lambda m: f"{m.take_out.__name__}-{m.transport}"
+)
 async def test_a_rule_that_is_taken_out_is_noticed(
     monkeypatch: pytest.MonkeyPatch, rough_copies: dict[str, float], mutation: Mutation
 ) -> None:

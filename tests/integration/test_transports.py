@@ -853,6 +853,53 @@ def test_a_stopped_owner_is_left_by_closing_the_reader(transport: str) -> None:
     target.memory.close()
 
 
+@pytest.mark.skipif(importlib.util.find_spec("nixl") is None, reason="nixl is not installed")
+def test_nixl_writes_nothing_more_once_a_pull_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over TCP a stopped owner leaves a read half done; it goes on, and its bytes come too late."""
+    import nixl
+
+    monkeypatch.setenv("UCX_TLS", "tcp")  # of both ends: no help from the kernel's shared memory
+    target = Target(PoolMemory(64, LARGE.slab_bytes), LARGE)
+    with source_process("nixl") as (process, proof):
+        reader = NixlReader.open("link", proof, target)
+        copied, errors = threading.Event(), []
+        thread = threading.Thread(target=pull_until_it_fails, args=(reader, copied, errors))
+        thread.start()
+        assert copied.wait(30)
+        process.send_signal(signal.SIGSTOP)
+        copied.clear()
+        while copied.wait(0.3):  # until one is under way and stands still
+            copied.clear()
+        gc.disable()
+        try:
+            reader.close()
+            thread.join(30)
+            assert len(errors) == 1
+            assert isinstance(errors[0], LinkLost)
+            left = [one for one in gc.get_objects() if type(one) is nixl.nixl_agent]
+            assert left == [], "the agent has ended, and everything that it had under way"
+        finally:
+            gc.enable()
+        target.memory.slabs.zero_()
+        process.send_signal(signal.SIGCONT)
+        assert not copied.wait(0.5)
+        assert int(target.memory.slabs.max()) == 0
+    target.memory.close()
+
+
+def test_a_pull_that_begins_after_the_source_has_gone_is_a_lost_link() -> None:
+    """As on a node that was stopped meanwhile; it must not wait for a peer that never comes."""
+    with both_ends("tcp") as end:
+        end.fill(0)
+        end.leases.add(KEY, [0])
+        reader = end.reader()
+        assert isinstance(reader, TcpReader)
+        end.source.close_link("link")
+        wait_until(lambda: reader._monitor.poll(0), "the connection is gone")
+        with pytest.raises(LinkLost):
+            reader.pull([end.piece(0, 0)])
+
+
 def test_a_name_at_which_nobody_listens_opens_nothing() -> None:
     target = Target(PoolMemory(1, LAYOUT.slab_bytes), LAYOUT)
     with pytest.raises(LinkLost, match="not on this host"):

@@ -66,7 +66,11 @@ def test_nested_trees_have_their_prefix_and_the_engine_has_none() -> None:
         (["--max-num-seqs"], {}, "expected one argument"),
         ([], {"PDQ_BLOCK_SIZE": "1.5"}, "PDQ_BLOCK_SIZE must be an integer"),
         (["--dtype", "int3"], {}, "one of auto, bfloat16"),
-        (["--transports", "shm,pigeon"], {}, "--transports must be a list, each one of cuda_ipc, shm, nixl, nccl, tcp"),
+        (
+            ["--transports", "shm,pigeon"],
+            {},
+            "--transports must be a list, each one of cuda_ipc, shm, nixl, nccl, tcp",
+        ),
         (["--bus-beat-interval-s", "nan"], {}, "must be a number"),
         (["--kv-cache-memory-bytes", "2 parsecs"], {}, "--kv-cache-memory-bytes"),
         ([], {"PDQ_ENABLE_PREFIX_CACHING": "maybe"}, "true or false"),

@@ -12,7 +12,7 @@ from common.errors import ContextLengthExceeded, NeverFits
 from common.kv_layout import Fingerprint, chain_hashes, root_hash
 from gateway.ports import NodeLoad, NodeView
 from gateway.prefix_index import CacheEvent, PrefixIndex
-from gateway.router import Decision, LeastLoadedRouter, RouteQuestion
+from gateway.router import Decision, LeastLoadedRouter, RouteQuestion, what_lacks
 
 PRINT = Fingerprint("m", "r", "layout", "cpu-bf16", 4)
 PROMPT = tuple(range(40))
@@ -150,3 +150,27 @@ def test_a_decision_explains_itself() -> None:
         ("b", 90, 40),
     ]
     assert "7 tokens wait, 28 of 40 not cached" in decision.reason
+
+
+@pytest.mark.parametrize(
+    ("nodes", "said"),
+    [
+        ([], "no node is here; start some"),
+        ([node("a", "prefill", draining=True)], "no node is here; start some"),
+        ([node("a", "prefill")], "no decode node is here; start one"),
+        ([node("a", "decode")], "no prefill node is here; start one"),
+        (
+            [
+                node("a", "prefill"),
+                node("b", "decode", fingerprint=dataclasses.replace(PRINT, numerics="cpu-f32")),
+            ],
+            "numerics is 'cpu-bf16' at a and 'cpu-f32' at b; start them with the same model, "
+            "version and settings",
+        ),
+    ],
+)
+def test_what_keeps_requests_from_being_placed_says_what_to_do(
+    nodes: list[NodeView], said: str
+) -> None:
+    assert route(nodes) is None
+    assert said in what_lacks(nodes)

@@ -271,6 +271,7 @@ async def test_a_prompt_is_handed_over_chunk_by_chunk(transport: str) -> None:
         await d.until(lambda: d.received)
         assert isinstance(adopted := d.received[0], Adopted)
         assert (adopted.commit.first_token, adopted.commit.position) == (9, 30)
+        assert 0.0 <= adopted.waited < 10.0
         assert prompt.arrived(adopted, d)
         await p.until(lambda: p.sent[-1] == Ended(key, True, Outcome.ADOPTED, ""))
         await p.quiet()
@@ -304,6 +305,7 @@ async def test_blocks_the_decode_side_holds_are_not_sent(transport: str) -> None
         granted = [event for event in p.sent if isinstance(event, Granted)]
         assert [event.missing for event in granted] == [(0, 1, 2), (2, 3)]
         assert d.links.counts["blocks_copied"] == 5
+        assert [link["blocks"] for link in d.links.describe()] == ["5"]
 
 
 @every_transport
@@ -379,9 +381,14 @@ async def test_a_cancelled_handoff_frees_both_ends(transport: str) -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("model", "other"), ("revision", "x"), ("layout", "x"), ("numerics", "x"), ("adapter", "x")],
-)
-async def test_a_node_that_serves_something_else_is_refused_by_name(field: str, value: str) -> None:
+    [
+        ("model", "other"), ("revision", "x"), ("layout", "x"), ("numerics", "x"),
+        ("adapter", "x"), ("block_size", 8),
+    ],
+)  # fmt: skip
+async def test_a_node_that_serves_something_else_is_refused_by_name(
+    field: str, value: object
+) -> None:
     there = Fingerprint(**{**_plain(FINGERPRINT), field: value})
     async with two_nodes("", there) as (_, p, _d):
         with pytest.raises(FingerprintMismatch) as caught:
