@@ -44,7 +44,8 @@ from gateway.router import Decision, RouteQuestion, Router, longest_request, wha
 
 log = get_logger("dispatch")
 
-NO_ROOM = frozenset({"out_of_blocks", "overloaded"})  # nobody failed: it costs no attempt
+NO_ROOM = frozenset({"out_of_blocks", "overloaded"})  # nobody failed: it costs time, not a try
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 1.0  # before a request that found no room asks again
 STORE_RETRY_S = 0.2  # between two tries to reach Redis for a retry
 
 
@@ -239,14 +240,22 @@ class Dispatcher:
                 ServiceUnavailable(f"given up after {choice.tries} attempts, the last: {cause}")
             )
             return
-        choice.tries += cause not in NO_ROOM
+        pause = 0.0
+        if cause in NO_ROOM:
+            pause = min(FIRST_PAUSE_S * 2**choice.refusals, LONGEST_PAUSE_S)
+            choice.refusals = min(choice.refusals + 1, 10)
+        else:
+            choice.tries += 1
         choice.holder, choice.heard = "", False
         request.attempt += 1
         choice.stream.begin(request.attempt)
         self._metrics.retries.labels(cause).inc()
-        self._spawn(self._place_again(request, index, frozenset({avoid})), "retry")
+        self._spawn(self._place_again(request, index, frozenset({avoid}), pause), "retry")
 
-    async def _place_again(self, request: OpenRequest, index: int, avoid: frozenset[str]) -> None:
+    async def _place_again(
+        self, request: OpenRequest, index: int, avoid: frozenset[str], pause: float
+    ) -> None:
+        await asyncio.sleep(pause)
         choice = request.choices[index]
         attempt = choice.stream.attempt
         token_ids = request.work.prompt_ids + choice.stream.token_ids

@@ -45,6 +45,7 @@ class Choice:
     holder: str = ""  # the incarnation whose death would lose it; "" while it is being placed
     heard: bool = False  # the holder has said something: its entry was read
     tries: int = 1
+    refusals: int = 0  # times that no node had room; up to 10
     done: bool = False  # finished, or stopped by us
     last_arrival: float = 0.0
 

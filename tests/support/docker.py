@@ -286,6 +286,10 @@ class Compose:
 
     def up(self, *arguments: str, **variables: str) -> None:
         self.compose("up", "--detach", *arguments, **variables)
+        self.find()
+
+    def find(self) -> None:
+        """Where the gateway is published; another place after it was made anew."""
         self.url = f"http://{self.compose('port', 'gateway', '8000').strip()}"
 
     def down(self) -> None:
@@ -334,5 +338,6 @@ class Compose:
                 return []
             nodes = self.nodes()
         except (httpx.TransportError, AssertionError):
+            self.find()
             return []
         return [n for n in nodes if n["state"] == "ready" and n["beat_age_s"] < 3]

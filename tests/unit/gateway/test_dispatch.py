@@ -165,10 +165,20 @@ async def test_a_retryable_failure_goes_to_another_node(cluster: FakeCluster) ->
 
 
 async def test_attempts_are_bounded(cluster: FakeCluster) -> None:
-    cluster.add("bad").refusal = OVERLOADED
-    with pytest.raises(ServiceUnavailable, match="after 3 attempts, the last: overloaded"):
+    cluster.add("bad").refusal = dataclasses.replace(OVERLOADED, code="engine_broken")
+    with pytest.raises(ServiceUnavailable, match="after 3 attempts, the last: engine_broken"):
         await run(connect(cluster, max_attempts=3))
     assert [dispatch.attempt for _, dispatch in cluster.dispatched] == [1, 2, 3]
+
+
+async def test_a_request_that_finds_no_room_waits_for_it(cluster: FakeCluster) -> None:
+    full = cluster.add("full")
+    full.refusal = OVERLOADED
+    running = asyncio.create_task(run(connect(cluster, max_attempts=2)))
+    await until(lambda: len(cluster.dispatched) > 3)  # refusals cost no try
+    assert not running.done()
+    full.refusal = None
+    assert await running == expected()
 
 
 async def test_what_would_fail_anywhere_is_not_retried(cluster: FakeCluster) -> None:
