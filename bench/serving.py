@@ -88,7 +88,9 @@ def bare(engine: Engine, requests: int, seed: int) -> float:
     def add() -> None:
         number = next(names)
         if number < requests:
-            engine.add(f"{seed}-{number}", prompt_ids(engine, PROMPT, seed * 10_000 + number), params)
+            engine.add(
+                f"{seed}-{number}", prompt_ids(engine, PROMPT, seed * 10_000 + number), params
+            )
 
     start = time.perf_counter()
     for _ in range(OPEN):

@@ -235,7 +235,7 @@ class Dispatcher:
     def _retry(self, request: OpenRequest, index: int, cause: str, avoid: str) -> None:
         """Start the next attempt of one choice; `avoid` is the incarnation that failed it."""
         choice = request.choices[index]
-        if choice.tries >= self._limits.max_attempts:
+        if choice.tries >= self._limits.max_attempts and cause not in NO_ROOM:
             request.fail(
                 ServiceUnavailable(f"given up after {choice.tries} attempts, the last: {cause}")
             )
