@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -127,6 +128,7 @@ class Deployment:
                 process.kill()
                 process.wait()
         self.redis.stop()
+        shutil.rmtree(self._logs, ignore_errors=True)
 
     def logs(self) -> str:
         return "\n".join(

@@ -120,8 +120,8 @@ class Client:
         expected = {}
         for completion in completions:
             stopped = completion.finish_reason is FinishReason.STOP  # a stop id is not shown
-            ids = completion.token_ids[:-1] if stopped else completion.token_ids
-            expected[completion.choice] = list(ids)
+            shown = completion.token_ids[:-1] if stopped else completion.token_ids
+            expected[completion.choice] = list(shown)
         if may_fail and self.error is not None:
             assert set(self.error) == {"message", "type", "param", "code"}, self.error
             assert self.error["code"] in TYPED, self.error
