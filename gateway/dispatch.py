@@ -36,7 +36,17 @@ from common.errors import (
     ServiceUnavailable,
 )
 from common.logs import get_logger
-from common.messages import Cancel, Dispatch, Failed, Message, Stage, Tokens, TokensAck, TookOver
+from common.messages import (
+    Cancel,
+    Dispatch,
+    Failed,
+    Message,
+    Stage,
+    TokenRun,
+    Tokens,
+    TokensAck,
+    TookOver,
+)
 from gateway.metrics import GatewayMetrics
 from gateway.open_request import Choice, OpenRequest, Update, Work
 from gateway.ports import Ending, NodeBus, NodeDirectory, NodeView, RequestStore
@@ -263,6 +273,10 @@ class Dispatcher:
         while request.work.request in self._open and choice.stream.attempt == attempt:
             try:
                 await self._place(request, (index,), attempt, token_ids, avoid)
+                if request.work.request not in self._open:
+                    # Closed while the write was under way, which may have come after its end.
+                    ended = self._ending(request, "cancelled", "request_aborted", "closed")
+                    await self._write("end", ended)
                 return
             except ServiceUnavailable as error:
                 # Redis is away: the request was accepted, so it outlives that, up to the limit.
@@ -326,6 +340,8 @@ class Dispatcher:
                 log.warning("run.refused", node=node, error=error)
                 continue
             acks.append((run.request, run.attempt, run.choice, choice.stream.acknowledged(run)))
+            if run.attempt == choice.stream.attempt:
+                self._acknowledge_others(node, choice, run)
             self._metrics.duplicate_tokens.inc(arrival.duplicates)
             if arrival.mismatched:
                 self._metrics.mismatched_tokens.inc(arrival.mismatched)
@@ -341,6 +357,20 @@ class Dispatcher:
                 request.publish(Update(run.choice, arrival.delivered, arrival.finished))
         if acks:
             self._bus.send(node, TokensAck(self._gateway, tuple(acks)))
+
+    def _acknowledge_others(self, node: str, choice: Choice, run: TokenRun) -> None:
+        """A run that fills a gap delivers what came before it from other nodes, too: a decode
+        node's tokens may be here before the first one, and it may have none left to send."""
+        end, below = run.position + len(run.token_ids), choice.stream.below
+        if end > below:
+            choice.unacknowledged[node] = max(end, choice.unacknowledged.get(node, 0))
+        else:
+            choice.unacknowledged.pop(node, None)
+        for other, wanted in list(choice.unacknowledged.items()):
+            if other != node and below >= wanted:
+                del choice.unacknowledged[other]
+                ack = (run.request, run.attempt, run.choice, below)
+                self._bus.send(other, TokensAck(self._gateway, (ack,)))
 
     def _on_took_over(self, message: TookOver) -> None:
         request, choice = self._find("TookOver", message)

@@ -45,6 +45,8 @@ class Choice:
     holder: str = ""  # the incarnation whose death would lose it; "" while it is being placed
     heard: bool = False  # the holder has said something: its entry was read
     tries: int = 1
+    unacknowledged: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Nodes whose tokens wait behind a gap: the position below which all of them have arrived."""
     refusals: int = 0  # times that no node had room; up to 10
     done: bool = False  # finished, or stopped by us
     last_arrival: float = 0.0

@@ -46,7 +46,9 @@ async def assert_free(system: Deployment, left_at: float) -> None:
     assert time.monotonic() < left_at + LIMIT_S + RECORD_AGE_S
 
     async def closed() -> bool:
-        return all(record.state is State.CANCELLED for record in await the_records(system))
+        states = {record.state for record in await the_records(system)}
+        # on a slow machine one may have come to its end just before its client left
+        return State.CANCELLED in states and states <= {State.CANCELLED, State.FINISHED}
 
     await wait_until(closed, "the records say that they were cancelled")
 

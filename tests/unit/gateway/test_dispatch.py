@@ -164,6 +164,28 @@ async def test_a_retryable_failure_goes_to_another_node(cluster: FakeCluster) ->
     assert cluster.dispatched[-1][0] == "good"
 
 
+async def test_tokens_that_waited_for_the_first_are_acknowledged_when_it_comes(
+    cluster: FakeCluster,
+) -> None:
+    cluster.add("u1").hold_at = 1
+    dispatcher = connect(cluster)
+    running = asyncio.create_task(run(dispatcher))
+    await until(lambda: cluster.acks)
+    first = cluster.dispatched[0][1].prompt_len + 1
+
+    def tokens(node: str, position: int) -> None:
+        run_of = TokenRun("r1", 1, 0, position, (7,), (), "")
+        dispatcher.on_message(node, Tokens(node, (run_of,)))
+
+    tokens("decode", first + 1)
+    assert ("decode", ("r1", 1, 0, first)) in cluster.acks
+    tokens("prefill", first)
+    assert ("decode", ("r1", 1, 0, first + 2)) in cluster.acks
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+    await until(lambda: cluster.ended)
+
+
 async def test_attempts_are_bounded(cluster: FakeCluster) -> None:
     cluster.add("bad").refusal = dataclasses.replace(OVERLOADED, code="engine_broken")
     with pytest.raises(ServiceUnavailable, match="after 3 attempts, the last: engine_broken"):
