@@ -189,13 +189,19 @@ class CpuBackend:
         self, linear: _OneDnnLinear | _PlainLinear, x: Tensor, padded_generated: int
     ) -> Tensor:
         """The product of all rows, in the calls that the row plan allows."""
-        slices = list(self.row_plan.slices(x.shape[0], padded_generated))
-        if len(slices) == 1:
+        if self._is_one_call(x.shape[0], padded_generated):
             return linear.product(x)
         out = torch.empty(x.shape[0], linear.out_features, dtype=self.dtype)
-        for part in slices:
+        for part in self.row_plan.slices(x.shape[0], padded_generated):
             out[part] = linear.product(x[part])
         return out
+
+    def _is_one_call(self, rows: int, padded_generated: int) -> bool:
+        """Whether the row plan takes all rows at once: nothing is cut, nothing is copied."""
+        plan = self.row_plan
+        if padded_generated:
+            return rows == padded_generated <= plan.generated_rows
+        return rows == plan.prompt_rows
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         out = torch.empty_like(x)
@@ -217,14 +223,19 @@ class CpuBackend:
     def gated_mlp(self, x: Tensor, gate_up: Linear, down: Linear, padded_generated: int) -> Tensor:
         assert isinstance(gate_up, _OneDnnLinear)
         assert isinstance(down, _OneDnnLinear)
-        width = down.in_features
+        if self._is_one_call(x.shape[0], padded_generated):
+            return self._gated_mlp(x, gate_up, down)
         out = torch.empty(x.shape[0], down.out_features, dtype=self.dtype)
         for part in self.row_plan.slices(x.shape[0], padded_generated):
-            both = gate_up.product(x[part])  # one slice at a time stays in the cache
-            gated = torch.empty(both.shape[0], width, dtype=self.dtype)
-            kernels.silu_mul(both.data_ptr(), gated.data_ptr(), both.shape[0], width, self._element)
-            out[part] = down.product(gated)
+            out[part] = self._gated_mlp(x[part], gate_up, down)  # one at a time stays in the cache
         return out
+
+    def _gated_mlp(self, x: Tensor, gate_up: _OneDnnLinear, down: _OneDnnLinear) -> Tensor:
+        both = gate_up.product(x)
+        rows, width = x.shape[0], down.in_features
+        gated = torch.empty(rows, width, dtype=self.dtype)
+        kernels.silu_mul(both.data_ptr(), gated.data_ptr(), rows, width, self._element)
+        return down.product(gated)
 
     def attention(
         self,
