@@ -9,7 +9,6 @@ the process that started it, even by kill -9.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import dataclasses
 import importlib.util
 import os
@@ -18,19 +17,17 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
+from common.child_process import die_with_parent
 from common.errors import ResourceError
 
 START_LIMIT_S = 10.0
 STOP_LIMIT_S = 5.0
-PR_SET_PDEATHSIG = 1
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -139,7 +136,7 @@ class EmbeddedRedis:
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C is for us; we stop it when nobody needs it any more
-            preexec_fn=_die_with_parent(os.getpid()),
+            preexec_fn=die_with_parent(os.getpid()),
         )  # fmt: skip
 
     def _end(self, number: signal.Signals) -> None:
@@ -188,22 +185,6 @@ def _version(path: str) -> str:
         return ""
     match = re.search(r"(\w+)\s+server\s+v=(\S+)", said.stdout, re.IGNORECASE)
     return f"{match[1].lower()} {match[2]}" if match else ""
-
-
-def _die_with_parent(parent: int) -> Callable[[], None] | None:
-    """A function for the child to run between fork and exec; made before the fork, because after it
-    nothing may be imported or locked."""
-    if sys.platform != "linux":
-        return None
-    prctl = ctypes.CDLL(None, use_errno=True).prctl
-    kill = int(signal.SIGKILL)
-
-    def run() -> None:
-        prctl(PR_SET_PDEATHSIG, kill, 0, 0, 0)
-        if os.getppid() != parent:  # it died before we asked
-            os._exit(1)
-
-    return run
 
 
 def _free_port() -> int:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import os
 import signal
 import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
-PR_SET_PDEATHSIG = 1
+from common.child_process import die_with_parent
+
 KEPT_LINES = 200
 LONGEST_LINE = 2**16
 
@@ -109,16 +109,11 @@ def ending(code: int) -> str:
 
 
 def _before_exec(parent: int, cores: Sequence[int]) -> Callable[[], None]:
-    """What the child does between fork and exec; made before the fork, because after it nothing
-    may be imported or locked."""
-    prctl = ctypes.CDLL(None, use_errno=True).prctl if sys.platform == "linux" else None
-    kill, bound = int(signal.SIGKILL), tuple(cores)
+    """What the child does between fork and exec: see `die_with_parent`."""
+    follow, bound = die_with_parent(parent), tuple(cores)
 
     def run() -> None:
-        if prctl is not None:
-            prctl(PR_SET_PDEATHSIG, kill, 0, 0, 0)
-            if os.getppid() != parent:  # it died before we asked
-                os._exit(1)
+        follow()
         os.sched_setaffinity(0, bound)
 
     return run

@@ -14,7 +14,6 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from common.errors import InvalidRequest
 from common.sampling import SamplingParams
 
 Records: TypeAlias = NDArray[np.void]
@@ -112,13 +111,10 @@ class SlotTable:
         prompt_length: int,
         counts: int,
     ) -> None:
-        """Fill a free slot. `InvalidRequest` names a token id outside the vocabulary, or a
-        combination of allowed and banned ids that leaves nothing."""
+        """Fill a free slot. `InvalidRequest` names a token id outside the vocabulary."""
         params.check_vocabulary(self.vocab_size)
         edits = _merged_edits(params)
         allowed = sorted(set(params.allowed_token_ids or ()))
-        if allowed and all(edits.get(token) == -math.inf for token in allowed):
-            raise InvalidRequest("every allowed token id is banned", param="allowed_token_ids")
         stops = sorted({*stop_ids, *params.stop_token_ids}) if params.min_tokens else []
         assert all(0 <= token < self.vocab_size for token in stops), "stop id not in vocabulary"
 
