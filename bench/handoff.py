@@ -1,12 +1,13 @@
 """The handoff against the limits of the same run: `make bench-handoff`.
 
-First the transports alone (`bench/transports.py`). Then real processes: Redis, a gateway, a prefill
+First the transports alone (`bench/transports.py`, `bench/staging.py`). Then real processes: Redis, a gateway, a prefill
 and a decode node, prompts of 2,048 tokens in chunks of 512, by each transport; the decode node once
 idle, once with a stream that it decodes all the time. Per prompt:
 
-    last chunk → adopted      the part of the handoff that computing does not hide
-    adopted → first step      0 when the decode loop is idle, else what is left of the running step
-    last chunk to its copy    digests, three messages, a thread that begins
+    last chunk                its step is computed: KV and first token are there
+    last chunk to adopted     the part of the handoff that computing does not hide
+    adopted to first step     0 when the decode loop is idle, else what is left of the running step
+    last chunk to its copy    below 0: the copy began while the step chose the first token
     last copy to adopted      the thread's result, and Commit where it is not there yet
     copied after last chunk   of that, bytes under way: the unhidden copy (with digests)
     hidden                    share of all seconds of copying that lie before the last chunk's end
@@ -33,6 +34,7 @@ import httpx
 
 from bench.engine import BODY
 from bench.serving import model_folder
+from bench.staging import PROMPTS, measure_staging
 from bench.transports import measure_transports
 from tests.support.deployment import Deployment, complete
 
@@ -140,6 +142,13 @@ def measure_latency(model: Path, prompts: int, transports: list[str]) -> dict[st
 
 
 def report(results: dict[str, Any]) -> None:
+    if (staging := results.get("staging")) is not None:
+        columns = "".join(f"{tokens:>9,} tokens" for tokens in PROMPTS)
+        print(f"peak memory beyond the pools, MiB {columns}")
+        for transport, ends in staging.items():
+            for end, grown in ends.items():
+                row = "".join(f"{grown[tokens] / 2**20:16.2f}" for tokens in PROMPTS)
+                print(f"  {transport + ', ' + end:31} {row}")
     if (transports := results.get("transports")) is not None:
         print(f"slabs of {transports['slab_bytes']} bytes, prompts of {transports['blocks']}")
         for name, rate in transports["best_gb_per_s"].items():
@@ -170,6 +179,7 @@ def main() -> None:
     results: dict[str, Any] = {"command": " ".join(sys.argv), "machine": platform.platform()}
     if arguments.only != "latency":
         results["transports"] = measure_transports(rounds=arguments.rounds)
+        results["staging"] = measure_staging()
     if arguments.only != "transports":
         with tempfile.TemporaryDirectory() as folder:
             model = arguments.body or narrow_body(Path(folder))

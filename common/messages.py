@@ -319,9 +319,21 @@ class Slabs(Message):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Arrived(Message):
+    """reader → source: the slabs of Pull `number` are here, so that nothing of them is on its way
+    any more. Until then, or the end of the link, the source keeps them in place. Duplicate:
+    ignored."""
+
+    kind: ClassVar[int] = 63
+    link: str
+    token: bytes
+    number: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Proved(Message):
-    """source → reader: the bytes of Pull `number` have left; `unchanged` says that no generation
-    changed while they did. Nothing counts as copied before."""
+    """source → reader, the answer to Arrived: `unchanged` says that no generation of Pull `number`
+    changed until its bytes had left. Nothing counts as copied before."""
 
     kind: ClassVar[int] = 62
     link: str
