@@ -45,6 +45,8 @@ class Transfer:
     def finished(self, key: Key, **_: Any) -> None:
         self.committed.append(key)
 
+    def cancel(self, key: Key, reason: str, *, now: float) -> None: ...
+
     def perform(self, effects: object) -> None:
         ended, self.ended = self.ended, []
         for effect in ended:
