@@ -1,8 +1,8 @@
 """The handoff against the limits of the same run: `make bench-handoff`.
 
-First the transports alone (`bench/transports.py`, `bench/staging.py`). Then real processes: Redis, a gateway, a prefill
-and a decode node, prompts of 2,048 tokens in chunks of 512, by each transport; the decode node once
-idle, once with a stream that it decodes all the time. Per prompt:
+First the transports alone (`bench/transports.py`, `bench/staging.py`). Then real processes: Redis,
+a gateway, a prefill and a decode node, prompts of 2,048 tokens in chunks of 512, by each transport;
+the decode node once idle, once with a stream that it decodes all the time. Per prompt:
 
     last chunk                its step is computed: KV and first token are there
     last chunk to adopted     the part of the handoff that computing does not hide
