@@ -27,6 +27,7 @@ import random
 import statistics
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,10 @@ from bench.transports import measure_transports
 from tests.support.deployment import Deployment, complete
 
 PROMPT, CHUNK = 2048, 512
+POOL = 400  # blocks of a node; the stream of a busy decode node may come to need 221 of them
+WARM_UP = (
+    4  # prompts that open the link and touch every block of the pools: warm pages from then on
+)
 NARROW = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4}
 GOALS = {
     "shm / memcpy": 0.9, "shm, digest / memcpy": 0.75, "tcp / socket": 0.8,
@@ -66,7 +71,7 @@ class Clocked(Deployment):
         self.start(
             name, "bench.node_clock", "--role", role, "--name", name,
             "--model", str(self.model), "--dtype", "bfloat16",
-            "--load-format", "dummy", "--threads", "1", "--num-kv-blocks", "600",
+            "--load-format", "dummy", "--threads", "1", "--num-kv-blocks", str(POOL),
             "--max-num-batched-tokens", str(CHUNK), "--transports", self.transport,
             str(self.folder / f"{name}.jsonl"),
         )  # fmt: skip
@@ -93,21 +98,21 @@ async def run_prompts(system: Deployment, prompts: int, busy: bool) -> None:
             ask(system, client, 1, length=32, max_tokens=3500 if busy else 1)
         )
         await asyncio.sleep(1.0)  # until it decodes
-        for seed in range(prompts):
+        for seed in range(WARM_UP + prompts):
             await ask(system, client, 100 + seed, max_tokens=3)
         stream.cancel()
         await asyncio.gather(stream, return_exceptions=True)
 
 
 def evaluate(notes: list[dict[str, Any]]) -> dict[str, Any]:
-    """Medians over the prompts of full length; the first is left out: it opens the link."""
+    """Medians over the prompts of full length, those that warm up left out."""
     computed = {n["request"]: n["at"] for n in notes if n["what"] == "chunk" and n["end"] == PROMPT}
     adopted = {n["request"]: n["at"] for n in notes if n["what"] == "adopted"}
     stepped = {n["request"]: n["at"] for n in notes if n["what"] == "first step"}
     pulls = sorted((n["begin"], n["at"]) for n in notes if n["what"] == "pull")
     names = sorted(computed.keys() & adopted.keys() & stepped.keys(), key=lambda r: computed[r])
     rows = []
-    for before, name in itertools.pairwise(names):
+    for before, name in itertools.pairwise(names[WARM_UP - 1 :]):
         mine = [(a, b) for a, b in pulls if adopted[before] < a and b <= adopted[name]]
         copying = sum(b - a for a, b in mine)
         late = sum(b - max(a, computed[name]) for a, b in mine if b > computed[name])
@@ -128,8 +133,10 @@ def evaluate(notes: list[dict[str, Any]]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def measure_latency(model: Path, prompts: int, transports: list[str]) -> dict[str, Any]:
-    results = {}
+def measure_latency(
+    model: Path, prompts: int, transports: list[str]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What is measured, and its numbers, one after the other."""
     for transport in transports:
         for busy in (False, True):
             with tempfile.TemporaryDirectory() as folder:
@@ -137,11 +144,11 @@ def measure_latency(model: Path, prompts: int, transports: list[str]) -> dict[st
                 with system:
                     asyncio.run(run_prompts(system, prompts, busy))
                     notes = system.notes()
-                results[f"{transport}, decode loop {'busy' if busy else 'idle'}"] = evaluate(notes)
-    return results
+                yield f"{transport}, decode loop {'busy' if busy else 'idle'}", evaluate(notes)
 
 
 def report(results: dict[str, Any]) -> None:
+    """Print what there is of the results."""
     if (staging := results.get("staging")) is not None:
         columns = "".join(f"{tokens:>9,} tokens" for tokens in PROMPTS)
         print(f"peak memory beyond the pools, MiB {columns}")
@@ -165,6 +172,7 @@ def report(results: dict[str, Any]) -> None:
             elif isinstance(value, dict):
                 median, best = value["median"] * 1e3, value["best"] * 1e3
                 print(f"  {key:26} {median:8.2f} ms median {best:8.2f} best")
+    sys.stdout.flush()  # each part as soon as it is measured
 
 
 def main() -> None:
@@ -180,11 +188,14 @@ def main() -> None:
     if arguments.only != "latency":
         results["transports"] = measure_transports(rounds=arguments.rounds)
         results["staging"] = measure_staging()
+        report(results)
     if arguments.only != "transports":
+        results["latency"] = {}
         with tempfile.TemporaryDirectory() as folder:
             model = arguments.body or narrow_body(Path(folder))
-            results["latency"] = measure_latency(model, arguments.prompts, arguments.transports)
-    report(results)
+            for name, case in measure_latency(model, arguments.prompts, arguments.transports):
+                results["latency"][name] = case
+                report({"latency": {name: case}})
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=2) + "\n")
 

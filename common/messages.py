@@ -13,7 +13,8 @@ late by definition: it is counted and dropped.
     prefill ──Offer──▶ decode ──Grant | Deny──▶ prefill
     prefill ──Blocks…──▶ decode          (places, generations, digests: decode pulls the bytes)
     prefill ──Tail──▶ decode             (a prompt that ends inside a block)
-    decode ──Pull──▶ prefill ──Slabs, Proved──▶ decode      (tcp only, on a socket of their own)
+    decode ──Pull──▶ prefill ──Slabs──▶ decode ──Arrived──▶ prefill ──Proved──▶ decode
+                                                                (tcp only, on a socket of their own)
     prefill ──Tokens (the first)──▶ gateway
     prefill ──Commit──▶ decode ──Ack──▶ prefill, both ──TookOver──▶ gateway
     decode ──Tokens──▶ gateway ──TokensAck──▶ decode
@@ -505,7 +506,7 @@ MESSAGES: dict[int, type[Message]] = {
     message.kind: message
     for message in (
         Dispatch, Hello, Welcome, Refuse, Offer, Grant, Deny, Blocks, Tail, Commit, Ack, Abort,
-        Release, Pull, Slabs, Proved, Tokens, TookOver, Stage, Failed, CacheEvents,
+        Release, Pull, Slabs, Arrived, Proved, Tokens, TookOver, Stage, Failed, CacheEvents,
         CacheContent, TokensAck, Cancel, CacheQuery, Beat, Goodbye,
     )
 }  # fmt: skip
