@@ -1,12 +1,13 @@
 """The handoff against the limits of the same run: `make bench-handoff`.
 
-First the transports alone (`bench/transports.py`). Then real processes: Redis, a gateway, a prefill
-and a decode node, prompts of 2,048 tokens in chunks of 512, by each transport; the decode node once
-idle, once with a stream that it decodes all the time. Per prompt:
+First the transports alone (`bench/transports.py`, `bench/staging.py`). Then real processes: Redis,
+a gateway, a prefill and a decode node, prompts of 2,048 tokens in chunks of 512, by each transport;
+the decode node once idle, once with a stream that it decodes all the time. Per prompt:
 
-    last chunk → adopted      the part of the handoff that computing does not hide
-    adopted → first step      0 when the decode loop is idle, else what is left of the running step
-    last chunk to its copy    digests, three messages, a thread that begins
+    last chunk                its step is computed: KV and first token are there
+    last chunk to adopted     the part of the handoff that computing does not hide
+    adopted to first step     0 when the decode loop is idle, else what is left of the running step
+    last chunk to its copy    below 0: the copy began while the step chose the first token
     last copy to adopted      the thread's result, and Commit where it is not there yet
     copied after last chunk   of that, bytes under way: the unhidden copy (with digests)
     hidden                    share of all seconds of copying that lie before the last chunk's end
@@ -26,6 +27,7 @@ import random
 import statistics
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +35,15 @@ import httpx
 
 from bench.engine import BODY
 from bench.serving import model_folder
+from bench.staging import PROMPTS, measure_staging
 from bench.transports import measure_transports
 from tests.support.deployment import Deployment, complete
 
 PROMPT, CHUNK = 2048, 512
+POOL = 400  # blocks of a node; the stream of a busy decode node may come to need 221 of them
+WARM_UP = (
+    4  # prompts that open the link and touch every block of the pools: warm pages from then on
+)
 NARROW = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4}
 GOALS = {
     "shm / memcpy": 0.9, "shm, digest / memcpy": 0.75, "tcp / socket": 0.8,
@@ -64,7 +71,7 @@ class Clocked(Deployment):
         self.start(
             name, "bench.node_clock", "--role", role, "--name", name,
             "--model", str(self.model), "--dtype", "bfloat16",
-            "--load-format", "dummy", "--threads", "1", "--num-kv-blocks", "600",
+            "--load-format", "dummy", "--threads", "1", "--num-kv-blocks", str(POOL),
             "--max-num-batched-tokens", str(CHUNK), "--transports", self.transport,
             str(self.folder / f"{name}.jsonl"),
         )  # fmt: skip
@@ -91,21 +98,21 @@ async def run_prompts(system: Deployment, prompts: int, busy: bool) -> None:
             ask(system, client, 1, length=32, max_tokens=3500 if busy else 1)
         )
         await asyncio.sleep(1.0)  # until it decodes
-        for seed in range(prompts):
+        for seed in range(WARM_UP + prompts):
             await ask(system, client, 100 + seed, max_tokens=3)
         stream.cancel()
         await asyncio.gather(stream, return_exceptions=True)
 
 
 def evaluate(notes: list[dict[str, Any]]) -> dict[str, Any]:
-    """Medians over the prompts of full length; the first is left out: it opens the link."""
+    """Medians over the prompts of full length, those that warm up left out."""
     computed = {n["request"]: n["at"] for n in notes if n["what"] == "chunk" and n["end"] == PROMPT}
     adopted = {n["request"]: n["at"] for n in notes if n["what"] == "adopted"}
     stepped = {n["request"]: n["at"] for n in notes if n["what"] == "first step"}
     pulls = sorted((n["begin"], n["at"]) for n in notes if n["what"] == "pull")
     names = sorted(computed.keys() & adopted.keys() & stepped.keys(), key=lambda r: computed[r])
     rows = []
-    for before, name in itertools.pairwise(names):
+    for before, name in itertools.pairwise(names[WARM_UP - 1 :]):
         mine = [(a, b) for a, b in pulls if adopted[before] < a and b <= adopted[name]]
         copying = sum(b - a for a, b in mine)
         late = sum(b - max(a, computed[name]) for a, b in mine if b > computed[name])
@@ -126,8 +133,10 @@ def evaluate(notes: list[dict[str, Any]]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def measure_latency(model: Path, prompts: int, transports: list[str]) -> dict[str, Any]:
-    results = {}
+def measure_latency(
+    model: Path, prompts: int, transports: list[str]
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What is measured, and its numbers, one after the other."""
     for transport in transports:
         for busy in (False, True):
             with tempfile.TemporaryDirectory() as folder:
@@ -135,11 +144,18 @@ def measure_latency(model: Path, prompts: int, transports: list[str]) -> dict[st
                 with system:
                     asyncio.run(run_prompts(system, prompts, busy))
                     notes = system.notes()
-                results[f"{transport}, decode loop {'busy' if busy else 'idle'}"] = evaluate(notes)
-    return results
+                yield f"{transport}, decode loop {'busy' if busy else 'idle'}", evaluate(notes)
 
 
 def report(results: dict[str, Any]) -> None:
+    """Print what there is of the results."""
+    if (staging := results.get("staging")) is not None:
+        columns = "".join(f"{tokens:>9,} tokens" for tokens in PROMPTS)
+        print(f"peak memory beyond the pools, MiB {columns}")
+        for transport, ends in staging.items():
+            for end, grown in ends.items():
+                row = "".join(f"{grown[tokens] / 2**20:16.2f}" for tokens in PROMPTS)
+                print(f"  {transport + ', ' + end:31} {row}")
     if (transports := results.get("transports")) is not None:
         print(f"slabs of {transports['slab_bytes']} bytes, prompts of {transports['blocks']}")
         for name, rate in transports["best_gb_per_s"].items():
@@ -156,6 +172,7 @@ def report(results: dict[str, Any]) -> None:
             elif isinstance(value, dict):
                 median, best = value["median"] * 1e3, value["best"] * 1e3
                 print(f"  {key:26} {median:8.2f} ms median {best:8.2f} best")
+    sys.stdout.flush()  # each part as soon as it is measured
 
 
 def main() -> None:
@@ -170,11 +187,15 @@ def main() -> None:
     results: dict[str, Any] = {"command": " ".join(sys.argv), "machine": platform.platform()}
     if arguments.only != "latency":
         results["transports"] = measure_transports(rounds=arguments.rounds)
+        results["staging"] = measure_staging()
+        report(results)
     if arguments.only != "transports":
+        results["latency"] = {}
         with tempfile.TemporaryDirectory() as folder:
             model = arguments.body or narrow_body(Path(folder))
-            results["latency"] = measure_latency(model, arguments.prompts, arguments.transports)
-    report(results)
+            for name, case in measure_latency(model, arguments.prompts, arguments.transports):
+                results["latency"][name] = case
+                report({"latency": {name: case}})
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=2) + "\n")
 

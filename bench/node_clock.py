@@ -1,8 +1,8 @@
 """A real node that also writes down when things happened: `python -m bench.node_clock … FILE`.
 
 What comes before FILE are the flags of a node. One JSON line per happening, with the machine's monotonic
-clock, which all processes of a host share. The node's code is not changed: its role, and the
-readers of its transports, are wrapped.
+clock, which all processes of a host share. The node's code is not changed: its role, its engine's
+`compute`, and the readers of its transports are wrapped.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from common.config import NodeSettings, load
-from common.engine.engine import PlannedStep, StepOutput
+from common.engine.engine import ComputedStep, Engine, PlannedStep, StepOutput
 from common.node.runtime import Node
 from kv_transfer.ports import Adopted, Ended, Granted, Piece
 from kv_transfer.transports.shm import ShmReader
@@ -32,9 +32,20 @@ class ClockedRole:
     def __init__(self, role: Any, note: Note) -> None:
         self._role, self._note = role, note
         self._decoding: set[str] = set()
+        self._computed_at = 0.0  # in the engine's thread, of the step that ended last
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._role, name)
+
+    def clock_steps(self, engine: Engine) -> None:
+        compute = engine.compute
+
+        def clocked(*arguments: Any) -> ComputedStep:
+            computed = compute(*arguments)
+            self._computed_at = time.monotonic()
+            return computed
+
+        engine.compute = clocked  # type: ignore[method-assign]
 
     def step_begins(self, planned: PlannedStep) -> None:
         now = time.monotonic()
@@ -46,12 +57,11 @@ class ClockedRole:
         self._role.step_begins(planned)
 
     def step_ended(self, planned: PlannedStep, outputs: list[StepOutput]) -> None:
-        now = time.monotonic()
+        self._role.step_ended(planned, outputs)
         for chunk in planned.step.chunks:
             if chunk.is_prompt:
-                end = chunk.end
-                self._note("chunk", now, request=chunk.sequence.request_id, end=end)
-        self._role.step_ended(planned, outputs)
+                name, end = chunk.sequence.request_id, chunk.end
+                self._note("chunk", self._computed_at, request=name, end=end)
 
     def sent(self, effect: Granted | Ended) -> None:
         if isinstance(effect, Granted):
@@ -77,7 +87,9 @@ def clock_pulls(reader: type[Any], note: Note) -> None:
 
 async def serve(settings: NodeSettings, note: Note) -> None:
     node = Node(settings)
-    node.role = ClockedRole(node.role, note)  # type: ignore[assignment]
+    role = ClockedRole(node.role, note)
+    role.clock_steps(node.engine)
+    node.role = role  # type: ignore[assignment]
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, node.stop)
     await node.run()

@@ -24,7 +24,7 @@ from typing import Any
 from common.kv_layout import KVLayout
 from kv_transfer.lease import Leases
 from kv_transfer.pool_memory import PoolMemory, copy_bytes
-from kv_transfer.ports import Key, Piece
+from kv_transfer.ports import Key, Piece, TransferSettings
 from kv_transfer.transports.base import Opener, Reader, Source, Target
 from kv_transfer.transports.shm import ShmReader, ShmSource
 from kv_transfer.transports.tcp import TcpReader, TcpSource
@@ -51,15 +51,15 @@ class _Held:
     def release(self, blocks: Any) -> None: ...
 
 
+HELD = _Held()
+
+
 def serve(pipe: Connection, blocks: int) -> None:
     """The source's process: a filled, sealed, leased pool; its links, and the bare socket."""
     memory = PoolMemory(blocks, LAYOUT.slab_bytes)
-    leases = Leases(_Held())
+    leases = Leases(HELD)
     sources = {name: make(memory, leases) for name, make in SOURCES.items()}
-    for block in range(blocks):
-        memory.begin_write(block)
-        memory.slabs[block] = block % 251
-        memory.seal(block, SEED)
+    fill(memory)
     leases.add(Key(LINK, "r", 1, 0), list(range(blocks)))
     listener = socket.create_server(("127.0.0.1", 0))
     proofs = {name: source.open_link(LINK) for name, source in sources.items()}
@@ -72,6 +72,14 @@ def serve(pipe: Connection, blocks: int) -> None:
             connection.sendall(memory.slab(block))
     for source in sources.values():
         source.close()
+
+
+def fill(memory: PoolMemory) -> None:
+    """Content and digest for every block."""
+    for block in range(memory.num_blocks):
+        memory.begin_write(block)
+        memory.slabs[block] = block % 251
+        memory.seal(block, SEED)
 
 
 @contextlib.contextmanager
@@ -147,8 +155,9 @@ def measure_transports(blocks: int = 128, rounds: int = 7) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def pull(reader: Reader, pieces: tuple[Piece, ...], at_once: int = 32) -> None:
-    """As the driver does: a copy is of `copy_blocks` pieces at most."""
+def pull(reader: Reader, pieces: tuple[Piece, ...]) -> None:
+    """As the driver does."""
+    at_once = TransferSettings().copy_blocks
     for start in range(0, len(pieces), at_once):
         reader.pull(pieces[start : start + at_once])
 

@@ -13,7 +13,8 @@ late by definition: it is counted and dropped.
     prefill ──Offer──▶ decode ──Grant | Deny──▶ prefill
     prefill ──Blocks…──▶ decode          (places, generations, digests: decode pulls the bytes)
     prefill ──Tail──▶ decode             (a prompt that ends inside a block)
-    decode ──Pull──▶ prefill ──Slabs, Proved──▶ decode      (tcp only, on a socket of their own)
+    decode ──Pull──▶ prefill ──Slabs──▶ decode ──Arrived──▶ prefill ──Proved──▶ decode
+                                                                (tcp only, on a socket of their own)
     prefill ──Tokens (the first)──▶ gateway
     prefill ──Commit──▶ decode ──Ack──▶ prefill, both ──TookOver──▶ gateway
     decode ──Tokens──▶ gateway ──TokensAck──▶ decode
@@ -319,9 +320,21 @@ class Slabs(Message):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Arrived(Message):
+    """reader → source: the slabs of Pull `number` are here, so that nothing of them is on its way
+    any more. Until then, or the end of the link, the source keeps them in place. Duplicate:
+    ignored."""
+
+    kind: ClassVar[int] = 63
+    link: str
+    token: bytes
+    number: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Proved(Message):
-    """source → reader: the bytes of Pull `number` have left; `unchanged` says that no generation
-    changed while they did. Nothing counts as copied before."""
+    """source → reader, the answer to Arrived: `unchanged` says that no generation of Pull `number`
+    changed until its bytes had left. Nothing counts as copied before."""
 
     kind: ClassVar[int] = 62
     link: str
@@ -493,7 +506,7 @@ MESSAGES: dict[int, type[Message]] = {
     message.kind: message
     for message in (
         Dispatch, Hello, Welcome, Refuse, Offer, Grant, Deny, Blocks, Tail, Commit, Ack, Abort,
-        Release, Pull, Slabs, Proved, Tokens, TookOver, Stage, Failed, CacheEvents,
+        Release, Pull, Slabs, Arrived, Proved, Tokens, TookOver, Stage, Failed, CacheEvents,
         CacheContent, TokensAck, Cancel, CacheQuery, Beat, Goodbye,
     )
 }  # fmt: skip

@@ -11,6 +11,7 @@ import time
 
 from common.engine.engine import PlannedStep
 from common.engine.output import StepOutput
+from common.engine.step import Chunk
 from common.errors import InvalidRequest, PdqError
 from common.messages import TokenRun, TookOver
 from common.node.attempt import Attempt
@@ -82,6 +83,7 @@ class DecodeRole:
             )  # fmt: skip
             sequence.block_table = list(effect.reservation.blocks)
             sequence.num_computed = len(offer.token_ids)
+            sequence.block_hashes = list(offer.block_hashes)  # the intake has checked each
             node.engine.scheduler.adopt(sequence)
         except PdqError as error:
             node.engine.pool.release(effect.reservation.blocks)
@@ -106,6 +108,13 @@ class DecodeRole:
             attempt = self._attempts.get(chunk.sequence.request_id)
             if attempt is not None and attempt.entry is not None:
                 self._node.prompt_begins(attempt, chunk)
+
+    def handed_over(self, planned: PlannedStep) -> list[Chunk]:
+        """This role hands nothing over."""
+        return []
+
+    def step_filled(self, chunks: list[Chunk]) -> None:
+        """This role hands nothing over."""
 
     def step_ended(self, planned: PlannedStep, outputs: list[StepOutput]) -> None:
         runs: list[tuple[str, TokenRun]] = []

@@ -33,7 +33,7 @@ class TransferSettings:
     patience: float = 5.0  # an offer waits this long for room, then it is denied; below `answer`
     quiet: float = 2.0  # a granted prompt not heard of for this long is asked about
     remembered: int = 4096  # terminal answers kept per link
-    copy_blocks: int = 32  # blocks in one copy: what an abort waits for at most
+    copy_blocks: int = 64  # blocks in one copy: what an abort waits for at most
     transport: str = ""  # "": the fastest that both ends can prove; or force one by name
     digests: bool = True  # generations are always checked
 

@@ -24,6 +24,7 @@ import time
 from common.engine.engine import PlannedStep
 from common.engine.output import StepOutput
 from common.engine.sequence import Sequence
+from common.engine.step import Chunk
 from common.errors import InvalidRequest, OutOfBlocks, PdqError, ServiceUnavailable
 from common.logs import get_logger
 from common.messages import Dispatch, Offer, TokenLogprobs, TokenRun, TookOver
@@ -122,6 +123,22 @@ class PrefillRole:
             if not handover.peer:
                 self._offer(handover)
 
+    def handed_over(self, planned: PlannedStep) -> list[Chunk]:
+        return [chunk for chunk in planned.step.chunks if self._computing(chunk) is not None]
+
+    def step_filled(self, chunks: list[Chunk]) -> None:
+        """The peer copies the blocks, the last ones too, while the step chooses the first token."""
+        for chunk in chunks:
+            if (handover := self._computing(chunk)) is not None:
+                self._announce(handover, chunk.end)
+
+    def _computing(self, chunk: Chunk) -> Handover | None:
+        """Whose prompt it is, while that has no first token and is still wanted."""
+        handover = self._handovers.get((chunk.sequence.request_id, chunk.sequence.choice))
+        if handover is None or handover.first is not None or handover.cancelled:
+            return None
+        return handover
+
     def step_ended(self, planned: PlannedStep, outputs: list[StepOutput]) -> None:
         first_runs: list[tuple[str, TokenRun]] = []
         for output in outputs:
@@ -129,10 +146,9 @@ class PrefillRole:
             if handover is not None:
                 first_runs += self._first_token(handover, output)
         self._node.push_tokens(first_runs)
-        for chunk in planned.step.chunks:
-            handover = self._handovers.get((chunk.sequence.request_id, chunk.sequence.choice))
-            if handover is not None and handover.first is None and not handover.cancelled:
-                self._announce(handover)
+        for chunk in planned.step.chunks:  # of a link that has opened since they were filled
+            if (handover := self._computing(chunk)) is not None:
+                self._announce(handover, handover.sequence.num_computed)
 
     def _first_token(self, handover: Handover, output: StepOutput) -> list[tuple[str, TokenRun]]:
         """The prompt is computed: the token goes to the gateway, the blocks are held."""
@@ -154,12 +170,12 @@ class PrefillRole:
                 node.failed(attempt.gateway, key, error, retryable=True)
                 self._over(handover, "no slot")
                 return []
-            node.stage(attempt.gateway, key, "handing_off", seconds)
             if handover.key is not None:
-                self._announce(handover)
+                self._announce(handover, sequence.num_computed)
                 self._finish(handover)
             elif not handover.peer and self._is_next(handover):
                 self._offer(handover)
+            node.stage(attempt.gateway, key, "handing_off", seconds)
         return [(attempt.gateway, handover.first)]
 
     # The handoff.
@@ -250,22 +266,22 @@ class PrefillRole:
             self._ended(handover, peer)
             return
         node.links.perform(effects)
-        self._announce(handover)
+        self._announce(handover, sequence.num_computed)
         if handover.first is not None:
             self._finish(handover)
 
-    def _announce(self, handover: Handover) -> None:
-        """Give the handoff the blocks that are complete by now; at the end also the tail."""
+    def _announce(self, handover: Handover, computed: int) -> None:
+        """Give the handoff the blocks that `computed` positions fill; at the end also the tail."""
         if handover.key is None:
             return
         sequence, block_size = handover.sequence, self._node.engine.layout.block_size
-        end = sequence.num_computed // block_size
-        if handover.first is not None:
-            end = -(-sequence.num_computed // block_size)
+        end = computed // block_size
+        if computed == len(_dispatch(handover.attempt).token_ids):
+            end = -(-computed // block_size)
         if end <= handover.announced:
             return
-        table = handover.held or sequence.block_table
-        blocks = self._node.kv.ready_blocks(sequence, table, handover.announced, end)
+        table, start = handover.held or sequence.block_table, handover.announced
+        blocks = self._node.kv.ready_blocks(sequence, table, start, end, computed)
         handover.announced = end
         now = time.monotonic()
         self._node.links.perform(self._node.links.handoff.ready(handover.key, blocks, now=now))

@@ -286,14 +286,20 @@ class Engine:
         self._planned = PlannedStep(step, batch, chunks, rows)
         return self._planned
 
-    def compute(self, planned: PlannedStep) -> ComputedStep:
+    def compute(
+        self, planned: PlannedStep, filled: Callable[[], None] | None = None
+    ) -> ComputedStep:
         """The work itself: copies, forward, logits, sampling. Changes the cache's memory only.
 
-        When it returns, the device has ended the step: its blocks may be handed to another node.
+        `filled` is called as soon as the step's blocks hold their KV, before any token is chosen:
+        from then on they may be handed to another node.
         """
         self.backend.enter_thread()
         self.cache.copy_blocks(planned.step.copies)
         hidden = self.model.forward(planned.batch.rows, self.cache)
+        if filled is not None:
+            self.backend.synchronize()
+            filled()
         scores = self._score_prompts(planned, hidden)
         sampled = None
         if len(planned.batch.sampled):

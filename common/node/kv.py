@@ -1,14 +1,16 @@
 """Where the engine's pool and the transfer layer meet: memory, generations, reservations.
 
 Owns: the shared memory that backs the pool, when a block's generation changes and its digest is
-computed, and room that is reserved for prompts on their way in. All methods belong to the event
-loop's thread, as the pool does.
+computed, and room that is reserved for prompts on their way in. All methods but `seal` belong to
+the event loop's thread, as the pool does.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import threading
+from collections.abc import Iterable
 from collections.abc import Sequence as AnySequence
 
 import torch
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from common.engine import Engine
 from common.engine.sequence import Sequence
+from common.engine.step import Chunk
 from common.errors import NeverFits, OutOfBlocks
 from common.messages import Offer
 from kv_transfer.cuda_runtime import CudaRuntime
@@ -53,6 +56,15 @@ class SharedMemory:
             self.memory.begin_write(block)
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Seal:
+    """A block that a step fills, and its digest's seed; `ranges` are a tail's filled positions."""
+
+    slot: int
+    seed: bytes  # b"": no digest
+    ranges: AnySequence[tuple[int, int]] = ()
+
+
 class NodeKV:
     """The node's side of both ends of a handoff. Implements `ports.IntakePool`."""
 
@@ -64,37 +76,61 @@ class NodeKV:
 
     # Sending.
 
-    def ready_blocks(
-        self, sequence: Sequence, table: AnySequence[int], start: int, end: int
-    ) -> list[ReadyBlock]:
-        """Blocks `start` to `end` of a sequence, all computed; the last may be its tail.
+    def seals(self, chunk: Chunk) -> list[Seal]:
+        """What to seal once `chunk` is computed: the blocks that it completes, and the tail of
+        what is known of its sequence, where it ends in one."""
+        sequence, block_size = chunk.sequence, self.engine.layout.block_size
+        end = chunk.end // block_size
+        if chunk.samples:
+            end = -(-chunk.end // block_size)
+        table = sequence.block_table
+        return self._seals(sequence, table, chunk.start // block_size, end, chunk.end)
 
-        `table` are its blocks, which it may have given up already. Each is sealed: its digest is
-        computed once, seeded with its block hash.
-        """
+    def _seals(
+        self, sequence: Sequence, table: AnySequence[int], start: int, end: int, computed: int
+    ) -> list[Seal]:
+        """Of blocks `start` to `end`, where `computed` positions are; the last may be a tail."""
         block_size = self.engine.layout.block_size
-        num_full = sequence.num_computed // block_size
-        hashes = sequence.hashes(num_full, block_size)
-        ready = []
-        for index in range(start, end):
-            slot = table[index]
-            if index < num_full:
-                generation = self._seal(slot, hashes[index])
-            else:
-                tokens = sequence.token_ids[index * block_size : sequence.num_computed]
-                parent = hashes[-1] if hashes else sequence.cache_root
-                ranges = list(self.engine.layout.tail_ranges(len(tokens)))
-                seed = tail_seed(parent, tokens) if self._digests else b""
-                generation = self.memory.seal(slot, seed, ranges)
-            ready.append(ReadyBlock(index, slot, generation, self.memory.digests[slot]))
-        return ready
+        hashes = sequence.hashes(computed // block_size, block_size)
+        on = self._digests
+        seals = [
+            Seal(table[index], hashes[index] if on else b"")
+            for index in range(start, min(end, len(hashes)))
+        ]
+        if end > len(hashes):
+            tokens = sequence.token_ids[len(hashes) * block_size : computed]
+            parent = hashes[-1] if hashes else sequence.cache_root
+            seed = tail_seed(parent, tokens) if on else b""
+            ranges = list(self.engine.layout.tail_ranges(len(tokens)))
+            seals.append(Seal(table[len(hashes)], seed, ranges))
+        return seals
 
-    def _seal(self, slot: int, block_hash: bytes) -> int:
-        """A block of the prefix cache that was sealed before keeps its digest."""
-        generation = int(self.memory.generations[slot])
-        if self.memory.digests[slot] and generation % 2 == 0:
-            return generation
-        return self.memory.seal(slot, block_hash if self._digests else b"")
+    def seal(self, seals: Iterable[Seal]) -> None:
+        """Nobody writes into these blocks any more: the digest of each is computed, once.
+
+        For the thread that computes a step, whose blocks nobody else touches until it ends.
+        """
+        for seal in seals:
+            self.memory.seal(seal.slot, seal.seed, seal.ranges)
+
+    def ready_blocks(
+        self, sequence: Sequence, table: AnySequence[int], start: int, end: int, computed: int
+    ) -> list[ReadyBlock]:
+        """Blocks `start` to `end` of a sequence, of which `computed` positions are computed; the
+        last may be its tail. `table` are its blocks, which it may have given up already.
+
+        A full block that was sealed before, by its step or for another prompt, keeps its digest.
+        """
+        memory = self.memory
+        seals = self._seals(sequence, table, start, end, computed)
+        self.seal(
+            seal for seal in seals
+            if seal.ranges or memory.generations[seal.slot] % 2 or not memory.digests[seal.slot]
+        )  # fmt: skip
+        return [
+            ReadyBlock(index, s.slot, int(memory.generations[s.slot]), memory.digests[s.slot])
+            for index, s in enumerate(seals, start)
+        ]
 
     # Receiving.
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from common.engine.engine import PlannedStep
 from common.engine.output import StepOutput
+from common.engine.step import Chunk
 from common.queue import Entry
 from kv_transfer.ports import Adopted, Ended, Granted
 
@@ -37,6 +38,15 @@ class NodeRole(Protocol):
         ...
 
     def step_begins(self, planned: PlannedStep) -> None: ...
+
+    def handed_over(self, planned: PlannedStep) -> list[Chunk]:
+        """The chunks of the step whose blocks go to another node: they are sealed at once."""
+        ...
+
+    def step_filled(self, chunks: list[Chunk]) -> None:
+        """The blocks of these, which `handed_over` named, hold their KV and are sealed; the step
+        goes on to choose tokens, and may yet fail."""
+        ...
 
     def step_ended(self, planned: PlannedStep, outputs: list[StepOutput]) -> None: ...
 

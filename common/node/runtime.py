@@ -21,13 +21,14 @@ import os
 import socket
 import time
 from collections import deque
-from collections.abc import Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 from common import bus_setup
 from common.bus import Bus
 from common.config import NodeSettings
 from common.engine import Engine, loading
+from common.engine.engine import PlannedStep
 from common.engine.step import Chunk
 from common.errors import LinkLost, PdqError, ServiceUnavailable
 from common.logs import get_logger
@@ -354,7 +355,9 @@ class Node:
             self._computing = True
             self.role.step_begins(planned)
             try:
-                computed = await loop.run_in_executor(self._thread, engine.compute, planned)
+                computed = await loop.run_in_executor(
+                    self._thread, engine.compute, planned, self._when_filled(planned)
+                )
             except Exception as error:
                 engine.fail_step(planned)
                 failures += 1
@@ -369,6 +372,21 @@ class Node:
             self._room.set()
 
     # Parts.
+
+    def _when_filled(self, planned: PlannedStep) -> Callable[[], None] | None:
+        """What the engine's thread does once the blocks of a step hold their KV: seal those that
+        go to another node, and have the role say so while the step's tokens are chosen."""
+        chunks = self.role.handed_over(planned)
+        seals = [seal for chunk in chunks for seal in self.kv.seals(chunk)]
+        if not seals:
+            return None
+        loop = asyncio.get_running_loop()
+
+        def filled() -> None:
+            self.kv.seal(seals)
+            loop.call_soon_threadsafe(self.role.step_filled, chunks)
+
+        return filled
 
     def _feed_gateways(self) -> None:
         """Tell every gateway there is what the prefix cache gained and lost."""

@@ -95,8 +95,7 @@ class Counted(Protocol):
 
 def require_still(pool: Counted, piece: Piece) -> None:
     """`StaleBlock` unless the piece's block has the announced, even generation now."""
-    generation = int(pool.generations[piece.slot])
-    if generation != piece.generation or generation % 2:
+    if pool.generations[piece.slot] != piece.generation or piece.generation % 2:
         raise StaleBlock(f"block {piece.index} was reused while it was being copied")
 
 

@@ -1,7 +1,8 @@
 """Slabs by NCCL: a communicator of two ranks for each link; asking and proving go as in tcp.py.
 
 The reader asks by `Pull`; the source answers `Slabs` and puts one send of all of it on its stream;
-the reader puts the receive on its own, straight into its pool; then comes `Proved`.
+the reader puts the receive on its own, straight into its pool; when the device has sent, comes
+`Proved`. The source knows that by itself: `Arrived` tells it nothing.
 
 Several communicators on one device must not wait for each other crosswise: a kernel of NCCL holds
 the device until the peer's runs. Hence turns, two for each device of a process, taken in one order
@@ -18,6 +19,7 @@ source's side before the lease ends.
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -144,8 +146,6 @@ class NcclSource(tcp.TcpSource):
 class _NcclServed(tcp.Served):
     """One link: the thread of tcp.py, which sends by the communicator instead."""
 
-    max_pending = 1  # whoever has a turn finishes it first
-
     def __init__(self, source: NcclSource, link: str, token: bytes) -> None:
         memory = source.device_memory
         turn = source.turns.of(memory.device_index, "send")
@@ -157,15 +157,20 @@ class _NcclServed(tcp.Served):
         self._is_set_up = False
         super().__init__(source, link, token)
 
-    def _ship(self, routing_id: bytes, pull: Pull) -> None:
-        """A first pull of nothing gets the communicator's id, a second one waits for its setup."""
+    def _ship(self, routing_id: bytes, pull: Pull) -> bool:
+        """A first pull of nothing gets the communicator's id, a second one waits for its setup.
+
+        Returns when the device has sent the slabs: whoever has a turn finishes it first.
+        """
         header = [routing_id, encode(Slabs(self._link, pull.number, ""))]
-        sent = tcp.Sent(routing_id, pull, _Exchange(self._channel))
+        sent = tcp.Sent(routing_id, pull)
         self._sent.append(sent)  # whatever happens now, its blocks are touched
         if pull.slots:
             self._channel.take_turn()
             self._socket.send_multipart(header)
             self._channel.begin(self._ranges(pull))
+            while not self._channel.is_done():
+                self._channel.pause(math.inf)
         elif not self._unique_id:
             self._unique_id = self._nccl.unique_id()
             self._socket.send_multipart([*header, self._unique_id])
@@ -174,6 +179,8 @@ class _NcclServed(tcp.Served):
             if not self._is_set_up:
                 self._channel.set_up(self._unique_id)
                 self._is_set_up = True
+        self._prove(sent)
+        return True
 
     def _ranges(self, pull: Pull) -> list[tuple[int, int]]:
         memory = self._device_memory
@@ -194,20 +201,6 @@ class _NcclServed(tcp.Served):
 
     def _ended(self) -> None:
         self._channel.close()
-
-
-class _Exchange:
-    """In place of a frame's tracker: whether the device has sent it."""
-
-    def __init__(self, channel: _Channel) -> None:
-        self._channel = channel
-
-    def wait(self, timeout: float) -> None:
-        deadline = time.monotonic() + timeout
-        while not self._channel.is_done():
-            if time.monotonic() > deadline:
-                raise tcp.NotDone
-            time.sleep(_POLL)
 
 
 class NcclReader(tcp.TcpReader):

@@ -33,7 +33,8 @@ class ShmReader:
 
     def __init__(self, mapped: MappedPool, target: Target) -> None:
         self._mapped, self._target = mapped, target
-        self._lock = threading.Lock()  # held while copying: close waits
+        self._idle = threading.Condition()  # notified when the last pull has ended
+        self._pulls = 0  # that run: close waits for them
         self._closed = False
 
     @classmethod
@@ -47,25 +48,37 @@ class ShmReader:
         return cls(mapped, target)
 
     def pull(self, pieces: Sequence[Piece]) -> None:
-        target = self._target
         for piece in pieces:
             if not 0 <= piece.slot < self._mapped.num_blocks:
                 raise MalformedMessage(f"the peer's pool has no block {piece.slot}", param="slots")
-            with self._lock:
-                if self._closed:
-                    raise LinkLost("the link was closed")
-                require_still(self._mapped, piece)
-                source = self._mapped.slab_address(piece.slot)
-                into = target.memory.slab_address(piece.block)
-                if piece.fill:
-                    copy_ranges(into, source, target.layout.tail_ranges(piece.fill))
-                else:
-                    copy_bytes(into, source, target.memory.slab_bytes)
-                require_still(self._mapped, piece)
+        with self._idle:
+            if self._closed:
+                raise LinkLost("the link was closed")
+            self._pulls += 1
+        try:
+            self._copy(pieces)
+        finally:
+            with self._idle:
+                self._pulls -= 1
+                self._idle.notify_all()
+
+    def _copy(self, pieces: Sequence[Piece]) -> None:
+        """A slab is digested right after its copy, while it is in cache."""
+        mapped, target = self._mapped, self._target
+        memory = target.memory
+        for piece in pieces:
+            require_still(mapped, piece)
+            source, into = mapped.slab_address(piece.slot), memory.slab_address(piece.block)
+            if piece.fill:
+                copy_ranges(into, source, target.layout.tail_ranges(piece.fill))
+            else:
+                copy_bytes(into, source, memory.slab_bytes)
+            require_still(mapped, piece)
             target.check(piece)
 
     def close(self) -> None:
-        with self._lock:
+        with self._idle:
+            self._idle.wait_for(lambda: not self._pulls)
             if not self._closed:
                 self._closed = True
                 self._mapped.close()

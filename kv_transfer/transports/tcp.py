@@ -1,14 +1,15 @@
-"""Slabs over TCP, by ZeroMQ: the reader asks (`Pull`), the source sends (`Slabs`, then `Proved`).
+"""Slabs over TCP, by ZeroMQ: the reader asks (`Pull`), the source sends (`Slabs`), the reader says
+that they are here (`Arrived`), the source that they stood still until then (`Proved`).
 
 The source sends pool memory itself as frames, without a copy (of a pool on a device, pinned copies
-out of a ring that is as large as the window); the frames' trackers touch the lease
-of their blocks until the bytes have left, and only then is it looked up, and said in `Proved`,
-that no generation changed. The reader copies each frame once, into its own pool, and digests it
-while it is in cache. What is under way is bounded by the reader's window, whatever the prompt.
+out of a ring that is as large as the window). They touch the lease of their blocks until `Arrived`
+says that their bytes have left, and only then is it looked up, and said in `Proved`, that no
+generation changed. The reader copies each frame once, into its own pool, and digests it while it
+is in cache. What is under way is bounded by the reader's window, whatever the prompt.
 
 Each link has a context, socket and thread of its own: tearing a link down ends the context, after
 which nothing of the pool is in any buffer of ours, whatever the peer does. Reconnecting is off: a
-connection is a link. This file and common/bus.py are the only users of zmq.
+connection is a link. This file, zmq_frames.py and common/bus.py are the only users of zmq.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from __future__ import annotations
 import collections
 import ctypes
 import dataclasses
-import functools
 import hmac
+import itertools
 import os
 import secrets
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,18 +33,19 @@ import zmq.utils.monitor
 from common.codec import decode, encode
 from common.errors import LinkLost, MalformedMessage, PdqError, StaleBlock
 from common.kv_layout import KVLayout
-from common.messages import Message, Proved, Pull, Slabs
+from common.messages import Arrived, Message, Proved, Pull, Slabs
 from kv_transfer.device_memory import DevicePoolMemory, Staging
 from kv_transfer.lease import Leases
 from kv_transfer.pool_memory import PoolMemory
 from kv_transfer.ports import Piece
+from kv_transfer.transports import zmq_frames
 from kv_transfer.transports.base import Target
 
 WINDOW_BYTES = 8 << 20  # under way at once on a link, or two slabs where those are larger
 REQUEST_BYTES = 2 << 20  # of one Pull, or one slab
 _TOKEN_BYTES = 16
 _MAX_PULL_BYTES = 1 << 16  # of one Pull message
-_MAX_PENDING = 16  # pulls that a source has under way at once; more wait in the socket
+_MAX_PENDING = 16  # pulls that a source has under way at once; more are refused
 _OPEN_TIMEOUT = 5.0
 STALL_TIMEOUT = 20.0  # a pull in which nothing arrives for so long has lost its link
 
@@ -82,20 +84,17 @@ class TcpSource:
             self.close_link(link)
 
 
-@dataclasses.dataclass(slots=True)
+@dataclasses.dataclass(slots=True, eq=False)
 class Sent:
     """A Pull whose bytes may still be on their way out of the pool."""
 
     routing_id: bytes
     pull: Pull
-    tracker: Any
     buffers: Sequence[int] = ()  # of a ring, where the pool itself cannot be sent
 
 
 class Served:
     """One link of a source: a thread that owns a ROUTER."""
-
-    max_pending = _MAX_PENDING
 
     def __init__(self, source: TcpSource, link: str, token: bytes) -> None:
         self._memory, self._layout, self._leases = source.memory, source._layout, source._leases
@@ -110,8 +109,8 @@ class Served:
             self._socket.curve_secretkey = source._secret_key.encode()
         self.port = self._socket.bind_to_random_port(f"tcp://{source._host}")
         self._stop = os.eventfd(0, os.EFD_CLOEXEC)
-        self._sent: collections.deque[Sent] = collections.deque()
-        self._held: tuple[bytes, Pull] | None = None  # cannot be sent now
+        self._sent: list[Sent] = []
+        self._waiting: collections.deque[tuple[bytes, Pull]] = collections.deque()  # to be sent
         self._closing = False
         self._thread = threading.Thread(target=self._serve, name="tcp-source", daemon=True)
         self._thread.start()
@@ -132,72 +131,74 @@ class Served:
             self._socket.close()
             self._context.term()  # from here on no buffer of ours refers to the pool
             self._ended()
-            held = [] if self._held is None else [self._held[1]]
-            for pull in [sent.pull for sent in self._sent] + held:
+            for pull in [sent.pull for sent in self._sent] + [pull for _, pull in self._waiting]:
                 self._leases.untouch(self._link, pull.slots)
 
     def _serve_until_stopped(self, poller: zmq.Poller) -> None:
-        while True:
-            full = len(self._sent) >= self.max_pending or self._held is not None
-            poller.modify(self._socket, 0 if full else zmq.POLLIN)
-            ready = dict(poller.poll(0 if self._sent else None))
-            if self._stop in ready:
-                return
-            if self._socket in ready:
-                self._read()
-            elif self._sent:
-                self._prove(0.001)
+        while self._stop not in dict(poller.poll()):
+            self._read()
+            while self._waiting:
+                routing_id, pull = self._waiting.popleft()
+                if not self._ship(routing_id, pull):
+                    self._waiting.appendleft((routing_id, pull))
+                    break
 
     def _read(self) -> None:
         frames = self._socket.recv_multipart()
         try:
-            pull = decode(frames[1] if len(frames) == 2 else b"")
+            message = decode(frames[1] if len(frames) == 2 else b"")
         except MalformedMessage:
             return
-        if not isinstance(pull, Pull) or pull.link != self._link:
+        if not isinstance(message, (Pull, Arrived)) or message.link != self._link:
             return
-        if not hmac.compare_digest(pull.token, self._token):
+        if not hmac.compare_digest(message.token, self._token):
             return
-        slots = pull.slots
-        if not self._is_still(pull) or not self._leases.touch(self._link, slots):
-            self._send(frames[0], Slabs(self._link, pull.number, "stale_block"))
+        if isinstance(message, Pull):
+            self._pulled(frames[0], message)
             return
-        self._ship(frames[0], pull)
+        for sent in self._sent:
+            if (sent.routing_id, sent.pull.number) == (frames[0], message.number):
+                self._prove(sent)
+                return
 
-    def _ship(self, routing_id: bytes, pull: Pull) -> None:
-        """Send what a pull that may be served asks for, or keep it in `_held` until it can be."""
+    def _pulled(self, routing_id: bytes, pull: Pull) -> None:
+        """Take a pull that may be served; what is taken is touched until it is proved."""
+        if len(self._sent) + len(self._waiting) >= _MAX_PENDING:
+            self._send(routing_id, Slabs(self._link, pull.number, "too_many"))
+        elif not self._is_still(pull) or not self._leases.touch(self._link, pull.slots):
+            self._send(routing_id, Slabs(self._link, pull.number, "stale_block"))
+        else:
+            self._waiting.append((routing_id, pull))
+
+    def _ship(self, routing_id: bytes, pull: Pull) -> bool:
+        """Send what a pull asks for; False, and nothing done, if that has to wait."""
         memory = self._memory
-        slabs = [memory.slab(slot) for slot in pull.slots]
-        self._sent.append(Sent(routing_id, pull, self._frames(routing_id, pull, slabs)))
+        self._send_slabs(routing_id, pull, [memory.slab_address(slot) for slot in pull.slots])
+        self._sent.append(Sent(routing_id, pull))
+        return True
 
     def _ended(self) -> None:
         """The thread has ended, and nothing is on its way any more."""
 
-    def _frames(self, routing_id: bytes, pull: Pull, slabs: Sequence[memoryview]) -> Any:
-        """Send slabs as they lie there; the tracker says when they have left."""
+    def _send_slabs(self, routing_id: bytes, pull: Pull, slabs: Sequence[int]) -> None:
+        """Send the slabs at these addresses of host memory as they lie there. Of a tail its filled
+        positions are gathered: the one thing that is copied here."""
         header = [routing_id, encode(Slabs(self._link, pull.number, ""))]
-        frames = [self._filled(pull, slabs[0])] if pull.fill else slabs
-        return self._socket.send_multipart([*header, *frames], copy=False, track=True)
+        if pull.fill:
+            slab = memoryview((ctypes.c_uint8 * self._memory.slab_bytes).from_address(slabs[0]))
+            ranges = self._layout.tail_ranges(pull.fill)
+            header.append(b"".join(slab[offset : offset + length] for offset, length in ranges))
+            slabs = ()
+        self._socket.send_multipart(header, zmq.SNDMORE if slabs else 0)
+        zmq_frames.send_in_place(self._socket, slabs, self._memory.slab_bytes)
 
-    def _filled(self, pull: Pull, slab: memoryview) -> bytes:
-        """A tail's filled positions, gathered: the one thing that is copied here."""
-        ranges = self._layout.tail_ranges(pull.fill)
-        return b"".join(slab[offset : offset + length] for offset, length in ranges)
-
-    def _prove(self, timeout: float) -> None:
-        """Wait a moment for the oldest bytes to leave; then say whether they stood still."""
-        try:
-            self._sent[0].tracker.wait(timeout)
-        except NotDone:
-            return
-        sent = self._sent.popleft()
+    def _prove(self, sent: Sent) -> None:
+        """Its bytes have left: say whether they stood still until now."""
+        self._sent.remove(sent)
         proved = Proved(self._link, sent.pull.number, self._is_still(sent.pull))
         self._leases.untouch(self._link, sent.pull.slots)
         self._send(sent.routing_id, proved)
         self._left(sent)
-        if self._held is not None:
-            (routing_id, pull), self._held = self._held, None
-            self._ship(routing_id, pull)
 
     def _left(self, sent: Sent) -> None:
         """What was sent has left this process."""
@@ -231,26 +232,26 @@ class _StagedServed(Served):
         self._ring: Staging | None = None  # made for the first pull that wants a slab
         super().__init__(source, link, token)
 
-    def _ship(self, routing_id: bytes, pull: Pull) -> None:
+    def _ship(self, routing_id: bytes, pull: Pull) -> bool:
         memory = self._device_memory
         if self._ring is None and pull.slots:
             self._ring = Staging(memory, max(2, WINDOW_BYTES // memory.slab_bytes))
         buffers: list[int] = []
-        slabs: list[memoryview] = []
         if self._ring is not None:
             if len(pull.slots) > self._ring.count:  # no reader of ours asks for so many
                 self._leases.untouch(self._link, pull.slots)
-                return self._send(routing_id, Slabs(self._link, pull.number, "too_many"))
+                self._send(routing_id, Slabs(self._link, pull.number, "too_many"))
+                return True
             taken = self._ring.take(len(pull.slots))
             if taken is None:
-                self._held = routing_id, pull
-                return None
+                return False
             buffers = taken
             self._ring.load(buffers, [memory.slab_address(slot) for slot in pull.slots])
-            slabs = [self._ring.view(buffer) for buffer in buffers]
-        tracker = self._frames(routing_id, pull, slabs)
-        self._sent.append(Sent(routing_id, pull, tracker, buffers))
-        return None
+        ring = self._ring
+        slabs = [ring.address(buffer) for buffer in buffers] if ring is not None else []
+        self._send_slabs(routing_id, pull, slabs)
+        self._sent.append(Sent(routing_id, pull, buffers))
+        return True
 
     def _left(self, sent: Sent) -> None:
         if self._ring is not None:
@@ -292,7 +293,7 @@ class TcpReader:
     @classmethod
     def open(cls, link: str, proof: bytes, target: Target, secret_key: str = "") -> TcpReader:
         """Connect, and prove by an empty pull that the source is there and knows the token."""
-        _keep_freed_pages()
+        zmq_frames.keep_freed_pages()
         token, endpoint = split_proof(proof)
         reader = cls(link, token, target, secret_key)
         try:
@@ -326,45 +327,67 @@ class TcpReader:
         """How many requests may be under way at once."""
         return max(2, WINDOW_BYTES // max(REQUEST_BYTES, self._target.memory.slab_bytes))
 
-    def _pull(self, requests: Any, timeout: float) -> None:
-        """Keep the window full until every request is copied, checked and proved."""
-        window = self._window()
+    def _pull(self, requests: Iterable[tuple[Piece, ...]], timeout: float) -> None:
+        """Keep the window full until every request is copied, checked and proved.
+
+        After a failure nothing more is asked for, and what is on its way is received: the source
+        lets go of it then, and the next pull finds the link empty.
+        """
         waiting = iter(requests)
         arriving: dict[int, tuple[Piece, ...]] = {}  # asked for
         proving: set[int] = set()  # arrived, not proved
+        failure: PdqError | None = None
         with self._lock:
-            while True:
-                while len(arriving) + len(proving) < window:
-                    pieces = next(waiting, None)
-                    if pieces is None:
-                        break
-                    arriving[self._ask(pieces)] = pieces
-                if not arriving and not proving:
-                    return
+            self._ask_for(waiting, arriving)
+            while arriving or (proving and failure is None):
                 message, frames = self._receive(timeout)
-                if isinstance(message, Slabs) and message.number in arriving:
-                    if message.refused:
-                        raise StaleBlock("a block is not leased to this link any more")
-                    self._arrived(arriving.pop(message.number), frames)
-                    proving.add(message.number)
-                elif isinstance(message, Proved) and message.number in proving:
-                    if not message.unchanged:
-                        raise StaleBlock("a block was reused while it was being sent")
+                if isinstance(message, Proved) and message.number in proving:
                     proving.remove(message.number)
+                    if not message.unchanged:
+                        failure = StaleBlock("a block was reused while it was being sent")
+                if not isinstance(message, Slabs):
+                    continue
+                pieces = arriving.pop(message.number, None)
+                if message.refused:
+                    if pieces is not None:
+                        failure = StaleBlock("a block is not leased to this link any more")
+                    continue
+                self._say(Arrived(self._link, self._token, message.number))
+                if pieces is None or failure is not None:
+                    continue
+                proving.add(message.number)
+                self._ask_for(waiting, arriving)
+                try:
+                    self._arrived(pieces, frames)
+                except PdqError as error:
+                    failure = error
+        if failure is not None:
+            raise failure
+
+    def _ask_for(
+        self, waiting: Iterator[tuple[Piece, ...]], arriving: dict[int, tuple[Piece, ...]]
+    ) -> None:
+        """Fill the window."""
+        for pieces in itertools.islice(waiting, self._window() - len(arriving)):
+            arriving[self._ask(pieces)] = pieces
 
     def _ask(self, pieces: tuple[Piece, ...]) -> int:
         number, self._number = self._number, self._number + 1
         fill = pieces[0].fill if pieces else 0
         slots = tuple(piece.slot for piece in pieces)
         generations = tuple(piece.generation for piece in pieces)
+        self._say(Pull(self._link, self._token, number, slots, generations, fill))
+        return number
+
+    def _say(self, message: Message) -> None:
         if self._closed:
             raise LinkLost("the link was closed")
-        pull = Pull(self._link, self._token, number, slots, generations, fill)
         try:
-            self._socket.send(encode(pull), zmq.DONTWAIT)  # it would wait for ever without a peer
+            self._socket.send(
+                encode(message), zmq.DONTWAIT
+            )  # without a peer it would wait for ever
         except zmq.Again as error:
             raise LinkLost("the connection to the source is gone") from error
-        return number
 
     def _receive(self, timeout: float) -> tuple[Message, list[Any]]:
         deadline = time.monotonic() + timeout
@@ -410,27 +433,6 @@ class TcpReader:
         """The link has ended, and no pull runs."""
 
 
-NotDone = zmq.NotDone  # what a tracker's `wait` raises when its time is over
-
-
 def split_proof(proof: bytes) -> tuple[bytes, bytes]:
     """The token that the source knows a reader by, and its endpoint."""
     return proof[:_TOKEN_BYTES], proof[_TOKEN_BYTES:]
-
-
-@functools.cache
-def _keep_freed_pages() -> None:
-    """Let malloc keep the memory of frames that are copied, for the frames that come next.
-
-    By default it returns what is free at the top of an arena to the system at once, and every slab
-    pays again for its page faults: a third of what receiving it costs. What is kept is bounded by
-    the window, and by `_KEPT_BYTES` per arena. A C library without `mallopt` has its own ways.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)  # setting one ends the automatic choice of both
-        mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
-
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
-_KEPT_BYTES = 32 << 20  # the most that M_MMAP_THRESHOLD takes

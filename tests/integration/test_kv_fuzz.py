@@ -27,6 +27,7 @@ from common.kv_layout import Fingerprint, KVLayout, chain_hashes, root_hash
 from common.messages import (
     Abort,
     Ack,
+    Arrived,
     Blocks,
     Commit,
     Deny,
@@ -288,6 +289,12 @@ def pulls(token: bytes) -> st.SearchStrategy[Pull]:
     )  # fmt: skip
 
 
+def arrivals(token: bytes) -> st.SearchStrategy[Arrived]:
+    """Of pulls that were never asked for, or under way, or over."""
+    tokens = st.sampled_from([token, b"", b"x" * 16])
+    return st.builds(Arrived, st.sampled_from(["link", "other"]), tokens, st.integers(0, 9))
+
+
 @given(data=st.data())
 @few
 def test_a_source_gives_out_nothing_but_leased_blocks_whatever_it_is_sent(
@@ -297,7 +304,11 @@ def test_a_source_gives_out_nothing_but_leased_blocks_whatever_it_is_sent(
     token, endpoint = proof[:16], proof[16:].decode()
     frames = data.draw(
         st.lists(
-            st.lists(st.binary(max_size=40) | pulls(token).map(encode), min_size=1, max_size=3),
+            st.lists(
+                st.binary(max_size=40) | (pulls(token) | arrivals(token)).map(encode),
+                min_size=1,
+                max_size=3,
+            ),
             max_size=4,
         )
     )
@@ -316,6 +327,8 @@ def test_a_source_gives_out_nothing_but_leased_blocks_whatever_it_is_sent(
             message = decode(header)
             assert isinstance(message, (Slabs, Proved))
             assert all(len(slab) <= LAYOUT.slab_bytes for slab in slabs)
+            if isinstance(message, Slabs) and not message.refused:
+                socket.send(encode(Arrived("link", token, message.number)))
             if isinstance(message, Proved) and message.number == last:
                 break
     finally:

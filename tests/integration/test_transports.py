@@ -25,6 +25,7 @@ import torch
 
 from common.errors import ConfigError, DigestMismatch, LinkLost, MalformedMessage, StaleBlock
 from common.kv_layout import KVLayout
+from common.messages import Arrived, Proved, Slabs
 from kv_transfer.device_memory import DevicePoolMemory
 from kv_transfer.digests import slab_digest, tail_seed
 from kv_transfer.lease import Leases
@@ -456,6 +457,37 @@ def test_tcp_gives_references_back_as_soon_as_a_pull_is_proved() -> None:
         end.fill(0)
         end.leases.add(KEY, [0])
         end.reader().pull([end.piece(0, 0)])
+        assert end.leases.count()["touched"] == 0
+
+
+def test_tcp_lets_go_of_every_block_of_a_pull_that_failed() -> None:
+    """Also of those that were on their way when a block of an earlier request was wrong."""
+    with both_ends("tcp", LARGE, blocks=32) as end:
+        for block in range(32):
+            end.fill(block)
+        end.memory.slabs[0][17] ^= 1
+        end.leases.add(KEY, list(range(32)))
+        reader = end.reader()
+        with pytest.raises(DigestMismatch):
+            reader.pull([end.piece(b, b, index=b) for b in range(32)])
+        wait_until(lambda: end.leases.count()["touched"] == 0, "the source lets go")
+        end.leases.end(KEY)
+        assert set(end.pool.references.values()) == {0}
+
+
+def test_tcp_touches_a_block_until_its_reader_says_that_it_has_arrived() -> None:
+    with both_ends("tcp") as end:
+        end.fill(0)
+        end.leases.add(KEY, [0])
+        reader = end.reader()
+        assert isinstance(reader, TcpReader)
+        number = reader._ask((end.piece(0, 0),))
+        message, frames = reader._receive(10.0)
+        assert (message, len(frames)) == (Slabs("link", number, ""), 1)
+        assert end.leases.count()["touched"] == 1
+        end.fill(0)
+        reader._say(Arrived("link", reader._token, number))
+        assert reader._receive(10.0)[0] == Proved("link", number, unchanged=False)
         assert end.leases.count()["touched"] == 0
 
 

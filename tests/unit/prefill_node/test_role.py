@@ -25,6 +25,7 @@ class Transfer:
     def __init__(self) -> None:
         self.handoff = self
         self.offers: list[Offer] = []
+        self.announced: list[int] = []  # indexes of blocks, in the order they were
         self.committed: list[Key] = []
         self.ended: list[Ended] = []  # what the next `perform` finds out
         self.role: prefill.PrefillRole
@@ -38,10 +39,13 @@ class Transfer:
     def offer(self, offer: Offer, **_: float) -> None:
         self.offers.append(offer)
 
-    def ready(self, key: Key, blocks: object, *, now: float) -> None: ...
+    def ready(self, key: Key, blocks: list[int], *, now: float) -> None:
+        self.announced += blocks
 
     def finished(self, key: Key, **_: Any) -> None:
         self.committed.append(key)
+
+    def cancel(self, key: Key, reason: str, *, now: float) -> None: ...
 
     def perform(self, effects: object) -> None:
         ended, self.ended = self.ended, []
@@ -61,8 +65,11 @@ class Node:
         self.peers = Snapshot({}, {}, "")
         self.tasks: list[asyncio.Task[None]] = []
 
-    def ready_blocks(self, *_: object) -> list[object]:
-        return []
+    def ready_blocks(
+        self, sequence: object, table: list[int], start: int, end: int, computed: int
+    ) -> list[int]:
+        assert len(table) >= end
+        return list(range(start, end))
 
     def spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         self.tasks.append(asyncio.create_task(coroutine))
@@ -162,6 +169,45 @@ async def test_what_is_queued_again_while_or_after_it_is_here_is_computed_once(
     role.accept(again)
     assert not node.engine.has_work
     assert len(node.links.offers) == 1
+
+
+async def test_the_last_blocks_are_announced_before_the_first_token_is_there(
+    node: Node, role: prefill.PrefillRole
+) -> None:
+    node.decode_nodes("d1")
+    role.accept(an_entry())
+    planned = node.engine.begin_step()
+    assert planned is not None
+    role.step_begins(planned)
+    await opened(node)
+    blocks = node.engine.pool.blocks_for(20)
+    assert 20 % node.engine.layout.block_size, "the prompt has a tail"
+
+    computed = node.engine.compute(planned, lambda: role.step_filled(role.handed_over(planned)))
+    assert node.links.announced == list(range(blocks))
+    assert node.links.committed == []
+    role.step_ended(planned, node.engine.end_step(planned, computed))
+    assert node.links.announced == list(range(blocks)), "no block is announced twice"
+    assert node.links.committed == [key("d1")]
+    role.sent(ended("d1", Outcome.ADOPTED))
+
+
+async def test_of_a_request_that_is_cancelled_meanwhile_nothing_more_is_announced(
+    node: Node, role: prefill.PrefillRole
+) -> None:
+    node.decode_nodes("d1")
+    role.accept(an_entry())
+    planned = node.engine.begin_step()
+    assert planned is not None
+    role.step_begins(planned)
+    await opened(node)
+    chunks = role.handed_over(planned)
+    role.cancel("r-1", 1, "the client went away")
+    role.step_filled(chunks)
+    assert node.links.announced == []
+    role.step_ended(planned, node.engine.end_step(planned, node.engine.compute(planned)))
+    role.sent(ended("d1", Outcome.CANCELLED))
+    assert role.num_open == 0
 
 
 async def test_a_link_that_is_found_down_by_sending_over_it_is_no_crash(
