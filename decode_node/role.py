@@ -11,7 +11,7 @@ import time
 
 from common.engine.engine import PlannedStep
 from common.engine.output import StepOutput
-from common.errors import InvalidRequest, PdqError
+from common.errors import PdqError
 from common.messages import TokenRun, TookOver
 from common.node.attempt import Attempt
 from common.node.runtime import Node
@@ -41,25 +41,14 @@ class DecodeRole:
 
     def accept(self, entry: Entry) -> None:
         """A request to compute whole, prompt and all."""
-        dispatch, node = entry.dispatch, self._node
         attempt = Attempt.of(entry)
         if attempt.engine_id in self._attempts:  # Redis lost it, and its gateway queued it again
-            node.done(entry)
+            self._node.done(entry)
             return
-        try:
-            sequences = node.engine.add(
-                attempt.engine_id, dispatch.token_ids, dispatch.params, choices=dispatch.choices,
-                prompt_len=dispatch.prompt_len, priority=dispatch.priority,
-                cache_salt=dispatch.cache_salt,
-            )  # fmt: skip
-        except InvalidRequest as error:
-            for choice in dispatch.choices:
-                node.failed(attempt.gateway, attempt.key(choice), error, retryable=False)
-            node.done(entry)
+        if not attempt.compute(self._node, attempt.params):
             return
         self._attempts[attempt.engine_id] = attempt
-        attempt.sequences = {sequence.choice: sequence for sequence in sequences}
-        for choice in dispatch.choices:
+        for choice in attempt.sequences:
             self._say_who_has(attempt, choice)
 
     def received(self, effect: Adopted | Ended) -> None:
@@ -67,7 +56,7 @@ class DecodeRole:
         if not isinstance(effect, Adopted):
             return
         node, offer, commit = self._node, effect.offer, effect.commit
-        attempt = Attempt(offer.request, offer.attempt, offer.gateway, None, set())
+        attempt = Attempt.offered(offer)
         attempt = self._attempts.setdefault(attempt.engine_id, attempt)
         if offer.choice in attempt.open_choices:  # its Ack was lost, and it was offered again
             node.engine.pool.release(effect.reservation.blocks)
