@@ -192,11 +192,14 @@ class PrefillRole:
     def adopted(self, handover: Handover) -> None:
         self._over(handover, "adopted")
 
-    def refused(self, handover: Handover) -> None:
+    def refused(self, handover: Handover, peer: str) -> None:
         self._offer(handover)
 
     def sent(self, effect: Granted | Ended) -> None:
         self._sending.sent(effect)
+
+    def drain(self) -> None:
+        """What is here is handed over anyway."""
 
     # Ends.
 

@@ -33,6 +33,8 @@ class Attempt:
     open_choices: set[int]
     sequences: dict[int, Sequence] = dataclasses.field(default_factory=dict)
     began: float = dataclasses.field(default_factory=time.monotonic)
+    arrived: dict[int, int] = dataclasses.field(default_factory=dict)
+    """By choice that came by a handoff: the position from which on its tokens are from here."""
     handoffs: dict[int, float] = dataclasses.field(default_factory=dict)  # seconds, by choice
     cached_tokens: int | None = None  # of the prompt; None until its first chunk begins
 

@@ -69,7 +69,7 @@ class Owner(Protocol):
         """Another node goes on with it, and the gateway was told so."""
         ...
 
-    def refused(self, handover: Handover) -> None:
+    def refused(self, handover: Handover, peer: str) -> None:
         """The node that was asked does not take it."""
         ...
 
@@ -220,4 +220,4 @@ class Handovers:
             return
         handover.refused.add(peer)
         handover.peer = ""
-        self._owner.refused(handover)
+        self._owner.refused(handover, peer)
