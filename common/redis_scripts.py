@@ -264,7 +264,9 @@ for _, choice in ipairs(choices) do
       redis.call('HSET', record, prefix .. 'prefill_node', node)
     elseif node ~= '' and state == 'decoding' then
       redis.call('HSET', record, prefix .. 'decode_node', node)
-      if changed then
+      local at = get(record, prefix .. 'load')
+      if changed or (at and at ~= node) then  -- a choice that moves takes its load with it
+        drop_choice_load(record, load_stem, choice)
         redis.call('HSET', record, prefix .. 'load', node)
         add_load(load_stem, node, 1, 0)
       end

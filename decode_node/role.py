@@ -2,7 +2,8 @@
 
 Owns the attempts that decode here. As `unified` (and whenever a gateway sends it a request) it
 computes the prompt itself. Admission to decoding is the pool's: `NodeKV.reserve` grants room for a
-whole prompt or nothing, and every sequence joins the running ones at the next step.
+whole prompt or nothing, and every sequence joins the running ones at the next step. When the node
+drains, what runs moves to other decode nodes (moves.py), as far as they have room.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ import time
 from common.engine.engine import PlannedStep
 from common.engine.output import StepOutput
 from common.engine.step import Chunk
-from common.errors import InvalidRequest, PdqError
+from common.errors import PdqError
 from common.messages import TokenRun, TookOver
 from common.node.attempt import Attempt
 from common.node.runtime import Node
 from common.queue import Entry
 from common.sampling import FinishReason
+from decode_node.moves import Moves
 from kv_transfer.ports import Adopted, Ended, Granted
 
 
@@ -31,10 +33,12 @@ class DecodeRole:
     def __init__(self, node: Node) -> None:
         self._node = node
         self._attempts: dict[str, Attempt] = {}  # by the engine's id
+        self._moves = Moves(node, self._attempts, self._moved)
 
     @property
     def num_open(self) -> int:
-        return len(self._attempts) + len(self._node.links.intake.states())
+        attempts = self._attempts.keys() | self._moves.attempts
+        return len(attempts) + len(self._node.links.intake.states())
 
     def capacity(self) -> int:
         scheduler = self._node.engine.scheduler
@@ -42,25 +46,14 @@ class DecodeRole:
 
     def accept(self, entry: Entry) -> None:
         """A request to compute whole, prompt and all."""
-        dispatch, node = entry.dispatch, self._node
         attempt = Attempt.of(entry)
         if attempt.engine_id in self._attempts:  # Redis lost it, and its gateway queued it again
-            node.done(entry)
+            self._node.done(entry)
             return
-        try:
-            sequences = node.engine.add(
-                attempt.engine_id, dispatch.token_ids, dispatch.params, choices=dispatch.choices,
-                prompt_len=dispatch.prompt_len, priority=dispatch.priority,
-                cache_salt=dispatch.cache_salt,
-            )  # fmt: skip
-        except InvalidRequest as error:
-            for choice in dispatch.choices:
-                node.failed(attempt.gateway, attempt.key(choice), error, retryable=False)
-            node.done(entry)
+        if not attempt.compute(self._node, attempt.params):
             return
         self._attempts[attempt.engine_id] = attempt
-        attempt.sequences = {sequence.choice: sequence for sequence in sequences}
-        for choice in dispatch.choices:
+        for choice in attempt.sequences:
             self._say_who_has(attempt, choice)
 
     def received(self, effect: Adopted | Ended) -> None:
@@ -68,7 +61,7 @@ class DecodeRole:
         if not isinstance(effect, Adopted):
             return
         node, offer, commit = self._node, effect.offer, effect.commit
-        attempt = Attempt(offer.request, offer.attempt, offer.gateway, None, set())
+        attempt = Attempt.offered(offer)
         attempt = self._attempts.setdefault(attempt.engine_id, attempt)
         if offer.choice in attempt.open_choices:  # its Ack was lost, and it was offered again
             node.engine.pool.release(effect.reservation.blocks)
@@ -92,6 +85,7 @@ class DecodeRole:
             return
         attempt.open_choices.add(offer.choice)
         attempt.sequences[offer.choice] = sequence
+        attempt.arrived[offer.choice] = len(sequence.token_ids)
         attempt.handoffs[offer.choice] = effect.waited
         self._say_who_has(attempt, offer.choice)
 
@@ -100,8 +94,7 @@ class DecodeRole:
         if attempt.entry is not None:
             node.stage(attempt.gateway, key, "prefilling", {})
             return
-        position = len(attempt.sequences[choice].token_ids)
-        node.send(attempt.gateway, TookOver(node.incarnation, *key, position))
+        node.send(attempt.gateway, TookOver(node.incarnation, *key, attempt.arrived[choice]))
 
     def step_begins(self, planned: PlannedStep) -> None:
         for chunk in planned.step.chunks:
@@ -140,9 +133,17 @@ class DecodeRole:
                 self._node.stage(attempt.gateway, key, "decoding", seconds)
             attempt.open_choices.discard(output.choice)
             self._close_if_over(attempt)
+        self._moves.step_ended()
+
+    def drain(self) -> None:
+        self._moves.begin()
 
     def sent(self, effect: Granted | Ended) -> None:
-        """This role offers nothing."""
+        self._moves.sent(effect)
+
+    def _moved(self, attempt: Attempt, choice: int) -> None:
+        attempt.open_choices.discard(choice)
+        self._close_if_over(attempt)
 
     def cancel(self, request: str, attempt: int, reason: str) -> None:
         intake = self._node.links.intake
@@ -151,7 +152,7 @@ class DecodeRole:
                 self._node.links.perform(intake.cancel(key, reason, now=time.monotonic()))
         for open_attempt in list(self._attempts.values()):
             if open_attempt.request == request and open_attempt.number <= attempt:
-                self._abort(open_attempt)
+                self._abort(open_attempt, reason)
 
     def gateway_linked(self, gateway: str) -> None:
         for attempt in self._attempts.values():
@@ -160,15 +161,16 @@ class DecodeRole:
                     self._say_who_has(attempt, choice)
 
     def peers_changed(self) -> None:
-        """This role chooses nobody."""
+        self._moves.peers_changed()
 
     def gateway_lost(self, gateway: str) -> None:
         for attempt in list(self._attempts.values()):
             if attempt.gateway == gateway:
-                self._abort(attempt)
+                self._abort(attempt, "gateway lost")
 
-    def _abort(self, attempt: Attempt) -> None:
+    def _abort(self, attempt: Attempt, reason: str) -> None:
         self._node.engine.abort(attempt.engine_id)
+        self._moves.cancel(attempt, reason)
         attempt.open_choices.clear()
         self._close_if_over(attempt)
 

@@ -6,9 +6,12 @@ attempt numbers, and the only retries of the whole system. Knows nothing of HTTP
 How a choice moves (a request's choices start together in attempt 1, a retry is for one choice):
 
     placed at a node ──Tokens──▶ … ──▶ finished
-       │  ▲   TookOver: now another node holds it
+       │  ▲   TookOver: now another node holds it, from a position on
        ▼  │
-    holder lost, or Failed(retryable) ──▶ new attempt: prompt + delivered tokens, same border
+    holder lost, or a former one that owes tokens, or Failed(retryable)
+       │  ▲
+       ▼  │
+    new attempt: prompt + delivered tokens, same border
        │
        ▼
     tries used up, nowhere to go in time, or Failed(not retryable) ──▶ the request fails
@@ -256,7 +259,8 @@ class Dispatcher:
             choice.refusals = min(choice.refusals + 1, 10)
         else:
             choice.tries += 1
-        choice.holder, choice.heard = "", False
+        choice.holder, choice.heard, choice.held_from = "", False, 0
+        choice.owing.clear()
         request.attempt += 1
         choice.stream.begin(request.attempt)
         self._metrics.retries.labels(cause).inc()
@@ -309,10 +313,11 @@ class Dispatcher:
         self._nodes_changed.set()
 
     def on_node_lost(self, node: str, reason: str) -> None:
-        """Retry every choice that this incarnation held."""
+        """Retry every choice that this incarnation held, or had tokens of that nobody else has."""
         for request in tuple(self._open.values()):
             for index, choice in enumerate(request.choices):
-                if choice.holder == node and not choice.done:
+                owes = choice.stream.below < choice.owing.get(node, 0)
+                if (choice.holder == node or owes) and not choice.done:
                     log.info(
                         "choice.lost", request=request.work.request, choice=index, node=node,
                         reason=reason,
@@ -381,6 +386,13 @@ class Dispatcher:
         if message.attempt == choice.stream.attempt:
             if choice.heard and choice.holder == message.node:
                 return  # both ends of a handoff say it
+            if message.position < choice.held_from:
+                return  # late: it has moved on since
+            if choice.held_from and choice.holder:
+                self._metrics.moves.inc()
+            if choice.holder:
+                choice.owing[choice.holder] = message.position
+            choice.held_from = message.position
             stage = Stage(
                 message.node, message.request, message.attempt, message.choice, "decoding", {}, 0
             )

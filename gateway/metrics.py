@@ -30,6 +30,9 @@ class GatewayMetrics:
         self.retries = counter(
             "pdq_gateway_retries_total", "Attempts after the first, by cause", ["cause"]
         )
+        self.moves = counter(
+            "pdq_gateway_moves_total", "Choices that went from one decode node to another"
+        )
         self.duplicate_tokens = counter(
             "pdq_gateway_duplicate_tokens_total", "Positions that arrived again"
         )

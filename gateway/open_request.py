@@ -44,6 +44,9 @@ class Choice:
     stream: ChoiceStream
     holder: str = ""  # the incarnation whose death would lose it; "" while it is being placed
     heard: bool = False  # the holder has said something: its entry was read
+    held_from: int = 0  # the position from which on the holder's tokens come; 0: from the start
+    owing: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Former holders in this attempt: the position below which the tokens are theirs to send."""
     tries: int = 1
     unacknowledged: dict[str, int] = dataclasses.field(default_factory=dict)
     """Nodes whose tokens wait behind a gap: the position below which all of them have arrived."""

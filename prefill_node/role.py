@@ -23,22 +23,18 @@ import time
 
 from common.engine.engine import PlannedStep
 from common.engine.output import StepOutput
-from common.engine.sequence import Sequence
 from common.engine.step import Chunk
-from common.errors import InvalidRequest, OutOfBlocks, PdqError, ServiceUnavailable
-from common.logs import get_logger
-from common.messages import Dispatch, Offer, TokenLogprobs, TokenRun, TookOver
+from common.errors import OutOfBlocks, PdqError, ServiceUnavailable
+from common.messages import Dispatch, TokenRun
 from common.node.attempt import Attempt
+from common.node.handover import Handover, Handovers
 from common.node.runtime import Node
 from common.queue import Entry
 from common.registry import NodeState, Role
 from common.sampling import FinishReason, SamplingParams
-from kv_transfer.ports import Adopted, Ended, Granted, Key, Outcome
-
-log = get_logger("prefill")
+from kv_transfer.ports import Adopted, Ended, Granted
 
 NO_DECODE_NODE_S = 1.0  # a prompt waits so long for one to appear, then its gateway is told
-FULL = frozenset({"out_of_blocks", "overloaded"})  # reasons of a Deny that pass by themselves
 ENDED_REMEMBERED = 4096  # attempts
 
 
@@ -46,32 +42,15 @@ def create(node: Node) -> PrefillRole:
     return PrefillRole(node)
 
 
-@dataclasses.dataclass(slots=True, eq=False)
-class Handover:
-    """One choice on its way to a decode node."""
-
-    attempt: Attempt
-    sequence: Sequence
-    peer: str = ""  # where it is offered, or about to be
-    key: Key | None = None  # of the handoff that is under way
-    announced: int = 0  # blocks given to that handoff
-    first: TokenRun | None = None
-    held: list[int] = dataclasses.field(default_factory=list)  # blocks of the ended sequence
-    refused: set[str] = dataclasses.field(default_factory=set)  # nodes that did not take it
-    found_full: bool = False  # one of them has no room just now
-    stranded_at: float | None = None  # since when there is none to ask; None: one was asked
-    cancelled: bool = False
-    began: float = dataclasses.field(default_factory=time.monotonic)
-
-
 class PrefillRole:
-    """Implements `NodeRole`."""
+    """Implements `NodeRole`, and `Owner` of its handovers."""
 
     def __init__(self, node: Node) -> None:
         self._node = node
         self._attempts: dict[str, Attempt] = {}  # by the engine's id
         self._handovers: dict[tuple[str, int], Handover] = {}  # by the engine's id, and choice
-        self._by_key: dict[Key, Handover] = {}
+        self._sending = Handovers(node, self)
+        self._stranded: dict[Handover, float] = {}  # which find nobody to ask, and since when
         self._past: collections.deque[str] = collections.deque(maxlen=ENDED_REMEMBERED)
 
     @property
@@ -90,34 +69,24 @@ class PrefillRole:
     # The prompt.
 
     def accept(self, entry: Entry) -> None:
-        dispatch, node = entry.dispatch, self._node
+        node = self._node
         attempt = Attempt.of(entry)
         if attempt.engine_id in self._attempts or attempt.engine_id in self._past:
             node.done(entry)  # Redis lost it, and its gateway queued it again
             return
-        try:
-            sequences = node.engine.add(
-                attempt.engine_id, dispatch.token_ids, _for_prefill(dispatch),
-                choices=dispatch.choices, prompt_len=dispatch.prompt_len,
-                priority=dispatch.priority, cache_salt=dispatch.cache_salt,
-            )  # fmt: skip
-        except InvalidRequest as error:
-            for choice in dispatch.choices:
-                node.failed(attempt.gateway, attempt.key(choice), error, retryable=False)
-            node.done(entry)
+        if not attempt.compute(node, _for_prefill(entry.dispatch)):
             return
         self._attempts[attempt.engine_id] = attempt
-        for sequence in sequences:
-            attempt.sequences[sequence.choice] = sequence
-            handover = Handover(attempt, sequence)
-            self._handovers[attempt.engine_id, sequence.choice] = handover
-            node.stage(attempt.gateway, attempt.key(sequence.choice), "prefilling", {})
+        for choice, sequence in attempt.sequences.items():
+            handover = Handover(attempt, sequence, len(entry.dispatch.token_ids))
+            self._handovers[attempt.engine_id, choice] = handover
+            node.stage(attempt.gateway, attempt.key(choice), "prefilling", {})
 
     def step_begins(self, planned: PlannedStep) -> None:
         """A prompt whose first chunk begins is offered: the room is asked for meanwhile."""
         for chunk in planned.step.chunks:
             handover = self._handovers.get((chunk.sequence.request_id, chunk.sequence.choice))
-            if handover is None or handover.first is not None:
+            if handover is None or handover.is_complete:
                 continue
             self._node.prompt_begins(handover.attempt, chunk)
             if not handover.peer:
@@ -130,12 +99,12 @@ class PrefillRole:
         """The peer copies the blocks, the last ones too, while the step chooses the first token."""
         for chunk in chunks:
             if (handover := self._computing(chunk)) is not None:
-                self._announce(handover, chunk.end)
+                self._sending.announce(handover, chunk.end)
 
     def _computing(self, chunk: Chunk) -> Handover | None:
         """Whose prompt it is, while that has no first token and is still wanted."""
         handover = self._handovers.get((chunk.sequence.request_id, chunk.sequence.choice))
-        if handover is None or handover.first is not None or handover.cancelled:
+        if handover is None or handover.is_complete or handover.cancelled:
             return None
         return handover
 
@@ -148,7 +117,7 @@ class PrefillRole:
         self._node.push_tokens(first_runs)
         for chunk in planned.step.chunks:  # of a link that has opened since they were filled
             if (handover := self._computing(chunk)) is not None:
-                self._announce(handover, handover.sequence.num_computed)
+                self._sending.announce(handover, handover.sequence.num_computed)
 
     def _first_token(self, handover: Handover, output: StepOutput) -> list[tuple[str, TokenRun]]:
         """The prompt is computed: the token goes to the gateway, the blocks are held."""
@@ -158,7 +127,7 @@ class PrefillRole:
             node.failed(attempt.gateway, key, output.error, retryable=False)
             self._over(handover, "failed")
             return []
-        handover.first = attempt.run(output)
+        run = attempt.run(output)
         seconds = {"prefill": time.monotonic() - attempt.began}
         if output.finish_reason is not None:  # the first may be the last
             node.stage(attempt.gateway, key, "prefilling", seconds)
@@ -170,38 +139,33 @@ class PrefillRole:
                 node.failed(attempt.gateway, key, error, retryable=True)
                 self._over(handover, "no slot")
                 return []
-            if handover.key is not None:
-                self._announce(handover, sequence.num_computed)
-                self._finish(handover)
-            elif not handover.peer and self._is_next(handover):
+            asked = bool(handover.peer)
+            self._sending.complete(handover, run.logprobs[0] if run.logprobs else None)
+            if not asked:
                 self._offer(handover)
             node.stage(attempt.gateway, key, "handing_off", seconds)
-        return [(attempt.gateway, handover.first)]
+        return [(attempt.gateway, run)]
 
-    # The handoff.
+    # The handover.
 
     def _offer(self, handover: Handover) -> None:
-        """Choose a decode node, for good unless it refuses, and offer the prompt to it."""
+        """Offer the prompt to a decode node, when its choice's turn has come."""
         if _ends_at_first(handover.attempt) or not self._is_next(handover):
             return
-        chosen = self._choose(handover)
-        if chosen is None:
-            if handover.found_full:
-                self._give_up(handover.attempt, OutOfBlocks("no decode node has room for it"))
-            elif handover.stranded_at is None:
-                handover.stranded_at = time.monotonic()
+        if self._sending.offer(handover):
             return
-        handover.peer, endpoint = chosen
-        self._node.spawn(self._open(handover, handover.peer, endpoint))
+        if handover.found_full:
+            self._give_up(handover.attempt, OutOfBlocks("no decode node has room for it"))
+        else:
+            self._stranded.setdefault(handover, time.monotonic())
 
     def peers_changed(self) -> None:
         """Look again for prompts that found no decode node to ask, for a while."""
         now = time.monotonic()
-        for handover in list(self._handovers.values()):
-            stranded_at = handover.stranded_at
-            if stranded_at is None or handover.cancelled or handover.peer:
+        for handover, since in list(self._stranded.items()):
+            if handover.cancelled or handover.peer:
                 continue
-            if now - stranded_at < NO_DECODE_NODE_S:
+            if now - since < NO_DECODE_NODE_S:
                 handover.refused.clear()
                 self._offer(handover)
             else:
@@ -218,7 +182,7 @@ class PrefillRole:
         choices = sorted(handover.attempt.open_choices)
         return handover.sequence.choice == choices[0]
 
-    def _choose(self, handover: Handover) -> tuple[str, str] | None:
+    def choose(self, handover: Handover) -> tuple[str, str] | None:
         """The gateway's choice; else the decode node with the most free blocks."""
         dispatch = _dispatch(handover.attempt)
         if dispatch.decode_node and dispatch.decode_node not in handover.refused:
@@ -235,112 +199,23 @@ class PrefillRole:
         best = max(candidates, key=lambda record: record.free_blocks)
         return best.incarnation, best.endpoint
 
-    async def _open(self, handover: Handover, peer: str, endpoint: str) -> None:
-        node = self._node
-        try:
-            node.connect(peer, endpoint)
-            link = await node.links.open(peer)
-        except PdqError as error:
-            log.warning("link.refused", peer=peer, error=error)
-            self._refused(handover, peer)
-            return
-        if handover.cancelled:
-            self._drop(handover)
-            return
-        sequence, dispatch = handover.sequence, _dispatch(handover.attempt)
-        block_size = node.engine.layout.block_size
-        length = len(dispatch.token_ids)
-        offer = Offer(
-            link, dispatch.request, dispatch.attempt, sequence.choice, dispatch.token_ids,
-            dispatch.prompt_len, dispatch.params,
-            tuple(sequence.hashes(length // block_size, block_size)), length % block_size,
-            dispatch.gateway, dispatch.gateway_endpoint, dispatch.cache_salt, dispatch.priority, 0,
-        )  # fmt: skip
-        handover.key = Key(link, dispatch.request, dispatch.attempt, sequence.choice)
-        handover.announced = 0
-        self._by_key[handover.key] = handover
-        now = time.monotonic()
-        try:
-            effects = node.links.handoff.offer(offer, now=now, waited=now - handover.began)
-        except KeyError:  # the link went down since it was opened
-            self._ended(handover, peer)
-            return
-        node.links.perform(effects)
-        self._announce(handover, sequence.num_computed)
-        if handover.first is not None:
-            self._finish(handover)
+    def opened(self, handover: Handover, link: str) -> None:
+        self._sending.send_offer(handover, link)
 
-    def _announce(self, handover: Handover, computed: int) -> None:
-        """Give the handoff the blocks that `computed` positions fill; at the end also the tail."""
-        if handover.key is None:
-            return
-        sequence, block_size = handover.sequence, self._node.engine.layout.block_size
-        end = computed // block_size
-        if computed == len(_dispatch(handover.attempt).token_ids):
-            end = -(-computed // block_size)
-        if end <= handover.announced:
-            return
-        table, start = handover.held or sequence.block_table, handover.announced
-        blocks = self._node.kv.ready_blocks(sequence, table, start, end, computed)
-        handover.announced = end
-        now = time.monotonic()
-        self._node.links.perform(self._node.links.handoff.ready(handover.key, blocks, now=now))
+    def granted(self, handover: Handover) -> None:
+        self._stranded.pop(handover, None)
 
-    def _finish(self, handover: Handover) -> None:
-        """Commit; a send just before may have found the link down, and ended the handoff."""
-        first = handover.first
-        assert first is not None
-        if handover.key is None:
-            return
-        logprobs: TokenLogprobs | None = first.logprobs[0] if first.logprobs else None
-        self._node.links.perform(
-            self._node.links.handoff.finished(
-                handover.key, position=first.position, first_token=first.token_ids[0],
-                logprobs=logprobs, now=time.monotonic(),
-            )
-        )  # fmt: skip
+    def adopted(self, handover: Handover) -> None:
+        self._over(handover, "adopted")
+
+    def refused(self, handover: Handover, peer: str) -> None:
+        self._offer(handover)
 
     def sent(self, effect: Granted | Ended) -> None:
-        if isinstance(effect, Granted):
-            if effect.key in self._by_key:
-                self._by_key[effect.key].stranded_at = None
-            return
-        handover = self._by_key.pop(effect.key, None)
-        if handover is None:
-            return
-        if handover.cancelled:
-            self._drop(handover)
-        elif effect.outcome is Outcome.ADOPTED:
-            self._say_who_took_over(handover)
-            self._over(handover, "adopted")
-        else:
-            if effect.outcome is Outcome.DENIED and effect.reason in FULL:
-                handover.found_full = True
-            log.info("handoff.ended", request=effect.key.request, outcome=effect.outcome.value,
-                     reason=effect.reason, peer=handover.peer)  # fmt: skip
-            self._ended(handover, handover.peer)
+        self._sending.sent(effect)
 
-    def _say_who_took_over(self, handover: Handover) -> None:
-        """The decode node says so too, but it may die between its Ack and that."""
-        attempt, first = handover.attempt, handover.first
-        assert first is not None
-        key = attempt.key(handover.sequence.choice)
-        self._node.send(attempt.gateway, TookOver(handover.peer, *key, first.position + 1))
-
-    def _ended(self, handover: Handover, peer: str) -> None:
-        """A handoff is over without success: the next decode node, if there is one."""
-        if handover.key is not None:
-            self._by_key.pop(handover.key, None)
-        handover.key = None
-        self._refused(handover, peer)
-
-    def _refused(self, handover: Handover, peer: str) -> None:
-        if handover.cancelled:
-            self._drop(handover)
-            return
-        handover.refused.add(peer)
-        handover.peer = ""
-        self._offer(handover)
+    def drain(self) -> None:
+        """What is here is handed over anyway."""
 
     # Ends.
 
@@ -348,26 +223,18 @@ class PrefillRole:
         """This choice needs nothing more here."""
         attempt, choice = handover.attempt, handover.sequence.choice
         attempt.open_choices.discard(choice)
-        self._cancel(handover, reason)
+        self._sending.cancel(handover, reason)
         for index in sorted(attempt.open_choices)[:1]:
             other = self._handovers[attempt.engine_id, index]
-            if other.first is not None and not other.peer:
+            if other.is_complete and not other.peer:
                 self._offer(other)
 
-    def _cancel(self, handover: Handover, reason: str) -> None:
-        """End a handoff that is under way; the rest goes when it has ended."""
-        handover.cancelled = True
-        if handover.key is not None and handover.key in self._by_key:
-            handoff = self._node.links.handoff
-            self._node.links.perform(handoff.cancel(handover.key, reason, now=time.monotonic()))
-        elif handover.key is not None or not handover.peer:
-            self._drop(handover)
-        # else: `_open` is under way, and drops it
-
-    def _drop(self, handover: Handover) -> None:
+    def dropped(self, handover: Handover) -> None:
+        """Nothing of this choice is under way: its blocks go."""
         attempt, choice = handover.attempt, handover.sequence.choice
         if self._handovers.pop((attempt.engine_id, choice), None) is None:
             return
+        self._stranded.pop(handover, None)
         self._node.engine.pool.release(handover.held)
         handover.held = []
         if not any(id_ == attempt.engine_id for id_, _ in self._handovers):
@@ -401,7 +268,7 @@ class PrefillRole:
         attempt.open_choices.clear()
         for (engine_id, _), handover in list(self._handovers.items()):
             if engine_id == attempt.engine_id:
-                self._cancel(handover, reason)
+                self._sending.cancel(handover, reason)
 
 
 def _for_prefill(dispatch: Dispatch) -> SamplingParams:

@@ -219,7 +219,8 @@ class Engine:
         )  # fmt: skip
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> list[int]:
-        """End a sequence between steps; its blocks and their references go to the caller.
+        """End a sequence that is paused, or between steps; its blocks and their references go to
+        the caller.
 
         Choices that still wait for its prompt go with it.
         """
@@ -242,6 +243,7 @@ class Engine:
         """Prove that nothing is held while nothing runs; raises AssertionError."""
         self.scheduler.check()
         assert not self.has_work, "there is work"
+        assert not self.scheduler.num_paused, "sequences are paused"
         assert self.pool.num_used == 0, f"{self.pool.num_used} blocks are held"
         assert not self._slots, f"{len(self._slots)} sampler slots are held"
         assert not self._children, "choices wait for a parent that is gone"

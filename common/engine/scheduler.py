@@ -8,13 +8,14 @@ of tensors or roles; the engine runs
     ... copy step.copies, run step.chunks, sample; fork before the first token ...
     deliveries = scheduler.postprocess(step, accepted)     # or abandon(step) when it failed
 
-`add`, `adopt`, `finish` and `abort` may be called at any time, `finish(keep_blocks=True)` between
-steps: the blocks of a sequence that ends while a step is under way are released when that ends.
+`add`, `adopt`, `finish`, `abort` and `resume` may be called at any time, `pause` and, for a running
+sequence, `finish(keep_blocks=True)` between steps: the blocks of a running sequence that ends while
+a step is under way are released when that ends.
 
 Why it cannot deadlock: a sequence is admitted only when all it knows fits; a running one that
 lacks a block takes it from the least important one; the least important one, lacking a block
 itself, stalls with what it has. So the most important running sequence advances in every step,
-unless blocks are held from outside (leases), which end on their own.
+unless blocks are held from outside (leases, paused sequences), which ends on its own.
 """
 
 from __future__ import annotations
@@ -72,6 +73,7 @@ class Scheduler:
         self._watermark = int(watermark * pool.num_blocks)
         self._waiting: list[Sequence] = []  # both most important first
         self._running: list[Sequence] = []
+        self._paused: set[Sequence] = set()
         self._requests: dict[str, dict[int, Sequence]] = {}
         self._step: Step | None = None  # under way
         self._step_holds: list[list[int]] = []  # references that end with the step
@@ -97,7 +99,16 @@ class Scheduler:
     @property
     def num_free_slots(self) -> int:
         """How many sequences `adopt` takes now."""
-        return max(0, self.max_num_seqs - len(self._running))
+        return max(0, self.max_num_seqs - len(self._running) - len(self._paused))
+
+    @property
+    def num_paused(self) -> int:
+        return len(self._paused)
+
+    @property
+    def is_stepping(self) -> bool:
+        """Whether a step is under way."""
+        return self._step is not None
 
     @property
     def has_work(self) -> bool:
@@ -158,6 +169,19 @@ class Scheduler:
             child.num_published = parent.num_published
             self._run(child)
 
+    def pause(self, sequence: Sequence) -> None:
+        """Leave a running sequence out of the next steps; its blocks and its slot stay its own."""
+        assert self._step is None, "pause between steps"
+        _remove(self._running, sequence)
+        sequence.draft_token_ids = []
+        sequence.move_to(SequenceStatus.PAUSED)
+        self._paused.add(sequence)
+
+    def resume(self, sequence: Sequence) -> None:
+        """Let a paused sequence take part again, from the next step on."""
+        self._paused.remove(sequence)
+        self._run(sequence)
+
     def finish(
         self, sequence: Sequence, reason: FinishReason, *, keep_blocks: bool = False
     ) -> list[int]:
@@ -175,11 +199,15 @@ class Scheduler:
         if sequence.status is SequenceStatus.WAITING:
             _remove(self._waiting, sequence)
         else:
-            _remove(self._running, sequence)
+            in_step = self._step is not None and sequence.status is SequenceStatus.RUNNING
+            if sequence.status is SequenceStatus.PAUSED:
+                self._paused.remove(sequence)
+            else:
+                _remove(self._running, sequence)
             if keep_blocks:
-                assert self._step is None, "keep blocks between steps"
+                assert not in_step, "keep blocks between steps"
                 kept, sequence.block_table = sequence.block_table, []
-            elif self._step is not None:
+            elif in_step:
                 self._step_holds.append(sequence.block_table)
                 sequence.block_table = []
             else:
@@ -256,8 +284,9 @@ class Scheduler:
         """Prove the invariants of scheduler and pool; for idle moments and tests."""
         self.pool.check()
         held: dict[int, int] = {}
-        for sequence in self._running:
-            assert sequence.status is SequenceStatus.RUNNING
+        for sequence in chain(self._running, self._paused):
+            paused = sequence in self._paused
+            assert sequence.status is (SequenceStatus.PAUSED if paused else SequenceStatus.RUNNING)
             assert self.pool.blocks_for(sequence.num_computed) <= len(sequence.block_table)
             for block_id in sequence.block_table:
                 held[block_id] = held.get(block_id, 0) + 1
@@ -267,8 +296,8 @@ class Scheduler:
         for block_id, count in held.items():
             assert count <= self.pool.references(block_id), f"block {block_id} lacks references"
         registered = sum(len(members) for members in self._requests.values())
-        assert registered == len(self._running) + len(self._waiting)
-        assert len(self._running) <= self.max_num_seqs
+        assert registered == len(self._running) + len(self._paused) + len(self._waiting)
+        assert len(self._running) + len(self._paused) <= self.max_num_seqs
 
     # Inside `schedule`.
 

@@ -25,12 +25,16 @@ from common.sampling import FinishReason, SamplingParams
 class SequenceStatus(enum.Enum):
     WAITING = "waiting"  # holds no blocks
     RUNNING = "running"
+    PAUSED = "paused"  # holds its blocks and its slot; no step has it
     FINISHED = "finished"
 
 
 TRANSITIONS: collections.abc.Mapping[SequenceStatus, frozenset[SequenceStatus]] = {
     SequenceStatus.WAITING: frozenset({SequenceStatus.RUNNING, SequenceStatus.FINISHED}),
-    SequenceStatus.RUNNING: frozenset({SequenceStatus.WAITING, SequenceStatus.FINISHED}),
+    SequenceStatus.RUNNING: frozenset(
+        {SequenceStatus.WAITING, SequenceStatus.PAUSED, SequenceStatus.FINISHED}
+    ),
+    SequenceStatus.PAUSED: frozenset({SequenceStatus.RUNNING, SequenceStatus.FINISHED}),
     SequenceStatus.FINISHED: frozenset(),
 }
 

@@ -1,16 +1,22 @@
-"""One attempt of a request on a node: what every role keeps of it, and how outputs become runs."""
+"""One attempt of a request on a node: what every role keeps of it, how it enters the engine, and how
+outputs become runs."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
+from typing import TYPE_CHECKING
 
 from common.engine.output import StepOutput
 from common.engine.sequence import Sequence
-from common.messages import Dispatch, TokenLogprobs, TokenRun
+from common.errors import InvalidRequest
+from common.messages import Dispatch, Offer, TokenLogprobs, TokenRun
 from common.node.token_stream import ChoiceKey
 from common.queue import Entry
-from common.sampling import FinishReason
+from common.sampling import FinishReason, SamplingParams
+
+if TYPE_CHECKING:
+    from common.node.runtime import Node
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -20,10 +26,15 @@ class Attempt:
     request: str
     number: int
     gateway: str
+    gateway_endpoint: str
+    params: SamplingParams  # the request's; a sequence may be given less to do
+    cache_salt: str
     entry: Entry | None
     open_choices: set[int]
     sequences: dict[int, Sequence] = dataclasses.field(default_factory=dict)
     began: float = dataclasses.field(default_factory=time.monotonic)
+    arrived: dict[int, int] = dataclasses.field(default_factory=dict)
+    """By choice that came by a handoff: the position from which on its tokens are from here."""
     handoffs: dict[int, float] = dataclasses.field(default_factory=dict)  # seconds, by choice
     cached_tokens: int | None = None  # of the prompt; None until its first chunk begins
 
@@ -39,8 +50,36 @@ class Attempt:
     def of(cls, entry: Entry) -> Attempt:
         dispatch: Dispatch = entry.dispatch
         return cls(
-            dispatch.request, dispatch.attempt, dispatch.gateway, entry, set(dispatch.choices)
-        )
+            dispatch.request, dispatch.attempt, dispatch.gateway, dispatch.gateway_endpoint,
+            dispatch.params, dispatch.cache_salt, entry, set(dispatch.choices),
+        )  # fmt: skip
+
+    @classmethod
+    def offered(cls, offer: Offer) -> Attempt:
+        """Of which no choice is here yet."""
+        return cls(
+            offer.request, offer.attempt, offer.gateway, offer.gateway_endpoint, offer.params,
+            offer.cache_salt, None, set(),
+        )  # fmt: skip
+
+    def compute(self, node: Node, params: SamplingParams) -> bool:
+        """Queue the entry's choices in the node's engine. False: they can never run; the gateway
+        was told, and the entry is gone."""
+        assert self.entry is not None
+        dispatch = self.entry.dispatch
+        try:
+            sequences = node.engine.add(
+                self.engine_id, dispatch.token_ids, params, choices=dispatch.choices,
+                prompt_len=dispatch.prompt_len, priority=dispatch.priority,
+                cache_salt=dispatch.cache_salt,
+            )  # fmt: skip
+        except InvalidRequest as error:
+            for choice in dispatch.choices:
+                node.failed(self.gateway, self.key(choice), error, retryable=False)
+            node.done(self.entry)
+            return False
+        self.sequences = {sequence.choice: sequence for sequence in sequences}
+        return True
 
     def run(self, output: StepOutput) -> TokenRun:
         """What goes to the gateway for one output of the engine."""

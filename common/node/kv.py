@@ -132,6 +132,12 @@ class NodeKV:
             for index, s in enumerate(seals, start)
         ]
 
+    def go_on_writing(self, sequence: Sequence) -> None:
+        """A sequence whose blocks were `ready` gets more positions: its tail is open again."""
+        index, fill = divmod(sequence.num_computed, self.engine.layout.block_size)
+        if fill:
+            self.memory.begin_write(sequence.block_table[index])
+
     # Receiving.
 
     def reserve(self, offer: Offer, /) -> Reservation | None:

@@ -74,6 +74,10 @@ class NodeRole(Protocol):
         """The records of the other nodes were read again."""
         ...
 
+    def drain(self) -> None:
+        """This node is to end: nothing new comes, and what can go on elsewhere should."""
+        ...
+
     @property
     def num_open(self) -> int:
         """Attempts this node still has something of; 0 when idle."""

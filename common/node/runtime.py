@@ -205,7 +205,7 @@ class Node:
         self._stopping.set()
 
     async def _drain(self) -> None:
-        """Take nothing new, finish what runs, within the grace period."""
+        """Take nothing new, hand over or finish what runs, within the grace period."""
         self.state = NodeState.DRAINING
         self.links.perform(self.links.intake.drain(time.monotonic()))
         try:
@@ -213,6 +213,7 @@ class Node:
         except ServiceUnavailable as error:
             log.warning("node.unannounced", error=error)
         begun = time.monotonic()
+        self.role.drain()
         while self.role.num_open or self.tokens.num_unacknowledged:
             if time.monotonic() - begun >= self.settings.grace_period_s:
                 log.warning("node.grace_over", open=self.role.num_open)
@@ -265,7 +266,7 @@ class Node:
         alike = [
             record.incarnation
             for record in self.peers.of_role(Role(self.settings.role))
-            if record.incarnation != self.incarnation and self._is_alike(record)
+            if record.incarnation != self.incarnation and self.is_alike(record)
         ]
         if not alike:
             return
@@ -273,7 +274,8 @@ class Node:
             if length.waiting and await move_unread(self.redis, name, self.incarnation, capacity):
                 return
 
-    def _is_alike(self, record: NodeRecord) -> bool:
+    def is_alike(self, record: NodeRecord) -> bool:
+        """Whether that node computes what this one does, bit for bit."""
         mine = self.engine.fingerprint
         theirs = (record.model, record.revision, record.layout, record.numerics)
         return theirs == (mine.model, mine.revision, mine.layout, mine.numerics)

@@ -133,6 +133,22 @@ async def test_late_writes_of_older_states_and_attempts_change_nothing(requests:
     assert await requests.loads(["d-1", "d-2"]) == {"d-1": IDLE, "d-2": Load(1, 0)}
 
 
+async def test_a_choice_that_moves_to_another_decode_node_takes_its_load_with_it(
+    requests: Requests,
+) -> None:
+    await requests.accept(a_dispatch(), "p-1")
+    assert await requests.advance("r-1", 1, (0,), State.DECODING, node="d-1")
+    for _ in range(2):
+        await requests.advance("r-1", 1, (0,), State.DECODING, node="d-2")
+        assert await requests.loads(["d-1", "d-2"]) == {"d-1": IDLE, "d-2": Load(1, 0)}
+    record = await requests.get("r-1")
+    assert record is not None
+    assert record.choices[0].decode_node == "d-2"
+    assert await requests.finish("r-1", 1, (0,))
+    await requests.advance("r-1", 1, (0,), State.DECODING, node="d-3")
+    assert await requests.loads(["d-1", "d-2", "d-3"]) == dict.fromkeys(["d-1", "d-2", "d-3"], IDLE)
+
+
 async def test_durations_that_come_late_are_still_merged(requests: Requests) -> None:
     await requests.accept(a_dispatch(), "p-1")
     await requests.advance("r-1", 1, (0,), State.DECODING, node="d-1", generated=4)

@@ -73,6 +73,7 @@ class Client:
     status: int = 0
     token_ids: dict[int, list[int]] = dataclasses.field(default_factory=dict)  # by choice
     reasons: dict[int, str] = dataclasses.field(default_factory=dict)
+    logprobs: dict[int, list[float]] = dataclasses.field(default_factory=dict)  # if asked for
     error: dict[str, Any] | None = None
     ended_at: float = 0.0
 
@@ -108,6 +109,8 @@ class Client:
             index = choice["index"]
             assert index not in self.reasons, f"more of a choice that has ended: {choice}"
             self.token_ids.setdefault(index, []).extend(choice["token_ids"])
+            if choice["logprobs"]:
+                self.logprobs.setdefault(index, []).extend(choice["logprobs"]["token_logprobs"])
             if choice["finish_reason"]:
                 self.reasons[index] = choice["finish_reason"]
 
@@ -132,6 +135,10 @@ class Client:
         assert (self.status, self.error) == (200, None), (self.status, self.error)
         assert self.token_ids == expected
         assert self.reasons == {c.choice: c.finish_reason.value for c in completions}
+        if "logprobs" in self.body:
+            for c in completions:
+                shown = c.logprobs[: len(expected[c.choice])]
+                assert self.logprobs[c.choice] == [entry.logprob for entry in shown]
 
 
 class Load:

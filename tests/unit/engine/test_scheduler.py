@@ -500,6 +500,44 @@ def test_finish_hands_the_blocks_to_a_lease() -> None:
     assert machine.pool.num_used == 0
 
 
+def test_a_paused_sequence_keeps_its_blocks_and_slot_and_goes_on_where_it_was() -> None:
+    machine = Machine(max_num_seqs=2)
+    paused = machine.add(PROMPT[:6], max_tokens=5)
+    other = machine.add(PROMPT[:3], max_tokens=3)
+    waiting = machine.add(PROMPT[:2], max_tokens=3)
+    machine.step()
+    table, known = list(paused.block_table), list(paused.token_ids)
+    machine.scheduler.pause(paused)
+    for _ in range(2):
+        assert {chunk.sequence for chunk in machine.step().chunks} == {other}
+    assert other.status is SequenceStatus.FINISHED
+    assert (paused.block_table, paused.token_ids) == (table, known)
+    machine.step()
+    assert machine.scheduler.num_free_slots == 0
+    assert waiting.status is SequenceStatus.RUNNING
+    machine.scheduler.resume(paused)
+    assert chunks_of(machine.step())[0] == (paused.sequence_id, 6, 7)
+    machine.run_until_idle()
+    for sequence in (paused, other, waiting):
+        machine.assert_output(sequence)
+
+
+@pytest.mark.parametrize("in_step", [False, True])
+def test_a_paused_sequence_can_end_at_any_time(in_step: bool) -> None:
+    machine = Machine()
+    paused, other = machine.add(PROMPT[:6]), machine.add(PROMPT[:3])
+    machine.step()
+    machine.scheduler.pause(paused)
+    step = machine.scheduler.schedule() if in_step else None
+    kept = machine.scheduler.finish(paused, FinishReason.CANCELLED, keep_blocks=True)
+    assert len(kept) == 2
+    machine.pool.release(kept)
+    if step is not None:
+        machine.finish_step(step)
+    machine.run_until_idle()
+    machine.assert_output(other)
+
+
 def test_blocks_of_an_aborted_sequence_stay_until_the_step_ends() -> None:
     machine = Machine()
     sequence = machine.add(PROMPT[:6], max_tokens=5)
@@ -567,7 +605,7 @@ def test_a_token_that_contradicts_its_draft_is_not_accepted_as_verified() -> Non
 
 
 class Storm:
-    """Random requests, drafts, aborts, crashes and leases over a tiny pool."""
+    """Random requests, drafts, aborts, crashes, pauses and leases over a tiny pool."""
 
     def __init__(self, seed: int) -> None:
         self.chance = chance = random.Random(seed)
@@ -582,17 +620,21 @@ class Storm:
         )
         self.pool, self.scheduler = self.machine.pool, self.machine.scheduler
         self.leases: list[list[int]] = []
+        self.paused: list[Sequence] = []
 
     def run(self, num_events: int) -> None:
         events = {
             self.add: 6, self.step: 20, self.step_with_abort: 2, self.step_that_crashes: 1,
             self.abort: 1, self.lease: 2, self.reserve: 1, self.release_lease: 4, self.adopt: 2,
+            self.pause: 2, self.resume: 3,
         }  # fmt: skip
         for act in self.chance.choices(list(events), list(events.values()), k=num_events):
             act()
             self.assert_references_equal_holders()
         for lease in self.leases:
             self.pool.release(lease)
+        while self.paused:
+            self.resume()
         self.machine.run_until_idle()
         for sequence in self.machine.outputs:
             self.machine.assert_output(sequence)
@@ -637,6 +679,7 @@ class Storm:
     def step_with_abort(self) -> None:
         step = self.schedule()
         self.abort()
+        self.resume()
         if step.chunks:
             self.machine.finish_step(step)
 
@@ -661,7 +704,7 @@ class Storm:
             assert not admitted
         if admitted and scheduler.waiting:
             assert max(admitted) < scheduler.waiting[0].order, "somebody was overtaken"
-        if scheduler.has_work and not self.leases:
+        if scheduler.has_work and not self.leases and not self.paused:
             most_important = scheduler.running[0]
             assert most_important in {chunk.sequence for chunk in step.chunks}
         for name, seen in (
@@ -685,10 +728,12 @@ class Storm:
         sequence.draft_token_ids = tokens[len(sequence.token_ids) :]
 
     def abort(self) -> None:
-        sequences = [*self.scheduler.running, *self.scheduler.waiting]
+        sequences = [*self.scheduler.running, *self.scheduler.waiting, *self.paused]
         if sequences:
             for sequence in self.scheduler.abort(self.chance.choice(sequences).request_id):
                 self.machine.unforked.pop(sequence, None)
+                if sequence in self.paused:
+                    self.paused.remove(sequence)
                 assert sequence.finish_reason is FinishReason.CANCELLED
 
     def lease(self) -> None:
@@ -702,6 +747,23 @@ class Storm:
             blocks = sequence.block_table[: sequence.num_computed // self.pool.block_size]
             self.pool.acquire(blocks)
         self.leases.append(blocks)
+
+    def pause(self) -> None:
+        """A sequence is offered to another node."""
+        if self.scheduler.running:
+            self.paused.append(self.chance.choice(self.scheduler.running))
+            self.scheduler.pause(self.paused[-1])
+
+    def resume(self) -> None:
+        """That node does not take it; or it does, and the sequence ends here, its blocks held."""
+        if not self.paused:
+            return
+        sequence = self.paused.pop(0)
+        if self.chance.random() < 0.7 or sequence in self.machine.unforked:
+            self.scheduler.resume(sequence)
+        else:
+            blocks = self.scheduler.finish(sequence, FinishReason.CANCELLED, keep_blocks=True)
+            self.leases.append(blocks)
 
     def reserve(self) -> None:
         """An intake reserves room."""
@@ -730,7 +792,7 @@ class Storm:
     def assert_references_equal_holders(self) -> None:
         self.scheduler.check()
         held = Counter(block_id for lease in self.leases for block_id in lease)
-        for sequence in self.scheduler.running:
+        for sequence in (*self.scheduler.running, *self.paused):
             held.update(sequence.block_table)
         for block_id in range(self.pool.num_blocks):
             assert self.pool.references(block_id) == held[block_id]

@@ -479,3 +479,56 @@ async def test_tokens_alone_say_who_holds_a_choice(cluster: FakeCluster) -> None
         assert (choice.holder, choice.heard) == ("u2", True)
         cluster.release()
         assert await collect(request) == expected()
+
+
+async def test_a_takeover_that_was_overtaken_by_the_next_one_changes_nothing(
+    cluster: FakeCluster,
+) -> None:
+    """Both ends of each move say who took over: what the first sender says may come last."""
+    cluster.add("u1").hold_at = 2
+    dispatcher = connect(cluster)
+    async with dispatcher.run(WORK) as request:
+        choice = request.choices[0]
+        await until(lambda: choice.stream.below == len(PROMPT) + 2)
+        cluster.add("d1")
+        cluster.add("d2")
+        first, second = len(PROMPT) + 2, len(PROMPT) + 5
+        for node, position in (("d1", first), ("d2", second), ("d1", first)):
+            dispatcher.on_message("u1", TookOver(node, "r1", 1, 0, position))
+        assert (choice.holder, choice.held_from) == ("d2", second)
+        cluster.kill("d1")
+        assert choice.holder == "d2"
+        cluster.release()
+        assert await collect(request) == expected()
+    assert [dispatch.attempt for _, dispatch in cluster.dispatched] == [1]
+
+
+@pytest.mark.parametrize("arrived", [False, True])
+async def test_who_handed_on_and_dies_is_missed_only_for_the_tokens_before(
+    cluster: FakeCluster, arrived: bool
+) -> None:
+    cluster.add("u1").hold_at = 2
+    dispatcher = connect(cluster)
+    async with dispatcher.run(WORK) as request:
+        choice, ids = request.choices[0], expected()[0]
+        await until(lambda: choice.stream.below == len(PROMPT) + 2)
+        cluster.add("d1").hold_at = 0
+
+        def tokens(node: str, index: int) -> None:
+            run = TokenRun("r1", 1, 0, len(PROMPT) + index, (ids[index],), (), "")
+            dispatcher.on_message(node, Tokens(node, (run,)))
+
+        dispatcher.on_message("d1", TookOver("d1", "r1", 1, 0, len(PROMPT) + 3))
+        tokens("d1", 3)
+        if arrived:
+            tokens("u1", 2)
+        cluster.kill("u1")
+        retried = request.attempt == 2
+        assert retried is not arrived, "a gap that nobody can fill is computed again"
+        cluster.release()
+        if arrived:
+            for index in range(4, TOKENS):
+                end = "length" if index == TOKENS - 1 else ""
+                run = TokenRun("r1", 1, 0, len(PROMPT) + index, (ids[index],), (), end)
+                dispatcher.on_message("d1", Tokens("d1", (run,)))
+        assert await collect(request) == expected()

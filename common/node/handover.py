@@ -1,0 +1,223 @@
+"""The sending conversations of a node: a peer, a link to it, the offer, the blocks, the commit.
+
+Owns what is on its way to another node, and is the same for every role that sends. The role
+(`Owner`) says which node is asked, and what follows:
+
+    offer ──choose──▶ a link is opened ──opened──▶ send_offer ──▶ announce … complete
+                          │                            │ granted
+                          ▼                            ▼
+            refused ◀── no link, denied, failed    adopted        cancel ──▶ dropped
+
+Each callback comes when nothing of that try is under way any more, but `granted`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import TYPE_CHECKING, Protocol
+
+from common.engine.sequence import Sequence
+from common.errors import PdqError
+from common.logs import get_logger
+from common.messages import Offer, TokenLogprobs, TookOver
+from common.node.attempt import Attempt
+from kv_transfer.ports import Ended, Granted, Key, Outcome
+
+if TYPE_CHECKING:
+    from common.node.runtime import Node
+
+log = get_logger("handover")
+
+FULL = frozenset({"out_of_blocks", "overloaded"})  # reasons of a Deny that pass by themselves
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Handover:
+    """One choice on its way: positions below `length`, and the token at `length`."""
+
+    attempt: Attempt
+    sequence: Sequence
+    length: int
+    peer: str = ""  # where it is offered, or about to be
+    opening: bool = False  # a link to it
+    key: Key | None = None  # of the handoff that is under way
+    announced: int = 0  # blocks given to that handoff
+    is_complete: bool = False  # all is computed, and the token at `length` is chosen
+    logprobs: TokenLogprobs | None = None  # of that token
+    held: list[int] = dataclasses.field(default_factory=list)  # blocks of an ended sequence
+    refused: set[str] = dataclasses.field(default_factory=set)  # nodes that did not take it
+    found_full: bool = False  # one of them has no room just now
+    cancelled: bool = False
+    began: float = dataclasses.field(default_factory=time.monotonic)
+
+
+class Owner(Protocol):
+    """The role, as its handovers see it."""
+
+    def choose(self, handover: Handover) -> tuple[str, str] | None:
+        """Incarnation and endpoint of the node to ask next; None: there is none."""
+        ...
+
+    def opened(self, handover: Handover, link: str) -> None:
+        """The link to the chosen node is open: `send_offer` when it can be offered."""
+        ...
+
+    def granted(self, handover: Handover) -> None: ...
+
+    def adopted(self, handover: Handover) -> None:
+        """Another node goes on with it, and the gateway was told so."""
+        ...
+
+    def refused(self, handover: Handover, peer: str) -> None:
+        """The node that was asked does not take it."""
+        ...
+
+    def dropped(self, handover: Handover) -> None:
+        """It was cancelled."""
+        ...
+
+
+class Handovers:
+    """What one node hands over."""
+
+    def __init__(self, node: Node, owner: Owner) -> None:
+        self._node = node
+        self._owner = owner
+        self._by_key: dict[Key, Handover] = {}
+
+    def offer(self, handover: Handover) -> bool:
+        """Choose a node, for good unless it refuses, and open a link to it; False: nobody to ask."""
+        chosen = self._owner.choose(handover)
+        if chosen is None:
+            return False
+        handover.peer, endpoint = chosen
+        handover.opening = True
+        self._node.spawn(self._open(handover, handover.peer, endpoint))
+        return True
+
+    async def _open(self, handover: Handover, peer: str, endpoint: str) -> None:
+        node = self._node
+        try:
+            node.connect(peer, endpoint)
+            link = await node.links.open(peer)
+        except PdqError as error:
+            log.warning("link.refused", peer=peer, error=error)
+            handover.opening = False
+            self._refused(handover, peer)
+            return
+        handover.opening = False
+        if handover.cancelled:
+            self._owner.dropped(handover)
+        else:
+            self._owner.opened(handover, link)
+
+    def send_offer(self, handover: Handover, link: str) -> None:
+        """Ask for room for all of it; what is computed already is announced when that is granted."""
+        node, attempt, sequence = self._node, handover.attempt, handover.sequence
+        block_size, length = node.engine.layout.block_size, handover.length
+        offer = Offer(
+            link, attempt.request, attempt.number, sequence.choice,
+            tuple(sequence.token_ids[:length]), sequence.prompt_len, attempt.params,
+            tuple(sequence.hashes(length // block_size, block_size)), length % block_size,
+            attempt.gateway, attempt.gateway_endpoint, attempt.cache_salt, sequence.priority, 0,
+        )  # fmt: skip
+        handover.key = Key(link, attempt.request, attempt.number, sequence.choice)
+        handover.announced = 0
+        self._by_key[handover.key] = handover
+        now = time.monotonic()
+        try:
+            effects = node.links.handoff.offer(offer, now=now, waited=now - handover.began)
+        except KeyError:  # the link went down since it was opened
+            self._ended(handover, handover.peer)
+            return
+        node.links.perform(effects)
+        self.announce(handover, sequence.num_computed)
+        if handover.is_complete:
+            self._commit(handover)
+
+    def announce(self, handover: Handover, computed: int) -> None:
+        """Give the handoff the blocks that `computed` positions fill; at the end also the tail."""
+        if handover.key is None:
+            return
+        sequence, block_size = handover.sequence, self._node.engine.layout.block_size
+        end = computed // block_size
+        if computed == handover.length:
+            end = -(-computed // block_size)
+        if end <= handover.announced:
+            return
+        table, start = handover.held or sequence.block_table, handover.announced
+        blocks = self._node.kv.ready_blocks(sequence, table, start, end, computed)
+        handover.announced = end
+        now = time.monotonic()
+        self._node.links.perform(self._node.links.handoff.ready(handover.key, blocks, now=now))
+
+    def complete(self, handover: Handover, logprobs: TokenLogprobs | None) -> None:
+        """All is computed, and the token at `length` is the sequence's: announce the rest, commit."""
+        handover.is_complete, handover.logprobs = True, logprobs
+        if handover.key is not None:
+            self.announce(handover, handover.length)
+            self._commit(handover)
+
+    def _commit(self, handover: Handover) -> None:
+        """A send just before may have found the link down, and ended the handoff."""
+        if handover.key is None:
+            return
+        token = handover.sequence.token_ids[handover.length]
+        self._node.links.perform(
+            self._node.links.handoff.finished(
+                handover.key, position=handover.length, first_token=token,
+                logprobs=handover.logprobs, now=time.monotonic(),
+            )
+        )  # fmt: skip
+
+    def cancel(self, handover: Handover, reason: str) -> None:
+        """End a handover; `dropped` comes when nothing of it is under way any more."""
+        handover.cancelled = True
+        if handover.key is not None and handover.key in self._by_key:
+            handoff = self._node.links.handoff
+            self._node.links.perform(handoff.cancel(handover.key, reason, now=time.monotonic()))
+        elif not handover.opening:
+            self._owner.dropped(handover)
+
+    def sent(self, effect: Granted | Ended) -> None:
+        """News of a handoff of this node."""
+        if isinstance(effect, Granted):
+            if effect.key in self._by_key:
+                self._owner.granted(self._by_key[effect.key])
+            return
+        handover = self._by_key.pop(effect.key, None)
+        if handover is None:
+            return
+        if handover.cancelled:
+            self._owner.dropped(handover)
+        elif effect.outcome is Outcome.ADOPTED:
+            self._say_who_took_over(handover)
+            self._owner.adopted(handover)
+        else:
+            if effect.outcome is Outcome.DENIED and effect.reason in FULL:
+                handover.found_full = True
+            log.info("handoff.ended", request=effect.key.request, outcome=effect.outcome.value,
+                     reason=effect.reason, peer=handover.peer)  # fmt: skip
+            self._ended(handover, handover.peer)
+
+    def _say_who_took_over(self, handover: Handover) -> None:
+        """The other node says so too, but it may die between its Ack and that."""
+        attempt = handover.attempt
+        key = attempt.key(handover.sequence.choice)
+        self._node.send(attempt.gateway, TookOver(handover.peer, *key, handover.length + 1))
+
+    def _ended(self, handover: Handover, peer: str) -> None:
+        """A handoff is over without success."""
+        if handover.key is not None:
+            self._by_key.pop(handover.key, None)
+        handover.key = None
+        self._refused(handover, peer)
+
+    def _refused(self, handover: Handover, peer: str) -> None:
+        if handover.cancelled:
+            self._owner.dropped(handover)
+            return
+        handover.refused.add(peer)
+        handover.peer = ""
+        self._owner.refused(handover, peer)

@@ -1,0 +1,138 @@
+"""A node for tests of roles: a real engine, a transfer layer that does what the test says, no sockets.
+
+Owns what a role uses of `common.node.runtime.Node` and of `kv_transfer.link.Links`; what a role says
+and asks for is noted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Sequence
+from typing import Any
+
+from common.engine import Engine
+from common.errors import LinkLost
+from common.messages import Failed, Message, Offer, TokenRun
+from common.queue import Entry
+from common.registry import NodeRecord, NodeState, Role, Snapshot
+from kv_transfer.ports import Ended, Key, Outcome
+
+
+class Transfer:
+    """`Links`, its `handoff` and its `intake`: notes what is offered, and ends it as the test says."""
+
+    def __init__(self) -> None:
+        self.handoff = self.intake = self
+        self.offers: list[Offer] = []
+        self.announced: list[int] = []  # indexes of blocks, in the order they were
+        self.committed: list[Key] = []
+        self.next_tokens: list[tuple[int, int]] = []  # position and token of each commit
+        self.cancelled: list[Key] = []
+        self.ended: list[Ended] = []  # what the next `perform` finds out
+        self.role: Any
+        self.unreachable: set[str] = set()
+
+    async def open(self, peer: str) -> str:
+        if peer in self.unreachable:
+            raise LinkLost("nobody there")
+        return f"link-{peer}"
+
+    def offer(self, offer: Offer, **_: float) -> None:
+        self.offers.append(offer)
+
+    def ready(self, key: Key, blocks: list[int], *, now: float) -> None:
+        self.announced += blocks
+
+    def finished(self, key: Key, *, position: int, first_token: int, **_: Any) -> None:
+        self.committed.append(key)
+        self.next_tokens.append((position, first_token))
+
+    def cancel(self, key: Key, reason: str, *, now: float) -> None:
+        self.cancelled.append(key)
+
+    def states(self) -> dict[Key, object]:
+        return {}
+
+    def perform(self, effects: object) -> None:
+        ended, self.ended = self.ended, []
+        for effect in ended:
+            self.role.sent(effect)
+
+
+class ScriptedNode:
+    """Give it to a role, and the role to its `links`."""
+
+    incarnation = "self"
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.kv = self
+        self.links = Transfer()
+        self.said: list[Message] = []
+        self.runs: list[TokenRun] = []
+        self.deleted: list[Entry] = []
+        self.peers = Snapshot({}, {}, "")
+        self.tasks: list[asyncio.Task[None]] = []
+
+    def ready_blocks(
+        self, sequence: object, table: list[int], start: int, end: int, computed: int
+    ) -> list[int]:
+        return list(range(start, end))
+
+    def go_on_writing(self, *_: object) -> None: ...
+
+    def is_alike(self, record: NodeRecord) -> bool:
+        return record.model == ""
+
+    def spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        self.tasks.append(asyncio.create_task(coroutine))
+
+    async def opened(self) -> None:
+        """Everything that was spawned has ended."""
+        while self.tasks:
+            tasks, self.tasks = self.tasks, []
+            await asyncio.gather(*tasks)
+
+    async def step(self, role: Any) -> None:
+        """One step of the engine, with its links opened meanwhile."""
+        planned = self.engine.begin_step()
+        assert planned is not None
+        role.step_begins(planned)
+        await self.opened()
+        role.step_ended(planned, self.engine.end_step(planned, self.engine.compute(planned)))
+        await self.opened()
+
+    def connect(self, peer: str, endpoint: str) -> None: ...
+
+    def send(self, gateway: str, message: Message) -> None:
+        self.said.append(message)
+
+    def failed(self, gateway: str, key: Any, error: Any, *, retryable: bool) -> None:
+        self.said.append(Failed("p", *key, error.code, str(error), retryable))
+
+    def done(self, entry: Entry) -> None:
+        self.deleted.append(entry)
+
+    def push_tokens(self, runs: Sequence[tuple[str, TokenRun]]) -> None:
+        self.runs += [run for _, run in runs]
+
+    def stage(self, *_: object) -> None: ...
+
+    def prompt_begins(self, *_: object) -> None: ...
+
+    def wake(self) -> None: ...
+
+    def decode_nodes(self, *names: str, **fields: Any) -> None:
+        """These are all there are, by their records."""
+        room = {"free_blocks": 100, "max_num_seqs": 8} | fields
+        records = {n: NodeRecord(n, n, Role.DECODE, NodeState.READY, **room) for n in names}
+        self.peers = Snapshot(records, dict.fromkeys(names, 0.0), "")
+
+
+def key(peer: str, choice: int = 0, request: str = "r-1") -> Key:
+    """Of a first attempt, on the link with this peer."""
+    return Key(f"link-{peer}", request, 1, choice)
+
+
+def ended(peer: str, outcome: Outcome, reason: str = "", choice: int = 0) -> Ended:
+    return Ended(key(peer, choice), True, outcome, reason)

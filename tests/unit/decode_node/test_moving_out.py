@@ -1,0 +1,259 @@
+"""A draining decode node against a scripted transfer layer: what is offered, and what goes on here."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Iterator
+
+import pytest
+
+from common.engine import Engine, SamplingParams
+from common.messages import TookOver
+from common.queue import Entry
+from decode_node import moves
+from decode_node.role import DecodeRole
+from kv_transfer.ports import Granted, Outcome
+from tests.support.engines import poisoned_engine
+from tests.support.redis import a_dispatch
+from tests.support.scripted_node import ScriptedNode, ended, key
+
+PROMPT = 20
+PARAMS = SamplingParams(max_tokens=12, ignore_eos=True, temperature=0.8, seed=3)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return poisoned_engine()
+
+
+@pytest.fixture
+def node(engine: Engine) -> Iterator[ScriptedNode]:
+    node = ScriptedNode(engine)
+    yield node
+    engine.check_idle()
+
+
+@pytest.fixture
+def role(node: ScriptedNode) -> DecodeRole:
+    role = node.links.role = DecodeRole(node)  # type: ignore[arg-type]
+    return role
+
+
+def an_entry(request: str = "r-1", choices: tuple[int, ...] = (0,)) -> Entry:
+    return Entry(
+        "1-0", dataclasses.replace(a_dispatch(request, 1, choices, prompt=PROMPT), params=PARAMS)
+    )
+
+
+def truth(engine: Engine) -> tuple[int, ...]:
+    (completion,) = engine.generate([list(range(PROMPT))], PARAMS)
+    return completion.token_ids
+
+
+async def drained(node: ScriptedNode, role: DecodeRole, *peers: str, steps: int = 3) -> None:
+    """One request that has so many tokens when the node is told to end."""
+    node.decode_nodes(*peers)
+    role.accept(an_entry())
+    for _ in range(steps):
+        await node.step(role)
+    role.drain()
+    await node.opened()
+
+
+async def run_out(node: ScriptedNode, role: DecodeRole) -> None:
+    while node.engine.has_work:
+        await node.step(role)
+
+
+def tokens(node: ScriptedNode) -> tuple[int, ...]:
+    return tuple(token for run in node.runs for token in run.token_ids)
+
+
+async def test_it_offers_what_it_has_and_commits_the_last_token(
+    node: ScriptedNode, role: DecodeRole
+) -> None:
+    expected = truth(node.engine)
+    await drained(node, role, "d1")
+    (offer,) = node.links.offers
+    assert offer.token_ids == (*range(PROMPT), *expected[:2])
+    assert (offer.prompt_len, offer.params, offer.tail_fill) == (PROMPT, PARAMS, 6)
+    assert node.links.next_tokens == [(PROMPT + 2, expected[2])]
+    assert not node.engine.has_work, "it has paused"
+    role.sent(Granted(key("d1"), (0, 1)))
+    role.sent(ended("d1", Outcome.ADOPTED))
+    assert node.said == [TookOver("d1", "r-1", 1, 0, PROMPT + 3)]
+    assert tokens(node) == expected[:3]
+    assert role.num_open == 0
+    assert len(node.deleted) == 1
+
+
+async def test_a_step_that_runs_is_waited_for(node: ScriptedNode, role: DecodeRole) -> None:
+    expected = truth(node.engine)
+    node.decode_nodes("d1")
+    role.accept(an_entry())
+    await node.step(role)
+    planned = node.engine.begin_step()
+    assert planned is not None
+    role.drain()
+    await node.opened()
+    assert node.links.offers == []
+    role.step_ended(planned, node.engine.end_step(planned, node.engine.compute(planned)))
+    assert node.links.next_tokens == [(PROMPT + 1, expected[1])]
+    role.sent(ended("d1", Outcome.ADOPTED))
+
+
+@pytest.mark.parametrize("outcome", [Outcome.DENIED, Outcome.FAILED, Outcome.LINK_LOST])
+async def test_what_nobody_takes_goes_on_here_as_if_nothing_had_been(
+    node: ScriptedNode, role: DecodeRole, outcome: Outcome
+) -> None:
+    expected = truth(node.engine)
+    await drained(node, role, "d1", "d2")
+    for asked in range(2):
+        offer = node.links.offers[asked]
+        role.sent(ended(offer.link.removeprefix("link-"), outcome, "draining"))
+        await node.opened()
+    assert {offer.link for offer in node.links.offers} == {"link-d1", "link-d2"}
+    assert role.num_open == 1
+    await run_out(node, role)
+    role.peers_changed()
+    assert len(node.links.offers) == 2, "each node is asked once"
+    assert tokens(node) == expected
+    assert node.said == []
+    assert role.num_open == 0
+
+
+async def test_a_node_that_cannot_be_reached_costs_no_pause(
+    node: ScriptedNode, role: DecodeRole
+) -> None:
+    expected = truth(node.engine)
+    node.links.unreachable = {"d1", "d2"}
+    await drained(node, role, "d1", "d2")
+    assert node.links.offers == []
+    assert node.engine.scheduler.num_paused == 0
+    await run_out(node, role)
+    assert tokens(node) == expected
+
+
+async def test_without_a_grant_in_time_it_goes_on_before_the_offer_is_answered(
+    node: ScriptedNode, role: DecodeRole, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = truth(node.engine)
+    monkeypatch.setattr(moves, "GRANT_S", 0.0)
+    await drained(node, role, "d1", "d2")
+    await asyncio.sleep(0.001)  # the timer
+    (offer,) = node.links.offers
+    assert [cancelled.link for cancelled in node.links.cancelled] == [offer.link]
+    await node.step(role)
+    assert len(node.links.offers) == 1, "one conversation at a time"
+    monkeypatch.setattr(moves, "GRANT_S", 60.0)
+    role.sent(ended(offer.link.removeprefix("link-"), Outcome.CANCELLED))
+    await node.opened()
+    assert len(node.links.offers) == 2
+    other = node.links.offers[1].link.removeprefix("link-")
+    assert node.links.next_tokens[1] == (PROMPT + 3, expected[3])
+    role.sent(Granted(key(other), ()))
+    role.sent(ended(other, Outcome.ADOPTED))
+    assert node.said == [TookOver(other, "r-1", 1, 0, PROMPT + 4)]
+    assert tokens(node) == expected[:4]
+
+
+async def test_nodes_without_room_by_their_records_are_not_asked(
+    node: ScriptedNode, role: DecodeRole
+) -> None:
+    node.decode_nodes("d1", free_blocks=1)
+    role.accept(an_entry())
+    await node.step(role)
+    role.drain()
+    for room in ({"running": 8}, {"free_blocks": 2, "running": 1}, {"model": "another"}):
+        node.decode_nodes("d1", **room)
+        role.peers_changed()
+        await node.opened()
+        assert node.links.offers == []
+    node.decode_nodes("d1")
+    role.peers_changed()
+    await node.opened()
+    assert len(node.links.offers) == 1
+    role.sent(ended("d1", Outcome.ADOPTED))
+
+
+async def test_one_that_was_full_is_asked_for_nobody_until_its_record_is_read_again(
+    node: ScriptedNode, role: DecodeRole
+) -> None:
+    node.decode_nodes("d1")
+    for request in ("r-1", "r-2"):
+        role.accept(an_entry(request))
+    node.engine.scheduler.max_num_seqs, room = 1, node.engine.scheduler.max_num_seqs
+    await node.step(role)  # r-2 waits
+    node.engine.scheduler.max_num_seqs = room
+    role.drain()
+    await node.opened()
+    role.sent(ended("d1", Outcome.DENIED, "out_of_blocks"))
+    await node.step(role)
+    assert [offer.request for offer in node.links.offers] == ["r-1"]
+    role.peers_changed()
+    await node.opened()
+    assert [offer.request for offer in node.links.offers] == ["r-1", "r-2"]
+    role.cancel("r-2", 1, "test")
+    role.sent(dataclasses.replace(ended("d1", Outcome.CANCELLED), key=key("d1", 0, "r-2")))
+    await run_out(node, role)
+
+
+async def test_a_cancel_in_the_middle_frees_everything_when_the_other_end_has_answered(
+    node: ScriptedNode, role: DecodeRole
+) -> None:
+    await drained(node, role, "d1")
+    role.cancel("r-1", 1, "client went away")
+    assert node.links.cancelled == [key("d1")]
+    assert role.num_open == 1
+    role.sent(ended("d1", Outcome.ADOPTED))  # the Ack crossed it; that node is told by the gateway
+    assert role.num_open == 0
+    assert node.said == []
+
+
+async def test_choices_go_one_after_the_other_to_the_same_node(
+    node: ScriptedNode, role: DecodeRole
+) -> None:
+    node.decode_nodes("d1", "d2")
+    role.accept(an_entry(choices=(0, 1)))
+    for _ in range(2):
+        await node.step(role)
+    role.drain()
+    await node.opened()
+    (first,) = node.links.offers
+    peer = first.link.removeprefix("link-")
+    node.decode_nodes(*({"d1", "d2"} - {peer}), free_blocks=200)
+    node.peers.records[peer] = dataclasses.replace(
+        next(iter(node.peers.records.values())), incarnation=peer, free_blocks=100
+    )
+    await node.step(role)
+    assert len(node.links.offers) == 1
+    role.sent(ended(peer, Outcome.ADOPTED, choice=first.choice))
+    await node.opened()
+    await node.step(role) if node.engine.has_work else None
+    second = node.links.offers[1]
+    assert {first.choice, second.choice} == {0, 1}
+    assert second.link == first.link, "its prompt is there"
+    role.sent(ended(peer, Outcome.ADOPTED, choice=second.choice))
+    assert role.num_open == 0
+
+
+async def test_a_few_move_at_a_time_and_the_others_decode_meanwhile(
+    node: ScriptedNode, role: DecodeRole
+) -> None:
+    node.decode_nodes("d1")
+    count = moves.AT_ONCE + 2
+    for number in range(count):
+        role.accept(an_entry(f"r-{number}"))
+    await node.step(role)
+    role.drain()
+    await node.opened()
+    assert len(node.links.offers) == moves.AT_ONCE
+    assert node.engine.scheduler.num_running == 2
+    while node.links.offers:
+        offer = node.links.offers.pop(0)
+        role.sent(
+            dataclasses.replace(ended("d1", Outcome.ADOPTED), key=key("d1", 0, offer.request))
+        )
+        await node.opened()
+    assert role.num_open == 0
