@@ -260,18 +260,14 @@ class Node:
         alike = [
             record.incarnation
             for record in self.peers.of_role(Role(self.settings.role))
-            if record.incarnation != self.incarnation and self._is_alike(record)
+            if record.incarnation != self.incarnation
+            and self.engine.fingerprint.mismatch(record.fingerprint) is None
         ]
         if not alike:
             return
         for name, length in zip(alike, await queue_lengths(self.redis, alike), strict=True):
             if length.waiting and await move_unread(self.redis, name, self.incarnation, capacity):
                 return
-
-    def _is_alike(self, record: NodeRecord) -> bool:
-        mine = self.engine.fingerprint
-        theirs = (record.model, record.revision, record.layout, record.numerics)
-        return theirs == (mine.model, mine.revision, mine.layout, mine.numerics)
 
     async def _listen(self) -> None:
         while True:
