@@ -169,7 +169,7 @@ class Intake:
     # What the node does
 
     def open_link(self, link: str, credits: int, block_size: int | None = None) -> None:
-        """`block_size`: the peer's, where it is not ours."""
+        """`block_size`: of the peer's blocks; None: as ours."""
         mine = self._fingerprint
         theirs = dataclasses.replace(mine, block_size=block_size or mine.block_size)
         self._links[link] = _Link(credits, theirs)

@@ -260,14 +260,17 @@ class Node:
         alike = [
             record.incarnation
             for record in self.peers.of_role(Role(self.settings.role))
-            if record.incarnation != self.incarnation
-            and self.engine.fingerprint.mismatch(record.fingerprint) is None
+            if record.incarnation != self.incarnation and self.is_alike(record)
         ]
         if not alike:
             return
         for name, length in zip(alike, await queue_lengths(self.redis, alike), strict=True):
             if length.waiting and await move_unread(self.redis, name, self.incarnation, capacity):
                 return
+
+    def is_alike(self, record: NodeRecord) -> bool:
+        """Whether that node computes what this one does, bit for bit; its block size is its own."""
+        return self.engine.fingerprint.mismatch(record.fingerprint) is None
 
     async def _listen(self) -> None:
         while True:
