@@ -20,6 +20,7 @@ from common.messages import Hello, Refuse, Welcome
 from kv_transfer.transports.base import Opener, Reader, Target
 from kv_transfer.transports.converting import ConvertingReader
 
+_LONGEST_VALUE = 1000  # characters that a refusal repeats
 MOST_POSITIONS = 1024  # in a block of a peer: a scratch slab must hold that many
 
 
@@ -40,7 +41,8 @@ def answer(
 ) -> tuple[Welcome | Refuse, Reader | None]:  # fmt: skip
     """The receiving node's answer, with the open reader of the chosen transport. Blocking."""
     if differs := _compare(hello, fingerprint, target):
-        return Refuse(hello.link, node, *differs), None
+        mine, yours = differs.mine[:_LONGEST_VALUE], differs.yours[:_LONGEST_VALUE]
+        return Refuse(hello.link, node, differs.field, mine, yours), None
     converts = converts_from(hello, fingerprint)
     reasons: list[str] = []
     for transport in hello.transports:

@@ -66,6 +66,11 @@ async def test_the_gateway_names_the_field_both_values_and_the_nodes(system: Dep
         f"{prefill.incarnation} and 'bfloat16' at {decode.incarnation}; start them with the "
         "same model, version and settings"
     )
+    async with httpx.AsyncClient(base_url=records["gateway"].url, timeout=60.0) as client:
+        body = {"model": STORIES.name, "prompt": [1, 5, 7], "max_tokens": 4}
+        reply = await client.post("/v1/completions", json=body)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (503, "service_unavailable")
+    assert reply.json()["error"]["message"].endswith(reason)
 
 
 async def test_a_prompt_for_a_node_that_refuses_the_link_goes_to_one_that_matches(

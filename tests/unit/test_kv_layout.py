@@ -7,6 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from common.kv_layout import Fingerprint, KVLayout, Mismatch, Segment
 
@@ -99,6 +101,20 @@ def test_a_layout_whose_difference_has_no_name_differs_as_a_whole(text: str) -> 
     """Of another version, of other kinds, or nonsense: said as it is, never an exception."""
     mine, other = fingerprint(), fingerprint(layout=text)
     assert mine.mismatch(other) == Mismatch("layout", LAYOUT.describe(), text)
+
+
+@given(
+    text=st.text()
+    | st.from_regex(r"layers \d{1,9}-\d{1,9}: ([kv] \w+ heads \d{1,9}-\d{1,9} of [\dx]+(, )?)*")
+)
+@settings(max_examples=300, deadline=None)
+def test_whatever_a_peer_says_of_its_layout_has_a_field_that_differs(text: str) -> None:
+    differs = fingerprint().mismatch(fingerprint(layout=text))
+    assert differs is not None
+    assert differs.mine != differs.yours
+    assert differs.field in (
+        "layout", "num_layers", "dtype", "num_kv_heads", "head_range", "head_dim",
+    )  # fmt: skip
 
 
 def test_the_block_size_is_everybodys_own_choice_and_part_of_every_hash() -> None:

@@ -184,6 +184,10 @@ def _fields(settings: TransferSettings) -> dict[str, object]:
 async def two_nodes(
     transport: str, there: Fingerprint = FINGERPRINT
 ) -> AsyncIterator[tuple[Wires, Node, Node]]:
+    """`tcp to 6` is a link over tcp to a node with blocks of 6 positions."""
+    transport, _, size = transport.partition(" to ")
+    if size:
+        there = dataclasses.replace(there, block_size=int(size))
     wires = Wires()
     nodes = Node(wires, "p", transport), Node(wires, "d", transport, there)
     try:
@@ -259,13 +263,14 @@ def at_position(node: Node, blocks: Sequence[int], position: int) -> torch.Tenso
 
 
 every_transport = pytest.mark.parametrize("transport", ["shm", "tcp"])
+every_link = pytest.mark.parametrize("transport", ["shm", "tcp", "shm to 3", "tcp to 6"])
 
 
-@every_transport
+@every_link
 async def test_a_prompt_is_handed_over_chunk_by_chunk(transport: str) -> None:
     async with two_nodes(transport) as (_, p, d):
         link = await p.links.open("d")
-        assert p.links.describe()[0]["transport"] == transport
+        assert p.links.describe()[0]["transport"] == transport.partition(" ")[0]
         prompt = Prompt(p, "r", 30)
         key = prompt.offer(link)
         prompt.compute(key, 0, 3)
@@ -283,7 +288,7 @@ async def test_a_prompt_is_handed_over_chunk_by_chunk(transport: str) -> None:
         assert set(p.pool.references) == {0}
 
 
-@every_transport
+@every_link
 @pytest.mark.parametrize("length", [1, 3, 4, 5])
 async def test_prompts_around_the_length_of_a_block_arrive(transport: str, length: int) -> None:
     async with two_nodes(transport) as (_, p, d):
@@ -313,7 +318,7 @@ async def test_blocks_the_decode_side_holds_are_not_sent(transport: str) -> None
         assert [link["blocks"] for link in d.links.describe()] == ["5"]
 
 
-@every_transport
+@every_link
 async def test_a_corrupted_block_fails_the_attempt_and_the_next_one_succeeds(
     transport: str,
 ) -> None:
@@ -350,7 +355,7 @@ async def test_a_prompt_for_which_there_is_no_room_is_denied_after_the_patience(
         assert p.sent == [Ended(key, True, Outcome.DENIED, "out_of_blocks")]
 
 
-@every_transport
+@every_link
 async def test_a_cut_connection_ends_leases_and_reservations_at_both_ends(transport: str) -> None:
     async with two_nodes(transport) as (wires, p, d):
         link = await p.links.open("d")
@@ -369,7 +374,7 @@ async def test_a_cut_connection_ends_leases_and_reservations_at_both_ends(transp
             await p.links.open("d")
 
 
-@every_transport
+@every_link
 async def test_a_cancelled_handoff_frees_both_ends(transport: str) -> None:
     async with two_nodes(transport) as (_, p, d):
         link = await p.links.open("d")
