@@ -22,6 +22,7 @@ from tests.support.load import Load, bodies, truth
 
 # transport, block size of the prefill node, and of the decode node
 FLEETS = [("shm", 16, 32), ("tcp", 16, 32), ("tcp", 48, 8)]
+POSITIONS = 8192  # of each pool: several choices need room for a prompt each, where delta is off
 BODIES = bodies(24, max_tokens=(1, 60), prompt=(1, 200), seed=7)
 
 
@@ -38,7 +39,10 @@ def fleet(request: pytest.FixtureRequest) -> Iterator[tuple[Deployment, int, int
     try:
         system.start_gateway("gateway")
         for role, size in (("prefill", theirs), ("decode", ours)):
-            system.flags = ("--transports", transport, "--block-size", str(size))
+            system.flags = (
+                "--transports", transport, "--block-size", str(size),
+                "--num-kv-blocks", str(POSITIONS // size),
+            )  # fmt: skip
             system.start_node(role, role)
         asyncio.run(system.wait_ready())
         yield system, theirs, ours
