@@ -37,8 +37,11 @@ class ConvertingReader:
         self._reader, self._scratch = reader, scratch
         self._lock = threading.Lock()  # held by whoever uses the scratch slabs
         self._closed = False
-        on_device = isinstance(target.memory, DevicePoolMemory)
-        self._spread = (_SpreadOnDevice if on_device else _SpreadInHost)(scratch, target)
+        self._spread: _SpreadOnDevice | _SpreadInHost
+        if isinstance(target.memory, DevicePoolMemory):
+            self._spread = _SpreadOnDevice(scratch, target, target.memory)
+        else:
+            self._spread = _SpreadInHost(scratch, target)
 
     @classmethod
     def open(
@@ -98,9 +101,7 @@ class _SpreadInHost:
 class _SpreadOnDevice:
     """The same on a CUDA device, on a stream of its own, which is waited for."""
 
-    def __init__(self, scratch: Target, target: Target) -> None:
-        memory = target.memory
-        assert isinstance(memory, DevicePoolMemory)
+    def __init__(self, scratch: Target, target: Target, memory: DevicePoolMemory) -> None:
         self._cuda, self._device = memory.cuda, memory.device_index
         self._scratch, self._target = scratch, target
         self._stream: int | None = None  # made for the first piece
