@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
+import re
 import struct
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 HASH_BYTES = 16
@@ -78,20 +81,51 @@ class KVLayout:
         for segment in self.segments:
             yield segment.offset, segment.num_bytes // self.block_size * fill
 
-    def describe(self) -> list[list[object]]:
-        """A plain value, equal for equal layouts, for messages and the fingerprint."""
-        return [
-            [s.layer, s.kind, list(s.shape), s.dtype, s.offset, s.head_start, s.head_end]
-            for s in self.segments
-        ]
+    def with_block_size(self, block_size: int) -> KVLayout:
+        """The same segments, one after the other, in slabs of another number of positions."""
+        segments, offset = [], 0
+        for segment in self.segments:
+            shape = (block_size, *segment.shape[1:])
+            segments.append(dataclasses.replace(segment, shape=shape, offset=offset))
+            offset += segments[-1].num_bytes
+        return KVLayout(block_size, tuple(segments))
+
+    def describe(self) -> str:
+        """All that two layouts must have in common, whatever their block sizes, as one text.
+
+        Ranges are half-open, and layers that are alike are said once:
+        `layers 0-24: k bfloat16 heads 0-4 of 64, v bfloat16 heads 0-4 of 64`. Groups of other
+        layers follow after a semicolon.
+        """
+        groups: list[tuple[int, int, str]] = []  # first layer, the one after the last, segments
+        for layer, segments in itertools.groupby(self.segments, lambda segment: segment.layer):
+            said = ", ".join(
+                f"{s.kind} {s.dtype} heads {s.head_start}-{s.head_end} of "
+                + "x".join(map(str, s.shape[2:]))
+                for s in segments
+            )
+            if groups and groups[-1][1:] == (layer, said):
+                groups[-1] = (groups[-1][0], layer + 1, said)
+            else:
+                groups.append((layer, layer + 1, said))
+        return "; ".join(f"layers {start}-{end}: {said}" for start, end, said in groups)
+
+
+class Mismatch(NamedTuple):
+    """What keeps two nodes from using each other's KV: a field, and its value at either."""
+
+    field: str
+    mine: str
+    yours: str
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Fingerprint:
-    """What two nodes must agree on before one may use the other's KV.
+    """What decides whether one node may use the other's KV.
 
-    `layout` is a digest of the segment list without the block size, which two nodes may choose
-    differently (intake converts); `numerics` is the engine's numerics class.
+    `layout` is `KVLayout.describe()`; `numerics` is the engine's numerics class. `block_size` is
+    each node's own choice (an intake converts), but blocks of different sizes have different
+    hashes, for it is part of their root.
     """
 
     model: str
@@ -101,11 +135,14 @@ class Fingerprint:
     block_size: int
     adapter: str = ""
 
-    def mismatch(self, other: Fingerprint) -> str | None:
-        """The first field in which two fingerprints differ, `block_size` last; None if equal."""
-        for field in ("model", "revision", "layout", "numerics", "adapter", "block_size"):
-            if getattr(self, field) != getattr(other, field):
-                return field
+    def mismatch(self, other: Fingerprint) -> Mismatch | None:
+        """The first thing that must be equal and is not, with both values; None if KV of one may
+        go on at the other. Of a layout it is named which part differs."""
+        for field in ("model", "revision", "layout", "numerics", "adapter"):
+            mine, yours = str(getattr(self, field)), str(getattr(other, field))
+            if mine != yours:
+                differs = Mismatch(field, mine, yours)
+                return _layout_mismatch(differs) if field == "layout" else differs
         return None
 
     def digest(self) -> bytes:
@@ -114,13 +151,34 @@ class Fingerprint:
         return hashlib.blake2b(value, digest_size=HASH_BYTES).digest()
 
 
-def layout_digest(layout: KVLayout) -> str:
-    """A digest of the layout that does not depend on the block size."""
-    value = [
-        [s.layer, s.kind, list(s.shape[1:]), s.dtype, s.head_start, s.head_end]
-        for s in layout.segments
-    ]
-    return hashlib.blake2b(json.dumps(value).encode(), digest_size=HASH_BYTES).hexdigest()
+_LONGEST_TEXT = 2**14  # of a described layout that is taken apart: it comes from a peer
+_GROUP = re.compile(r"layers (\d{1,9})-(\d{1,9}): (.+)", re.ASCII)
+_SEGMENT = re.compile(r"(\w+) (\w+) heads (\d{1,9})-(\d{1,9}) of ([\dx]+)", re.ASCII)
+
+
+def _layout_mismatch(differs: Mismatch) -> Mismatch:
+    """Which part of two described layouts differs; `differs` as it is where none can be named, as
+    for the text of another version."""
+    if max(map(len, differs[1:])) > _LONGEST_TEXT:
+        return differs
+    mine, yours = (_GROUP.fullmatch(text) for text in differs[1:])
+    if mine is None or yours is None or ";" in mine[3] + yours[3]:
+        return differs
+    if mine[1] == yours[1] and mine[2] != yours[2]:
+        return Mismatch("num_layers", mine[2], yours[2])
+    parts = [[_SEGMENT.fullmatch(part) for part in group[3].split(", ")] for group in (mine, yours)]
+    for one, other in zip(*parts, strict=False):
+        if one is None or other is None or one[1] != other[1]:
+            return differs
+        for field, values in (
+            ("dtype", (one[2], other[2])),
+            ("num_kv_heads", [str(int(s[4]) - int(s[3])) for s in (one, other)]),
+            ("head_range", (f"{one[3]}-{one[4]}", f"{other[3]}-{other[4]}")),
+            ("head_dim", (one[5], other[5])),
+        ):
+            if values[0] != values[1]:
+                return Mismatch(field, *values)
+    return differs
 
 
 def root_hash(fingerprint: Fingerprint, cache_salt: str = "") -> bytes:

@@ -18,6 +18,7 @@ from typing import Any
 
 from common import redis_scripts as scripts
 from common.errors import ConfigError, ServiceUnavailable
+from common.kv_layout import Fingerprint
 from common.logs import get_logger
 from common.redis_client import RedisClient, scores, text
 from common.redis_keys import NODE_TTL_S
@@ -79,6 +80,12 @@ class NodeRecord:
     unacknowledged: int = 0  # choices whose gateway has not acknowledged all tokens
     steps: int = 0
     beats: int = 0
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        return Fingerprint(
+            self.model, self.revision, self.layout, self.numerics, self.block_size, self.adapter
+        )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -234,9 +234,9 @@ class Dispatcher:
                         return decision
                     await self._nodes_changed.wait()
         except TimeoutError as error:
+            here = "; ".join(filter(None, (_roles(self._directory.nodes()), self.ready())))
             raise ServiceUnavailable(
-                "no node could take the request within "
-                f"{self._limits.placement_timeout_s:g} s: {_roles(self._directory.nodes())}"
+                f"no node could take the request within {self._limits.placement_timeout_s:g} s: {here}"
             ) from error
 
     def _remaining_ms(self, request: OpenRequest) -> int:

@@ -22,7 +22,6 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from common.bus import Bus, Down
 from common.errors import LinkLost, ServiceUnavailable
-from common.kv_layout import Fingerprint
 from common.logs import get_logger
 from common.messages import CacheContent, CacheEvents, CacheQuery, Message
 from common.registry import NodeRecord, NodeState, Registry, Role, Snapshot
@@ -187,14 +186,7 @@ def _view(record: NodeRecord, linked: bool, load: Load | None) -> NodeView:
         incarnation=record.incarnation,
         role=record.role.value,
         endpoint=record.endpoint,
-        fingerprint=Fingerprint(
-            record.model,
-            record.revision,
-            record.layout,
-            record.numerics,
-            record.block_size,
-            record.adapter,
-        ),
+        fingerprint=record.fingerprint,
         max_model_len=record.max_model_len,
         total_blocks=record.num_blocks,
         healthy=linked and record.state in (NodeState.READY, NodeState.DRAINING),

@@ -89,7 +89,7 @@ class LeastLoadedRouter:
     ) -> Decision | None:
         usable = [node for node in nodes if node.healthy and not node.draining]
         if question.fingerprint is not None:
-            usable = [n for n in usable if compatible(n.fingerprint, question.fingerprint)]
+            usable = [n for n in usable if n.fingerprint.mismatch(question.fingerprint) is None]
         check_fits(question, usable)
         usable = [node for node in usable if fits(question, node)]
         decoders = [node for node in usable if node.role == DECODE]
@@ -108,7 +108,7 @@ class LeastLoadedRouter:
         if prefill.role == PREFILL:
             partners = _partners(prefill, decoders)
             partners = [n for n in partners if n.incarnation not in question.avoid] or partners
-            decode = min(partners, key=lambda n: (n.load.running, _spread(question.request, n)))
+            decode = min(partners, key=lambda node: _as_partner(question, prefill, node))
         reason = (
             f"{best.waiting} tokens wait, {best.uncached} of {len(question.token_ids)} "
             f"not cached, {len(first)} candidates"
@@ -158,11 +158,6 @@ class LeastLoadedRouter:
         return held
 
 
-def compatible(one: Fingerprint, other: Fingerprint) -> bool:
-    """Whether KV and tokens of one may go on at the other; block sizes are converted."""
-    return one.mismatch(other) in (None, "block_size")
-
-
 def fits(question: RouteQuestion, node: NodeView) -> bool:
     """Whether the node could ever hold it; the last token's KV is never stored."""
     if question.most_tokens > node.max_model_len:
@@ -201,11 +196,11 @@ def what_lacks(nodes: Sequence[NodeView]) -> str:
         lacking = PREFILL if not prefill else DECODE
         return f"no {lacking} node is here; start one with the same Redis address and prefix"
     one, other = prefill[0], decode[0]
-    field = one.fingerprint.mismatch(other.fingerprint)
-    values = [getattr(node.fingerprint, str(field), "") for node in (one, other)]
+    differs = one.fingerprint.mismatch(other.fingerprint)
+    assert differs is not None, "there is a way"
     return (
-        f"no prefill and decode nodes that go together: {field} is {values[0]!r} at "
-        f"{one.incarnation} and {values[1]!r} at {other.incarnation}; start them with the same "
+        f"no prefill and decode nodes that go together: {differs.field} is {differs.mine!r} at "
+        f"{one.incarnation} and {differs.yours!r} at {other.incarnation}; start them with the same "
         "model, version and settings"
     )
 
@@ -225,7 +220,16 @@ def _pool_tokens(node: NodeView) -> int:
 
 
 def _partners(prefill: NodeView, decoders: Sequence[NodeView]) -> list[NodeView]:
-    return [node for node in decoders if compatible(node.fingerprint, prefill.fingerprint)]
+    """Decode nodes that could go on with what `prefill` computes; block sizes are converted."""
+    return [node for node in decoders if node.fingerprint.mismatch(prefill.fingerprint) is None]
+
+
+def _as_partner(
+    question: RouteQuestion, prefill: NodeView, node: NodeView
+) -> tuple[int, bool, bytes]:
+    """The least goes first: what runs there; among equals, whom no conversion makes send all."""
+    converts = node.fingerprint.block_size != prefill.fingerprint.block_size
+    return node.load.running, converts, _spread(question.request, node)
 
 
 def _spread(request: str, node: NodeView) -> bytes:

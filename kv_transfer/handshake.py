@@ -5,6 +5,9 @@ at that moment: a transport is chosen because its reading end has just been open
 in Hello (shm: the descriptor came through a socket of this host and user, with the nonce; tcp: an
 empty pull was answered), never by host names. The first in the hello side's order that works wins;
 why each earlier one did not is kept for `pdq nodes`.
+
+Block sizes may differ: then the reader converts (transports/converting.py), and the reason of the
+link says so.
 """
 
 from __future__ import annotations
@@ -12,9 +15,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from common.errors import FingerprintMismatch, PdqError
-from common.kv_layout import Fingerprint
+from common.kv_layout import Fingerprint, Mismatch
 from common.messages import Hello, Refuse, Welcome
 from kv_transfer.transports.base import Opener, Reader, Target
+from kv_transfer.transports.converting import ConvertingReader
+
+_LONGEST_VALUE = 1000  # characters that a refusal repeats
+MOST_POSITIONS = 1024  # in a block of a peer: a scratch slab must hold that many
 
 
 def hello(
@@ -33,8 +40,10 @@ def answer(
     openers: Mapping[str, Opener], *, credits: int, forced: str = "",
 ) -> tuple[Welcome | Refuse, Reader | None]:  # fmt: skip
     """The receiving node's answer, with the open reader of the chosen transport. Blocking."""
-    if refusal := _compare(hello, node, fingerprint, target.memory.slab_bytes):
-        return refusal, None
+    if differs := _compare(hello, fingerprint, target):
+        mine, yours = differs.mine[:_LONGEST_VALUE], differs.yours[:_LONGEST_VALUE]
+        return Refuse(hello.link, node, differs.field, mine, yours), None
+    converts = converts_from(hello, fingerprint)
     reasons: list[str] = []
     for transport in hello.transports:
         if transport not in openers or transport not in hello.proofs:
@@ -42,28 +51,47 @@ def answer(
         elif forced not in ("", transport):
             reasons.append(f"{transport}: a setting forces {forced}")
         else:
+            opener, proof = openers[transport], hello.proofs[transport]
             try:
-                reader = openers[transport](hello.link, hello.proofs[transport], target)
+                if converts:
+                    reader: Reader = ConvertingReader.open(
+                        opener, hello.link, proof, target, hello.block_size
+                    )
+                else:
+                    reader = opener(hello.link, proof, target)
             except PdqError as error:
                 reasons.append(f"{transport}: {error}")
-            else:
-                reason = "; ".join(reasons) or f"{transport} is the fastest that both ends have"
-                return Welcome(hello.link, node, transport, reason, credits), reader
+                continue
+            reason = "; ".join(reasons) or f"{transport} is the fastest that both ends have"
+            reason = "; ".join(filter(None, (reason, converts)))
+            return Welcome(hello.link, node, transport, reason, credits), reader
     mine = forced or ",".join(openers)
     why = "; ".join(reasons) or "none offered"
     return Refuse(hello.link, node, "transport", mine, why), None
 
 
-def _compare(hello: Hello, node: str, mine: Fingerprint, slab_bytes: int) -> Refuse | None:
+def converts_from(hello: Hello, mine: Fingerprint) -> str:
+    """What is said of a link whose blocks are converted on their way in; "" of any other."""
+    if hello.block_size == mine.block_size:
+        return ""
+    return (
+        f"blocks of {hello.block_size} positions are converted to {mine.block_size}, "
+        "delta is off: every block is sent"
+    )
+
+
+def _compare(hello: Hello, mine: Fingerprint, target: Target) -> Mismatch | None:
+    """Why KV of the hello side cannot be read here."""
     yours = Fingerprint(
         hello.model, hello.revision, hello.layout, hello.numerics, hello.block_size, hello.adapter
     )
-    field = mine.mismatch(yours)
-    if field is not None:
-        values = str(getattr(mine, field)), str(getattr(yours, field))
-        return Refuse(hello.link, node, field, *values)
+    if differs := mine.mismatch(yours):
+        return differs
+    if not 1 <= hello.block_size <= MOST_POSITIONS:
+        return Mismatch("block_size", f"1 to {MOST_POSITIONS}", str(hello.block_size))
+    slab_bytes = target.layout.bytes_per_token * hello.block_size
     if hello.slab_bytes != slab_bytes:
-        return Refuse(hello.link, node, "slab_bytes", str(slab_bytes), str(hello.slab_bytes))
+        return Mismatch("slab_bytes", str(slab_bytes), str(hello.slab_bytes))
     return None
 
 

@@ -27,6 +27,7 @@ from common.messages import (
     Release,
     Tail,
 )
+from kv_transfer.conversion import Conversion, Placement, SameBlocks
 from kv_transfer.digests import DIGEST_BYTES, tail_seed
 from kv_transfer.ports import (
     Adopted,
@@ -120,6 +121,7 @@ EVENT_OF: dict[type[Message], Event] = {
 class _Entry:
     key: Key
     offer: Offer
+    placement: Placement
     order: tuple[int, float, int]  # among waiting offers: priority, birth, arrival
     deadline: float  # until when it may wait
     heard_at: float
@@ -138,6 +140,7 @@ class _Entry:
 @dataclasses.dataclass(slots=True, eq=False)
 class _Link:
     credits: int  # in all
+    fingerprint: Fingerprint  # the peer's: ours, but for the block size
     entries: dict[Key, _Entry] = dataclasses.field(default_factory=dict)
     answers: collections.OrderedDict[Key, Message] = dataclasses.field(
         default_factory=collections.OrderedDict
@@ -165,8 +168,11 @@ class Intake:
 
     # What the node does
 
-    def open_link(self, link: str, credits: int) -> None:
-        self._links[link] = _Link(credits)
+    def open_link(self, link: str, credits: int, block_size: int | None = None) -> None:
+        """`block_size`: of the peer's blocks; None: as ours."""
+        mine = self._fingerprint
+        theirs = dataclasses.replace(mine, block_size=block_size or mine.block_size)
+        self._links[link] = _Link(credits, theirs)
 
     def receive(self, message: Message, *, now: float) -> list[Effect]:
         """An Offer, Blocks, Tail, Commit or Abort from the peer of `message.link`."""
@@ -308,19 +314,23 @@ class Intake:
         """A new offer: deny what cannot be, let the rest wait for room in its order."""
         self._number += 1
         order = (offer.priority, self._now - offer.waited_ms / 1000, self._number)
-        entry = _Entry(key, offer, order, self._now + self._settings.patience, self._now)
+        deadline = self._now + self._settings.patience
+        entry = _Entry(key, offer, SameBlocks(offer), order, deadline, self._now)
         over = len(link.entries) >= link.credits
         link.entries[key] = self._waiting[key] = entry
         if self._draining or over:
             self._step(entry, E.DENY, "draining" if self._draining else "overloaded")
-        elif not self._is_well_formed(offer):
+        elif not self._is_well_formed(offer, link.fingerprint):
             self._step(entry, E.DENY, "malformed")
         else:
+            if link.fingerprint != self._fingerprint:
+                theirs = link.fingerprint.block_size
+                entry.placement = Conversion(offer, theirs, self._fingerprint)
             self._admit()
 
-    def _is_well_formed(self, offer: Offer) -> bool:
+    def _is_well_formed(self, offer: Offer, fingerprint: Fingerprint) -> bool:
         """The hashes are what this node computes itself: nothing else may name blocks here."""
-        block_size = self._fingerprint.block_size
+        block_size = fingerprint.block_size
         count, tail_fill = divmod(len(offer.token_ids), block_size)
         return (
             len(offer.token_ids) > 0
@@ -330,7 +340,7 @@ class Intake:
             and all(0 <= token < 2**32 for token in offer.token_ids)
             and list(offer.block_hashes)
             == chain_hashes(
-                root_hash(self._fingerprint, offer.cache_salt),
+                root_hash(fingerprint, offer.cache_salt),
                 offer.token_ids,
                 block_size,
                 offer.prompt_len,
@@ -343,14 +353,14 @@ class Intake:
         while self._waiting:
             entry = min(self._waiting.values(), key=lambda waiting: waiting.order)
             try:
-                entry.reservation = self._pool.reserve(entry.offer)
+                entry.reservation = self._pool.reserve(entry.placement.offer)
             except NeverFits:
                 self._step(entry, E.DENY, "never_fits")
                 continue
             if entry.reservation is None:
                 return
             del self._waiting[entry.key]
-            entry.unannounced = set(entry.reservation.missing)
+            entry.unannounced = entry.placement.wanted(entry.reservation)
             self._step(entry, E.ROOM)
 
     # Actions: what is said
@@ -399,7 +409,8 @@ class Intake:
         ):
             self._step(entry, E.FAIL, "protocol_error")
             return
-        root = root_hash(self._fingerprint, offer.cache_salt)
+        fingerprint = self._links[entry.key.link].fingerprint
+        root = root_hash(fingerprint, offer.cache_salt)
         seed = tail_seed(parent or root, tail.token_ids)
         self._expect(entry, tail.index, tail.slot, tail.generation, tail.fill, tail.digest, seed)
 
@@ -410,8 +421,8 @@ class Intake:
         if index in entry.unannounced:
             assert entry.reservation is not None
             entry.unannounced.remove(index)
-            block = entry.reservation.blocks[index]
-            entry.pieces.append(Piece(index, slot, generation, block, fill, digest, seed))
+            block, spans = entry.placement.place(index, entry.reservation)
+            entry.pieces.append(Piece(index, slot, generation, block, fill, digest, seed, spans))
 
     def _start_copy(self, entry: _Entry) -> None:
         count = min(len(entry.pieces), self._settings.copy_blocks)
@@ -425,7 +436,8 @@ class Intake:
         assert isinstance(copy, Copy)
         assert entry.reservation is not None
         for piece in copy.pieces:
-            self._pool.landed(entry.reservation, piece)
+            for whole in entry.placement.landed(piece):
+                self._pool.landed(entry.reservation, whole)
 
     # Actions: the end
 

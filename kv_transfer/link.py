@@ -18,6 +18,7 @@ from typing import Protocol
 
 from common.errors import LinkLost, PdqError
 from common.kv_layout import Fingerprint
+from common.logs import get_logger
 from common.messages import (
     Abort,
     Ack,
@@ -49,6 +50,8 @@ from kv_transfer.ports import (
     TransferSettings,
 )
 from kv_transfer.transports.base import Opener, Reader, Source, Target
+
+log = get_logger("kv")
 
 TRANSFER_MESSAGES: tuple[type[Message], ...] = (
     Hello, Welcome, Refuse, Offer, Grant, Deny, Blocks, Tail, Commit, Ack, Abort, Release,
@@ -243,7 +246,9 @@ class Links:
         link.answer, link.reader = answer, reader
         if isinstance(answer, Welcome):
             link.transport, link.reason = answer.transport, answer.reason
-            self.intake.open_link(hello.link, answer.credits)
+            self.intake.open_link(hello.link, answer.credits, hello.block_size)
+            if converts := handshake.converts_from(hello, self._fingerprint):
+                log.info("link.converts", peer=link.peer, link=hello.link, reason=converts)
         self._send(hello.link, answer)
 
     def _answered(self, name: str, link: _Link, answer: Welcome | Refuse) -> None:

@@ -51,9 +51,19 @@ class ReadyBlock:
     digest: bytes  # b"" when digests are off
 
 
+class Span(NamedTuple):
+    """Positions in a row of one block of the peer's, and where they belong in one of ours."""
+
+    block: int  # of our own pool
+    at: int  # position in that block
+    start: int  # position in the peer's block
+    length: int
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Piece:
-    """One block to copy: from `slot` of the peer's pool into `block` of our own."""
+    """One block to copy: from `slot` of the peer's pool into `block` of our own; where blocks of
+    the peer have another size, to the places that `spans` names, the first of them in `block`."""
 
     index: int
     slot: int
@@ -62,6 +72,7 @@ class Piece:
     fill: int  # 0: the whole slab; else a tail's filled positions
     digest: bytes  # what the content must have; b"": not checked
     seed: bytes  # what the digest is seeded with: the block hash, or a tail's identity
+    spans: tuple[Span, ...] = ()
 
 
 class BlockReferences(Protocol):
@@ -87,11 +98,14 @@ class IntakePool(Protocol):
     def reserve(self, offer: Offer, /) -> Reservation | None:
         """Room for all of the prompt, or None if there is none now; `NeverFits` if there never is.
 
-        Missing blocks are the caller's alone until discarded, and nobody reads them.
+        Of the cache only blocks that `offer.block_hashes` names may be taken: the offer of a peer
+        with another block size comes without any. Missing blocks are the caller's alone until
+        discarded, and nobody reads them.
         """
 
     def landed(self, reservation: Reservation, piece: Piece, /) -> None:
-        """A block holds its checked content: a full one may be published as prefix cache."""
+        """`piece.block` holds its checked content: a full one may be published as prefix cache,
+        under `piece.seed`."""
 
     def adopt(self, reservation: Reservation, /) -> None:
         """All is here: the references now belong to the sequence that decodes it."""

@@ -183,7 +183,7 @@ class PrefillRole:
         return handover.sequence.choice == choices[0]
 
     def choose(self, handover: Handover) -> tuple[str, str] | None:
-        """The gateway's choice; else the decode node with the most free blocks."""
+        """The gateway's choice; else the decode node with the most free positions."""
         dispatch = _dispatch(handover.attempt)
         if dispatch.decode_node and dispatch.decode_node not in handover.refused:
             return dispatch.decode_node, dispatch.decode_endpoint
@@ -196,7 +196,7 @@ class PrefillRole:
         ]
         if not candidates:
             return None
-        best = max(candidates, key=lambda record: record.free_blocks)
+        best = max(candidates, key=lambda record: record.free_blocks * record.block_size)
         return best.incarnation, best.endpoint
 
     def opened(self, handover: Handover, link: str) -> None:

@@ -40,7 +40,7 @@ from common.engine.sequence_slots import SequenceSlots
 from common.engine.speculation import Proposer
 from common.engine.step import Chunk, Delivery, Step
 from common.errors import InvalidRequest, NotFiniteLogits, TokenOutOfRange
-from common.kv_layout import Fingerprint, KVLayout, layout_digest, root_hash
+from common.kv_layout import Fingerprint, KVLayout, root_hash
 from common.model_files import content_digest, model_name, resolve_model
 from common.sampling import FinishReason, SamplingParams
 
@@ -108,7 +108,7 @@ class Engine:
             revision=content_digest(self.folder)
             if settings.load_format != "dummy"
             else f"dummy-{settings.seed}",
-            layout=layout_digest(self.layout), numerics=self.backend.numerics_class,
+            layout=self.layout.describe(), numerics=self.backend.numerics_class,
             block_size=settings.block_size,
         )  # fmt: skip
         if poison_freed_blocks:

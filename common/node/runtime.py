@@ -275,10 +275,8 @@ class Node:
                 return
 
     def is_alike(self, record: NodeRecord) -> bool:
-        """Whether that node computes what this one does, bit for bit."""
-        mine = self.engine.fingerprint
-        theirs = (record.model, record.revision, record.layout, record.numerics)
-        return theirs == (mine.model, mine.revision, mine.layout, mine.numerics)
+        """Whether that node computes what this one does, bit for bit; its block size is its own."""
+        return self.engine.fingerprint.mismatch(record.fingerprint) is None
 
     async def _listen(self) -> None:
         while True:

@@ -1,43 +1,95 @@
-"""Nodes that differ in what must be equal: nothing is served, and one line says why and what to do."""
+"""Nodes that differ in what must be equal: no KV goes between them, and one line says what differs.
+
+A prefill node, and decode nodes of which one has its KV in another dtype.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Iterator
 
 import httpx
+import pytest
 
-from common.registry import NodeState
+from common.engine import SamplingParams
+from common.registry import NodeRecord, NodeState
 from tests.support.checkpoints import STORIES
 from tests.support.deployment import Deployment
+from tests.support.dispatching import dispatch
+from tests.support.engines import poisoned_engine
 
 LIMIT_S = 120.0
 
 
-async def test_the_gateway_names_the_field_both_values_and_the_nodes() -> None:
-    system = Deployment(STORIES)
-    system.redis.start()
+@pytest.fixture(scope="module")
+def system() -> Iterator[Deployment]:
+    deployment = Deployment(STORIES)
+    deployment.redis.start()
     try:
-        system.start_gateway("gateway")
-        system.start_node("prefill", "prefill")
-        system.flags = ("--dtype", "bfloat16")
-        system.start_node("decode", "decode")
-        deadline = time.monotonic() + LIMIT_S
-        reason = ""
+        deployment.start_gateway("gateway")
+        deployment.start_node("prefill", "prefill")
+        deployment.flags = ("--dtype", "bfloat16")
+        deployment.start_node("other", "decode")
+        deployment.flags = ()
+        yield deployment
+    finally:
+        deployment.stop()
+
+
+async def ready(system: Deployment) -> dict[str, NodeRecord]:
+    """The records of all that were started, once each says that it is ready."""
+    deadline = time.monotonic() + LIMIT_S
+    while True:
+        records = await system.records()
+        if records.keys() == system.processes.keys() and all(
+            record.state is NodeState.READY for record in records.values()
+        ):
+            return records
+        assert time.monotonic() < deadline, (list(records), system.logs())
+        await asyncio.sleep(0.1)
+
+
+async def test_the_gateway_names_the_field_both_values_and_the_nodes(system: Deployment) -> None:
+    records = await ready(system)
+    deadline, reason = time.monotonic() + LIMIT_S, ""
+    async with httpx.AsyncClient(base_url=records["gateway"].url) as client:
         while "go together" not in reason:
             assert time.monotonic() < deadline, (reason, system.logs())
-            records = await system.records()
-            if len(records) == 3 and all(r.state is NodeState.READY for r in records.values()):
-                async with httpx.AsyncClient(base_url=records["gateway"].url) as client:
-                    reply = await client.get("/ready")
-                assert reply.status_code == 503
-                reason = reply.json()["reason"]
+            reply = await client.get("/ready")
+            assert reply.status_code == 503
+            reason = reply.json()["reason"]
             await asyncio.sleep(0.1)
-    finally:
-        system.stop()
-    prefill, decode = records["prefill"], records["decode"]
+    prefill, decode = records["prefill"], records["other"]
     assert reason == (
-        f"no prefill and decode nodes that go together: layout is {prefill.layout!r} at "
-        f"{prefill.incarnation} and {decode.layout!r} at {decode.incarnation}; start them with the "
+        f"no prefill and decode nodes that go together: dtype is 'float32' at "
+        f"{prefill.incarnation} and 'bfloat16' at {decode.incarnation}; start them with the "
         "same model, version and settings"
     )
+    async with httpx.AsyncClient(base_url=records["gateway"].url, timeout=60.0) as client:
+        body = {"model": STORIES.name, "prompt": [1, 5, 7], "max_tokens": 4}
+        reply = await client.post("/v1/completions", json=body)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (503, "service_unavailable")
+    assert reply.json()["error"]["message"].endswith(reason)
+
+
+async def test_a_prompt_for_a_node_that_refuses_the_link_goes_to_one_that_matches(
+    system: Deployment,
+) -> None:
+    """Somebody chose the wrong decode node, as a gateway with an old picture could: the node refuses
+    the link, naming the field, and the prefill node goes to the other one."""
+    system.start_node("matching", "decode")
+    records = await ready(system)
+    prompt = tuple(range(3, 60))
+    params = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)
+    (truth,) = poisoned_engine().generate([prompt], params)
+    async with system.redis_client() as redis:
+        answer = await dispatch(
+            redis, "stale", prompt, params, records["prefill"], records["other"]
+        )
+    assert answer.failed is None, (answer.failed, system.logs())
+    assert answer.token_ids == truth.token_ids
+    assert answer.took_over == {records["matching"].incarnation}
+    refused = [line for line in system.logs().splitlines() if "link.refused" in line]
+    assert len(refused) == 1
+    assert "dtype is 'bfloat16' there and 'float32' here" in refused[0]

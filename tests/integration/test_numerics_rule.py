@@ -169,10 +169,13 @@ def test_settle_sees_every_count_of_rows_that_gives_other_bits(
 
 
 def test_the_class_names_what_the_bits_depend_on(folder: Path) -> None:
-    def fingerprint(dtype: str, threads: int) -> str:
-        engine = Engine.load(folder, dtype=dtype, threads=threads, num_kv_blocks=8)
+    def fingerprint(dtype: str, threads: int, block_size: int = 16) -> str:
+        engine = Engine.load(
+            folder, dtype=dtype, threads=threads, num_kv_blocks=8, block_size=block_size
+        )
         return engine.fingerprint.numerics
 
     assert fingerprint("bfloat16", 1) != fingerprint("float32", 1)
     assert fingerprint("bfloat16", 1) != fingerprint("bfloat16", 2)
     assert fingerprint("bfloat16", 1) == fingerprint("bfloat16", 1)
+    assert fingerprint("bfloat16", 1) == fingerprint("bfloat16", 1, block_size=48)

@@ -1,5 +1,8 @@
 """One contract for every transport: what kv_transfer/transports/base.py promises, with real memory.
 
+A transport with a size behind it, as `tcp:24`, is one whose reader has blocks of that many positions:
+what is copied is converted (transports/converting.py), and all that the contract promises still holds.
+
 `source_process` is another process that owns a pool and serves it, so that it can be killed and
 stopped; everything else runs in this one.
 """
@@ -30,8 +33,9 @@ from kv_transfer.device_memory import DevicePoolMemory
 from kv_transfer.digests import slab_digest, tail_seed
 from kv_transfer.lease import Leases
 from kv_transfer.pool_memory import PoolMemory
-from kv_transfer.ports import Key, Piece
+from kv_transfer.ports import Key, Piece, Span
 from kv_transfer.transports.base import Reader, Source, Target
+from kv_transfer.transports.converting import SCRATCH_BYTES, ConvertingReader
 from kv_transfer.transports.cuda_ipc import CudaIpcReader, CudaIpcSource
 from kv_transfer.transports.nccl import NcclReader, NcclSource, Turns
 from kv_transfer.transports.nixl import NixlReader, NixlSource
@@ -78,6 +82,7 @@ class End:
     memory: PoolMemory
     leases: Leases
     pool: CountingPool
+    layout: KVLayout  # of the source
     target: Target
     open: Callable[[str], Reader]
     readers: list[Reader] = dataclasses.field(default_factory=list)
@@ -88,18 +93,61 @@ class End:
         self.memory.seal(block, seed)
 
     def piece(self, slot: int, block: int, seed: bytes = SEED, index: int = 0) -> Piece:
-        generation = int(self.memory.generations[slot])
-        return Piece(index, slot, generation, block, 0, self.memory.digests[slot], seed)
+        """Into `block`, where the source's blocks would lie one after the other in the target."""
+        generation, digest = int(self.memory.generations[slot]), self.memory.digests[slot]
+        where = places(self.target, self.layout, block)
+        return Piece(index, slot, generation, block, 0, digest, seed, where)
+
+    def got(self, block: int) -> torch.Tensor:
+        return arrived(self.target, self.layout, block)
 
     def same(self, slot: int, block: int) -> bool:
-        return torch.equal(self.memory.slabs[slot], self.target.memory.slabs[block])
+        return torch.equal(self.memory.slabs[slot], self.got(block))
+
+    def all_same(self) -> bool:
+        return all(self.same(block, block) for block in range(self.memory.num_blocks))
 
     def reader(self, link: str = "link") -> Reader:
         self.readers.append(self.open(link))
         return self.readers[-1]
 
 
-def opener(transport: str) -> Callable[[str, bytes, Target], Reader]:
+def places(target: Target, layout: KVLayout, block: int) -> tuple[Span, ...]:
+    """Position by position, where block `block` of `layout` goes in a target that converts."""
+    if target.layout == layout:
+        return ()
+    positions = range(block * layout.block_size, (block + 1) * layout.block_size)
+    ours = target.layout.block_size
+    return tuple(Span(p // ours, p % ours, p - positions[0], 1) for p in positions)
+
+
+def arrived(target: Target, layout: KVLayout, block: int) -> torch.Tensor:
+    """What lies in the target, as the slab of `layout` that it came from."""
+    if target.layout == layout:
+        return target.memory.slabs[block]
+    slab = torch.empty(layout.slab_bytes, dtype=torch.uint8)
+    for place in places(target, layout, block):
+        for theirs, ours in zip(layout.segments, target.layout.segments, strict=True):
+            row = theirs.num_bytes // layout.block_size
+            source = ours.offset + place.at * row
+            into = theirs.offset + place.start * row
+            slab[into : into + row] = target.memory.slabs[place.block][source : source + row]
+    return slab
+
+
+def target_for(transport: str, layout: KVLayout, blocks: int) -> Target:
+    """Room for as many positions, in blocks of the size behind the transport's name."""
+    base, _, size = transport.partition(":")
+    ours = layout.with_block_size(int(size or layout.block_size))
+    count = -(-blocks * layout.block_size // ours.block_size)
+    return Target(pool_memory(base, count, ours.slab_bytes), ours)
+
+
+def opener(transport: str, layout: KVLayout) -> Callable[[str, bytes, Target], Reader]:
+    base, _, size = transport.partition(":")
+    if size:
+        plain = opener(base, layout)
+        return lambda *a: ConvertingReader.open(plain, *a, layout.block_size)
     return {
         "shm": ShmReader.open,
         "shm+folder": lambda *a: ShmReader.open(*a, folder=FOLDER.name),
@@ -143,11 +191,12 @@ def make_source(transport: str, memory: PoolMemory, layout: KVLayout, leases: Le
 def both_ends(transport: str, layout: KVLayout = LAYOUT, blocks: int = 8) -> Iterator[End]:
     pool = CountingPool()
     leases = Leases(pool)
-    memory = pool_memory(transport, blocks, layout.slab_bytes)
-    target = Target(pool_memory(transport, blocks, layout.slab_bytes), layout)
-    source = make_source(transport, memory, layout, leases)
-    open_reader = opener(transport)
-    end = End(source, memory, leases, pool, target,
+    base = transport.partition(":")[0]
+    memory = pool_memory(base, blocks, layout.slab_bytes)
+    target = target_for(transport, layout, blocks)
+    source = make_source(base, memory, layout, leases)
+    open_reader = opener(transport, layout)
+    end = End(source, memory, leases, pool, layout, target,
               lambda link: open_reader(link, source.open_link(link), target))  # fmt: skip
     try:
         yield end
@@ -199,8 +248,12 @@ def _nothing_is_left(_zmq_collector_runs: None) -> Iterator[None]:
     assert (CUDA.left, NCCL.left) == (0, 0)
 
 
-with_digests = ["shm", "shm+folder", "tcp", "tcp+curve", NIXL]
-every_transport = pytest.mark.parametrize("transport", [*with_digests, *ON_DEVICE])
+NIXL_TO_24 = pytest.param("nixl:24", marks=NIXL.marks)
+with_digests = ["shm", "shm+folder", "tcp", "tcp+curve", NIXL, "shm:3", "tcp:24", NIXL_TO_24]
+converting_on_device = ["tcp+staged:1", "cuda_ipc:12", "nccl:3"]
+every_transport = pytest.mark.parametrize(
+    "transport", [*with_digests, *ON_DEVICE, *converting_on_device]
+)
 every_with_digests = pytest.mark.parametrize("transport", with_digests)
 
 
@@ -232,7 +285,7 @@ def test_a_prompt_much_larger_than_the_window_arrives_whole(transport: str) -> N
             end.fill(block)
         end.leases.add(KEY, list(range(48)))
         end.reader().pull([end.piece(b, b, index=b) for b in range(48)])
-        assert torch.equal(end.memory.slabs, end.target.memory.slabs)
+        assert end.all_same()
 
 
 @every_transport
@@ -243,14 +296,15 @@ def test_of_a_tail_only_the_filled_positions_are_copied(transport: str, fill: in
         end.fill(2)
         end.memory.seal(2, seed, list(LAYOUT.tail_ranges(fill)))
         end.leases.add(KEY, [2])
-        end.target.memory.slabs[5] = 77
+        end.target.memory.slabs[:] = 77
         whole = end.piece(2, 5, seed)
-        end.reader().pull([dataclasses.replace(whole, fill=fill)])
+        end.reader().pull([dataclasses.replace(whole, fill=fill, spans=whole.spans[:fill])])
         filled = torch.zeros(LAYOUT.slab_bytes, dtype=torch.bool)
         for offset, length in LAYOUT.tail_ranges(fill):
             filled[offset : offset + length] = True
-        assert torch.equal(end.target.memory.slabs[5][filled], end.memory.slabs[2][filled])
-        assert (end.target.memory.slabs[5][~filled] == 77).all()
+        assert torch.equal(end.got(5)[filled], end.memory.slabs[2][filled])
+        assert (end.got(5)[~filled] == 77).all()
+        assert int((end.target.memory.slabs != 77).sum()) <= int(filled.sum()), "nowhere else"
 
 
 @every_transport
@@ -282,7 +336,9 @@ def test_a_generation_that_changes_between_both_looks_is_stale(transport: str) -
         end.leases.add(KEY, [1])
         piece = dataclasses.replace(end.piece(1, 0), digest=b"")
         looks = RewriteAfterFirstLook(end.memory.generations, lambda: end.fill(1))
-        reader = end.reader()
+        reader = outer = end.reader()
+        if isinstance(reader, ConvertingReader):
+            reader = reader._reader
         if isinstance(reader, (ShmReader, CudaIpcReader)):
             reader._mapped.generations = looks  # type: ignore[assignment]
         elif isinstance(reader, NixlReader):  # it looks from afar
@@ -290,7 +346,7 @@ def test_a_generation_that_changes_between_both_looks_is_stale(transport: str) -
         else:
             end.memory.generations = looks  # type: ignore[assignment]
         with pytest.raises(StaleBlock):
-            reader.pull([piece])
+            outer.pull([piece])
         del looks
 
 
@@ -358,13 +414,13 @@ def test_a_link_goes_on_after_a_pull_that_failed(transport: str) -> None:
         stale = dataclasses.replace(pieces[2], generation=pieces[2].generation + 2)
         with pytest.raises(StaleBlock):
             reader.pull([*pieces[:2], stale, *pieces[3:]])
-        if transport not in ON_DEVICE:
+        if transport.partition(":")[0] not in ON_DEVICE:
             end.memory.slabs[2][0] ^= 1
             with pytest.raises(DigestMismatch):
                 reader.pull(pieces)
             end.memory.slabs[2][0] ^= 1
         reader.pull(pieces)
-        assert torch.equal(end.memory.slabs, end.target.memory.slabs)
+        assert end.all_same()
 
 
 @every_transport
@@ -382,22 +438,22 @@ def test_a_closed_link_serves_no_new_reader(transport: str) -> None:
         proof = end.source.open_link("gone")
         end.source.close_link("gone")
         with pytest.raises(LinkLost):
-            opener(transport)("gone", proof, end.target)
+            opener(transport, LAYOUT)("gone", proof, end.target)
 
 
 @every_transport
 def test_a_proof_that_is_wrong_opens_nothing(transport: str) -> None:
     with both_ends(transport) as end:
         proof = bytearray(end.source.open_link("link"))
-        by_socket = transport.startswith("shm") or transport == "cuda_ipc"
-        proof[16 if by_socket or transport == "nixl" else 0] ^= 1
+        by_socket = transport.startswith(("shm", "cuda_ipc"))
+        proof[16 if by_socket or transport.startswith("nixl") else 0] ^= 1
         if by_socket:
             proof[-1] ^= 1
         with pytest.raises((LinkLost, MalformedMessage)), short_open_timeout():
-            opener(transport)("link", bytes(proof), end.target)
+            opener(transport, LAYOUT)("link", bytes(proof), end.target)
         for nonsense in (b"", b"x", b"\xff" * 60):
             with pytest.raises((LinkLost, MalformedMessage)):
-                opener(transport)("link", nonsense, end.target)
+                opener(transport, LAYOUT)("link", nonsense, end.target)
 
 
 @contextlib.contextmanager
@@ -527,6 +583,58 @@ def test_generations_of_rewritten_blocks_never_come_back() -> None:
         assert seen == [0, 1, 2, 3, 5, 6, 6]
     finally:
         memory.close()
+
+
+# Links that convert
+
+
+@pytest.mark.parametrize("transport", ["shm:3", "tcp:24", "cuda_ipc:12"])
+def test_what_is_not_proven_reaches_no_block_of_ours(transport: str) -> None:
+    """The sender's slab is checked as a whole, in scratch memory, before a position is copied on."""
+    with both_ends(transport) as end:
+        for block in range(8):
+            end.fill(block)
+        end.leases.add(KEY, list(range(8)))
+        end.target.memory.slabs[:] = 77
+        pieces = [end.piece(b, b, index=b) for b in range(8)]
+        pieces[7] = dataclasses.replace(pieces[7], generation=pieces[7].generation + 2)
+        reader = end.reader()
+        with pytest.raises(StaleBlock):
+            reader.pull(pieces)
+        if transport != "cuda_ipc:12":
+            end.memory.slabs[0][5] ^= 1
+            with pytest.raises(DigestMismatch):
+                reader.pull(pieces[:7])
+        assert (end.target.memory.slabs == 77).all()
+
+
+@pytest.mark.parametrize("size", [1, 48, 64])
+def test_scratch_memory_is_bounded_whatever_the_prompt(size: int) -> None:
+    with both_ends(f"shm:{size}", LARGE, blocks=48) as end:
+        for block in range(48):
+            end.fill(block)
+        reader = end.reader()
+        assert isinstance(reader, ConvertingReader)
+        scratch = reader._scratch.memory
+        assert 0 < scratch.num_blocks * scratch.slab_bytes <= SCRATCH_BYTES
+        assert 48 * LARGE.slab_bytes > SCRATCH_BYTES
+        reader.pull([end.piece(b, b, index=b) for b in range(48)])
+        assert end.all_same()
+
+
+def test_a_block_larger_than_the_bound_has_one_scratch_slab() -> None:
+    huge = LARGE.with_block_size(1024)
+    assert huge.slab_bytes > SCRATCH_BYTES
+    with both_ends("shm:16", huge, blocks=2) as end:
+        end.fill(1)
+        reader = end.reader()
+        assert isinstance(reader, ConvertingReader)
+        assert reader._scratch.memory.num_blocks == 1
+        reader.pull([dataclasses.replace(end.piece(1, 0), spans=(Span(3, 5, 1000, 11),))])
+        view = end.target.memory.slabs[3].view(torch.float32).view(16, 16, 8 * 64)
+        sent = end.memory.slabs[1].view(torch.float32).view(16, 1024, 8 * 64)
+        assert torch.equal(view[:, 5:].view(torch.int32), sent[:, 1000:1011].view(torch.int32))
+        assert not view[:, :5].any()
 
 
 # What devices need: all but the calls of CUDA and NCCL themselves
@@ -778,8 +886,10 @@ def source_process(transport: str, *before: str) -> Iterator[tuple[subprocess.Po
         process.communicate()
 
 
-def pull_until_it_fails(reader: Reader, copied: threading.Event, errors: list[object]) -> None:
-    pieces = [Piece(b, b, 2, b, 0, b"", SEED) for b in range(64)]
+def pull_until_it_fails(
+    reader: Reader, target: Target, copied: threading.Event, errors: list[object]
+) -> None:
+    pieces = [Piece(b, b, 2, b, 0, b"", SEED, places(target, LARGE, b)) for b in range(64)]
     try:
         while not errors:
             reader.pull(pieces)
@@ -788,27 +898,28 @@ def pull_until_it_fails(reader: Reader, copied: threading.Event, errors: list[ob
         errors.append(error)
 
 
-@pytest.mark.parametrize("transport", ["shm", "tcp", "cuda_ipc", NIXL])
+@pytest.mark.parametrize("transport", ["shm", "tcp", "cuda_ipc", NIXL, "shm:48", "tcp:5"])
 def test_kill_9_of_the_owner_while_the_reader_copies(transport: str) -> None:
     """tcp, nixl: a typed error at once. shm, cuda_ipc: the mapping outlives its owner, and is given
     back at close. In all no half-written block passes, and nothing is left behind."""
-    target = Target(pool_memory(transport, 64, LARGE.slab_bytes), LARGE)
-    with source_process(transport) as (process, proof):
-        reader = opener(transport)("link", proof, target)
+    target = target_for(transport, LARGE, 64)
+    base = transport.partition(":")[0]
+    with source_process(base) as (process, proof):
+        reader = opener(transport, LARGE)("link", proof, target)
         copied, errors = threading.Event(), []
-        thread = threading.Thread(target=pull_until_it_fails, args=(reader, copied, errors))
+        thread = threading.Thread(target=pull_until_it_fails, args=(reader, target, copied, errors))
         thread.start()
         assert copied.wait(30)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        if transport in ("shm", "cuda_ipc"):
+        if base in ("shm", "cuda_ipc"):
             copied.clear()
             assert copied.wait(30), "copies go on from the dead owner's pool"
             errors.append("enough")
         thread.join(30)
         assert not thread.is_alive()
         assert errors == ["enough"] or isinstance(errors[0], LinkLost)
-        assert all((target.memory.slabs[b] == b).all() for b in range(64))
+        assert all((arrived(target, LARGE, b) == b).all() for b in range(64))
         reader.close()
     target.memory.close()
 
@@ -822,9 +933,9 @@ def test_a_socket_in_a_folder_reaches_into_another_network_namespace() -> None:
         source_process("shm", "unshare", "--net") as (_, proof),
         pytest.raises(LinkLost, match="not on this host"),
     ):
-        opener("shm")("link", proof, target)
+        opener("shm", LARGE)("link", proof, target)
     with source_process("shm+folder", "unshare", "--net") as (process, proof):
-        reader = opener("shm+folder")("link", proof, target)
+        reader = opener("shm+folder", LARGE)("link", proof, target)
         reader.pull([Piece(b, b, 2, b, 0, b"", SEED) for b in range(64)])
         assert all((target.memory.slabs[b] == b).all() for b in range(64))
         reader.close()
@@ -866,15 +977,15 @@ def test_the_name_of_a_source_leads_nowhere_else(tmp_path: Path) -> None:
         target.memory.close()
 
 
-@pytest.mark.parametrize("transport", ["tcp", NIXL])
+@pytest.mark.parametrize("transport", ["tcp", NIXL, "tcp:48"])
 def test_a_stopped_owner_is_left_by_closing_the_reader(transport: str) -> None:
     """SIGSTOP looks like a slow network: only whoever declares the death may end the wait. (nixl
     reads the memory of a process on the same host without its help, stopped or not.)"""
-    target = Target(PoolMemory(64, LARGE.slab_bytes), LARGE)
-    with source_process(transport) as (process, proof):
-        reader = opener(transport)("link", proof, target)
+    target = target_for(transport, LARGE, 64)
+    with source_process(transport.partition(":")[0]) as (process, proof):
+        reader = opener(transport, LARGE)("link", proof, target)
         copied, errors = threading.Event(), []
-        thread = threading.Thread(target=pull_until_it_fails, args=(reader, copied, errors))
+        thread = threading.Thread(target=pull_until_it_fails, args=(reader, target, copied, errors))
         thread.start()
         assert copied.wait(30)
         process.send_signal(signal.SIGSTOP)
@@ -895,7 +1006,7 @@ def test_nixl_writes_nothing_more_once_a_pull_has_failed(monkeypatch: pytest.Mon
     with source_process("nixl") as (process, proof):
         reader = NixlReader.open("link", proof, target)
         copied, errors = threading.Event(), []
-        thread = threading.Thread(target=pull_until_it_fails, args=(reader, copied, errors))
+        thread = threading.Thread(target=pull_until_it_fails, args=(reader, target, copied, errors))
         thread.start()
         assert copied.wait(30)
         process.send_signal(signal.SIGSTOP)

@@ -226,7 +226,9 @@ async def test_without_any_node_the_request_fails_in_time_and_says_why(
     cluster: FakeCluster,
 ) -> None:
     cluster.add("p1", PREFILL)
-    with pytest.raises(ServiceUnavailable, match=r"no node could take .* 1 prefill"):
+    with pytest.raises(
+        ServiceUnavailable, match=r"no node could take .* 1 prefill; no decode node is here"
+    ):
         await run(connect(cluster, placement_timeout_s=0.05))
     assert cluster.dispatched == []
 

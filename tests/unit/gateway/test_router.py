@@ -15,6 +15,7 @@ from gateway.prefix_index import CacheEvent, PrefixIndex
 from gateway.router import Decision, LeastLoadedRouter, RouteQuestion, what_lacks
 
 PRINT = Fingerprint("m", "r", "layout", "cpu-bf16", 4)
+KV = "layers 0-24: k bfloat16 heads 0-4"
 PROMPT = tuple(range(40))
 
 
@@ -127,6 +128,37 @@ def test_prefill_goes_with_the_decode_node_that_runs_least_and_matches() -> None
     assert (decision.prefill.incarnation, decision.decode.incarnation) == ("p", "d2")
 
 
+def test_another_block_size_is_no_mismatch_but_the_same_one_is_preferred_among_equals() -> None:
+    other = dataclasses.replace(PRINT, block_size=32)
+    nodes = [
+        node("p", "prefill"),
+        *(node(f"c{n}", "decode", fingerprint=other) for n in range(5)),
+        node("same", "decode"),
+    ]
+    partners = Counter(decoder(route(nodes, question(f"r{n}"))) for n in range(50))
+    assert set(partners) == {"same"}
+    nodes[-1] = node("same", "decode", running=1)
+    partners = Counter(decoder(route(nodes, question(f"r{n}"))) for n in range(200))
+    assert set(partners) == {"c0", "c1", "c2", "c3", "c4"}
+
+
+def test_the_prefix_of_each_candidate_is_looked_up_in_hashes_of_its_own_size() -> None:
+    other = dataclasses.replace(PRINT, block_size=8)
+    index = PrefixIndex()
+    for name, fingerprint in (("a", PRINT), ("b", other)):
+        chain = chain_hashes(root_hash(fingerprint), PROMPT, fingerprint.block_size, len(PROMPT))
+        index.apply(name, CacheEvent(1, stored=tuple(chain[:3])))
+    decision = route([node("a"), node("b", fingerprint=other)], index=index)
+    assert decision is not None
+    assert {w.incarnation: w.uncached for w in decision.weighed} == {"a": 40 - 12, "b": 40 - 24}
+
+
+def decoder(decision: Decision | None) -> str:
+    assert decision is not None
+    assert decision.decode is not None
+    return decision.decode.incarnation
+
+
 def test_there_is_no_way_without_both_halves() -> None:
     assert route([]) is None
     assert route([node("p", "prefill")]) is None
@@ -166,6 +198,13 @@ def test_a_decision_explains_itself() -> None:
             ],
             "numerics is 'cpu-bf16' at a and 'cpu-f32' at b; start them with the same model, "
             "version and settings",
+        ),
+        (
+            [
+                node("a", "prefill", fingerprint=dataclasses.replace(PRINT, layout=f"{KV} of 64")),
+                node("b", "decode", fingerprint=dataclasses.replace(PRINT, layout=f"{KV} of 128")),
+            ],
+            "head_dim is '64' at a and '128' at b; start them with the same model, version",
         ),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 from collections.abc import AsyncIterator, Callable, Sequence
 
 import pytest
@@ -35,7 +36,7 @@ from kv_transfer.transports.tcp import TcpReader, TcpSource
 LAYOUT = KVLayout.paged_attention(
     num_layers=2, num_kv_heads=2, head_dim=8, block_size=4, dtype="float32"
 )
-FINGERPRINT = Fingerprint("model", "rev", "layout", "numerics", 4)
+FINGERPRINT = Fingerprint("model", "rev", LAYOUT.describe(), "numerics", 4)
 OPENERS = {"shm": ShmReader.open, "tcp": TcpReader.open}
 SETTINGS = TransferSettings(repeat=0.05, answer=5.0, patience=0.3, quiet=0.5, copy_blocks=3)
 BLOCKS = 16
@@ -87,8 +88,8 @@ class Port:
 class Pool:
     """References and a prefix cache over real memory; enough for both roles."""
 
-    def __init__(self, memory: PoolMemory) -> None:
-        self.memory = memory
+    def __init__(self, memory: PoolMemory, block_size: int) -> None:
+        self.memory, self.block_size = memory, block_size
         self.references = [0] * memory.num_blocks
         self.cached: dict[bytes, int] = {}
 
@@ -112,7 +113,7 @@ class Pool:
 
     def reserve(self, offer: Offer) -> Reservation | None:
         held = [self.cached[h] for h in offer.block_hashes if h in self.cached]
-        count = len(offer.block_hashes) + (offer.tail_fill > 0) - len(held)
+        count = -(-len(offer.token_ids) // self.block_size) - len(held)
         new = self.allocate(count)
         if new is None:
             return None
@@ -135,18 +136,19 @@ class Node:
     def __init__(
         self, wires: Wires, name: str, transport: str, fingerprint: Fingerprint = FINGERPRINT
     ) -> None:
-        self.memory = PoolMemory(BLOCKS, LAYOUT.slab_bytes)
-        self.pool = Pool(self.memory)
+        self.layout = LAYOUT.with_block_size(fingerprint.block_size)
+        self.memory = PoolMemory(BLOCKS, self.layout.slab_bytes)
+        self.pool = Pool(self.memory, fingerprint.block_size)
         self.leases = Leases(self.pool)
         self.sent: list[Granted | Ended] = []
         self.received: list[Adopted | Ended] = []
         self.happened = asyncio.Event()
         sources: list[Source] = [
             ShmSource(self.memory),
-            TcpSource(self.memory, LAYOUT, self.leases),
+            TcpSource(self.memory, self.layout, self.leases),
         ]
         self.links = Links(
-            Port(wires, name), name, fingerprint, Target(self.memory, LAYOUT), pool=self.pool,
+            Port(wires, name), name, fingerprint, Target(self.memory, self.layout), pool=self.pool,
             leases=self.leases, sources=sources, openers=OPENERS, on_sent=self.hear(self.sent),
             on_received=self.hear(self.received),
             settings=TransferSettings(**{**_fields(SETTINGS), "transport": transport}),
@@ -182,6 +184,10 @@ def _fields(settings: TransferSettings) -> dict[str, object]:
 async def two_nodes(
     transport: str, there: Fingerprint = FINGERPRINT
 ) -> AsyncIterator[tuple[Wires, Node, Node]]:
+    """`tcp to 6` is a link over tcp to a node with blocks of 6 positions."""
+    transport, _, size = transport.partition(" to ")
+    if size:
+        there = dataclasses.replace(there, block_size=int(size))
     wires = Wires()
     nodes = Node(wires, "p", transport), Node(wires, "d", transport, there)
     try:
@@ -239,28 +245,32 @@ class Prompt:
         self.node.pool.release(self.blocks)
 
     def arrived(self, adopted: Adopted, there: Node) -> bool:
-        for index, block in enumerate(adopted.reservation.blocks):
-            mine, theirs = self.node.memory.slabs[self.blocks[index]], there.memory.slabs[block]
-            if index < len(self.hashes):
-                ranges = [(0, LAYOUT.slab_bytes)]
-            else:
-                ranges = list(LAYOUT.tail_ranges(self.fill))
-            for offset, length in ranges:
-                if not torch.equal(
-                    mine[offset : offset + length], theirs[offset : offset + length]
-                ):
-                    return False
-        return True
+        return all(
+            torch.equal(
+                at_position(self.node, self.blocks, position),
+                at_position(there, adopted.reservation.blocks, position),
+            )
+            for position in range(len(self.tokens))
+        )
+
+
+def at_position(node: Node, blocks: Sequence[int], position: int) -> torch.Tensor:
+    """The KV of one position of a sequence, all segments."""
+    index, at = divmod(position, node.layout.block_size)
+    slab = node.memory.slabs[blocks[index]]
+    segments = slab.view(len(node.layout.segments), node.layout.block_size, -1)
+    return segments[:, at]
 
 
 every_transport = pytest.mark.parametrize("transport", ["shm", "tcp"])
+every_link = pytest.mark.parametrize("transport", ["shm", "tcp", "shm to 3", "tcp to 6"])
 
 
-@every_transport
+@every_link
 async def test_a_prompt_is_handed_over_chunk_by_chunk(transport: str) -> None:
     async with two_nodes(transport) as (_, p, d):
         link = await p.links.open("d")
-        assert p.links.describe()[0]["transport"] == transport
+        assert p.links.describe()[0]["transport"] == transport.partition(" ")[0]
         prompt = Prompt(p, "r", 30)
         key = prompt.offer(link)
         prompt.compute(key, 0, 3)
@@ -278,7 +288,7 @@ async def test_a_prompt_is_handed_over_chunk_by_chunk(transport: str) -> None:
         assert set(p.pool.references) == {0}
 
 
-@every_transport
+@every_link
 @pytest.mark.parametrize("length", [1, 3, 4, 5])
 async def test_prompts_around_the_length_of_a_block_arrive(transport: str, length: int) -> None:
     async with two_nodes(transport) as (_, p, d):
@@ -308,7 +318,7 @@ async def test_blocks_the_decode_side_holds_are_not_sent(transport: str) -> None
         assert [link["blocks"] for link in d.links.describe()] == ["5"]
 
 
-@every_transport
+@every_link
 async def test_a_corrupted_block_fails_the_attempt_and_the_next_one_succeeds(
     transport: str,
 ) -> None:
@@ -345,7 +355,7 @@ async def test_a_prompt_for_which_there_is_no_room_is_denied_after_the_patience(
         assert p.sent == [Ended(key, True, Outcome.DENIED, "out_of_blocks")]
 
 
-@every_transport
+@every_link
 async def test_a_cut_connection_ends_leases_and_reservations_at_both_ends(transport: str) -> None:
     async with two_nodes(transport) as (wires, p, d):
         link = await p.links.open("d")
@@ -364,7 +374,7 @@ async def test_a_cut_connection_ends_leases_and_reservations_at_both_ends(transp
             await p.links.open("d")
 
 
-@every_transport
+@every_link
 async def test_a_cancelled_handoff_frees_both_ends(transport: str) -> None:
     async with two_nodes(transport) as (_, p, d):
         link = await p.links.open("d")
@@ -379,22 +389,84 @@ async def test_a_cancelled_handoff_frees_both_ends(transport: str) -> None:
         assert set(d.pool.references) == {0}
 
 
+def another_layout(**fields: object) -> str:
+    same = {"num_layers": 2, "num_kv_heads": 2, "head_dim": 8, "block_size": 4, "dtype": "float32"}
+    return KVLayout.paged_attention(**(same | fields)).describe()  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
-    ("field", "value"),
+    ("changed", "value", "field", "there", "here"),
     [
-        ("model", "other"), ("revision", "x"), ("layout", "x"), ("numerics", "x"),
-        ("adapter", "x"), ("block_size", 8),
+        ("model", "other", "model", "other", "model"),
+        ("revision", "x", "revision", "x", "rev"),
+        ("layout", another_layout(dtype="bfloat16"), "dtype", "bfloat16", "float32"),
+        ("layout", another_layout(num_layers=3), "num_layers", "3", "2"),
+        ("layout", another_layout(num_kv_heads=1), "num_kv_heads", "1", "2"),
+        ("layout", another_layout(head_dim=16), "head_dim", "16", "8"),
+        ("layout", another_layout().replace("0-2 of", "2-4 of"), "head_range", "2-4", "0-2"),
+        ("layout", "5f0c" * 8, "layout", "5f0c" * 8, LAYOUT.describe()),
+        ("numerics", "x", "numerics", "x", "numerics"),
+        ("adapter", "x", "adapter", "x", ""),
     ],
-)  # fmt: skip
+)
 async def test_a_node_that_serves_something_else_is_refused_by_name(
-    field: str, value: object
+    changed: str, value: str, field: str, there: str, here: str
 ) -> None:
-    there = Fingerprint(**{**_plain(FINGERPRINT), field: value})
-    async with two_nodes("", there) as (_, p, _d):
+    other = dataclasses.replace(FINGERPRINT, **{changed: value})  # type: ignore[arg-type]
+    async with two_nodes("", other) as (_, p, d):
         with pytest.raises(FingerprintMismatch) as caught:
             await p.links.open("d")
         assert caught.value.param == field
+        assert f"{field} is {there!r} there and {here!r} here" in str(caught.value)
         assert not p.links.describe()
+        assert not [link for link in d.links.describe() if link["transport"]]
+
+
+@every_transport
+async def test_a_node_with_another_block_size_converts_and_says_so(transport: str) -> None:
+    there = dataclasses.replace(FINGERPRINT, block_size=6)
+    async with two_nodes(transport, there) as (_, p, d):
+        link = await p.links.open("d")
+        for node in (p, d):
+            (row,) = node.links.describe()
+            assert row["transport"] == transport
+            assert row["reason"].endswith(
+                "blocks of 4 positions are converted to 6, delta is off: every block is sent"
+            )
+        first, second = Prompt(p, "first", 10), Prompt(p, "second", 14)  # two blocks in common
+        for prompt in (first, second):
+            key = prompt.offer(link)
+            prompt.compute(key, 0, prompt.count)
+            prompt.finish(key)
+            done = Ended(key, True, Outcome.ADOPTED, "")
+            await p.until(lambda done=done: done in p.sent)
+            adopted = d.received[-1]
+            assert isinstance(adopted, Adopted)
+            assert len(adopted.reservation.blocks) == -(-len(prompt.tokens) // 6)
+            assert prompt.arrived(adopted, d)
+        granted = [event for event in p.sent if isinstance(event, Granted)]
+        assert [event.missing for event in granted] == [(0, 1, 2), (0, 1, 2, 3)]
+        assert set(d.pool.cached) >= set(chain_hashes(root_hash(there), second.tokens, 6, 14))
+        await p.quiet()
+
+
+@pytest.mark.parametrize("block_size", [0, -1, 10**6])
+async def test_a_block_size_that_is_no_such_thing_is_refused(block_size: int) -> None:
+    """By whoever would have to make scratch memory of that size."""
+    async with two_nodes("shm") as (_, p, _d):
+        p.links._fingerprint = dataclasses.replace(FINGERPRINT, block_size=block_size)
+        with pytest.raises(FingerprintMismatch) as caught:
+            await p.links.open("d")
+        assert caught.value.param == "block_size"
+
+
+async def test_slabs_of_a_size_that_does_not_follow_from_the_layout_are_refused() -> None:
+    there = dataclasses.replace(FINGERPRINT, block_size=6)
+    async with two_nodes("shm", there) as (_, p, _d):
+        p.links._fingerprint = dataclasses.replace(FINGERPRINT, block_size=5)
+        with pytest.raises(FingerprintMismatch) as caught:
+            await p.links.open("d")
+        assert caught.value.param == "slab_bytes"
 
 
 async def test_the_fastest_transport_that_can_be_proven_is_chosen() -> None:
@@ -412,7 +484,3 @@ async def test_without_a_proof_of_one_host_tcp_is_chosen_and_the_reason_said() -
         row = p.links.describe()[0]
         assert row["transport"] == "tcp"
         assert row["reason"].startswith("shm: not on this host")
-
-
-def _plain(fingerprint: Fingerprint) -> dict[str, object]:
-    return {name: getattr(fingerprint, name) for name in fingerprint.__dataclass_fields__}

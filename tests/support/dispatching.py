@@ -1,0 +1,65 @@
+"""A gateway that sends one attempt where the test says, and notes what comes of it.
+
+For what no gateway would choose: a node that does not match, or one that has just been filled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Sequence
+
+from common.bus import Bus
+from common.config import BusSettings
+from common.messages import Dispatch, Failed, Stage, Tokens, TokensAck, TookOver
+from common.redis_client import RedisClient
+from common.registry import NodeRecord
+from common.requests import Requests
+from common.sampling import SamplingParams
+
+
+@dataclasses.dataclass(slots=True)
+class Answer:
+    """One choice: its tokens by position, who said that it took over, and the prefix that was cached."""
+
+    tokens: dict[int, int] = dataclasses.field(default_factory=dict)
+    took_over: set[str] = dataclasses.field(default_factory=set)
+    cached_tokens: int = 0
+    failed: Failed | None = None
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        return tuple(self.tokens[position] for position in sorted(self.tokens))
+
+
+async def dispatch(
+    redis: RedisClient, name: str, prompt: Sequence[int], params: SamplingParams, first: NodeRecord,
+    decode: NodeRecord | None = None, *, limit_s: float = 120.0,
+) -> Answer:  # fmt: skip
+    """Request `name` at node `first`, which is to hand it over to `decode`; until its end."""
+    answer = Answer()
+    async with Bus(f"gateway-{name}", BusSettings()) as bus, asyncio.timeout(limit_s):
+        sent = Dispatch(
+            name, 1, (0,), tuple(prompt), len(prompt), params, f"gateway-{name}", bus.endpoint,
+            decode.incarnation if decode else "", decode.endpoint if decode else "", "", 0, 0, "",
+        )  # fmt: skip
+        assert await Requests(redis).accept(sent, first.incarnation)
+        reason = ""
+        while not reason or len(answer.tokens) < max(answer.tokens) - len(prompt) + 1:
+            received = await bus.receive()
+            message = received.message
+            if isinstance(message, Failed):
+                answer.failed = message
+                return answer
+            if isinstance(message, TookOver):
+                answer.took_over.add(message.node)
+            elif isinstance(message, Stage):
+                answer.cached_tokens = max(answer.cached_tokens, message.cached_tokens)
+            elif isinstance(message, Tokens):
+                for run in message.runs:
+                    answer.tokens.update(enumerate(run.token_ids, run.position))
+                    reason = reason or run.finish_reason
+                below = max(answer.tokens) + 1
+                ack = TokensAck(f"gateway-{name}", ((name, 1, 0, below),))
+                bus.send(received.peer, ack)
+    return answer

@@ -1,0 +1,123 @@
+"""Layouts and fingerprints: what two nodes must have in common, and what is named where it differs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.kv_layout import Fingerprint, KVLayout, Mismatch, Segment
+
+LAYOUT = KVLayout.paged_attention(
+    num_layers=24, num_kv_heads=4, head_dim=64, block_size=16, dtype="bfloat16"
+)
+
+
+def layout(**fields: Any) -> KVLayout:
+    same: dict[str, Any] = {
+        "num_layers": 24, "num_kv_heads": 4, "head_dim": 64, "block_size": 16, "dtype": "bfloat16",
+    }  # fmt: skip
+    return KVLayout.paged_attention(**(same | fields))
+
+
+def changed(change: Callable[[Segment], Segment]) -> KVLayout:
+    return KVLayout(16, tuple(map(change, LAYOUT.segments)))
+
+
+def fingerprint(lies: KVLayout = LAYOUT, **fields: Any) -> Fingerprint:
+    same = Fingerprint("model", "revision", lies.describe(), "numerics", lies.block_size)
+    return dataclasses.replace(same, **fields)
+
+
+def test_a_layout_of_equal_layers_is_described_in_one_line() -> None:
+    assert LAYOUT.describe() == (
+        "layers 0-24: k bfloat16 heads 0-4 of 64, v bfloat16 heads 0-4 of 64"
+    )
+
+
+def test_layers_that_differ_are_described_in_groups() -> None:
+    def latent(segment: Segment) -> Segment:
+        if segment.layer not in (3, 4):
+            return segment
+        return dataclasses.replace(segment, kind="latent", shape=(16, 1, 576), head_end=1)
+
+    assert changed(latent).describe() == (
+        "layers 0-3: k bfloat16 heads 0-4 of 64, v bfloat16 heads 0-4 of 64; "
+        "layers 3-5: latent bfloat16 heads 0-1 of 576, latent bfloat16 heads 0-1 of 576; "
+        "layers 5-24: k bfloat16 heads 0-4 of 64, v bfloat16 heads 0-4 of 64"
+    )
+
+
+def test_a_layout_in_another_block_size_is_the_one_that_was_made_in_it() -> None:
+    other = layout(block_size=48)
+    assert LAYOUT.with_block_size(48) == other
+    assert other.describe() == LAYOUT.describe()
+    assert other.bytes_per_token == LAYOUT.bytes_per_token
+
+
+@pytest.mark.parametrize(
+    ("other", "differs"),
+    [
+        (fingerprint(model="m2"), ("model", "model", "m2")),
+        (fingerprint(revision="r2"), ("revision", "revision", "r2")),
+        (fingerprint(numerics="n2"), ("numerics", "numerics", "n2")),
+        (fingerprint(adapter="a2"), ("adapter", "", "a2")),
+        (fingerprint(layout(dtype="float32")), ("dtype", "bfloat16", "float32")),
+        (fingerprint(layout(num_layers=32)), ("num_layers", "24", "32")),
+        (fingerprint(layout(num_kv_heads=8)), ("num_kv_heads", "4", "8")),
+        (fingerprint(layout(head_dim=128)), ("head_dim", "64", "128")),
+        (
+            fingerprint(changed(lambda s: dataclasses.replace(s, head_start=4, head_end=8))),
+            ("head_range", "0-4", "4-8"),
+        ),
+        (
+            fingerprint(changed(lambda s: dataclasses.replace(s, dtype="float16")), revision="r2"),
+            ("revision", "revision", "r2"),
+        ),
+    ],
+)
+def test_the_field_that_differs_is_named_with_both_values(
+    other: Fingerprint, differs: tuple[str, str, str]
+) -> None:
+    mine = fingerprint()
+    assert mine.mismatch(other) == Mismatch(*differs)
+    assert other.mismatch(mine) == Mismatch(differs[0], differs[2], differs[1])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "5f0c" * 8, "layers 0-24: ", "layers 0-24: k", "layers 1-24: k bfloat16 heads 0-4 of 64",
+        "layers 0-24: v bfloat16 heads 0-4 of 64, k bfloat16 heads 0-4 of 64",
+        "layers 0-24: k bfloat16 heads 0-4 of 64", LAYOUT.describe() + "; layers 24-25: k",
+        "layers 0-" + "9" * 5000 + ": k bfloat16 heads 0-4 of 64",
+    ],
+)  # fmt: skip
+def test_a_layout_whose_difference_has_no_name_differs_as_a_whole(text: str) -> None:
+    """Of another version, of other kinds, or nonsense: said as it is, never an exception."""
+    mine, other = fingerprint(), fingerprint(layout=text)
+    assert mine.mismatch(other) == Mismatch("layout", LAYOUT.describe(), text)
+
+
+@given(
+    text=st.text()
+    | st.from_regex(r"layers \d{1,9}-\d{1,9}: ([kv] \w+ heads \d{1,9}-\d{1,9} of [\dx]+(, )?)*")
+)
+@settings(max_examples=300, deadline=None)
+def test_whatever_a_peer_says_of_its_layout_has_a_field_that_differs(text: str) -> None:
+    differs = fingerprint().mismatch(fingerprint(layout=text))
+    assert differs is not None
+    assert differs.mine != differs.yours
+    assert differs.field in (
+        "layout", "num_layers", "dtype", "num_kv_heads", "head_range", "head_dim",
+    )  # fmt: skip
+
+
+def test_the_block_size_is_everybodys_own_choice_and_part_of_every_hash() -> None:
+    mine, other = fingerprint(), fingerprint(layout(block_size=32))
+    assert mine.mismatch(other) is None
+    assert mine.digest() != other.digest()
