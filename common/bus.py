@@ -409,7 +409,8 @@ class Bus:
             link.socket.close(linger=linger_ms)
         self.counts[reason.value] += 1
         self._events.put_nowait(LinkEvent(link.peer, link.id, reason))
-        log.debug("bus.down", peer=link.peer, link=link.id, reason=reason.value)
+        say = log.debug if reason in (Down.CLOSED, Down.GOODBYE) else log.info
+        say("bus.down", peer=link.peer, link=link.id, reason=reason.value)
 
     def _socket(self, kind: int) -> Any:
         settings = self._settings
