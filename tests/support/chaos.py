@@ -11,8 +11,9 @@ import asyncio
 import contextlib
 import json
 import re
+import signal
 import time
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -91,11 +92,32 @@ class Chaotic(Deployment):
             if not path.name.startswith("state."):
                 path.unlink()
 
+    def make_good(self, victim: str) -> None:
+        """Whoever was stopped goes on, and its cable is put back; for others nothing happens."""
+        if victim in self.processes:
+            self.signal(victim, signal.SIGCONT)
+        if self.network is not None:
+            self.network.put_back(victim)
+
+    @contextlib.asynccontextmanager
+    async def made_good(self) -> AsyncIterator[None]:
+        """After a failure the next case begins with new processes."""
+        try:
+            yield
+        except BaseException:
+            for name in list(self.processes):
+                if name in self.roles:
+                    self.make_good(name)
+                self.kill(name)
+            raise
+
     # ── The idle state ───────────────────────────────────────────────────────────────────────────
 
     async def settle(self) -> None:
         """Everybody has a link with everybody he will ever have one with; what a process that is
         new here then holds, idle, is what it may hold at most from now on."""
+        self.start_missing()
+        await self.wait_ready()
         while not await self._all_linked():
             self._rounds += 1
             assert self._rounds < 1000, "some nodes never hand over to each other"
@@ -133,6 +155,22 @@ class Chaotic(Deployment):
             if found and (at := datetime.fromisoformat(found[1]).timestamp()) >= since:
                 return at
         return None
+
+    async def wait_all_declared(self, name: str, since: float) -> float:
+        """Until `name`, cut off, has declared everybody dead whom it knew; when it did so last."""
+        records = await self.records()
+        known = [
+            records[other].incarnation for other in self.processes
+            if self.roles.get(other) != self.roles[name]
+        ]  # fmt: skip
+        found: list[float | None] = []
+
+        def declared() -> bool:
+            found[:] = [self.declared_at(name, incarnation, since) for incarnation in known]
+            return None not in found
+
+        await wait_until(declared, f"{name} has declared {known} dead")
+        return max(at for at in found if at is not None)
 
     def noted(self, name: str) -> dict[str, Any]:
         """What a node says that it holds; nothing for a gateway, or one that has just started."""
