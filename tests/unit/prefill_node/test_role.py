@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Coroutine, Iterator
 from typing import Any
 
@@ -60,6 +61,10 @@ class Node:
         self.deleted: list[Entry] = []
         self.peers = Snapshot({}, {}, "")
         self.tasks: list[asyncio.Task[None]] = []
+        self.lost: set[str] = set()
+
+    def is_lost(self, peer: str) -> bool:
+        return peer in self.lost
 
     def ready_blocks(self, *_: object) -> list[object]:
         return []
@@ -208,6 +213,19 @@ async def test_a_prompt_without_a_decode_node_waits_for_one(
     role.peers_changed()
     await opened(node)
     role.peers_changed()
+    assert node.links.committed == [key("d2")]
+    role.sent(ended("d2", Outcome.ADOPTED))
+
+
+async def test_a_node_that_is_known_to_be_lost_is_not_asked_again_for_every_prompt(
+    node: Node, role: prefill.PrefillRole
+) -> None:
+    node.decode_nodes("d1", "d2")
+    node.lost = {"d1"}
+    entry = an_entry()
+    chosen = dataclasses.replace(entry.dispatch, decode_node="d1", decode_endpoint="tcp://d1:1")
+    role.accept(dataclasses.replace(entry, dispatch=chosen))
+    await step(node, role)
     assert node.links.committed == [key("d2")]
     role.sent(ended("d2", Outcome.ADOPTED))
 
