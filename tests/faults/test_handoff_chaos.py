@@ -93,23 +93,20 @@ async def test_after_a_fault_everything_ends_right_and_nothing_is_left(
     system.give_order(*POINTS[point], kind)
     seconds_of: dict[str, dict[str, float]] = {}
     declared: dict[str, float] = {}
-    async with system.made_good(), Load(system.url, asked) as load:
-        await wait_until(lambda: system.taken_by() is not None, f"a node gets to {point!r}")
-        victim, struck_at = system.taken_by(), time.monotonic()
-        assert victim is not None
-        if kind == "kill":
-            system.processes.pop(victim).wait()
-        if kind == "abort":
-            for task in load.tasks:
-                task.cancel()
-            await asyncio.gather(*load.tasks, return_exceptions=True)
-        else:
-            finishing = asyncio.create_task(load.finish(expected, may_fail=True))
-            if kind in ("kill", "stop", "cut") and fault != SHORT:
-                declared = await nodes[victim].wait_declared(given_at)
-                seconds_of["declared"] = {name: at - given_at for name, at in declared.items()}
-                seconds_of["gone"] = await nodes[victim].wait_gone(declared)
-            assert await finishing < struck_at + 15.0, "the others take over"
+    async with system.made_good():
+        async with Load(system.url, asked) as load:
+            await wait_until(lambda: system.taken_by() is not None, f"a node gets to {point!r}")
+            victim, struck_at = system.taken_by(), time.monotonic()
+            assert victim is not None
+            if kind == "kill":
+                system.processes.pop(victim).wait()
+            if kind != "abort":
+                finishing = asyncio.create_task(load.finish(expected, may_fail=True))
+                if kind in ("kill", "stop", "cut") and fault != SHORT:
+                    declared = await nodes[victim].wait_declared(given_at)
+                    seconds_of["declared"] = {name: at - given_at for name, at in declared.items()}
+                    seconds_of["gone"] = await nodes[victim].wait_gone(declared)
+                assert await finishing < struck_at + 15.0, "the others take over"
         ended_at = time.time()
         since = {n: max(declared.get(n, 0.0), ended_at) for n in system.processes if n != victim}
         if declared:  # the victim is still away: the others serve on without it
@@ -126,6 +123,7 @@ async def test_after_a_fault_everything_ends_right_and_nothing_is_left(
         seconds_of["idle again" if declared else "idle"] = await system.wait_idle(since)
         system.start_missing()
         await system.wait_ready()
+        system.check_sockets()
         await serves(system, later, expected_later)
         await system.assert_idle()
     note(system, point, fault, load, seconds_of)

@@ -37,12 +37,14 @@ class Chaotic(Deployment):
     def __init__(self, folder: Path, transport: str, network: Network | None) -> None:
         self.network, self.orders = network, folder / "orders"
         self.orders.mkdir()
+        self._sockets: Path | None = None
         flags, options = ("--transports", transport, *BEATS), ()
         gateway_flags: tuple[str, ...] = BEATS
         if network is not None:
-            (folder / "shm").mkdir()
+            self._sockets = folder / "shm"
+            self._sockets.mkdir()
             key = ("--bus-secret-key-file", str(folder / "bus.key"))
-            flags = (*flags, *key, "--shm-dir", str(folder / "shm"))
+            flags = (*flags, *key, "--shm-dir", str(self._sockets))
             gateway_flags = (*BEATS, *key, "--bus-host", HUB)
             options = ("--bind", "127.0.0.1", HUB, "--protected-mode", "no")
         super().__init__(
@@ -198,6 +200,12 @@ class Chaotic(Deployment):
         elapsed = {name: last[name] - since[name] for name in since}
         assert max(elapsed.values()) <= GONE_S, f"idle only after {elapsed}"
         return elapsed
+
+    def check_sockets(self) -> None:
+        """What a killed node left in the folder of sockets is gone when another has started."""
+        found = list(self._sockets.glob("*")) if self._sockets is not None else []
+        shares = self.network is not None and self.transport == "shm"
+        assert len(found) == (len(self.roles) if shares else 0), found
 
     async def _buses(self) -> set[Place]:
         ends = [r.endpoint.removeprefix("tcp://") for r in (await self.records()).values()]

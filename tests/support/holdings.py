@@ -62,8 +62,12 @@ def holdings(pid: int) -> Holdings:
 
 
 def shared_files() -> frozenset[str]:
-    """What lies in /dev/shm under a name."""
-    return frozenset(os.listdir(SHM)) if SHM.exists() else frozenset()
+    """What of ours lies in /dev/shm under a name: nothing should, ever. Others may use it, too."""
+    return (
+        frozenset(name for name in os.listdir(SHM) if "pdq" in name)
+        if SHM.exists()
+        else frozenset()
+    )
 
 
 def _links(pid: int) -> list[str]:
