@@ -24,6 +24,10 @@ A link goes down, with one event that says why, when
     goodbye        the peer ended in order
     closed         we closed it
 
+A connection that a peer made is closed by ZeroMQ, when its own heartbeats, which need no event loop
+at the other end, are unanswered for twice the silence that ends a link, a second at least: of a peer
+that was stopped, or is gone without a word, nothing is left here.
+
 Time in which we ourselves did not run, or could not read because our own inbox was full, is never
 held against a peer. Messages for a peer without link, or that a link that is down still brings,
 are not delivered: `send` raises `LinkLost`, and late input is counted and dropped.
@@ -156,6 +160,9 @@ class Bus:
             self._authenticator.configure_curve_callback("pdq", _OneKey(public_key))
         self._router = self._socket(zmq.ROUTER)
         self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        silence_s = settings.missed_beats * settings.beat_interval_s
+        self._router.setsockopt(zmq.HEARTBEAT_IVL, round(1000 * settings.beat_interval_s))
+        self._router.setsockopt(zmq.HEARTBEAT_TIMEOUT, round(1000 * max(1.0, 2 * silence_s)))
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         try:
             self._router.bind(f"tcp://{host}:{settings.port or '*'}")
@@ -409,7 +416,8 @@ class Bus:
             link.socket.close(linger=linger_ms)
         self.counts[reason.value] += 1
         self._events.put_nowait(LinkEvent(link.peer, link.id, reason))
-        log.debug("bus.down", peer=link.peer, link=link.id, reason=reason.value)
+        say = log.debug if reason in (Down.CLOSED, Down.GOODBYE) else log.info
+        say("bus.down", peer=link.peer, link=link.id, reason=reason.value)
 
     def _socket(self, kind: int) -> Any:
         settings = self._settings

@@ -51,6 +51,7 @@ class NodeQueue:
         self._incarnation = incarnation
         self._stream = client.keys.stream(incarnation)
         self._in_hand: set[str] = set()
+        self._over: set[str] = set()  # could not be deleted yet
         self._answer_lost = False
         self.dropped = 0  # entries whose claim was lost, superseded or unknown, or malformed
 
@@ -72,6 +73,8 @@ class NodeQueue:
         """
         if capacity <= 0:
             return []
+        if self._over:
+            await self.done(())
         entries: list[tuple[str, dict[bytes, bytes] | None]] = []
         again = self._answer_lost
         if again:
@@ -95,9 +98,12 @@ class NodeQueue:
         return taken
 
     async def done(self, entries: Iterable[Entry]) -> None:
-        """Delete entries whose attempt is over here, whatever became of it."""
-        ids = [entry.id for entry in entries]
+        """Delete entries whose attempt is over here, whatever became of it; what Redis did not
+        hear of is deleted with the next call, or before the next `take`."""
+        self._over.update(entry.id for entry in entries)
+        ids = sorted(self._over)
         await self._delete(ids)
+        self._over.difference_update(ids)
         self._in_hand.difference_update(ids)
 
     async def _claimed(self, fields: dict[bytes, bytes] | None) -> Dispatch | None:

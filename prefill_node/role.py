@@ -183,17 +183,20 @@ class PrefillRole:
         return handover.sequence.choice == choices[0]
 
     def choose(self, handover: Handover) -> tuple[str, str] | None:
-        """The gateway's choice; else the decode node with the most free positions."""
-        dispatch = _dispatch(handover.attempt)
-        if dispatch.decode_node and dispatch.decode_node not in handover.refused:
-            return dispatch.decode_node, dispatch.decode_endpoint
-        if self._node.peers is None:
+        """The gateway's choice; else the decode node with the most free positions. None that is known
+        to be lost: to try it again would cost each choice the time in which silence becomes death."""
+        dispatch, node = _dispatch(handover.attempt), self._node
+        chosen = dispatch.decode_node
+        if chosen and chosen not in handover.refused and not node.is_lost(chosen):
+            return chosen, dispatch.decode_endpoint
+        if node.peers is None:
             return None
         candidates = [
             record
-            for record in self._node.peers.of_role(Role.DECODE, Role.UNIFIED)
+            for record in node.peers.of_role(Role.DECODE, Role.UNIFIED)
             if record.state is NodeState.READY and record.incarnation not in handover.refused
-        ]
+            and not node.is_lost(record.incarnation)
+        ]  # fmt: skip
         if not candidates:
             return None
         best = max(candidates, key=lambda record: record.free_blocks * record.block_size)

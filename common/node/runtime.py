@@ -25,7 +25,7 @@ from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 from common import bus_setup
-from common.bus import Bus
+from common.bus import Bus, Down
 from common.config import NodeSettings
 from common.engine import Engine, loading
 from common.engine.engine import PlannedStep
@@ -54,6 +54,7 @@ GATEWAY_GRACE_S = 3.0  # for a gateway's link to come back before its requests a
 QUEUE_WAIT_S = 1.0
 BLOCKED_WAIT_S = 0.005  # until the engine looks again whether a lease has ended
 FAILURES_REMEMBERED = 1024  # to say again on a new link
+SLOW_DEATHS = frozenset({Down.SILENT, Down.STALLED, Down.UNREACHABLE})  # found out by waiting
 MAX_FAILED_STEPS = 3  # in a row: then the engine is broken, and the node ends
 
 
@@ -98,6 +99,7 @@ class Node:
         self._room = asyncio.Event()
         self._stopping = asyncio.Event()
         self._gateways: dict[str, asyncio.TimerHandle] = {}  # lost ones, by when they are given up
+        self._lost: dict[str, int] = {}  # peer → beats in its record then
         self._started_at = int(time.time() * 1000)
         self._computing = False
         self._beats = 0
@@ -116,6 +118,11 @@ class Node:
         """Have a link with a peer, or raise `LinkLost`."""
         if self.bus.link(peer) is None:
             self.bus.connect(peer, endpoint)
+
+    def is_lost(self, peer: str) -> bool:
+        """Whether we waited for it in vain, and its record in the registry has not moved since."""
+        record = self.peers.records.get(peer) if self.peers is not None else None
+        return peer in self._lost and (record is None or record.beats <= self._lost[peer])
 
     def wake(self) -> None:
         """There may be work for the engine, or room for another entry."""
@@ -303,8 +310,12 @@ class Node:
                 timer = self._gateways.pop(event.peer, None)
                 if timer is not None:
                     timer.cancel()
+                self._lost.pop(event.peer, None)
                 self._say_again(event.peer)
                 continue
+            if event.reason in SLOW_DEATHS and self.bus.link(event.peer) is None:
+                record = self.peers.records.get(event.peer) if self.peers is not None else None
+                self._lost[event.peer] = record.beats if record is not None else 0
             self.links.connection_lost(event.link)
             if self.bus.link(event.peer) is None and event.peer not in self._gateways:
                 loop = asyncio.get_running_loop()
@@ -333,6 +344,8 @@ class Node:
             try:
                 await self.registry.announce(self.record())
                 self.peers = await self.registry.snapshot()
+                for name in self._lost.keys() - self.peers.records.keys():
+                    del self._lost[name]  # names are never used again
                 self._feed_gateways()
                 self.role.peers_changed()
             except ServiceUnavailable as error:
@@ -413,7 +426,7 @@ class Node:
         try:
             await self.queue.done([entry])
         except ServiceUnavailable as error:
-            log.warning("entry.kept", error=error)  # it expires with the stream
+            log.warning("entry.kept", error=error)  # until Redis is back
 
     def spawn(self, coroutine: Coroutine[object, object, None]) -> None:
         """Run something in the background; `run` waits for it at the end."""

@@ -85,7 +85,8 @@ def test_it_installs_into_an_environment_that_is_there(tmp_path: Path) -> None:
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, source / name)
     environment = tmp_path / "environment"
-    subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True, timeout=120)
+    make = [sys.executable, "-m", "venv", "--without-pip", str(environment)]
+    subprocess.run(make, check=True, timeout=120)
     python = environment / "bin" / "python"
     # What is there already: everything that this Python has, but not pdq itself.
     site = subprocess.run(
@@ -95,7 +96,8 @@ def test_it_installs_into_an_environment_that_is_there(tmp_path: Path) -> None:
     ours = next(path for path in sys.path if path.endswith("site-packages"))
     Path(site, "there_already.pth").write_text(f"{ours}\n")
     done = subprocess.run(
-        [str(python), "-m", "pip", "install", "--quiet", "--editable", str(source)],
+        [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet",
+         "--editable", str(source)],
         capture_output=True, text=True, timeout=280, check=False,
     )  # fmt: skip
     if "No matching distribution found for setuptools" in done.stderr:

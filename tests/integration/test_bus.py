@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import os
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from common.codec import encode
 from common.config import BusSettings
 from common.errors import ConfigError, LinkLost, ResourceError
 from common.messages import Abort, Beat, Cancel, Release
+from tests.support.holdings import holdings
 from tests.support.redis import wait_until
 
 FAST = BusSettings(beat_interval_s=0.02, missed_beats=5, stall_limit_s=0.2)
@@ -151,6 +153,8 @@ async def main():
     interval, missed = float(sys.argv[1]), int(sys.argv[2])
     bus = Bus("b-1", BusSettings(beat_interval_s=interval, missed_beats=missed))
     await bus.start()
+    if len(sys.argv) > 3:
+        bus.connect(*sys.argv[3:])
     print(bus.endpoint, flush=True)
     await asyncio.Event().wait()
 
@@ -160,10 +164,10 @@ asyncio.run(main())
 
 @asynccontextmanager
 async def a_peer_process(
-    beat_interval_s: float, missed_beats: int = 5
+    beat_interval_s: float, missed_beats: int = 5, *, connects_to: tuple[str, ...] = ()
 ) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", PEER, str(beat_interval_s), str(missed_beats),
+        sys.executable, "-c", PEER, str(beat_interval_s), str(missed_beats), *connects_to,
         stdout=subprocess.PIPE,
     )  # fmt: skip
     assert process.stdout is not None
@@ -192,6 +196,21 @@ async def test_a_stopped_peer_is_silent_and_what_it_says_later_is_dropped() -> N
         process.send_signal(signal.SIGCONT)
         assert a.connect("b-1", endpoint) != first
         assert (await until_up(a)).peer == "b-1"
+
+
+async def test_of_a_stopped_peer_that_had_connected_no_connection_is_left() -> None:
+    async with buses("a-1") as (a,):
+        port = int(a.endpoint.rpartition(":")[2])
+
+        def connected() -> bool:
+            return any(c.own.port == port for c in holdings(os.getpid()).connections)
+
+        async with a_peer_process(0.02, connects_to=("a-1", a.endpoint)) as (process, _):
+            await until_up(a)
+            assert connected()
+            process.send_signal(signal.SIGSTOP)
+            assert (await until_down(a)).reason is Down.SILENT
+            await wait_until(lambda: not connected(), "its connection is closed")
 
 
 async def test_a_peer_that_is_busy_without_progress_is_stalled() -> None:

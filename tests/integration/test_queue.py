@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from common.errors import ServiceUnavailable
 from common.queue import NodeQueue, QueueLength, move_unread, queue_lengths
 from common.redis_client import RedisClient
 from common.requests import Load, Requests
@@ -55,6 +56,27 @@ async def test_done_deletes_entries_and_does_not_only_acknowledge_them(
     await queue.done(entries[1:])
     assert await redis_client.command("XLEN", redis_client.keys.stream("p-1")) == 0
     assert await queue_lengths(redis_client, ["p-1"]) == [QueueLength(0, 0)]
+
+
+async def test_what_could_not_be_deleted_goes_when_redis_is_back(
+    redis_client: RedisClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue = await a_queue(redis_client, "p-1")
+    await fill(redis_client, "p-1", 3)
+    entries = await queue.take(3)
+
+    async def away(*_: object) -> None:
+        raise ServiceUnavailable("Redis cannot be reached")
+
+    with monkeypatch.context() as outage:
+        outage.setattr(redis_client, "pipeline", away)
+        for entry in entries[:2]:
+            with pytest.raises(ServiceUnavailable):
+                await queue.done([entry])
+    assert await queue_lengths(redis_client, ["p-1"]) == [QueueLength(waiting=0, at_work=3)]
+    assert await queue.take(5) == []
+    assert await queue_lengths(redis_client, ["p-1"]) == [QueueLength(waiting=0, at_work=1)]
+    await queue.done(entries[2:])
 
 
 async def test_waiting_ends_as_soon_as_an_entry_comes(redis_client: RedisClient) -> None:

@@ -2,7 +2,8 @@
 
 What comes before FOLDER are the flags of a node. At each KV message that it sends or takes, the bus
 looks whether FOLDER holds an order for this role and this point, takes it (once, whichever node
-comes first), and does what it says: to this process, to this frame, or to all frames for a while.
+comes first), and does what it says: to this process, to its cable, or to this frame. What the node
+holds is written down beside the orders whenever it changes, for a test that cannot ask.
 Production code is not changed: the process builds its node with this bus in place of the other.
 """
 
@@ -14,7 +15,9 @@ import json
 import os
 import random
 import signal
+import subprocess
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,8 +27,11 @@ from common.bus import Bus
 from common.codec import decode
 from common.config import NodeSettings, load
 from common.errors import LinkLost, MalformedMessage
+from common.logs import configure
 from common.messages import Blocks, Message
 from kv_transfer.link import TRANSFER_MESSAGES
+
+LOOK_S = 0.02  # between two looks at what is held
 
 FOLDER = Path()
 KILLS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
@@ -50,18 +56,13 @@ class ChaoticBus(Bus):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self._open = asyncio.Event()
-        self._open.set()
-        self._held: list[tuple[Any, Sequence[bytes]]] = []
         self._random = random.Random(1)
 
     def _send(self, link: Any, frames: Sequence[bytes]) -> None:
         message = decode(frames[0])
         if isinstance(message, TRANSFER_MESSAGES):
             frames = self._at(f"send {type(message).__name__}", message, link, frames)
-        if not self._open.is_set():
-            self._held.append((link, frames))
-        elif frames:
+        if frames:
             super()._send(link, frames)
 
     async def receive(self) -> Any:
@@ -69,9 +70,6 @@ class ChaoticBus(Bus):
         if isinstance(received.message, TRANSFER_MESSAGES):
             self._at(f"take {type(received.message).__name__}", received.message, None, ())
         return received
-
-    async def _read(self, socket: Any, link: Any) -> None:
-        await super()._read(_Gated(socket, self._open), link)
 
     def _at(
         self, point: str, message: Message, link: Any, frames: Sequence[bytes]
@@ -84,8 +82,7 @@ class ChaoticBus(Bus):
         if fault in KILLS:
             os.kill(os.getpid(), KILLS[fault])
         elif fault == "cut":
-            self._open.clear()
-            loop.call_later(found["seconds"], self._heal)
+            subprocess.run(found["commands"][self.node.name], check=True)
         elif fault == "duplicate":
             for delay in (0.0, 0.2, 3.0):
                 loop.call_later(delay, self._again, link, frames)
@@ -122,23 +119,43 @@ class ChaoticBus(Bus):
             if self.link(link.peer) == link.id:
                 super()._send(link, frames)
 
-    def _heal(self) -> None:
-        self._open.set()
-        held, self._held = self._held, []
-        for link, frames in held:
-            self._again(link, frames)
 
+class Notes:
+    """What the node holds, for whom, in `state.PID.json`."""
 
-class _Gated:
-    """A socket from which nothing comes while the gate is shut."""
+    def __init__(self, node: Any, folder: Path) -> None:
+        self._node, self._path = node, folder / f"state.{os.getpid()}.json"
+        self._peers: dict[str, str] = {}  # link → peer, of every link there has been
 
-    def __init__(self, socket: Any, gate: asyncio.Event) -> None:
-        self._socket, self._gate = socket, gate
+    async def keep(self) -> None:
+        before: dict[str, Any] | None = None
+        while True:
+            now = self._look() if hasattr(self._node, "links") else None
+            if now != before:
+                unfinished = self._path.with_suffix(".new")
+                unfinished.write_text(json.dumps(now))
+                unfinished.rename(self._path)
+                before = now
+            await asyncio.sleep(LOOK_S)
 
-    async def recv_multipart(self) -> Any:
-        frames = await self._socket.recv_multipart()
-        await self._gate.wait()
-        return frames
+    def _look(self) -> dict[str, Any]:
+        node = self._node
+        self._peers.update((name, link.peer) for name, link in node.links._links.items())
+        leases, scheduler = node.leases, node.engine.scheduler
+        of: Counter[str] = Counter()
+        of.update(self._peers.get(key.link, "?") for key in node.links.handoff.states())
+        of.update(self._peers.get(key.link, "?") for key in node.links.intake.states())
+        of.update(self._peers.get(key.link, "?") for key in list(leases._open))
+        of.update(self._peers.get(lease.link, "?") for lease in list(leases._ending))
+        of.update(self._peers.get(link, "?") for link in list(leases._touched))
+        of.update(link.peer for link in node.links._links.values())
+        held = {
+            "used blocks": node.engine.pool.num_blocks - node.engine.pool.num_free,
+            "waiting": scheduler.num_waiting, "running": scheduler.num_running,
+            "open": node.role.num_open, "leases": sum(leases.count().values()),
+            "reserved": node.kv.num_reserved, "unacknowledged": node.tokens.num_unacknowledged,
+        }  # fmt: skip
+        return {"held": {name: n for name, n in held.items() if n}, "of": dict(of)}
 
 
 async def serve(settings: NodeSettings) -> None:
@@ -147,13 +164,19 @@ async def serve(settings: NodeSettings) -> None:
     node = runtime.Node(settings)
     ChaoticBus.node = node
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, node.stop)
-    await node.run()
+    notes = asyncio.create_task(Notes(node, FOLDER).keep())
+    try:
+        await node.run()
+    finally:
+        notes.cancel()
 
 
 def main() -> None:
     global FOLDER
     FOLDER = Path(sys.argv[-1])
-    asyncio.run(serve(load(NodeSettings, sys.argv[1:-1], os.environ, program="node")))
+    settings = load(NodeSettings, sys.argv[1:-1], os.environ, program="node")
+    configure(settings.name, settings.log.level)
+    asyncio.run(serve(settings))
 
 
 if __name__ == "__main__":

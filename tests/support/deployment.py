@@ -40,13 +40,14 @@ class Deployment:
     def __init__(
         self, model: Path, *, prefill: int = 0, decode: int = 0, unified: int = 0,
         flags: tuple[str, ...] = (), gateway_flags: tuple[str, ...] = (),
+        redis_options: tuple[str, ...] = (),
     ) -> None:  # fmt: skip
         self.model = model
         roles = ["prefill"] * prefill + ["decode"] * decode + ["unified"] * unified
         self.roles = {f"{role}-{index}": role for index, role in enumerate(roles)}
         self.flags = flags
         self.gateway_flags = gateway_flags
-        self.redis = EmbeddedRedis()
+        self.redis = EmbeddedRedis(options=redis_options)
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.urls: dict[str, str] = {}  # of the gateways, by name
         self._logs = Path(tempfile.mkdtemp(prefix="pdq-test-"))
@@ -89,12 +90,16 @@ class Deployment:
             "--max-num-seqs", "16", "--max-num-batched-tokens", "256", *self.flags,
         )  # fmt: skip
 
+    def command(self, name: str, module: str, *arguments: str) -> list[str]:
+        """What is started under this name."""
+        return [sys.executable, "-m", module, "--redis-url", self.redis.url, *arguments]
+
     def start(self, name: str, module: str, *arguments: str) -> None:
         log = (self._logs / f"{name}.log").open("ab")
         with log:
             self.processes[name] = subprocess.Popen(
-                [sys.executable, "-m", module, "--redis-url", self.redis.url, *arguments],
-                cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                self.command(name, module, *arguments), cwd=ROOT,
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"},
             )  # fmt: skip
 

@@ -10,6 +10,7 @@ import asyncio
 import dataclasses
 import json
 import time
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -50,7 +51,20 @@ def bodies(
 
 
 def truth(engine: Engine, asked: Sequence[Body]) -> list[list[Completion]]:
-    """What the in-process engine says to each, all its choices in order."""
+    """What the in-process engine says to each, all its choices in order. Asked once of an engine."""
+    known = _KNOWN.setdefault(engine, {})
+    key = json.dumps(asked)
+    if key not in known:
+        known[key] = _answers(engine, asked)
+    return known[key]
+
+
+_KNOWN: weakref.WeakKeyDictionary[Engine, dict[str, list[list[Completion]]]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def _answers(engine: Engine, asked: Sequence[Body]) -> list[list[Completion]]:
     answers: dict[int, list[Completion]] = {}
     for n in {body.get("n", 1) for body in asked}:
         group = [index for index, body in enumerate(asked) if body.get("n", 1) == n]

@@ -73,6 +73,10 @@ class ScriptedNode:
         self.deleted: list[Entry] = []
         self.peers = Snapshot({}, {}, "")
         self.tasks: list[asyncio.Task[None]] = []
+        self.lost: set[str] = set()
+
+    def is_lost(self, peer: str) -> bool:
+        return peer in self.lost
 
     def ready_blocks(
         self, sequence: object, table: list[int], start: int, end: int, computed: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import pytest
@@ -149,6 +150,19 @@ async def test_a_prompt_without_a_decode_node_waits_for_one(
     role.peers_changed()
     await node.opened()
     role.peers_changed()
+    assert node.links.committed == [key("d2")]
+    role.sent(ended("d2", Outcome.ADOPTED))
+
+
+async def test_a_node_that_is_known_to_be_lost_is_not_asked_again_for_every_prompt(
+    node: ScriptedNode, role: prefill.PrefillRole
+) -> None:
+    node.decode_nodes("d1", "d2")
+    node.lost = {"d1"}
+    entry = an_entry()
+    chosen = dataclasses.replace(entry.dispatch, decode_node="d1", decode_endpoint="tcp://d1:1")
+    role.accept(dataclasses.replace(entry, dispatch=chosen))
+    await node.step(role)
     assert node.links.committed == [key("d2")]
     role.sent(ended("d2", Outcome.ADOPTED))
 
