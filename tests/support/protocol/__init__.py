@@ -1,0 +1,10 @@
+"""Both ends of the handoff protocol in a model of everything around them.
+
+    model.py      identities of blocks, and a block pool whose blocks hold one value each
+    driver.py     nodes, effects, copies, and what must hold: shared by the two that follow
+    world.py      random schedules, on a virtual network and clock
+    search.py     every schedule, of small cases
+    mutations.py  rules taken out, one at a time: each must be noticed
+
+`python -m tests.support.protocol --help` runs more of it than `make test` does.
+"""
