@@ -58,8 +58,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 
 # Without the CUDA 13 build, and torch's own CUDA, that nixl's package asks for: it runs on CPU here.
 $(NIXL): $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps nixl nixl-cu12
-	touch $@
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps nixl nixl-cu12 \
+		&& touch $@ || echo "nixl cannot be installed here: its tests skip" >&2
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -17,6 +17,7 @@ import time
 
 import pytest
 
+from common.child_process import die_with_parent
 from tests.support.protocol.model import Violation
 from tests.support.protocol.mutations import MUTATIONS, Mutation
 from tests.support.protocol.search import explore
@@ -43,7 +44,9 @@ def run_for(seconds: float, first: int, step: int) -> int:
 def schedules(seconds: float) -> None:
     began = time.monotonic()
     fork = multiprocessing.get_context("fork")
-    with concurrent.futures.ProcessPoolExecutor(PROCESSES, fork) as pool:
+    with concurrent.futures.ProcessPoolExecutor(
+        PROCESSES, fork, initializer=die_with_parent(os.getpid())
+    ) as pool:
         counts = pool.map(run_for, *zip(
             *((seconds, first, PROCESSES) for first in range(PROCESSES)), strict=True,
         ))  # fmt: skip

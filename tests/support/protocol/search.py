@@ -9,20 +9,25 @@ happen, where everything must be idle; and it must not come back to a state that
 that would be a schedule without end. So from every state, every schedule without further faults
 ends, and ends idle.
 
-In the last layer, where no fault can follow, prompts that cannot matter to each other any more are
-not interleaved: the steps of one are a persistent set, since all of them commute with all of the
-other's (`System.are_independent`), and no cycle can leave one out for ever, as there are none.
+Prompts that cannot matter to each other any more (`System.are_independent`): every step and every
+fault of one commutes with every step of the other. Hence two reductions. In the last layer, where
+no fault can follow, they are not interleaved: the steps of one are a persistent set, and no cycle
+can leave the other out for ever, as there are none. And a fault of one prompt is not tried in a
+state that a step of the other led to: tried before that step it leads to the same.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import gc
 import multiprocessing
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from common.child_process import die_with_parent
 from tests.support.protocol.model import Violation
 from tests.support.protocol.system import Choice, System, load, save
 
@@ -42,7 +47,7 @@ class Found:
 Way = tuple[Any, ...]
 """How a state was reached, backwards: (the way before, the choice), or () at the start."""
 
-Kept = tuple[bytes, Way]
+Kept = tuple[int, bytes, Way]
 
 
 def _told(way: Way) -> str:
@@ -62,13 +67,16 @@ class _Frame:
     data: bytes
     steps: list[Choice]
     way: Way
+    independent: bool  # its prompts cannot matter to each other any more
 
 
 class Walk:
-    """One layer. `seen` holds the hashes of all views so far, 64 bits each."""
+    """One layer. Views are known by their hashes, of 64 bits."""
 
-    def __init__(self, seen: set[int], *, last: bool) -> None:
-        self.seen, self.last = seen, last
+    def __init__(self, *, last: bool, reduced: bool, before: Walk | None = None) -> None:
+        self.last, self.reduced = last, reduced
+        self.seen: set[int] = before.seen if before else set()
+        self.led_to: dict[int, set[str]] = before.led_to if before else {}  # by a step of whom
         self.found = Found()
         self.kept: list[Kept] = []  # states of this layer, from which faults are still possible
 
@@ -77,67 +85,90 @@ class Walk:
         by which way."""
         standing: set[int] = set()
         stack: list[_Frame] = []
+        independent = False
         while True:
             if choice is not None:
                 way = (way, choice)
             try:
                 if choice is not None:
                     system.take(choice)
-                frame = self._enter(system, way, standing)
+                frame = self._enter(system, way, standing, choice if independent else None)
             except Violation as violation:
                 raise Violation(f"{violation}\n{_told(way)}") from None
-            if frame is not None:
+            if frame is None:
+                system.forget()
+            else:
                 stack.append(frame)
                 standing.add(frame.view)
             while stack and not stack[-1].steps:
-                standing.discard(stack.pop().view)
+                done = stack.pop()
+                standing.discard(done.view)
+                if done.system is not None:
+                    done.system.forget()
             if not stack:
                 return
             frame = stack[-1]
             system, frame.system = frame.system or load(frame.data), None
-            choice, way = frame.steps.pop(), frame.way
+            choice, way, independent = frame.steps.pop(), frame.way, frame.independent
 
-    def _enter(self, system: System, way: Way, standing: set[int]) -> _Frame | None:
-        """A state that was not seen before, checked; None for one that was."""
+    def _enter(
+        self, system: System, way: Way, standing: set[int], alone: Choice | None
+    ) -> _Frame | None:
+        """A state that was not seen before, checked; None for one that was. `alone`: the step that
+        led to it, if it could not matter to other prompts."""
         view = hash(system.view())
         self.found.transitions += 1
+        if alone is not None and not self.last:
+            self.led_to.setdefault(view, set()).add(alone.request)
         if view in self.seen:
             if view in standing:
                 raise Violation("a schedule without end")
             return None
         system.check()
-        steps = self._steps(system)
+        steps = system.steps()
         if not steps:
             system.check_quiet()
             self.found.ends += 1
+        independent = self.reduced and len(system.work) > 1 and system.are_independent()
+        if independent and self.last:
+            steps = self._of_one(steps)
         self.seen.add(view)
         self.found.states += 1
         data = save(system) if len(steps) > 1 or not self.last else b""
         if not self.last:
-            self.kept.append((data, way))
-        return _Frame(view, system, data, steps, way)
+            self.kept.append((view, data, way))
+        return _Frame(view, system, data, steps, way, independent)
 
-    def _steps(self, system: System) -> list[Choice]:
-        steps = system.steps()
-        if self.last and len(steps) > 1 and system.are_independent():
-            for name in system.work:
-                if own := [step for step in steps if step.request == name]:
-                    return own
+    def _of_one(self, steps: list[Choice]) -> list[Choice]:
+        """Those of the first prompt that has any."""
+        for step in steps:
+            if step.request:
+                return [other for other in steps if other.request == step.request]
         return steps
 
     def walk_faults(self, states: Iterable[Kept]) -> Found:
         """One fault more in each of these states, then all that follows."""
-        for data, way in states:
-            for fault in load(data).faults():
-                self.walk(load(data), fault, way)
+        for view, data, way in states:
+            system = load(data)
+            others = self.led_to.get(view, ())
+            for fault in system.faults():
+                if not fault.request or all(name == fault.request for name in others):
+                    self.walk(load(data), fault, way)
+            system.forget()
         return self.found
 
 
-def _collect_seldom() -> None:
-    """Systems are full of circles and short-lived; what is kept is not: look at little, and seldom."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(100_000, 50, 1000)
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without garbage collection: it would look at all that is kept, again and again, and systems go
+    without it (`System.forget`)."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 _shared: Walk  # of a worker process: it was forked with what is known already
@@ -145,33 +176,34 @@ _states: list[Kept]
 
 
 def _share(part: int, parts: int) -> Found:
-    _collect_seldom()
-    return _shared.walk_faults(_states[part::parts])
+    with _uncollected():
+        return _shared.walk_faults(_states[part::parts])
 
 
 def explore(
-    prompts: int, faults: int, *, digests: bool = True, processes: int = 1,
+    prompts: int, faults: int, *, digests: bool = True, processes: int = 1, reduced: bool = True,
     say: Callable[[str], object] = lambda _: None,
 ) -> Found:  # fmt: skip
-    """Walk everything. `Violation` for anything that must not be.
+    """Walk everything; not `reduced`: every interleaving too. `Violation` for anything that must
+    not be.
 
     With several processes each walks a share of the last layer; what two of them reach is counted
     twice.
     """
-    _collect_seldom()
-    walk = Walk(set(), last=faults == 0)
-    walk.walk(System(prompts, digests=digests), None)
-    total = walk.found
-    for layer in range(1, faults + 1):
-        say(f"{layer - 1} faults: {total}")
-        states = walk.kept
-        walk = Walk(walk.seen, last=layer == faults)
-        if processes > 1 and walk.last:
-            _in_processes(walk, states, processes)
-        else:
-            walk.walk_faults(states)
-        total.add(walk.found)
-    say(f"{faults} faults: {total}")
+    with _uncollected():
+        walk = Walk(last=faults == 0, reduced=reduced)
+        walk.walk(System(prompts, digests=digests), None)
+        total = walk.found
+        for layer in range(1, faults + 1):
+            say(f"{layer - 1} faults: {total}")
+            states = walk.kept
+            walk = Walk(last=layer == faults, reduced=reduced, before=walk)
+            if processes > 1 and walk.last:
+                _in_processes(walk, states, processes)
+            else:
+                walk.walk_faults(states)
+            total.add(walk.found)
+        say(f"{faults} faults: {total}")
     return total
 
 
@@ -179,6 +211,8 @@ def _in_processes(walk: Walk, states: list[Kept], processes: int) -> None:
     global _shared, _states
     _shared, _states = walk, states
     fork = multiprocessing.get_context("fork")
-    with concurrent.futures.ProcessPoolExecutor(processes, fork) as pool:
+    with concurrent.futures.ProcessPoolExecutor(
+        processes, fork, initializer=die_with_parent(os.getpid())
+    ) as pool:
         for found in pool.map(_share, range(processes), [processes] * processes):
             walk.found.add(found)

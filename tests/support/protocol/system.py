@@ -124,8 +124,11 @@ class System(Driver):
         found = []
         for i, request in self._on_the_way():
             found += [Choice("lost", i, request), Choice("doubled", i, request)]
-        for i, running in enumerate(self.copies):
-            found.append(Choice("corrupted", i, running.copy.key.request))
+        if self.digests:  # nothing else notices that
+            found += [
+                Choice("corrupted", i, running.copy.key.request)
+                for i, running in enumerate(self.copies)
+            ]
         for node, kind in ((self.source, "cancel_sending"), (self.target, "cancel_receiving")):
             end = node.handoff if node is self.source else node.intake
             found += [Choice(kind, key.request, key.request) for key in end.states()]
@@ -258,6 +261,10 @@ class System(Driver):
     def on_cancel_receiving(self, name: str) -> None:
         key = Key(LINK, name, 1, 0)
         self.perform(self.target, self.target.intake.cancel(key, "given_up", now=self.now))
+
+    def forget(self) -> None:
+        """This copy is not needed any more: its circles are cut, so that it goes at once."""
+        self.__dict__.clear()
 
     # What the driver leaves to us
 
