@@ -3,7 +3,8 @@
     model.py      identities of blocks, and a block pool whose blocks hold one value each
     driver.py     nodes, effects, copies, and what must hold: shared by the two that follow
     world.py      random schedules, on a virtual network and clock
-    search.py     every schedule, of small cases
+    system.py     one link, and all that can happen on it next
+    search.py     every schedule of that; snapshots.py copies what it walks over
     mutations.py  rules taken out, one at a time: each must be noticed
 
 `python -m tests.support.protocol --help` runs more of it than `make test` does.

@@ -58,15 +58,17 @@ def schedules(seconds: float) -> None:
     )
 
 
-def exhaustive(prompts: int, faults: int, digests: bool) -> None:
+def exhaustive(prompts: int, faults: int, digests: bool, part: int, parts: int) -> None:
     began = time.monotonic()
 
     def say(what: str) -> None:
         print(f"{time.monotonic() - began:7.1f} s  {what}", flush=True)
 
-    found = explore(prompts, faults, digests=digests, processes=PROCESSES, say=say)
+    found = explore(
+        prompts, faults, digests=digests, processes=PROCESSES, part=part, parts=parts, say=say
+    )
     print(
-        f"{prompts} prompts, 3 blocks, {faults} faults: {found.states} states, "
+        f"{prompts} prompts, 3 blocks, {faults} faults, part {part} of {parts}: {found.states} states, "
         f"{found.transitions} transitions, {found.ends} ends, all idle, "
         f"in {time.monotonic() - began:.0f} s"
     )
@@ -113,12 +115,16 @@ def main() -> int:
     walked.add_argument("--prompts", type=int, choices=[1, 2], default=2)
     walked.add_argument("--faults", type=int, default=2)
     walked.add_argument("--no-digests", action="store_true")
+    walked.add_argument("--part", default="1/1", help="2/3: the second third of the last layer")
     commands.add_parser("mutations", help="each rule taken out, in both")
     arguments = parser.parse_args()
     if arguments.command == "schedules":
         schedules(arguments.seconds)
     elif arguments.command == "exhaustive":
-        exhaustive(arguments.prompts, arguments.faults, not arguments.no_digests)
+        part, _, parts = arguments.part.partition("/")
+        exhaustive(
+            arguments.prompts, arguments.faults, not arguments.no_digests, int(part), int(parts)
+        )
     else:
         return 0 if mutations() else 1
     return 0

@@ -29,7 +29,8 @@ from typing import Any
 
 from common.child_process import die_with_parent
 from tests.support.protocol.model import Violation
-from tests.support.protocol.system import Choice, System, load, save
+from tests.support.protocol.snapshots import load, save
+from tests.support.protocol.system import Choice, System
 
 
 @dataclasses.dataclass(slots=True)
@@ -181,14 +182,14 @@ def _share(part: int, parts: int) -> Found:
 
 
 def explore(
-    prompts: int, faults: int, *, digests: bool = True, processes: int = 1, reduced: bool = True,
-    say: Callable[[str], object] = lambda _: None,
+    prompts: int, faults: int, *, digests: bool = True, reduced: bool = True, processes: int = 1,
+    part: int = 1, parts: int = 1, say: Callable[[str], object] = lambda _: None,
 ) -> Found:  # fmt: skip
     """Walk everything; not `reduced`: every interleaving too. `Violation` for anything that must
     not be.
 
     With several processes each walks a share of the last layer; what two of them reach is counted
-    twice.
+    twice. `part` of `parts`, from 1: only that share of the last layer, after all that is before it.
     """
     with _uncollected():
         walk = Walk(last=faults == 0, reduced=reduced)
@@ -198,6 +199,7 @@ def explore(
             say(f"{layer - 1} faults: {total}")
             states = walk.kept
             walk = Walk(last=layer == faults, reduced=reduced, before=walk)
+            states = states[part - 1 :: parts] if walk.last else states
             if processes > 1 and walk.last:
                 _in_processes(walk, states, processes)
             else:

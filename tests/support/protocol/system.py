@@ -12,16 +12,15 @@ finished handoff came to. A message that cannot change anything any more is take
 
 from __future__ import annotations
 
-import copyreg
+import collections
 import dataclasses
-import io
-import pickle
 from typing import Any, NamedTuple, cast
 
 from common.kv_layout import Fingerprint
 from common.messages import MESSAGES, Abort, Grant, Message
 from kv_transfer import handoff, intake
-from kv_transfer.lease import Leases
+from kv_transfer import lease as lease_module
+from kv_transfer.lease import Lease, Leases
 from kv_transfer.ports import (
     Adopted,
     Copy,
@@ -34,6 +33,7 @@ from kv_transfer.ports import (
 )
 from tests.support.protocol.driver import Driver, Node, Prefill, Running
 from tests.support.protocol.model import BLOCK, FINGERPRINT, Pool, identities, require
+from tests.support.protocol.snapshots import VALUES, keep_by_code, keep_by_number, number_of
 
 LINK = "link"
 PROMPTS = {"a": (1, 2, 3), "b": (1, 2, 4, 5)}  # a full block and a tail; two full blocks
@@ -399,50 +399,17 @@ class System(Driver):
         )  # fmt: skip
 
 
-# Copies of systems. What never changes is kept once, by number, and shared by all copies
-
 NO_LOCK, UNCOUNTED = NoLock(), Uncounted()
 NO_HANDOFF = NoHandoff(Leases(Pool(cast(Any, None), 0)), SETTINGS)
 NO_INTAKE = NoIntake(Pool(cast(Any, None), 0), FINGERPRINT, SETTINGS)
-VALUES: list[Any] = []
-_NUMBERS: dict[Any, int] = {}
 
-
-def number_of(value: Any) -> int:
-    number = _NUMBERS.get(value)
-    if number is None:
-        number = _NUMBERS[value] = len(VALUES)
-        VALUES.append(value)
-    return number
-
-
-def _value(number: int) -> Any:
-    return VALUES[number]
-
-
-def _by_number(value: Any) -> tuple[Any, tuple[int]]:
-    return _value, (number_of(value),)
-
-
-_TABLE = copyreg.dispatch_table.copy()
-_TABLE.update(dict.fromkeys(
+keep_by_number(
     [*MESSAGES.values(), Key, Copy, Piece, ReadyBlock, TransferSettings, Fingerprint, Outcome,
-     handoff.State, intake.State, NoLock, Uncounted, NoHandoff, NoIntake],
-    _by_number,
-))  # fmt: skip
-
-
-def save(system: System) -> bytes:
-    file = io.BytesIO()
-    pickler = pickle.Pickler(file, protocol=5)
-    pickler.dispatch_table = _TABLE
-    pickler.dump(system)
-    return file.getvalue()
-
-
-def load(data: bytes) -> System:
-    system: System = pickle.loads(data)
-    return system
-
-
+     handoff.State, intake.State, NoLock, Uncounted, NoHandoff, NoIntake]
+)  # fmt: skip
+keep_by_code(
+    [System, Node, Pool, Prefill, Running, Reservation, Adopted, Lease, Leases, lease_module._nothing,
+     handoff.Handoff, handoff._Link, handoff._Entry, intake.Intake, intake._Link, intake._Entry,
+     collections.Counter, collections.OrderedDict, collections.deque]
+)  # fmt: skip
 assert Reservation.__eq__ is object.__eq__, "a reservation is one of a kind: copies keep that"

@@ -12,7 +12,8 @@ import pytest
 from tests.support.protocol.model import Violation
 from tests.support.protocol.mutations import MUTATIONS, Mutation
 from tests.support.protocol.search import explore
-from tests.support.protocol.system import LINK, Choice, System, load, save
+from tests.support.protocol.snapshots import load, save
+from tests.support.protocol.system import LINK, Choice, System
 
 
 @pytest.mark.parametrize(("prompts", "faults"), [(1, 0), (1, 1), (2, 0)])
