@@ -18,6 +18,7 @@ state that a step of the other led to: tried before that step it leads to the sa
 
 from __future__ import annotations
 
+import array
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -36,13 +37,8 @@ from tests.support.protocol.system import Choice, System
 @dataclasses.dataclass(slots=True)
 class Found:
     states: int = 0
-    transitions: int = 0
+    transitions: int = 0  # taken, some of them by several processes
     ends: int = 0  # states in which nothing can happen any more
-
-    def add(self, other: Found) -> None:
-        self.states += other.states
-        self.transitions += other.transitions
-        self.ends += other.ends
 
 
 Way = tuple[Any, ...]
@@ -78,7 +74,9 @@ class Walk:
         self.last, self.reduced = last, reduced
         self.seen: set[int] = before.seen if before else set()
         self.led_to: dict[int, set[str]] = before.led_to if before else {}  # by a step of whom
-        self.found = Found()
+        self.entered = array.array("q")
+        self.ended = array.array("q")
+        self.transitions = 0
         self.kept: list[Kept] = []  # states of this layer, from which faults are still possible
 
     def walk(self, system: System, choice: Choice | None, way: Way = ()) -> None:
@@ -118,7 +116,7 @@ class Walk:
         """A state that was not seen before, checked; None for one that was. `alone`: the step that
         led to it, if it could not matter to other prompts."""
         view = hash(system.view())
-        self.found.transitions += 1
+        self.transitions += 1
         if alone is not None and not self.last:
             self.led_to.setdefault(view, set()).add(alone.request)
         if view in self.seen:
@@ -129,12 +127,12 @@ class Walk:
         steps = system.steps()
         if not steps:
             system.check_quiet()
-            self.found.ends += 1
+            self.ended.append(view)
         independent = self.reduced and len(system.work) > 1 and system.are_independent()
         if independent and self.last:
             steps = self._of_one(steps)
         self.seen.add(view)
-        self.found.states += 1
+        self.entered.append(view)
         data = save(system) if len(steps) > 1 or not self.last else b""
         if not self.last:
             self.kept.append((view, data, way))
@@ -147,7 +145,7 @@ class Walk:
                 return [other for other in steps if other.request == step.request]
         return steps
 
-    def walk_faults(self, states: Iterable[Kept]) -> Found:
+    def walk_faults(self, states: Iterable[Kept]) -> None:
         """One fault more in each of these states, then all that follows."""
         for view, data, way in states:
             system = load(data)
@@ -156,7 +154,6 @@ class Walk:
                 if not fault.request or all(name == fault.request for name in others):
                     self.walk(load(data), fault, way)
             system.forget()
-        return self.found
 
 
 @contextlib.contextmanager
@@ -176,9 +173,10 @@ _shared: Walk  # of a worker process: it was forked with what is known already
 _states: list[Kept]
 
 
-def _share(part: int, parts: int) -> Found:
+def _share(part: int, parts: int) -> tuple[array.array[int], array.array[int], int]:
     with _uncollected():
-        return _shared.walk_faults(_states[part::parts])
+        _shared.walk_faults(_states[part::parts])
+    return _shared.entered, _shared.ended, _shared.transitions
 
 
 def explore(
@@ -188,24 +186,26 @@ def explore(
     """Walk everything; not `reduced`: every interleaving too. `Violation` for anything that must
     not be.
 
-    With several processes each walks a share of the last layer; what two of them reach is counted
-    twice. `part` of `parts`, from 1: only that share of the last layer, after all that is before it.
+    Several processes walk a share of the last layer each. `part` of `parts`, from 1: only that share
+    of the last layer, after all that is before it.
     """
+    total = Found()
+    walk: Walk | None = None
     with _uncollected():
-        walk = Walk(last=faults == 0, reduced=reduced)
-        walk.walk(System(prompts, digests=digests), None)
-        total = walk.found
-        for layer in range(1, faults + 1):
-            say(f"{layer - 1} faults: {total}")
-            states = walk.kept
-            walk = Walk(last=layer == faults, reduced=reduced, before=walk)
-            states = states[part - 1 :: parts] if walk.last else states
-            if processes > 1 and walk.last:
-                _in_processes(walk, states, processes)
+        for layer in range(faults + 1):
+            before, walk = walk, Walk(last=layer == faults, reduced=reduced, before=walk)
+            if before is None:
+                walk.walk(System(prompts, digests=digests), None)
             else:
-                walk.walk_faults(states)
-            total.add(walk.found)
-        say(f"{faults} faults: {total}")
+                states = before.kept[part - 1 :: parts] if walk.last else before.kept
+                if processes > 1 and walk.last:
+                    _in_processes(walk, states, processes)
+                else:
+                    walk.walk_faults(states)
+            total.states += len(walk.entered)
+            total.ends += len(walk.ended)
+            total.transitions += walk.transitions
+            say(f"{layer} faults: {total}")
     return total
 
 
@@ -213,8 +213,15 @@ def _in_processes(walk: Walk, states: list[Kept], processes: int) -> None:
     global _shared, _states
     _shared, _states = walk, states
     fork = multiprocessing.get_context("fork")
+    entered: set[int] = set()
+    ended: set[int] = set()
     with concurrent.futures.ProcessPoolExecutor(
         processes, fork, initializer=die_with_parent(os.getpid())
     ) as pool:
-        for found in pool.map(_share, range(processes), [processes] * processes):
-            walk.found.add(found)
+        for states_of_one, ends_of_one, transitions in pool.map(
+            _share, range(processes), [processes] * processes
+        ):
+            entered.update(states_of_one)
+            ended.update(ends_of_one)
+            walk.transitions += transitions
+    walk.entered, walk.ended = array.array("q", entered), array.array("q", ended)
