@@ -11,7 +11,8 @@ import pickle
 from collections.abc import Callable, Iterable
 from typing import Any
 
-VALUES: list[Any] = []  # by number
+VALUES: list[Any] = []  # by number, which processes may give differently
+HASHES: list[int] = []  # of these values, by number: equal in all processes that were forked
 _NUMBERS: dict[Any, int] = {}
 _REDUCERS: dict[type, Callable[[Any], tuple[Any, tuple[int]]]] = copyreg.dispatch_table.copy()
 
@@ -22,6 +23,7 @@ def number_of(value: Any) -> int:
     if number is None:
         number = _NUMBERS[value] = len(VALUES)
         VALUES.append(value)
+        HASHES.append(hash(value))
     return number
 
 

@@ -33,7 +33,7 @@ from kv_transfer.ports import (
 )
 from tests.support.protocol.driver import Driver, Node, Prefill, Running
 from tests.support.protocol.model import BLOCK, FINGERPRINT, Pool, identities, require
-from tests.support.protocol.snapshots import VALUES, keep_by_code, keep_by_number, number_of
+from tests.support.protocol.snapshots import HASHES, VALUES, keep_by_code, keep_by_number, number_of
 
 LINK = "link"
 PROMPTS = {"a": (1, 2, 3), "b": (1, 2, 4, 5)}  # a full block and a tail; two full blocks
@@ -375,7 +375,8 @@ class System(Driver):
         order = sorted(waiting, key=lambda key: waiting[key].order) if len(waiting) > 1 else ()
         return (
             tuple(parts), repr(blocks), tuple(key.request for key in order),
-            tuple(sorted(self.net)), LINK in source.open, LINK in self.target.open,
+            tuple(sorted((to_source, HASHES[number]) for to_source, number in self.net)),
+            LINK in source.open, LINK in self.target.open,
             tuple(source.pool.references), tuple(source.pool.generation),
             tuple((r.copy.key.request, r.copy.pieces[0].index, r.found[0][0]) for r in self.copies),
             tuple((key.request, *lease.blocks) for key, lease in source.leases._open.items()),
