@@ -303,10 +303,13 @@ class Node:
         waited for. Whether it arrived, as far as this end knows."""
         rng, now, handoff = self.air.random, self.links._clock, self.links.handoff
         names, full = identities(tokens), len(tokens) // BLOCK
-        async with asyncio.timeout(20):
-            link = await self.links.open(to)
-            while (taken := self.pool.take(names, full)) is None:  # noqa: ASYNC110  (any release)
-                await asyncio.sleep(0.002)
+        try:
+            async with asyncio.timeout(NEVER):
+                link = await self.links.open(to)
+                while (taken := self.pool.take(names, full)) is None:  # noqa: ASYNC110  (any release)
+                    await asyncio.sleep(0.002)
+        except TimeoutError:
+            raise Mixed("room is never given back") from None
         blocks, cached = taken
         key = Key(link, request, attempt, 0)
         ended = self.ended[key] = asyncio.get_running_loop().create_future()
@@ -517,6 +520,11 @@ def lease_outlives_its_link(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(sys.modules[__name__], "NEVER", 3.0)
 
 
+def failed_intake_keeps_its_reservation(patch: pytest.MonkeyPatch) -> None:
+    mutations.failed_intake_keeps_its_reservation(patch)
+    patch.setattr(sys.modules[__name__], "NEVER", 3.0)
+
+
 @dataclasses.dataclass(frozen=True)
 class Mutation:
     """A rule taken out, over which transport. Where digests are on, they alone would hide it."""
@@ -544,7 +552,7 @@ MUTATIONS = [
     Mutation(mutations.lease_ends_with_own_abort, cuts=0, aborts=6, slow=0.5),
     Mutation(lease_holds_no_reference, "tcp", cuts=0),
     Mutation(mutations.release_while_a_copy_runs, cuts=0, aborts=6, slow=0.5),
-    Mutation(mutations.failed_intake_keeps_its_reservation, aborts=6),
+    Mutation(failed_intake_keeps_its_reservation, aborts=6),
     Mutation(mutations.terminal_answers_are_forgotten),
     Mutation(lease_outlives_its_link),
 ]
