@@ -13,7 +13,8 @@ Prompts that cannot matter to each other any more (`System.are_independent`): ev
 fault of one commutes with every step of the other. Hence two reductions. In the last layer, where
 no fault can follow, they are not interleaved: the steps of one are a persistent set, and no cycle
 can leave the other out for ever, as there are none. And a fault of one prompt is not tried in a
-state that a step of the other led to: tried before that step it leads to the same.
+state that a step of the other led to, from one of the same layer: tried before that step it leads
+to the same.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import dataclasses
 import gc
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from common.child_process import die_with_parent
@@ -73,7 +74,9 @@ class Walk:
     def __init__(self, *, last: bool, reduced: bool, before: Walk | None = None) -> None:
         self.last, self.reduced = last, reduced
         self.seen: set[int] = before.seen if before else set()
-        self.led_to: dict[int, set[str]] = before.led_to if before else {}  # by a step of whom
+        self.led_to: dict[
+            int, set[str]
+        ] = {}  # states of this layer: by a step of whom in this layer
         self.entered = array.array("q")
         self.ended = array.array("q")
         self.transitions = 0
@@ -145,11 +148,11 @@ class Walk:
                 return [other for other in steps if other.request == step.request]
         return steps
 
-    def walk_faults(self, states: Iterable[Kept]) -> None:
-        """One fault more in each of these states, then all that follows."""
+    def walk_faults(self, states: Iterable[Kept], led_to: Mapping[int, set[str]]) -> None:
+        """One fault more in each of these states of the layer before, then all that follows."""
         for view, data, way in states:
             system = load(data)
-            others = self.led_to.get(view, ())
+            others = led_to.get(view, ())
             for fault in system.faults():
                 if not fault.request or all(name == fault.request for name in others):
                     self.walk(load(data), fault, way)
@@ -171,11 +174,12 @@ def _uncollected() -> Iterator[None]:
 
 _shared: Walk  # of a worker process: it was forked with what is known already
 _states: list[Kept]
+_led_to: Mapping[int, set[str]]
 
 
 def _share(part: int, parts: int) -> tuple[array.array[int], array.array[int], int]:
     with _uncollected():
-        _shared.walk_faults(_states[part::parts])
+        _shared.walk_faults(_states[part::parts], _led_to)
     return _shared.entered, _shared.ended, _shared.transitions
 
 
@@ -199,9 +203,9 @@ def explore(
             else:
                 states = before.kept[part - 1 :: parts] if walk.last else before.kept
                 if processes > 1 and walk.last:
-                    _in_processes(walk, states, processes)
+                    _in_processes(walk, states, before.led_to, processes)
                 else:
-                    walk.walk_faults(states)
+                    walk.walk_faults(states, before.led_to)
             total.states += len(walk.entered)
             total.ends += len(walk.ended)
             total.transitions += walk.transitions
@@ -209,9 +213,11 @@ def explore(
     return total
 
 
-def _in_processes(walk: Walk, states: list[Kept], processes: int) -> None:
-    global _shared, _states
-    _shared, _states = walk, states
+def _in_processes(
+    walk: Walk, states: list[Kept], led_to: Mapping[int, set[str]], processes: int
+) -> None:
+    global _shared, _states, _led_to
+    _shared, _states, _led_to = walk, states, led_to
     fork = multiprocessing.get_context("fork")
     entered: set[int] = set()
     ended: set[int] = set()
