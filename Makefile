@@ -4,13 +4,14 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+NIXL := $(VENV)/.nixl
 
-.PHONY: serve test lint bench bench-handoff chaos-handoff test-gpu bench-gpu clean
+.PHONY: serve test lint bench bench-handoff proof fuzz chaos-handoff test-gpu bench-gpu clean
 
 serve: $(INSTALLED)
 	$(BIN)/pdq serve $(ARGS)
 
-test: $(INSTALLED) lint
+test: $(INSTALLED) $(NIXL) lint
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(INSTALLED)
@@ -25,6 +26,18 @@ bench: $(INSTALLED)
 # Transports against memcpy and a bare socket, then the latency of handoffs between real nodes.
 bench-handoff: $(INSTALLED)
 	$(BIN)/python -m bench.handoff $(ARGS)
+
+# The handoff protocol: 10^5 random schedules, every schedule of two prompts, three blocks and two
+# faults, and each rule taken out. Minutes; `make test` has a part of each.
+proof: $(INSTALLED)
+	$(BIN)/python -m tests.support.protocol schedules
+	$(BIN)/python -m tests.support.protocol mutations
+	$(BIN)/python -m tests.support.protocol exhaustive
+
+# Every decoder under atheris (libFuzzer): five minutes, or `ARGS="codec --seconds 3600"`.
+fuzz: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt atheris
+	$(BIN)/python -m tests.fuzz $(ARGS)
 
 # Every fault at every moment of a handoff, over shm and tcp: 146 cases, 40 minutes; `make test` has a
 # sample. CHAOS_TABLE=FILE in the environment adds a row per case to that file.
@@ -43,6 +56,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt "torch>=2.11"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
+
+# Without the CUDA 13 build, and torch's own CUDA, that nixl's package asks for: it runs on CPU here.
+$(NIXL): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps nixl nixl-cu12 \
+		&& touch $@ || echo "nixl cannot be installed here: its tests skip" >&2
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -2,7 +2,9 @@
 
 Owns the mapping between the dataclasses of messages.py and bytes. Unknown version, unknown kind,
 a missing or surplus field, a wrong type, or trailing bytes raise `MalformedMessage`, whatever the
-input; nothing is allocated beyond what the input itself holds. The only user of msgpack.
+input; nothing is allocated beyond what the input itself holds: msgpack makes room for as many
+entries as a list claims to have, level below level, so that it is skipped through first, which
+allocates nothing and fails where a claim is not followed by its bytes. The only user of msgpack.
 """
 
 from __future__ import annotations
@@ -44,10 +46,13 @@ def decode(data: bytes | bytearray | memoryview) -> Message:
         raise MalformedMessage(
             f"message version {found}, this is version {VERSION}: the sender is another pdq"
         )
-    limit = len(view)
+    body, limit = view[1:], len(view)
     try:
+        claims = msgpack.Unpacker(max_buffer_size=limit)
+        claims.feed(body)
+        claims.skip()  # `OutOfData` unless every entry that is claimed is there
         value = msgpack.unpackb(
-            view[1:], raw=False, strict_map_key=True, use_list=True, max_str_len=limit,
+            body, raw=False, strict_map_key=True, use_list=True, max_str_len=limit,
             max_bin_len=limit, max_array_len=limit, max_map_len=limit, max_ext_len=0,
         )  # fmt: skip
     except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
@@ -106,11 +111,17 @@ def _checker(annotation: Any) -> _Check:
 
 def _dataclass_checker(message_type: type[Any]) -> _Check:
     hints = typing.get_type_hints(message_type)
-    fields = [(f.name, _checker(hints[f.name])) for f in dataclasses.fields(message_type)]
+    fields = [
+        (f".{f.name}", hints[f.name], _checker(hints[f.name]))
+        for f in dataclasses.fields(message_type)
+    ]
 
     def check(value: Any, where: str) -> Any:
         values = _a_list(value, where, len(fields))
-        checked = [f(v, f"{where}.{name}") for (name, f), v in zip(fields, values, strict=True)]
+        checked = [  # most are of a plain type, and right
+            v if type(v) is hint else f(v, where + name)
+            for (name, hint, f), v in zip(fields, values, strict=True)
+        ]
         try:
             return message_type(*checked)
         except InvalidRequest as error:

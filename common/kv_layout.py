@@ -10,6 +10,7 @@ contiguous piece; the pool is block-major, so that sending a block is one contig
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -181,6 +182,7 @@ def _layout_mismatch(differs: Mismatch) -> Mismatch:
     return differs
 
 
+@functools.lru_cache(maxsize=1024)  # asked for with every prompt; few fingerprints, some tenants
 def root_hash(fingerprint: Fingerprint, cache_salt: str = "") -> bytes:
     """The parent of a first block: covers fingerprint, adapter, block size and tenant salt."""
     return hashlib.blake2b(

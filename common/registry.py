@@ -157,7 +157,7 @@ class Registry:
         records = {
             name: record
             for name, fields in zip(index, stored, strict=True)
-            if (record := _record(fields))
+            if (record := record_of(fields))
         }
         return Snapshot(records, ages, generation)
 
@@ -180,7 +180,8 @@ class Registry:
             await asyncio.sleep(interval_s)
 
 
-def _record(reply: Mapping[bytes, bytes]) -> NodeRecord | None:
+def record_of(reply: Mapping[bytes, bytes]) -> NodeRecord | None:
+    """The record in a reply to HGETALL; None, and logged, if it cannot be read or there is none."""
     stored = {text(name): text(value) for name, value in reply.items()}
     hints = typing.get_type_hints(NodeRecord)
     values: dict[str, Any] = {}

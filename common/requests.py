@@ -22,6 +22,7 @@ from typing import Any
 
 from common import redis_scripts as scripts
 from common.codec import encode
+from common.logs import get_logger
 from common.messages import Dispatch
 from common.redis_client import RedisClient, text
 from common.request_state import State
@@ -30,6 +31,8 @@ __all__ = [
     "AttemptRecord", "ChoiceRecord", "Claim", "Load", "RequestRecord", "Requests", "Standing",
     "State",
 ]  # fmt: skip
+
+log = get_logger("requests")
 
 
 class Claim(enum.StrEnum):
@@ -235,14 +238,14 @@ class Requests:
         return record
 
     async def get_all(self, requests: Sequence[str]) -> list[RequestRecord | None]:
-        """Records in the order asked; None for one that is gone."""
+        """Records in the order asked; None for one that is gone, or that cannot be read."""
         if not requests:
             return []
         replies = await self._client.pipeline(
             *(("HGETALL", self._keys.request(request)) for request in requests)
         )
         return [
-            _record(request, reply) if reply else None
+            record_of(request, reply) if reply else None
             for request, reply in zip(requests, replies, strict=True)
         ]
 
@@ -265,9 +268,7 @@ class Requests:
             *(("HGETALL", self._keys.load(incarnation)) for incarnation in incarnations)
         )
         return {
-            incarnation: Load(
-                int(reply.get(b"requests", 0)), max(0, int(reply.get(b"prompt_tokens", 0)))
-            )
+            incarnation: load_of(reply)
             for incarnation, reply in zip(incarnations, replies, strict=True)
         }
 
@@ -318,10 +319,28 @@ def _pairs(fields: Mapping[str, Any]) -> list[Any]:
     return [part for pair in fields.items() for part in pair]
 
 
-def _record(request: str, reply: Mapping[bytes, bytes]) -> RequestRecord:
+def load_of(reply: Mapping[bytes, bytes]) -> Load:
+    """The load in a reply to HGETALL; what cannot be read counts as none, and is logged."""
+    try:
+        return Load(int(reply.get(b"requests", 0)), max(0, int(reply.get(b"prompt_tokens", 0))))
+    except ValueError as error:
+        log.warning("requests.unreadable_load", error=error)
+        return Load()
+
+
+def record_of(request: str, reply: Mapping[bytes, bytes]) -> RequestRecord | None:
+    """The record in a reply to HGETALL; None, and logged, if it is not one of this version."""
     fields = {text(name): text(value) for name, value in reply.items()}
+    try:
+        return _record(request, fields)
+    except (ValueError, KeyError) as error:
+        log.warning("requests.unreadable", request=request, error=repr(error))
+        return None
+
+
+def _record(request: str, fields: Mapping[str, str]) -> RequestRecord:
     attempts = sorted(
-        int(name[1:-8]) for name in fields if name[0] == "a" and name.endswith(".choices")
+        int(name[1:-8]) for name in fields if name[:1] == "a" and name.endswith(".choices")
     )
     return RequestRecord(
         request=request,

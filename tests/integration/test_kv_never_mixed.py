@@ -9,7 +9,8 @@ A block's content is a function of its token ids: every position holds a number 
 up to it. Whoever adopts a sequence reads every filled position of every block, at once and again
 later, and compares; whoever computes does so with the blocks that its prefix cache gave it.
 
-`PDQ_HANDOFFS` asks for more handoffs than `make test` runs. The rules are then taken out one at a
+Either end aborts now and then, and what did not arrive is tried again, to another node perhaps.
+`PDQ_HANDOFFS` asks for more requests than `make test` runs. The rules are then taken out one at a
 time, in the real code: each must be noticed.
 """
 
@@ -34,8 +35,6 @@ from common.messages import Message, Offer
 from common.sampling import SamplingParams
 from kv_transfer import pool_memory
 from kv_transfer.digests import tail_seed
-from kv_transfer.handoff import Handoff
-from kv_transfer.intake import Intake
 from kv_transfer.lease import Leases
 from kv_transfer.link import Links
 from kv_transfer.pool_memory import PoolMemory
@@ -44,6 +43,7 @@ from kv_transfer.ports import (
     Ended,
     Granted,
     Key,
+    Outcome,
     Piece,
     ReadyBlock,
     Reservation,
@@ -53,8 +53,9 @@ from kv_transfer.transports import shm, tcp
 from kv_transfer.transports.base import Source, Target
 from kv_transfer.transports.shm import ShmReader, ShmSource
 from kv_transfer.transports.tcp import TcpReader, TcpSource
+from tests.support.protocol import mutations
 
-HANDOFFS = int(os.environ.get("PDQ_HANDOFFS", "1500"))
+HANDOFFS = int(os.environ.get("PDQ_HANDOFFS", "3000"))
 BLOCK = 4
 LAYOUT = KVLayout.paged_attention(
     num_layers=2, num_kv_heads=4, head_dim=64, block_size=BLOCK, dtype="float32"
@@ -187,6 +188,7 @@ class Air:
         self.faults = True
         self.aborts = 40  # one prompt in so many blocks is aborted
         self.cuts = 0
+        self.adopted: set[Key] = set()
         self.connections: dict[frozenset[str], int] = {}
 
     def name(self, a: str, b: str) -> str:
@@ -259,6 +261,11 @@ class Node:
 
     def on_sent(self, effect: Granted | Ended) -> None:
         if isinstance(effect, Ended):
+            arrived = effect.key in self.air.adopted
+            if effect.outcome is not Outcome.LINK_LOST and arrived != (
+                effect.outcome is Outcome.ADOPTED
+            ):
+                self.failure = Mixed(f"arrived: {arrived}, here: {effect.outcome.value}")
             future = self.ended[effect.key]
             if not future.done():
                 future.set_result(effect)
@@ -266,6 +273,7 @@ class Node:
     def on_received(self, effect: Adopted | Ended) -> None:
         if isinstance(effect, Adopted):
             self.adopted += 1
+            self.air.adopted.add(effect.key)
             task = asyncio.get_running_loop().create_task(self.decode(effect))
             self.decoding.add(task)
             task.add_done_callback(self.decoding.discard)
@@ -286,14 +294,22 @@ class Node:
             self.pool.release(blocks)
             self.changed()
 
-    async def prefill(self, request: str, attempt: int, tokens: tuple[int, ...], to: str) -> None:
-        """One attempt: compute chunk by chunk, announce, commit; abort at times. Room is waited for."""
+    def give_up(self, key: Key) -> None:
+        """The receiving end aborts, if it has anything of this handoff."""
+        self.links.perform(self.links.intake.cancel(key, "given_up", now=self.links._clock()))
+
+    async def prefill(self, request: str, attempt: int, tokens: tuple[int, ...], to: str) -> bool:
+        """One attempt: compute chunk by chunk, announce, commit; either end aborts at times. Room is
+        waited for. Whether it arrived, as far as this end knows."""
         rng, now, handoff = self.air.random, self.links._clock, self.links.handoff
         names, full = identities(tokens), len(tokens) // BLOCK
-        async with asyncio.timeout(20):
-            link = await self.links.open(to)
-            while (taken := self.pool.take(names, full)) is None:  # noqa: ASYNC110  (any release)
-                await asyncio.sleep(0.002)
+        try:
+            async with asyncio.timeout(NEVER):
+                link = await self.links.open(to)
+                while (taken := self.pool.take(names, full)) is None:  # noqa: ASYNC110  (any release)
+                    await asyncio.sleep(0.002)
+        except TimeoutError:
+            raise Mixed("room is never given back") from None
         blocks, cached = taken
         key = Key(link, request, attempt, 0)
         ended = self.ended[key] = asyncio.get_running_loop().create_future()
@@ -306,7 +322,10 @@ class Node:
             try:
                 self.links.perform(handoff.offer(offer, now=now()))
             except KeyError:
-                return
+                return False
+            if self.air.faults and rng.randrange(2 * self.air.aborts) == 0:
+                loop = asyncio.get_running_loop()
+                loop.call_later(rng.random() * 0.02, self.air.nodes[to].give_up, key)
             computed, abort_at = 0, rng.randrange(self.air.aborts) if self.air.faults else 99
             while computed < len(names) and not ended.done():
                 end = min(len(names), computed + rng.randrange(1, 4))
@@ -333,9 +352,10 @@ class Node:
             self.pool.release(blocks)  # from here on only the lease holds them
             self.changed()
         try:
-            await asyncio.wait_for(ended, NEVER)
+            end = await asyncio.wait_for(ended, NEVER)
         except TimeoutError:
             raise Mixed("a handoff never ends") from None
+        return end.outcome is Outcome.ADOPTED
 
     async def quiet(self) -> None:
         deadline = asyncio.get_running_loop().time() + NEVER
@@ -378,7 +398,8 @@ async def hand_over(
     transport: str, seed: int, count: int, *, digests: bool = True, cuts: float = 0.03,
     aborts: int = 40,
 ) -> int:  # fmt: skip
-    """`count` attempts of random prompts between random nodes, some at once; how many arrived."""
+    """`count` random prompts between random nodes, some at once, tried up to three times each; how
+    many arrived."""
     async with three_nodes(transport, seed, digests=digests) as (air, nodes):
         air.aborts = aborts
         rng = random.Random(seed)
@@ -386,17 +407,25 @@ async def hand_over(
 
         async def some() -> None:
             for number in left:
-                source, target = rng.sample(nodes, 2)
-                if rng.random() < cuts:
-                    loop, pair = asyncio.get_running_loop(), (source.name, target.name)
-                    loop.call_later(rng.random() * 0.01, air.cut, *pair)
-                with contextlib.suppress(LinkLost):
-                    await source.prefill(f"r{number}", 1, prompts(rng), target.name)
-                for node in nodes:
-                    if node.failure is not None:
-                        raise node.failure
-                    if node.links.counts["stale_block"] and not (cuts or air.cuts):
-                        raise Mixed("a leased block was reused")
+                tokens = prompts(rng)
+                for attempt in (1, 2, 3):
+                    if await once(f"r{number}", attempt, tokens):
+                        break
+
+        async def once(request: str, attempt: int, tokens: tuple[int, ...]) -> bool:
+            source, target = rng.sample(nodes, 2)
+            if rng.random() < cuts:
+                loop, pair = asyncio.get_running_loop(), (source.name, target.name)
+                loop.call_later(rng.random() * 0.01, air.cut, *pair)
+            arrived = False
+            with contextlib.suppress(LinkLost):
+                arrived = await source.prefill(request, attempt, tokens, target.name)
+            for node in nodes:
+                if node.failure is not None:
+                    raise node.failure
+                if node.links.counts["stale_block"] and not (cuts or air.cuts):
+                    raise Mixed("a leased block was reused")
+            return arrived
 
         tasks = [asyncio.create_task(some()) for _ in range(6)]
         try:
@@ -439,7 +468,7 @@ async def test_whoever_adopts_a_sequence_reads_what_its_tokens_say(
 ) -> None:
     rough_copies["flips"] = 0.005
     arrived = await hand_over(transport, seed=1, count=HANDOFFS // 3)
-    assert arrived >= HANDOFFS // 3 // 3, "many arrive, in spite of all"
+    assert arrived >= HANDOFFS // 3 * 2 // 3, "most arrive, in spite of all"
 
 
 @every_transport
@@ -478,64 +507,21 @@ def no_digest_check(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Target, "check", lambda *_: None)
 
 
-def failed_copy_counts_as_good(patch: pytest.MonkeyPatch) -> None:
-    copied = Intake.copied
-    patch.setattr(
-        Intake, "copied", lambda self, number, _, *, now: copied(self, number, "", now=now)
-    )
-
-
-def adopted_with_blocks_missing(patch: pytest.MonkeyPatch) -> None:
-    committed = Intake._committed
-
-    def hasty(self: Intake, entry, commit):  # type: ignore[no-untyped-def]
-        entry.unannounced.clear()
-        committed(self, entry, commit)
-
-    patch.setattr(Intake, "_committed", hasty)
-
-
-def reservation_ends_while_a_copy_runs(patch: pytest.MonkeyPatch) -> None:
-    stop = Intake._stop
-
-    def early(self: Intake, entry, outcome, reason):  # type: ignore[no-untyped-def]
-        stop(self, entry, outcome, reason)
-        entry.copy = None
-
-    patch.setattr(Intake, "_stop", early)
-
-
-def lease_ends_with_commit(patch: pytest.MonkeyPatch) -> None:
-    send = Handoff._send_commit
-
-    def early(self: Handoff, entry, commit):  # type: ignore[no-untyped-def]
-        send(self, entry, commit)
-        self._leases.end(entry.key)
-
-    patch.setattr(Handoff, "_send_commit", early)
-
-
-def lease_ends_with_own_abort(patch: pytest.MonkeyPatch) -> None:
-    send = Handoff._send_abort
-
-    def early(self: Handoff, entry, reason):  # type: ignore[no-untyped-def]
-        send(self, entry, reason)
-        self._leases.end(entry.key)
-
-    patch.setattr(Handoff, "_send_abort", early)
-
-
 def lease_holds_no_reference(patch: pytest.MonkeyPatch) -> None:
     """And nobody asks what was leased, or whether it changed."""
-    patch.setattr(Leases, "add", lambda *_: None)
-    patch.setattr(Leases, "end", lambda *_: None)
+    mutations.lease_holds_no_reference(patch)
     patch.setattr(Leases, "touch", lambda *_: True)
     patch.setattr(Leases, "untouch", lambda *_: None)
     patch.setattr(tcp.Served, "_is_still", lambda *_: True)
 
 
 def lease_outlives_its_link(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Handoff, "_lost", lambda *_: None)
+    mutations.lease_outlives_its_link(patch)
+    patch.setattr(sys.modules[__name__], "NEVER", 3.0)
+
+
+def failed_intake_keeps_its_reservation(patch: pytest.MonkeyPatch) -> None:
+    mutations.failed_intake_keeps_its_reservation(patch)
     patch.setattr(sys.modules[__name__], "NEVER", 3.0)
 
 
@@ -557,14 +543,17 @@ MUTATIONS = [
     Mutation(no_second_look, cuts=0.2, slow=0.5),
     Mutation(no_digest_check, digests=True, flips=0.02),
     Mutation(no_digest_check, "tcp", digests=True, flips=0.02),
-    Mutation(failed_copy_counts_as_good, digests=True, flips=0.02),
-    Mutation(adopted_with_blocks_missing),
-    Mutation(adopted_with_blocks_missing, "tcp"),
-    Mutation(reservation_ends_while_a_copy_runs),
-    Mutation(lease_ends_with_commit, cuts=0),
-    Mutation(lease_ends_with_commit, "tcp", cuts=0),
-    Mutation(lease_ends_with_own_abort, cuts=0, aborts=6, slow=0.5),
+    Mutation(mutations.failed_copy_counts_as_good, digests=True, flips=0.02),
+    Mutation(mutations.adopted_with_blocks_missing),
+    Mutation(mutations.adopted_with_blocks_missing, "tcp"),
+    Mutation(mutations.reservation_ends_while_a_copy_runs),
+    Mutation(mutations.lease_ends_with_commit, cuts=0),
+    Mutation(mutations.lease_ends_with_commit, "tcp", cuts=0),
+    Mutation(mutations.lease_ends_with_own_abort, cuts=0, aborts=6, slow=0.5),
     Mutation(lease_holds_no_reference, "tcp", cuts=0),
+    Mutation(mutations.release_while_a_copy_runs, cuts=0, aborts=6, slow=0.5),
+    Mutation(failed_intake_keeps_its_reservation, aborts=6),
+    Mutation(mutations.terminal_answers_are_forgotten),
     Mutation(lease_outlives_its_link),
 ]
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import struct
+import tracemalloc
 import types
 import typing
 from typing import Any
@@ -172,6 +174,54 @@ def test_a_surplus_a_missing_and_a_mistyped_field_are_refused(
 def test_known_traps_are_refused(body: bytes) -> None:
     with pytest.raises(MalformedMessage):
         decode(bytes([VERSION]) + body)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"\xdc\x27\x10",  # a list of ten thousand
+        b"\xdd\x00\x00\x27\x10",
+        b"\xde\x27\x10",  # a map
+        b"\xdf\x00\x00\x27\x10\xa0",
+        b"\x9f",
+        b"\x8f\xa0",
+        b"\x91",
+        b"\xc6\x00\x01\x86\xa0",  # bytes
+        b"\xdb\x00\x01\x86\xa0",  # text
+    ],
+)
+@pytest.mark.parametrize("depth", [1, 100, 511, 1023, 5000])
+@pytest.mark.parametrize("rest", [0, 90_000])
+def test_what_is_only_claimed_takes_no_memory(header: bytes, depth: int, rest: int) -> None:
+    """Lists in lists that promise entries that do not come: a message of 100 KB took 42 MB."""
+    data = bytes([VERSION]) + header * depth + b"\x01" * rest
+    assert peak_of_decoding(data) <= 100 * len(data) + 2**16
+
+
+@given(
+    length=st.integers(0, 2**32 - 1), depth=st.integers(0, 1100),
+    header=st.sampled_from([0xDC, 0xDD, 0xDE, 0xDF, 0xC4, 0xC6, 0xDB, 0xC9]),
+    before=st.binary(max_size=20), rest=st.binary(max_size=2000), copies=st.integers(1, 40),
+)  # fmt: skip
+@settings(max_examples=200, deadline=None)
+def test_no_length_that_is_claimed_takes_more_than_the_input_holds(
+    length: int, depth: int, header: int, before: bytes, rest: bytes, copies: int
+) -> None:
+    width = {0xDC: ">H", 0xDE: ">H", 0xC4: ">B"}.get(header, ">I")
+    claim = bytes([header]) + struct.pack(width, length & (2 ** (8 * struct.calcsize(width)) - 1))
+    data = bytes([VERSION]) + before + claim * depth + rest * copies
+    assert peak_of_decoding(data) <= 100 * len(data) + 2**16
+
+
+def peak_of_decoding(data: bytes) -> int:
+    """Bytes that decoding needs at most at once. A list, the costliest of what one byte can stand
+    for, takes 72, and its entry in the list that it is in 8 more."""
+    tracemalloc.start()
+    try:
+        decodes_or_is_refused(data)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
 
 
 def test_another_version_is_refused_by_name() -> None:

@@ -1,0 +1,97 @@
+"""Whatever a stranger says to a bus, and whoever a bus connects to: its other peers are served on.
+
+Framing and handshake of ZeroMQ itself are libzmq's; what comes out of them (routing ids, frames,
+first messages) is ours. The bytes of messages are in tests/fuzz.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Sequence
+
+import zmq
+import zmq.asyncio
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from common.bus import Bus
+from common.codec import encode
+from common.config import BusSettings
+from common.messages import Beat, Cancel, Goodbye
+from tests.unit.test_codec import MESSAGE
+
+CALM = BusSettings(beat_interval_s=60.0, max_message_bytes=4096)
+LAST = Cancel("b-1", "last", 1, "")
+few = settings(max_examples=40, deadline=None)
+
+FRAME = st.one_of(
+    st.binary(max_size=60),
+    MESSAGE.map(encode),
+    st.sampled_from([encode(Beat("b-1", 0, False)), encode(Goodbye("b-1")), b"", bytes(5000)]),
+)
+TALK = st.lists(st.lists(FRAME, min_size=1, max_size=4), max_size=5)
+ROUTING_ID = st.one_of(
+    st.binary(min_size=1, max_size=40).filter(lambda name: name[0] != 0),  # that is ZeroMQ's own
+    st.sampled_from([b"b-1/aa", b"/", b"a-1/x", b"x/", b"/x", b"s-1/1", b"\xff/\xff", b"s/" * 99]),
+)
+
+
+async def hear(bus: Bus, peer: str) -> None:
+    """Until the last message of `peer` is here; what others said before it is theirs to say."""
+    async with asyncio.timeout(10):
+        while True:
+            got = await bus.receive()
+            if got.peer == peer and got.message == LAST:
+                return
+
+
+@given(routing_id=ROUTING_ID, talk=TALK, raw=st.binary(max_size=80))
+@few
+def test_a_bus_hears_its_peers_whatever_a_stranger_sends_it(
+    routing_id: bytes, talk: Sequence[Sequence[bytes]], raw: bytes
+) -> None:
+    async def scenario() -> None:
+        context = zmq.asyncio.Context()
+        stranger = context.socket(zmq.DEALER)
+        stranger.setsockopt(zmq.LINGER, 0)
+        stranger.setsockopt(zmq.ROUTING_ID, routing_id)
+        async with Bus("a-1", CALM) as bus, Bus("b-1", CALM) as peer:
+            host, _, port = bus.endpoint.removeprefix("tcp://").rpartition(":")
+            with socket.create_connection((host, int(port))) as connection:
+                connection.sendall(raw)
+            stranger.connect(bus.endpoint)
+            for frames in talk:
+                await stranger.send_multipart(frames)
+            peer.connect("a-1", bus.endpoint)
+            peer.send("a-1", LAST)
+            await hear(bus, "b-1")
+            bus.send("b-1", LAST)
+            await hear(peer, "a-1")
+        stranger.close()
+        context.term()
+
+    asyncio.run(scenario())
+
+
+@given(talk=TALK)
+@few
+def test_a_bus_hears_its_peers_whatever_it_is_connected_to(talk: Sequence[Sequence[bytes]]) -> None:
+    async def scenario() -> None:
+        context = zmq.asyncio.Context()
+        stranger = context.socket(zmq.ROUTER)
+        stranger.setsockopt(zmq.LINGER, 0)
+        port = stranger.bind_to_random_port("tcp://127.0.0.1")
+        async with Bus("a-1", CALM) as bus, Bus("b-1", CALM) as peer:
+            bus.connect("s-1", f"tcp://127.0.0.1:{port}")
+            async with asyncio.timeout(10):
+                routing_id = (await stranger.recv_multipart())[0]
+            for frames in talk:
+                await stranger.send_multipart([routing_id, *frames])
+            peer.connect("a-1", bus.endpoint)
+            peer.send("a-1", LAST)
+            await hear(bus, "b-1")
+        stranger.close()
+        context.term()
+
+    asyncio.run(scenario())
