@@ -1,0 +1,142 @@
+"""From the prefill server to the decode server: the same figures of each system, prompt by prompt.
+
+One prompt at a time, fresh random ids. All moments are the client's but for the copies:
+
+    prompt              sent → the client has the prefill side's answer. vLLM: the whole answer of
+                        the first leg. Ours: the event with the first token.
+    to a decoded token  from there to the first token that the decode side made: the handoff and one
+                        decode step. vLLM: leg two sent, KV pulled, last position computed again.
+                        Ours: what is left of the copy, the first step; it is the second token.
+    a decode step       between the tokens after that, median
+    handoff alone       `to a decoded token` less `a decode step` of the same answer
+    first token         sent → the user's first token. vLLM's is the decode side's.
+    second token        sent → the user's second token
+    copy                seconds of pulling the prompt's KV. vLLM: NIXL's own figure, from the start to
+                        when vLLM sees the end. Ours: threads in the reader, with the checks of
+                        generations and digests, which vLLM has not.
+    copy after prompt   the part of it after the prompt was computed. vLLM: all of it.
+    copy rate           bytes of the prompt's KV / `copy`. Ours copies pieces while both cores
+                        compute, so that a copy waits for CPU; vLLM's has the machine for itself.
+
+Both systems answer through one HTTP server each way. In vLLM's place a proxy would add its time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from bench.peers.system import Model, System, idle_cores
+
+OUTPUT = 8  # tokens: enough for a median of decode steps
+SETTLE_S = 0.3  # between two prompts, for what follows an answer (leases, records) to end
+IDLE_S = 2.0
+
+Row = dict[str, Any]
+
+FIGURES = {  # key → label, factor, unit
+    "prompt_s": ("prompt", 1e3, "ms"),
+    "handoff_and_step_s": ("to a decoded token", 1e3, "ms"),
+    "step_s": ("a decode step", 1e3, "ms"),
+    "handoff_s": ("handoff alone", 1e3, "ms"),
+    "first_token_s": ("first token", 1e3, "ms"),
+    "second_token_s": ("second token", 1e3, "ms"),
+    "copy_s": ("copy", 1e3, "ms"),
+    "copy_after_prompt_s": ("copy after prompt", 1e3, "ms"),
+    "copy_bytes_per_s": ("copy rate", 1e-9, "GB/s"),
+}
+
+
+def measure(
+    system: System, model: Model, lengths: Sequence[int], prompts: int, rng: random.Random
+) -> list[Row]:
+    """Rows of one waking: `prompts` of each length after one that is left out (it connects, and
+    touches memory for the first time); and one row with what it takes idle."""
+    rows: list[Row] = []
+    with system.awake():
+        rows.append({"system": system.name, "idle_cores": idle_cores(system, IDLE_S)})
+        for length in lengths:
+            rows += asyncio.run(_prompts(system, model, length, prompts, rng))
+    return rows
+
+
+async def _prompts(
+    system: System, model: Model, length: int, prompts: int, rng: random.Random
+) -> list[Row]:
+    rows = []
+    for number in range(prompts + 1):
+        prompt = rng.choices(range(3, model.vocab_size), k=length)
+        done = await system.complete(prompt, OUTPUT)
+        await asyncio.sleep(SETTLE_S)
+        copies = await system.copies(length)
+        if not number:
+            continue
+        user = done.user
+        to_decoded = done.own[0] - done.prefilled_at
+        step = statistics.median(b - a for a, b in itertools.pairwise(done.own))
+        rows.append({
+            "system": system.name, "length": length, "bytes": copies.num_bytes,
+            "prompt_s": done.prefilled_at - done.sent_at,
+            "handoff_and_step_s": to_decoded,
+            "step_s": step,
+            "handoff_s": to_decoded - step,
+            "first_token_s": user[0] - done.sent_at,
+            "second_token_s": user[1] - done.sent_at,
+            "copy_s": copies.seconds,
+            "copy_after_prompt_s": copies.unhidden_s,
+            "copy_bytes_per_s": copies.num_bytes / copies.seconds,
+        })  # fmt: skip
+    return rows
+
+
+def report(rows: Sequence[Row], against: str) -> str:
+    """A table for each length: medians, the least, the most; then ratios of medians to `against`."""
+    lines = []
+    names = list(dict.fromkeys(row["system"] for row in rows))
+    idle = {
+        name: statistics.median(
+            r["idle_cores"] for r in rows if r["system"] == name and "idle_cores" in r
+        )
+        for name in names
+    }
+    measured = [row for row in rows if "length" in row]
+    for length in sorted({row["length"] for row in measured}):
+        of = {name: [r for r in measured if r["length"] == length and r["system"] == name]
+              for name in names}  # fmt: skip
+        some = next(group for group in of.values() if group)
+        lines += [
+            "",
+            f"prompts of {length} tokens, {some[0]['bytes'] / 1e6:.1f} MB of KV, one at a time: "
+            "median (least to most) of " + ", ".join(f"{n} {len(g)}" for n, g in of.items()),
+            f"  {'':26}" + "".join(f"{name:>26}" for name in names),
+        ]
+        for key, (label, factor, unit) in FIGURES.items():
+            cells = "".join(f"{_cell([r[key] * factor for r in of[n]]):>26}" for n in names)
+            lines.append(f"  {f'{label}, {unit}':26}{cells}")
+        if not of.get(against):
+            continue
+        lines.append(f"  each median / that of {against}")
+        for key, (label, _, _) in FIGURES.items():
+            base = statistics.median(r[key] for r in of[against])
+            cells = "".join(
+                f"{statistics.median(r[key] for r in of[n]) / base:>26.3f}"
+                if of[n]
+                else f"{'–':>26}"
+                for n in names
+            )
+            lines.append(f"  {label:26}{cells}")
+    lines += ["", f"  {'cores taken when idle':26}" + "".join(f"{idle[n]:>26.2f}" for n in names)]
+    return "\n".join(lines)
+
+
+def _cell(values: Sequence[float]) -> str:
+    if not values:
+        return "–"
+    digits = 1 if max(values) >= 10 else 2
+    parts = statistics.median(values), min(values), max(values)
+    median, least, most = (f"{value:.{digits}f}" for value in parts)
+    return f"{median} ({least} to {most})"

@@ -1,0 +1,116 @@
+"""The same closed-loop load on each system: throughput and latencies as `pdq bench` defines them.
+
+So many requests are always open, prompts are fresh. TTFT is the user's: from the first byte of the
+request (vLLM: of its first leg) to the first token that the user has.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from bench.peers.system import Completion, Model, System
+from common.commands.bench_client import read
+from common.commands.bench_report import Outcome, summarize
+from common.commands.bench_workload import Job
+
+LOADS = {  # name → lengths of prompts, in turn
+    "even": (256,),
+    "mixed": (256, 256, 256, 2048, 256, 256, 256, 256),
+}
+OPEN, OUTPUT, WARM_UP = 16, 64, 2
+
+Row = dict[str, Any]
+
+FIGURES = {  # label → where in the summary, factor, unit
+    "output": (("output_tokens_per_s",), 1.0, "tok/s"),
+    "TTFT, mean": (("ttft_s", "mean"), 1e3, "ms"),
+    "TTFT, p90": (("ttft_s", "p90"), 1e3, "ms"),
+    "TPOT, mean": (("tpot_s", "mean"), 1e3, "ms"),
+    "ITL, p50": (("itl_s", "p50"), 1e3, "ms"),
+    "ITL, p99": (("itl_s", "p99"), 1e3, "ms"),
+    "whole answer, mean": (("e2e_s", "mean"), 1e3, "ms"),
+}
+
+
+def measure(system: System, model: Model, load: str, requests: int, rng: random.Random) -> Row:
+    """One round of a load, after a few requests that are left out."""
+    lengths = [LOADS[load][i % len(LOADS[load])] for i in range(requests)]
+    jobs = [
+        Job(index, 0.0, rng.choices(range(3, model.vocab_size), k=length), length, OUTPUT)
+        for index, length in enumerate([min(LOADS[load])] * WARM_UP + lengths)
+    ]
+    with system.awake():
+        summary = asyncio.run(_closed_loop(system, jobs))
+    return {"system": system.name, "load": load, "requests": requests, "summary": summary}
+
+
+async def _closed_loop(system: System, jobs: Sequence[Job]) -> dict[str, Any]:
+    for job in jobs[:WARM_UP]:
+        await system.complete(_ids(job), job.output_len)
+    done: dict[int, Completion] = {}
+    waiting = iter(jobs[WARM_UP:])
+
+    async def one_after_another() -> None:
+        for job in waiting:
+            done[job.index] = await system.complete(_ids(job), job.output_len)
+
+    start = time.monotonic()
+    await asyncio.gather(*(one_after_another() for _ in range(OPEN)))
+    outcomes = [
+        Outcome.of(job, c.sent_at, c.exchange, read(c.exchange), start)
+        for job in jobs[WARM_UP:]
+        for c in [done[job.index]]
+    ]
+    return summarize(outcomes, None, None)
+
+
+def _ids(job: Job) -> Sequence[int]:
+    assert isinstance(job.prompt, list)
+    return job.prompt
+
+
+def report(rows: Sequence[Row], against: str) -> str:
+    """A table for each load: medians of rounds, and their ratios to `against`."""
+    lines = []
+    names = list(dict.fromkeys(row["system"] for row in rows))
+    for load in dict.fromkeys(row["load"] for row in rows):
+        of = {n: [r for r in rows if r["load"] == load and r["system"] == n] for n in names}
+        rounds = ", ".join(f"{n} {len(group)} of {group[0]['requests']}"
+                           for n, group in of.items() if group)  # fmt: skip
+        lengths = ", ".join(map(str, LOADS[load]))
+        lines += [
+            "",
+            f"{load}: {OPEN} open, prompts of {lengths} in turn, {OUTPUT} out; "
+            f"median of rounds ({rounds})",
+            f"  {'':26}" + "".join(f"{name:>18}" for name in names),
+        ]
+        medians = {
+            label: {n: statistics.median(_get(r, path) for r in of[n]) for n in names if of[n]}
+            for label, (path, _, _) in FIGURES.items()
+        }
+        for label, (_, factor, unit) in FIGURES.items():
+            cells = (
+                f"{medians[label][n] * factor:>18.1f}" if of[n] else f"{'–':>18}" for n in names
+            )
+            lines.append(f"  {f'{label}, {unit}':26}" + "".join(cells))
+        if not of.get(against):
+            continue
+        lines.append(f"  each / that of {against}")
+        for label, found in medians.items():
+            cells = (
+                f"{found[n] / found[against]:>18.3f}" if of[n] else f"{'–':>18}" for n in names
+            )
+            lines.append(f"  {label:26}" + "".join(cells))
+    return "\n".join(lines)
+
+
+def _get(row: Row, path: Sequence[str]) -> float:
+    value = row["summary"]
+    for part in path:
+        value = value[part]
+    return float(value)
