@@ -23,6 +23,7 @@ import random
 import signal
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from bench.peers.vllm import Vllm, VllmPair, versions
 
 SYSTEMS = ("vllm", "vllm-reniced", "shm", "tcp", "nixl")
 REPORT_AGAINST = "vLLM, reniced"
+BEGAN = time.monotonic()
 
 
 def main() -> None:
@@ -50,12 +52,13 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pdq-peers-")))
         (folder / "model").mkdir()
-        model = make_model(folder / "model")
+        measured = handoff if arguments.measure == "handoff" else load
+        model = make_model(folder / "model", measured.POOL_TOKENS)
         systems = _systems(stack, arguments, model, folder, cores)
         for turn in range(arguments.rounds):
             first = (turn + len(results["runs"])) % len(systems)  # nobody is always the first
             for system in [*systems[first:], *systems[:first]]:
-                print(f"round {turn + 1}: {system.name}", file=sys.stderr, flush=True)
+                _say(f"round {turn + 1}: {system.name}")
                 rows += _measure(arguments, system, model, rng)
     order = {system.name: place for place, system in enumerate(systems)}
     rows.sort(key=lambda row: order[row["system"]])
@@ -75,7 +78,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=SYSTEMS)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--lengths", type=int, nargs="+", default=[256, 2048], help="handoff only")
-    parser.add_argument("--prompts", type=int, default=3, help="of each length and round; handoff")
+    parser.add_argument("--prompts", type=int, default=2, help="of each length and round; handoff")
     parser.add_argument("--loads", nargs="+", choices=load.LOADS, default=list(load.LOADS))
     parser.add_argument(
         "--requests", type=int, default=32, help="of each load and round; load only"
@@ -101,7 +104,7 @@ def _systems(
     chosen = [name for name in SYSTEMS if name in arguments.systems]
     systems: list[System] = []
     if any(name.startswith("vllm") for name in chosen):
-        print("starting vLLM", file=sys.stderr, flush=True)
+        _say("starting vLLM")
         python = arguments.vllm_python.absolute()  # a link into an environment: not resolved
         pair = stack.enter_context(VllmPair(python, model, folder, cores))
         systems += [Vllm(pair, reniced=name == "vllm-reniced")
@@ -143,6 +146,10 @@ def _print(results: dict[str, Any]) -> None:
     print(f"{last['machine']}; ours: {_shown(last['ours'])}; vLLM's: {_shown(last['vllm'])}")
     module = handoff if results["measures"] == "handoff" else load
     print(module.report(results["rows"], REPORT_AGAINST))
+
+
+def _say(what: str) -> None:
+    print(f"{time.monotonic() - BEGAN:4.0f} s  {what}", file=sys.stderr, flush=True)
 
 
 def _shown(found: dict[str, str]) -> str:

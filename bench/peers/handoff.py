@@ -32,7 +32,10 @@ from typing import Any
 
 from bench.peers.system import Model, System, idle_cores
 
+POOL_TOKENS = 4608
+"""Of each server: so small that a few prompts go through all of it, and its memory is warm."""
 OUTPUT = 8  # tokens: enough for a median of decode steps
+WARM_UP = 1.2  # times the pool in tokens, after the start
 SETTLE_S = 0.3  # between two prompts, for what follows an answer (leases, records) to end
 IDLE_S = 2.0
 
@@ -54,11 +57,13 @@ FIGURES = {  # key → label, factor, unit
 def measure(
     system: System, model: Model, lengths: Sequence[int], prompts: int, rng: random.Random
 ) -> list[Row]:
-    """Rows of one waking: `prompts` of each length after one that is left out (it connects, and
-    touches memory for the first time); and one row with what it takes idle."""
+    """Rows of one waking: `prompts` of each length, once the memory is warm; and one row with what
+    it takes idle."""
     rows: list[Row] = []
     with system.awake():
         rows.append({"system": system.name, "idle_cores": idle_cores(system, IDLE_S)})
+        while system.prompt_tokens < WARM_UP * POOL_TOKENS:
+            asyncio.run(_prompts(system, model, max(lengths), 1, rng))
         for length in lengths:
             rows += asyncio.run(_prompts(system, model, length, prompts, rng))
     return rows
@@ -68,13 +73,11 @@ async def _prompts(
     system: System, model: Model, length: int, prompts: int, rng: random.Random
 ) -> list[Row]:
     rows = []
-    for number in range(prompts + 1):
+    for _ in range(prompts):
         prompt = rng.choices(range(3, model.vocab_size), k=length)
         done = await system.complete(prompt, OUTPUT)
         await asyncio.sleep(SETTLE_S)
         copies = await system.copies(length)
-        if not number:
-            continue
         user = done.user
         to_decoded = done.own[0] - done.prefilled_at
         step = statistics.median(b - a for a, b in itertools.pairwise(done.own))

@@ -22,6 +22,7 @@ LOADS = {  # name → lengths of prompts, in turn
     "even": (256,),
     "mixed": (256, 256, 256, 2048, 256, 256, 256, 256),
 }
+POOL_TOKENS = 43_008  # of each server: room for all that are open
 OPEN, OUTPUT, WARM_UP = 16, 64, 2
 
 Row = dict[str, Any]

@@ -7,6 +7,7 @@ The nodes are real ones that also write down when chunks end and blocks are copi
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,7 +16,6 @@ from typing import Any
 import psutil
 
 from bench.peers.system import (
-    KV_POOL_GIB,
     SERVED_NAME,
     Completion,
     Copies,
@@ -32,10 +32,11 @@ BLOCK_SIZE = 16
 class _Nodes(Deployment):
     """As `pdq serve` starts them, with our flags."""
 
-    def __init__(self, model: Path, folder: Path, transport: str, cores: Sequence[int]) -> None:
+    def __init__(self, model: Model, folder: Path, transport: str, cores: Sequence[int]) -> None:
         super().__init__(
-            model, prefill=1, decode=1, gateway_flags=("--served-model-name", SERVED_NAME)
+            model.folder, prefill=1, decode=1, gateway_flags=("--served-model-name", SERVED_NAME)
         )
+        self._num_blocks = model.pool_tokens // BLOCK_SIZE
         self._transport = transport
         self._cores = dict(zip(self.roles, cores, strict=True))
         self.clocks = {name: folder / f"{transport}-{name}.jsonl" for name in self.roles}
@@ -45,7 +46,7 @@ class _Nodes(Deployment):
             name, "bench.node_clock", "--role", role, "--name", name, "--model", str(self.model),
             "--served-model-name", SERVED_NAME, "--dtype", "bfloat16", "--load-format", "dummy",
             "--threads", "1", "--cores", str(self._cores[name]), "--block-size", str(BLOCK_SIZE),
-            "--kv-cache-memory-bytes", f"{KV_POOL_GIB}GiB", "--transports", self._transport,
+            "--num-kv-blocks", str(self._num_blocks), "--transports", self._transport,
             str(self.clocks[name]),
         )  # fmt: skip
 
@@ -57,15 +58,17 @@ class Pdq:
     def __init__(self, model: Model, folder: Path, transport: str, cores: Sequence[int]) -> None:
         self.name = f"pdq, {transport}"
         self._model = model
-        self._make = lambda: _Nodes(model.folder, folder, transport, cores)
+        self._make = functools.partial(_Nodes, model, folder, transport, cores)
         self._nodes: _Nodes | None = None
         self._client: Client | None = None
+        self.prompt_tokens = 0
         self._read_to: dict[Path, int] = {}  # characters of each clock's file
 
     @contextlib.contextmanager
     def awake(self) -> Iterator[None]:
-        self._nodes = self._make()
-        with self._nodes as nodes:
+        nodes = self._nodes = self._make()
+        self.prompt_tokens = 0
+        with nodes:
             for path in nodes.clocks.values():
                 self._read_to[path] = len(path.read_text())  # what an earlier life wrote
             self._client = Client(nodes.url, "", 120.0)
@@ -80,6 +83,7 @@ class Pdq:
         assert self._client is not None
         request = self._client.encode(completion_body(prompt, max_tokens, stream=True))
         exchange = await self._client.exchange(request)
+        self.prompt_tokens += len(prompt)
         times = token_times(exchange, max_tokens)
         return Completion(exchange.sent_at, times[0], times, times[1:], exchange)
 

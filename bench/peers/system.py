@@ -22,16 +22,17 @@ from bench.engine import BODY
 from common.commands.bench_client import Exchange, read
 
 SERVED_NAME = "measured"
-KV_POOL_GIB = 1  # in each node of either system
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Model:
-    """What both systems serve: a config with random weights, and a tokenizer."""
+    """What both systems serve: a config with random weights, and a tokenizer; and the size of the KV
+    pool of each server."""
 
     folder: Path
     vocab_size: int
     kv_bytes_per_token: int
+    pool_tokens: int
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -63,6 +64,10 @@ class System(Protocol):
     @property
     def name(self) -> str:
         """As the tables show it."""
+
+    @property
+    def prompt_tokens(self) -> int:
+        """All that were sent since its processes began: they touched so much of the KV pools."""
 
     def processes(self) -> list[psutil.Process]:
         """All of them, while it is awake."""
@@ -98,7 +103,7 @@ def completion_body(prompt: Sequence[int], max_tokens: int, *, stream: bool) -> 
     return body | ({"stream_options": {"include_usage": True}} if stream else {})
 
 
-def make_model(folder: Path) -> Model:
+def make_model(folder: Path, pool_tokens: int) -> Model:
     """The 0.5B body's config, and a tokenizer in which every id of its vocabulary is a word, so that
     each token is text and hence an event."""
     shutil.copy(BODY / "config.json", folder)
@@ -115,7 +120,7 @@ def make_model(folder: Path) -> Model:
     (folder / "tokenizer_config.json").write_text(json.dumps(about))
     heads: int = config["num_key_value_heads"] * config["head_dim"]
     per_token = 2 * 2 * heads * int(config["num_hidden_layers"])  # K and V, two bytes each
-    return Model(folder, size, per_token)
+    return Model(folder, size, per_token, pool_tokens)
 
 
 def idle_cores(system: System, seconds: float) -> float:

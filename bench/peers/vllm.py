@@ -29,7 +29,6 @@ from pathlib import Path
 import psutil
 
 from bench.peers.system import (
-    KV_POOL_GIB,
     SERVED_NAME,
     Completion,
     Copies,
@@ -42,9 +41,10 @@ from common.commands.bench_client import Client, Exchange
 
 START_LIMIT_S, STOP_LIMIT_S = 240.0, 8.0
 LEAST_PRIORITY = 19
+BLOCK_SIZE = 128  # its default on CPU
 SPINS_FROM = 0.2  # cores; what an idle server's other threads take is less than a hundredth
 ENVIRONMENT = {
-    "VLLM_CPU_KVCACHE_SPACE": str(KV_POOL_GIB), "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1",
+    "VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1",
     "UCX_NET_DEVICES": "lo", "UCX_TLS": "tcp,sm,self",
     "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1",
 }  # fmt: skip
@@ -88,6 +88,7 @@ class VllmPair:
         self._python, self._model, self._folder = python, model, folder
         self._cores = cores
         self.servers: dict[str, _Server] = {}
+        self.prompt_tokens = 0  # by either of those that wake it
 
     def __enter__(self) -> VllmPair:
         try:
@@ -110,6 +111,8 @@ class VllmPair:
             str(self._python), "-m", "vllm.entrypoints.cli.main", "serve", str(self._model.folder),
             "--served-model-name", SERVED_NAME, "--host", "127.0.0.1", "--port", str(port),
             "--dtype", "bfloat16", "--load-format", "dummy", "--max-model-len", "4096",
+            "--block-size", str(BLOCK_SIZE),
+            "--num-gpu-blocks-override", str(self._model.pool_tokens // BLOCK_SIZE),
             "--enforce-eager", "--kv-transfer-config", json.dumps(transfer),
         ]  # fmt: skip
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | ENVIRONMENT
@@ -182,6 +185,10 @@ class Vllm:
         self._consumer = Client(pair.servers["kv_consumer"].url, "", 120.0)
         self._copied = 0, 0.0, 0
 
+    @property
+    def prompt_tokens(self) -> int:
+        return self._pair.prompt_tokens
+
     def processes(self) -> list[psutil.Process]:
         return self._pair.processes()
 
@@ -210,6 +217,7 @@ class Vllm:
             raise RuntimeError("vLLM's producer does not say where the KV lies")
         body = completion_body(prompt, max_tokens, stream=True) | {"kv_transfer_params": place}
         two = await self._consumer.exchange(self._consumer.encode(body))
+        self._pair.prompt_tokens += len(prompt)
         whole = dataclasses.replace(two, sent_at=one.sent_at)
         times = token_times(two, max_tokens)
         return Completion(one.sent_at, one.pieces[-1][0], times, times, whole)
@@ -229,7 +237,11 @@ class Vllm:
         url = self._pair.servers["kv_consumer"].url + "/metrics"
         with urllib.request.urlopen(url, timeout=30) as reply:
             lines = reply.read().decode().splitlines()
-        found = {line.split("{")[0]: float(line.split()[-1]) for line in lines if "nixl" in line}
+        found = {
+            line.split("{")[0]: float(line.split()[-1])
+            for line in lines
+            if line.startswith("vllm:nixl_")
+        }
         return (
             int(found["vllm:nixl_xfer_time_seconds_count"]),
             found["vllm:nixl_xfer_time_seconds_sum"],
