@@ -31,6 +31,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bench.peers.system import Model, System, idle_cores
+from bench.peers.table import table
 
 POOL_TOKENS = 4608
 """Of each server: so small that a few prompts go through all of it, and its memory is warm."""
@@ -42,12 +43,12 @@ IDLE_S = 2.0
 Row = dict[str, Any]
 
 FIGURES = {  # key → label, factor, unit
-    "prompt_s": ("prompt", 1e3, "ms"),
+    "prompt_s": ("prompt", 1.0, "s"),
     "handoff_and_step_s": ("to a decoded token", 1e3, "ms"),
     "step_s": ("a decode step", 1e3, "ms"),
     "handoff_s": ("handoff alone", 1e3, "ms"),
-    "first_token_s": ("first token", 1e3, "ms"),
-    "second_token_s": ("second token", 1e3, "ms"),
+    "first_token_s": ("first token", 1.0, "s"),
+    "second_token_s": ("second token", 1.0, "s"),
     "copy_s": ("copy", 1e3, "ms"),
     "copy_after_prompt_s": ("copy after prompt", 1e3, "ms"),
     "copy_bytes_per_s": ("copy rate", 1e-9, "GB/s"),
@@ -97,49 +98,21 @@ async def _prompts(
 
 
 def report(rows: Sequence[Row], against: str) -> str:
-    """A table for each length: medians, the least, the most; then ratios of medians to `against`."""
-    lines = []
+    """What idle systems take; a table for each length."""
     names = list(dict.fromkeys(row["system"] for row in rows))
-    idle = {
-        name: statistics.median(
-            r["idle_cores"] for r in rows if r["system"] == name and "idle_cores" in r
-        )
-        for name in names
-    }
-    measured = [row for row in rows if "length" in row]
-    for length in sorted({row["length"] for row in measured}):
-        of = {name: [r for r in measured if r["length"] == length and r["system"] == name]
-              for name in names}  # fmt: skip
-        some = next(group for group in of.values() if group)
+    of = {name: [row for row in rows if row["system"] == name] for name in names}
+    idle = {n: [r["idle_cores"] for r in of[n] if "idle_cores" in r] for n in names}
+    lines = ["", "nothing asked", *table({"cores taken, of 2": idle}, against)]
+    for length in sorted({row["length"] for row in rows if "length" in row}):
+        group = {n: [r for r in of[n] if r.get("length") == length] for n in names}
+        num_bytes = next(r["bytes"] for found in group.values() for r in found)
+        counts = ", ".join(f"{name} {len(found)}" for name, found in group.items())
+        figures = {
+            f"{label}, {unit}": {n: [r[key] * factor for r in group[n]] for n in names}
+            for key, (label, factor, unit) in FIGURES.items()
+        }
         lines += [
-            "",
-            f"prompts of {length} tokens, {some[0]['bytes'] / 1e6:.1f} MB of KV, one at a time: "
-            "median (least to most) of " + ", ".join(f"{n} {len(g)}" for n, g in of.items()),
-            f"  {'':26}" + "".join(f"{name:>26}" for name in names),
-        ]
-        for key, (label, factor, unit) in FIGURES.items():
-            cells = "".join(f"{_cell([r[key] * factor for r in of[n]]):>26}" for n in names)
-            lines.append(f"  {f'{label}, {unit}':26}{cells}")
-        if not of.get(against):
-            continue
-        lines.append(f"  each median / that of {against}")
-        for key, (label, _, _) in FIGURES.items():
-            base = statistics.median(r[key] for r in of[against])
-            cells = "".join(
-                f"{statistics.median(r[key] for r in of[n]) / base:>26.3f}"
-                if of[n]
-                else f"{'–':>26}"
-                for n in names
-            )
-            lines.append(f"  {label:26}{cells}")
-    lines += ["", f"  {'cores taken when idle':26}" + "".join(f"{idle[n]:>26.2f}" for n in names)]
+            "", f"prompts of {length} tokens, {num_bytes / 1e6:.1f} MB of KV, one at a time; "
+            f"median (least–most) of: {counts}", *table(figures, against),
+        ]  # fmt: skip
     return "\n".join(lines)
-
-
-def _cell(values: Sequence[float]) -> str:
-    if not values:
-        return "–"
-    digits = 1 if max(values) >= 10 else 2
-    parts = statistics.median(values), min(values), max(values)
-    median, least, most = (f"{value:.{digits}f}" for value in parts)
-    return f"{median} ({least} to {most})"

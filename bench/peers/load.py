@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import random
-import statistics
 import time
 from collections.abc import Sequence
 from typing import Any
 
 from bench.peers.system import Completion, Model, System
+from bench.peers.table import table
 from common.commands.bench_client import read
 from common.commands.bench_report import Outcome, summarize
 from common.commands.bench_workload import Job
@@ -29,12 +29,12 @@ Row = dict[str, Any]
 
 FIGURES = {  # label → where in the summary, factor, unit
     "output": (("output_tokens_per_s",), 1.0, "tok/s"),
-    "TTFT, mean": (("ttft_s", "mean"), 1e3, "ms"),
-    "TTFT, p90": (("ttft_s", "p90"), 1e3, "ms"),
-    "TPOT, mean": (("tpot_s", "mean"), 1e3, "ms"),
-    "ITL, p50": (("itl_s", "p50"), 1e3, "ms"),
-    "ITL, p99": (("itl_s", "p99"), 1e3, "ms"),
-    "whole answer, mean": (("e2e_s", "mean"), 1e3, "ms"),
+    "TTFT mean": (("ttft_s", "mean"), 1e3, "ms"),
+    "TTFT p90": (("ttft_s", "p90"), 1e3, "ms"),
+    "TPOT mean": (("tpot_s", "mean"), 1e3, "ms"),
+    "ITL p50": (("itl_s", "p50"), 1e3, "ms"),
+    "ITL p99": (("itl_s", "p99"), 1e3, "ms"),
+    "whole answer mean": (("e2e_s", "mean"), 1e3, "ms"),
 }
 
 
@@ -76,37 +76,21 @@ def _ids(job: Job) -> Sequence[int]:
 
 
 def report(rows: Sequence[Row], against: str) -> str:
-    """A table for each load: medians of rounds, and their ratios to `against`."""
-    lines = []
+    """A table for each load."""
     names = list(dict.fromkeys(row["system"] for row in rows))
+    lines = []
     for load in dict.fromkeys(row["load"] for row in rows):
-        of = {n: [r for r in rows if r["load"] == load and r["system"] == n] for n in names}
-        rounds = ", ".join(f"{n} {len(group)} of {group[0]['requests']}"
-                           for n, group in of.items() if group)  # fmt: skip
+        group = {n: [r for r in rows if r["load"] == load and r["system"] == n] for n in names}
+        counts = ", ".join(f"{n} {[r['requests'] for r in found]}" for n, found in group.items())
+        figures = {
+            f"{label}, {unit}": {n: [_get(r, path) * factor for r in group[n]] for n in names}
+            for label, (path, factor, unit) in FIGURES.items()
+        }
         lengths = ", ".join(map(str, LOADS[load]))
         lines += [
-            "",
-            f"{load}: {OPEN} open, prompts of {lengths} in turn, {OUTPUT} out; "
-            f"median of rounds ({rounds})",
-            f"  {'':26}" + "".join(f"{name:>18}" for name in names),
-        ]
-        medians = {
-            label: {n: statistics.median(_get(r, path) for r in of[n]) for n in names if of[n]}
-            for label, (path, _, _) in FIGURES.items()
-        }
-        for label, (_, factor, unit) in FIGURES.items():
-            cells = (
-                f"{medians[label][n] * factor:>18.1f}" if of[n] else f"{'–':>18}" for n in names
-            )
-            lines.append(f"  {f'{label}, {unit}':26}" + "".join(cells))
-        if not of.get(against):
-            continue
-        lines.append(f"  each / that of {against}")
-        for label, found in medians.items():
-            cells = (
-                f"{found[n] / found[against]:>18.3f}" if of[n] else f"{'–':>18}" for n in names
-            )
-            lines.append(f"  {label:26}" + "".join(cells))
+            "", f"{load}: {OPEN} open, prompts of {lengths} tokens in turn, {OUTPUT} out; median "
+            f"(least–most) of rounds; requests in each: {counts}", *table(figures, against),
+        ]  # fmt: skip
     return "\n".join(lines)
 
 
