@@ -35,6 +35,7 @@ from bench.peers.vllm import Vllm, VllmPair, versions
 
 SYSTEMS = ("vllm", "vllm-reniced", "shm", "tcp", "nixl")
 REPORT_AGAINST = "vLLM, reniced"
+COLUMNS = ["vLLM", REPORT_AGAINST, "pdq, shm", "pdq, tcp", "pdq, nixl"]
 BEGAN = time.monotonic()
 
 
@@ -60,10 +61,9 @@ def main() -> None:
             for system in [*systems[first:], *systems[:first]]:
                 _say(f"round {turn + 1}: {system.name}")
                 rows += _measure(arguments, system, model, rng)
-    order = {system.name: place for place, system in enumerate(systems)}
-    rows.sort(key=lambda row: order[row["system"]])
     results["runs"].append(_about(arguments))
     results["rows"] += rows
+    results["rows"].sort(key=lambda row: COLUMNS.index(row["system"]))
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n")
     _print(results)

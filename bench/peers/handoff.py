@@ -59,14 +59,14 @@ def measure(
     system: System, model: Model, lengths: Sequence[int], prompts: int, rng: random.Random
 ) -> list[Row]:
     """Rows of one waking: `prompts` of each length, once the memory is warm; and one row with what
-    it takes idle."""
+    it takes idle after that."""
     rows: list[Row] = []
     with system.awake():
-        rows.append({"system": system.name, "idle_cores": idle_cores(system, IDLE_S)})
         while system.prompt_tokens < WARM_UP * POOL_TOKENS:
             asyncio.run(_prompts(system, model, max(lengths), 1, rng))
         for length in lengths:
             rows += asyncio.run(_prompts(system, model, length, prompts, rng))
+        rows.append({"system": system.name, "idle_cores": idle_cores(system, IDLE_S)})
     return rows
 
 
@@ -79,7 +79,8 @@ async def _prompts(
         done = await system.complete(prompt, OUTPUT)
         await asyncio.sleep(SETTLE_S)
         copies = await system.copies(length)
-        user = done.user
+        if len(done.user) != OUTPUT:
+            raise RuntimeError(f"{OUTPUT} tokens in {len(done.user)} events: they have no moments")
         to_decoded = done.own[0] - done.prefilled_at
         step = statistics.median(b - a for a, b in itertools.pairwise(done.own))
         rows.append({
@@ -88,8 +89,8 @@ async def _prompts(
             "handoff_and_step_s": to_decoded,
             "step_s": step,
             "handoff_s": to_decoded - step,
-            "first_token_s": user[0] - done.sent_at,
-            "second_token_s": user[1] - done.sent_at,
+            "first_token_s": done.user[0] - done.sent_at,
+            "second_token_s": done.user[1] - done.sent_at,
             "copy_s": copies.seconds,
             "copy_after_prompt_s": copies.unhidden_s,
             "copy_bytes_per_s": copies.num_bytes / copies.seconds,

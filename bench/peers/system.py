@@ -38,8 +38,8 @@ class Model:
 @dataclasses.dataclass(frozen=True, slots=True)
 class Completion:
     """One answered request. `sent_at`: it was begun; `prefilled_at`: the client has what the prefill
-    side answered; `user`: the tokens that the user gets, one moment each; `own`: the tokens that the
-    decode side made; `exchange`: the answer as the user gets it, for `pdq bench`'s report."""
+    side answered; `user`: events with tokens, as the user gets them, usually one token each; `own`:
+    those of the decode side; `exchange`: the answer as the user gets it, for `pdq bench`'s report."""
 
     sent_at: float
     prefilled_at: float
@@ -83,14 +83,13 @@ class System(Protocol):
 
 
 def token_times(exchange: Exchange, wanted: int) -> tuple[float, ...]:
-    """The moment of each token; `RuntimeError` if there are not as many as wanted, one by one."""
+    """The moments of the events that carried tokens; `RuntimeError` for an error, and for an answer
+    of another length than was wanted."""
     answer = read(exchange)
     if answer.error:
         raise RuntimeError(f"{answer.error}: {answer.message}")
-    if not answer.output_tokens == len(answer.token_times) == wanted:
-        raise RuntimeError(
-            f"{answer.output_tokens} tokens in {len(answer.token_times)} events, not {wanted}"
-        )
+    if answer.output_tokens != wanted:
+        raise RuntimeError(f"{answer.output_tokens} tokens instead of {wanted}")
     return answer.token_times
 
 
