@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: serve test lint bench bench-handoff chaos-handoff test-gpu bench-gpu clean
+.PHONY: serve test lint bench bench-handoff chaos-handoff test-gpu bench-gpu bench-peers clean
 
 serve: $(INSTALLED)
 	$(BIN)/pdq serve $(ARGS)
@@ -25,6 +25,11 @@ bench: $(INSTALLED)
 # Transports against memcpy and a bare socket, then the latency of handoffs between real nodes.
 bench-handoff: $(INSTALLED)
 	$(BIN)/python -m bench.handoff $(ARGS)
+
+# vLLM beside ours on two cores: VLLM_PYTHON names the python of an environment with vllm (for CPU) and
+# nixl; ARGS="handoff" or "load", and what --help shows.
+bench-peers: $(INSTALLED)
+	$(BIN)/python -m bench.peers $(ARGS)
 
 # Every fault at every moment of a handoff, over shm and tcp; `make test` has a sample.
 chaos-handoff: $(INSTALLED)
