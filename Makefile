@@ -27,7 +27,7 @@ bench-handoff: $(INSTALLED)
 	$(BIN)/python -m bench.handoff $(ARGS)
 
 # vLLM beside ours on two cores: VLLM_PYTHON names the python of an environment with vllm (for CPU) and
-# nixl; ARGS="handoff" or "load", and what --help shows.
+# nixl (`python -m bench.peers --help`).
 bench-peers: $(INSTALLED)
 	$(BIN)/python -m bench.peers $(ARGS)
 

@@ -1,11 +1,11 @@
-"""Other systems beside ours, in one run on one machine: `python -m bench.peers handoff|load`.
+"""vLLM's handoff beside ours, in one run on one machine: `python -m bench.peers`.
 
-    VLLM_PYTHON=…/bin/python python -m bench.peers handoff --json rows.json
+    VLLM_PYTHON=…/bin/python python -m bench.peers --json rows.json
 
-starts vLLM's prefill and decode servers and ours, one core each, with the 0.5B body in bf16 and
-random weights, and lets them take turns: while one is measured the others take no CPU. The rows of
-several runs add up in the file that `--json` names; the table is of all of them. What each figure
-means, and where it cannot mean the same in both systems, is in `handoff.py` and `load.py`.
+starts vLLM's prefill and decode servers (KV over NIXL) and ours, one core each, with the 0.5B body in
+bf16 and random weights, and lets them take turns: while one is measured the others take no CPU. The
+rows of several runs add up in the file that `--json` names; the table is of all of them. What each
+figure means, and where it cannot mean the same in both systems, is in `handoff.py`.
 
 vLLM needs an environment of its own with `vllm` (for CPU) and `nixl`.
 """
@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.metadata
-import itertools
 import json
 import os
 import platform
@@ -28,7 +27,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.peers import handoff, load
+from bench.peers import handoff
 from bench.peers.pdq import Pdq
 from bench.peers.system import Model, System, make_model
 from bench.peers.vllm import Vllm, VllmPair, versions
@@ -45,22 +44,19 @@ def main() -> None:
     cores = sorted(os.sched_getaffinity(0))[:2]
     if len(cores) < 2:
         raise SystemExit("two cores are needed: one for each server")
-    results = _earlier(arguments.json) or {"measures": arguments.measure, "runs": [], "rows": []}
-    if results["measures"] != arguments.measure:
-        raise SystemExit(f"{arguments.json} has rows of another measurement")
+    results = _earlier(arguments.json) or {"runs": [], "rows": []}
     rng = random.Random(f"{len(results['runs'])}")  # fresh prompts in each run
     rows: list[dict[str, Any]] = []
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pdq-peers-")))
         (folder / "model").mkdir()
-        measured = handoff if arguments.measure == "handoff" else load
-        model = make_model(folder / "model", measured.POOL_TOKENS)
+        model = make_model(folder / "model", handoff.POOL_TOKENS)
         systems = _systems(stack, arguments, model, folder, cores)
         for turn in range(arguments.rounds):
             first = (turn + len(results["runs"])) % len(systems)  # nobody is always the first
             for system in [*systems[first:], *systems[:first]]:
                 _say(f"round {turn + 1}: {system.name}")
-                rows += _measure(arguments, system, model, rng)
+                rows += handoff.measure(system, model, arguments.lengths, arguments.prompts, rng)
     results["runs"].append(_about(arguments))
     results["rows"] += rows
     results["rows"].sort(key=lambda row: COLUMNS.index(row["system"]))
@@ -72,17 +68,12 @@ def main() -> None:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.peers", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("measure", choices=["handoff", "load"])
     parser.add_argument("--vllm-python", type=Path, default=os.environ.get("VLLM_PYTHON"),
                         help="the python of vLLM's environment (or VLLM_PYTHON)")  # fmt: skip
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=SYSTEMS)
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[256, 2048], help="handoff only")
-    parser.add_argument("--prompts", type=int, default=2, help="of each length and round; handoff")
-    parser.add_argument("--loads", nargs="+", choices=load.LOADS, default=list(load.LOADS))
-    parser.add_argument(
-        "--requests", type=int, default=32, help="of each load and round; load only"
-    )
+    parser.add_argument("--lengths", type=int, nargs="+", default=[256, 2048], help="of prompts")
+    parser.add_argument("--prompts", type=int, default=2, help="of each length and round")
     parser.add_argument("--json", type=Path, help="rows are added to those in this file")
     arguments = parser.parse_args()
     if any(name.startswith("vllm") for name in arguments.systems) and not arguments.vllm_python:
@@ -112,27 +103,17 @@ def _systems(
     return systems + [Pdq(model, folder, name, cores) for name in chosen if "vllm" not in name]
 
 
-def _measure(
-    arguments: argparse.Namespace, system: System, model: Model, rng: random.Random
-) -> list[dict[str, Any]]:
-    if arguments.measure == "handoff":
-        return handoff.measure(system, model, arguments.lengths, arguments.prompts, rng)
-    return [load.measure(system, model, name, arguments.requests, rng) for name in arguments.loads]
-
-
 def _about(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The command without paths, and the versions of everything."""
-    pairs = itertools.pairwise(["", *sys.argv[1:]])
-    shown = [
-        word
-        for before, word in pairs
-        if before not in ("--vllm-python", "--json") and word not in ("--vllm-python", "--json")
-    ]
+    """What was run, and the versions of everything; no paths."""
     ours = {name: importlib.metadata.version(name) for name in ("torch", "nixl")
             if name != "nixl" or "nixl" in arguments.systems}  # fmt: skip
     theirs = versions(arguments.vllm_python) if arguments.vllm_python else {}
     return {
-        "command": " ".join(["python -m bench.peers", *shown]),
+        "command": (
+            f"python -m bench.peers --systems {' '.join(arguments.systems)} --rounds "
+            f"{arguments.rounds} --prompts {arguments.prompts} --lengths "
+            f"{' '.join(map(str, arguments.lengths))}"
+        ),
         "machine": f"{platform.platform()}, {os.cpu_count()} cores",
         "ours": {"python": platform.python_version(), **ours},
         "vllm": theirs,
@@ -144,8 +125,7 @@ def _print(results: dict[str, Any]) -> None:
         print(f"$ {about['command']}")
     last = results["runs"][-1]
     print(f"{last['machine']}; ours: {_shown(last['ours'])}; vLLM's: {_shown(last['vllm'])}")
-    module = handoff if results["measures"] == "handoff" else load
-    print(module.report(results["rows"], REPORT_AGAINST))
+    print(handoff.report(results["rows"], REPORT_AGAINST))
 
 
 def _say(what: str) -> None:

@@ -85,7 +85,7 @@ class Pdq:
         exchange = await self._client.exchange(request)
         self.prompt_tokens += len(prompt)
         times = token_times(exchange, max_tokens)
-        return Completion(exchange.sent_at, times[0], times, times[1:], exchange)
+        return Completion(exchange.sent_at, times[0], times, times[1:])
 
     async def copies(self, prompt_len: int) -> Copies:
         notes = self._new_notes()

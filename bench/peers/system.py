@@ -38,14 +38,13 @@ class Model:
 @dataclasses.dataclass(frozen=True, slots=True)
 class Completion:
     """One answered request. `sent_at`: it was begun; `prefilled_at`: the client has what the prefill
-    side answered; `user`: events with tokens, as the user gets them, usually one token each; `own`:
-    those of the decode side; `exchange`: the answer as the user gets it, for `pdq bench`'s report."""
+    side answered; `user`: events with tokens, as the user gets them; `own`: those of the decode
+    side."""
 
     sent_at: float
     prefilled_at: float
     user: tuple[float, ...]
     own: tuple[float, ...]
-    exchange: Exchange
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -83,13 +82,15 @@ class System(Protocol):
 
 
 def token_times(exchange: Exchange, wanted: int) -> tuple[float, ...]:
-    """The moments of the events that carried tokens; `RuntimeError` for an error, and for an answer
-    of another length than was wanted."""
+    """The moment of each token; `RuntimeError` for an error, and where tokens did not come as many as
+    wanted and one by one."""
     answer = read(exchange)
     if answer.error:
         raise RuntimeError(f"{answer.error}: {answer.message}")
-    if answer.output_tokens != wanted:
-        raise RuntimeError(f"{answer.output_tokens} tokens instead of {wanted}")
+    if not answer.output_tokens == len(answer.token_times) == wanted:
+        raise RuntimeError(
+            f"{answer.output_tokens} tokens in {len(answer.token_times)} events, not {wanted}"
+        )
     return answer.token_times
 
 

@@ -196,18 +196,26 @@ class Vllm:
     def awake(self) -> Iterator[None]:
         pair = self._pair
         pair.signal(signal.SIGCONT)
-        spinning = pair.spinning_threads() if self._reniced else []
-        if self._reniced and not spinning:
-            raise RuntimeError("no thread of vLLM spins: there is nothing to renice")
         try:
-            for thread in spinning:
-                os.setpriority(os.PRIO_PROCESS, thread, LEAST_PRIORITY)
+            self._set_priorities(pair.spinning_threads())
             self._copied = self._copied_so_far()
             yield
         finally:
-            for thread in spinning:  # needs CAP_SYS_NICE
-                os.setpriority(os.PRIO_PROCESS, thread, 0)
             pair.signal(signal.SIGSTOP)
+
+    def _set_priorities(self, spinning: Sequence[int]) -> None:
+        if self._reniced and not spinning:
+            raise RuntimeError("no thread of vLLM spins: there is nothing to renice")
+        wanted = LEAST_PRIORITY if self._reniced else 0
+        for thread in spinning:
+            if os.getpriority(os.PRIO_PROCESS, thread) != wanted:
+                try:
+                    os.setpriority(os.PRIO_PROCESS, thread, wanted)
+                except PermissionError as error:
+                    raise SystemExit(
+                        "to raise a priority again needs CAP_SYS_NICE: measure `vllm` and "
+                        "`vllm-reniced` in two commands (--systems)"
+                    ) from error
 
     async def complete(self, prompt: Sequence[int], max_tokens: int) -> Completion:
         body = completion_body(prompt, 1, stream=False) | {"kv_transfer_params": ASK_PREFILL}
@@ -218,9 +226,8 @@ class Vllm:
         body = completion_body(prompt, max_tokens, stream=True) | {"kv_transfer_params": place}
         two = await self._consumer.exchange(self._consumer.encode(body))
         self._pair.prompt_tokens += len(prompt)
-        whole = dataclasses.replace(two, sent_at=one.sent_at)
         times = token_times(two, max_tokens)
-        return Completion(one.sent_at, one.pieces[-1][0], times, times, whole)
+        return Completion(one.sent_at, one.pieces[-1][0], times, times)
 
     async def copies(self, prompt_len: int) -> Copies:
         before = self._copied
