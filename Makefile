@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 NIXL := $(VENV)/.nixl
 
-.PHONY: serve test lint bench bench-handoff proof fuzz chaos-handoff test-gpu bench-gpu clean
+.PHONY: serve test lint bench bench-handoff proof fuzz chaos-handoff test-gpu bench-gpu bench-peers clean
 
 serve: $(INSTALLED)
 	$(BIN)/pdq serve $(ARGS)
@@ -26,6 +26,11 @@ bench: $(INSTALLED)
 # Transports against memcpy and a bare socket, then the latency of handoffs between real nodes.
 bench-handoff: $(INSTALLED)
 	$(BIN)/python -m bench.handoff $(ARGS)
+
+# vLLM beside ours on two cores: VLLM_PYTHON names the python of an environment with vllm (for CPU) and
+# nixl (`python -m bench.peers --help`).
+bench-peers: $(INSTALLED)
+	$(BIN)/python -m bench.peers $(ARGS)
 
 # The handoff protocol: 10^5 random schedules, every schedule of two prompts, three blocks and two
 # faults, and each rule taken out. Minutes; `make test` has a part of each.

@@ -20,6 +20,7 @@ from common.config import NodeSettings, load
 from common.engine.engine import ComputedStep, Engine, PlannedStep, StepOutput
 from common.node.runtime import Node
 from kv_transfer.ports import Adopted, Ended, Granted, Piece
+from kv_transfer.transports.nixl import NixlReader
 from kv_transfer.transports.shm import ShmReader
 from kv_transfer.transports.tcp import TcpReader
 
@@ -101,7 +102,7 @@ def main() -> None:
     def note(what: str, at: float = 0.0, **fields: object) -> None:
         file.write(json.dumps({"what": what, "at": at or time.monotonic(), **fields}) + "\n")
 
-    for reader in (ShmReader, TcpReader):
+    for reader in (ShmReader, TcpReader, NixlReader):
         clock_pulls(reader, note)
     asyncio.run(serve(load(NodeSettings, sys.argv[1:-1], os.environ, program="node"), note))
 
