@@ -169,6 +169,7 @@ class Node:
         loops: list[asyncio.Task[None]] = []
         try:
             await asyncio.get_running_loop().run_in_executor(self._thread, self.engine.warm_up)
+            loading.give_back_memory()
             self.state = NodeState.READY
             await self.registry.announce(self.record())
             log.info("node.ready", **self._summary())
