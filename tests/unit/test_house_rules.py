@@ -15,7 +15,9 @@ PACKAGES = ("common", "kv_transfer", "prefill_node", "decode_node", "gateway")
 DOORS = {
     "redis": {"common/redis_client.py"},
     "zmq": {
-        "common/bus.py", "kv_transfer/transports/tcp.py", "kv_transfer/transports/zmq_frames.py",
+        "common/bus.py",
+        "kv_transfer/transports/tcp.py",
+        "kv_transfer/transports/zmq_frames.py",
     },
     "msgpack": {"common/codec.py"},
     "xxhash": {"kv_transfer/digests.py"},
