@@ -184,7 +184,9 @@ def main() -> None:
     parser.add_argument("--transports", nargs="*", default=["shm", "tcp"])
     parser.add_argument("--json", type=Path, help="write the results here too")
     arguments = parser.parse_args()
-    results: dict[str, Any] = {"command": " ".join(sys.argv), "machine": platform.platform()}
+    command = " ".join(["python -m bench.handoff", *sys.argv[1:]])
+    results: dict[str, Any] = {"command": command, "machine": platform.platform()}
+    print("#", command)
     if arguments.only != "latency":
         results["transports"] = measure_transports(rounds=arguments.rounds)
         results["staging"] = measure_staging()

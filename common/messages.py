@@ -316,7 +316,7 @@ class Slabs(Message):
     kind: ClassVar[int] = 61
     link: str
     number: int
-    refused: str  # "" | stale_block
+    refused: str  # "" | stale_block | too_many
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

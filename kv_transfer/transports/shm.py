@@ -63,18 +63,24 @@ class ShmReader:
                 self._idle.notify_all()
 
     def _copy(self, pieces: Sequence[Piece]) -> None:
-        """A slab is digested right after its copy, while it is in cache."""
+        """A slab is digested right after its copy, while it is in cache; without digests one copy
+        follows the other, for what Python does between two of them finds its own data evicted."""
         mapped, target = self._mapped, self._target
         memory = target.memory
         for piece in pieces:
             require_still(mapped, piece)
+        for piece in pieces:
             source, into = mapped.slab_address(piece.slot), memory.slab_address(piece.block)
             if piece.fill:
                 copy_ranges(into, source, target.layout.tail_ranges(piece.fill))
             else:
                 copy_bytes(into, source, memory.slab_bytes)
-            require_still(mapped, piece)
-            target.check(piece)
+            if piece.digest:
+                require_still(mapped, piece)  # first: what was torn is stale, not corrupt
+                target.check(piece)
+        for piece in pieces:
+            if not piece.digest:
+                require_still(mapped, piece)
 
     def close(self) -> None:
         with self._idle:

@@ -382,10 +382,8 @@ class TcpReader:
     def _say(self, message: Message) -> None:
         if self._closed:
             raise LinkLost("the link was closed")
-        try:
-            self._socket.send(
-                encode(message), zmq.DONTWAIT
-            )  # without a peer it would wait for ever
+        try:  # without a peer, it would wait for ever
+            self._socket.send(encode(message), zmq.DONTWAIT)
         except zmq.Again as error:
             raise LinkLost("the connection to the source is gone") from error
 
