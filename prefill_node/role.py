@@ -203,7 +203,7 @@ class PrefillRole:
         return handover.sequence.choice == choices[0]
 
     def _choose(self, handover: Handover) -> tuple[str, str] | None:
-        """The gateway's choice; else the decode node with the most free positions."""
+        """The gateway's choice; else the decode node with the most free blocks."""
         dispatch = _dispatch(handover.attempt)
         if dispatch.decode_node and dispatch.decode_node not in handover.refused:
             return dispatch.decode_node, dispatch.decode_endpoint
@@ -216,7 +216,7 @@ class PrefillRole:
         ]
         if not candidates:
             return None
-        best = max(candidates, key=lambda record: record.free_blocks * record.block_size)
+        best = max(candidates, key=lambda one: one.free_blocks * one.block_size)  # positions
         return best.incarnation, best.endpoint
 
     async def _open(self, handover: Handover, peer: str, endpoint: str) -> None:
