@@ -71,7 +71,12 @@ class Node:
         self.name = settings.name or f"{settings.role}-{socket.gethostname().split('.')[0]}"
         self.incarnation = new_incarnation(self.name)
         shared = SharedMemory(loading.choose_device(settings.engine.device))
-        self.engine = Engine(settings.engine, storage=shared.allocate, on_free=shared.freed)
+        # Made in the thread that will compute: OpenMP keeps a team for each thread that ever ran a
+        # parallel region, and with two of them it waits at every barrier asleep, not spinning.
+        self._thread = ThreadPoolExecutor(1, "engine")
+        self.engine = self._thread.submit(
+            Engine, settings.engine, storage=shared.allocate, on_free=shared.freed
+        ).result()
         assert shared.memory is not None
         self.memory = shared.memory
         self.kv = NodeKV(self.engine, self.memory, digests=settings.engine.kv_digests)
@@ -154,9 +159,8 @@ class Node:
         self.links = self._make_links()
         self.links.start()
         loops: list[asyncio.Task[None]] = []
-        thread = ThreadPoolExecutor(1, "engine")
         try:
-            await asyncio.get_running_loop().run_in_executor(thread, self.engine.warm_up)
+            await asyncio.get_running_loop().run_in_executor(self._thread, self.engine.warm_up)
             self.state = NodeState.READY
             await self.registry.announce(self.record())
             log.info("node.ready", **self._summary())
@@ -167,7 +171,7 @@ class Node:
                     ("listen", self._listen()),
                     ("watch", self._watch()),
                     ("announce", self._announce()),
-                    ("compute", self._compute(thread)),
+                    ("compute", self._compute()),
                 )
             ]
             stopping = asyncio.create_task(self._stopping.wait(), name="stopping")
@@ -190,7 +194,7 @@ class Node:
             except ServiceUnavailable as error:
                 log.warning("node.left_unsaid", error=error)  # the reaper will find it
             await self.redis.close()
-            thread.shutdown()
+            self._thread.shutdown()
             log.info("node.ended", steps=self.engine.num_steps)
 
     def stop(self) -> None:
@@ -333,7 +337,7 @@ class Node:
                 log.warning("registry.unreachable", error=error)
             await asyncio.sleep(ANNOUNCE_INTERVAL_S)
 
-    async def _compute(self, thread: ThreadPoolExecutor) -> None:
+    async def _compute(self) -> None:
         loop = asyncio.get_running_loop()
         engine, failures = self.engine, 0
         while True:
@@ -349,7 +353,7 @@ class Node:
             self._computing = True
             self.role.step_begins(planned)
             try:
-                computed = await loop.run_in_executor(thread, engine.compute, planned)
+                computed = await loop.run_in_executor(self._thread, engine.compute, planned)
             except Exception as error:
                 engine.fail_step(planned)
                 failures += 1
