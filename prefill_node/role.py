@@ -199,7 +199,7 @@ class PrefillRole:
         ]  # fmt: skip
         if not candidates:
             return None
-        best = max(candidates, key=lambda record: record.free_blocks * record.block_size)
+        best = max(candidates, key=lambda one: one.free_blocks * one.block_size)  # positions
         return best.incarnation, best.endpoint
 
     def opened(self, handover: Handover, link: str) -> None:
