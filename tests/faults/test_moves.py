@@ -94,7 +94,7 @@ class Moving(Deployment):
             nonlocal at_first
             names, choices = await self.names(), await self.choices()
             running = [c for c in choices if c.state is State.DECODING]
-            at_first = sum(names[c.decode_node] == "decode-1" for c in running)
+            at_first = sum(names.get(c.decode_node) == "decode-1" for c in running)
             wanted = sum(body.get("n", 1) for body in asked)
             return sum(c.state.rank >= State.DECODING.rank for c in choices) == wanted
 
@@ -140,8 +140,12 @@ async def test_what_runs_moves_and_nothing_is_computed_twice(
         assert await system.terminate("decode-1") == 0
         assert load.num_open > 0, "it has not waited for their end"
         names = await system.names()
-        holders = {names.get(c.decode_node) for c in await system.choices(State.DECODING)}
-        assert holders <= {"decode-2", "decode-3"}, "as `pdq requests` shows it"
+
+        async def elsewhere() -> bool:
+            holders = {names.get(c.decode_node) for c in await system.choices(State.DECODING)}
+            return holders <= {"decode-2", "decode-3"}
+
+        await wait_until(elsewhere, "`pdq requests` shows the nodes that go on")
         await load.finish(expected)
     after = await system.counts()
     gained = {name: after[name] - before[name] for name in after}
@@ -186,8 +190,7 @@ async def test_a_fault_in_the_middle_of_a_move_changes_no_token(
         assert victim is not None
         if fault == "kill" and victim != "decode-1":
             system.processes.pop(victim).wait()
-        finished = asyncio.create_task(load.finish(expected))
-        await finished
+        await load.finish(expected)
         if fault == "stop":
             system.signal(victim, signal.SIGCONT)
         assert await draining == (-signal.SIGKILL if victim == "decode-1" else 0)
@@ -207,10 +210,10 @@ def crowded(tmp_path: Path) -> Iterator[Moving]:
 
 
 async def test_where_the_others_are_full_it_finishes_here(crowded: Moving, engine: Engine) -> None:
-    asked = [body | {"n": 1} for body in long_ones(8, seed=31)]
+    asked = [body | {"n": 1} for body in long_ones(6, seed=31)]
     expected = truth(engine, asked)
     async with Load(crowded.url, asked) as load:
-        assert await crowded.all_handed_over(asked) == 4
+        await crowded.all_handed_over(asked)
         assert await crowded.terminate("decode-1") == 0
         await load.finish(expected)
     counts = await crowded.counts()
