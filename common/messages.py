@@ -230,7 +230,8 @@ class TokenLogprobs(Message):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Commit(Message):
-    """handoff → intake: all is announced; decode may go on from `first_token`, at `position`.
+    """handoff → intake: all is announced; decode may go on from `first_token`, at `position`: the
+    first of a prompt, the last of a sequence that moves.
 
     Repeated by the handoff side until Ack or Abort. Duplicate while blocks are still being
     copied: answered with Grant (what was not announced: the repair of a lost Blocks); afterwards
@@ -375,8 +376,9 @@ class Tokens(Message):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TookOver(Message):
-    """decode → gateway: from `position` on, tokens come from me; and prefill → gateway, of the node
-    that sent Ack, which may die before it says so itself. Duplicate: ignored."""
+    """decode → gateway: from `position` on, tokens come from me; and handoff side → gateway, of the
+    node that sent Ack, which may die before it says so itself. Duplicate, or of a lower position
+    than the last one: ignored. Tokens before `position` are the former holder's to send."""
 
     kind: ClassVar[int] = 31
     node: str

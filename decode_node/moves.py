@@ -52,9 +52,7 @@ class Moves:
         self._timers: dict[Handover, asyncio.TimerHandle] = {}  # until a grant
         self._paused_at: dict[Handover, float] = {}
         self._full: set[str] = set()  # nodes that had no room, until their records are read again
-        self._took: dict[
-            str, str
-        ] = {}  # attempt → the node that has a choice of it, and its prompt
+        self._took: dict[str, str] = {}  # attempt → the node that has another choice of it
         self._promised: Counter[str] = Counter()  # blocks asked of a node since its record was read
         self._asked: Counter[str] = Counter()  # sequences, likewise
 

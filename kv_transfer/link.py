@@ -108,6 +108,7 @@ class Links:
         self._threads = ThreadPoolExecutor(2, "kv-copy")
         self._tasks: set[asyncio.Task[None]] = set()
         self._timer: asyncio.Task[None] | None = None
+        self._closed = False
 
     # Life
 
@@ -121,7 +122,9 @@ class Links:
         self._timer = loop.create_task(self._timers(), name="kv-timers")
 
     async def close(self) -> None:
-        """Tear every link down, wait for copies to end, and stop. The sources are closed, too."""
+        """Tear every link down, wait for copies to end, and stop. The sources are closed, too.
+        What ends by that finds nobody else to go to: no link opens any more."""
+        self._closed = True
         for link in list(self._links):
             self._down(link)
         if self._timer is not None:
@@ -147,6 +150,8 @@ class Links:
 
         `FingerprintMismatch` if the peer serves something else, `LinkLost` if it does not answer.
         """
+        if self._closed:
+            raise LinkLost("this node ends", param=peer)
         connection = self._bus.link(peer)
         if connection is None:
             raise LinkLost(f"no connection with {peer}", param=peer)

@@ -631,10 +631,10 @@ class Storm:
         for act in self.chance.choices(list(events), list(events.values()), k=num_events):
             act()
             self.assert_references_equal_holders()
-        for lease in self.leases:
-            self.pool.release(lease)
         while self.paused:
             self.resume()
+        for lease in self.leases:
+            self.pool.release(lease)
         self.machine.run_until_idle()
         for sequence in self.machine.outputs:
             self.machine.assert_output(sequence)

@@ -1,0 +1,150 @@
+"""A sequence that goes on in another engine: the same tokens, and no position computed twice."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from common.config import EngineSettings
+from common.engine import Engine, SamplingParams
+from common.engine.output import TokenLogprob
+from common.engine.sequence import Sequence
+from common.messages import Offer
+from common.node.kv import NodeKV, SharedMemory
+from common.sampling import FinishReason
+from kv_transfer.ports import Piece
+from tests.support.checkpoints import STORIES
+
+PROMPT = list(range(3, 44))
+LENGTH = 60
+KINDS = {
+    "greedy": SamplingParams(max_tokens=LENGTH, temperature=0.0, ignore_eos=True),
+    "seeded": SamplingParams(max_tokens=LENGTH, temperature=0.9, seed=5, ignore_eos=True),
+    "penalties": SamplingParams(
+        max_tokens=LENGTH, temperature=0.8, seed=6, presence_penalty=0.7, frequency_penalty=0.3,
+        repetition_penalty=1.1, min_tokens=50, logprobs=3,
+    ),
+}  # fmt: skip
+
+
+class EngineWithMemory:
+    """What a node has of both, without links."""
+
+    def __init__(self) -> None:
+        shared = SharedMemory(torch.device("cpu"))
+        settings = EngineSettings(
+            model=str(STORIES), dtype="float32", threads=1, num_kv_blocks=64, max_num_seqs=8
+        )
+        self.engine = Engine(
+            settings, storage=shared.allocate, on_free=shared.freed, poison_freed_blocks=True
+        )
+        assert shared.memory is not None
+        self.memory = shared.memory
+        self.kv = NodeKV(self.engine, shared.memory, digests=True)
+        self.num_computed = {True: 0, False: 0}  # positions, by whether they are prompt
+        self.tokens: list[int] = []
+        self.logprobs: list[TokenLogprob] = []
+
+    def steps(self, count: int = 1000) -> None:
+        while self.engine.has_work and count:
+            planned = self.engine.begin_step()
+            assert planned is not None
+            for chunk in planned.step.chunks:
+                self.num_computed[chunk.is_prompt] += chunk.length
+            for output in self.engine.end_step(planned, self.engine.compute(planned)):
+                self.tokens += output.token_ids
+                self.logprobs += output.logprobs
+            count -= 1
+
+
+@pytest.fixture(scope="module")
+def reference() -> Engine:
+    return EngineWithMemory().engine
+
+
+def offer_of(sequence: Sequence, salt: str, block_size: int) -> Offer:
+    length = sequence.num_computed
+    return Offer(
+        "l", "r", 1, sequence.choice, tuple(sequence.token_ids[:length]), sequence.prompt_len,
+        sequence.params, tuple(sequence.hashes(length // block_size, block_size)),
+        length % block_size, "g", "", salt, 0, 1,
+    )  # fmt: skip
+
+
+def move(here: EngineWithMemory, sequence: Sequence, there: EngineWithMemory) -> Sequence:
+    """As two nodes do it over a link, all blocks copied that the other lacks."""
+    block_size = here.engine.layout.block_size
+    offer = offer_of(sequence, "tenant", block_size)
+    blocks = here.engine.pool.blocks_for(sequence.num_computed)
+    ready = here.kv.ready_blocks(sequence, sequence.block_table, 0, blocks)
+    room = there.kv.reserve(offer)
+    assert room is not None
+    for index in room.missing:
+        block = room.blocks[index]
+        there.memory.slab(block)[:] = here.memory.slab(ready[index].slot)
+        fill = offer.tail_fill if index == len(offer.block_hashes) else 0
+        seed = b"" if fill else offer.block_hashes[index]
+        there.kv.landed(room, Piece(index, ready[index].slot, 0, block, fill, b"", seed))
+    there.kv.adopt(room)
+    last = sequence.token_ids[sequence.num_computed]
+    moved = there.engine.make_sequence(
+        "r/1", (*offer.token_ids, last), offer.params, choice=offer.choice,
+        prompt_len=offer.prompt_len, cache_salt=offer.cache_salt,
+    )  # fmt: skip
+    moved.block_table, moved.num_computed = list(room.blocks), len(offer.token_ids)
+    there.engine.scheduler.adopt(moved)
+    kept = here.engine.finish(sequence, FinishReason.CANCELLED)
+    here.engine.pool.release(kept)
+    return moved
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("after", [1, 7, 8, 23])  # a tail, a full block, prompt and generated ones
+def test_a_sequence_that_moves_twice_makes_the_same_tokens(
+    reference: Engine, kind: str, after: int
+) -> None:
+    params = KINDS[kind]
+    (expected,) = reference.generate([PROMPT], params)
+    nodes = [EngineWithMemory() for _ in range(3)]
+    (sequence,) = nodes[0].engine.add("r/1", PROMPT, params, cache_salt="tenant")
+    for here, there in itertools.pairwise(nodes):
+        here.steps(after)
+        here.engine.scheduler.pause(sequence)
+        sequence = move(here, sequence, there)
+    nodes[2].steps()
+    assert tuple(token for node in nodes for token in node.tokens) == expected.token_ids
+    assert tuple(entry for node in nodes for entry in node.logprobs) == expected.logprobs
+    assert sum(node.num_computed[True] for node in nodes) == len(PROMPT)
+    assert [node.num_computed[True] for node in nodes[1:]] == [0, 0]
+    assert sum(node.num_computed[False] for node in nodes) == len(expected.token_ids) - 1
+    for node in nodes:
+        node.engine.check_idle()
+
+
+def test_a_sequence_that_was_offered_in_vain_can_be_offered_again_with_more(
+    reference: Engine,
+) -> None:
+    """The tail's seal and digest are of what it held then, and must not outlive that."""
+    params = KINDS["seeded"]
+    (expected,) = reference.generate([PROMPT], params)
+    node = EngineWithMemory()
+    (sequence,) = node.engine.add("r/1", PROMPT, params, cache_salt="tenant")
+    block_size, pool = node.engine.layout.block_size, node.engine.pool
+    for _ in range(6):  # across the end of a block
+        node.steps(4)
+        node.engine.scheduler.pause(sequence)
+        blocks = pool.blocks_for(sequence.num_computed)
+        ready = node.kv.ready_blocks(sequence, sequence.block_table, 0, blocks)
+        for index, block in enumerate(ready[: sequence.num_computed // block_size]):
+            node.memory.digests[block.slot] = b""
+            again = node.kv.ready_blocks(sequence, sequence.block_table, index, index + 1)
+            assert again[0].digest == block.digest, "as of the whole block"
+        node.kv.go_on_writing(sequence)
+        node.engine.scheduler.resume(sequence)
+        if sequence.num_computed % block_size:
+            assert node.memory.generations[ready[-1].slot] > ready[-1].generation
+    node.steps()
+    assert tuple(node.tokens) == expected.token_ids
+    node.engine.check_idle()
