@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from handoff_world import FINGERPRINT, PARAMS, ROOT, SETTINGS, offer_of
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -33,6 +32,8 @@ from kv_transfer.handoff import Handoff
 from kv_transfer.intake import Intake
 from kv_transfer.lease import Leases
 from kv_transfer.ports import Copy, Ended, Key, Piece, ReadyBlock, Reservation, Send
+from tests.support.protocol.model import FINGERPRINT, PARAMS, ROOT, offer_of
+from tests.support.protocol.world import SETTINGS
 
 README = Path(kv_transfer.__file__).with_name("README.md").read_text()
 KEY = Key("l", "r", 1, 0)
