@@ -155,6 +155,7 @@ class Moves:
             for record in node.peers.of_role(Role.DECODE, Role.UNIFIED)
             if record.state is NodeState.READY
             and record.incarnation not in {node.incarnation, *self._full, *handover.refused}
+            and not node.is_lost(record.incarnation)
             and node.is_alike(record)
             and self._has_room(record, blocks)
         ]
