@@ -145,11 +145,11 @@ class Moves:
 
     def choose(self, handover: Handover) -> tuple[str, str] | None:
         """Of the nodes that seem to have room: the one that has another choice of this attempt,
-        else the one with the most free blocks."""
+        else the one with the most free positions."""
         node, attempt = self._node, handover.attempt.engine_id
         if node.peers is None:
             return None
-        blocks = node.engine.pool.blocks_for(len(handover.sequence.token_ids))
+        length = len(handover.sequence.token_ids)
         candidates = [
             record
             for record in node.peers.of_role(Role.DECODE, Role.UNIFIED)
@@ -157,7 +157,7 @@ class Moves:
             and record.incarnation not in {node.incarnation, *self._full, *handover.refused}
             and not node.is_lost(record.incarnation)
             and node.is_alike(record)
-            and self._has_room(record, blocks)
+            and self._has_room(record, length)
         ]
         if not candidates:
             return None
@@ -165,19 +165,20 @@ class Moves:
             candidates,
             key=lambda record: (
                 record.incarnation == self._took.get(attempt),
-                record.free_blocks - self._promised[record.incarnation],
+                (record.free_blocks - self._promised[record.incarnation]) * record.block_size,
             ),
         )
-        self._promised[best.incarnation] += blocks
+        self._promised[best.incarnation] += -(-length // best.block_size)
         self._asked[best.incarnation] += 1
         return best.incarnation, best.endpoint
 
-    def _has_room(self, record: NodeRecord, blocks: int) -> bool:
+    def _has_room(self, record: NodeRecord, length: int) -> bool:
         """As its record says; the node itself says it for sure."""
         running = (
             record.running + record.waiting + record.reserved + self._asked[record.incarnation]
         )
         free = record.free_blocks - self._promised[record.incarnation]
+        blocks = -(-length // record.block_size)
         return running < record.max_num_seqs and blocks + running <= free
 
     def opened(self, handover: Handover, link: str) -> None:

@@ -129,7 +129,11 @@ class ScriptedNode:
     def decode_nodes(self, *names: str, **fields: Any) -> None:
         """These are all there are, by their records."""
         room = {"free_blocks": 100, "max_num_seqs": 8} | fields
-        records = {n: NodeRecord(n, n, Role.DECODE, NodeState.READY, **room) for n in names}
+        size = self.engine.layout.block_size
+        records = {
+            n: NodeRecord(n, n, Role.DECODE, NodeState.READY, block_size=size, **room)
+            for n in names
+        }
         self.peers = Snapshot(records, dict.fromkeys(names, 0.0), "")
 
 
