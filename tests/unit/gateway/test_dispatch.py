@@ -498,6 +498,8 @@ async def test_a_takeover_that_was_overtaken_by_the_next_one_changes_nothing(
         for node, position in (("d1", first), ("d2", second), ("d1", first)):
             dispatcher.on_message("u1", TookOver(node, "r1", 1, 0, position))
         assert (choice.holder, choice.held_from) == ("d2", second)
+        ids = tuple(expected()[0][2:5])
+        dispatcher.on_message("d1", Tokens("d1", (TokenRun("r1", 1, 0, first, ids, (), ""),)))
         cluster.kill("d1")
         assert choice.holder == "d2"
         cluster.release()
