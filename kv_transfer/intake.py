@@ -447,9 +447,8 @@ class Intake:
         self._pool.adopt(entry.reservation)
         self._answer(entry.key, Ack(*entry.key))
         waited = self._now - entry.committed_at
-        self._effects.append(
-            Adopted(entry.key, entry.offer, entry.commit, entry.reservation, waited)
-        )
+        offer = entry.placement.offer
+        self._effects.append(Adopted(entry.key, offer, entry.commit, entry.reservation, waited))
 
     def _deny(self, entry: _Entry, reason: object) -> None:
         self._answer(entry.key, Deny(*entry.key, str(reason)))

@@ -152,7 +152,10 @@ class Granted:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Adopted:
-    """Intake side: the sequence is here, whole and checked; decode it."""
+    """Intake side: the sequence is here, whole and checked; decode it.
+
+    `offer` is in blocks of this node; one that was converted has no hashes.
+    """
 
     key: Key
     offer: Offer
