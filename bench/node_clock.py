@@ -104,7 +104,10 @@ def main() -> None:
 
     for reader in (ShmReader, TcpReader, NixlReader):
         clock_pulls(reader, note)
-    asyncio.run(serve(load(NodeSettings, sys.argv[1:-1], os.environ, program="node"), note))
+    settings = load(NodeSettings, sys.argv[1:-1], os.environ, program="node")
+    if settings.engine.cores:  # as a node's own main does, before there are threads
+        os.sched_setaffinity(0, settings.engine.cores)
+    asyncio.run(serve(settings, note))
 
 
 if __name__ == "__main__":
