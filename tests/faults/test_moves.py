@@ -1,6 +1,6 @@
 """A decode node drains: what runs there moves to the others, and no client notices.
 
-One prefill and three decode nodes that take orders to fail (tests/support/chaotic_node.py). The truth
+One prefill and three decode nodes that take orders to fail (tests/support/slow_node.py). The truth
 is the in-process engine's; afterwards nothing may be held anywhere.
 """
 
@@ -45,7 +45,7 @@ class Moving(Deployment):
 
     def start(self, name: str, module: str, *arguments: str) -> None:
         if module == "common.node":
-            super().start(name, "tests.support.chaotic_node", *arguments, str(self.folder))
+            super().start(name, "tests.support.slow_node", *arguments, str(self.folder))
         else:
             super().start(name, module, *arguments)
 
@@ -121,7 +121,7 @@ async def system(roomy: Moving) -> AsyncIterator[Moving]:
 
 def long_ones(count: int, seed: int) -> list[Body]:
     """Greedy and seeded, penalties, three choices, log probabilities; long enough to be moved."""
-    asked = bodies(count, prompt=(5, 20), max_tokens=(470, 480), seed=seed)
+    asked = bodies(count, prompt=(5, 90), max_tokens=(220, 260), seed=seed)
     for index, body in enumerate(asked):
         body["ignore_eos"] = True
         if index % 3 == 1:
