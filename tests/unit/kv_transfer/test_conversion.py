@@ -286,7 +286,12 @@ def test_every_position_of_every_prompt_is_where_it_belongs(
         handover = Handover(sender, receiver, reader, receiver.chance, f"r{number}")
         handover.run()
         assert isinstance(handover.ended, Adopted)
-        assert handover.ended.offer is handover.offer
+        assert handover.offer is not None
+        adopted, sent = handover.ended.offer, handover.offer
+        assert adopted.block_hashes == (), "the sender's hashes name no block of this node"
+        assert adopted == dataclasses.replace(sent, block_hashes=(), tail_fill=adopted.tail_fill), (
+            "all else is as it was offered"
+        )
         assert isinstance(handover.sent[-1], Ack)
     assert sorted(receiver.free) == list(range(receiver.memory.num_blocks))
 
