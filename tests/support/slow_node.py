@@ -7,6 +7,7 @@ still there when it looks.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import common.node.runtime as runtime
 from common.engine import Engine
@@ -17,9 +18,11 @@ STEP_S = 0.01
 
 
 class SlowEngine(Engine):
-    def compute(self, planned: PlannedStep) -> ComputedStep:
+    def compute(
+        self, planned: PlannedStep, filled: Callable[[], None] | None = None
+    ) -> ComputedStep:
         time.sleep(STEP_S)
-        return super().compute(planned)
+        return super().compute(planned, filled)
 
 
 if __name__ == "__main__":
