@@ -22,6 +22,7 @@ from typing import Any
 
 import httpx
 
+from common.child_process import die_with_parent
 from common.config import RedisSettings
 from common.queue import queue_lengths
 from common.redis_client import RedisClient
@@ -101,6 +102,7 @@ class Deployment:
                 self.command(name, module, *arguments), cwd=ROOT,
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"},
+                preexec_fn=die_with_parent(os.getpid()),
             )  # fmt: skip
 
     def kill(self, name: str) -> None:
