@@ -261,6 +261,10 @@ class Dispatcher:
             choice.tries += 1
         choice.holder, choice.heard, choice.held_from = "", False, 0
         choice.owing.clear()
+        for other, below in choice.unacknowledged.items():  # it waited behind what is lost now
+            ack = (request.work.request, choice.stream.attempt, index, below)
+            self._bus.send(other, TokensAck(self._gateway, (ack,)))
+        choice.unacknowledged.clear()
         request.attempt += 1
         choice.stream.begin(request.attempt)
         self._metrics.retries.labels(cause).inc()
@@ -387,6 +391,8 @@ class Dispatcher:
             if choice.heard and choice.holder == message.node:
                 return  # both ends of a handoff say it
             if message.position < choice.held_from:
+                if message.node != choice.holder:  # it owes what comes before the next one's
+                    choice.owing.setdefault(message.node, choice.held_from)
                 return  # late: it has moved on since
             if choice.held_from and choice.holder:
                 self._metrics.moves.inc()

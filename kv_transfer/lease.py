@@ -69,14 +69,18 @@ class Leases:
     def touch(self, link: str, blocks: Sequence[int]) -> bool:
         """Keep `blocks` in place until `untouch`; False, and nothing kept, unless all are leased
         to this link."""
+        if not blocks:
+            return True
         with self._lock:
             leased = self._leased.get(link)
-            if blocks and (leased is None or not all(block in leased for block in blocks)):
+            if leased is None or not all(block in leased for block in blocks):
                 return False
             self._touched.setdefault(link, collections.Counter()).update(blocks)
             return True
 
     def untouch(self, link: str, blocks: Sequence[int]) -> None:
+        if not blocks:
+            return
         with self._lock:
             touched = self._touched[link]
             for block in blocks:

@@ -297,9 +297,14 @@ class Links:
                 (self._on_sent if effect.sending else self._on_received)(effect)
 
     async def _copy(self, copy: Copy) -> None:
-        """Pull in a thread; whatever comes of it is reported, also when the link is gone."""
+        """Pull in a thread; whatever comes of it is reported, also when the link is gone.
+
+        A reader that has lost its source while the bus still has its peer finds it no more: the
+        link is torn down, so that the next handoff opens another one.
+        """
         link = self._links.get(copy.key.link)
         error = "internal_error"  # what is not ours to handle fails the attempt, and is raised
+        lost = False
         try:
             if link is None or link.reader is None:
                 raise LinkLost("the link went down before the copy began")
@@ -311,8 +316,11 @@ class Links:
         except PdqError as failure:
             error = failure.code
             self.counts[error] += 1
+            lost = isinstance(failure, LinkLost) and link is not None
         finally:
             self.perform(self.intake.copied(copy.number, error, now=self._clock()))
+            if lost and self._links.get(copy.key.link) is link:
+                self.perform([Teardown(copy.key.link, error)])
 
     def _spawn(self, coroutine: Coroutine[object, object, None]) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)

@@ -93,7 +93,12 @@ class PrefillRole:
                 self._offer(handover)
 
     def handed_over(self, planned: PlannedStep) -> list[Chunk]:
-        return [chunk for chunk in planned.step.chunks if self._computing(chunk) is not None]
+        return [
+            chunk
+            for chunk in planned.step.chunks
+            if (handover := self._computing(chunk)) is not None
+            and not _ends_at_first(handover.attempt)
+        ]
 
     def step_filled(self, chunks: list[Chunk]) -> None:
         """The peer copies the blocks, the last ones too, while the step chooses the first token."""

@@ -78,7 +78,7 @@ def move(here: EngineWithMemory, sequence: Sequence, there: EngineWithMemory) ->
     block_size = here.engine.layout.block_size
     offer = offer_of(sequence, "tenant", block_size)
     blocks = here.engine.pool.blocks_for(sequence.num_computed)
-    ready = here.kv.ready_blocks(sequence, sequence.block_table, 0, blocks)
+    ready = here.kv.ready_blocks(sequence, sequence.block_table, 0, blocks, sequence.num_computed)
     room = there.kv.reserve(offer)
     assert room is not None
     for index in room.missing:
@@ -136,10 +136,14 @@ def test_a_sequence_that_was_offered_in_vain_can_be_offered_again_with_more(
         node.steps(4)
         node.engine.scheduler.pause(sequence)
         blocks = pool.blocks_for(sequence.num_computed)
-        ready = node.kv.ready_blocks(sequence, sequence.block_table, 0, blocks)
+        ready = node.kv.ready_blocks(
+            sequence, sequence.block_table, 0, blocks, sequence.num_computed
+        )
         for index, block in enumerate(ready[: sequence.num_computed // block_size]):
             node.memory.digests[block.slot] = b""
-            again = node.kv.ready_blocks(sequence, sequence.block_table, index, index + 1)
+            again = node.kv.ready_blocks(
+                sequence, sequence.block_table, index, index + 1, sequence.num_computed
+            )
             assert again[0].digest == block.digest, "as of the whole block"
         node.kv.go_on_writing(sequence)
         node.engine.scheduler.resume(sequence)

@@ -498,6 +498,7 @@ async def test_a_takeover_that_was_overtaken_by_the_next_one_changes_nothing(
         for node, position in (("d1", first), ("d2", second), ("d1", first)):
             dispatcher.on_message("u1", TookOver(node, "r1", 1, 0, position))
         assert (choice.holder, choice.held_from) == ("d2", second)
+        assert choice.owing == {"u1": first, "d1": second}
         ids = tuple(expected()[0][2:5])
         dispatcher.on_message("d1", Tokens("d1", (TokenRun("r1", 1, 0, first, ids, (), ""),)))
         cluster.kill("d1")
@@ -529,6 +530,8 @@ async def test_who_handed_on_and_dies_is_missed_only_for_the_tokens_before(
         cluster.kill("u1")
         retried = request.attempt == 2
         assert retried is not arrived, "a gap that nobody can fill is computed again"
+        acknowledged = ("d1", ("r1", 1, 0, len(PROMPT) + 4)) in cluster.acks
+        assert acknowledged, "what waited behind the gap is kept at its node no longer"
         cluster.release()
         if arrived:
             for index in range(4, TOKENS):

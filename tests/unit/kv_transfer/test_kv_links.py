@@ -374,6 +374,28 @@ async def test_a_cut_connection_ends_leases_and_reservations_at_both_ends(transp
             await p.links.open("d")
 
 
+@every_transport
+async def test_a_reader_that_has_lost_its_source_ends_the_link(
+    transport: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bus still has the peer: without this every later handoff would fail on the same link."""
+
+    def lost(_: object, pieces: object) -> None:
+        raise LinkLost("its socket is gone")
+
+    async with two_nodes(transport) as (_, p, d):
+        link = await p.links.open("d")
+        monkeypatch.setattr(type(d.links._links[link].reader), "pull", lost)
+        prompt = Prompt(p, "r", 30)
+        prompt.compute(prompt.offer(link), 0, 6)
+        async with asyncio.timeout(10):
+            while d.links.describe() or p.links.describe():
+                await asyncio.sleep(0.01)
+        await p.quiet()
+        await d.quiet()
+        assert set(d.pool.references) == {0}
+
+
 @every_link
 async def test_a_cancelled_handoff_frees_both_ends(transport: str) -> None:
     async with two_nodes(transport) as (_, p, d):
