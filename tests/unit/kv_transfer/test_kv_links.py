@@ -389,7 +389,7 @@ async def test_a_reader_that_has_lost_its_source_ends_the_link(
         prompt = Prompt(p, "r", 30)
         prompt.compute(prompt.offer(link), 0, 6)
         async with asyncio.timeout(10):
-            while d.links.describe() or p.links.describe():
+            while d.links.describe() or p.links.describe():  # noqa: ASYNC110 (nobody says so)
                 await asyncio.sleep(0.01)
         await p.quiet()
         await d.quiet()
