@@ -36,5 +36,9 @@ async def test_what_is_open_is_asserted_again(system: Deployment, engine: Engine
             gateways.update(record.gateway for record in recent if not record.state.terminal)
             return len(recent) >= load.num_open // 2 and bool(gateways)
 
+        async def announced() -> bool:
+            return "gateway" in await system.records()
+
         await wait_until(asserted, "the gateway has asserted its requests again")
+        await wait_until(announced, "the gateway has announced itself again")
         assert gateways == {(await system.records())["gateway"].incarnation}

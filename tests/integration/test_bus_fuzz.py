@@ -37,13 +37,14 @@ ROUTING_ID = st.one_of(
 )
 
 
-async def hear(bus: Bus, peer: str) -> None:
-    """Until the last message of `peer` is here; what others said before it is theirs to say."""
+async def hear(bus: Bus, peer: str) -> str:
+    """Until the last message of `peer` is here; what others said before it is theirs to say. The
+    link that it came over: a stranger may have another under the same name."""
     async with asyncio.timeout(10):
         while True:
             got = await bus.receive()
             if got.peer == peer and got.message == LAST:
-                return
+                return got.link
 
 
 @given(routing_id=ROUTING_ID, talk=TALK, raw=st.binary(max_size=80))
@@ -65,8 +66,8 @@ def test_a_bus_hears_its_peers_whatever_a_stranger_sends_it(
                 await stranger.send_multipart(frames)
             peer.connect("a-1", bus.endpoint)
             peer.send("a-1", LAST)
-            await hear(bus, "b-1")
-            bus.send("b-1", LAST)
+            link = await hear(bus, "b-1")
+            bus.send("b-1", LAST, link=link)
             await hear(peer, "a-1")
         stranger.close()
         context.term()
