@@ -19,6 +19,7 @@ from tests.support.deployment import Deployment, complete
 from tests.support.dispatching import dispatch
 from tests.support.engines import poisoned_engine
 from tests.support.load import Load, bodies, truth
+from tests.support.redis import wait_until
 
 # transport, block size of the prefill node, and of the decode node
 FLEETS = [("shm", 16, 32), ("tcp", 16, 32), ("tcp", 48, 8)]
@@ -70,6 +71,12 @@ async def test_greedy_and_seeded_requests_get_the_engines_tokens(
             await load.finish(expected)
     await system.assert_idle()
     said = f"blocks of {theirs} positions are converted to {ours}, delta is off"
+
+    async def shown() -> bool:
+        links = (await system.records())["prefill"].kv_links
+        return bool(json.loads(links))
+
+    await wait_until(shown, "the records show the link")
     records = await system.records()
     for name in ("prefill", "decode"):
         links = json.loads(records[name].kv_links)
