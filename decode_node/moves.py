@@ -24,9 +24,9 @@ from collections.abc import Callable, Mapping
 from common.engine.sequence import Sequence, SequenceStatus
 from common.logs import get_logger
 from common.node.attempt import Attempt
-from common.node.handover import Handover, Handovers
+from common.node.handover import Handover, Handovers, askable
 from common.node.runtime import Node
-from common.registry import NodeRecord, NodeState, Role
+from common.registry import NodeRecord
 from common.sampling import FinishReason
 from kv_transfer.ports import Ended, Granted
 
@@ -147,17 +147,11 @@ class Moves:
         """Of the nodes that seem to have room: the one that has another choice of this attempt,
         else the one with the most free positions."""
         node, attempt = self._node, handover.attempt.engine_id
-        if node.peers is None:
-            return None
         length = len(handover.sequence.token_ids)
         candidates = [
             record
-            for record in node.peers.of_role(Role.DECODE, Role.UNIFIED)
-            if record.state is NodeState.READY
-            and record.incarnation not in {node.incarnation, *self._full, *handover.refused}
-            and not node.is_lost(record.incarnation)
-            and node.is_alike(record)
-            and self._has_room(record, length)
+            for record in askable(node, {node.incarnation, *self._full, *handover.refused})
+            if node.is_alike(record) and self._has_room(record, length)
         ]
         if not candidates:
             return None

@@ -27,10 +27,9 @@ from common.engine.step import Chunk
 from common.errors import OutOfBlocks, PdqError, ServiceUnavailable
 from common.messages import Dispatch, TokenRun
 from common.node.attempt import Attempt
-from common.node.handover import Handover, Handovers
+from common.node.handover import Handover, Handovers, askable
 from common.node.runtime import Node
 from common.queue import Entry
-from common.registry import NodeState, Role
 from common.sampling import FinishReason, SamplingParams
 from kv_transfer.ports import Adopted, Ended, Granted
 
@@ -188,20 +187,13 @@ class PrefillRole:
         return handover.sequence.choice == choices[0]
 
     def choose(self, handover: Handover) -> tuple[str, str] | None:
-        """The gateway's choice; else the decode node with the most free positions. None that is known
-        to be lost: to try it again would cost each choice the time in which silence becomes death."""
+        """The gateway's choice, unless that is known to be lost; else the decode node with the most
+        free positions."""
         dispatch, node = _dispatch(handover.attempt), self._node
         chosen = dispatch.decode_node
         if chosen and chosen not in handover.refused and not node.is_lost(chosen):
             return chosen, dispatch.decode_endpoint
-        if node.peers is None:
-            return None
-        candidates = [
-            record
-            for record in node.peers.of_role(Role.DECODE, Role.UNIFIED)
-            if record.state is NodeState.READY and record.incarnation not in handover.refused
-            and not node.is_lost(record.incarnation)
-        ]  # fmt: skip
+        candidates = askable(node, handover.refused)
         if not candidates:
             return None
         best = max(candidates, key=lambda one: one.free_blocks * one.block_size)  # positions

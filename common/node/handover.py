@@ -22,6 +22,7 @@ from common.errors import PdqError
 from common.logs import get_logger
 from common.messages import Offer, TokenLogprobs, TookOver
 from common.node.attempt import Attempt
+from common.registry import NodeRecord, NodeState, Role
 from kv_transfer.ports import Ended, Granted, Key, Outcome
 
 if TYPE_CHECKING:
@@ -50,6 +51,19 @@ class Handover:
     found_full: bool = False  # one of them has no room just now
     cancelled: bool = False
     began: float = dataclasses.field(default_factory=time.monotonic)
+
+
+def askable(node: Node, refused: set[str]) -> list[NodeRecord]:
+    """Nodes that decode and are ready, but those that refused, or are known to be lost: to try one
+    of these again would cost each choice the time in which silence becomes death."""
+    if node.peers is None:
+        return []
+    return [
+        record
+        for record in node.peers.of_role(Role.DECODE, Role.UNIFIED)
+        if record.state is NodeState.READY and record.incarnation not in refused
+        and not node.is_lost(record.incarnation)
+    ]  # fmt: skip
 
 
 class Owner(Protocol):
