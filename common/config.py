@@ -121,6 +121,11 @@ class NodeSettings:
         ("cuda_ipc", "shm", "tcp"),
         "ways to hand blocks over, preferred first (those that the pool's memory can have)",
     )
+    encrypt_blocks: bool = setting(
+        True,
+        "with a bus key, encrypt what tcp carries; blocks are several times faster in plain text, "
+        "for a network that is trusted",
+    )
     shm_dir: str = setting(
         "", "folder that containers of one host share, for the sockets that hand out shared memory"
     )

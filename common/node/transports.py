@@ -75,8 +75,11 @@ def _make(
     if name == "nixl":
         return NixlSource(memory), NixlReader.open
     if name == "tcp":
-        source = TcpSource(memory, layout, leases, **network)
-        return source, functools.partial(TcpReader.open, secret_key=bus.secret_key)
+        encrypts = settings.encrypt_blocks
+        source = TcpSource(memory, layout, leases, **network, encrypts=encrypts)
+        return source, functools.partial(
+            TcpReader.open, secret_key=bus.secret_key, encrypts=encrypts
+        )
     assert isinstance(memory, DevicePoolMemory)
     if name == "cuda_ipc":
         return CudaIpcSource(memory, folder), functools.partial(CudaIpcReader.open, folder=folder)

@@ -23,10 +23,9 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 from common.codec import encode
-from common.errors import LinkLost, MalformedMessage, PdqError
+from common.errors import DigestMismatch, LinkLost, MalformedMessage, PdqError
 from common.kv_layout import KVLayout
 from common.messages import Pull, Slabs
 from kv_transfer.device_memory import DevicePoolMemory
@@ -35,6 +34,8 @@ from kv_transfer.nccl_library import ID_BYTES, Communicator, Nccl, Ranges
 from kv_transfer.ports import Piece
 from kv_transfer.transports import tcp
 from kv_transfer.transports.base import Target
+from kv_transfer.transports.tcp_frames import ReceivingFrames, SendingFrames
+from kv_transfer.transports.wires import SendingWire
 
 _SETUP_TIMEOUT = 30.0  # for both ends to set a communicator up
 _POLL = 0.0002
@@ -139,14 +140,18 @@ class NcclSource(tcp.TcpSource):
         )  # fmt: skip
         self.device_memory, self.nccl, self.turns = memory, nccl, turns
 
-    def _serve(self, link: str, token: bytes) -> tcp.Served:
-        return _NcclServed(self, link, token)
+    def _wire(self, token: bytes) -> tuple[SendingWire, str]:
+        return SendingFrames(self._host, self._secret_key), "zmq"
+
+    def _serve(self, link: str, token: bytes, wire: SendingWire) -> tcp.Served:
+        assert isinstance(wire, SendingFrames)
+        return _NcclServed(self, link, token, wire)
 
 
 class _NcclServed(tcp.Served):
     """One link: the thread of tcp.py, which sends by the communicator instead."""
 
-    def __init__(self, source: NcclSource, link: str, token: bytes) -> None:
+    def __init__(self, source: NcclSource, link: str, token: bytes, wire: SendingFrames) -> None:
         memory = source.device_memory
         turn = source.turns.of(memory.device_index, "send")
         self._nccl, self._unique_id = source.nccl, b""
@@ -155,27 +160,28 @@ class _NcclServed(tcp.Served):
             memory, source.nccl, turn, sends=True, is_closing=lambda: self._closing
         )
         self._is_set_up = False
-        super().__init__(source, link, token)
+        self._frames = wire
+        super().__init__(source, link, token, wire)
 
-    def _ship(self, routing_id: bytes, pull: Pull) -> bool:
+    def _ship(self, peer: bytes, pull: Pull) -> bool:
         """A first pull of nothing gets the communicator's id, a second one waits for its setup.
 
         Returns when the device has sent the slabs: whoever has a turn finishes it first.
         """
-        header = [routing_id, encode(Slabs(self._link, pull.number, ""))]
-        sent = tcp.Sent(routing_id, pull)
+        header = encode(Slabs(self._link, pull.number, ""))
+        sent = tcp.Sent(peer, pull)
         self._sent.append(sent)  # whatever happens now, its blocks are touched
         if pull.slots:
             self._channel.take_turn()
-            self._socket.send_multipart(header)
+            self._frames.send(peer, header)
             self._channel.begin(self._ranges(pull))
             while not self._channel.is_done():
                 self._channel.pause(math.inf)
         elif not self._unique_id:
             self._unique_id = self._nccl.unique_id()
-            self._socket.send_multipart([*header, self._unique_id])
+            self._frames.send(peer, header, self._unique_id)
         else:
-            self._socket.send_multipart(header)
+            self._frames.send(peer, header)
             if not self._is_set_up:
                 self._channel.set_up(self._unique_id)
                 self._is_set_up = True
@@ -195,10 +201,6 @@ class _NcclServed(tcp.Served):
     def _left(self, sent: tcp.Sent) -> None:
         self._channel.give_turn()
 
-    def _serve_until_stopped(self, poller: Any) -> None:
-        with contextlib.suppress(LinkLost):  # of the device: the link ends, the node goes on
-            super()._serve_until_stopped(poller)
-
     def _ended(self) -> None:
         self._channel.close()
 
@@ -207,16 +209,15 @@ class NcclReader(tcp.TcpReader):
     """The asking end of one link."""
 
     def __init__(
-        self, link: str, token: bytes, target: Target, key: str, nccl: Nccl, turns: Turns
-    ) -> None:
-        memory = target.memory
-        if not isinstance(memory, DevicePoolMemory):
-            raise LinkLost("this node's pool is not on a CUDA device")
+        self, link: str, token: bytes, target: Target, wire: ReceivingFrames,
+        memory: DevicePoolMemory, nccl: Nccl, turns: Turns,
+    ) -> None:  # fmt: skip
         turn = turns.of(memory.device_index, "receive")
         self._channel = _Channel(memory, nccl, turn, sends=False, is_closing=lambda: self._closed)
         self._unique_id = b""
         self._pulling = threading.Lock()  # one pull at a time: it has the turn
-        super().__init__(link, token, target, key)
+        self._frames = wire
+        super().__init__(link, token, target, wire)
 
     @classmethod
     def connect(
@@ -224,10 +225,14 @@ class NcclReader(tcp.TcpReader):
         secret_key: str = "",
     ) -> NcclReader:  # fmt: skip
         """Ask for the communicator's id, which proves the token, then meet the source in it."""
-        token, endpoint = tcp.split_proof(proof)
-        reader = cls(link, token, target, secret_key, nccl, turns)
+        memory = target.memory
+        if not isinstance(memory, DevicePoolMemory):
+            raise LinkLost("this node's pool is not on a CUDA device")
+        token, _, host, port = tcp.split_proof(proof)
+        wire = ReceivingFrames(f"tcp://{host}:{port}", secret_key, 0)
+        reader = cls(link, token, target, wire, memory, nccl, turns)
+        reader._greet()  # the first pull of nothing
         try:
-            reader._connect(endpoint)  # the first pull of nothing
             if len(reader._unique_id) != ID_BYTES:
                 raise MalformedMessage("not an id of a communicator", param="proofs")
             reader._pull([()], _SETUP_TIMEOUT)
@@ -252,13 +257,16 @@ class NcclReader(tcp.TcpReader):
     def _window(self) -> int:
         return 1
 
-    def _arrived(self, pieces: tuple[Piece, ...], frames: list[Any]) -> None:
-        if not pieces:
-            if frames:
-                self._unique_id = bytes(frames[0].buffer)
-            elif len(self._unique_id) == ID_BYTES:
-                self._channel.set_up(self._unique_id)
-            return
+    def _arrived(self, pieces: tuple[Piece, ...]) -> PdqError | None:
+        if pieces:
+            return self._exchanged(pieces)
+        if not self._unique_id:
+            self._unique_id = bytes(self._frames.next_frame())
+        elif len(self._unique_id) == ID_BYTES:
+            self._channel.set_up(self._unique_id)
+        return None
+
+    def _exchanged(self, pieces: tuple[Piece, ...]) -> PdqError | None:
         target = self._target
         ranges = [
             (target.memory.slab_address(piece.block) + offset, length)
@@ -273,8 +281,12 @@ class NcclReader(tcp.TcpReader):
         except PdqError:
             self._channel.abort()  # before anybody hears that the blocks are free
             raise
-        for piece in pieces:
-            target.check(piece)
+        try:
+            for piece in pieces:
+                target.check(piece)
+        except DigestMismatch as error:
+            return error
+        return None
 
     def _released(self) -> None:
         self._channel.close()

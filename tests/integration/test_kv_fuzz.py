@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import struct
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -18,17 +19,18 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from common.codec import decode, encode
-from common.errors import MalformedMessage, PdqError
+from common.errors import LinkLost, MalformedMessage, PdqError
 from common.messages import Arrived, Proved, Pull, Slabs
 from kv_transfer.device_memory import DevicePoolMemory
 from kv_transfer.lease import Leases
 from kv_transfer.pool_memory import PoolMemory
 from kv_transfer.ports import Key, Piece
-from kv_transfer.transports import same_host
+from kv_transfer.transports import same_host, tcp_stream
 from kv_transfer.transports.base import Target
 from kv_transfer.transports.nccl import NcclReader, Turns
 from kv_transfer.transports.shm import ShmReader, ShmSource
-from kv_transfer.transports.tcp import TcpReader, TcpSource
+from kv_transfer.transports.tcp import TcpReader, TcpSource, split_proof
+from kv_transfer.transports.tcp_frames import ReceivingFrames
 from tests.fuzz.targets import LAYOUT
 from tests.support.fake_cuda import FakeCuda
 from tests.support.fake_nccl import FakeNccl
@@ -38,20 +40,26 @@ few = settings(
 )
 
 
+KEY_PAIR = "Yne@$w-vo<fVvi]a<NY6T1ed:M$fCG*[IaLV{hID"
+SECRET = 0xEE
+
 # What comes out of a tcp socket
 
 
 @contextlib.contextmanager
-def served() -> Iterator[tuple[TcpSource, PoolMemory, bytes]]:
+def served(secret_key: str = "") -> Iterator[tuple[TcpSource, PoolMemory, bytes]]:
+    """Four blocks, of which two are leased; the others hold what nobody may see."""
+
     class Held:
         def acquire(self, blocks: object) -> None: ...
 
         def release(self, blocks: object) -> None: ...
 
     memory, leases = PoolMemory(4, LAYOUT.slab_bytes), Leases(Held())
-    source = TcpSource(memory, LAYOUT, leases)
+    source = TcpSource(memory, LAYOUT, leases, secret_key=secret_key)
     for block in range(4):
         memory.begin_write(block)
+        memory.slabs[block] = 0 if block < 2 else SECRET
         memory.seal(block)
     leases.add(Key("link", "r", 1, 0), [0, 1])
     try:
@@ -63,7 +71,7 @@ def served() -> Iterator[tuple[TcpSource, PoolMemory, bytes]]:
 
 @pytest.fixture(scope="module")
 def link() -> Iterator[tuple[TcpSource, PoolMemory, bytes]]:
-    with served() as parts:
+    with served(KEY_PAIR) as parts:
         yield parts
 
 
@@ -81,28 +89,26 @@ def arrivals(token: bytes) -> st.SearchStrategy[Arrived]:
     return st.builds(Arrived, st.sampled_from(["link", "other"]), tokens, st.integers(0, 9))
 
 
+def messages(token: bytes) -> st.SearchStrategy[bytes]:
+    return st.binary(max_size=40) | (pulls(token) | arrivals(token)).map(encode)
+
+
 @given(data=st.data())
 @few
 def test_a_source_gives_out_nothing_but_leased_blocks_whatever_it_is_sent(
     link: tuple[TcpSource, PoolMemory, bytes], data: st.DataObject
 ) -> None:
+    """Over ZeroMQ."""
     _, memory, proof = link
-    token, endpoint = proof[:16], proof[16:].decode()
-    frames = data.draw(
-        st.lists(
-            st.lists(
-                st.binary(max_size=40) | (pulls(token) | arrivals(token)).map(encode),
-                min_size=1,
-                max_size=3,
-            ),
-            max_size=4,
-        )
-    )
+    token, _, host, port = split_proof(proof)
+    frames = data.draw(st.lists(st.lists(messages(token), min_size=1, max_size=3), max_size=4))
     context = zmq.Context()
     socket = context.socket(zmq.DEALER)
     socket.setsockopt(zmq.LINGER, 0)
+    socket.curve_secretkey = KEY_PAIR.encode()
+    socket.curve_publickey = socket.curve_serverkey = zmq.curve_public(KEY_PAIR.encode())
     try:
-        socket.connect(endpoint)
+        socket.connect(f"tcp://{host}:{port}")
         for parts in frames:
             socket.send_multipart(parts)
         last = 1_000_003
@@ -113,6 +119,7 @@ def test_a_source_gives_out_nothing_but_leased_blocks_whatever_it_is_sent(
             message = decode(header)
             assert isinstance(message, (Slabs, Proved))
             assert all(len(slab) <= LAYOUT.slab_bytes for slab in slabs)
+            assert SECRET not in b"".join(slabs)
             if isinstance(message, Slabs) and not message.refused:
                 socket.send(encode(Arrived("link", token, message.number)))
             if isinstance(message, Proved) and message.number == last:
@@ -124,35 +131,106 @@ def test_a_source_gives_out_nothing_but_leased_blocks_whatever_it_is_sent(
 
 @given(data=st.data())
 @few
-def test_a_reader_ends_with_a_typed_error_whatever_a_source_sends(data: st.DataObject) -> None:
+def test_a_stream_gives_out_nothing_but_leased_blocks_whatever_it_is_sent(
+    data: st.DataObject,
+) -> None:
+    with served() as (source, memory, proof):
+        token, _, host, port = split_proof(proof)
+        first = data.draw(st.just(token) | st.binary(max_size=20))
+        whole = messages(token).map(lambda said: struct.pack("!I", len(said)) + said)
+        said = first + b"".join(data.draw(st.lists(whole | st.binary(max_size=9))))
+        got = bytearray()
+        with socket.create_connection((host, port), 10) as stranger:
+            with contextlib.suppress(OSError):  # it may hang up at any time
+                stranger.sendall(said)
+                stranger.shutdown(socket.SHUT_WR)
+            with contextlib.suppress(ConnectionError):
+                while more := stranger.recv(1 << 16):
+                    got += more
+        assert bytes([SECRET] * 8) not in got, "a block that is not leased"
+        assert got[: len(token)] in (b"", token)
+        again = TcpReader.open("link", source.open_link("link"), Target(memory, LAYOUT))
+        again.pull([Piece(0, 1, int(memory.generations[1]), 3, 0, b"", b"")])  # it serves on
+        again.close()
+
+
+def ends_typed(reader: TcpReader, memory: PoolMemory) -> None:
     """Or with success, where the source did answer what was asked."""
+    before = bytes(memory.slab(1))
+    with contextlib.suppress(PdqError):
+        reader._pull([(Piece(0, 0, 2, 0, 0, b"", b"seed"),)], 0.02)
+    assert bytes(memory.slab(1)) == before, "wrote where nothing was asked for"
+
+
+answers = st.one_of(
+    st.builds(Slabs, st.just("link"), st.integers(0, 1), st.sampled_from(["", "stale"])),
+    st.builds(Proved, st.just("link"), st.integers(0, 1), st.booleans()),
+).map(encode)  # fmt: skip
+slabs = st.binary(max_size=64) | st.just(bytes(LAYOUT.slab_bytes))
+
+
+@given(data=st.data())
+@few
+def test_a_reader_ends_with_a_typed_error_whatever_a_source_sends(data: st.DataObject) -> None:
     context = zmq.Context()
     router = context.socket(zmq.ROUTER)
     router.setsockopt(zmq.LINGER, 0)
     port = router.bind_to_random_port("tcp://127.0.0.1")
     memory = PoolMemory(2, LAYOUT.slab_bytes)
-    reader = TcpReader("link", b"t" * 16, Target(memory, LAYOUT), "")
+    wire = ReceivingFrames(f"tcp://127.0.0.1:{port}", "", LAYOUT.slab_bytes)
+    reader = TcpReader("link", b"t" * 16, Target(memory, LAYOUT), wire)
     try:
-        reader._socket.connect(f"tcp://127.0.0.1:{port}")
-        reader._socket.send(b"hello")
+        wire.say(b"hello")
         routing_id = router.recv_multipart()[0]
-        answers = st.one_of(
-            st.builds(Slabs, st.just("link"), st.integers(0, 1), st.sampled_from(["", "stale"])),
-            st.builds(Proved, st.just("link"), st.integers(0, 1), st.booleans()),
-        ).map(encode)  # fmt: skip
-        slab = st.binary(max_size=64) | st.just(bytes(LAYOUT.slab_bytes))
         for _ in range(data.draw(st.integers(0, 3))):
             header = data.draw(answers | st.binary(max_size=20))
-            router.send_multipart([routing_id, header, *data.draw(st.lists(slab, max_size=2))])
-        before = bytes(memory.slab(1))
-        with contextlib.suppress(PdqError):
-            reader._pull([(Piece(0, 0, 2, 0, 0, b"", b"seed"),)], 0.02)
-        assert bytes(memory.slab(1)) == before, "wrote where nothing was asked for"
+            router.send_multipart([routing_id, header, *data.draw(st.lists(slabs, max_size=2))])
+        ends_typed(reader, memory)
     finally:
         reader.close()
         router.close()
         context.term()
         memory.close()
+
+
+@given(data=st.data())
+@few
+def test_a_reader_of_a_stream_ends_with_a_typed_error_whatever_a_source_sends(
+    data: st.DataObject,
+) -> None:
+    whole = answers.map(lambda said: struct.pack("!I", len(said)) + said)
+    answer = data.draw(st.just(b"t" * 16) | st.binary(min_size=1, max_size=16))
+    said = answer + b"".join(data.draw(st.lists(whole | slabs | st.binary(max_size=9))))
+    hangs_up = data.draw(st.booleans())
+
+    def serve() -> None:
+        caller, _ = listener.accept()
+        with caller, contextlib.suppress(OSError):
+            caller.recv(16)
+            caller.sendall(said)
+            if not hangs_up:
+                caller.recv(1 << 16)  # what it is asked, until it gives up
+                caller.recv(1)
+
+    memory = PoolMemory(2, LAYOUT.slab_bytes)
+    with (
+        contextlib.closing(memory),
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr(tcp_stream, "STALL_TIMEOUT", 0.01)
+        server = threading.Thread(target=serve, daemon=True)
+        server.start()
+        try:
+            wire = tcp_stream.ReceivingStream(*listener.getsockname(), b"t" * 16, 5.0)
+        except LinkLost:
+            assert answer != b"t" * 16 or hangs_up
+        else:
+            reader = TcpReader("link", b"t" * 16, Target(memory, LAYOUT), wire)
+            ends_typed(reader, memory)
+            reader.close()
+        server.join(10)
+        assert not server.is_alive()
 
 
 # Over the other transports
@@ -232,15 +310,11 @@ def test_a_reader_of_nccl_ends_with_a_typed_error_whatever_a_source_answers(
     cuda = FakeCuda()
     nccl = FakeNccl(cuda, peer_comes=False)
     memory = DevicePoolMemory(2, LAYOUT.slab_bytes, 0, cuda)
-    reader = NcclReader("link", b"t" * 16, Target(memory, LAYOUT), "", nccl, Turns())
+    wire = ReceivingFrames(f"tcp://127.0.0.1:{port}", "", 0)
+    reader = NcclReader("link", b"t" * 16, Target(memory, LAYOUT), wire, memory, nccl, Turns())
     try:
-        reader._socket.connect(f"tcp://127.0.0.1:{port}")
-        reader._socket.send(b"hello")
+        wire.say(b"hello")
         routing_id = router.recv_multipart()[0]
-        answers = st.one_of(
-            st.builds(Slabs, st.just("link"), st.integers(0, 1), st.sampled_from(["", "stale"])),
-            st.builds(Proved, st.just("link"), st.integers(0, 1), st.booleans()),
-        ).map(encode)  # fmt: skip
         frames = st.lists(st.binary(max_size=200) | st.just(bytes(128)), max_size=2)
         for _ in range(data.draw(st.integers(0, 3))):
             header = data.draw(answers | st.binary(max_size=20))

@@ -15,6 +15,7 @@ import gc
 import importlib.util
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -40,7 +41,8 @@ from kv_transfer.transports.cuda_ipc import CudaIpcReader, CudaIpcSource
 from kv_transfer.transports.nccl import NcclReader, NcclSource, Turns
 from kv_transfer.transports.nixl import NixlReader, NixlSource
 from kv_transfer.transports.shm import ShmReader, ShmSource
-from kv_transfer.transports.tcp import TcpReader, TcpSource
+from kv_transfer.transports.tcp import TcpReader, TcpSource, split_proof
+from kv_transfer.transports.tcp_frames import ReceivingFrames
 from tests.support.fake_cuda import FakeCuda
 from tests.support.fake_nccl import FakeNccl, FakePair
 
@@ -154,6 +156,7 @@ def opener(transport: str, layout: KVLayout) -> Callable[[str, bytes, Target], R
         "tcp": TcpReader.open,
         "tcp+curve": lambda *a: TcpReader.open(*a, secret_key=KEY_PAIR),
         "tcp+staged": TcpReader.open,
+        "tcp+curve+staged": lambda *a: TcpReader.open(*a, secret_key=KEY_PAIR),
         "nixl": NixlReader.open,
         "cuda_ipc": CudaIpcReader.open,
         "nccl": lambda *a: NcclReader.connect(*a, NCCL, READER_TURNS),
@@ -164,7 +167,7 @@ def opener(transport: str, layout: KVLayout) -> Callable[[str, bytes, Target], R
 CUDA = FakeCuda()
 NCCL = FakeNccl(CUDA)
 READER_TURNS = Turns()
-ON_DEVICE = ("tcp+staged", "cuda_ipc", "nccl")
+ON_DEVICE = ("tcp+staged", "tcp+curve+staged", "cuda_ipc", "nccl")
 
 
 def pool_memory(transport: str, blocks: int, slab_bytes: int) -> PoolMemory:
@@ -183,8 +186,11 @@ def make_source(transport: str, memory: PoolMemory, layout: KVLayout, leases: Le
         if transport == "cuda_ipc":
             return CudaIpcSource(memory)
         return NcclSource(memory, layout, leases, NCCL, Turns())
-    key = KEY_PAIR if transport == "tcp+curve" else ""
-    return TcpSource(memory, layout, leases, secret_key=key)
+    return TcpSource(memory, layout, leases, secret_key=key_of(transport))
+
+
+def key_of(transport: str) -> str:
+    return KEY_PAIR if "curve" in transport else ""
 
 
 @contextlib.contextmanager
@@ -225,18 +231,8 @@ def wait_until(condition: Callable[[], object], what: str, seconds: float = 20.0
         tick.wait(0.002)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _zmq_collector_runs() -> None:
-    """pyzmq starts one thread per process, at the first frame sent without a copy: part of the
-    baseline."""
-    with both_ends("tcp", LARGE) as end:
-        end.fill(0)
-        end.leases.add(KEY, [0])
-        end.reader().pull([end.piece(0, 0)])
-
-
 @pytest.fixture(autouse=True)
-def _nothing_is_left(_zmq_collector_runs: None) -> Iterator[None]:
+def _nothing_is_left() -> Iterator[None]:
     before, shared = descriptors(), set(os.listdir("/dev/shm"))
     threads = threading.active_count()
     yield
@@ -249,7 +245,17 @@ def _nothing_is_left(_zmq_collector_runs: None) -> Iterator[None]:
 
 
 NIXL_TO_24 = pytest.param("nixl:24", marks=NIXL.marks)
-with_digests = ["shm", "shm+folder", "tcp", "tcp+curve", NIXL, "shm:3", "tcp:24", NIXL_TO_24]
+with_digests = [
+    "shm",
+    "shm+folder",
+    "tcp",
+    "tcp+curve",
+    NIXL,
+    "shm:3",
+    "tcp:24",
+    "tcp+curve:2",
+    NIXL_TO_24,
+]
 converting_on_device = ["tcp+staged:1", "cuda_ipc:12", "nccl:3"]
 every_transport = pytest.mark.parametrize(
     "transport", [*with_digests, *ON_DEVICE, *converting_on_device]
@@ -480,45 +486,52 @@ def test_a_pull_on_a_closed_reader_is_a_lost_link(transport: str) -> None:
 # What each transport promises besides
 
 
-def test_tcp_serves_only_blocks_that_are_leased_to_the_link() -> None:
-    with both_ends("tcp") as end:
+tcp_wires = pytest.mark.parametrize("transport", ["tcp", "tcp+curve"])
+
+
+@tcp_wires
+def test_tcp_serves_only_blocks_that_are_leased_to_the_link(transport: str) -> None:
+    with both_ends(transport) as end:
         end.fill(0)
         end.leases.add(Key("another link", "r", 1, 0), [0])
         with pytest.raises(StaleBlock):
             end.reader().pull([end.piece(0, 0)])
 
 
-def test_tcp_keeps_references_until_the_bytes_have_left() -> None:
+@tcp_wires
+def test_tcp_keeps_references_until_the_bytes_have_left(transport: str) -> None:
     """The lease ends while a reader takes nothing: the blocks stay until the link is torn down."""
-    with both_ends("tcp", LARGE, blocks=64) as end:
+    with both_ends(transport, LARGE, blocks=64) as end:
         for block in range(64):
             end.fill(block)
         end.leases.add(KEY, list(range(64)))
         reader = end.reader()
         assert isinstance(reader, TcpReader)
-        for start in range(0, 64, 8):  # asks for more than the sockets hold, and reads nothing
-            reader._ask(tuple(end.piece(b, b) for b in range(start, start + 8)))
-        wait_until(lambda: end.leases.count()["touched"] >= 48, "the source is sending")
+        for start in range(0, 64, 32):  # asks for more than the sockets hold, and reads nothing
+            reader._ask(tuple(end.piece(b, b) for b in range(start, start + 32)))
+        wait_until(lambda: end.leases.count()["touched"] >= 32, "the source is sending")
         end.leases.end(KEY)
         assert end.leases.count()["ending"] == 1
-        assert end.pool.references[63] == 1
+        assert end.pool.references[31] == 1
         end.source.close_link("link")
         end.leases.collect()
         assert end.leases.count() == {"open": 0, "ending": 0, "touched": 0}
         assert set(end.pool.references.values()) == {0}
 
 
-def test_tcp_gives_references_back_as_soon_as_a_pull_is_proved() -> None:
-    with both_ends("tcp") as end:
+@tcp_wires
+def test_tcp_gives_references_back_as_soon_as_a_pull_is_proved(transport: str) -> None:
+    with both_ends(transport) as end:
         end.fill(0)
         end.leases.add(KEY, [0])
         end.reader().pull([end.piece(0, 0)])
         assert end.leases.count()["touched"] == 0
 
 
-def test_tcp_lets_go_of_every_block_of_a_pull_that_failed() -> None:
+@tcp_wires
+def test_tcp_lets_go_of_every_block_of_a_pull_that_failed(transport: str) -> None:
     """Also of those that were on their way when a block of an earlier request was wrong."""
-    with both_ends("tcp", LARGE, blocks=32) as end:
+    with both_ends(transport, LARGE, blocks=32) as end:
         for block in range(32):
             end.fill(block)
         end.memory.slabs[0][17] ^= 1
@@ -531,20 +544,76 @@ def test_tcp_lets_go_of_every_block_of_a_pull_that_failed() -> None:
         assert set(end.pool.references.values()) == {0}
 
 
-def test_tcp_touches_a_block_until_its_reader_says_that_it_has_arrived() -> None:
-    with both_ends("tcp") as end:
+def test_frames_touch_a_block_until_its_reader_says_that_it_has_arrived() -> None:
+    with both_ends("tcp+curve") as end:
         end.fill(0)
         end.leases.add(KEY, [0])
         reader = end.reader()
         assert isinstance(reader, TcpReader)
-        number = reader._ask((end.piece(0, 0),))
-        message, frames = reader._receive(10.0)
-        assert (message, len(frames)) == (Slabs("link", number, ""), 1)
+        piece = end.piece(0, 0)
+        number = reader._ask((piece,))
+        assert reader._receive(10.0) == Slabs("link", number, "")
+        assert reader._arrived((piece,)) is None
         assert end.leases.count()["touched"] == 1
         end.fill(0)
         reader._say(Arrived("link", reader._token, number))
-        assert reader._receive(10.0)[0] == Proved("link", number, unchanged=False)
+        assert reader._receive(10.0) == Proved("link", number, unchanged=False)
         assert end.leases.count()["touched"] == 0
+
+
+def test_a_stream_lets_go_of_a_block_when_the_kernel_has_it() -> None:
+    with both_ends("tcp") as end:
+        end.fill(0)
+        sent = end.memory.slabs[0].clone()
+        end.leases.add(KEY, [0])
+        reader = end.reader()
+        assert isinstance(reader, TcpReader)
+        piece = end.piece(0, 0)
+        number = reader._ask((piece,))
+        assert reader._receive(10.0) == Slabs("link", number, "")
+        wait_until(lambda: end.leases.count()["touched"] == 0, "the kernel has the rest, too")
+        end.fill(0)
+        assert reader._arrived((piece,)) is None
+        assert torch.equal(end.target.memory.slabs[0], sent)
+        assert reader._receive(10.0) == Proved("link", number, unchanged=True)
+
+
+def test_a_stream_hears_the_reader_behind_strangers_who_say_nothing() -> None:
+    """More of them than are heard out at once; one who says another token, and one who hangs up."""
+    with both_ends("tcp") as end, contextlib.ExitStack() as strangers:
+        proof = end.source.open_link("link")
+        _, _, host, port = split_proof(proof)
+        calls = [strangers.enter_context(socket.create_connection((host, port))) for _ in range(12)]
+        calls[-1].sendall(bytes(16))
+        calls[-2].close()
+        end.fill(0)
+        end.leases.add(KEY, [0])
+        reader = TcpReader.open("link", proof, end.target)
+        reader.pull([end.piece(0, 1)])
+        reader.close()
+        assert end.same(0, 1)
+        for call in calls[:-2]:
+            call.settimeout(10)
+            with contextlib.suppress(ConnectionResetError):
+                assert call.recv(1) == b"", "nobody else is heard any more"
+
+
+@pytest.mark.parametrize("encrypts", [False, True])
+def test_plain_text_is_taken_only_where_both_ends_say_so(encrypts: bool) -> None:
+    memory, leases = PoolMemory(1, LAYOUT.slab_bytes), Leases(CountingPool())
+    source = TcpSource(memory, LAYOUT, leases, secret_key=KEY_PAIR, encrypts=False)
+    target = Target(memory, LAYOUT)
+    try:
+        proof = source.open_link("link")
+        assert proof[16:].startswith(b"tcp://")
+        if encrypts:
+            with pytest.raises(LinkLost, match="plain text"):
+                TcpReader.open("link", proof, target, secret_key=KEY_PAIR)
+        else:
+            TcpReader.open("link", proof, target, secret_key=KEY_PAIR, encrypts=False).close()
+    finally:
+        source.close()
+        memory.close()
 
 
 def test_shm_cannot_be_mapped_for_writing_and_cannot_shrink() -> None:
@@ -860,7 +929,7 @@ source = (
     ShmSource(memory, sys.argv[2]) if transport.startswith("shm")
     else CudaIpcSource(memory) if transport == "cuda_ipc"
     else NixlSource(memory) if transport == "nixl"
-    else TcpSource(memory, layout, leases))
+    else TcpSource(memory, layout, leases, secret_key=sys.argv[3]))
 print("proof", source.open_link("link").hex(), flush=True)
 sys.stdin.read()
 """
@@ -872,7 +941,7 @@ def source_process(transport: str, *before: str) -> Iterator[tuple[subprocess.Po
     root = Path(__file__).resolve().parents[2]
     folder = FOLDER.name if transport == "shm+folder" else ""
     process = subprocess.Popen(
-        [*before, sys.executable, "-c", OWNER, transport, folder],
+        [*before, sys.executable, "-c", OWNER, transport, folder, key_of(transport)],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root,
         env={**os.environ, "PYTHONPATH": str(root)},
     )  # fmt: skip
@@ -898,7 +967,9 @@ def pull_until_it_fails(
         errors.append(error)
 
 
-@pytest.mark.parametrize("transport", ["shm", "tcp", "cuda_ipc", NIXL, "shm:48", "tcp:5"])
+@pytest.mark.parametrize(
+    "transport", ["shm", "tcp", "tcp+curve", "cuda_ipc", NIXL, "shm:48", "tcp:5"]
+)
 def test_kill_9_of_the_owner_while_the_reader_copies(transport: str) -> None:
     """tcp, nixl: a typed error at once. shm, cuda_ipc: the mapping outlives its owner, and is given
     back at close. In all no half-written block passes, and nothing is left behind."""
@@ -977,7 +1048,7 @@ def test_the_name_of_a_source_leads_nowhere_else(tmp_path: Path) -> None:
         target.memory.close()
 
 
-@pytest.mark.parametrize("transport", ["tcp", NIXL, "tcp:48"])
+@pytest.mark.parametrize("transport", ["tcp", "tcp+curve", NIXL, "tcp:48"])
 def test_a_stopped_owner_is_left_by_closing_the_reader(transport: str) -> None:
     """SIGSTOP looks like a slow network: only whoever declares the death may end the wait. (nixl
     reads the memory of a process on the same host without its help, stopped or not.)"""
@@ -1030,15 +1101,18 @@ def test_nixl_writes_nothing_more_once_a_pull_has_failed(monkeypatch: pytest.Mon
     target.memory.close()
 
 
-def test_a_pull_that_begins_after_the_source_has_gone_is_a_lost_link() -> None:
+@tcp_wires
+def test_a_pull_that_begins_after_the_source_has_gone_is_a_lost_link(transport: str) -> None:
     """As on a node that was stopped meanwhile; it must not wait for a peer that never comes."""
-    with both_ends("tcp") as end:
+    with both_ends(transport) as end:
         end.fill(0)
         end.leases.add(KEY, [0])
         reader = end.reader()
         assert isinstance(reader, TcpReader)
         end.source.close_link("link")
-        wait_until(lambda: reader._monitor.poll(0), "the connection is gone")
+        if isinstance(reader._wire, ReceivingFrames):
+            monitor = reader._wire._monitor
+            wait_until(lambda: monitor.poll(0), "the connection is gone")
         with pytest.raises(LinkLost):
             reader.pull([end.piece(0, 0)])
 

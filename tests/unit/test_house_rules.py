@@ -16,8 +16,7 @@ DOORS = {
     "redis": {"common/redis_client.py"},
     "zmq": {
         "common/bus.py",
-        "kv_transfer/transports/tcp.py",
-        "kv_transfer/transports/zmq_frames.py",
+        "kv_transfer/transports/tcp_frames.py",
     },
     "msgpack": {"common/codec.py"},
     "xxhash": {"kv_transfer/digests.py"},

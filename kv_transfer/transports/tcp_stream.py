@@ -1,0 +1,254 @@
+"""A wire that is one TCP connection: messages with their length before them, slabs as they are.
+
+The kernel copies slabs out of the sender's pool, and straight into the reader's: nothing lies in
+between, and one thread at each end does it all. What was sent has left when the call returns. A
+stream neither encrypts nor proves more than that its reader knows the link's token, which it says
+first and hears back.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import hmac
+import selectors
+import socket
+import struct
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from common.errors import LinkLost
+from kv_transfer.device_memory import DevicePoolMemory
+from kv_transfer.pool_memory import PoolMemory
+from kv_transfer.transports.wires import MAX_PULL_BYTES, Stop
+
+STALL_TIMEOUT = 20.0  # a slab of which nothing more arrives for so long has lost its link
+_MAX_CALLERS = 8  # who have not said the token yet; the oldest has to go
+_LENGTH = struct.Struct("!I")
+_LOOK_S = 0.05  # the longest wait in the kernel until it is looked whether the link goes on
+
+
+class SendingStream:
+    """The source's end: hears one caller, the first that says the token."""
+
+    def __init__(self, host: str, token: bytes) -> None:
+        self._token = token
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        address = ("" if host == "*" else host.strip("[]"), 0)
+        self._listener = socket.create_server(address, family=family)
+        self._listener.setblocking(False)
+        self.port: int = self._listener.getsockname()[1]
+        self._callers: collections.deque[socket.socket] = collections.deque()
+        self._connection: socket.socket | None = None
+        self._heard = bytearray()
+        self._stop = Stop()
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._stop.fd, selectors.EVENT_READ)
+        self._selector.register(self._listener, selectors.EVENT_READ)
+
+    def receive(self) -> tuple[bytes, bytes] | None:
+        while (message := self._next()) is None:
+            ready = [key.fileobj for key, _ in self._selector.select()]
+            if self._stop.fd in ready:
+                return None
+            for one in ready:
+                if one is self._connection:
+                    self._read()
+                elif one is self._listener:
+                    self._accept()
+                elif one in self._callers:
+                    assert isinstance(one, socket.socket)
+                    self._answer(one)
+        return b"", message
+
+    def _next(self) -> bytes | None:
+        """A whole message of what was heard."""
+        if len(self._heard) < _LENGTH.size:
+            return None
+        (length,) = _LENGTH.unpack_from(self._heard)
+        if length > MAX_PULL_BYTES:
+            raise LinkLost(f"a message of {length} bytes")
+        end = _LENGTH.size + length
+        if len(self._heard) < end:
+            return None
+        message = bytes(self._heard[_LENGTH.size : end])
+        del self._heard[:end]
+        return message
+
+    def _read(self) -> None:
+        assert self._connection is not None
+        try:
+            heard = self._connection.recv(MAX_PULL_BYTES, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            raise LinkLost(f"the reader is gone: {error}") from error
+        if not heard:
+            raise LinkLost("the reader is gone")
+        self._heard += heard
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            caller, _ = self._listener.accept()
+            caller.setblocking(False)
+            self._callers.append(caller)
+            self._selector.register(caller, selectors.EVENT_READ)
+        if len(self._callers) > _MAX_CALLERS:
+            self._hang_up(self._callers[0])
+
+    def _answer(self, caller: socket.socket) -> None:
+        """Hear the token, in one piece, and say it back; else end the call."""
+        said = b""
+        with contextlib.suppress(OSError):
+            said = caller.recv(len(self._token))
+        if not hmac.compare_digest(said, self._token):
+            self._hang_up(caller)
+            return
+        self._callers.remove(caller)
+        self._connection = caller
+        self._hear_nobody_else()
+        _wait_in_the_kernel(caller)
+        self._send([memoryview(self._token)])
+
+    def _hang_up(self, caller: socket.socket) -> None:
+        self._selector.unregister(caller)
+        self._callers.remove(caller)
+        caller.close()
+
+    def _hear_nobody_else(self) -> None:
+        for caller in list(self._callers):
+            self._hang_up(caller)
+        if self._listener.fileno() >= 0:
+            self._selector.unregister(self._listener)
+            self._listener.close()
+
+    def send(self, peer: bytes, message: bytes) -> None:
+        self.send_slabs(peer, message, ())
+
+    def send_slabs(self, peer: bytes, header: bytes, pieces: Sequence[memoryview]) -> bool:
+        del peer  # there is one
+        self._send([memoryview(_LENGTH.pack(len(header)) + header), *pieces])
+        return True
+
+    def _send(self, pieces: list[memoryview]) -> None:
+        assert self._connection is not None
+        left = collections.deque(pieces)
+        while left:
+            try:
+                sent = self._connection.sendmsg(left)
+            except BlockingIOError:  # the reader takes nothing
+                if self._is_stopped():
+                    raise LinkLost("the link was closed") from None
+                continue
+            except OSError as error:
+                raise LinkLost(f"the reader is gone: {error}") from error
+            while left and sent >= len(left[0]):
+                sent -= len(left.popleft())
+            if sent:
+                left[0] = left[0][sent:]
+
+    def _is_stopped(self) -> bool:
+        return any(key.fd == self._stop.fd for key, _ in self._selector.select(0))
+
+    def stop(self) -> None:
+        self._stop.set()
+
+    def close(self) -> None:
+        self._hear_nobody_else()
+        if self._connection is not None:
+            self._connection.close()
+        self._selector.close()
+        self._stop.close()
+
+
+class ReceivingStream:
+    """The reader's end."""
+
+    says_arrived = False
+
+    def __init__(self, host: str, port: int, token: bytes, timeout: float) -> None:
+        """Connect, say the token and hear it back: `LinkLost` if that takes over `timeout` s."""
+        self._stopped = False
+        try:
+            self._connection = socket.create_connection((host.strip("[]"), port), timeout)
+        except OSError as error:
+            raise LinkLost(f"the source cannot be reached: {error}") from error
+        try:
+            self._connection.sendall(token)
+            if not hmac.compare_digest(self._connection.recv(len(token)), token):
+                raise LinkLost("the source does not know this link")
+        except OSError as error:
+            self._connection.close()
+            raise LinkLost(f"the source does not answer: {error}") from error
+        except LinkLost:
+            self._connection.close()
+            raise
+        _wait_in_the_kernel(self._connection)
+
+    def say(self, message: bytes) -> None:
+        left, deadline = _LENGTH.pack(len(message)) + message, time.monotonic() + STALL_TIMEOUT
+        while left:
+            try:
+                left = left[self._connection.send(left) :]
+            except BlockingIOError:
+                self._go_on(deadline)
+            except OSError as error:
+                raise LinkLost(f"the source is gone: {error}") from error
+
+    def receive(self, timeout: float) -> bytes:
+        header = bytearray(_LENGTH.size)
+        self._fill(memoryview(header), timeout)
+        (length,) = _LENGTH.unpack(header)
+        if length > MAX_PULL_BYTES:
+            raise LinkLost(f"a message of {length} bytes")
+        message = bytearray(length)
+        self._fill(memoryview(message), timeout)
+        return bytes(message)
+
+    def place(self, memory: PoolMemory, block: int, ranges: Sequence[tuple[int, int]]) -> None:
+        if isinstance(memory, DevicePoolMemory):
+            staged = np.empty(sum(length for _, length in ranges), np.uint8)
+            self._fill(memoryview(staged.data), STALL_TIMEOUT)
+            memory.put(block, ranges, staged.ctypes.data)
+            return
+        slab = memory.slab(block)
+        for offset, length in ranges:
+            self._fill(slab[offset : offset + length], STALL_TIMEOUT)
+
+    def _fill(self, into: memoryview, timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        while into:
+            try:
+                got = self._connection.recv_into(into, 0, socket.MSG_WAITALL)
+            except BlockingIOError:
+                self._go_on(deadline)
+                continue
+            except OSError as error:
+                raise LinkLost(f"the source is gone: {error}") from error
+            if not got:
+                raise LinkLost("the source is gone")
+            into, deadline = into[got:], time.monotonic() + timeout
+
+    def _go_on(self, deadline: float) -> None:
+        """Nothing moved for a moment."""
+        if self._stopped:
+            raise LinkLost("the link was closed")
+        if time.monotonic() > deadline:
+            raise LinkLost("the source sends nothing")
+
+    def stop(self) -> None:
+        self._stopped = True
+
+    def close(self) -> None:
+        self._connection.close()
+
+
+def _wait_in_the_kernel(connection: socket.socket) -> None:
+    """Calls wait there, and no longer than `_LOOK_S`: no poll before each."""
+    connection.setblocking(True)
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    look = struct.pack("@ll", 0, round(_LOOK_S * 1e6))  # struct timeval
+    for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+        connection.setsockopt(socket.SOL_SOCKET, option, look)

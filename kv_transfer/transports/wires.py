@@ -1,0 +1,81 @@
+"""What carries the conversation of one tcp link, and the bytes of its slabs.
+
+Two wires do: `tcp_stream.py`, a plain connection, and `tcp_frames.py`, ZeroMQ with CURVE. tcp.py says
+which a link has. An end is used by one thread at a time, except that any may call `stop`, also after
+`close`.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+from typing import Protocol
+
+from kv_transfer.pool_memory import PoolMemory
+
+MAX_PULL_BYTES = 1 << 16  # of one message to a source
+
+
+class SendingWire(Protocol):
+    """The source's end. `peer` is who said something, for the answer to it."""
+
+    port: int
+
+    def receive(self) -> tuple[bytes, bytes] | None:
+        """Wait for a message: who said it, and the message. None when stopped; `LinkLost`."""
+
+    def send(self, peer: bytes, message: bytes) -> None:
+        """Queue or send a message; `LinkLost`."""
+
+    def send_slabs(self, peer: bytes, header: bytes, pieces: Sequence[memoryview]) -> bool:
+        """Send a message and bytes behind it, which are not copied in this process. Whether they have
+        left when this returns; if not, they must stay until the reader says so, or the wire is
+        closed. `LinkLost`."""
+
+    def stop(self) -> None:
+        """End whatever waits."""
+
+    def close(self) -> None:
+        """From here on nothing of this end refers to a piece."""
+
+
+class ReceivingWire(Protocol):
+    """The reader's end."""
+
+    says_arrived: bool  # whether the source waits to be told that slabs have arrived
+
+    def say(self, message: bytes) -> None:
+        """`LinkLost` if nobody can hear it."""
+
+    def receive(self, timeout: float) -> bytes:
+        """The next message. `LinkLost` if none comes for `timeout` seconds, or none can."""
+
+    def place(self, memory: PoolMemory, block: int, ranges: Sequence[tuple[int, int]]) -> None:
+        """The next slab behind the last message, to the (offset, length) of a block.
+
+        `LinkLost`, or `MalformedMessage` if it is none, or of another length.
+        """
+
+    def stop(self) -> None:
+        """End whatever waits, with `LinkLost`."""
+
+    def close(self) -> None: ...
+
+
+class Stop:
+    """What a thread that waits at a wire is woken by: readable from `set` on."""
+
+    def __init__(self) -> None:
+        self.fd = os.eventfd(0, os.EFD_CLOEXEC)
+        self._lock = threading.Lock()
+
+    def set(self) -> None:
+        with self._lock:
+            if self.fd >= 0:
+                os.eventfd_write(self.fd, 1)
+
+    def close(self) -> None:
+        with self._lock:
+            os.close(self.fd)
+            self.fd = -1
