@@ -182,7 +182,7 @@ class Intake:
         if link is None:
             self.counts["late_link"] += 1
             return self._take()
-        key = Key(message.link, message.request, message.attempt, message.choice)
+        key = Key.of(message)
         entry = link.entries.get(key)
         if entry is not None:
             entry.heard_at = now

@@ -43,6 +43,7 @@ class Handover:
     peer: str = ""  # where it is offered, or about to be
     opening: bool = False  # a link to it
     key: Key | None = None  # of the handoff that is under way
+    asks: int = 0  # how often it was offered
     announced: int = 0  # blocks given to that handoff
     is_complete: bool = False  # all is computed, and the token at `length` is chosen
     logprobs: TokenLogprobs | None = None  # of that token
@@ -130,13 +131,14 @@ class Handovers:
         """Ask for room for all of it; what is computed already is announced when that is granted."""
         node, attempt, sequence = self._node, handover.attempt, handover.sequence
         block_size, length = node.engine.layout.block_size, handover.length
+        handover.asks += 1
         offer = Offer(
-            link, attempt.request, attempt.number, sequence.choice,
+            link, attempt.request, attempt.number, sequence.choice, handover.asks,
             tuple(sequence.token_ids[:length]), sequence.prompt_len, attempt.params,
             tuple(sequence.hashes(length // block_size, block_size)), length % block_size,
             attempt.gateway, attempt.gateway_endpoint, attempt.cache_salt, sequence.priority, 0,
         )  # fmt: skip
-        handover.key = Key(link, attempt.request, attempt.number, sequence.choice)
+        handover.key = Key.of(offer)
         handover.announced = 0
         self._by_key[handover.key] = handover
         now = time.monotonic()

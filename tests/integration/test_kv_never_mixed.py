@@ -316,7 +316,7 @@ class Node:
         try:
             self.pool.check(blocks[:cached], tokens[: cached * BLOCK])
             offer = Offer(
-                link, request, attempt, 0, tokens, len(tokens), SamplingParams(),
+                *key, tokens, len(tokens), SamplingParams(),
                 tuple(names[:full]), len(tokens) % BLOCK, "g", "", "", 0, 0,
             )  # fmt: skip
             try:

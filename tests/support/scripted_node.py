@@ -137,10 +137,10 @@ class ScriptedNode:
         self.peers = Snapshot(records, dict.fromkeys(names, 0.0), "")
 
 
-def key(peer: str, choice: int = 0, request: str = "r-1") -> Key:
+def key(peer: str, choice: int = 0, request: str = "r-1", ask: int = 1) -> Key:
     """Of a first attempt, on the link with this peer."""
-    return Key(f"link-{peer}", request, 1, choice)
+    return Key(f"link-{peer}", request, 1, choice, ask)
 
 
-def ended(peer: str, outcome: Outcome, reason: str = "", choice: int = 0) -> Ended:
-    return Ended(key(peer, choice), True, outcome, reason)
+def ended(peer: str, outcome: Outcome, reason: str = "", choice: int = 0, ask: int = 1) -> Ended:
+    return Ended(key(peer, choice, ask=ask), True, outcome, reason)

@@ -111,7 +111,8 @@ async def test_what_nobody_takes_goes_on_here_as_if_nothing_had_been(
     await drained(node, role, "d1", "d2")
     for asked in range(2):
         offer = node.links.offers[asked]
-        role.sent(ended(offer.link.removeprefix("link-"), outcome, "draining"))
+        peer = offer.link.removeprefix("link-")
+        role.sent(ended(peer, outcome, "draining", ask=1 + asked))
         await node.opened()
     assert {offer.link for offer in node.links.offers} == {"link-d1", "link-d2"}
     assert role.num_open == 1
@@ -149,11 +150,11 @@ async def test_without_a_grant_in_time_it_goes_on_before_the_offer_is_answered(
     monkeypatch.setattr(moves, "GRANT_S", 60.0)
     role.sent(ended(offer.link.removeprefix("link-"), Outcome.CANCELLED))
     await node.opened()
-    assert len(node.links.offers) == 2
+    assert len(node.links.offers) == 2, "of the other node"
     other = node.links.offers[1].link.removeprefix("link-")
     assert node.links.next_tokens[1] == (PROMPT + 3, expected[3])
-    role.sent(Granted(key(other), ()))
-    role.sent(ended(other, Outcome.ADOPTED))
+    role.sent(Granted(key(other, ask=2), ()))
+    role.sent(ended(other, Outcome.ADOPTED, ask=2))
     assert node.said == [TookOver(other, "r-1", 1, 0, PROMPT + 4)]
     assert tokens(node) == expected[:4]
 
@@ -177,7 +178,7 @@ async def test_nodes_without_room_by_their_records_are_not_asked(
     role.sent(ended("d1", Outcome.ADOPTED))
 
 
-async def test_one_that_was_full_is_asked_for_nobody_until_its_record_is_read_again(
+async def test_one_that_was_full_is_asked_for_all_again_when_its_record_is_read_again(
     node: ScriptedNode, role: DecodeRole
 ) -> None:
     node.decode_nodes("d1")
@@ -193,10 +194,11 @@ async def test_one_that_was_full_is_asked_for_nobody_until_its_record_is_read_ag
     assert [offer.request for offer in node.links.offers] == ["r-1"]
     role.peers_changed()
     await node.opened()
-    assert [offer.request for offer in node.links.offers] == ["r-1", "r-2"]
-    role.cancel("r-2", 1, "test")
-    role.sent(dataclasses.replace(ended("d1", Outcome.CANCELLED), key=key("d1", 0, "r-2")))
-    await run_out(node, role)
+    assert [offer.request for offer in node.links.offers] == ["r-1", "r-2", "r-1"]
+    assert [offer.ask for offer in node.links.offers] == [1, 1, 2], "no old answer is about it"
+    role.sent(dataclasses.replace(ended("d1", Outcome.ADOPTED), key=key("d1", 0, "r-2")))
+    role.sent(ended("d1", Outcome.ADOPTED, ask=2))
+    assert role.num_open == 0
 
 
 async def test_a_cancel_in_the_middle_frees_everything_when_the_other_end_has_answered(

@@ -154,6 +154,22 @@ async def test_a_prompt_without_a_decode_node_waits_for_one(
     role.sent(ended("d2", Outcome.ADOPTED))
 
 
+async def test_a_node_that_failed_it_is_asked_again_when_there_is_no_other(
+    node: ScriptedNode, role: prefill.PrefillRole
+) -> None:
+    """As another handoff: of the first one it would only say again how that ended."""
+    node.decode_nodes("d1")
+    role.accept(an_entry())
+    await node.step(role)
+    role.sent(ended("d1", Outcome.FAILED, "digest_mismatch"))
+    role.peers_changed()
+    await node.opened()
+    assert node.links.committed == [key("d1"), key("d1", ask=2)]
+    assert node.said == []
+    role.sent(ended("d1", Outcome.ADOPTED, ask=2))
+    assert role.num_open == 0
+
+
 async def test_a_node_that_is_known_to_be_lost_is_not_asked_again_for_every_prompt(
     node: ScriptedNode, role: prefill.PrefillRole
 ) -> None:
