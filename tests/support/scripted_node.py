@@ -11,8 +11,10 @@ from collections.abc import Coroutine, Sequence
 from typing import Any
 
 from common.engine import Engine
+from common.engine.step import Chunk
 from common.errors import LinkLost
 from common.messages import Failed, Message, Offer, TokenRun
+from common.node.runtime import Node
 from common.queue import Entry
 from common.registry import NodeRecord, NodeState, Role, Snapshot
 from kv_transfer.ports import Ended, Key, Outcome
@@ -74,6 +76,11 @@ class ScriptedNode:
         self.peers = Snapshot({}, {}, "")
         self.tasks: list[asyncio.Task[None]] = []
         self.lost: set[str] = set()
+        self.sealed: list[Chunk] = []
+
+    @property
+    def role(self) -> Any:
+        return self.links.role
 
     def is_lost(self, peer: str) -> bool:
         return peer in self.lost
@@ -82,6 +89,14 @@ class ScriptedNode:
         self, sequence: object, table: list[int], start: int, end: int, computed: int
     ) -> list[int]:
         return list(range(start, end))
+
+    def seals(self, chunk: Chunk) -> list[Chunk]:
+        return [chunk]
+
+    def seal(self, chunks: list[Chunk]) -> None:
+        self.sealed += chunks
+
+    when_filled = Node._when_filled
 
     def go_on_writing(self, *_: object) -> None: ...
 
