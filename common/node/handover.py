@@ -13,6 +13,7 @@ Each callback comes when nothing of that try is under way any more, but `granted
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import time
 from typing import TYPE_CHECKING, Protocol
@@ -41,7 +42,7 @@ class Handover:
     sequence: Sequence
     length: int
     peer: str = ""  # where it is offered, or about to be
-    opening: bool = False  # a link to it
+    opening: bool = False  # a link to it; and full blocks get their digests
     key: Key | None = None  # of the handoff that is under way
     asks: int = 0  # how often it was offered
     announced: int = 0  # blocks given to that handoff
@@ -116,6 +117,7 @@ class Handovers:
         try:
             node.connect(peer, endpoint)
             link = await node.links.open(peer)
+            await self._seal(handover)
         except PdqError as error:
             log.warning("link.refused", peer=peer, error=error)
             handover.opening = False
@@ -126,6 +128,22 @@ class Handovers:
             self._owner.dropped(handover)
         else:
             self._owner.opened(handover, link)
+
+    async def _seal(self, handover: Handover) -> None:
+        """Digests of many blocks take long, and the event loop has streams to feed: what is full
+        before the offer is sealed in a thread, and held until that has ended, whatever ends
+        meanwhile. The tail is sealed when the sequence stands still."""
+        node, sequence = self._node, handover.sequence
+        seals = node.kv.unsealed(sequence, handover.held or sequence.block_table)
+        if not seals:
+            return
+        slots = [seal.slot for seal in seals]
+        node.engine.pool.acquire(slots)
+        try:
+            await asyncio.to_thread(node.kv.seal, seals)
+        finally:
+            node.engine.pool.release(slots)
+            node.wake()
 
     def send_offer(self, handover: Handover, link: str) -> None:
         """Ask for room for all of it; what is computed already is announced when that is granted."""

@@ -26,7 +26,7 @@ class Transfer:
     def __init__(self) -> None:
         self.handoff = self.intake = self
         self.offers: list[Offer] = []
-        self.announced: list[int] = []  # indexes of blocks, in the order they were
+        self.announced: list[Any] = []  # indexes of blocks (as `ready_blocks` says), in order
         self.committed: list[Key] = []
         self.next_tokens: list[tuple[int, int]] = []  # position and token of each commit
         self.cancelled: list[Key] = []
@@ -68,7 +68,7 @@ class ScriptedNode:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self.kv = self
+        self.kv: Any = self
         self.links = Transfer()
         self.said: list[Message] = []
         self.runs: list[TokenRun] = []
@@ -89,6 +89,9 @@ class ScriptedNode:
         self, sequence: object, table: list[int], start: int, end: int, computed: int
     ) -> list[int]:
         return list(range(start, end))
+
+    def unsealed(self, *_: object) -> list[Chunk]:
+        return []
 
     def seals(self, chunk: Chunk) -> list[Chunk]:
         return [chunk]
