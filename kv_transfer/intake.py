@@ -447,7 +447,7 @@ class Intake:
         self._pool.adopt(entry.reservation)
         self._answer(entry.key, Ack(*entry.key))
         waited = self._now - entry.committed_at
-        offer = entry.placement.offer
+        offer = entry.placement.adopted()
         self._effects.append(Adopted(entry.key, offer, entry.commit, entry.reservation, waited))
 
     def _deny(self, entry: _Entry, reason: object) -> None:

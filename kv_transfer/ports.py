@@ -172,7 +172,7 @@ class Granted:
 class Adopted:
     """Intake side: the sequence is here, whole and checked; decode it.
 
-    `offer` is in blocks of this node; one that was converted has no hashes.
+    `offer` is in blocks of this node; the intake has checked or computed each of its hashes.
     """
 
     key: Key
