@@ -115,7 +115,9 @@ class Refuse(Message):
 # ── Between two nodes: one handoff ───────────────────────────────────────────────────────────────
 #
 # kv_transfer/README.md has the rules and the state tables of both ends. An intake that is asked
-# about a handoff it has ended repeats its terminal answer (Deny, Ack, Abort or Release).
+# about a handoff it has ended repeats its terminal answer (Deny, Ack, Abort or Release). `ask`
+# numbers, from 1, the handoffs in which one node offers a choice of an attempt: one that was refused
+# is asked for again under the next number, which no old answer is about.
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -132,6 +134,7 @@ class Offer(Message):
     request: str
     attempt: int
     choice: int
+    ask: int
     token_ids: tuple[int, ...]
     prompt_len: int
     params: SamplingParams
@@ -159,6 +162,7 @@ class Grant(Message):
     request: str
     attempt: int
     choice: int
+    ask: int
     missing: tuple[int, ...]
 
 
@@ -171,6 +175,7 @@ class Deny(Message):
     request: str
     attempt: int
     choice: int
+    ask: int
     reason: str  # out_of_blocks | overloaded | draining | aborted | never_fits | malformed
 
 
@@ -188,6 +193,7 @@ class Blocks(Message):
     request: str
     attempt: int
     choice: int
+    ask: int
     indexes: tuple[int, ...]
     slots: tuple[int, ...]
     generations: tuple[int, ...]
@@ -208,6 +214,7 @@ class Tail(Message):
     request: str
     attempt: int
     choice: int
+    ask: int
     index: int
     parent: bytes
     token_ids: tuple[int, ...]
@@ -243,6 +250,7 @@ class Commit(Message):
     request: str
     attempt: int
     choice: int
+    ask: int
     position: int
     first_token: int
     logprobs: TokenLogprobs | None
@@ -258,6 +266,7 @@ class Ack(Message):
     request: str
     attempt: int
     choice: int
+    ask: int
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -274,6 +283,7 @@ class Abort(Message):
     request: str
     attempt: int
     choice: int
+    ask: int
     reason: str
 
 
@@ -286,6 +296,7 @@ class Release(Message):
     request: str
     attempt: int
     choice: int
+    ask: int
 
 
 # ── Between two nodes: the bytes, over tcp ───────────────────────────────────────────────────────

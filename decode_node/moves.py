@@ -71,6 +71,9 @@ class Moves:
         self._look()
 
     def peers_changed(self) -> None:
+        """What a node refused once it may take now; nobody else may be left to ask."""
+        for handover in self._handovers.values():
+            handover.refused.clear()
         self._full.clear()
         self._promised.clear()
         self._asked.clear()
@@ -94,7 +97,7 @@ class Moves:
             if handover.sequence.status is SequenceStatus.FINISHED and not handover.peer:
                 del self._handovers[key]
         under_way = self.attempts
-        for sequence in self._node.engine.scheduler.running:
+        for sequence in sorted(self._node.engine.scheduler.running, key=self._asks):
             if len(under_way) >= AT_ONCE:
                 return
             attempt = self._attempts.get(sequence.request_id)
@@ -106,6 +109,11 @@ class Moves:
             handover = self._handovers.setdefault(key, Handover(attempt, sequence, 0))
             if self._sending.offer(handover):
                 under_way.add(attempt.engine_id)
+
+    def _asks(self, sequence: Sequence) -> int:
+        """How often it was offered: where there is no room, each waits in vain in its turn."""
+        handover = self._handovers.get((sequence.request_id, sequence.choice))
+        return 0 if handover is None else handover.asks
 
     def _pause_opened(self) -> None:
         """Between steps: what has a link is paused, and offered as it is now."""

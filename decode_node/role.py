@@ -76,7 +76,7 @@ class DecodeRole:
             )  # fmt: skip
             sequence.block_table = list(effect.reservation.blocks)
             sequence.num_computed = len(offer.token_ids)
-            sequence.block_hashes = list(offer.block_hashes)  # the intake has checked each
+            sequence.block_hashes = list(offer.block_hashes)  # each checked by the intake
             node.engine.scheduler.adopt(sequence)
         except PdqError as error:
             node.engine.pool.release(effect.reservation.blocks)

@@ -27,6 +27,10 @@ class Placement(Protocol):
     def offer(self) -> Offer:
         """The offer in blocks of this node, to reserve room for."""
 
+    def adopted(self) -> Offer:
+        """The offer in blocks of this node, with the hashes under which the full ones were
+        published: all are here."""
+
     def wanted(self, reservation: Reservation) -> set[int]:
         """Indexes that must come."""
 
@@ -43,6 +47,9 @@ class SameBlocks:
 
     def __init__(self, offer: Offer) -> None:
         self.offer = offer
+
+    def adopted(self) -> Offer:
+        return self.offer
 
     def wanted(self, reservation: Reservation) -> set[int]:
         return set(reservation.missing)
@@ -67,6 +74,9 @@ class Conversion:
         self._lacking = [min(ours, length - first) for first in range(0, length, ours)]
         # A hash in an offer is a block that the pool may take from its cache: here, none.
         self.offer = dataclasses.replace(offer, block_hashes=(), tail_fill=length % ours)
+
+    def adopted(self) -> Offer:
+        return dataclasses.replace(self.offer, block_hashes=tuple(self._hashes))
 
     def wanted(self, reservation: Reservation) -> set[int]:
         return set(range(-(-self._length // self._theirs)))

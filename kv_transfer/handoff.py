@@ -174,7 +174,7 @@ class Handoff:
         """
         self._now = now
         link = self._links[offer.link]
-        key = Key(offer.link, offer.request, offer.attempt, offer.choice)
+        key = Key.of(offer)
         assert key not in link.entries, f"offered twice: {key}"
         link.entries[key] = _Entry(key, offer, now - waited)
         self._number += 1
@@ -212,7 +212,7 @@ class Handoff:
         """A Grant, Deny, Ack, Abort or Release from the peer of `message.link`."""
         assert isinstance(message, (Grant, Deny, Ack, Abort, Release))
         self._now = now
-        key = Key(message.link, message.request, message.attempt, message.choice)
+        key = Key.of(message)
         if message.link not in self._links:
             self.counts["late_link"] += 1
         elif (entry := self._entry(key)) is not None:

@@ -13,8 +13,8 @@ import collections
 import dataclasses
 import enum
 
-from common.errors import NeverFits
-from common.kv_layout import Fingerprint, chain_hashes, root_hash
+from common.errors import NeverFits, ProtocolError
+from common.kv_layout import Fingerprint
 from common.messages import (
     Abort,
     Ack,
@@ -27,8 +27,8 @@ from common.messages import (
     Release,
     Tail,
 )
+from kv_transfer import claims
 from kv_transfer.conversion import Conversion, Placement, SameBlocks
-from kv_transfer.digests import DIGEST_BYTES, tail_seed
 from kv_transfer.ports import (
     Adopted,
     Copy,
@@ -182,7 +182,7 @@ class Intake:
         if link is None:
             self.counts["late_link"] += 1
             return self._take()
-        key = Key(message.link, message.request, message.attempt, message.choice)
+        key = Key.of(message)
         entry = link.entries.get(key)
         if entry is not None:
             entry.heard_at = now
@@ -320,32 +320,13 @@ class Intake:
         link.entries[key] = self._waiting[key] = entry
         if self._draining or over:
             self._step(entry, E.DENY, "draining" if self._draining else "overloaded")
-        elif not self._is_well_formed(offer, link.fingerprint):
+        elif not claims.is_well_formed(offer, link.fingerprint):
             self._step(entry, E.DENY, "malformed")
         else:
             if link.fingerprint != self._fingerprint:
                 theirs = link.fingerprint.block_size
                 entry.placement = Conversion(offer, theirs, self._fingerprint)
             self._admit()
-
-    def _is_well_formed(self, offer: Offer, fingerprint: Fingerprint) -> bool:
-        """The hashes are what this node computes itself: nothing else may name blocks here."""
-        block_size = fingerprint.block_size
-        count, tail_fill = divmod(len(offer.token_ids), block_size)
-        return (
-            len(offer.token_ids) > 0
-            and offer.tail_fill == tail_fill
-            and len(offer.block_hashes) == count
-            and 0 <= offer.prompt_len <= len(offer.token_ids)
-            and all(0 <= token < 2**32 for token in offer.token_ids)
-            and list(offer.block_hashes)
-            == chain_hashes(
-                root_hash(fingerprint, offer.cache_salt),
-                offer.token_ids,
-                block_size,
-                offer.prompt_len,
-            )
-        )
 
     def _admit(self) -> None:
         """Reserve all or nothing, first for whom it is the turn; who does not fit holds up the rest,
@@ -370,8 +351,7 @@ class Intake:
 
     def _committed(self, entry: _Entry, commit: object) -> None:
         assert isinstance(commit, Commit)
-        count = len(entry.offer.block_hashes) + (entry.offer.tail_fill > 0)
-        if commit.blocks != count or commit.position != len(entry.offer.token_ids):
+        if not claims.commits_all(entry.offer, commit):
             self._step(entry, E.FAIL, "protocol_error")
             return
         entry.commit, entry.committed_at = commit, self._now
@@ -382,47 +362,32 @@ class Intake:
 
     def _announced(self, entry: _Entry, blocks: object) -> None:
         assert isinstance(blocks, Blocks)
-        hashes, count = entry.offer.block_hashes, len(blocks.indexes)
-        digests = blocks.digests or (b"",) * count
-        if not (
-            len(blocks.slots) == len(blocks.generations) == len(digests) == count
-            and all(0 <= index < len(hashes) for index in blocks.indexes)
-            and all(len(digest) == DIGEST_BYTES for digest in blocks.digests)
-        ):
-            self._step(entry, E.FAIL, "protocol_error")
-            return
-        for index, slot, generation, digest in zip(
-            blocks.indexes, blocks.slots, blocks.generations, digests, strict=True
-        ):
-            self._expect(entry, index, slot, generation, 0, digest, hashes[index])
+        try:
+            places = claims.full_blocks(entry.offer, blocks)
+        except ProtocolError as error:
+            self._step(entry, E.FAIL, error.code)
+        else:
+            self._expect(entry, places)
 
     def _tail_announced(self, entry: _Entry, tail: object) -> None:
         assert isinstance(tail, Tail)
-        offer = entry.offer
-        parent = offer.block_hashes[-1] if offer.block_hashes else b""
-        if not (
-            tail.index == len(offer.block_hashes)
-            and tail.fill == offer.tail_fill > 0
-            and tail.parent == parent
-            and tail.token_ids == offer.token_ids[-tail.fill :]
-            and len(tail.digest) in (0, DIGEST_BYTES)
-        ):
-            self._step(entry, E.FAIL, "protocol_error")
-            return
         fingerprint = self._links[entry.key.link].fingerprint
-        root = root_hash(fingerprint, offer.cache_salt)
-        seed = tail_seed(parent or root, tail.token_ids)
-        self._expect(entry, tail.index, tail.slot, tail.generation, tail.fill, tail.digest, seed)
+        try:
+            place = claims.tail_block(entry.offer, tail, fingerprint)
+        except ProtocolError as error:
+            self._step(entry, E.FAIL, error.code)
+        else:
+            self._expect(entry, [place])
 
-    def _expect(
-        self, entry: _Entry, index: int, slot: int, generation: int, fill: int, digest: bytes,
-        seed: bytes,
-    ) -> None:  # fmt: skip
-        if index in entry.unannounced:
-            assert entry.reservation is not None
-            entry.unannounced.remove(index)
-            block, spans = entry.placement.place(index, entry.reservation)
-            entry.pieces.append(Piece(index, slot, generation, block, fill, digest, seed, spans))
+    def _expect(self, entry: _Entry, places: list[claims.Announced]) -> None:
+        assert entry.reservation is not None
+        for at in places:
+            if at.index in entry.unannounced:
+                entry.unannounced.remove(at.index)
+                block, spans = entry.placement.place(at.index, entry.reservation)
+                entry.pieces.append(Piece(
+                    at.index, at.slot, at.generation, block, at.fill, at.digest, at.seed, spans
+                ))  # fmt: skip
 
     def _start_copy(self, entry: _Entry) -> None:
         count = min(len(entry.pieces), self._settings.copy_blocks)
@@ -447,7 +412,7 @@ class Intake:
         self._pool.adopt(entry.reservation)
         self._answer(entry.key, Ack(*entry.key))
         waited = self._now - entry.committed_at
-        offer = entry.placement.offer
+        offer = entry.placement.adopted()
         self._effects.append(Adopted(entry.key, offer, entry.commit, entry.reservation, waited))
 
     def _deny(self, entry: _Entry, reason: object) -> None:

@@ -11,16 +11,34 @@ import enum
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-from common.messages import Commit, Message, Offer
+from common.messages import (
+    Abort,
+    Ack,
+    Blocks,
+    Commit,
+    Deny,
+    Grant,
+    Message,
+    Offer,
+    Release,
+    Tail,
+)
+
+HandoffMessage = Offer | Grant | Deny | Blocks | Tail | Commit | Ack | Abort | Release
 
 
 class Key(NamedTuple):
-    """One handoff. A new link is a new handoff, even of the same attempt."""
+    """One handoff. A new link is a new handoff, even of the same attempt, and so is a new ask."""
 
     link: str
     request: str
     attempt: int
     choice: int
+    ask: int = 1
+
+    @classmethod
+    def of(cls, message: HandoffMessage) -> Key:
+        return cls(message.link, message.request, message.attempt, message.choice, message.ask)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -154,7 +172,7 @@ class Granted:
 class Adopted:
     """Intake side: the sequence is here, whole and checked; decode it.
 
-    `offer` is in blocks of this node; one that was converted has no hashes.
+    `offer` is in blocks of this node; the intake has checked or computed each of its hashes.
     """
 
     key: Key

@@ -191,6 +191,12 @@ class BlockPool:
         assert canonical != block_id or self._hashes[block_id] == block_hash
         return canonical
 
+    def forget(self, block_ids: Iterable[int]) -> None:
+        """These used blocks are found no more; whoever holds them keeps them."""
+        for block_id in block_ids:
+            assert self._references[block_id] > 0, f"block {block_id} is not used"
+            self._unpublish(block_id)
+
     def drain_events(self) -> list[CacheEvent]:
         """Events since the last call, in order."""
         events = list(self._events)
@@ -222,13 +228,16 @@ class BlockPool:
 
     def _evict_oldest(self) -> int:
         block_id, _ = self._idle.popitem(last=False)
-        block_hash = self._hashes[block_id]
-        assert block_hash is not None
-        self._hashes[block_id] = None
-        del self._by_hash[block_hash]
+        self._unpublish(block_id)
         self.num_evictions += 1
-        self._record(CacheEventKind.EVICTED, block_hash)
         return block_id
+
+    def _unpublish(self, block_id: int) -> None:
+        block_hash = self._hashes[block_id]
+        if block_hash is not None:
+            self._hashes[block_id] = None
+            del self._by_hash[block_hash]
+            self._record(CacheEventKind.EVICTED, block_hash)
 
     def _record(self, kind: CacheEventKind, block_hash: bytes) -> None:
         self._event_number += 1

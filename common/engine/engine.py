@@ -37,6 +37,7 @@ from common.engine.sampler import RowFault, SampleOutput, Sampler, SampleRows
 from common.engine.scheduler import Scheduler
 from common.engine.sequence import Sequence, SequenceStatus
 from common.engine.sequence_slots import SequenceSlots
+from common.engine.soundness import sound_rows, spoiled
 from common.engine.speculation import Proposer
 from common.engine.step import Chunk, Delivery, Step
 from common.errors import InvalidRequest, NotFiniteLogits, TokenOutOfRange
@@ -45,6 +46,7 @@ from common.model_files import content_digest, model_name, resolve_model
 from common.sampling import FinishReason, SamplingParams
 
 MAX_CHOICES = 64  # `n` of one request
+NOT_FINITE = "NaN or infinity"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -63,6 +65,7 @@ class ComputedStep:
 
     sampled: SampleOutput | None
     scores: list[tuple[int, int, list[TokenLogprob]]]
+    spoiled: frozenset[int]  # sequences whose new KV is not to be used: see `Engine.compute`
 
 
 class Engine:
@@ -289,19 +292,22 @@ class Engine:
         return self._planned
 
     def compute(
-        self, planned: PlannedStep, filled: Callable[[], None] | None = None
+        self, planned: PlannedStep, filled: Callable[[frozenset[int]], None] | None = None
     ) -> ComputedStep:
         """The work itself: copies, forward, logits, sampling. Changes the cache's memory only.
 
         `filled` is called as soon as the step's blocks hold their KV, before any token is chosen:
-        from then on they may be handed to another node.
+        from then on they may be handed to another node, but those of the sequences it is given by
+        their ids. These have a position that came out as NaN or infinity, and whoever read their
+        KV would get the same: they end with the step.
         """
         self.backend.enter_thread()
         self.cache.copy_blocks(planned.step.copies)
         hidden = self.model.forward(planned.batch.rows, self.cache)
+        sound = sound_rows(planned.step, hidden)
         if filled is not None:
             self.backend.synchronize()
-            filled()
+            filled(spoiled(planned.step, planned.batch, sound))
         scores = self._score_prompts(planned, hidden)
         sampled = None
         if len(planned.batch.sampled):
@@ -310,7 +316,7 @@ class Engine:
             )
             sampled = self._sampler.sample(logits, planned.rows)
         self.backend.synchronize()  # a step that samples nothing has not waited for anything
-        return ComputedStep(sampled, scores)
+        return ComputedStep(sampled, scores, spoiled(planned.step, planned.batch, sound))
 
     def end_step(self, planned: PlannedStep, computed: ComputedStep) -> list[StepOutput]:
         """Take in what was computed: accept tokens, publish blocks, end sequences."""
@@ -318,11 +324,11 @@ class Engine:
         for sequence_id, start, entries in computed.scores:
             known = self._prompt_logprobs.setdefault(sequence_id, [None])
             known[start + 1 :] = entries  # a run before a preemption knew more
+        outputs = self._fail_spoiled(planned.step, computed.spoiled)
         if computed.sampled is None:
             self.scheduler.postprocess(planned.step, {})
-            outputs = []
         else:
-            outputs = self._accept(planned.step, planned.chunks, computed.sampled)
+            outputs += self._accept(planned.step, planned.chunks, computed.sampled)
         self._forget_ended()
         self.num_steps += 1
         return outputs
@@ -361,8 +367,11 @@ class Engine:
             sequence = chunk.sequence
             if sequence.status is SequenceStatus.FINISHED:  # aborted meanwhile
                 continue
-            if sampled.faults[start]:
-                outputs.append(self._fail(sequence, RowFault(int(sampled.faults[start]))))
+            if fault := sampled.faults[start]:
+                if fault == RowFault.NOT_FINITE:
+                    outputs.append(self._fail_not_finite(sequence))
+                else:
+                    outputs.append(self._fail(sequence, "no token that is allowed"))
                 continue
             kept = 1
             for draft in sequence.draft_token_ids[: chunk.num_drafted]:
@@ -394,16 +403,34 @@ class Engine:
             None if prompt_logprobs is None else tuple(prompt_logprobs),
         )  # fmt: skip
 
-    def _fail(self, sequence: Sequence, fault: RowFault) -> StepOutput:
+    def _fail_spoiled(self, step: Step, ids: frozenset[int]) -> list[StepOutput]:
+        """End these sequences, and the choices that share their prompt."""
+        outputs: list[StepOutput] = []
+        for sequence in [chunk.sequence for chunk in step.chunks]:
+            if sequence.sequence_id not in ids:
+                continue
+            if sequence.status is SequenceStatus.FINISHED:  # aborted meanwhile
+                continue
+            outputs.append(self._fail_not_finite(sequence))
+            for forked in [chunk.sequence for chunk in step.forked]:
+                if forked.request_id == sequence.request_id:
+                    outputs.append(self._fail_not_finite(forked))
+            for child in self._children.pop(sequence.sequence_id, []):  # nothing runs it yet
+                child.move_to(SequenceStatus.FINISHED)
+                child.finish_reason = FinishReason.ERROR
+                outputs.append(_error_of(child, NOT_FINITE))
+        return outputs
+
+    def _fail_not_finite(self, sequence: Sequence) -> StepOutput:
+        """What it has read may be what spoils it: nobody else is to find that in the cache."""
+        self.pool.forget(sequence.block_table)
+        return self._fail(sequence, NOT_FINITE)
+
+    def _fail(self, sequence: Sequence, what: str) -> StepOutput:
         """End one sequence whose row has no token; the others of the step go on."""
         self.scheduler.finish(sequence, FinishReason.ERROR)
         self._forget(sequence)
-        what = "NaN or infinity" if fault is RowFault.NOT_FINITE else "no token that is allowed"
-        error = NotFiniteLogits(f"the model gave {what} at position {len(sequence.token_ids)}")
-        return StepOutput(
-            sequence.request_id, sequence.choice, len(sequence.token_ids), (), (),
-            FinishReason.ERROR, sequence, error=error,
-        )  # fmt: skip
+        return _error_of(sequence, what)
 
     def _score_prompts(
         self, planned: PlannedStep, hidden: Tensor
@@ -460,6 +487,15 @@ class Engine:
         self.add("warm-up", [0], SamplingParams(max_tokens=count, ignore_eos=True))
         while self.has_work:
             self.step()
+
+
+def _error_of(sequence: Sequence, what: str) -> StepOutput:
+    position = len(sequence.token_ids)
+    error = NotFiniteLogits(f"the model gave {what} at position {position}")
+    return StepOutput(
+        sequence.request_id, sequence.choice, position, (), (), FinishReason.ERROR, sequence,
+        error=error,
+    )  # fmt: skip
 
 
 def _starts(counts: Iterable[int]) -> list[int]:

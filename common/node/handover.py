@@ -13,6 +13,7 @@ Each callback comes when nothing of that try is under way any more, but `granted
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import time
 from typing import TYPE_CHECKING, Protocol
@@ -41,8 +42,9 @@ class Handover:
     sequence: Sequence
     length: int
     peer: str = ""  # where it is offered, or about to be
-    opening: bool = False  # a link to it
+    opening: bool = False  # a link to it; and full blocks get their digests
     key: Key | None = None  # of the handoff that is under way
+    asks: int = 0  # how often it was offered
     announced: int = 0  # blocks given to that handoff
     is_complete: bool = False  # all is computed, and the token at `length` is chosen
     logprobs: TokenLogprobs | None = None  # of that token
@@ -115,6 +117,7 @@ class Handovers:
         try:
             node.connect(peer, endpoint)
             link = await node.links.open(peer)
+            await self._seal(handover)
         except PdqError as error:
             log.warning("link.refused", peer=peer, error=error)
             handover.opening = False
@@ -126,17 +129,34 @@ class Handovers:
         else:
             self._owner.opened(handover, link)
 
+    async def _seal(self, handover: Handover) -> None:
+        """Digests of many blocks take long, and the event loop has streams to feed: what is full
+        before the offer is sealed in a thread, and held until that has ended, whatever ends
+        meanwhile. The tail is sealed when the sequence stands still."""
+        node, sequence = self._node, handover.sequence
+        seals = node.kv.unsealed(sequence, handover.held or sequence.block_table)
+        if not seals:
+            return
+        slots = [seal.slot for seal in seals]
+        node.engine.pool.acquire(slots)
+        try:
+            await asyncio.to_thread(node.kv.seal, seals)
+        finally:
+            node.engine.pool.release(slots)
+            node.wake()
+
     def send_offer(self, handover: Handover, link: str) -> None:
         """Ask for room for all of it; what is computed already is announced when that is granted."""
         node, attempt, sequence = self._node, handover.attempt, handover.sequence
         block_size, length = node.engine.layout.block_size, handover.length
+        handover.asks += 1
         offer = Offer(
-            link, attempt.request, attempt.number, sequence.choice,
+            link, attempt.request, attempt.number, sequence.choice, handover.asks,
             tuple(sequence.token_ids[:length]), sequence.prompt_len, attempt.params,
             tuple(sequence.hashes(length // block_size, block_size)), length % block_size,
             attempt.gateway, attempt.gateway_endpoint, attempt.cache_salt, sequence.priority, 0,
         )  # fmt: skip
-        handover.key = Key(link, attempt.request, attempt.number, sequence.choice)
+        handover.key = Key.of(offer)
         handover.announced = 0
         self._by_key[handover.key] = handover
         now = time.monotonic()

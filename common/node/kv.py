@@ -105,10 +105,28 @@ class NodeKV:
             seals.append(Seal(table[len(hashes)], seed, ranges))
         return seals
 
+    def unsealed(self, sequence: Sequence, table: AnySequence[int]) -> list[Seal]:
+        """The full blocks of what is computed of a sequence that were never sealed: it arrived
+        with them, or did not compute them for another node. It may run: it writes into no full
+        block. `table` as in `ready_blocks`."""
+        computed = min(sequence.num_computed, len(table) * self.engine.layout.block_size)
+        full = computed // self.engine.layout.block_size
+        seals = self._seals(sequence, table, 0, full, computed)
+        return [seal for seal in seals if not self._is_sealed(seal)]
+
+    def _is_sealed(self, seal: Seal) -> bool:
+        """A tail never is: what is in it now may be more than was sealed."""
+        memory, slot = self.memory, seal.slot
+        return bool(
+            not seal.ranges
+            and memory.generations[slot] % 2 == 0
+            and (memory.digests[slot] or not seal.seed)
+        )
+
     def seal(self, seals: Iterable[Seal]) -> None:
         """Nobody writes into these blocks any more: the digest of each is computed, once.
 
-        For the thread that computes a step, whose blocks nobody else touches until it ends.
+        For any thread, while somebody holds the blocks and nobody writes into them.
         """
         for seal in seals:
             self.memory.seal(seal.slot, seal.seed, seal.ranges)
@@ -123,10 +141,7 @@ class NodeKV:
         """
         memory = self.memory
         seals = self._seals(sequence, table, start, end, computed)
-        self.seal(
-            seal for seal in seals
-            if seal.ranges or memory.generations[seal.slot] % 2 or not memory.digests[seal.slot]
-        )  # fmt: skip
+        self.seal(seal for seal in seals if not self._is_sealed(seal))
         return [
             ReadyBlock(index, s.slot, int(memory.generations[s.slot]), memory.digests[s.slot])
             for index, s in enumerate(seals, start)

@@ -44,8 +44,8 @@ class NodeRole(Protocol):
         ...
 
     def step_filled(self, chunks: list[Chunk]) -> None:
-        """The blocks of these, which `handed_over` named, hold their KV and are sealed; the step
-        goes on to choose tokens, and may yet fail."""
+        """The blocks of these, of those that `handed_over` named, hold sound KV and are sealed; the
+        step goes on to choose tokens, and may yet fail."""
         ...
 
     def step_ended(self, planned: PlannedStep, outputs: list[StepOutput]) -> None: ...

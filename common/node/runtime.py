@@ -387,18 +387,20 @@ class Node:
 
     # Parts.
 
-    def _when_filled(self, planned: PlannedStep) -> Callable[[], None] | None:
+    def _when_filled(self, planned: PlannedStep) -> Callable[[frozenset[int]], None] | None:
         """What the engine's thread does once the blocks of a step hold their KV: seal those that
         go to another node, and have the role say so while the step's tokens are chosen."""
-        chunks = self.role.handed_over(planned)
-        seals = [seal for chunk in chunks for seal in self.kv.seals(chunk)]
-        if not seals:
+        seals = {chunk.sequence.sequence_id: (chunk, self.kv.seals(chunk))
+                 for chunk in self.role.handed_over(planned)}  # fmt: skip
+        if not any(of_one for _, of_one in seals.values()):
             return None
         loop = asyncio.get_running_loop()
 
-        def filled() -> None:
-            self.kv.seal(seals)
-            loop.call_soon_threadsafe(self.role.step_filled, chunks)
+        def filled(spoiled: frozenset[int]) -> None:
+            sound = [seals[name] for name in seals if name not in spoiled]
+            for _, of_one in sound:
+                self.kv.seal(of_one)
+            loop.call_soon_threadsafe(self.role.step_filled, [chunk for chunk, _ in sound])
 
         return filled
 

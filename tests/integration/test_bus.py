@@ -28,7 +28,7 @@ CALM = BusSettings(beat_interval_s=60.0)
 
 
 def a_message(text: str = "why") -> Abort:
-    return Abort(link="l", request="r", attempt=1, choice=0, reason=text)
+    return Abort(link="l", request="r", attempt=1, choice=0, ask=1, reason=text)
 
 
 @asynccontextmanager
@@ -395,7 +395,7 @@ async def test_a_bus_leaves_no_descriptor_behind() -> None:
             a.connect("b-1", b.endpoint)
             b.connect("a-1", a.endpoint)
             a.send("b-1", Cancel("a-1", "r", 1, "over"))
-            b.send("a-1", Release("l", "r", 1, 0))
+            b.send("a-1", Release("l", "r", 1, 0, 1))
             await received(a)
             await received(b)
     assert process.num_fds() <= before

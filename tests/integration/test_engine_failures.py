@@ -11,7 +11,13 @@ from torch import Tensor
 
 from common.engine import Engine, FinishReason, SamplingParams, StepOutput
 from common.engine.backends.base import Rows
-from common.errors import CheckpointError, ConfigError, InvalidRequest, PdqError
+from common.errors import (
+    CheckpointError,
+    ConfigError,
+    InvalidRequest,
+    NotFiniteLogits,
+    PdqError,
+)
 from tests.support.checkpoints import STORIES, save_random_model
 from tests.support.engines import poisoned_engine, watched_hidden_states
 
@@ -132,6 +138,43 @@ def test_a_fault_behind_accepted_drafts_takes_no_token_with_it(max_tokens: int) 
         results.append((tokens, outputs[-1].finish_reason, str(outputs[-1].error)))
     assert results[0] == results[1]
     assert results[0][0] == list(whole.token_ids[: min(max_tokens, 5)])
+
+
+@pytest.mark.parametrize("choices", [1, 3])
+@pytest.mark.parametrize("at", [5, 40, 62])  # the first chunk, the second, the last row
+def test_what_is_not_finite_fails_its_request_and_is_in_no_cache(at: int, choices: int) -> None:
+    """Of one embedding, once: as if a kernel or the memory had failed in that step."""
+    engine = poisoned_engine(max_num_batched_tokens=32)
+    (expected,) = poisoned_engine().generate([LONG], greedy(5))
+    prompt = [*LONG[:at], 499, *LONG[at + 1 :]]
+    (right,) = poisoned_engine().generate([prompt], greedy(5))
+    embedding = engine.model._embedding
+    engine.model._embedding = embedding.clone()
+    engine.model._embedding[499] = float("inf")
+    engine.add("bad", prompt, greedy(5), choices=range(choices))
+    engine.add("good", LONG, greedy(5))
+    outputs = run(engine)
+    failed = [output for output in outputs if output.error is not None]
+    assert [(o.request_id, o.choice, o.finish_reason) for o in failed] == [
+        ("bad", choice, FinishReason.ERROR) for choice in range(choices)
+    ]
+    tokens = [t for output in outputs if output.request_id == "good" for t in output.token_ids]
+    assert tuple(tokens) == expected.token_ids
+    engine.model._embedding = embedding
+    (again,) = engine.generate([prompt], greedy(5))
+    assert again.token_ids == right.token_ids
+
+
+def test_a_block_that_spoils_who_reads_it_leaves_the_cache_with_them() -> None:
+    """However that came about: the next request computes it."""
+    engine = poisoned_engine()
+    (expected,) = engine.generate([LONG], greedy(5))
+    engine.cache.poison(engine.pool.lookup(engine.pool.snapshot().block_hashes))
+    with pytest.raises(NotFiniteLogits):
+        engine.generate([LONG], greedy(5))
+    (again,) = engine.generate([LONG], greedy(5))
+    assert again.token_ids == expected.token_ids
+    engine.check_idle()
 
 
 def test_an_aborted_request_hears_nothing_of_its_fault() -> None:

@@ -5,9 +5,10 @@ readers and sources of `shm` and `tcp`, over a bus that delays, duplicates, reor
 cut. The pools are small and shared prefixes are common, so that blocks are evicted and reused all
 the time, also while a peer whose link is down still copies them.
 
-A block's content is a function of its token ids: every position holds a number made from the tokens
-up to it. Whoever adopts a sequence reads every filled position of every block, at once and again
-later, and compares; whoever computes does so with the blocks that its prefix cache gave it.
+A block's content is a function of its token ids: every position holds numbers made from the tokens
+up to it, whatever block it lies in, so that nodes of other block sizes can be compared. Whoever
+adopts a sequence reads every filled position of every block, at once and again later, and compares;
+whoever computes does so with the blocks that its prefix cache gave it.
 
 Either end aborts now and then, and what did not arrive is tried again, to another node perhaps.
 `PDQ_HANDOFFS` asks for more requests than `make test` runs. The rules are then taken out one at a
@@ -20,6 +21,7 @@ import asyncio
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import os
 import random
 import sys
@@ -29,11 +31,12 @@ from collections.abc import AsyncIterator, Callable, Sequence
 import numpy as np
 import pytest
 
-from common.errors import LinkLost
+from common.errors import DigestMismatch, LinkLost, StaleBlock
 from common.kv_layout import Fingerprint, KVLayout, chain_hashes, root_hash
 from common.messages import Message, Offer
 from common.sampling import SamplingParams
 from kv_transfer import pool_memory
+from kv_transfer.conversion import Conversion
 from kv_transfer.digests import tail_seed
 from kv_transfer.lease import Leases
 from kv_transfer.link import Links
@@ -51,18 +54,20 @@ from kv_transfer.ports import (
 )
 from kv_transfer.transports import shm, tcp
 from kv_transfer.transports.base import Source, Target
+from kv_transfer.transports.converting import ConvertingReader
 from kv_transfer.transports.shm import ShmReader, ShmSource
 from kv_transfer.transports.tcp import TcpReader, TcpSource
 from tests.support.protocol import mutations
 
 HANDOFFS = int(os.environ.get("PDQ_HANDOFFS", "3000"))
 BLOCK = 4
+POSITIONS = 56  # in each pool
 LAYOUT = KVLayout.paged_attention(
     num_layers=2, num_kv_heads=4, head_dim=64, block_size=BLOCK, dtype="float32"
 )
-WORDS = LAYOUT.slab_bytes // 8
-FINGERPRINT = Fingerprint("model", "rev", "layout", "numerics", BLOCK)
-ROOT = root_hash(FINGERPRINT)
+SEGMENTS, WORDS = len(LAYOUT.segments), LAYOUT.slab_bytes // 8 // BLOCK // len(LAYOUT.segments)
+FINGERPRINT = Fingerprint("model", "rev", LAYOUT.describe(), "numerics", BLOCK)
+ALIKE, CONVERTING = (BLOCK, BLOCK, BLOCK), (4, 6, 3)  # block sizes of the three nodes
 SETTINGS = TransferSettings(
     credits=4, repeat=0.03, answer=3.0, patience=0.2, quiet=0.2, copy_blocks=3
 )
@@ -75,25 +80,30 @@ class Mixed(AssertionError):
     """A block does not hold what its token ids say, or what must be free is not."""
 
 
-def identities(tokens: tuple[int, ...]) -> list[bytes]:
-    """Of every block: its hash; of a tail, what stands for it."""
-    names = chain_hashes(ROOT, tokens, BLOCK, len(tokens))
-    if fill := len(tokens) % BLOCK:
-        names.append(tail_seed(names[-1] if names else ROOT, tokens[-fill:]))
-    return names
+@functools.lru_cache(256)
+def identities(tokens: tuple[int, ...], size: int) -> tuple[bytes, ...]:
+    """Of every block of so many positions: its hash; of a tail, what stands for it."""
+    root = root_hash(dataclasses.replace(FINGERPRINT, block_size=size))
+    names = chain_hashes(root, tokens, size, len(tokens))
+    if fill := len(tokens) % size:
+        names.append(tail_seed(names[-1] if names else root, tokens[-fill:]))
+    return tuple(names)
 
 
-def content(name: bytes) -> np.ndarray:
-    """What a block of this identity holds, all of it."""
-    seed = int.from_bytes(name[:8], "little")
-    return np.arange(WORDS, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed)
+@functools.lru_cache(256)
+def content(tokens: tuple[int, ...]) -> np.ndarray:
+    """What every position holds, in each segment: `[segments, positions, words]`."""
+    names = chain_hashes(b"", tokens, 1, len(tokens))
+    seeds = np.array([int.from_bytes(name[:8], "little") for name in names], np.uint64)
+    ramp = np.arange(SEGMENTS * WORDS, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    return ramp.reshape(SEGMENTS, 1, WORDS) + seeds.reshape(1, -1, 1)
 
 
 class Pool:
     """Counts references, keeps freed blocks as prefix cache until it needs them, oldest first."""
 
-    def __init__(self, memory: PoolMemory) -> None:
-        self.memory = memory
+    def __init__(self, memory: PoolMemory, layout: KVLayout) -> None:
+        self.memory, self.layout, self.size = memory, layout, layout.block_size
         self.references = [0] * memory.num_blocks
         self.cached: dict[bytes, int] = {}
         self.name_of: dict[int, bytes] = {}
@@ -132,12 +142,19 @@ class Pool:
             self.memory.slabs[block] = POISON
         return [*held, *fresh], len(held)
 
-    def write(self, block: int, name: bytes, fill: int) -> None:
+    def positions(self, block: int) -> np.ndarray:
+        """What a block holds, `[segments, size, words]`."""
         slab = np.frombuffer(self.memory.slab(block), np.uint64)
-        slab[:] = content(name)
-        ranges = list(LAYOUT.tail_ranges(fill)) if fill else []
-        self.memory.seal(block, name, ranges)
-        if not fill:
+        return slab.reshape(SEGMENTS, self.size, WORDS)
+
+    def write(self, block: int, index: int, tokens: tuple[int, ...]) -> None:
+        """Block `index` of a prompt is computed."""
+        values = content(tokens)[:, index * self.size : (index + 1) * self.size]
+        name, filled = identities(tokens, self.size)[index], values.shape[1]
+        self.positions(block)[:, :filled] = values
+        is_tail = filled < self.size
+        self.memory.seal(block, name, list(self.layout.tail_ranges(filled)) if is_tail else [])
+        if not is_tail:
             self.publish(block, name)
 
     def publish(self, block: int, name: bytes) -> None:
@@ -146,30 +163,26 @@ class Pool:
 
     def check(self, blocks: Sequence[int], tokens: tuple[int, ...]) -> None:
         """Every filled position of every block is what the tokens say."""
-        fill = len(tokens) % BLOCK
-        for index, (block, name) in enumerate(zip(blocks, identities(tokens), strict=True)):
-            found = np.frombuffer(self.memory.slab(block), np.uint8)
-            wanted = content(name).view(np.uint8)
-            last = fill and index == len(blocks) - 1
-            ranges = LAYOUT.tail_ranges(fill) if last else [(0, LAYOUT.slab_bytes)]
-            for start, length in ranges:
-                if not np.array_equal(
-                    found[start : start + length], wanted[start : start + length]
-                ):
-                    raise Mixed(f"block {index} holds another content")
+        if len(blocks) != len(identities(tokens, self.size)):
+            raise Mixed(f"{len(blocks)} blocks for {len(tokens)} positions")
+        for index, block in enumerate(blocks):
+            wanted = content(tokens)[:, index * self.size : (index + 1) * self.size]
+            if not np.array_equal(self.positions(block)[:, : wanted.shape[1]], wanted):
+                raise Mixed(f"block {index} holds another content")
 
     # IntakePool
 
     def reserve(self, offer: Offer) -> Reservation | None:
-        taken = self.take(identities(offer.token_ids), len(offer.block_hashes))
+        taken = self.take(identities(offer.token_ids, self.size), len(offer.block_hashes))
         if taken is None:
             return None
         blocks, cached = taken
         return Reservation(tuple(blocks), tuple(range(cached, len(blocks))))
 
     def landed(self, reservation: Reservation, piece: Piece) -> None:
-        self.memory.seal(piece.block)
-        self.memory.digests[piece.block] = piece.digest
+        self.memory.seal(piece.block, b"" if piece.digest else piece.seed)  # converted: its own
+        if piece.digest:
+            self.memory.digests[piece.block] = piece.digest
         if not piece.fill:
             self.publish(piece.block, piece.seed)
 
@@ -238,10 +251,11 @@ class Port:
 
 
 class Node:
-    def __init__(self, air: Air, name: str, transport: str, blocks: int, digests: bool) -> None:
-        self.air, self.name, self.digests = air, name, digests
-        self.memory = PoolMemory(blocks, LAYOUT.slab_bytes)
-        self.pool = Pool(self.memory)
+    def __init__(self, air: Air, name: str, transport: str, size: int, digests: bool) -> None:
+        self.air, self.name, self.size, self.digests = air, name, size, digests
+        layout = LAYOUT.with_block_size(size)
+        self.memory = PoolMemory(POSITIONS // size, layout.slab_bytes)
+        self.pool = Pool(self.memory, layout)
         self.leases = Leases(self.pool)
         self.ended: dict[Key, asyncio.Future[Ended]] = {}
         self.adopted = 0
@@ -249,12 +263,13 @@ class Node:
         self.failure: BaseException | None = None
         source: Source = (
             ShmSource(self.memory) if transport == "shm"
-            else TcpSource(self.memory, LAYOUT, self.leases)
+            else TcpSource(self.memory, layout, self.leases)
         )  # fmt: skip
         self.links = Links(
-            Port(air, name), name, FINGERPRINT, Target(self.memory, LAYOUT), pool=self.pool,
-            leases=self.leases, sources=[source], openers={transport: OPENERS[transport]},
-            on_sent=self.on_sent, on_received=self.on_received, settings=SETTINGS,
+            Port(air, name), name, dataclasses.replace(FINGERPRINT, block_size=size),
+            Target(self.memory, layout), pool=self.pool, leases=self.leases, sources=[source],
+            openers={transport: OPENERS[transport]}, on_sent=self.on_sent,
+            on_received=self.on_received, settings=SETTINGS,
         )  # fmt: skip
         air.nodes[name] = self
         self.links.start()
@@ -302,7 +317,7 @@ class Node:
         """One attempt: compute chunk by chunk, announce, commit; either end aborts at times. Room is
         waited for. Whether it arrived, as far as this end knows."""
         rng, now, handoff = self.air.random, self.links._clock, self.links.handoff
-        names, full = identities(tokens), len(tokens) // BLOCK
+        names, full = identities(tokens, self.size), len(tokens) // self.size
         try:
             async with asyncio.timeout(NEVER):
                 link = await self.links.open(to)
@@ -314,10 +329,10 @@ class Node:
         key = Key(link, request, attempt, 0)
         ended = self.ended[key] = asyncio.get_running_loop().create_future()
         try:
-            self.pool.check(blocks[:cached], tokens[: cached * BLOCK])
+            self.pool.check(blocks[:cached], tokens[: cached * self.size])
             offer = Offer(
-                link, request, attempt, 0, tokens, len(tokens), SamplingParams(),
-                tuple(names[:full]), len(tokens) % BLOCK, "g", "", "", 0, 0,
+                *key, tokens, len(tokens), SamplingParams(),
+                names[:full], len(tokens) % self.size, "g", "", "", 0, 0,
             )  # fmt: skip
             try:
                 self.links.perform(handoff.offer(offer, now=now()))
@@ -331,9 +346,9 @@ class Node:
                 end = min(len(names), computed + rng.randrange(1, 4))
                 ready = []
                 for index in range(computed, end):
-                    slot, fill = blocks[index], len(tokens) % BLOCK if index >= full else 0
+                    slot = blocks[index]
                     if index >= cached:
-                        self.pool.write(slot, names[index], fill)
+                        self.pool.write(slot, index, tokens)
                     generation = int(self.memory.generations[slot])
                     digest = self.memory.digests[slot] if self.digests else b""
                     ready.append(ReadyBlock(index, slot, generation, digest))
@@ -376,10 +391,12 @@ class Node:
 
 @contextlib.asynccontextmanager
 async def three_nodes(
-    transport: str, seed: int, *, blocks: int = 14, digests: bool = True
+    transport: str, seed: int, *, sizes: tuple[int, ...] = ALIKE, digests: bool = True
 ) -> AsyncIterator[tuple[Air, list[Node]]]:
     air = Air(seed)
-    nodes = [Node(air, name, transport, blocks, digests) for name in ("a", "b", "c")]
+    nodes = [
+        Node(air, name, transport, size, digests) for name, size in zip("abc", sizes, strict=True)
+    ]
     try:
         yield air, nodes
     finally:
@@ -395,12 +412,12 @@ def prompts(rng: random.Random) -> tuple[int, ...]:
 
 
 async def hand_over(
-    transport: str, seed: int, count: int, *, digests: bool = True, cuts: float = 0.03,
-    aborts: int = 40,
+    transport: str, seed: int, count: int, *, sizes: tuple[int, ...] = ALIKE,
+    digests: bool = True, cuts: float = 0.03, aborts: int = 40,
 ) -> int:  # fmt: skip
     """`count` random prompts between random nodes, some at once, tried up to three times each; how
     many arrived."""
-    async with three_nodes(transport, seed, digests=digests) as (air, nodes):
+    async with three_nodes(transport, seed, sizes=sizes, digests=digests) as (air, nodes):
         air.aborts = aborts
         rng = random.Random(seed)
         left = iter(range(count))
@@ -472,6 +489,15 @@ async def test_whoever_adopts_a_sequence_reads_what_its_tokens_say(
 
 
 @every_transport
+async def test_whoever_adopts_a_sequence_that_was_converted_reads_what_its_tokens_say(
+    transport: str, rough_copies: dict[str, float]
+) -> None:
+    rough_copies["flips"] = 0.005
+    arrived = await hand_over(transport, seed=6, count=HANDOFFS // 12, sizes=CONVERTING)
+    assert arrived >= HANDOFFS // 12 * 2 // 3, "most arrive, in spite of all"
+
+
+@every_transport
 async def test_generations_alone_keep_it_right_where_nothing_is_corrupted(transport: str) -> None:
     assert await hand_over(transport, seed=2, count=HANDOFFS // 12, digests=False)
 
@@ -525,6 +551,42 @@ def failed_intake_keeps_its_reservation(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(sys.modules[__name__], "NEVER", 3.0)
 
 
+def a_position_is_copied_one_off(patch: pytest.MonkeyPatch) -> None:
+    place = Conversion.place
+
+    def shifted(self: Conversion, index: int, reservation: Reservation):
+        block, spans = place(self, index, reservation)
+        return block, tuple(span._replace(start=max(0, span.start - 1)) for span in spans)
+
+    patch.setattr(Conversion, "place", shifted)
+
+
+def a_block_is_whole_when_part_of_it_has_come(patch: pytest.MonkeyPatch) -> None:
+    landed = Conversion.landed
+
+    def early(self: Conversion, piece: Piece):
+        for span in piece.spans:
+            index = (piece.index * self._theirs + span.start) // self._ours
+            self._lacking[index] = min(self._lacking[index], span.length)
+        for whole in landed(self, piece):
+            self._lacking[whole.index] = self._ours  # for what comes later
+            yield whole
+
+    patch.setattr(Conversion, "landed", early)
+
+
+def what_failed_its_proof_is_converted(patch: pytest.MonkeyPatch) -> None:
+    pull = ConvertingReader.pull
+
+    def careless(self: ConvertingReader, pieces: Sequence[Piece]) -> None:
+        with contextlib.suppress(StaleBlock, DigestMismatch):
+            pull(self, pieces)
+            return
+        self._spread.spread(pieces)
+
+    patch.setattr(ConvertingReader, "pull", careless)
+
+
 @dataclasses.dataclass(frozen=True)
 class Mutation:
     """A rule taken out, over which transport. Where digests are on, they alone would hide it."""
@@ -536,6 +598,7 @@ class Mutation:
     aborts: int = 40
     flips: float = 0.0
     slow: float = 0.2
+    sizes: tuple[int, ...] = ALIKE
 
 
 MUTATIONS = [
@@ -555,11 +618,25 @@ MUTATIONS = [
     Mutation(failed_intake_keeps_its_reservation, aborts=6),
     Mutation(mutations.terminal_answers_are_forgotten),
     Mutation(lease_outlives_its_link),
+    Mutation(a_position_is_copied_one_off, sizes=CONVERTING),
+    Mutation(a_position_is_copied_one_off, "tcp", sizes=CONVERTING),
+    Mutation(
+        a_block_is_whole_when_part_of_it_has_come,
+        digests=True,
+        aborts=6,
+        flips=0.1,
+        sizes=CONVERTING,
+    ),
+    Mutation(what_failed_its_proof_is_converted, digests=True, flips=0.02, sizes=CONVERTING),
+    Mutation(what_failed_its_proof_is_converted, "tcp", True, flips=0.02, sizes=CONVERTING),
+    Mutation(no_generation_check, cuts=0.2, slow=0.5, sizes=CONVERTING),
 ]
 
 
 @pytest.mark.parametrize(
-    "mutation", MUTATIONS, ids=lambda m: f"{m.take_out.__name__}-{m.transport}"
+    "mutation",
+    MUTATIONS,
+    ids=lambda m: f"{m.take_out.__name__}-{m.transport}" + "-converting" * (m.sizes != ALIKE),
 )
 async def test_a_rule_that_is_taken_out_is_noticed(
     monkeypatch: pytest.MonkeyPatch, rough_copies: dict[str, float], mutation: Mutation
@@ -568,6 +645,6 @@ async def test_a_rule_that_is_taken_out_is_noticed(
     mutation.take_out(monkeypatch)
     with pytest.raises(Mixed):
         await hand_over(
-            mutation.transport, 4, 3000, digests=mutation.digests, cuts=mutation.cuts,
-            aborts=mutation.aborts,
+            mutation.transport, 4, 3000, sizes=mutation.sizes, digests=mutation.digests,
+            cuts=mutation.cuts, aborts=mutation.aborts,
         )  # fmt: skip

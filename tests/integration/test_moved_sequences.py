@@ -67,7 +67,7 @@ def reference() -> Engine:
 def offer_of(sequence: Sequence, salt: str, block_size: int) -> Offer:
     length = sequence.num_computed
     return Offer(
-        "l", "r", 1, sequence.choice, tuple(sequence.token_ids[:length]), sequence.prompt_len,
+        "l", "r", 1, sequence.choice, 1, tuple(sequence.token_ids[:length]), sequence.prompt_len,
         sequence.params, tuple(sequence.hashes(length // block_size, block_size)),
         length % block_size, "g", "", salt, 0, 1,
     )  # fmt: skip

@@ -11,8 +11,10 @@ from collections.abc import Coroutine, Sequence
 from typing import Any
 
 from common.engine import Engine
+from common.engine.step import Chunk
 from common.errors import LinkLost
 from common.messages import Failed, Message, Offer, TokenRun
+from common.node.runtime import Node
 from common.queue import Entry
 from common.registry import NodeRecord, NodeState, Role, Snapshot
 from kv_transfer.ports import Ended, Key, Outcome
@@ -24,7 +26,7 @@ class Transfer:
     def __init__(self) -> None:
         self.handoff = self.intake = self
         self.offers: list[Offer] = []
-        self.announced: list[int] = []  # indexes of blocks, in the order they were
+        self.announced: list[Any] = []  # indexes of blocks (as `ready_blocks` says), in order
         self.committed: list[Key] = []
         self.next_tokens: list[tuple[int, int]] = []  # position and token of each commit
         self.cancelled: list[Key] = []
@@ -66,7 +68,7 @@ class ScriptedNode:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self.kv = self
+        self.kv: Any = self
         self.links = Transfer()
         self.said: list[Message] = []
         self.runs: list[TokenRun] = []
@@ -74,6 +76,11 @@ class ScriptedNode:
         self.peers = Snapshot({}, {}, "")
         self.tasks: list[asyncio.Task[None]] = []
         self.lost: set[str] = set()
+        self.sealed: list[Chunk] = []
+
+    @property
+    def role(self) -> Any:
+        return self.links.role
 
     def is_lost(self, peer: str) -> bool:
         return peer in self.lost
@@ -82,6 +89,17 @@ class ScriptedNode:
         self, sequence: object, table: list[int], start: int, end: int, computed: int
     ) -> list[int]:
         return list(range(start, end))
+
+    def unsealed(self, *_: object) -> list[Chunk]:
+        return []
+
+    def seals(self, chunk: Chunk) -> list[Chunk]:
+        return [chunk]
+
+    def seal(self, chunks: list[Chunk]) -> None:
+        self.sealed += chunks
+
+    when_filled = Node._when_filled
 
     def go_on_writing(self, *_: object) -> None: ...
 
@@ -137,10 +155,10 @@ class ScriptedNode:
         self.peers = Snapshot(records, dict.fromkeys(names, 0.0), "")
 
 
-def key(peer: str, choice: int = 0, request: str = "r-1") -> Key:
+def key(peer: str, choice: int = 0, request: str = "r-1", ask: int = 1) -> Key:
     """Of a first attempt, on the link with this peer."""
-    return Key(f"link-{peer}", request, 1, choice)
+    return Key(f"link-{peer}", request, 1, choice, ask)
 
 
-def ended(peer: str, outcome: Outcome, reason: str = "", choice: int = 0) -> Ended:
-    return Ended(key(peer, choice), True, outcome, reason)
+def ended(peer: str, outcome: Outcome, reason: str = "", choice: int = 0, ask: int = 1) -> Ended:
+    return Ended(key(peer, choice, ask=ask), True, outcome, reason)

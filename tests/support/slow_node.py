@@ -19,7 +19,7 @@ STEP_S = 0.01
 
 class SlowEngine(Engine):
     def compute(
-        self, planned: PlannedStep, filled: Callable[[], None] | None = None
+        self, planned: PlannedStep, filled: Callable[[frozenset[int]], None] | None = None
     ) -> ComputedStep:
         time.sleep(STEP_S)
         return super().compute(planned, filled)

@@ -70,6 +70,7 @@ class Prefill:
     target: Node
     life: int
     key: Key | None = None
+    asks: int = 0
     blocks: list[int] = dataclasses.field(default_factory=list)
     missing: list[int] = dataclasses.field(default_factory=list)
     computed: int = 0
@@ -120,6 +121,10 @@ class Driver:
 
     def attempt_failed(self, prefill: Prefill) -> None:
         raise NotImplementedError
+
+    def asks_again(self, prefill: Prefill) -> bool:
+        """Whether a prompt that was not taken is offered once more, before it is given up."""
+        return False
 
     def arrange(self, pool: Pool, free: list[int]) -> None:
         raise NotImplementedError
@@ -237,9 +242,10 @@ class Driver:
     def offer(self, prefill: Prefill, link: str) -> None:
         """Offer now; say what is computed already."""
         node = prefill.node
-        prefill.key = Key(link, prefill.request, prefill.attempt, 0)
+        prefill.asks += 1
+        prefill.key = Key(link, prefill.request, prefill.attempt, 0, prefill.asks)
         self.prefills[prefill.key] = prefill
-        offer = offer_of(link, prefill.request, prefill.attempt, prefill.token_ids)
+        offer = offer_of(prefill.key, prefill.token_ids)
         self.perform(node, node.handoff.offer(offer, now=self.now))
         self.announce(prefill, 0, prefill.computed)
 
@@ -297,7 +303,10 @@ class Driver:
             key not in self.adoptions or ended.outcome is Outcome.LINK_LOST,
             f"adopted there, {ended.outcome.value} here",
         )
-        self.attempt_failed(prefill)
+        if self.asks_again(prefill):
+            prefill.over, prefill.key = False, None
+        else:
+            self.attempt_failed(prefill)
 
     def adopted(self, node: Node, adopted: Adopted) -> None:
         require(adopted.key not in self.adoptions, "adopted twice")

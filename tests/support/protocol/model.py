@@ -14,7 +14,7 @@ from common.kv_layout import Fingerprint, chain_hashes, root_hash
 from common.messages import Offer
 from common.sampling import SamplingParams
 from kv_transfer.digests import tail_seed
-from kv_transfer.ports import Piece, Reservation
+from kv_transfer.ports import Key, Piece, Reservation
 
 BLOCK = 2
 FINGERPRINT = Fingerprint("model", "rev", "layout", "numerics", BLOCK)
@@ -42,12 +42,11 @@ def identities(token_ids: tuple[int, ...]) -> tuple[bytes, ...]:
 
 
 @functools.cache
-def offer_of(link: str, request: str, attempt: int, token_ids: tuple[int, ...]) -> Offer:
+def offer_of(key: Key, token_ids: tuple[int, ...]) -> Offer:
     count, fill = divmod(len(token_ids), BLOCK)
     hashes = identities(token_ids)[:count]
     return Offer(
-        link, request, attempt, 0, token_ids, len(token_ids), PARAMS, hashes, fill, "gateway", "",
-        "", 0, 0,
+        *key, token_ids, len(token_ids), PARAMS, hashes, fill, "gateway", "", "", 0, 0,
     )  # fmt: skip
 
 

@@ -291,7 +291,7 @@ class System(Driver):
     def _matters(self, to_source: bool, number: int) -> bool:
         """Whether a message can still change anything, whenever it is delivered."""
         message = VALUES[number]
-        key = Key(message.link, message.request, message.attempt, message.choice)
+        key = Key.of(message)
         link = self.source.handoff._links.get(LINK)
         sending = link is not None and key in link.entries
         if to_source:

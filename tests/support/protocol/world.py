@@ -296,6 +296,10 @@ class World(Driver):
             self.open_link(source, target, f"l{self.link_count}")
         return source.links[target]
 
+    def asks_again(self, prefill: Prefill) -> bool:
+        """The same blocks, of the same attempt, and over the same link if that is still there."""
+        return not prefill.released and prefill.asks < 3 and self.rng.random() < 0.7
+
     def attempt_failed(self, prefill: Prefill) -> None:
         self.retry(self.requests[prefill.request], prefill.attempt)
 

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 
 import pytest
+import torch
 
+from common.config import EngineSettings
 from common.engine import Engine, SamplingParams
 from common.messages import TookOver
+from common.node.kv import NodeKV
 from common.queue import Entry
 from decode_node import moves
 from decode_node.role import DecodeRole
+from kv_transfer.pool_memory import PoolMemory
 from kv_transfer.ports import Granted, Outcome
+from tests.support.checkpoints import STORIES
 from tests.support.engines import poisoned_engine
 from tests.support.redis import a_dispatch
 from tests.support.scripted_node import ScriptedNode, ended, key
 
 PROMPT = 20
+Ranges = Sequence[tuple[int, int]]
 PARAMS = SamplingParams(max_tokens=12, ignore_eos=True, temperature=0.8, seed=3)
 
 
@@ -111,7 +118,8 @@ async def test_what_nobody_takes_goes_on_here_as_if_nothing_had_been(
     await drained(node, role, "d1", "d2")
     for asked in range(2):
         offer = node.links.offers[asked]
-        role.sent(ended(offer.link.removeprefix("link-"), outcome, "draining"))
+        peer = offer.link.removeprefix("link-")
+        role.sent(ended(peer, outcome, "draining", ask=1 + asked))
         await node.opened()
     assert {offer.link for offer in node.links.offers} == {"link-d1", "link-d2"}
     assert role.num_open == 1
@@ -135,6 +143,94 @@ async def test_a_node_that_cannot_be_reached_costs_no_pause(
     assert tokens(node) == expected
 
 
+class Sealing(PoolMemory):
+    """Notes which blocks get a digest, in which thread, and how full they are."""
+
+    def __init__(self, num_blocks: int, slab_bytes: int) -> None:
+        super().__init__(num_blocks, slab_bytes, warm=False)
+        self.sealed: list[tuple[int, str, bool]] = []
+        self.may_seal = threading.Event()
+        self.may_seal.set()
+
+    def seal(self, block: int, seed: bytes = b"", fill_ranges: Ranges = ()) -> int:
+        here = threading.current_thread()
+        on_loop = here is threading.main_thread()
+        assert on_loop or self.may_seal.wait(10)
+        self.sealed.append((block, "loop" if on_loop else "thread", bool(fill_ranges)))
+        return super().seal(block, seed, fill_ranges)
+
+
+@pytest.fixture
+def sealing() -> Iterator[tuple[ScriptedNode, Sealing]]:
+    """A node whose blocks lie in memory that others may read."""
+    settings = EngineSettings(
+        model=str(STORIES), dtype="float32", threads=1, num_kv_blocks=64, max_num_seqs=8,
+        block_size=4,
+    )  # fmt: skip
+    memories: list[Sealing] = []
+
+    def storage(num_blocks: int, slab_bytes: int) -> torch.Tensor:
+        memories.append(Sealing(num_blocks, slab_bytes))
+        return memories[0].slabs
+
+    def freed(blocks: Sequence[int]) -> None:
+        for block in blocks:
+            memories[0].begin_write(block)
+
+    engine = Engine(settings, storage=storage, on_free=freed, poison_freed_blocks=True)
+    (memory,) = memories
+    node = ScriptedNode(engine)
+    node.kv = NodeKV(engine, memory, digests=True)
+    yield node, memory
+    engine.check_idle()
+
+
+async def test_digests_of_what_moves_do_not_hold_up_the_streams_of_others(
+    sealing: tuple[ScriptedNode, Sealing],
+) -> None:
+    """But for the tail's, which can be sealed only when the sequence stands still."""
+    node, memory = sealing
+    role = node.links.role = DecodeRole(node)  # type: ignore[arg-type]
+    await drained(node, role, "d1")
+    blocks = [announced.slot for announced in node.links.announced]
+    assert len(blocks) == -(-(PROMPT + 2) // 4)
+    assert memory.sealed == [
+        *((block, "thread", False) for block in blocks[:-1]), (blocks[-1], "loop", True),
+    ]  # fmt: skip
+    role.sent(Granted(key("d1"), tuple(range(len(blocks)))))
+    role.sent(ended("d1", Outcome.ADOPTED))
+
+
+@pytest.mark.parametrize("ends", ["cancelled", "finished"])
+async def test_blocks_that_are_being_sealed_stay_where_they_are(
+    sealing: tuple[ScriptedNode, Sealing], ends: str
+) -> None:
+    node, memory = sealing
+    role = node.links.role = DecodeRole(node)  # type: ignore[arg-type]
+    node.decode_nodes("d1")
+    role.accept(an_entry())
+    for _ in range(3):
+        await node.step(role)
+    memory.may_seal.clear()
+    role.drain()
+    await asyncio.sleep(0.01)
+    (sequence,) = node.engine.scheduler.running
+    blocks = sequence.block_table[: sequence.num_computed // 4]
+    if ends == "cancelled":
+        role.cancel("r-1", 1, "client went away")
+    else:
+        while node.engine.has_work:  # it runs meanwhile
+            planned = node.engine.begin_step()
+            assert planned is not None
+            role.step_ended(planned, node.engine.end_step(planned, node.engine.compute(planned)))
+    assert all(node.engine.pool.references(block) == 1 for block in blocks)
+    memory.may_seal.set()
+    await node.opened()
+    assert node.links.offers == []
+    assert node.engine.pool.num_used == 0
+    assert role.num_open == 0
+
+
 async def test_without_a_grant_in_time_it_goes_on_before_the_offer_is_answered(
     node: ScriptedNode, role: DecodeRole, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,11 +245,11 @@ async def test_without_a_grant_in_time_it_goes_on_before_the_offer_is_answered(
     monkeypatch.setattr(moves, "GRANT_S", 60.0)
     role.sent(ended(offer.link.removeprefix("link-"), Outcome.CANCELLED))
     await node.opened()
-    assert len(node.links.offers) == 2
+    assert len(node.links.offers) == 2, "of the other node"
     other = node.links.offers[1].link.removeprefix("link-")
     assert node.links.next_tokens[1] == (PROMPT + 3, expected[3])
-    role.sent(Granted(key(other), ()))
-    role.sent(ended(other, Outcome.ADOPTED))
+    role.sent(Granted(key(other, ask=2), ()))
+    role.sent(ended(other, Outcome.ADOPTED, ask=2))
     assert node.said == [TookOver(other, "r-1", 1, 0, PROMPT + 4)]
     assert tokens(node) == expected[:4]
 
@@ -177,7 +273,7 @@ async def test_nodes_without_room_by_their_records_are_not_asked(
     role.sent(ended("d1", Outcome.ADOPTED))
 
 
-async def test_one_that_was_full_is_asked_for_nobody_until_its_record_is_read_again(
+async def test_one_that_was_full_is_asked_for_all_again_when_its_record_is_read_again(
     node: ScriptedNode, role: DecodeRole
 ) -> None:
     node.decode_nodes("d1")
@@ -193,10 +289,11 @@ async def test_one_that_was_full_is_asked_for_nobody_until_its_record_is_read_ag
     assert [offer.request for offer in node.links.offers] == ["r-1"]
     role.peers_changed()
     await node.opened()
-    assert [offer.request for offer in node.links.offers] == ["r-1", "r-2"]
-    role.cancel("r-2", 1, "test")
-    role.sent(dataclasses.replace(ended("d1", Outcome.CANCELLED), key=key("d1", 0, "r-2")))
-    await run_out(node, role)
+    assert [offer.request for offer in node.links.offers] == ["r-1", "r-2", "r-1"]
+    assert [offer.ask for offer in node.links.offers] == [1, 1, 2], "no old answer is about it"
+    role.sent(dataclasses.replace(ended("d1", Outcome.ADOPTED), key=key("d1", 0, "r-2")))
+    role.sent(ended("d1", Outcome.ADOPTED, ask=2))
+    assert role.num_open == 0
 
 
 async def test_a_cancel_in_the_middle_frees_everything_when_the_other_end_has_answered(

@@ -46,6 +46,22 @@ def test_unused_blocks_go_before_cached_ones() -> None:
     assert pool.num_evictions == 1
 
 
+def test_what_is_forgotten_is_found_no_more_and_kept_by_its_holders() -> None:
+    pool = BlockPool(2, 4)
+    first, second = pool.allocate(2)
+    pool.publish(first, b"first")
+    pool.forget([first, second])
+    assert pool.lookup([b"first"]) == []
+    assert [event.kind for event in pool.drain_events()] == [
+        CacheEventKind.STORED, CacheEventKind.EVICTED,
+    ]  # fmt: skip
+    assert pool.references(first) == 1
+    pool.publish(second, b"first")
+    pool.release([first, second])
+    assert pool.num_cached == 1
+    pool.check()
+
+
 def test_the_end_of_the_oldest_chain_is_evicted_first() -> None:
     pool = pool_of(4)
     cached_chain(pool, 1, 2)

@@ -288,10 +288,13 @@ def test_every_position_of_every_prompt_is_where_it_belongs(
         assert isinstance(handover.ended, Adopted)
         assert handover.offer is not None
         adopted, sent = handover.ended.offer, handover.offer
-        assert adopted.block_hashes == (), "the sender's hashes name no block of this node"
-        assert adopted == dataclasses.replace(sent, block_hashes=(), tail_fill=adopted.tail_fill), (
-            "all else is as it was offered"
+        ours, length = receiver.fingerprint, len(sent.token_ids)
+        own = chain_hashes(
+            root_hash(ours, "salt"), sent.token_ids, ours.block_size, sent.prompt_len
         )
+        assert adopted == dataclasses.replace(
+            sent, block_hashes=tuple(own), tail_fill=length % ours.block_size
+        ), "in blocks of this node; all else is as it was offered"
         assert isinstance(handover.sent[-1], Ack)
     assert sorted(receiver.free) == list(range(receiver.memory.num_blocks))
 

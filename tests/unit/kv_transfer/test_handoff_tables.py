@@ -80,7 +80,7 @@ def said(effects: list) -> list[Message]:
 
 
 def offer(tokens: tuple[int, ...] = TOKENS, request: str = "r") -> Offer:
-    return offer_of("l", request, 1, tokens)
+    return offer_of(Key("l", request, 1, 0), tokens)
 
 
 def blocks(*indexes: int) -> Blocks:
@@ -123,6 +123,19 @@ def test_an_offer_after_its_abort_reserves_nothing() -> None:
     assert pool.taken == 0
 
 
+def test_a_choice_that_was_denied_is_another_handoff_when_it_is_asked_for_again() -> None:
+    end, pool = an_intake(room=False)
+    end.receive(offer(), now=0)
+    denied = Deny(*KEY, "out_of_blocks")
+    assert said(end.tick(now=10)) == [denied]
+    pool.room = True
+    assert said(end.receive(offer(), now=10)) == [denied], "a late copy reserves nothing"
+    again = KEY._replace(ask=2)
+    assert said(end.receive(offer_of(again, TOKENS), now=11)) == [Grant(*again, (0, 1))]
+    assert said(end.receive(Abort(*KEY, "late"), now=12)) == [denied]
+    assert pool.taken == 1
+
+
 def test_a_lost_blocks_message_is_asked_for_when_commit_comes() -> None:
     end, _ = an_intake()
     end.receive(offer(), now=0)
@@ -159,10 +172,10 @@ def test_a_peer_that_breaks_a_rule_loses_its_attempt_only(message: Message) -> N
 @pytest.mark.parametrize(
     ("wrong", "reason"),
     [
-        (Offer("l", "r", 1, 0, TOKENS, 3, PARAMS, (ROOT,), 1, "", "", "", 0, 0), "malformed"),
-        (Offer("l", "r", 1, 0, TOKENS, 3, PARAMS, (), 1, "", "", "", 0, 0), "malformed"),
-        (Offer("l", "r", 1, 0, (), 0, PARAMS, (), 0, "", "", "", 0, 0), "malformed"),
-        (Offer("l", "r", 1, 0, (-1,), 1, PARAMS, (), 1, "", "", "", 0, 0), "malformed"),
+        (Offer(*KEY, TOKENS, 3, PARAMS, (ROOT,), 1, "", "", "", 0, 0), "malformed"),
+        (Offer(*KEY, TOKENS, 3, PARAMS, (), 1, "", "", "", 0, 0), "malformed"),
+        (Offer(*KEY, (), 0, PARAMS, (), 0, "", "", "", 0, 0), "malformed"),
+        (Offer(*KEY, (-1,), 1, PARAMS, (), 1, "", "", "", 0, 0), "malformed"),
         (offer(tuple(range(102))), "never_fits"),
     ],
 )
@@ -214,7 +227,7 @@ def test_offers_beyond_the_credits_wait_at_the_sender_and_follow_as_credits_retu
     assert said(end.offer(offer(request="a"), now=0))
     assert not said(end.offer(offer(request="young"), now=0))
     assert not said(end.offer(offer(request="old"), now=0, waited=9.0))
-    effects = end.receive(Deny("l", "a", 1, 0, "out_of_blocks"), now=1)
+    effects = end.receive(Deny("l", "a", 1, 0, 1, "out_of_blocks"), now=1)
     assert isinstance(effects[0], Ended)
     assert [message.request for message in said(effects)] == ["old"]
 

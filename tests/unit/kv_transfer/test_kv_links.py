@@ -211,14 +211,15 @@ class Prompt:
         assert blocks is not None
         self.blocks, self.name = blocks, name
 
-    def offer(self, link: str, attempt: int = 1) -> Key:
+    def offer(self, link: str, attempt: int = 1, ask: int = 1) -> Key:
+        key = Key(link, self.name, attempt, 0, ask)
         offer = Offer(
-            link, self.name, attempt, 0, self.tokens, len(self.tokens), SamplingParams(),
-            tuple(self.hashes), self.fill, "g", "", "", 0, 0,
+            *key, self.tokens, len(self.tokens), SamplingParams(), tuple(self.hashes), self.fill,
+            "g", "", "", 0, 0,
         )  # fmt: skip
         links = self.node.links
         links.perform(links.handoff.offer(offer, now=links._clock()))
-        return Key(link, self.name, attempt, 0)
+        return key
 
     def compute(self, key: Key, start: int, end: int) -> None:
         memory, ready = self.node.memory, []
@@ -353,6 +354,30 @@ async def test_a_prompt_for_which_there_is_no_room_is_denied_after_the_patience(
         key = prompt.offer(link)
         await p.until(lambda: p.sent)
         assert p.sent == [Ended(key, True, Outcome.DENIED, "out_of_blocks")]
+
+
+@every_link
+async def test_a_prompt_that_was_denied_is_taken_on_the_same_link_when_room_has_come(
+    transport: str,
+) -> None:
+    async with two_nodes(transport) as (_, p, d):
+        link = await p.links.open("d")
+        held = d.pool.allocate(BLOCKS - 2)
+        assert held is not None
+        prompt = Prompt(p, "r", 24)
+        denied = prompt.offer(link)
+        await p.until(lambda: p.sent)
+        assert p.sent == [Ended(denied, True, Outcome.DENIED, "out_of_blocks")]
+        d.pool.release(held)
+        again = prompt.offer(await p.links.open("d"), ask=2)
+        assert again.link == denied.link
+        prompt.compute(again, 0, prompt.count)
+        prompt.finish(again)
+        await d.until(lambda: isinstance(d.received[-1], Adopted))
+        assert isinstance(adopted := d.received[-1], Adopted)
+        assert prompt.arrived(adopted, d)
+        await p.until(lambda: p.sent[-1] == Ended(again, True, Outcome.ADOPTED, ""))
+        await p.quiet()
 
 
 @every_link

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 from collections.abc import Iterator
 
@@ -78,13 +79,45 @@ async def test_the_last_blocks_are_announced_before_the_first_token_is_there(
     blocks = node.engine.pool.blocks_for(20)
     assert 20 % node.engine.layout.block_size, "the prompt has a tail"
 
-    computed = node.engine.compute(planned, lambda: role.step_filled(role.handed_over(planned)))
+    computed = node.engine.compute(planned, lambda _: role.step_filled(role.handed_over(planned)))
     assert node.links.announced == list(range(blocks))
     assert node.links.committed == []
     role.step_ended(planned, node.engine.end_step(planned, computed))
     assert node.links.announced == list(range(blocks)), "no block is announced twice"
     assert node.links.committed == [key("d1")]
     role.sent(ended("d1", Outcome.ADOPTED))
+
+
+@pytest.mark.parametrize("broken", [False, True])
+async def test_blocks_of_a_step_that_is_not_finite_are_sealed_and_announced_to_nobody(
+    node: ScriptedNode, role: prefill.PrefillRole, broken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other node would find them in its cache."""
+    node.decode_nodes("d1")
+    role.accept(an_entry())
+    planned = node.engine.begin_step()
+    assert planned is not None
+    role.step_begins(planned)
+    await node.opened()
+    before = list(node.links.announced)
+    if broken:
+        embedding = node.engine.model._embedding.clone()
+        embedding[17] = float("nan")
+        monkeypatch.setattr(node.engine.model, "_embedding", embedding)
+    filled = node.when_filled(planned)  # type: ignore[misc]
+    computed = await asyncio.to_thread(node.engine.compute, planned, filled)
+    await asyncio.sleep(0)
+    announced = node.links.announced[len(before) :]
+    assert (not node.sealed, not announced) == (broken, broken)
+    role.step_ended(planned, node.engine.end_step(planned, computed))
+    if broken:
+        assert node.links.announced == before
+        assert node.links.cancelled == [key("d1")]
+        (failed,) = node.said
+        assert isinstance(failed, Failed)
+        assert (failed.code, failed.retryable) == ("no_token", False)
+    role.sent(ended("d1", Outcome.CANCELLED if broken else Outcome.ADOPTED))
+    assert role.num_open == 0
 
 
 async def test_of_a_request_that_is_cancelled_meanwhile_nothing_more_is_announced(
@@ -152,6 +185,22 @@ async def test_a_prompt_without_a_decode_node_waits_for_one(
     role.peers_changed()
     assert node.links.committed == [key("d2")]
     role.sent(ended("d2", Outcome.ADOPTED))
+
+
+async def test_a_node_that_failed_it_is_asked_again_when_there_is_no_other(
+    node: ScriptedNode, role: prefill.PrefillRole
+) -> None:
+    """As another handoff: of the first one it would only say again how that ended."""
+    node.decode_nodes("d1")
+    role.accept(an_entry())
+    await node.step(role)
+    role.sent(ended("d1", Outcome.FAILED, "digest_mismatch"))
+    role.peers_changed()
+    await node.opened()
+    assert node.links.committed == [key("d1"), key("d1", ask=2)]
+    assert node.said == []
+    role.sent(ended("d1", Outcome.ADOPTED, ask=2))
+    assert role.num_open == 0
 
 
 async def test_a_node_that_is_known_to_be_lost_is_not_asked_again_for_every_prompt(
