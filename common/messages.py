@@ -13,7 +13,7 @@ late by definition: it is counted and dropped.
     prefill ──Offer──▶ decode ──Grant | Deny──▶ prefill
     prefill ──Blocks…──▶ decode          (places, generations, digests: decode pulls the bytes)
     prefill ──Tail──▶ decode             (a prompt that ends inside a block)
-    decode ──Pull──▶ prefill ──Slabs──▶ decode ──Arrived──▶ prefill ──Proved──▶ decode
+    decode ──Pull──▶ prefill ──Slabs──▶ decode ──(Arrived──▶) prefill ──Proved──▶ decode
                                                                 (tcp only, on a socket of their own)
     prefill ──Tokens (the first)──▶ gateway
     prefill ──Commit──▶ decode ──Ack──▶ prefill, both ──TookOver──▶ gateway
@@ -323,7 +323,7 @@ class Pull(Message):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Slabs(Message):
-    """source → reader: the slabs of one Pull, one frame each; no frames and a code if refused."""
+    """source → reader: the slabs of one Pull follow; none, and a code, if it is refused."""
 
     kind: ClassVar[int] = 61
     link: str
@@ -333,9 +333,9 @@ class Slabs(Message):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Arrived(Message):
-    """reader → source: the slabs of Pull `number` are here, so that nothing of them is on its way
-    any more. Until then, or the end of the link, the source keeps them in place. Duplicate:
-    ignored."""
+    """reader → source, over ZeroMQ: the slabs of Pull `number` are here, so that nothing of them is on
+    its way any more. Until then, or the end of the link, the source keeps them in place. Over a plain
+    connection the source knows by itself when they have left. Duplicate: ignored."""
 
     kind: ClassVar[int] = 63
     link: str
@@ -345,8 +345,8 @@ class Arrived(Message):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Proved(Message):
-    """source → reader, the answer to Arrived: `unchanged` says that no generation of Pull `number`
-    changed until its bytes had left. Nothing counts as copied before."""
+    """source → reader, when they have left: `unchanged` says that no generation of Pull `number`
+    changed until then. Nothing counts as copied before."""
 
     kind: ClassVar[int] = 62
     link: str

@@ -18,6 +18,7 @@ import zmq
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from common.bus import new_secret_key
 from common.codec import decode, encode
 from common.errors import LinkLost, MalformedMessage, PdqError
 from common.messages import Arrived, Proved, Pull, Slabs
@@ -40,7 +41,7 @@ few = settings(
 )
 
 
-KEY_PAIR = "Yne@$w-vo<fVvi]a<NY6T1ed:M$fCG*[IaLV{hID"
+KEY_PAIR = new_secret_key()
 SECRET = 0xEE
 
 # What comes out of a tcp socket

@@ -31,6 +31,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 import numpy as np
 import pytest
 
+from common.bus import new_secret_key
 from common.errors import DigestMismatch, LinkLost, StaleBlock
 from common.kv_layout import Fingerprint, KVLayout, chain_hashes, root_hash
 from common.messages import Message, Offer
@@ -53,10 +54,11 @@ from kv_transfer.ports import (
     TransferSettings,
 )
 from kv_transfer.transports import shm, tcp
-from kv_transfer.transports.base import Source, Target
+from kv_transfer.transports.base import Opener, Source, Target
 from kv_transfer.transports.converting import ConvertingReader
 from kv_transfer.transports.shm import ShmReader, ShmSource
 from kv_transfer.transports.tcp import TcpReader, TcpSource
+from kv_transfer.transports.tcp_stream import ReceivingStream
 from tests.support.protocol import mutations
 
 HANDOFFS = int(os.environ.get("PDQ_HANDOFFS", "3000"))
@@ -71,7 +73,7 @@ ALIKE, CONVERTING = (BLOCK, BLOCK, BLOCK), (4, 6, 3)  # block sizes of the three
 SETTINGS = TransferSettings(
     credits=4, repeat=0.03, answer=3.0, patience=0.2, quiet=0.2, copy_blocks=3
 )
-OPENERS = {"shm": ShmReader.open, "tcp": TcpReader.open}
+KEY_PAIR = new_secret_key()
 POISON = 0xA5
 NEVER = 15.0  # seconds
 
@@ -261,14 +263,18 @@ class Node:
         self.adopted = 0
         self.decoding: set[asyncio.Task[None]] = set()
         self.failure: BaseException | None = None
+        key = KEY_PAIR if transport == "tcp+curve" else ""
         source: Source = (
             ShmSource(self.memory) if transport == "shm"
-            else TcpSource(self.memory, layout, self.leases)
+            else TcpSource(self.memory, layout, self.leases, secret_key=key)
         )  # fmt: skip
+        openers: dict[str, Opener] = {
+            "shm": ShmReader.open, "tcp": functools.partial(TcpReader.open, secret_key=key),
+        }  # fmt: skip
         self.links = Links(
             Port(air, name), name, dataclasses.replace(FINGERPRINT, block_size=size),
             Target(self.memory, layout), pool=self.pool, leases=self.leases, sources=[source],
-            openers={transport: OPENERS[transport]}, on_sent=self.on_sent,
+            openers=openers, on_sent=self.on_sent,
             on_received=self.on_received, settings=SETTINGS,
         )  # fmt: skip
         air.nodes[name] = self
@@ -463,20 +469,38 @@ def rough_copies(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     rough = {"flips": 0.0, "slow": 0.2, "longest": 0.006}
     rng = random.Random(5)
 
+    def dawdle() -> None:
+        if rng.random() < rough["slow"]:
+            threading.Event().wait(rng.random() * rough["longest"])
+
     def copy(target: int, source: int, length: int) -> None:
         half = length // 2
         ctypes.memmove(target, source, half)
-        if rng.random() < rough["slow"]:
-            threading.Event().wait(rng.random() * rough["longest"])
+        dawdle()
         ctypes.memmove(target + half, source + half, length - half)
         if rng.random() < rough["flips"]:
             ctypes.c_uint8.from_address(target).value ^= 0xFF
 
+    receive = ReceivingStream.place
+
+    def place(
+        stream: ReceivingStream, memory: PoolMemory, block: int, ranges: list[tuple[int, int]]
+    ) -> None:
+        halves = [(at, n // 2) for at, n in ranges], [(at + n // 2, n - n // 2) for at, n in ranges]
+        if len(ranges) > 1:  # a tail's come one after the other
+            halves = ranges[:1], ranges[1:]
+        receive(stream, memory, block, halves[0])
+        dawdle()
+        receive(stream, memory, block, halves[1])
+        if rng.random() < rough["flips"]:
+            memory.slab(block)[ranges[0][0]] ^= 0xFF
+
     monkeypatch.setattr(pool_memory, "_copy", copy)
+    monkeypatch.setattr(ReceivingStream, "place", place)
     return rough
 
 
-every_transport = pytest.mark.parametrize("transport", ["shm", "tcp"])
+every_transport = pytest.mark.parametrize("transport", ["shm", "tcp", "tcp+curve"])
 
 
 @every_transport

@@ -27,6 +27,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from common.bus import new_secret_key
 from common.errors import ConfigError, DigestMismatch, LinkLost, MalformedMessage, StaleBlock
 from common.kv_layout import KVLayout
 from common.messages import Arrived, Proved, Slabs
@@ -54,7 +55,7 @@ LARGE = KVLayout.paged_attention(
 )
 KEY = Key("link", "request", 1, 0)
 SEED = b"the block's hash"
-KEY_PAIR = "Yne@$w-vo<fVvi]a<NY6T1ed:M$fCG*[IaLV{hID"
+KEY_PAIR = new_secret_key()
 NIXL = pytest.param("nixl", marks=pytest.mark.skipif(
     importlib.util.find_spec("nixl") is None, reason="nixl is not installed (pip install pdq[nixl])"
 ))  # fmt: skip
