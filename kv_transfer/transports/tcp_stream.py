@@ -11,6 +11,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import hmac
+import itertools
 import selectors
 import socket
 import struct
@@ -26,6 +27,7 @@ from kv_transfer.transports.wires import MAX_PULL_BYTES, Stop
 
 STALL_TIMEOUT = 20.0  # a slab of which nothing more arrives for so long has lost its link
 _MAX_CALLERS = 8  # who have not said the token yet; the oldest has to go
+_IOV_MAX = 1024  # pieces of one call, limits.h
 _LENGTH = struct.Struct("!I")
 _LOOK_S = 0.05  # the longest wait in the kernel until it is looked whether the link goes on
 
@@ -137,7 +139,7 @@ class SendingStream:
         left = collections.deque(pieces)
         while left:
             try:
-                sent = self._connection.sendmsg(left)
+                sent = self._connection.sendmsg(itertools.islice(left, _IOV_MAX))
             except BlockingIOError:  # the reader takes nothing
                 if self._is_stopped():
                     raise LinkLost("the link was closed") from None

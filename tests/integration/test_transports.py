@@ -579,6 +579,15 @@ def test_a_stream_lets_go_of_a_block_when_the_kernel_has_it() -> None:
         assert reader._receive(10.0) == Proved("link", number, unchanged=True)
 
 
+def test_more_pieces_than_one_call_takes_are_sent() -> None:
+    with both_ends("tcp", blocks=1100) as end:
+        for block in range(1100):
+            end.fill(block)
+        end.leases.add(KEY, list(range(1100)))
+        end.reader().pull([end.piece(b, b, index=b) for b in range(1100)])
+        assert end.all_same()
+
+
 def test_a_stream_hears_the_reader_behind_strangers_who_say_nothing() -> None:
     """More of them than are heard out at once; one who says another token, and one who hangs up."""
     with both_ends("tcp") as end, contextlib.ExitStack() as strangers:

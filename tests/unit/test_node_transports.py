@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from common.config import NodeSettings
+from common.bus import new_secret_key
+from common.config import BusSettings, NodeSettings
 from common.errors import ConfigError
 from common.kv_layout import Fingerprint, KVLayout
 from common.messages import Welcome
@@ -24,6 +25,7 @@ from tests.support.fake_cuda import FakeCuda
 LAYOUT = KVLayout.paged_attention(
     num_layers=1, num_kv_heads=1, head_dim=8, block_size=4, dtype="float32"
 )
+KEY_PAIR = new_secret_key()
 SAME = Fingerprint("m", "r", "l", "n", 4)
 
 
@@ -49,8 +51,10 @@ class Nodes:
         self.memories.append(made)
         return made
 
-    def make(self, names: tuple[str, ...] | None, *, device: bool) -> transports.Made:
-        settings = NodeSettings()
+    def make(
+        self, names: tuple[str, ...] | None, *, device: bool,
+        settings: NodeSettings = NodeSettings(),  # noqa: B008
+    ) -> transports.Made:  # fmt: skip
         if names is not None:
             settings = dataclasses.replace(settings, transports=names)  # type: ignore[arg-type]
         made = make_transports(settings, self.memory(device=device), LAYOUT, Leases(NoPool()))
@@ -77,6 +81,22 @@ def test_the_pool_decides_which_of_the_default_ones_a_node_has(nodes: Nodes) -> 
 def test_one_that_a_setting_names_is_the_only_one(nodes: Nodes) -> None:
     sources, openers = nodes.make(("tcp",), device=True)
     assert [source.name for source in sources] == list(openers) == ["tcp"]
+
+
+@pytest.mark.parametrize(
+    ("key", "encrypt_blocks", "scheme"),
+    [("", True, b"tcp"), (KEY_PAIR, True, b"zmq"), (KEY_PAIR, False, b"tcp")],
+)
+def test_blocks_are_encrypted_where_there_is_a_key_unless_a_setting_says_no(
+    nodes: Nodes, key: str, encrypt_blocks: bool, scheme: bytes
+) -> None:
+    bus = BusSettings(secret_key=key)
+    settings = NodeSettings(bus=bus, encrypt_blocks=encrypt_blocks)
+    (source,), openers = nodes.make(("tcp",), device=False, settings=settings)
+    proof = source.open_link("link")
+    assert proof[16:].partition(b"://")[0] == scheme
+    target = Target(nodes.memory(device=False), LAYOUT)
+    openers["tcp"]("link", proof, target).close()
 
 
 def test_none_is_none(nodes: Nodes) -> None:
