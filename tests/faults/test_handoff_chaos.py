@@ -59,7 +59,7 @@ ALL = os.environ.get("CHAOS") == "all"
 TABLE = os.environ.get("CHAOS_TABLE")  # a file, to which each case adds its row
 
 
-@pytest.fixture(scope="module", params=["shm", "tcp"] if ALL else ["shm"])
+@pytest.fixture(scope="module", params=["shm", "tcp", "tcp-plain"] if ALL else ["shm"])
 def chaotic(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Iterator[Chaotic]:
     folder = tmp_path_factory.mktemp("chaos")
     with contextlib.ExitStack() as stack:

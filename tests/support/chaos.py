@@ -32,13 +32,17 @@ EVENTFDS_OF_LINK = 3  # that ZeroMQ makes for a link that we open: socket, and m
 
 
 class Chaotic(Deployment):
-    """Two prefill and two decode nodes. Without a network all are on loopback."""
+    """Two prefill and two decode nodes. Without a network all are on loopback. With one they have a
+    key: blocks go encrypted over `tcp`, and as they are over `tcp-plain`."""
 
     def __init__(self, folder: Path, transport: str, network: Network | None) -> None:
         self.network, self.orders = network, folder / "orders"
         self.orders.mkdir()
         self._sockets: Path | None = None
-        flags, options = ("--transports", transport, *BEATS), ()
+        name, _, plain = transport.partition("-")
+        flags, options = ("--transports", name, *BEATS), ()
+        if plain:
+            flags = (*flags, "--no-encrypt-blocks")
         gateway_flags: tuple[str, ...] = BEATS
         if network is not None:
             self._sockets = folder / "shm"
