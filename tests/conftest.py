@@ -5,14 +5,19 @@ The fixtures live in tests/support, one file per subject.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
+from common.node.__main__ import OMP_SPIN
 from tests.support.docker import docker_ahead
 from tests.support.redis import redis_client, redis_server
 
 __all__ = ["docker_ahead", "redis_client", "redis_server"]
+
+# As in nodes, and before torch is imported: here, too, others have the cores.
+os.environ.setdefault("GOMP_SPINCOUNT", OMP_SPIN)
 
 # Those that keep one core busy come first: what takes the other one meanwhile is `docker_ahead`.
 # Whole systems, which need both, come when that is done.
