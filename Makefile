@@ -41,7 +41,7 @@ proof: $(INSTALLED)
 
 # Every decoder under atheris (libFuzzer): five minutes, or `ARGS="codec --seconds 3600"`.
 fuzz: $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt atheris
+	$(PIP_INSTALL) atheris
 	$(BIN)/python -m tests.fuzz $(ARGS)
 
 # Every fault at every moment of a handoff, over shm and both wires of tcp: 219 cases, 45 minutes;
@@ -56,15 +56,18 @@ test-gpu:
 bench-gpu:
 	$(PYTHON) -m bench.engine --device cuda --threads 1 $(ARGS)
 
+# Modules are compiled when they are first imported: most never are.
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
+
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt "torch>=2.11"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(PIP_INSTALL) "torch>=2.11"
+	$(PIP_INSTALL) --editable ".[dev]"
 	touch $@
 
 # Without the CUDA 13 build, and torch's own CUDA, that nixl's package asks for: it runs on CPU here.
 $(NIXL): $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps nixl nixl-cu12 \
+	$(PIP_INSTALL) --no-deps nixl nixl-cu12 \
 		&& touch $@ || echo "nixl cannot be installed here: its tests skip" >&2
 
 clean:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 
 from common.config import EngineSettings
 from common.engine import Completion, Engine
-from tests.support.docker import ROOT, Compose, NoEngine, docker_engine, images
+from tests.support.docker import ROOT, Ahead, Compose, NoEngine
 from tests.support.load import Load, bodies, truth
 from tests.support.readme import marked
 from tests.support.redis import wait_until
@@ -24,16 +25,16 @@ ASKED = bodies(24, max_tokens=(20, 120))
 
 
 @pytest.fixture(scope="module")
-def system() -> Iterator[Compose]:
+def system(docker_ahead: Ahead) -> Iterator[Compose]:
     """One prefill and one decode node, in containers; nothing of it is left at the end."""
-    try:
-        with docker_engine() as engine:
-            variables = images(engine) | {"MODELS": str(ROOT / "common" / "models")}
-            with Compose(engine, variables) as compose:
-                compose.wait_ready(gateway=1, prefill=1, decode=1)
-                yield compose
-    except NoEngine as reason:
-        pytest.skip(str(reason))
+    with contextlib.closing(docker_ahead):
+        try:
+            compose = docker_ahead.compose()
+        except NoEngine as reason:
+            pytest.skip(str(reason))
+        compose.up()
+        compose.wait_ready(gateway=1, prefill=1, decode=1)
+        yield compose
 
 
 @pytest.fixture(scope="module")

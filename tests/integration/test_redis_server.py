@@ -41,11 +41,11 @@ def test_the_folder_is_private_and_goes_with_the_server() -> None:
 def test_a_binary_on_the_path_comes_before_a_carried_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))  # this machine may have one
     carried = find_binary()
     fake = tmp_path / "redis-server"
     fake.write_text("#!/bin/sh\necho 'Redis server v=7.4.1 sha=0'\n")
     fake.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     assert find_binary() == ServerBinary(str(fake), "redis 7.4.1", "on the PATH")
     fake.write_text("#!/bin/sh\nexit 1\n")
     assert find_binary() == carried

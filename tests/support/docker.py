@@ -19,13 +19,16 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import httpx
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 ENGINE_LIMIT_S = 60.0
@@ -139,9 +142,10 @@ def own_engine() -> Iterator[Engine]:
 # ── Images ───────────────────────────────────────────────────────────────────────────────────────
 
 
-def images(engine: Engine) -> dict[str, str]:
+def images(engine: Engine, check: Callable[[], None]) -> dict[str, str]:
     """The variables of docker-compose.yml with which images can be built here: none where a
-    registry can be reached. `NoEngine` where there is no base to build on."""
+    registry can be reached. `NoEngine` where there is no base to build on. `check` is called
+    between the steps, and raises where the rest is not wanted any more."""
     wanted = re.findall(r"_IMAGE:-([^}]+)\}", (ROOT / "docker-compose.yml").read_text())
     published = sorted({name for name in wanted if "pdq" not in name})
     assert len(published) == 2, published
@@ -150,7 +154,9 @@ def images(engine: Engine) -> dict[str, str]:
             if not engine.has(name):
                 engine.run("pull", "--quiet", name, limit_s=PULL_LIMIT_S)
     except (AssertionError, subprocess.TimeoutExpired) as error:
+        check()
         bare = _debian(engine, str(error))
+        check()
         base = _with_wheels(engine, bare)
         return {"BASE_IMAGE": base, "REDIS_IMAGE": bare, "BUILD_NETWORK": "host"}
     return {}
@@ -244,7 +250,8 @@ def _pip_settings() -> tuple[dict[str, str], set[str]]:
 
 
 class Compose:
-    """`with Compose(engine, variables) as system`: the project's own docker-compose.yml, started.
+    """`with Compose(engine, variables) as system`: the project's own docker-compose.yml, its image
+    built; `system.up()` starts it.
 
     At the end it is taken down, and it is an error if anything is left."""
 
@@ -260,7 +267,6 @@ class Compose:
     def __enter__(self) -> Compose:
         try:
             self.compose("build", "gateway", limit_s=BUILD_LIMIT_S)
-            self.up()
         except BaseException:
             self.down()
             raise
@@ -341,3 +347,46 @@ class Compose:
             self.find()
             return []
         return [n for n in nodes if n["state"] == "ready" and n["beat_age_s"] < 3]
+
+
+# ── While other tests run ────────────────────────────────────────────────────────────────────────
+
+
+class Ahead:
+    """The engine, its images and a deployment that is not up yet, made by a thread of its own."""
+
+    def __init__(self) -> None:
+        self._stack = contextlib.ExitStack()
+        self._given_up = threading.Event()
+        self._thread = ThreadPoolExecutor(1, "docker-ahead")
+        self._made = self._thread.submit(self._make)
+
+    def _make(self) -> Compose:
+        engine = self._stack.enter_context(docker_engine())
+        variables = images(engine, self._check) | {"MODELS": str(ROOT / "common" / "models")}
+        self._check()
+        return self._stack.enter_context(Compose(engine, variables))
+
+    def _check(self) -> None:
+        if self._given_up.is_set():
+            raise NoEngine("nobody waits for it any more")
+
+    def compose(self) -> Compose:
+        """Once it is there; or why it could not be made: `NoEngine`, or whatever failed."""
+        return self._made.result()
+
+    def close(self) -> None:
+        """Take everything away again. What is being made is waited for, up to its next step."""
+        self._given_up.set()
+        self._thread.shutdown()
+        self._stack.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def docker_ahead(request: pytest.FixtureRequest) -> Iterator[Ahead | None]:
+    """Begun with the first test, whichever that is, if there will be docker tests."""
+    if not any(item.get_closest_marker("docker") for item in request.session.items):
+        yield None
+        return
+    with contextlib.closing(Ahead()) as ahead:
+        yield ahead

@@ -1,16 +1,20 @@
 """A node for tests of roles: a real engine, a transfer layer that does what the test says, no sockets.
 
 Owns what a role uses of `common.node.runtime.Node` and of `kv_transfer.link.Links`; what a role says
-and asks for is noted.
+and asks for is noted. The fixtures are for the folders of the roles' tests, which name them in their
+conftest.py.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from typing import Any
 
+import pytest
+
 from common.engine import Engine
+from common.engine.engine import PlannedStep
 from common.engine.step import Chunk
 from common.errors import LinkLost
 from common.messages import Failed, Message, Offer, TokenRun
@@ -18,6 +22,7 @@ from common.node.runtime import Node
 from common.queue import Entry
 from common.registry import NodeRecord, NodeState, Role, Snapshot
 from kv_transfer.ports import Ended, Key, Outcome
+from tests.support.engines import poisoned_engine
 
 
 class Transfer:
@@ -117,12 +122,20 @@ class ScriptedNode:
 
     async def step(self, role: Any) -> None:
         """One step of the engine, with its links opened meanwhile."""
+        self.end_step(role, await self.begin_step(role))
+        await self.opened()
+
+    async def begin_step(self, role: Any) -> PlannedStep:
+        """A step that has begun and is not computed yet; its links are open."""
         planned = self.engine.begin_step()
         assert planned is not None
         role.step_begins(planned)
         await self.opened()
+        return planned
+
+    def end_step(self, role: Any, planned: PlannedStep) -> None:
+        """Compute it; the role does what it does at its end."""
         role.step_ended(planned, self.engine.end_step(planned, self.engine.compute(planned)))
-        await self.opened()
 
     def connect(self, peer: str, endpoint: str) -> None: ...
 
@@ -162,3 +175,16 @@ def key(peer: str, choice: int = 0, request: str = "r-1", ask: int = 1) -> Key:
 
 def ended(peer: str, outcome: Outcome, reason: str = "", choice: int = 0, ask: int = 1) -> Ended:
     return Ended(key(peer, choice, ask=ask), True, outcome, reason)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return poisoned_engine()
+
+
+@pytest.fixture
+def node(engine: Engine) -> Iterator[ScriptedNode]:
+    """Give it a role; afterwards its engine holds nothing."""
+    node = ScriptedNode(engine)
+    yield node
+    engine.check_idle()

@@ -20,25 +20,12 @@ from decode_node.role import DecodeRole
 from kv_transfer.pool_memory import PoolMemory
 from kv_transfer.ports import Granted, Outcome
 from tests.support.checkpoints import STORIES
-from tests.support.engines import poisoned_engine
 from tests.support.redis import a_dispatch
 from tests.support.scripted_node import ScriptedNode, ended, key
 
 PROMPT = 20
 Ranges = Sequence[tuple[int, int]]
 PARAMS = SamplingParams(max_tokens=12, ignore_eos=True, temperature=0.8, seed=3)
-
-
-@pytest.fixture(scope="module")
-def engine() -> Engine:
-    return poisoned_engine()
-
-
-@pytest.fixture
-def node(engine: Engine) -> Iterator[ScriptedNode]:
-    node = ScriptedNode(engine)
-    yield node
-    engine.check_idle()
 
 
 @pytest.fixture
@@ -100,12 +87,11 @@ async def test_a_step_that_runs_is_waited_for(node: ScriptedNode, role: DecodeRo
     node.decode_nodes("d1")
     role.accept(an_entry())
     await node.step(role)
-    planned = node.engine.begin_step()
-    assert planned is not None
+    planned = await node.begin_step(role)
     role.drain()
     await node.opened()
     assert node.links.offers == []
-    role.step_ended(planned, node.engine.end_step(planned, node.engine.compute(planned)))
+    node.end_step(role, planned)
     assert node.links.next_tokens == [(PROMPT + 1, expected[1])]
     role.sent(ended("d1", Outcome.ADOPTED))
 

@@ -4,30 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Iterator
 
 import pytest
 
-from common.engine import Engine
 from common.messages import Failed, TookOver
 from common.queue import Entry
 from kv_transfer.ports import Ended, Key, Outcome
 from prefill_node import role as prefill
-from tests.support.engines import poisoned_engine
 from tests.support.redis import a_dispatch
 from tests.support.scripted_node import ScriptedNode, ended, key
-
-
-@pytest.fixture(scope="module")
-def engine() -> Engine:
-    return poisoned_engine()
-
-
-@pytest.fixture
-def node(engine: Engine) -> Iterator[ScriptedNode]:
-    node = ScriptedNode(engine)
-    yield node
-    engine.check_idle()
 
 
 @pytest.fixture
@@ -72,10 +57,7 @@ async def test_the_last_blocks_are_announced_before_the_first_token_is_there(
 ) -> None:
     node.decode_nodes("d1")
     role.accept(an_entry())
-    planned = node.engine.begin_step()
-    assert planned is not None
-    role.step_begins(planned)
-    await node.opened()
+    planned = await node.begin_step(role)
     blocks = node.engine.pool.blocks_for(20)
     assert 20 % node.engine.layout.block_size, "the prompt has a tail"
 
@@ -125,16 +107,13 @@ async def test_of_a_request_that_is_cancelled_meanwhile_nothing_more_is_announce
 ) -> None:
     node.decode_nodes("d1")
     role.accept(an_entry())
-    planned = node.engine.begin_step()
-    assert planned is not None
-    role.step_begins(planned)
-    await node.opened()
+    planned = await node.begin_step(role)
     chunks = role.handed_over(planned)
     announced = list(node.links.announced)  # what the prefix cache had
     role.cancel("r-1", 1, "the client went away")
     role.step_filled(chunks)
     assert node.links.announced == announced
-    role.step_ended(planned, node.engine.end_step(planned, node.engine.compute(planned)))
+    node.end_step(role, planned)
     role.sent(ended("d1", Outcome.CANCELLED))
     assert role.num_open == 0
 
@@ -144,13 +123,10 @@ async def test_a_link_that_is_found_down_by_sending_over_it_is_no_crash(
 ) -> None:
     node.decode_nodes("d1", "d2")
     role.accept(an_entry())
-    planned = node.engine.begin_step()
-    assert planned is not None
-    role.step_begins(planned)
-    await node.opened()
+    planned = await node.begin_step(role)
     (first,) = node.links.offers
     node.links.ended = [Ended(Key(first.link, "r-1", 1, 0), True, Outcome.LINK_LOST, "link_lost")]
-    role.step_ended(planned, node.engine.end_step(planned, node.engine.compute(planned)))
+    node.end_step(role, planned)
     await node.opened()
     assert {offer.link for offer in node.links.offers} == {"link-d1", "link-d2"}
     (committed,) = node.links.committed
