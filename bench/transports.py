@@ -7,6 +7,8 @@ limits take turns, so that both see the same machine.
     memcpy   the same pieces between two warm pools, one `memmove` each       limits shm
     socket   the same pieces over one TCP connection of two processes: `sendall` out of the pool,
              `recv_into` a warm buffer, one copy into the pool                limits tcp
+
+`tcp, CURVE` is its encrypted wire, of which nothing is promised.
 """
 
 from __future__ import annotations
@@ -36,12 +38,19 @@ LAYOUT = KVLayout.paged_attention(
 SEED = b"a block's hash.."
 LINK = "bench"
 
+KEY = "Yne@$w-vo<fVvi]a<NY6T1ed:M$fCG*[IaLV{hID"  # no secret: both ends are ours
+
 Source_ = Callable[[PoolMemory, Leases], Source]
 SOURCES: dict[str, Source_] = {
     "shm": lambda memory, _: ShmSource(memory),
     "tcp": lambda memory, leases: TcpSource(memory, LAYOUT, leases),
+    "tcp, CURVE": lambda memory, leases: TcpSource(memory, LAYOUT, leases, secret_key=KEY),
 }
-OPENERS: dict[str, Opener] = {"shm": ShmReader.open, "tcp": TcpReader.open}
+OPENERS: dict[str, Opener] = {
+    "shm": ShmReader.open,
+    "tcp": TcpReader.open,
+    "tcp, CURVE": functools.partial(TcpReader.open, secret_key=KEY),
+}
 
 
 class _Held:
