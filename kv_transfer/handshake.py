@@ -63,7 +63,7 @@ def answer(
                 reasons.append(f"{transport}: {error}")
                 continue
             reason = "; ".join(reasons) or f"{transport} is the fastest that both ends have"
-            reason = "; ".join(filter(None, (reason, converts)))
+            reason = "; ".join(filter(None, (reason, reader.remark, converts)))
             return Welcome(hello.link, node, transport, reason, credits), reader
     mine = forced or ",".join(openers)
     why = "; ".join(reasons) or "none offered"

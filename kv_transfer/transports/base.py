@@ -49,6 +49,8 @@ class Source(Protocol):
 class Reader(Protocol):
     """The receiving node's side of one link."""
 
+    remark: str  # what `pdq nodes` says of the link beside its transport, mostly ""
+
     def pull(self, pieces: Sequence[Piece]) -> None:
         """Copy every piece into its block and prove it. Blocking: call it in a thread of its own.
 

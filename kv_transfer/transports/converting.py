@@ -35,6 +35,7 @@ class ConvertingReader:
     def __init__(self, reader: Reader, scratch: Target, target: Target) -> None:
         """Takes over `reader`, which writes to `scratch`, and the memory of that."""
         self._reader, self._scratch = reader, scratch
+        self.remark = reader.remark
         self._lock = threading.Lock()  # held by whoever uses the scratch slabs
         self._closed = False
         self._spread: _SpreadOnDevice | _SpreadInHost

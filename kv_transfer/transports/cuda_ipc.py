@@ -37,6 +37,8 @@ class CudaIpcSource(Passer):
 class CudaIpcReader:
     """A peer's device pool, mapped; `pull` copies."""
 
+    remark = ""
+
     def __init__(self, mapped: MappedPool, base: int, target: Target, cuda: Cuda) -> None:
         memory = target.memory
         assert memory.device is not None

@@ -122,6 +122,8 @@ class NixlSource:
 class NixlReader:
     """Reads a peer's pool into our own."""
 
+    remark = ""
+
     def __init__(self, proof: bytes, target: Target) -> None:
         """Connects to nobody yet. `MalformedMessage` if the proof is none of ours."""
         body = proof[:-_SUM_BYTES]

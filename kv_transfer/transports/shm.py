@@ -31,6 +31,8 @@ class ShmSource(Passer):
 class ShmReader:
     """A peer's pool, mapped; `pull` copies."""
 
+    remark = ""
+
     def __init__(self, mapped: MappedPool, target: Target) -> None:
         self._mapped, self._target = mapped, target
         self._idle = threading.Condition()  # notified when the last pull has ended

@@ -255,6 +255,8 @@ class _StagedServed(Served):
 class TcpReader:
     """The asking end of one link."""
 
+    remark = ""
+
     def __init__(self, link: str, token: bytes, target: Target, wire: ReceivingWire) -> None:
         self._link, self._token, self._target, self._wire = link, token, target, wire
         self._lock = threading.Lock()  # held by whoever uses the wire
@@ -276,6 +278,8 @@ class TcpReader:
         else:
             wire = ReceivingStream(host, port, token, _OPEN_TIMEOUT)
         reader = cls(link, token, target, wire)
+        if secret_key:
+            reader.remark = f"blocks are {'encrypted' if scheme == 'zmq' else 'in plain text'}"
         reader._greet()
         return reader
 

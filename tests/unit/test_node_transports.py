@@ -84,11 +84,15 @@ def test_one_that_a_setting_names_is_the_only_one(nodes: Nodes) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "encrypt_blocks", "scheme"),
-    [("", True, b"tcp"), (KEY_PAIR, True, b"zmq"), (KEY_PAIR, False, b"tcp")],
+    ("key", "encrypt_blocks", "scheme", "remark"),
+    [
+        ("", True, b"tcp", ""),
+        (KEY_PAIR, True, b"zmq", "blocks are encrypted"),
+        (KEY_PAIR, False, b"tcp", "blocks are in plain text"),
+    ],
 )
 def test_blocks_are_encrypted_where_there_is_a_key_unless_a_setting_says_no(
-    nodes: Nodes, key: str, encrypt_blocks: bool, scheme: bytes
+    nodes: Nodes, key: str, encrypt_blocks: bool, scheme: bytes, remark: str
 ) -> None:
     bus = BusSettings(secret_key=key)
     settings = NodeSettings(bus=bus, encrypt_blocks=encrypt_blocks)
@@ -96,7 +100,12 @@ def test_blocks_are_encrypted_where_there_is_a_key_unless_a_setting_says_no(
     proof = source.open_link("link")
     assert proof[16:].partition(b"://")[0] == scheme
     target = Target(nodes.memory(device=False), LAYOUT)
-    openers["tcp"]("link", proof, target).close()
+    hello = handshake.hello("link", "a", SAME, LAYOUT.slab_bytes, {"tcp": proof})
+    answer, reader = handshake.answer(hello, "b", SAME, target, openers, credits=1)
+    assert isinstance(answer, Welcome)
+    assert reader is not None
+    reader.close()
+    assert answer.reason.endswith(remark)
 
 
 def test_none_is_none(nodes: Nodes) -> None:
