@@ -141,15 +141,15 @@ class SendingStream:
             try:
                 sent = self._connection.sendmsg(itertools.islice(left, _IOV_MAX))
             except BlockingIOError:  # the reader takes nothing
-                if self._is_stopped():
-                    raise LinkLost("the link was closed") from None
-                continue
+                sent = 0
             except OSError as error:
                 raise LinkLost(f"the reader is gone: {error}") from error
             while left and sent >= len(left[0]):
                 sent -= len(left.popleft())
-            if sent:
+            if left:
                 left[0] = left[0][sent:]
+                if self._is_stopped():  # also while the reader takes a little now and then
+                    raise LinkLost("the link was closed")
 
     def _is_stopped(self) -> bool:
         return any(key.fd == self._stop.fd for key, _ in self._selector.select(0))
@@ -232,6 +232,8 @@ class ReceivingStream:
             if not got:
                 raise LinkLost("the source is gone")
             into, deadline = into[got:], time.monotonic() + timeout
+            if into:
+                self._go_on(deadline)
 
     def _go_on(self, deadline: float) -> None:
         """Nothing moved for a moment."""
