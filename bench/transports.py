@@ -5,8 +5,8 @@ number is the best of several rounds: other load only ever makes them slower. Wh
 limits take turns, so that both see the same machine.
 
     memcpy   the same pieces between two warm pools, one `memmove` each       limits shm
-    socket   the same pieces over one TCP connection of two processes: `sendall` out of the pool,
-             `recv_into` a warm buffer, one copy into the pool                limits tcp
+    socket   the same pieces over one TCP connection of two processes, with the same copies:
+             `sendall` out of the pool, `recv_into` into the pool             limits tcp
 
 `tcp, CURVE` is its encrypted wire, of which nothing is promised.
 """
@@ -180,19 +180,13 @@ class _Bare:
     def __init__(self, address: tuple[str, int], pool: PoolMemory) -> None:
         self._socket = socket.create_connection(address)
         self._pool = pool
-        self._buffer = bytearray(LAYOUT.slab_bytes)
-        import numpy as np
-
-        self._address = np.frombuffer(self._buffer, np.uint8).ctypes.data
 
     def pull(self) -> None:
         self._socket.send(b"x")
-        view = memoryview(self._buffer)
         for block in range(self._pool.num_blocks):
-            got = 0
-            while got < len(view):
-                got += self._socket.recv_into(view[got:])
-            copy_bytes(self._pool.slab_address(block), self._address, len(view))
+            left = self._pool.slab(block)
+            while left:
+                left = left[self._socket.recv_into(left) :]
 
     def close(self) -> None:
         self._socket.close()
