@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import ctypes
 import dataclasses
 import hmac
 import itertools
@@ -38,7 +37,7 @@ from kv_transfer.transports.tcp_stream import ReceivingStream, SendingStream
 from kv_transfer.transports.wires import ReceivingWire, SendingWire
 
 WINDOW_BYTES = 8 << 20  # under way at once on a link, or two slabs where those are larger
-REQUEST_BYTES = 4 << 20  # of one Pull, or one slab
+_MAX_SLOTS = 1024  # of one Pull, which is a short message
 _TOKEN_BYTES = 16
 _MAX_PENDING = 16  # pulls that a source has under way at once; more are refused
 _OPEN_TIMEOUT = 5.0
@@ -160,23 +159,19 @@ class Served:
 
     def _ship(self, peer: bytes, pull: Pull) -> bool:
         """Send what a pull asks for; False, and nothing done, if that has to wait."""
-        memory = self._memory
-        self._send_slabs(Sent(peer, pull), [memory.slab_address(slot) for slot in pull.slots])
+        self._send_slabs(Sent(peer, pull), [[self._memory.slab(slot) for slot in pull.slots]])
         return True
 
-    def _send_slabs(self, sent: Sent, addresses: Sequence[int]) -> None:
-        """Send the slabs at these addresses of host memory as they lie there, of a tail its filled
-        positions, and prove them if they have left."""
+    def _send_slabs(self, sent: Sent, batches: Iterable[Sequence[memoryview]]) -> None:
+        """Send slabs that lie in host memory as they lie there, of a tail its filled positions, and
+        prove them if they leave at once."""
         self._sent.append(sent)
-        pull, length = sent.pull, self._memory.slab_bytes
-        ranges = list(self._layout.tail_ranges(pull.fill)) if pull.fill else [(0, length)]
-        pieces = [
-            memoryview((ctypes.c_uint8 * size).from_address(address + offset)).cast("B")
-            for address in addresses
-            for offset, size in ranges
-        ]
-        header = encode(Slabs(self._link, pull.number, ""))
-        if self._wire.send_slabs(sent.peer, header, pieces):
+        if fill := sent.pull.fill:
+            ((slab,),) = batches
+            batches = [[slab[at : at + n] for at, n in self._layout.tail_ranges(fill)]]
+        header = encode(Slabs(self._link, sent.pull.number, ""))
+        self._wire.send_slabs(sent.peer, header, batches)
+        if self._wire.leaves_at_once or not sent.pull.slots:
             self._prove(sent)
 
     def _ended(self) -> None:
@@ -224,24 +219,36 @@ class _StagedServed(Served):
         super().__init__(source, link, token, wire)
 
     def _ship(self, peer: bytes, pull: Pull) -> bool:
-        memory = self._device_memory
-        if self._ring is None and pull.slots:
-            self._ring = Staging(memory, max(2, WINDOW_BYTES // memory.slab_bytes))
-        buffers: list[int] = []
-        if self._ring is not None:
-            if len(pull.slots) > self._ring.count:  # no reader of ours asks for so many
-                self._leases.untouch(self._link, pull.slots)
-                self._send(peer, Slabs(self._link, pull.number, "too_many"))
-                return True
-            taken = self._ring.take(len(pull.slots))
-            if taken is None:
-                return False
-            buffers = taken
-            self._ring.load(buffers, [memory.slab_address(slot) for slot in pull.slots])
-        ring = self._ring
-        addresses = [ring.address(buffer) for buffer in buffers] if ring is not None else []
-        self._send_slabs(Sent(peer, pull, buffers), addresses)
+        if not pull.slots:
+            self._send_slabs(Sent(peer, pull), ())
+            return True
+        if self._ring is None:
+            slab_bytes = self._device_memory.slab_bytes
+            self._ring = Staging(self._device_memory, max(2, WINDOW_BYTES // slab_bytes))
+        if self._wire.leaves_at_once:
+            self._send_slabs(Sent(peer, pull), self._through(self._ring, pull.slots))
+            return True
+        if len(pull.slots) > self._ring.count:  # no reader of ours asks for so many
+            self._leases.untouch(self._link, pull.slots)
+            self._send(peer, Slabs(self._link, pull.number, "too_many"))
+            return True
+        buffers = self._ring.take(len(pull.slots))
+        if buffers is None:
+            return False
+        self._send_slabs(Sent(peer, pull, buffers), [self._loaded(self._ring, buffers, pull.slots)])
         return True
+
+    def _through(self, ring: Staging, slots: Sequence[int]) -> Iterator[list[memoryview]]:
+        """A ring full at a time: when the next is asked for, the one before has left."""
+        for start in range(0, len(slots), ring.count):
+            some = slots[start : start + ring.count]
+            yield self._loaded(ring, range(len(some)), some)
+
+    def _loaded(
+        self, ring: Staging, buffers: Sequence[int], slots: Sequence[int]
+    ) -> list[memoryview]:
+        ring.load(buffers, [self._device_memory.slab_address(slot) for slot in slots])
+        return [ring.view(buffer) for buffer in buffers]
 
     def _left(self, sent: Sent) -> None:
         if self._ring is not None:
@@ -296,7 +303,8 @@ class TcpReader:
     def _requests(self, pieces: Sequence[Piece]) -> Iterator[tuple[Piece, ...]]:
         """The pieces in portions of a Pull each: whole slabs together, a tail alone."""
         full = [piece for piece in pieces if not piece.fill]
-        count = max(1, REQUEST_BYTES // self._target.memory.slab_bytes)
+        count = max(1, self._wire.request_bytes // self._target.memory.slab_bytes)
+        count = min(count, _MAX_SLOTS)
         for start in range(0, len(full), count):
             yield tuple(full[start : start + count])
         for piece in pieces:
@@ -305,7 +313,8 @@ class TcpReader:
 
     def _window(self) -> int:
         """How many requests may be under way at once."""
-        return max(2, WINDOW_BYTES // max(REQUEST_BYTES, self._target.memory.slab_bytes))
+        slab_bytes = self._target.memory.slab_bytes
+        return max(2, WINDOW_BYTES // max(self._wire.request_bytes, slab_bytes))
 
     def _pull(self, requests: Iterable[tuple[Piece, ...]], timeout: float) -> None:
         """Keep the window full until every request is copied, checked and proved.

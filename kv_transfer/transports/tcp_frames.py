@@ -14,7 +14,7 @@ import collections
 import ctypes
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,8 @@ _KEPT_BYTES = 32 << 20  # the most that M_MMAP_THRESHOLD takes
 
 class SendingFrames:
     """The source's end: a ROUTER."""
+
+    leaves_at_once = False
 
     def __init__(self, host: str, secret_key: str) -> None:
         self._context = zmq.Context()
@@ -59,7 +61,10 @@ class SendingFrames:
     def send(self, peer: bytes, message: bytes, *frames: bytes) -> None:
         self._socket.send_multipart([peer, message, *frames])
 
-    def send_slabs(self, peer: bytes, header: bytes, pieces: Sequence[memoryview]) -> bool:
+    def send_slabs(
+        self, peer: bytes, header: bytes, batches: Iterable[Sequence[memoryview]]
+    ) -> None:
+        pieces = [piece for batch in batches for piece in batch]
         self._socket.send_multipart([peer, header], zmq.SNDMORE if pieces else 0)
         library, handle = _libzmq(), self._socket.underlying
         message = ctypes.create_string_buffer(_MESSAGE_BYTES)
@@ -71,7 +76,6 @@ class SendingFrames:
                 error = zmq.ZMQError(ctypes.get_errno())
                 library.zmq_msg_close(message)
                 raise error
-        return not pieces
 
     def stop(self) -> None:
         self._stop.set()
@@ -86,6 +90,7 @@ class ReceivingFrames:
     """The reader's end: a DEALER, and what its monitor says of the connection."""
 
     says_arrived = True
+    request_bytes = 2 << 20
 
     def __init__(self, endpoint: str, secret_key: str, slab_bytes: int) -> None:
         keep_freed_pages()

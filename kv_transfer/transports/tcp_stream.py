@@ -16,7 +16,7 @@ import selectors
 import socket
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -34,6 +34,8 @@ _LOOK_S = 0.05  # the longest wait in the kernel until it is looked whether the 
 
 class SendingStream:
     """The source's end: hears one caller, the first that says the token."""
+
+    leaves_at_once = True
 
     def __init__(self, host: str, token: bytes) -> None:
         self._token = token
@@ -112,7 +114,7 @@ class SendingStream:
         self._connection = caller
         self._hear_nobody_else()
         _wait_in_the_kernel(caller)
-        self._send([memoryview(self._token)])
+        self._send([self._token])
 
     def _hang_up(self, caller: socket.socket) -> None:
         self._selector.unregister(caller)
@@ -129,14 +131,19 @@ class SendingStream:
     def send(self, peer: bytes, message: bytes) -> None:
         self.send_slabs(peer, message, ())
 
-    def send_slabs(self, peer: bytes, header: bytes, pieces: Sequence[memoryview]) -> bool:
+    def send_slabs(
+        self, peer: bytes, header: bytes, batches: Iterable[Sequence[memoryview]]
+    ) -> None:
         del peer  # there is one
-        self._send([memoryview(_LENGTH.pack(len(header)) + header), *pieces])
-        return True
+        before = [_LENGTH.pack(len(header)) + header]
+        for batch in batches:
+            self._send([*before, *batch])
+            before = []
+        self._send(before)
 
-    def _send(self, pieces: list[memoryview]) -> None:
+    def _send(self, pieces: Sequence[bytes | memoryview]) -> None:
         assert self._connection is not None
-        left = collections.deque(pieces)
+        left = collections.deque(memoryview(piece) for piece in pieces)
         while left:
             try:
                 sent = self._connection.sendmsg(itertools.islice(left, _IOV_MAX))
@@ -169,6 +176,7 @@ class ReceivingStream:
     """The reader's end."""
 
     says_arrived = False
+    request_bytes = 32 << 20
 
     def __init__(self, host: str, port: int, token: bytes, timeout: float) -> None:
         """Connect, say the token and hear it back: `LinkLost` if that takes over `timeout` s."""

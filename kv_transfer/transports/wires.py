@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from kv_transfer.pool_memory import PoolMemory
@@ -21,6 +21,7 @@ class SendingWire(Protocol):
     """The source's end. `peer` is who said something, for the answer to it."""
 
     port: int
+    leaves_at_once: bool  # whether bytes have left when `send_slabs` returns
 
     def receive(self) -> tuple[bytes, bytes] | None:
         """Wait for a message: who said it, and the message. None when stopped; `LinkLost`."""
@@ -28,10 +29,14 @@ class SendingWire(Protocol):
     def send(self, peer: bytes, message: bytes) -> None:
         """Queue or send a message; `LinkLost`."""
 
-    def send_slabs(self, peer: bytes, header: bytes, pieces: Sequence[memoryview]) -> bool:
-        """Send a message and bytes behind it, which are not copied in this process. Whether they have
-        left when this returns; if not, they must stay until the reader says so, or the wire is
-        closed. `LinkLost`."""
+    def send_slabs(
+        self, peer: bytes, header: bytes, batches: Iterable[Sequence[memoryview]]
+    ) -> None:
+        """Send a message and bytes behind it, which are not copied in this process.
+
+        Where they leave at once, each batch has left when the next is taken; elsewhere they must
+        stay until the reader says that they are there, or the wire is closed. `LinkLost`.
+        """
 
     def stop(self) -> None:
         """End whatever waits."""
@@ -44,6 +49,7 @@ class ReceivingWire(Protocol):
     """The reader's end."""
 
     says_arrived: bool  # whether the source waits to be told that slabs have arrived
+    request_bytes: int  # of slabs that one Pull asks for best
 
     def say(self, message: bytes) -> None:
         """`LinkLost` if nobody can hear it."""

@@ -793,10 +793,14 @@ def test_a_digest_that_was_promised_is_checked_on_a_copy_in_host_memory(transpor
             reader.pull([dataclasses.replace(end.piece(1, 0), digest=bytes(16))])
 
 
-def test_staging_is_bounded_by_the_window_and_given_back() -> None:
+staged = pytest.mark.parametrize("transport", ["tcp+staged", "tcp+curve+staged"])
+
+
+@staged
+def test_staging_is_bounded_by_the_window_and_given_back(transport: str) -> None:
     from kv_transfer.transports.tcp import WINDOW_BYTES
 
-    with both_ends("tcp+staged", LARGE, blocks=48) as end:
+    with both_ends(transport, LARGE, blocks=48) as end:
         sizes: list[int] = []
         pinned = CUDA.pinned
         for block in range(48):
@@ -812,9 +816,10 @@ def test_staging_is_bounded_by_the_window_and_given_back() -> None:
         assert sum(sizes) < 48 * LARGE.slab_bytes * 3
 
 
-def test_a_pull_that_the_ring_cannot_hold_waits_for_what_left() -> None:
+@staged
+def test_a_pull_that_the_ring_cannot_hold_waits_for_what_left(transport: str) -> None:
     """Asked for faster than it is taken: the ring is full, and nothing is overwritten."""
-    with both_ends("tcp+staged", LARGE, blocks=48) as end:
+    with both_ends(transport, LARGE, blocks=48) as end:
         for block in range(48):
             end.fill(block)
         end.leases.add(KEY, list(range(48)))
