@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 
 from common.engine.sequence import Sequence, SequenceStatus
+from common.errors import PdqError, TransferError
 from common.logs import get_logger
 from common.node.attempt import Attempt
 from common.node.handover import Handover, Handovers, askable
@@ -37,14 +38,16 @@ GRANT_S = 0.5  # a paused sequence waits this long for room elsewhere, then it g
 
 
 class Moves:
-    """Implements `Owner`. `moved(attempt, choice)` hears of each choice that another node has."""
+    """Implements `Owner`. `moved(attempt, choice)` hears of each choice that another node has,
+    `give_up(attempt, error)` of each attempt that must not go on here either."""
 
     def __init__(
-        self, node: Node, attempts: Mapping[str, Attempt], moved: Callable[[Attempt, int], None]
-    ) -> None:
+        self, node: Node, attempts: Mapping[str, Attempt], moved: Callable[[Attempt, int], None],
+        give_up: Callable[[Attempt, PdqError], None],
+    ) -> None:  # fmt: skip
         self._node = node
         self._attempts = attempts
-        self._moved = moved
+        self._moved, self._give_up = moved, give_up
         self._sending = Handovers(node, self)
         self._begun = False
         self._handovers: dict[tuple[str, int], Handover] = {}  # by the engine's id, and choice
@@ -214,6 +217,9 @@ class Moves:
             self._full.add(peer)
             handover.found_full = False
         self._go_on(handover)
+        if handover.spoiled:
+            error = TransferError(f"its blocks: {handover.spoiled}")
+            self._give_up(handover.attempt, error)
         self._look()
 
     def dropped(self, handover: Handover) -> None:

@@ -33,7 +33,7 @@ class DecodeRole:
     def __init__(self, node: Node) -> None:
         self._node = node
         self._attempts: dict[str, Attempt] = {}  # by the engine's id
-        self._moves = Moves(node, self._attempts, self._moved)
+        self._moves = Moves(node, self._attempts, self._moved, self._give_up)
 
     @property
     def num_open(self) -> int:
@@ -140,6 +140,12 @@ class DecodeRole:
 
     def sent(self, effect: Granted | Ended) -> None:
         self._moves.sent(effect)
+
+    def _give_up(self, attempt: Attempt, error: PdqError) -> None:
+        """Nothing more of this attempt here; its gateway makes another."""
+        for choice in attempt.open_choices:
+            self._node.failed(attempt.gateway, attempt.key(choice), error, retryable=True)
+        self._abort(attempt, error.code)
 
     def _moved(self, attempt: Attempt, choice: int) -> None:
         attempt.open_choices.discard(choice)

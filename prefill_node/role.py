@@ -24,7 +24,7 @@ import time
 from common.engine.engine import PlannedStep
 from common.engine.output import StepOutput
 from common.engine.step import Chunk
-from common.errors import OutOfBlocks, PdqError, ServiceUnavailable
+from common.errors import OutOfBlocks, PdqError, ServiceUnavailable, TransferError
 from common.messages import Dispatch, TokenRun
 from common.node.attempt import Attempt
 from common.node.handover import Handover, Handovers, askable
@@ -209,7 +209,10 @@ class PrefillRole:
         self._over(handover, "adopted")
 
     def refused(self, handover: Handover, peer: str) -> None:
-        self._offer(handover)
+        if handover.spoiled:
+            self._give_up(handover.attempt, TransferError(f"its blocks: {handover.spoiled}"))
+        else:
+            self._offer(handover)
 
     def sent(self, effect: Granted | Ended) -> None:
         self._sending.sent(effect)

@@ -19,7 +19,7 @@ import time
 from typing import TYPE_CHECKING, Protocol
 
 from common.engine.sequence import Sequence
-from common.errors import PdqError
+from common.errors import DigestMismatch, MalformedMessage, PdqError, StaleBlock
 from common.logs import get_logger
 from common.messages import Offer, TokenLogprobs, TookOver
 from common.node.attempt import Attempt
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 log = get_logger("handover")
 
 FULL = frozenset({"out_of_blocks", "overloaded"})  # reasons of a Deny that pass by themselves
+
+# Reasons of a failure that say nothing about the other node: whoever is asked next finds the same.
+SPOILED = frozenset({DigestMismatch.code, StaleBlock.code, MalformedMessage.code})
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -51,6 +54,7 @@ class Handover:
     held: list[int] = dataclasses.field(default_factory=list)  # blocks of an ended sequence
     refused: set[str] = dataclasses.field(default_factory=set)  # nodes that did not take it
     found_full: bool = False  # one of them has no room just now
+    spoiled: str = ""  # why its blocks cannot be right, as the node that copied them found
     cancelled: bool = False
     began: float = dataclasses.field(default_factory=time.monotonic)
 
@@ -86,7 +90,7 @@ class Owner(Protocol):
         ...
 
     def refused(self, handover: Handover, peer: str) -> None:
-        """The node that was asked does not take it."""
+        """The node that was asked does not take it. A `spoiled` one has to be computed again."""
         ...
 
     def dropped(self, handover: Handover) -> None:
@@ -231,9 +235,16 @@ class Handovers:
         else:
             if effect.outcome is Outcome.DENIED and effect.reason in FULL:
                 handover.found_full = True
+            if effect.outcome is Outcome.FAILED and effect.reason in SPOILED:
+                self._spoiled(handover, effect.reason)
             log.info("handoff.ended", request=effect.key.request, outcome=effect.outcome.value,
                      reason=effect.reason, peer=handover.peer)  # fmt: skip
             self._ended(handover, handover.peer)
+
+    def _spoiled(self, handover: Handover, reason: str) -> None:
+        """What nobody could prove, no other prompt finds as its prefix any more."""
+        handover.spoiled = reason
+        self._node.engine.pool.forget(handover.held or handover.sequence.block_table)
 
     def _say_who_took_over(self, handover: Handover) -> None:
         """The other node says so too, but it may die between its Ack and that."""
