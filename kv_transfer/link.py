@@ -164,8 +164,8 @@ class Links:
         link.opened = asyncio.get_running_loop().create_future()
         wanted = self._settings.transport
         sources = [source for source in self._sources if wanted in ("", source.name)]
-        proofs = {source.name: source.open_link(name) for source in sources}
         try:
+            proofs = {source.name: source.open_link(name) for source in sources}
             self._send(name, handshake.hello(
                 name, self._node, self._fingerprint, self._target.memory.slab_bytes, proofs
             ))  # fmt: skip
@@ -173,7 +173,7 @@ class Links:
         except TimeoutError as error:
             self._down(name)
             raise LinkLost(f"{peer} does not answer", param=peer) from error
-        except (PdqError, asyncio.CancelledError):
+        except BaseException:  # whatever it is, nobody may wait for this link
             self._down(name)
             raise
         return name

@@ -163,14 +163,13 @@ class _NcclServed(tcp.Served):
         self._frames = wire
         super().__init__(source, link, token, wire)
 
-    def _ship(self, peer: bytes, pull: Pull) -> bool:
+    def _ship(self, sent: tcp.Sent) -> bool:
         """A first pull of nothing gets the communicator's id, a second one waits for its setup.
 
         Returns when the device has sent the slabs: whoever has a turn finishes it first.
         """
+        peer, pull = sent.peer, sent.pull
         header = encode(Slabs(self._link, pull.number, ""))
-        sent = tcp.Sent(peer, pull)
-        self._sent.append(sent)  # whatever happens now, its blocks are touched
         if pull.slots:
             self._channel.take_turn()
             self._frames.send(peer, header)
@@ -230,7 +229,11 @@ class NcclReader(tcp.TcpReader):
             raise LinkLost("this node's pool is not on a CUDA device")
         token, _, host, port = tcp.split_proof(proof)
         wire = ReceivingFrames(f"tcp://{host}:{port}", secret_key, 0)
-        reader = cls(link, token, target, wire, memory, nccl, turns)
+        try:
+            reader = cls(link, token, target, wire, memory, nccl, turns)
+        except PdqError:  # no stream
+            wire.close()
+            raise
         reader._greet()  # the first pull of nothing
         try:
             if len(reader._unique_id) != ID_BYTES:

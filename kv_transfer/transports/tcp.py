@@ -24,7 +24,14 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 
 from common.codec import decode, encode
-from common.errors import DigestMismatch, LinkLost, MalformedMessage, PdqError, StaleBlock
+from common.errors import (
+    DigestMismatch,
+    InsufficientMemory,
+    LinkLost,
+    MalformedMessage,
+    PdqError,
+    StaleBlock,
+)
 from common.kv_layout import KVLayout
 from common.messages import Arrived, Message, Proved, Pull, Slabs
 from kv_transfer.device_memory import DevicePoolMemory, Staging
@@ -62,8 +69,18 @@ class TcpSource:
 
     def open_link(self, link: str) -> bytes:
         token = secrets.token_bytes(_TOKEN_BYTES)
-        wire, scheme = self._wire(token)
-        self._served[link] = self._serve(link, token, wire)
+        self.close_link(link)
+        try:
+            wire, scheme = self._wire(token)
+        except OSError as error:  # no descriptor, or no such place
+            raise LinkLost(f"a link cannot be listened for: {error}") from error
+        try:
+            self._served[link] = self._serve(link, token, wire)
+        except BaseException as error:  # no thread, no stream of a device
+            wire.close()
+            if isinstance(error, RuntimeError):
+                raise LinkLost(f"a link cannot be served: {error}") from error
+            raise
         return token + f"{scheme}://{self._advertise}:{wire.port}".encode()
 
     def _wire(self, token: bytes) -> tuple[SendingWire, str]:
@@ -114,21 +131,26 @@ class Served:
 
     def _serve(self) -> None:
         try:
-            with contextlib.suppress(LinkLost):
+            with contextlib.suppress(LinkLost, InsufficientMemory):
                 while (heard := self._wire.receive()) is not None:
                     self._heard(*heard)
                     self._ship_what_waits()
         finally:
             self._wire.close()  # from here on no buffer of ours refers to the pool
-            self._ended()
-            for pull in [sent.pull for sent in self._sent] + [pull for _, pull in self._waiting]:
-                self._leases.untouch(self._link, pull.slots)
+            try:
+                self._ended()
+            finally:
+                taken = [sent.pull for sent in self._sent] + [pull for _, pull in self._waiting]
+                for pull in taken:
+                    self._leases.untouch(self._link, pull.slots)
 
     def _ship_what_waits(self) -> None:
         while self._waiting:
-            first = self._waiting.popleft()
-            if not self._ship(*first):
-                self._waiting.appendleft(first)
+            sent = Sent(*self._waiting.popleft())
+            self._sent.append(sent)  # whatever happens now, its blocks are touched
+            if not self._ship(sent):
+                self._sent.remove(sent)
+                self._waiting.appendleft((sent.peer, sent.pull))
                 return
 
     def _heard(self, peer: bytes, said: bytes) -> None:
@@ -157,15 +179,14 @@ class Served:
         else:
             self._waiting.append((peer, pull))
 
-    def _ship(self, peer: bytes, pull: Pull) -> bool:
+    def _ship(self, sent: Sent) -> bool:
         """Send what a pull asks for; False, and nothing done, if that has to wait."""
-        self._send_slabs(Sent(peer, pull), [[self._memory.slab(slot) for slot in pull.slots]])
+        self._send_slabs(sent, [[self._memory.slab(slot) for slot in sent.pull.slots]])
         return True
 
     def _send_slabs(self, sent: Sent, batches: Iterable[Sequence[memoryview]]) -> None:
         """Send slabs that lie in host memory as they lie there, of a tail its filled positions, and
         prove them if they leave at once."""
-        self._sent.append(sent)
         if fill := sent.pull.fill:
             ((slab,),) = batches
             batches = [[slab[at : at + n] for at, n in self._layout.tail_ranges(fill)]]
@@ -218,24 +239,27 @@ class _StagedServed(Served):
         self._ring: Staging | None = None  # made for the first pull that wants a slab
         super().__init__(source, link, token, wire)
 
-    def _ship(self, peer: bytes, pull: Pull) -> bool:
-        if not pull.slots:
-            self._send_slabs(Sent(peer, pull), ())
+    def _ship(self, sent: Sent) -> bool:
+        slots = sent.pull.slots
+        if not slots:
+            self._send_slabs(sent, ())
             return True
         if self._ring is None:
             slab_bytes = self._device_memory.slab_bytes
             self._ring = Staging(self._device_memory, max(2, WINDOW_BYTES // slab_bytes))
         if self._wire.leaves_at_once:
-            self._send_slabs(Sent(peer, pull), self._through(self._ring, pull.slots))
+            self._send_slabs(sent, self._through(self._ring, slots))
             return True
-        if len(pull.slots) > self._ring.count:  # no reader of ours asks for so many
-            self._leases.untouch(self._link, pull.slots)
-            self._send(peer, Slabs(self._link, pull.number, "too_many"))
+        if len(slots) > self._ring.count:  # no reader of ours asks for so many
+            self._sent.remove(sent)
+            self._leases.untouch(self._link, slots)
+            self._send(sent.peer, Slabs(self._link, sent.pull.number, "too_many"))
             return True
-        buffers = self._ring.take(len(pull.slots))
+        buffers = self._ring.take(len(slots))
         if buffers is None:
             return False
-        self._send_slabs(Sent(peer, pull, buffers), [self._loaded(self._ring, buffers, pull.slots)])
+        sent.buffers = buffers
+        self._send_slabs(sent, [self._loaded(self._ring, buffers, slots)])
         return True
 
     def _through(self, ring: Staging, slots: Sequence[int]) -> Iterator[list[memoryview]]:
@@ -269,6 +293,7 @@ class TcpReader:
         self._lock = threading.Lock()  # held by whoever uses the wire
         self._number = 0
         self._closed = False
+        self._out_of_step = False  # a pull ended while something was on its way
 
     @classmethod
     def open(
@@ -320,37 +345,50 @@ class TcpReader:
         """Keep the window full until every request is copied, checked and proved.
 
         After a failure nothing more is asked for, and what is on its way is received: the source
-        lets go of it then, and the next pull finds the link empty.
+        lets go of it then, and the next pull finds the link empty. Where it cannot be received, the
+        link is lost, for all pulls that come.
         """
-        waiting = iter(requests)
+        with self._lock:
+            if self._out_of_step:
+                raise LinkLost("an earlier pull has lost the link")
+            self._out_of_step = True  # unless it is received to its end
+            try:
+                failure = self._pulled(iter(requests), timeout)
+            except InsufficientMemory as error:
+                raise LinkLost(f"what is on its way cannot be received: {error}") from error
+            self._out_of_step = False
+        if failure is not None:
+            raise failure
+
+    def _pulled(self, waiting: Iterator[tuple[Piece, ...]], timeout: float) -> PdqError | None:
         arriving: dict[int, tuple[Piece, ...]] = {}  # asked for
         proving: set[int] = set()  # arrived, not proved
         failure: PdqError | None = None
-        with self._lock:
-            self._ask_for(waiting, arriving)
-            while arriving or (proving and failure is None):
-                message = self._receive(timeout)
-                if isinstance(message, Proved) and message.number in proving:
-                    proving.remove(message.number)
-                    if not message.unchanged:
-                        failure = StaleBlock("a block was reused while it was being sent")
-                if not isinstance(message, Slabs):
-                    continue
-                pieces = arriving.pop(message.number, None)
-                if message.refused:
-                    if pieces is not None:
-                        failure = StaleBlock("a block is not leased to this link any more")
-                    continue
+        self._ask_for(waiting, arriving)
+        while arriving or (proving and failure is None):
+            message = self._receive(timeout)
+            if isinstance(message, Proved) and message.number in proving:
+                proving.remove(message.number)
+                if not message.unchanged:
+                    failure = StaleBlock("a block was reused while it was being sent")
+            if not isinstance(message, Slabs):
+                continue
+            pieces = arriving.pop(message.number, None)
+            if message.refused:
+                if pieces is not None:
+                    failure = StaleBlock("a block is not leased to this link any more")
+                continue
+            if self._wire.says_arrived:
+                self._say(Arrived(self._link, self._token, message.number))
+            if pieces is None:
                 if self._wire.says_arrived:
-                    self._say(Arrived(self._link, self._token, message.number))
-                if pieces is None:
                     continue
-                if failure is None:
-                    proving.add(message.number)
-                    self._ask_for(waiting, arriving)
-                failure = self._arrived(pieces) or failure
-        if failure is not None:
-            raise failure
+                raise LinkLost("the source sends what nobody asked for")
+            if failure is None:
+                proving.add(message.number)
+                self._ask_for(waiting, arriving)
+            failure = self._arrived(pieces) or failure
+        return failure
 
     def _ask_for(
         self, waiting: Iterator[tuple[Piece, ...]], arriving: dict[int, tuple[Piece, ...]]

@@ -11,6 +11,7 @@ Reconnecting is off: a connection is a link. This file and common/bus.py are the
 from __future__ import annotations
 
 import collections
+import contextlib
 import ctypes
 import functools
 import time
@@ -37,16 +38,28 @@ class SendingFrames:
     leaves_at_once = False
 
     def __init__(self, host: str, secret_key: str) -> None:
-        self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.ROUTER)
+        """`LinkLost`, and nothing is left, where it cannot listen there."""
+        with contextlib.ExitStack() as made:
+            self._stop = Stop()
+            made.callback(self._stop.close)
+            try:
+                self._context = zmq.Context()
+                made.callback(self._context.term)
+                self._socket = self._context.socket(zmq.ROUTER)
+            except zmq.ZMQError as error:  # no descriptor
+                raise LinkLost(f"a link cannot be listened for: {error}") from error
+            made.pop_all()
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.SNDHWM, 0)  # bounded by the pulls that are taken
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_PULL_BYTES)
         if secret_key:
             self._socket.curve_server = True
             self._socket.curve_secretkey = secret_key.encode()
-        self.port = self._socket.bind_to_random_port(f"tcp://{host}")
-        self._stop = Stop()
+        try:
+            self.port = self._socket.bind_to_random_port(f"tcp://{host}")
+        except zmq.ZMQError as error:
+            self.close()
+            raise LinkLost(f"a link cannot be listened for: {error}") from error
         self._poller = zmq.Poller()
         self._poller.register(self._stop.fd, zmq.POLLIN)
         self._poller.register(self._socket, zmq.POLLIN)

@@ -41,19 +41,22 @@ class SendingStream:
         self._token = token
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         address = ("" if host == "*" else host.strip("[]"), 0)
-        self._listener = socket.create_server(address, family=family)
-        self._listener.setblocking(False)
-        self.port: int = self._listener.getsockname()[1]
         self._callers: collections.deque[socket.socket] = collections.deque()
         self._connection: socket.socket | None = None
         self._heard = bytearray()
-        self._stop = Stop()
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(self._stop.fd, selectors.EVENT_READ)
-        self._selector.register(self._listener, selectors.EVENT_READ)
+        with contextlib.ExitStack() as made:
+            self._listener = made.enter_context(socket.create_server(address, family=family))
+            self._listener.setblocking(False)
+            self.port: int = self._listener.getsockname()[1]
+            self._stop = Stop()
+            made.callback(self._stop.close)
+            self._selector = made.enter_context(selectors.DefaultSelector())
+            self._selector.register(self._stop.fd, selectors.EVENT_READ)
+            self._selector.register(self._listener, selectors.EVENT_READ)
+            made.pop_all()
 
     def receive(self) -> tuple[bytes, bytes] | None:
-        while (message := self._next()) is None:
+        while self._stop.is_set or (message := self._next()) is None:
             ready = [key.fileobj for key, _ in self._selector.select()]
             if self._stop.fd in ready:
                 return None
@@ -94,11 +97,16 @@ class SendingStream:
         self._heard += heard
 
     def _accept(self) -> None:
-        with contextlib.suppress(OSError):
+        try:
             caller, _ = self._listener.accept()
-            caller.setblocking(False)
-            self._callers.append(caller)
-            self._selector.register(caller, selectors.EVENT_READ)
+        except BlockingIOError:
+            return
+        except OSError:  # no descriptor is left: the caller goes on waiting, and the listener calls
+            time.sleep(_LOOK_S)
+            return
+        caller.setblocking(False)
+        self._callers.append(caller)
+        self._selector.register(caller, selectors.EVENT_READ)
         if len(self._callers) > _MAX_CALLERS:
             self._hang_up(self._callers[0])
 
@@ -145,6 +153,8 @@ class SendingStream:
         assert self._connection is not None
         left = collections.deque(memoryview(piece) for piece in pieces)
         while left:
+            if self._stop.is_set:  # looked at also while the reader takes something
+                raise LinkLost("the link was closed")
             try:
                 sent = self._connection.sendmsg(itertools.islice(left, _IOV_MAX))
             except BlockingIOError:  # the reader takes nothing
@@ -155,11 +165,6 @@ class SendingStream:
                 sent -= len(left.popleft())
             if left:
                 left[0] = left[0][sent:]
-                if self._is_stopped():  # also while the reader takes a little now and then
-                    raise LinkLost("the link was closed")
-
-    def _is_stopped(self) -> bool:
-        return any(key.fd == self._stop.fd for key, _ in self._selector.select(0))
 
     def stop(self) -> None:
         self._stop.set()
@@ -183,7 +188,7 @@ class ReceivingStream:
         self._stopped = False
         try:
             self._connection = socket.create_connection((host.strip("[]"), port), timeout)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a name that cannot be one
             raise LinkLost(f"the source cannot be reached: {error}") from error
         try:
             self._connection.sendall(token)
@@ -230,6 +235,8 @@ class ReceivingStream:
     def _fill(self, into: memoryview, timeout: float) -> None:
         deadline = time.monotonic() + timeout
         while into:
+            if self._stopped:  # looked at also while something arrives
+                raise LinkLost("the link was closed")
             try:
                 got = self._connection.recv_into(into, 0, socket.MSG_WAITALL)
             except BlockingIOError:

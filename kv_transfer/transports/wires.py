@@ -74,9 +74,11 @@ class Stop:
 
     def __init__(self) -> None:
         self.fd = os.eventfd(0, os.EFD_CLOEXEC)
+        self.is_set = False
         self._lock = threading.Lock()
 
     def set(self) -> None:
+        self.is_set = True
         with self._lock:
             if self.fd >= 0:
                 os.eventfd_write(self.fd, 1)

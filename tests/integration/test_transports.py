@@ -44,7 +44,6 @@ from kv_transfer.transports.nixl import NixlReader, NixlSource
 from kv_transfer.transports.shm import ShmReader, ShmSource
 from kv_transfer.transports.tcp import TcpReader, TcpSource, split_proof
 from kv_transfer.transports.tcp_frames import ReceivingFrames
-from kv_transfer.transports.tcp_stream import ReceivingStream
 from tests.support.fake_cuda import FakeCuda
 from tests.support.fake_nccl import FakeNccl, FakePair
 
@@ -578,41 +577,6 @@ def test_a_stream_lets_go_of_a_block_when_the_kernel_has_it() -> None:
         assert reader._arrived((piece,)) is None
         assert torch.equal(end.target.memory.slabs[0], sent)
         assert reader._receive(10.0) == Proved("link", number, unchanged=True)
-
-
-def test_more_pieces_than_one_call_takes_are_sent() -> None:
-    with both_ends("tcp", blocks=1100) as end:
-        for block in range(1100):
-            end.fill(block)
-        end.leases.add(KEY, list(range(1100)))
-        end.reader().pull([end.piece(b, b, index=b) for b in range(1100)])
-        assert end.all_same()
-
-
-def test_a_stream_to_a_reader_that_takes_a_little_now_and_then_can_be_closed() -> None:
-    with both_ends("tcp", LARGE, blocks=64) as end:
-        for block in range(64):
-            end.fill(block)
-        end.leases.add(KEY, list(range(64)))
-        reader = end.reader()
-        assert isinstance(reader, TcpReader)
-        assert isinstance(reader._wire, ReceivingStream)
-        connection, done = reader._wire._connection, threading.Event()
-
-        def sip() -> None:
-            while not done.wait(0.01):
-                with contextlib.suppress(OSError):
-                    connection.recv(4096)
-
-        sipping = threading.Thread(target=sip)
-        sipping.start()
-        reader._ask(tuple(end.piece(b, b) for b in range(64)))
-        wait_until(lambda: end.leases.count()["touched"] == 64, "the source is sending")
-        began = time.monotonic()
-        end.source.close_link("link")
-        assert time.monotonic() - began < 5.0
-        done.set()
-        sipping.join()
 
 
 def test_a_stream_hears_the_reader_behind_strangers_who_say_nothing() -> None:

@@ -12,7 +12,7 @@ import torch
 
 from common.config import EngineSettings
 from common.engine import Engine, SamplingParams
-from common.messages import TookOver
+from common.messages import Failed, TookOver
 from common.node.kv import NodeKV
 from common.queue import Entry
 from decode_node import moves
@@ -115,6 +115,22 @@ async def test_what_nobody_takes_goes_on_here_as_if_nothing_had_been(
     assert tokens(node) == expected
     assert node.said == []
     assert role.num_open == 0
+
+
+async def test_one_whose_blocks_fail_their_proof_does_not_go_on_here_either(
+    node: ScriptedNode, role: DecodeRole
+) -> None:
+    """Whatever it makes from now on may be wrong; another attempt computes it again."""
+    await drained(node, role, "d1", "d2")
+    (offer,) = node.links.offers
+    role.sent(ended(offer.link.removeprefix("link-"), Outcome.FAILED, "digest_mismatch"))
+    await node.opened()
+    (failed,) = node.said
+    assert isinstance(failed, Failed)
+    assert (failed.code, failed.retryable) == ("transfer_error", True)
+    assert len(node.links.offers) == 1
+    assert role.num_open == 0
+    assert not node.engine.has_work
 
 
 async def test_a_node_that_cannot_be_reached_costs_no_pause(

@@ -170,13 +170,32 @@ async def test_a_node_that_failed_it_is_asked_again_when_there_is_no_other(
     node.decode_nodes("d1")
     role.accept(an_entry())
     await node.step(role)
-    role.sent(ended("d1", Outcome.FAILED, "digest_mismatch"))
+    role.sent(ended("d1", Outcome.FAILED, "internal_error"))
     role.peers_changed()
     await node.opened()
     assert node.links.committed == [key("d1"), key("d1", ask=2)]
     assert node.said == []
     role.sent(ended("d1", Outcome.ADOPTED, ask=2))
     assert role.num_open == 0
+
+
+@pytest.mark.parametrize("reason", ["digest_mismatch", "stale_block", "malformed_message"])
+async def test_blocks_that_fail_their_proof_are_offered_to_nobody_else_and_are_no_prefix(
+    node: ScriptedNode, role: prefill.PrefillRole, reason: str
+) -> None:
+    """Damaged in this node's memory, they would fail at every node, and for every prompt like it."""
+    node.decode_nodes("d1", "d2")
+    role.accept(an_entry())
+    await node.step(role)
+    cached = node.engine.pool.snapshot().block_hashes
+    role.sent(ended("d1", Outcome.FAILED, reason))
+    (failed,) = node.said
+    assert isinstance(failed, Failed)
+    assert (failed.code, failed.retryable) == ("transfer_error", True)
+    assert node.links.committed == [key("d1")]
+    assert role.num_open == 0
+    assert cached
+    assert not cached & node.engine.pool.snapshot().block_hashes
 
 
 async def test_a_node_that_is_known_to_be_lost_is_not_asked_again_for_every_prompt(
