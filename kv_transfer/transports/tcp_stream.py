@@ -11,7 +11,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import hmac
-import itertools
 import selectors
 import socket
 import struct
@@ -28,6 +27,8 @@ from kv_transfer.transports.wires import MAX_PULL_BYTES, Stop
 STALL_TIMEOUT = 20.0  # a slab of which nothing more arrives for so long has lost its link
 _MAX_CALLERS = 8  # who have not said the token yet; the oldest has to go
 _IOV_MAX = 1024  # pieces of one call, limits.h
+_CALL_BYTES = 256 << 10  # of small pieces; a call of many MiB keeps the kernel from its other end
+_ALIGN = 64  # of a stream: slabs that begin inside a line of cache are copied at half the speed
 _LENGTH = struct.Struct("!I")
 _LOOK_S = 0.05  # the longest wait in the kernel until it is looked whether the link goes on
 
@@ -78,10 +79,11 @@ class SendingStream:
         if length > MAX_PULL_BYTES:
             raise LinkLost(f"a message of {length} bytes")
         end = _LENGTH.size + length
-        if len(self._heard) < end:
+        whole = end + _padding(end)
+        if len(self._heard) < whole:
             return None
         message = bytes(self._heard[_LENGTH.size : end])
-        del self._heard[:end]
+        del self._heard[:whole]
         return message
 
     def _read(self) -> None:
@@ -122,7 +124,7 @@ class SendingStream:
         self._connection = caller
         self._hear_nobody_else()
         _wait_in_the_kernel(caller)
-        self._send([self._token])
+        self._send([record(self._token)])
 
     def _hang_up(self, caller: socket.socket) -> None:
         self._selector.unregister(caller)
@@ -143,7 +145,7 @@ class SendingStream:
         self, peer: bytes, header: bytes, batches: Iterable[Sequence[memoryview]]
     ) -> None:
         del peer  # there is one
-        before = [_LENGTH.pack(len(header)) + header]
+        before = [record(header)]
         for batch in batches:
             self._send([*before, *batch])
             before = []
@@ -156,9 +158,9 @@ class SendingStream:
             if self._stop.is_set:  # looked at also while the reader takes something
                 raise LinkLost("the link was closed")
             try:
-                sent = self._connection.sendmsg(itertools.islice(left, _IOV_MAX))
+                sent = self._connection.sendmsg(_one_call_of(left))
             except BlockingIOError:  # the reader takes nothing
-                sent = 0
+                continue
             except OSError as error:
                 raise LinkLost(f"the reader is gone: {error}") from error
             while left and sent >= len(left[0]):
@@ -181,7 +183,7 @@ class ReceivingStream:
     """The reader's end."""
 
     says_arrived = False
-    request_bytes = 32 << 20
+    request_bytes = 64 << 20
 
     def __init__(self, host: str, port: int, token: bytes, timeout: float) -> None:
         """Connect, say the token and hear it back: `LinkLost` if that takes over `timeout` s."""
@@ -192,23 +194,21 @@ class ReceivingStream:
             raise LinkLost(f"the source cannot be reached: {error}") from error
         try:
             self._connection.sendall(token)
-            if not hmac.compare_digest(self._connection.recv(len(token)), token):
+            _wait_in_the_kernel(self._connection)
+            if not hmac.compare_digest(self.receive(timeout), token):
                 raise LinkLost("the source does not know this link")
-        except OSError as error:
+        except (OSError, LinkLost) as error:
             self._connection.close()
             raise LinkLost(f"the source does not answer: {error}") from error
-        except LinkLost:
-            self._connection.close()
-            raise
-        _wait_in_the_kernel(self._connection)
 
     def say(self, message: bytes) -> None:
-        left, deadline = _LENGTH.pack(len(message)) + message, time.monotonic() + STALL_TIMEOUT
+        left, deadline = record(message), time.monotonic() + STALL_TIMEOUT
         while left:
             try:
                 left = left[self._connection.send(left) :]
             except BlockingIOError:
-                self._go_on(deadline)
+                if self._stopped or time.monotonic() > deadline:
+                    raise LinkLost("the source hears nothing") from None
             except OSError as error:
                 raise LinkLost(f"the source is gone: {error}") from error
 
@@ -218,9 +218,9 @@ class ReceivingStream:
         (length,) = _LENGTH.unpack(header)
         if length > MAX_PULL_BYTES:
             raise LinkLost(f"a message of {length} bytes")
-        message = bytearray(length)
+        message = bytearray(length + _padding(_LENGTH.size + length))
         self._fill(memoryview(message), timeout)
-        return bytes(message)
+        return bytes(message[:length])
 
     def place(self, memory: PoolMemory, block: int, ranges: Sequence[tuple[int, int]]) -> None:
         if isinstance(memory, DevicePoolMemory):
@@ -238,30 +238,44 @@ class ReceivingStream:
             if self._stopped:  # looked at also while something arrives
                 raise LinkLost("the link was closed")
             try:
-                got = self._connection.recv_into(into, 0, socket.MSG_WAITALL)
+                got = self._connection.recv_into(into)
             except BlockingIOError:
-                self._go_on(deadline)
+                if time.monotonic() > deadline:
+                    raise LinkLost("the source sends nothing") from None
                 continue
             except OSError as error:
                 raise LinkLost(f"the source is gone: {error}") from error
             if not got:
                 raise LinkLost("the source is gone")
             into, deadline = into[got:], time.monotonic() + timeout
-            if into:
-                self._go_on(deadline)
-
-    def _go_on(self, deadline: float) -> None:
-        """Nothing moved for a moment."""
-        if self._stopped:
-            raise LinkLost("the link was closed")
-        if time.monotonic() > deadline:
-            raise LinkLost("the source sends nothing")
 
     def stop(self) -> None:
         self._stopped = True
 
     def close(self) -> None:
         self._connection.close()
+
+
+def record(message: bytes) -> bytes:
+    """A message with its length before it, and with zeros behind it."""
+    length = _LENGTH.size + len(message)
+    return _LENGTH.pack(len(message)) + message + bytes(_padding(length))
+
+
+def _padding(length: int) -> int:
+    return -length % _ALIGN
+
+
+def _one_call_of(pieces: Iterable[memoryview]) -> list[memoryview]:
+    """The first one, and small ones behind it."""
+    some: list[memoryview] = []
+    size = 0
+    for piece in pieces:
+        size += len(piece)
+        if some and (size > _CALL_BYTES or len(some) == _IOV_MAX):
+            break
+        some.append(piece)
+    return some
 
 
 def _wait_in_the_kernel(connection: socket.socket) -> None:

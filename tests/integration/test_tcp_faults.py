@@ -10,7 +10,6 @@ import gc
 import os
 import resource
 import socket
-import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -28,7 +27,7 @@ from kv_transfer.transports import tcp
 from kv_transfer.transports.base import Target
 from kv_transfer.transports.nccl import NcclReader, Turns
 from kv_transfer.transports.tcp import TcpReader, TcpSource, split_proof
-from kv_transfer.transports.tcp_stream import SendingStream
+from kv_transfer.transports.tcp_stream import SendingStream, record
 from tests.integration.test_transports import (
     CUDA,
     KEY,
@@ -44,12 +43,9 @@ from tests.integration.test_transports import (
 )
 from tests.unit.kv_transfer.test_kv_links import two_nodes
 
-LENGTH = struct.Struct("!I")
-
 
 def framed(message: object) -> bytes:
-    said = encode(message)  # type: ignore[arg-type]
-    return LENGTH.pack(len(said)) + said
+    return record(encode(message))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("transport", ["tcp", "tcp+curve", "tcp+staged"])
@@ -191,7 +187,7 @@ def test_closing_a_reader_does_not_wait_for_a_source_that_sends_slowly() -> None
         call, _ = listener.accept()
         with call, contextlib.suppress(OSError):
             call.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            call.sendall(call.recv(16))
+            call.sendall(record(call.recv(16)))
             call.recv(1 << 16)
             call.sendall(framed(Slabs("link", 0, "")) + framed(Proved("link", 0, True)))
             call.recv(1 << 16)
