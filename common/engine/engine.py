@@ -305,9 +305,11 @@ class Engine:
         self.cache.copy_blocks(planned.step.copies)
         hidden = self.model.forward(planned.batch.rows, self.cache)
         sound = sound_rows(planned.step, hidden)
+        ids: frozenset[int] | None = None
         if filled is not None:
             self.backend.synchronize()
-            filled(spoiled(planned.step, planned.batch, sound))
+            ids = spoiled(planned.step, planned.batch, sound)
+            filled(ids)
         scores = self._score_prompts(planned, hidden)
         sampled = None
         if len(planned.batch.sampled):
@@ -316,7 +318,9 @@ class Engine:
             )
             sampled = self._sampler.sample(logits, planned.rows)
         self.backend.synchronize()  # a step that samples nothing has not waited for anything
-        return ComputedStep(sampled, scores, spoiled(planned.step, planned.batch, sound))
+        if ids is None:
+            ids = spoiled(planned.step, planned.batch, sound)
+        return ComputedStep(sampled, scores, ids)
 
     def end_step(self, planned: PlannedStep, computed: ComputedStep) -> list[StepOutput]:
         """Take in what was computed: accept tokens, publish blocks, end sequences."""

@@ -35,7 +35,7 @@ from kv_transfer.ports import Piece
 from kv_transfer.transports import tcp
 from kv_transfer.transports.base import Target
 from kv_transfer.transports.tcp_frames import ReceivingFrames, SendingFrames
-from kv_transfer.transports.wires import SendingWire
+from kv_transfer.transports.wires import STALL_TIMEOUT, SendingWire
 
 _SETUP_TIMEOUT = 30.0  # for both ends to set a communicator up
 _POLL = 0.0002
@@ -91,7 +91,7 @@ class _Channel:
         if self._pair is None:
             raise LinkLost("the communicator was aborted")
         self._pair.exchange(ranges, self._stream, send=self._sends)
-        self._wait_ready(tcp.STALL_TIMEOUT)
+        self._wait_ready(STALL_TIMEOUT)
 
     def is_done(self) -> bool:
         return self._cuda.is_done(self._device, self._stream)
@@ -276,7 +276,7 @@ class NcclReader(tcp.TcpReader):
             for piece in pieces
             for offset, length in target.ranges(piece)
         ]
-        deadline = time.monotonic() + tcp.STALL_TIMEOUT
+        deadline = time.monotonic() + STALL_TIMEOUT
         try:
             self._channel.begin(ranges)
             while not self._channel.is_done():

@@ -6,7 +6,8 @@ encrypted, ZeroMQ sockets with CURVE (tcp_frames.py), whose reader must say that
 (`Arrived`). Either sends pool memory itself, without a copy (of a pool on a device, pinned copies out
 of a ring that is as large as the window). Until the bytes have left they touch the lease of their
 blocks, and only then is it looked up that no generation changed. The reader digests each slab while it
-is in cache. What is under way is bounded by the reader's window, whatever the prompt.
+is in cache. What is under way is bounded whatever the prompt: in frames by the reader's window, on a
+connection by the buffers of the kernel.
 
 Each link has sockets and a thread of its own: tearing a link down ends them, after which nothing of
 the pool is in any buffer of ours, whatever the peer does.
@@ -41,14 +42,13 @@ from kv_transfer.ports import Piece
 from kv_transfer.transports.base import Target
 from kv_transfer.transports.tcp_frames import ReceivingFrames, SendingFrames
 from kv_transfer.transports.tcp_stream import ReceivingStream, SendingStream
-from kv_transfer.transports.wires import ReceivingWire, SendingWire
+from kv_transfer.transports.wires import STALL_TIMEOUT, ReceivingWire, SendingWire
 
 WINDOW_BYTES = 8 << 20  # under way at once on a link, or two slabs where those are larger
 _MAX_SLOTS = 1024  # of one Pull, which is a short message
 _TOKEN_BYTES = 16
 _MAX_PENDING = 16  # pulls that a source has under way at once; more are refused
 _OPEN_TIMEOUT = 5.0
-STALL_TIMEOUT = 20.0  # a pull in which nothing arrives for so long has lost its link
 
 
 class TcpSource:

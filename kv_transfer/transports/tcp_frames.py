@@ -108,7 +108,6 @@ class ReceivingFrames:
     def __init__(self, endpoint: str, secret_key: str, slab_bytes: int) -> None:
         keep_freed_pages()
         self._frames: collections.deque[Any] = collections.deque()  # behind the last message
-        self._is_stopped = False
         self._stop = Stop()
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.DEALER)
@@ -134,7 +133,7 @@ class ReceivingFrames:
             raise MalformedMessage(f"not an endpoint: {endpoint!r}", param="proofs") from error
 
     def say(self, message: bytes) -> None:
-        if self._is_stopped:
+        if self._stop.is_set:
             raise LinkLost("the link was closed")
         try:  # without a peer, it would wait for ever
             self._socket.send(message, zmq.DONTWAIT)
@@ -174,7 +173,6 @@ class ReceivingFrames:
             memory.put(block, [(offset, length)], np.frombuffer(frame, np.uint8).ctypes.data)
 
     def stop(self) -> None:
-        self._is_stopped = True
         self._stop.set()
 
     def close(self) -> None:

@@ -22,9 +22,8 @@ import numpy as np
 from common.errors import LinkLost
 from kv_transfer.device_memory import DevicePoolMemory
 from kv_transfer.pool_memory import PoolMemory
-from kv_transfer.transports.wires import MAX_PULL_BYTES, Stop
+from kv_transfer.transports.wires import MAX_PULL_BYTES, STALL_TIMEOUT, Stop
 
-STALL_TIMEOUT = 20.0  # a slab of which nothing more arrives for so long has lost its link
 _MAX_CALLERS = 8  # who have not said the token yet; the oldest has to go
 _IOV_MAX = 1024  # pieces of one call, limits.h
 _CALL_BYTES = 256 << 10  # of small pieces; a call of many MiB keeps the kernel from its other end
