@@ -67,7 +67,12 @@ def decode(data: bytes | bytearray | memoryview) -> Message:
 
 
 def _fields_out(value: Any) -> list[Any]:
-    return [_out(getattr(value, field.name)) for field in dataclasses.fields(value)]
+    return [_out(getattr(value, name)) for name in _names(typing.cast(Any, type(value)))]
+
+
+@functools.cache
+def _names(message_type: type[Any]) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(message_type))
 
 
 def _out(value: Any) -> Any:

@@ -163,17 +163,9 @@ async def move_unread(client: RedisClient, source: str, target: str, count: int)
 
 
 async def queue_lengths(client: RedisClient, incarnations: Sequence[str]) -> list[QueueLength]:
-    """Lengths of these streams, in order; one that does not exist is empty."""
-    lengths = []
-    for incarnation in incarnations:
-        stream = client.keys.stream(incarnation)
-        try:
-            total = int(await client.command("XLEN", stream))
-            summary: Any = await client.command("XPENDING", stream, scripts.GROUP)
-            at_work = int(summary["pending"])
-        except ServiceUnavailable as error:
-            if reply_code(error) != "NOGROUP":
-                raise
-            at_work = 0
-        lengths.append(QueueLength(max(0, total - at_work), at_work))
-    return lengths
+    """Lengths of these streams, in order and in one round trip; one that does not exist is empty."""
+    if not incarnations:
+        return []
+    streams = [client.keys.stream(incarnation) for incarnation in incarnations]
+    reply = await client.call(scripts.QUEUE_LENGTHS, streams, [scripts.GROUP])
+    return [QueueLength(max(0, total - at_work), at_work) for total, at_work in reply]

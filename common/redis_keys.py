@@ -29,7 +29,7 @@ class Keys:
         self.prefix = prefix
 
     def node(self, incarnation: str) -> str:
-        """Record of a node or gateway. Hash; NODE_TTL_S, renewed by every beat.
+        """Record of a node or gateway, and its KV links. Hash; NODE_TTL_S, renewed by every beat.
         Writer: its own incarnation; deleted by it or by the reaper. Readers: everyone."""
         return f"{self.prefix}:node:{incarnation}"
 

@@ -322,6 +322,16 @@ return moved
 """
 )
 
+# KEYS: streams. ARGV: group. Returns {entries, of these at work} of each.
+QUEUE_LENGTHS = Script("""
+local lengths = {}
+for i, stream in ipairs(KEYS) do
+  local pending = redis.pcall('XPENDING', stream, ARGV[1])  -- an error where there is no group
+  lengths[i] = {redis.call('XLEN', stream), pending.err and 0 or pending[1]}
+end
+return lengths
+""")
+
 # KEYS: stream. ARGV: record stem. Deletes the stream of a dead incarnation, unless an attempt in it
 # is still wanted: its gateway is about to retry it. Returns 1 if nothing is left.
 REAP_STREAM = Script(
@@ -351,12 +361,14 @@ DEAD_LETTER = Script(f"""
 return redis.call('XADD', KEYS[1], 'MAXLEN', '~', {DEAD_LETTERS}, '*', unpack(ARGV))
 """)
 
-# KEYS: record, index. ARGV: incarnation, time to live, fields in pairs. Returns unix ms.
+# KEYS: record, index. ARGV: incarnation, time to live, 1 if these are all of the record's fields,
+# fields in pairs. Returns unix ms; 0, and nothing written, for some fields of a record that is gone.
 ANNOUNCE = Script(
     _PRELUDE
     + """
+if ARGV[3] == '0' and redis.call('EXISTS', KEYS[1]) == 0 then return 0 end
 local now = now_ms()
-redis.call('HSET', KEYS[1], 'beat_at', now, unpack(ARGV, 3))
+redis.call('HSET', KEYS[1], 'beat_at', now, unpack(ARGV, 4))
 redis.call('EXPIRE', KEYS[1], ARGV[2])
 redis.call('ZADD', KEYS[2], now, ARGV[1])
 return now

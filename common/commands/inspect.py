@@ -24,7 +24,7 @@ from common.commands.settings import NodesSettings, QueueSettings, RequestsSetti
 from common.config import RedisSettings
 from common.queue import QueueLength, queue_lengths
 from common.redis_client import RedisClient
-from common.registry import NodeRecord, Registry, Role, Snapshot
+from common.registry import KVLink, NodeRecord, Registry, Role, Snapshot
 from common.requests import ChoiceRecord, Load, RequestRecord, Requests
 
 LATE_BEAT_S = 5.0
@@ -33,11 +33,13 @@ LATE_BEAT_S = 5.0
 def nodes(argv: Sequence[str]) -> int:
     settings = load(NodesSettings, argv, os.environ, "pdq nodes")
 
-    async def read() -> Snapshot:
+    async def read() -> tuple[Snapshot, dict[str, list[KVLink]]]:
         async with _redis(settings.redis) as client:
-            return await Registry(client).snapshot()
+            registry = Registry(client)
+            snapshot = await registry.snapshot()
+            return snapshot, await registry.kv_links(list(snapshot.records))
 
-    snapshot = asyncio.run(read())
+    snapshot, links = asyncio.run(read())
     records = sorted(snapshot.records.values(), key=lambda r: (r.role is Role.GATEWAY, r.name))
     if settings.json:
         ages = {name: round(age_s, 3) for name, age_s in snapshot.ages.items()}
@@ -45,7 +47,7 @@ def nodes(argv: Sequence[str]) -> int:
             [
                 {
                     **dataclasses.asdict(r),
-                    "kv_links": kv_links(r),
+                    "kv_links": links[r.incarnation],
                     "beat_age_s": ages[r.incarnation],
                 }
                 for r in records
@@ -56,7 +58,8 @@ def nodes(argv: Sequence[str]) -> int:
         ">WAIT", ">LEASES", ">STEPS", "TRANSPORTS", "LINKS", "MODEL", "AT",
     )  # fmt: skip
     for record in records:
-        table.add_row(*_node_row(record, snapshot.ages[record.incarnation]))
+        name = record.incarnation
+        table.add_row(*_node_row(record, snapshot.ages[name], links[name]))
     return _print_table(table, "no nodes")
 
 
@@ -117,7 +120,7 @@ def requests(argv: Sequence[str]) -> int:
     return _print_table(table, "no requests")
 
 
-def _node_row(record: NodeRecord, beat_age_s: float) -> list[str]:
+def _node_row(record: NodeRecord, beat_age_s: float, links: Sequence[KVLink]) -> list[str]:
     up_s = time.time() - record.started_at / 1000 if record.started_at else None
     worker = record.role is not Role.GATEWAY
     late = " late" if beat_age_s > LATE_BEAT_S else ""
@@ -127,23 +130,14 @@ def _node_row(record: NodeRecord, beat_age_s: float) -> list[str]:
         str(record.free_blocks) if worker else "", str(record.num_blocks) if worker else "",
         str(record.running), str(record.waiting) if worker else "",
         str(record.leases) if worker else "", str(record.steps) if worker else "",
-        record.transports, _links(record), record.model,
+        record.transports, _by_transport(links), record.model,
         record.url or record.endpoint,
     ]  # fmt: skip
 
 
-def kv_links(record: NodeRecord) -> list[dict[str, str]]:
-    """The links over which KV comes and goes, each with its transport and why it is that one."""
-    try:
-        found: list[dict[str, str]] = json.loads(record.kv_links or "[]")
-    except ValueError:
-        return []
-    return found
-
-
-def _links(record: NodeRecord) -> str:
+def _by_transport(links: Sequence[KVLink]) -> str:
     """`shm 2 tcp 1`: open links by transport."""
-    counts = Counter(link["transport"] for link in kv_links(record) if link["transport"])
+    counts = Counter(link["transport"] for link in links if link["transport"])
     return " ".join(f"{transport} {count}" for transport, count in sorted(counts.items()))
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import json
 import os
 import socket
 import time
@@ -171,7 +170,7 @@ class Node:
             await asyncio.get_running_loop().run_in_executor(self._thread, self.engine.warm_up)
             loading.give_back_memory()
             self.state = NodeState.READY
-            await self.registry.announce(self.record())
+            await self.registry.announce(self.record(), self.links.describe())
             log.info("node.ready", **self._summary())
             loops = [
                 asyncio.create_task(coroutine, name=name)
@@ -217,7 +216,7 @@ class Node:
         self.state = NodeState.DRAINING
         self.links.perform(self.links.intake.drain(time.monotonic()))
         try:
-            await self.registry.announce(self.record())
+            await self.registry.announce(self.record(), self.links.describe())
         except ServiceUnavailable as error:
             log.warning("node.unannounced", error=error)
         begun = time.monotonic()
@@ -343,7 +342,7 @@ class Node:
     async def _announce(self) -> None:
         while True:
             try:
-                await self.registry.announce(self.record())
+                await self.registry.announce(self.record(), self.links.describe())
                 self.peers = await self.registry.snapshot()
                 for name in self._lost.keys() - self.peers.records.keys():
                     del self._lost[name]  # names are never used again
@@ -447,7 +446,6 @@ class Node:
             pid=os.getpid(), cores=len(os.sched_getaffinity(0)), started_at=self._started_at,
             model=mine.model, revision=mine.revision, layout=mine.layout, numerics=mine.numerics,
             adapter=mine.adapter, transports=self.transports,
-            kv_links=json.dumps(self.links.describe()),
             block_size=mine.block_size, slab_bytes=engine.layout.slab_bytes,
             num_blocks=engine.pool.num_blocks, max_num_seqs=engine.settings.max_num_seqs,
             max_model_len=engine.max_model_len, waiting=engine.scheduler.num_waiting,

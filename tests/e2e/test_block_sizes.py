@@ -7,7 +7,6 @@ engine, whose block size is its own again.
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Iterator
 
 import httpx
@@ -59,7 +58,7 @@ async def received_blocks(system: Deployment) -> int:
     while node.beats <= beats + 1:
         await asyncio.sleep(0.1)
         node = (await system.records())["decode"]
-    return sum(int(link["blocks"]) for link in json.loads(node.kv_links))
+    return sum(int(link["blocks"]) for link in await system.kv_links("decode"))
 
 
 async def test_greedy_and_seeded_requests_get_the_engines_tokens(
@@ -73,13 +72,12 @@ async def test_greedy_and_seeded_requests_get_the_engines_tokens(
     said = f"blocks of {theirs} positions are converted to {ours}, delta is off"
 
     async def shown() -> bool:
-        links = (await system.records())["prefill"].kv_links
-        return bool(json.loads(links))
+        return bool(await system.kv_links("prefill"))
 
     await wait_until(shown, "the records show the link")
     records = await system.records()
     for name in ("prefill", "decode"):
-        links = json.loads(records[name].kv_links)
+        links = await system.kv_links(name)
         assert links, f"{name} has no link"
         assert all(said in link["reason"] for link in links)
     assert f"link.converts peer={records['prefill'].incarnation}" in system.logs()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import itertools
-import json
 from collections.abc import Iterator
 
 import httpx
@@ -44,7 +43,7 @@ async def copied(system: Deployment) -> int:
     while node.beats <= beats + 1:
         await asyncio.sleep(0.1)
         node = (await system.records())["decode-1"]
-    links = json.loads(node.kv_links)
+    links = await system.kv_links("decode-1")
     return sum(int(link["blocks"]) for link in links if link["direction"] == "receives")
 
 

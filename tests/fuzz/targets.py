@@ -35,6 +35,7 @@ from common.messages import (
     Release,
     Tail,
 )
+from common.redis_client import text
 from common.sampling import SamplingParams
 from kv_transfer import handshake, pool_memory
 from kv_transfer.handoff import Handoff
@@ -325,7 +326,9 @@ _REQUEST_FIELDS = [
 
 def node_record(data: bytes) -> None:
     """A record of a node is one, or is left out."""
-    record = registry.record_of(_fields(Source(data), _NODE_FIELDS))
+    stored = {text(name): text(value) for name, value in
+              _fields(Source(data), _NODE_FIELDS).items()}  # fmt: skip
+    record = registry.record_of(stored)
     assert record is None or isinstance(record.role, registry.Role)
 
 

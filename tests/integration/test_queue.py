@@ -11,7 +11,7 @@ from common.queue import NodeQueue, QueueLength, move_unread, queue_lengths
 from common.redis_client import RedisClient
 from common.requests import Load, Requests
 from common.sampling import SamplingParams
-from tests.support.redis import a_dispatch, wait_until
+from tests.support.redis import Traffic, a_dispatch, wait_until
 
 
 async def a_queue(client: RedisClient, incarnation: str) -> NodeQueue:
@@ -42,6 +42,18 @@ async def test_entries_come_in_order_and_no_more_than_there_is_room_for(
     ]
     assert [entry.dispatch.request for entry in await queue.take(3)] == names[3:]
     assert await queue.take(3) == []
+
+
+async def test_the_lengths_of_many_queues_cost_one_round_trip(redis_client: RedisClient) -> None:
+    names = [f"p-{n}" for n in range(20)]
+    for name in names[:10]:
+        await a_queue(redis_client, name)
+    assert await queue_lengths(redis_client, names) == [QueueLength(0, 0)] * 20
+    traffic = Traffic(redis_client)
+    async with traffic:
+        assert await queue_lengths(redis_client, names) == [QueueLength(0, 0)] * 20
+    assert traffic.commands["evalsha"] == 1
+    assert traffic.commands["xlen"] == len(names)  # asked by the script
 
 
 async def test_done_deletes_entries_and_does_not_only_acknowledge_them(

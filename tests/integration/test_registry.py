@@ -8,13 +8,13 @@ from dataclasses import replace
 
 import pytest
 
-from common.errors import ConfigError
+from common.errors import ConfigError, ServiceUnavailable
 from common.redis_client import RedisClient
 from common.redis_keys import NODE_TTL_S
 from common.redis_server import EmbeddedRedis
 from common.registry import NodeRecord, NodeState, Registry, Role, Snapshot, new_incarnation
 from common.requests import Requests
-from tests.support.redis import a_dispatch, wait_until
+from tests.support.redis import Traffic, a_dispatch, wait_until
 
 
 def a_node(incarnation: str = "p-1", role: Role = Role.PREFILL) -> NodeRecord:
@@ -45,6 +45,85 @@ async def test_a_beat_replaces_the_numbers(redis_client: RedisClient) -> None:
     later = replace(a_node(), state=NodeState.DRAINING, running=3, free_blocks=7, beats=2)
     await registry.announce(later)
     assert (await registry.snapshot()).records == {"p-1": later}
+
+
+async def test_a_beat_writes_and_reads_what_changes_and_no_links(redis_client: RedisClient) -> None:
+    """Every node reads every record twice a second: one of few bytes, however much it has to say
+    of itself and of its links."""
+    count, most_bytes = 50, 200
+    writer, reader = Registry(redis_client), Registry(redis_client)
+    links = [{"link": f"{n:016}", "peer": "p" * 60, "transport": "shm"} for n in range(count)]
+    nodes = [replace(a_node(f"p-{n}"), layout="l" * 1000) for n in range(count)]
+    for node in nodes:
+        await writer.announce(node, links)
+    assert (await reader.snapshot()).records == {node.incarnation: node for node in nodes}
+    nodes = [replace(node, running=1, beats=2) for node in nodes]
+    traffic = Traffic(redis_client)
+    async with traffic:
+        for node in nodes:
+            await writer.announce(node, links)
+    assert traffic.received < count * 2 * most_bytes  # a script's digest and its keys are said, too
+    async with traffic:
+        snapshot = await reader.snapshot()
+    assert snapshot.records == {node.incarnation: node for node in nodes}
+    assert traffic.sent < count * most_bytes
+    assert traffic.commands["hmget"] == count
+    assert traffic.commands["exec"] <= 3  # each a round trip
+
+
+async def test_links_are_read_by_those_who_ask_for_them(redis_client: RedisClient) -> None:
+    registry = Registry(redis_client)
+    links = [{"link": "1", "peer": "d-1", "transport": "shm"}]
+    await registry.announce(a_node(), links)
+    await registry.announce(a_node("p-2"))
+    assert await Registry(redis_client).kv_links(["p-1", "p-2", "none"]) == {
+        "p-1": links, "p-2": [], "none": [],
+    }  # fmt: skip
+    await registry.announce(a_node())
+    assert await registry.kv_links(["p-1"]) == {"p-1": []}
+
+
+async def test_who_lost_its_record_writes_all_of_it_with_its_next_beat(
+    redis_client: RedisClient,
+) -> None:
+    registry = Registry(redis_client)
+    links = [{"link": "1", "peer": "d-1", "transport": "shm"}]
+    await registry.announce(a_node(), links)
+    await registry.snapshot()
+    await redis_client.command("FLUSHALL")
+    assert (await registry.snapshot()).records == {}
+    await registry.announce(replace(a_node(), beats=2), links)
+    assert (await registry.snapshot()).records == {"p-1": replace(a_node(), beats=2)}
+    assert await registry.kv_links(["p-1"]) == {"p-1": links}
+
+
+async def test_a_reader_notices_that_an_incarnation_describes_itself_anew(
+    redis_client: RedisClient,
+) -> None:
+    writer, reader = Registry(redis_client), Registry(redis_client)
+    await writer.announce(a_node())
+    await reader.snapshot()
+    other = replace(a_node(), endpoint="tcp://127.0.0.1:8", model="small")
+    await writer.announce(other)
+    assert (await reader.snapshot()).records == {"p-1": other}
+
+
+async def test_a_beat_whose_answer_was_lost_is_followed_by_a_whole_record(
+    redis_client: RedisClient, redis_server: EmbeddedRedis
+) -> None:
+    impatient = RedisClient(dataclasses.replace(redis_client.settings, retry_s=0.0))
+    writer = Registry(impatient)
+    await writer.announce(a_node())
+    redis_server.kill()
+    try:
+        with pytest.raises(ServiceUnavailable):
+            await writer.announce(replace(a_node(), beats=2))
+    finally:
+        await asyncio.to_thread(redis_server.start)
+    await redis_client.command("HSET", redis_client.keys.node("p-1"), "beats", "2")  # it arrived
+    await writer.announce(a_node())
+    assert (await Registry(redis_client).snapshot()).records == {"p-1": a_node()}
+    await impatient.close()
 
 
 async def test_an_old_or_missing_record_is_shown_with_its_age_and_nothing_is_concluded(
@@ -79,9 +158,11 @@ async def test_fields_of_another_version_are_no_obstacle(redis_client: RedisClie
     await registry.announce(a_node())
     key = redis_client.keys.node("p-1")
     await redis_client.command("HSET", key, "from_the_future", "1")
-    await redis_client.command("HDEL", key, "running")
+    await redis_client.command("HDEL", key, "running", "identity")
     assert (await registry.snapshot()).records == {"p-1": a_node()}
     await redis_client.command("HSET", key, "role", "conductor")
+    assert (await registry.snapshot()).records == {}
+    await redis_client.command("HSET", key, "role", "prefill", "state", "tired")
     assert (await registry.snapshot()).records == {}
 
 

@@ -139,9 +139,10 @@ class Chaotic(Deployment):
     async def _all_linked(self) -> bool:
         records = await self.records()
         decode = {r.incarnation for r in records.values() if r.role == "decode"}
-        senders = [r for r in records.values() if r.role == "prefill"]
         peers = [
-            {row["peer"] for row in json.loads(r.kv_links) if row["transport"]} for r in senders
+            {row["peer"] for row in await self.kv_links(name) if row["transport"]}
+            for name, record in records.items()
+            if record.role == "prefill"
         ]
         return len(decode) == len(peers) == 2 and all(decode <= found for found in peers)
 

@@ -27,7 +27,7 @@ from common.config import RedisSettings
 from common.queue import queue_lengths
 from common.redis_client import RedisClient
 from common.redis_server import EmbeddedRedis
-from common.registry import NodeRecord, NodeState, Registry, Role
+from common.registry import KVLink, NodeRecord, NodeState, Registry, Role
 from tests.support.redis import leaked_keys
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -160,6 +160,12 @@ class Deployment:
         async with self.redis_client() as client:
             snapshot = await Registry(client).snapshot()
         return {names[r.pid]: r for r in snapshot.records.values() if r.pid in names}
+
+    async def kv_links(self, name: str) -> list[KVLink]:
+        """What the node of this name says of its KV links."""
+        incarnation = (await self.records())[name].incarnation
+        async with self.redis_client() as client:
+            return (await Registry(client).kv_links([incarnation]))[incarnation]
 
     async def wait_ready(self) -> None:
         """Everything that was started is up, and every gateway would take a request."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
 import pytest
@@ -42,6 +43,27 @@ async def leaked_keys(client: RedisClient) -> list[str]:
     times = await client.pipeline(*(("PTTL", key) for key in keys))
     permanent = client.keys.permanent()
     return sorted(k for k, t in zip(keys, times, strict=True) if t == -1 and k not in permanent)
+
+
+class Traffic:
+    """What Redis heard and said between `async with traffic` and its end, by itself: `received` and
+    `sent` bytes, `commands` by name. Nobody else may talk to it meanwhile."""
+
+    def __init__(self, client: RedisClient) -> None:
+        self._client = client
+        self.received = self.sent = 0
+        self.commands: Counter[str] = Counter()
+
+    async def __aenter__(self) -> None:
+        await self._client.command("CONFIG", "RESETSTAT")
+
+    async def __aexit__(self, *_: object) -> None:
+        bytes_, calls = await self._client.pipeline(("INFO", "stats"), ("INFO", "commandstats"))
+        self.received = int(bytes_["total_net_input_bytes"])
+        self.sent = int(bytes_["total_net_output_bytes"])
+        self.commands = Counter(
+            {name.removeprefix("cmdstat_"): count["calls"] for name, count in calls.items()}
+        )
 
 
 async def wait_until(
