@@ -71,20 +71,26 @@ class Node:
         self.settings = settings = dataclasses.replace(settings, bus=bus)
         self.name = settings.name or f"{settings.role}-{socket.gethostname().split('.')[0]}"
         self.incarnation = new_incarnation(self.name)
-        shared = SharedMemory(loading.choose_device(settings.engine.device))
-        # Made in the thread that will compute: OpenMP keeps a team for each thread that ever ran a
-        # parallel region, and with two of them it waits at every barrier asleep, not spinning.
-        self._thread = ThreadPoolExecutor(1, "engine")
-        self.engine = self._thread.submit(
-            Engine, settings.engine, storage=shared.allocate, on_free=shared.freed
-        ).result()
-        assert shared.memory is not None
-        self.memory = shared.memory
-        self.kv = NodeKV(self.engine, self.memory, digests=settings.engine.kv_digests)
         self.redis = RedisClient(settings.redis, name=self.incarnation)
         self.registry = Registry(self.redis)
         self.queue = NodeQueue(self.redis, self.incarnation)
         self.bus = Bus(self.incarnation, settings.bus, progress=self._progress)
+        shared = SharedMemory(loading.choose_device(settings.engine.device))
+        # Made in the thread that will compute: OpenMP keeps a team for each thread that ever ran a
+        # parallel region, and with two of them it waits at every barrier asleep, not spinning.
+        self._thread = ThreadPoolExecutor(1, "engine")
+        try:
+            self.engine = self._thread.submit(
+                Engine, settings.engine, storage=shared.allocate, on_free=shared.freed
+            ).result()
+        except BaseException:
+            self._thread.shutdown()
+            if shared.memory is not None:
+                shared.memory.close()
+            raise
+        assert shared.memory is not None
+        self.memory = shared.memory
+        self.kv = NodeKV(self.engine, self.memory, digests=settings.engine.kv_digests)
         self.leases = Leases(self.engine.pool)
         self.links: Links
         self.transports = ""  # what this node has of them, fastest first
@@ -159,19 +165,10 @@ class Node:
     # Life.
 
     async def run(self) -> None:
-        """Serve until `stop`; then finish what runs, within the grace period, and leave nothing."""
-        await self.redis.open()
-        await self.queue.open()
-        await self.bus.start()
-        self.links = self._make_links()
-        self.links.start()
-        loops: list[asyncio.Task[None]] = []
-        try:
-            await asyncio.get_running_loop().run_in_executor(self._thread, self.engine.warm_up)
-            loading.give_back_memory()
-            self.state = NodeState.READY
-            await self.registry.announce(self.record(), self.links.describe())
-            log.info("node.ready", **self._summary())
+        """Serve until `stop`; then finish what runs, within the grace period, and leave nothing, as
+        after an error at any step of the start."""
+        async with contextlib.AsyncExitStack() as stack:
+            await self._start(stack)
             loops = [
                 asyncio.create_task(coroutine, name=name)
                 for name, coroutine in (
@@ -182,28 +179,49 @@ class Node:
                     ("compute", self._compute()),
                 )
             ]
+            stack.push_async_callback(_end, loops)
             stopping = asyncio.create_task(self._stopping.wait(), name="stopping")
             loops.append(stopping)  # type: ignore[arg-type]
             done, _ = await asyncio.wait(loops, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()  # a loop ends only by an error
             await self._drain()
-        finally:
-            for task in loops:
-                task.cancel()
-            for timer in self._gateways.values():
-                timer.cancel()
-            await asyncio.gather(*loops, return_exceptions=True)
-            await self.links.close()
-            await self.bus.close()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
-            try:
-                await self.registry.leave(self.incarnation)
-            except ServiceUnavailable as error:
-                log.warning("node.left_unsaid", error=error)  # the reaper will find it
-            await self.redis.close()
-            self._thread.shutdown()
-            log.info("node.ended", steps=self.engine.num_steps)
+
+    async def _start(self, stack: contextlib.AsyncExitStack) -> None:
+        """What each step needs for its way back is on the stack before the step is taken."""
+        stack.callback(lambda: log.info("node.ended", steps=self.engine.num_steps))
+        stack.callback(self.memory.close)
+        stack.callback(self._thread.shutdown)
+        stack.push_async_callback(self.redis.close)
+        await self.redis.open()
+        stack.push_async_callback(self._leave)
+        await self.queue.open()
+        stack.push_async_callback(self._settle)
+        stack.push_async_callback(self.bus.close)
+        await self.bus.start()
+        self.links = self._make_links()
+        stack.push_async_callback(self.links.close)
+        self.links.start()
+        stack.callback(self._forget_gateways)
+        await asyncio.get_running_loop().run_in_executor(self._thread, self.engine.warm_up)
+        loading.give_back_memory()
+        self.state = NodeState.READY
+        await self.registry.announce(self.record(), self.links.describe())
+        log.info("node.ready", **self._summary())
+
+    async def _leave(self) -> None:
+        try:
+            await self.registry.leave(self.incarnation)
+        except ServiceUnavailable as error:
+            log.warning("node.left_unsaid", error=error)  # the reaper will find it
+
+    async def _settle(self) -> None:
+        """Wait for what was begun in the background."""
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _forget_gateways(self) -> None:
+        for timer in self._gateways.values():
+            timer.cancel()
 
     def stop(self) -> None:
         """Ask `run` to end in order; asked again, at once."""
@@ -461,3 +479,9 @@ class Node:
             "model": self.engine.fingerprint.model, "blocks": self.engine.pool.num_blocks,
             "numerics": self.engine.fingerprint.numerics, "bus": self.bus.endpoint,
         }  # fmt: skip
+
+
+async def _end(loops: Iterable[asyncio.Task[None]]) -> None:
+    for task in loops:
+        task.cancel()
+    await asyncio.gather(*loops, return_exceptions=True)

@@ -1,0 +1,122 @@
+"""A node that fails on its way up leaves nothing: no key, no descriptor, no thread, no socket file."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import gc
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from common.bus import Bus
+from common.config import BusSettings, EngineSettings, NodeSettings
+from common.engine import Engine
+from common.errors import ConfigError, PdqError, ResourceError, ServiceUnavailable
+from common.node.runtime import Node
+from common.queue import NodeQueue
+from common.redis_client import RedisClient, text
+from common.registry import Registry
+from tests.support.checkpoints import STORIES
+from tests.support.holdings import holdings
+
+ENGINE = EngineSettings(
+    model=str(STORIES), dtype="float32", threads=1, num_kv_blocks=64, max_num_seqs=4,
+    max_num_batched_tokens=256,
+)  # fmt: skip
+Refusal = tuple[type[PdqError], str]
+
+
+class Spoil:
+    """Settings of which one cannot be had."""
+
+    def __init__(self, tmp: Path, taken_port: int) -> None:
+        self._tmp, self._taken_port = tmp, taken_port
+
+    def bus_port(self, settings: NodeSettings) -> NodeSettings:
+        return dataclasses.replace(settings, bus=BusSettings(port=self._taken_port))
+
+    def last_transport(self, settings: NodeSettings) -> NodeSettings:
+        """The ones before it are there already."""
+        folder = str(self._tmp / "no" / "such" / "folder")
+        return dataclasses.replace(settings, transports=("tcp", "shm"), shm_dir=folder)
+
+
+@pytest.fixture
+def spoil(tmp_path: Path) -> Iterator[Spoil]:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        yield Spoil(tmp_path, taken.getsockname()[1])
+
+
+async def refused_start(settings: NodeSettings, client: RedisClient) -> Refusal:
+    """Start a node in this process, in vain; nothing of it is left. Its error."""
+    before, threads = holdings(os.getpid()), set(threading.enumerate())
+    error = await refusal(settings)
+    gc.collect()  # the pool's mapping ends with the last tensor over it
+    assert holdings(os.getpid()).descriptors <= before.descriptors
+    left = {thread.name for thread in set(threading.enumerate()) - threads}
+    assert not {name for name in left if not name.startswith("asyncio_")}  # the loop's own
+    keys = {text(key) for key in await client.command("KEYS", "*")}
+    assert keys <= client.keys.permanent()
+    assert await client.command("ZCARD", client.keys.nodes()) == 0
+    return error
+
+
+async def refusal(settings: NodeSettings) -> Refusal:
+    """Not the error itself, which holds what was there when it was raised."""
+    node = await asyncio.to_thread(Node, settings)
+    try:
+        await node.run()
+    except PdqError as error:
+        return type(error), str(error)
+    raise AssertionError("it started")
+
+
+@pytest.mark.parametrize(
+    ("step", "error"),
+    [
+        ("bus_port", ResourceError),
+        ("last_transport", ConfigError),
+    ],
+)
+async def test_a_setting_that_ends_the_start_leaves_nothing(
+    step: str, error: type[PdqError], spoil: Spoil, redis_client: RedisClient
+) -> None:
+    change: Callable[[NodeSettings], NodeSettings] = getattr(spoil, step)
+    settings = change(NodeSettings(engine=ENGINE, redis=redis_client.settings))
+    refused, _ = await refused_start(settings, redis_client)
+    assert refused is error
+
+
+@pytest.mark.parametrize(
+    ("part", "step"),
+    [(NodeQueue, "open"), (Bus, "start"), (Engine, "warm_up"), (Registry, "announce")],
+)
+async def test_a_part_that_fails_at_the_start_leaves_nothing(
+    part: type, step: str, redis_client: RedisClient, monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    """`shm` in a folder: its socket is a file there while the node lives."""
+
+    def fail(*_: object) -> None:
+        raise ServiceUnavailable(step)
+
+    monkeypatch.setattr(part, step, fail)
+    settings = NodeSettings(engine=ENGINE, redis=redis_client.settings, shm_dir=str(tmp_path))
+    assert await refused_start(settings, redis_client) == (ServiceUnavailable, step)
+    assert not os.listdir(tmp_path)
+
+
+async def test_an_engine_that_cannot_be_made_leaves_nothing(redis_client: RedisClient) -> None:
+    before, threads = holdings(os.getpid()), threading.active_count()
+    settings = NodeSettings(
+        engine=dataclasses.replace(ENGINE, model="/no/such/model"), redis=redis_client.settings
+    )
+    with pytest.raises(PdqError):
+        Node(settings)
+    assert holdings(os.getpid()) == before
+    assert threading.active_count() == threads
