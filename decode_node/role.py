@@ -1,9 +1,9 @@
 """The decode role: sequences arrive by handoff, with KV and first token, and run to their end.
 
 Owns the attempts that decode here. As `unified` (and whenever a gateway sends it a request) it
-computes the prompt itself. Admission to decoding is the pool's: `NodeKV.reserve` grants room for a
-whole prompt or nothing, and every sequence joins the running ones at the next step. When the node
-drains, what runs moves to other decode nodes (moves.py), as far as they have room.
+computes the prompt itself. Admission is the engine's (common/engine/admission.py): an offer is
+granted a slot and room for its whole prompt, or waits, and its sequence runs from the next step on.
+When the node drains, what runs moves to other decode nodes (moves.py), as far as they have room.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class DecodeRole:
 
     def capacity(self) -> int:
         scheduler = self._node.engine.scheduler
-        return min(8, scheduler.max_num_seqs - scheduler.num_running - scheduler.num_waiting)
+        return min(8, scheduler.num_free_slots - scheduler.num_waiting)
 
     def accept(self, entry: Entry) -> None:
         """A request to compute whole, prompt and all."""
@@ -64,7 +64,7 @@ class DecodeRole:
         attempt = Attempt.offered(offer)
         attempt = self._attempts.setdefault(attempt.engine_id, attempt)
         if offer.choice in attempt.open_choices:  # its Ack was lost, and it was offered again
-            node.engine.pool.release(effect.reservation.blocks)
+            node.kv.discard(effect.reservation)
             self._say_who_has(attempt, offer.choice)
             return
         try:
@@ -74,12 +74,11 @@ class DecodeRole:
                 choice=offer.choice, prompt_len=offer.prompt_len, priority=offer.priority,
                 cache_salt=offer.cache_salt,
             )  # fmt: skip
-            sequence.block_table = list(effect.reservation.blocks)
             sequence.num_computed = len(offer.token_ids)
             sequence.block_hashes = list(offer.block_hashes)  # each checked by the intake
-            node.engine.scheduler.adopt(sequence)
+            node.kv.run(sequence, effect.reservation)
         except PdqError as error:
-            node.engine.pool.release(effect.reservation.blocks)
+            node.kv.discard(effect.reservation)
             node.failed(offer.gateway, attempt.key(offer.choice), error, retryable=True)
             self._close_if_over(attempt)
             return

@@ -302,7 +302,8 @@ class Intake:
         self._send(key, message)
 
     def _forget(self, entry: _Entry) -> None:
-        self._waiting.pop(entry.key, None)
+        if self._waiting.pop(entry.key, None) is not None:
+            self._pool.withdraw(entry.placement.offer)
         self._orphans.pop(entry.key, None)
         link = self._links.get(entry.key.link)
         if link is not None:

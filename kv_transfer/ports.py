@@ -118,8 +118,12 @@ class IntakePool(Protocol):
 
         Of the cache only blocks that `offer.block_hashes` names may be taken: the offer of a peer
         with another block size comes without any. Missing blocks are the caller's alone until
-        discarded, and nobody reads them.
+        discarded, and nobody reads them. Asked about the first offer that waits, again and again:
+        that one stands in the node's line for room until it has some or is withdrawn.
         """
+
+    def withdraw(self, offer: Offer, /) -> None:
+        """An offer that has no room, and perhaps was never asked about, waits no more."""
 
     def landed(self, reservation: Reservation, piece: Piece, /) -> None:
         """`piece.block` holds its checked content: a full one may be published as prefix cache,

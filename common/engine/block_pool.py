@@ -171,9 +171,22 @@ class BlockPool:
         self.num_hit_blocks += len(found)
         return found
 
-    def num_idle(self, block_ids: Iterable[int]) -> int:
-        """How many of these blocks count as free now and would not once acquired."""
-        return sum(block_id in self._idle for block_id in block_ids)
+    def reserve(
+        self, hashes: Sequence[bytes], count: int, headroom: int = 0
+    ) -> tuple[list[int], int] | None:
+        """`count` blocks for one prompt, with a reference each: first those of its longest cached
+        prefix, whose number comes with them, then blocks with undefined content.
+
+        None if fewer than `headroom` blocks were free afterwards; then nothing has changed and
+        nothing was counted.
+        """
+        cached = self.lookup(hashes)
+        lacking = count - len(cached)
+        idle = sum(block_id in self._idle for block_id in cached)  # free until they are acquired
+        if lacking + idle + headroom > self.num_free:
+            return None
+        self.match(hashes)
+        return cached + self.allocate(lacking), len(cached)
 
     def publish(self, block_id: int, block_hash: bytes) -> int:
         """Make a used, full block findable; from now on nobody writes into it.

@@ -26,6 +26,7 @@ from torch import Tensor
 from common import config_loader
 from common.config import EngineSettings
 from common.engine import loading
+from common.engine.admission import ExpectedPrompt
 from common.engine.backends.base import Backend
 from common.engine.batch import Batch, build_batch
 from common.engine.block_pool import BlockPool
@@ -200,7 +201,7 @@ class Engine:
         priority: int = 0,
         cache_salt: str = "",
     ) -> Sequence:
-        """A checked sequence that nothing runs yet (`scheduler.adopt` takes one, after intake)."""
+        """A checked sequence that nothing runs yet (`scheduler.adopt` takes one into held room)."""
         vocab_size = self.config.vocab_size
         tokens = np.asarray(token_ids) if len(token_ids) else np.empty(0, np.int64)
         if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
@@ -220,6 +221,27 @@ class Engine:
             stop_ids=frozenset(self.config.stop_token_ids), priority=priority, arrival=number,
             cache_root=root_hash(self.fingerprint, cache_salt),
         )  # fmt: skip
+
+    def expect(
+        self,
+        num_positions: int,
+        prompt_len: int,
+        params: SamplingParams,
+        *,
+        block_hashes: AnySequence[bytes],
+        priority: int = 0,
+        arrival: int | None = None,
+    ) -> ExpectedPrompt:
+        """A prompt whose first `num_positions` another node computes, for `scheduler.hold`.
+
+        `arrival`: whose place in line it takes. Raises the `InvalidRequest` that says why it can
+        never run here.
+        """
+        params.check_vocabulary(self.config.vocab_size)
+        self.scheduler.check_length(prompt_len, params.max_tokens)
+        number = next(self._sequence_ids)
+        order = (priority, number if arrival is None else arrival, number)
+        return ExpectedPrompt(order, block_hashes, num_positions)
 
     def finish(self, sequence: Sequence, reason: FinishReason) -> list[int]:
         """End a sequence that is paused, or between steps; its blocks and their references go to
@@ -247,6 +269,7 @@ class Engine:
         self.scheduler.check()
         assert not self.has_work, "there is work"
         assert not self.scheduler.num_paused, "sequences are paused"
+        assert not self.scheduler.num_held, "room is held for prompts on their way"
         assert self.pool.num_used == 0, f"{self.pool.num_used} blocks are held"
         assert not self._slots, f"{len(self._slots)} sampler slots are held"
         assert not self._children, "choices wait for a parent that is gone"

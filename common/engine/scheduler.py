@@ -1,21 +1,22 @@
 """The scheduler: which positions of which sequences the next step computes, and in what blocks.
 
 Owns: the waiting and the running sequences, their order, block tables and progress, and all
-policy: token budget, admission, preemption, copy-on-write, the end of a sequence. Knows nothing
-of tensors or roles; the engine runs
+policy: token budget, admission (the line is in admission.py), preemption, copy-on-write, the end of
+a sequence. Knows nothing of tensors or roles; the engine runs
 
     step = scheduler.schedule()            # blocks are taken, preempted sequences wait again
     ... copy step.copies, run step.chunks, sample; fork before the first token ...
     deliveries = scheduler.postprocess(step, accepted)     # or abandon(step) when it failed
 
-`add`, `adopt`, `finish`, `abort` and `resume` may be called at any time, `pause` and, for a running
-sequence, `finish(keep_blocks=True)` between steps: the blocks of a running sequence that ends while
-a step is under way are released when that ends.
+`add`, `hold`, `adopt`, `finish`, `abort` and `resume` may be called at any time, `pause` and, for a
+running sequence, `finish(keep_blocks=True)` between steps: the blocks of a running sequence that
+ends while a step is under way are released when that ends.
 
 Why it cannot deadlock: a sequence is admitted only when all it knows fits; a running one that
 lacks a block takes it from the least important one; the least important one, lacking a block
 itself, stalls with what it has. So the most important running sequence advances in every step,
-unless blocks are held from outside (leases, paused sequences), which ends on its own.
+unless blocks are held from outside (leases, paused sequences, prompts on their way), which ends on
+its own.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from collections.abc import Iterable, Mapping
 from itertools import chain
 from operator import attrgetter
 
+from common.engine.admission import Admission, ExpectedPrompt, Room
 from common.engine.block_pool import BlockPool
 from common.engine.sequence import Sequence, SequenceStatus
 from common.engine.step import Chunk, Delivery, Step
@@ -35,7 +37,6 @@ from common.errors import (
     ContextLengthExceeded,
     InvalidRequest,
     NeverFits,
-    OutOfBlocks,
 )
 from common.sampling import FinishReason
 
@@ -74,6 +75,7 @@ class Scheduler:
         self._waiting: list[Sequence] = []  # both most important first
         self._running: list[Sequence] = []
         self._paused: set[Sequence] = set()
+        self._admission = Admission(pool)
         self._requests: dict[str, dict[int, Sequence]] = {}
         self._step: Step | None = None  # under way
         self._step_holds: list[list[int]] = []  # references that end with the step
@@ -98,8 +100,14 @@ class Scheduler:
 
     @property
     def num_free_slots(self) -> int:
-        """How many sequences `adopt` takes now."""
-        return max(0, self.max_num_seqs - len(self._running) - len(self._paused))
+        """How many more sequences may run, beside those for which a slot is held."""
+        taken = len(self._running) + len(self._paused) + len(self._admission.held)
+        return self.max_num_seqs - taken
+
+    @property
+    def num_held(self) -> int:
+        """Prompts on their way here that have room."""
+        return len(self._admission.held)
 
     @property
     def num_paused(self) -> int:
@@ -122,17 +130,37 @@ class Scheduler:
         self._register(sequence)
         insort(self._waiting, sequence, key=_order)
 
-    def adopt(self, sequence: Sequence) -> None:
-        """Run a sequence whose first `num_computed` positions lie in `block_table` already.
+    def hold(self, prompt: ExpectedPrompt) -> Room | None:
+        """A slot and all blocks for the first of the prompts that other nodes compute for this one,
+        held until `adopt` or `release`. None while it is not its turn or there is no room: then it
+        stands in line until asked for again, for another in its place, or until `forget`."""
+        self._admission.expected = prompt
+        if not self.num_free_slots:
+            return None
+        if self._waiting and self._waiting[0].order < prompt.order:
+            return None
+        room = self._admission.hold(prompt, self.max_num_seqs - self.num_free_slots)
+        if room is not None:
+            self._admission.expected = None
+        return room
 
-        The sequence owns a reference to each of these blocks from now on. `OutOfBlocks` when
-        no slot is free (see `num_free_slots`); then nothing has changed hands.
-        """
+    def forget(self) -> None:
+        """No prompt is expected: who stands behind it in line moves up."""
+        self._admission.expected = None
+
+    def release(self, room: Room) -> None:
+        """Nobody comes for it."""
+        self._admission.held.remove(room)
+        self.pool.release(room.blocks)
+
+    def adopt(self, sequence: Sequence, room: Room) -> None:
+        """Run a sequence whose first `num_computed` positions lie in the room that was held for it,
+        which it has from now on. An `InvalidRequest` changes nothing."""
         self._validate(sequence)
         assert 0 <= sequence.num_computed < len(sequence.token_ids)
-        assert self.pool.blocks_for(sequence.num_computed) <= len(sequence.block_table)
-        if not self.num_free_slots:
-            raise OutOfBlocks(f"all {self.max_num_seqs} sequence slots are taken")
+        assert self.pool.blocks_for(sequence.num_computed) <= len(room.blocks)
+        self._admission.held.remove(room)
+        sequence.block_table = list(room.blocks)
         self._register(sequence)
         self._run(sequence)
         self._publish(sequence)
@@ -290,6 +318,9 @@ class Scheduler:
             assert self.pool.blocks_for(sequence.num_computed) <= len(sequence.block_table)
             for block_id in sequence.block_table:
                 held[block_id] = held.get(block_id, 0) + 1
+        for room in self._admission.held:
+            for block_id in room.blocks:
+                held[block_id] = held.get(block_id, 0) + 1
         for sequence in self._waiting:
             assert sequence.status is SequenceStatus.WAITING
             assert (sequence.block_table, sequence.num_computed) == ([], 0)
@@ -297,7 +328,7 @@ class Scheduler:
             assert count <= self.pool.references(block_id), f"block {block_id} lacks references"
         registered = sum(len(members) for members in self._requests.values())
         assert registered == len(self._running) + len(self._paused) + len(self._waiting)
-        assert len(self._running) + len(self._paused) <= self.max_num_seqs
+        assert self.num_free_slots >= 0, "a slot is taken twice"
 
     # Inside `schedule`.
 
@@ -376,26 +407,27 @@ class Scheduler:
         return drafted
 
     def _admit(self, step: Step) -> None:
-        """Start waiting sequences in order while slots, tokens and blocks last."""
+        """Start waiting sequences in their turn while slots, tokens and blocks last."""
         pool = self.pool
         while self._waiting and self.num_free_slots:
             spare = self.max_num_batched_tokens - step.num_tokens
             sequence = self._waiting[0]
+            if not spare or self._admission.goes_before(sequence.order):
+                return
             known = len(sequence.token_ids)
             hashes: list[bytes] = []
             scores = sequence.params.prompt_logprobs is not None and not sequence.num_generated
             if pool.enable_prefix_cache and not scores:
                 # The last token is always computed: its row is sampled.
                 hashes = sequence.hashes((known - 1) // pool.block_size, pool.block_size)
-            cached = pool.lookup(hashes)
-            lacking = pool.blocks_for(known) - len(cached)
-            watermark = self._watermark if self._running else 0
-            if not spare or lacking + pool.num_idle(cached) + watermark > pool.num_free:
+            headroom = self._watermark if self._running else 0
+            taken = pool.reserve(hashes, pool.blocks_for(known), headroom)
+            if taken is None:
                 return
             del self._waiting[0]
-            sequence.block_table = pool.match(hashes) + pool.allocate(lacking)
-            sequence.num_computed = len(cached) * pool.block_size
-            sequence.num_published = len(cached)
+            sequence.block_table, cached = taken
+            sequence.num_computed = cached * pool.block_size
+            sequence.num_published = cached
             self._run(sequence)
             length = min(sequence.num_computable, spare)
             step.append(self._chunk(sequence, length, 0))
@@ -461,10 +493,14 @@ class Scheduler:
             raise InvalidRequest("the prompt is empty or cut off", param="prompt")
         if sequence.num_generated >= params.max_tokens:
             raise InvalidRequest("all tokens were generated already", param="max_tokens")
-        wanted = sequence.length_limit
+        self.check_length(sequence.prompt_len, params.max_tokens)
+
+    def check_length(self, prompt_len: int, max_tokens: int) -> None:
+        """`ContextLengthExceeded` or `NeverFits` for what can never run."""
+        wanted = prompt_len + max_tokens
         if wanted > self.max_model_len:
             raise ContextLengthExceeded(
-                f"{sequence.prompt_len} prompt tokens and {params.max_tokens} to generate exceed "
+                f"{prompt_len} prompt tokens and {max_tokens} to generate exceed "
                 f"the context length of {self.max_model_len}",
                 param="max_tokens",
             )

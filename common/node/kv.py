@@ -17,15 +17,16 @@ import torch
 from torch import Tensor
 
 from common.engine import Engine
+from common.engine.admission import ExpectedPrompt, Room
 from common.engine.sequence import Sequence
 from common.engine.step import Chunk
-from common.errors import NeverFits, OutOfBlocks
+from common.errors import InvalidRequest, NeverFits
 from common.messages import Offer
 from kv_transfer.cuda_runtime import CudaRuntime
 from kv_transfer.device_memory import DevicePoolMemory
 from kv_transfer.digests import tail_seed
 from kv_transfer.pool_memory import PoolMemory
-from kv_transfer.ports import Piece, ReadyBlock, Reservation
+from kv_transfer.ports import Key, Piece, ReadyBlock, Reservation
 
 WARM_BYTES = 128 << 20  # of the pool, touched at the start
 
@@ -72,7 +73,8 @@ class NodeKV:
         self.engine = engine
         self.memory = memory
         self._digests = digests
-        self.num_reserved = 0  # prompts that have room here and are not adopted yet
+        self._first: tuple[Key, ExpectedPrompt] | None = None  # of the offers that wait for room
+        self._rooms: dict[Reservation, Room] = {}
 
     # Sending.
 
@@ -155,38 +157,49 @@ class NodeKV:
 
     # Receiving.
 
+    @property
+    def num_reserved(self) -> int:
+        """Prompts that have room here and do not run yet."""
+        return len(self._rooms)
+
     def reserve(self, offer: Offer, /) -> Reservation | None:
-        """Room for all of the prompt and a place among the running sequences, or None now."""
-        engine, pool = self.engine, self.engine.pool
-        length = len(offer.token_ids)
-        most = offer.prompt_len + offer.params.max_tokens
-        if pool.blocks_for(most - 1) > pool.num_blocks or most > engine.max_model_len:
-            raise NeverFits(f"{most} positions never fit this node", param="max_tokens")
-        if engine.scheduler.num_free_slots <= self.num_reserved:
+        """Room for all of the prompt and a slot for its sequence, held until `run` or `discard`."""
+        engine, key = self.engine, Key.of(offer)
+        if self._first is None or self._first[0] != key:
+            try:
+                prompt = engine.expect(
+                    len(offer.token_ids), offer.prompt_len, offer.params,
+                    block_hashes=offer.block_hashes, priority=offer.priority,
+                    arrival=self._first[1].order[1] if self._first is not None else None,
+                )  # fmt: skip
+            except InvalidRequest as error:
+                raise NeverFits(error.message, param=error.param) from error
+            self._first = (key, prompt)
+        room = engine.scheduler.hold(self._first[1])
+        if room is None:
             return None
-        held = pool.match(offer.block_hashes)
-        lacking = pool.blocks_for(length) - len(held)
-        spare = engine.scheduler.num_running  # each may need its next block before long
-        busy = spare > 0 or self.num_reserved > 0
-        if lacking + (spare if busy else 0) > pool.num_free:
-            pool.release(held)
-            return None
-        try:
-            fresh = pool.allocate(lacking)
-        except OutOfBlocks:
-            pool.release(held)
-            return None
-        self.num_reserved += 1
-        missing = tuple(range(len(held), len(held) + lacking))
-        return Reservation((*held, *fresh), missing)
+        self._first = None
+        missing = tuple(range(room.num_cached, len(room.blocks)))
+        reservation = Reservation(tuple(room.blocks), missing)
+        self._rooms[reservation] = room
+        return reservation
+
+    def withdraw(self, offer: Offer, /) -> None:
+        if self._first is not None and self._first[0] == Key.of(offer):
+            self._first = None
+            self.engine.scheduler.forget()
 
     def landed(self, reservation: Reservation, piece: Piece, /) -> None:
         if not piece.fill:
             self.engine.pool.publish(piece.block, piece.seed)
 
     def adopt(self, reservation: Reservation, /) -> None:
-        self.num_reserved -= 1
+        """Its room is held until its sequence is made: who is told of it has to `run` or `discard`."""
+
+    def run(self, sequence: Sequence, reservation: Reservation) -> None:
+        """Run a sequence whose prompt has landed in its room; what is raised changes nothing."""
+        self.engine.scheduler.adopt(sequence, self._rooms[reservation])
+        del self._rooms[reservation]
 
     def discard(self, reservation: Reservation, /) -> None:
-        self.num_reserved -= 1
-        self.engine.pool.release(reservation.blocks)
+        self.engine.scheduler.release(self._rooms.pop(reservation))

@@ -375,6 +375,7 @@ class Node:
         engine, failures = self.engine, 0
         while True:
             self._work.clear()
+            self.links.perform(self.links.intake.room_changed(time.monotonic()))
             planned = engine.begin_step() if engine.has_work else None
             if planned is None:
                 self._computing = False
@@ -399,7 +400,6 @@ class Node:
             failures = 0
             outputs = engine.end_step(planned, computed)
             self.role.step_ended(planned, outputs)
-            self.links.perform(self.links.intake.room_changed(time.monotonic()))
             self._room.set()
 
     # Parts.

@@ -165,6 +165,8 @@ class Room:
         self.given += 1
         return Reservation((0, 1, 2), (0, 1, 2))
 
+    def withdraw(self, offer: Offer) -> None: ...
+
     def landed(self, reservation: Reservation, piece: Piece) -> None:
         assert piece.block in reservation.blocks
         assert piece.index in reservation.missing

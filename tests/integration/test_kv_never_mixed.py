@@ -181,6 +181,8 @@ class Pool:
         blocks, cached = taken
         return Reservation(tuple(blocks), tuple(range(cached, len(blocks))))
 
+    def withdraw(self, offer: Offer) -> None: ...
+
     def landed(self, reservation: Reservation, piece: Piece) -> None:
         self.memory.seal(piece.block, b"" if piece.digest else piece.seed)  # converted: its own
         if piece.digest:

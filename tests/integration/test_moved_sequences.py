@@ -93,8 +93,8 @@ def move(here: EngineWithMemory, sequence: Sequence, there: EngineWithMemory) ->
         "r/1", (*offer.token_ids, last), offer.params, choice=offer.choice,
         prompt_len=offer.prompt_len, cache_salt=offer.cache_salt,
     )  # fmt: skip
-    moved.block_table, moved.num_computed = list(room.blocks), len(offer.token_ids)
-    there.engine.scheduler.adopt(moved)
+    moved.num_computed = len(offer.token_ids)
+    there.kv.run(moved, room)
     kept = here.engine.finish(sequence, FinishReason.CANCELLED)
     here.engine.pool.release(kept)
     return moved

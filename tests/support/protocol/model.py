@@ -143,6 +143,8 @@ class Pool:
         self.reservations.append(reservation)
         return reservation
 
+    def withdraw(self, offer: Offer) -> None: ...
+
     def landed(self, reservation: Reservation, piece: Piece) -> None:
         require(reservation in self.reservations, "landed in a reservation that is over")
         self.generation[piece.block] += 1

@@ -17,6 +17,7 @@ import pytest
 from hypothesis import Phase, event, given, settings
 from hypothesis import strategies as st
 
+from common.engine.admission import ExpectedPrompt, Room
 from common.engine.block_pool import BlockPool
 from common.engine.scheduler import Scheduler
 from common.engine.sequence import Sequence, SequenceStatus
@@ -26,7 +27,6 @@ from common.errors import (
     ContextLengthExceeded,
     InvalidRequest,
     NeverFits,
-    OutOfBlocks,
 )
 from common.kv_layout import chain_hashes
 from common.sampling import FinishReason, SamplingParams
@@ -128,13 +128,21 @@ class Machine:
         self.scheduler.add(sequence)
         return sequence
 
-    def land(self, sequence: Sequence, blocks: list[int]) -> None:
-        """The KV of the prompt arrives from another node, in these blocks."""
-        sequence.block_table, sequence.num_computed = blocks, sequence.prompt_len
-        prompt = sequence.token_ids[: sequence.prompt_len]
+    def expect(self, sequence: Sequence) -> ExpectedPrompt:
+        """Another node computes its prompt."""
+        prompt, size = sequence.token_ids[: sequence.prompt_len], self.pool.block_size
+        hashes = chain_hashes(ROOT, prompt, size, len(prompt))
+        return ExpectedPrompt(sequence.order, hashes, len(prompt))
+
+    def land(self, sequence: Sequence, room: Room) -> None:
+        """The KV of the prompt has arrived from another node, and its sequence runs."""
+        prompt, size = sequence.token_ids[: sequence.prompt_len], self.pool.block_size
         for position, cell in enumerate(digests(prompt, len(prompt))):
-            index, offset = divmod(position, self.pool.block_size)
-            self.cells[blocks[index]][offset] = cell
+            index, offset = divmod(position, size)
+            if index >= room.num_cached:
+                self.cells[room.blocks[index]][offset] = cell
+        sequence.num_computed = sequence.prompt_len
+        self.scheduler.adopt(sequence, room)
 
     def step(self) -> Step:
         """One whole step."""
@@ -478,13 +486,108 @@ def test_a_budget_that_cannot_serve_all_slots_is_a_config_error() -> None:
 def test_an_adopted_sequence_decodes_at_once_and_its_prompt_becomes_cache() -> None:
     machine = Machine(max_num_seqs=1)
     sequence = machine.sequence(PROMPT[:9], replayed=1, max_tokens=3)
-    machine.land(sequence, machine.pool.allocate(3))
-    machine.scheduler.adopt(sequence)
+    room = machine.scheduler.hold(machine.expect(sequence))
+    assert room is not None
+    assert machine.scheduler.hold(machine.expect(machine.sequence(PROMPT[:2]))) is None, "one slot"
+    machine.scheduler.forget()
+    machine.land(sequence, room)
     assert machine.pool.num_cached == 2
-    with pytest.raises(OutOfBlocks):
-        machine.scheduler.adopt(machine.sequence(PROMPT[:2]))
     assert chunks_of(machine.step()) == [(0, 9, 10)]
     machine.run_until_idle()
+
+
+def expecting(machine: Machine, prompt: list[int], **options: object) -> tuple[Sequence, Room]:
+    """A sequence whose prompt another node computes, with the room that is held for it."""
+    sequence = machine.sequence(prompt, replayed=1, **options)  # type: ignore[arg-type]
+    room = machine.scheduler.hold(machine.expect(sequence))
+    assert room is not None
+    return sequence, room
+
+
+def test_a_held_slot_is_taken_by_no_sequence_that_waits() -> None:
+    machine = Machine(max_num_seqs=2)
+    coming, room = expecting(machine, PROMPT[:8], max_tokens=3)
+    machine.add(PROMPT[10:14], max_tokens=3)
+    queued = machine.add(PROMPT[20:24], max_tokens=1)
+    machine.step()
+    assert queued.status is SequenceStatus.WAITING
+    machine.land(coming, room)
+    assert coming.status is SequenceStatus.RUNNING
+    machine.run_until_idle()
+
+
+def test_a_held_slot_is_taken_by_no_further_choice() -> None:
+    machine = Machine(max_num_seqs=2)
+    coming, room = expecting(machine, PROMPT[:8], max_tokens=3)
+    family = forked(machine, 6, 2, max_tokens=2)
+    machine.step()
+    assert [one.status.value for one in family] == ["running", "waiting"]
+    machine.land(coming, room)
+    machine.run_until_idle()
+
+
+def test_a_preempted_sequence_does_not_come_back_into_a_held_slot() -> None:
+    machine = Machine(num_blocks=6, max_num_seqs=2)
+    preempted = machine.add(PROMPT[10:18], max_tokens=3)
+    machine.step()
+    coming, room = expecting(machine, PROMPT[:8], max_tokens=3)
+    machine.scheduler.abandon(machine.scheduler.schedule())
+    other = machine.add(PROMPT[20:22], priority=-1, max_tokens=2)
+    assert {chunk.sequence for chunk in machine.step().chunks} == {other}
+    assert preempted.status is SequenceStatus.WAITING
+    machine.land(coming, room)
+    machine.run_until_idle()
+    machine.assert_output(preempted)
+
+
+def test_room_that_nobody_comes_for_is_free_again() -> None:
+    machine = Machine(max_num_seqs=1)
+    _, room = expecting(machine, PROMPT[:8])
+    waiting = machine.add(PROMPT[10:14], max_tokens=1)
+    assert machine.scheduler.schedule().chunks == []
+    machine.scheduler.release(room)
+    machine.run_until_idle()
+    assert waiting.status is SequenceStatus.FINISHED
+
+
+def test_sequences_and_expected_prompts_take_room_in_one_line() -> None:
+    """A preempted sequence is not passed by prompts that keep coming, nor these by new sequences."""
+    machine = Machine(num_blocks=4, max_num_seqs=8)
+    running = machine.add(PROMPT[:8], max_tokens=4)
+    machine.step()
+    first = machine.add(PROMPT[10:20], max_tokens=1)
+    expected = machine.expect(machine.sequence(PROMPT[:2], replayed=1))
+    last = machine.add(PROMPT[20:22], max_tokens=1)
+    assert machine.scheduler.hold(expected) is None, "it would fit, but is not the first in line"
+    while running.status is SequenceStatus.RUNNING:
+        machine.step()
+        assert machine.scheduler.hold(expected) is None
+    assert {chunk.sequence for chunk in machine.step().chunks} == {first}
+    assert last.status is SequenceStatus.WAITING
+    room = machine.scheduler.hold(expected)
+    assert room is not None
+    assert {chunk.sequence for chunk in machine.step().chunks} == {last}
+    machine.scheduler.release(room)
+    machine.run_until_idle()
+
+
+def test_to_wait_for_room_changes_nothing_in_the_cache() -> None:
+    """Neither what is evicted next nor the rate of hits, however often it is asked for."""
+    machine = Machine(num_blocks=4, max_num_seqs=2)
+    machine.add(PROMPT[:8], max_tokens=1)
+    machine.step()
+    cached = list(machine.pool.snapshot().block_hashes)
+    lease = machine.pool.allocate(2)
+    expected = machine.expect(machine.sequence(PROMPT[:12], replayed=1))
+    asked, idle = machine.pool.num_queried_blocks, list(machine.pool._idle)
+    for _ in range(3):
+        assert machine.scheduler.hold(expected) is None
+    assert (machine.pool.num_queried_blocks, list(machine.pool._idle)) == (asked, idle)
+    machine.pool.release(lease)
+    room = machine.scheduler.hold(expected)
+    assert room is not None
+    assert room.num_cached == len(cached) == 2
+    machine.scheduler.release(room)
 
 
 def test_finish_hands_the_blocks_to_a_lease() -> None:
@@ -621,12 +724,14 @@ class Storm:
         self.pool, self.scheduler = self.machine.pool, self.machine.scheduler
         self.leases: list[list[int]] = []
         self.paused: list[Sequence] = []
+        self.offered: list[tuple[Sequence, ExpectedPrompt]] = []  # the first one stands in line
+        self.granted: list[tuple[Sequence, Room]] = []
 
     def run(self, num_events: int) -> None:
         events = {
             self.add: 6, self.step: 20, self.step_with_abort: 2, self.step_that_crashes: 1,
-            self.abort: 1, self.lease: 2, self.reserve: 1, self.release_lease: 4, self.adopt: 2,
-            self.pause: 2, self.resume: 3,
+            self.abort: 1, self.lease: 2, self.take: 1, self.release_lease: 4, self.offer: 3,
+            self.ask: 4, self.land: 4, self.give_up: 1, self.pause: 2, self.resume: 3,
         }  # fmt: skip
         for act in self.chance.choices(list(events), list(events.values()), k=num_events):
             act()
@@ -635,6 +740,14 @@ class Storm:
             self.resume()
         for lease in self.leases:
             self.pool.release(lease)
+        self.leases.clear()
+        for _ in range(2000):  # nobody is starved, whatever came before
+            self.land()
+            self.ask()
+            if not self.offered and not self.granted:
+                break
+            self.step()
+        assert not self.offered
         self.machine.run_until_idle()
         for sequence in self.machine.outputs:
             self.machine.assert_output(sequence)
@@ -704,7 +817,11 @@ class Storm:
             assert not admitted
         if admitted and scheduler.waiting:
             assert max(admitted) < scheduler.waiting[0].order, "somebody was overtaken"
-        if scheduler.has_work and not self.leases and not self.paused:
+        in_line = scheduler._admission.expected
+        if admitted and in_line is not None:
+            assert max(admitted) < in_line.order, "a prompt on its way was overtaken"
+        elsewhere = self.leases or self.paused or self.granted or in_line
+        if scheduler.has_work and not elsewhere:
             most_important = scheduler.running[0]
             assert most_important in {chunk.sequence for chunk in step.chunks}
         for name, seen in (
@@ -765,33 +882,56 @@ class Storm:
             blocks = self.scheduler.finish(sequence, FinishReason.CANCELLED, keep_blocks=True)
             self.leases.append(blocks)
 
-    def reserve(self) -> None:
-        """An intake reserves room."""
+    def take(self) -> None:
+        """Blocks are gone for a while."""
         self.leases.append(self.pool.allocate(min(self.chance.randint(1, 4), self.pool.num_free)))
 
     def release_lease(self) -> None:
         if self.leases:
             self.pool.release(self.leases.pop(0))
 
-    def adopt(self) -> None:
-        """A prompt that was computed elsewhere has landed."""
+    def offer(self) -> None:
+        """Another node offers a prompt."""
         prompt, max_tokens = self.prompt(10), self.chance.randint(2, 6)
-        count = self.pool.blocks_for(len(prompt))
-        positions = len(prompt) + max_tokens - 1
-        if count > self.pool.num_free or self.pool.blocks_for(positions) > self.pool.num_blocks:
+        priority = self.chance.randint(-1, 1)
+        if self.pool.blocks_for(len(prompt) + max_tokens - 1) > self.pool.num_blocks:
             return
-        sequence = self.machine.sequence(prompt, replayed=1, max_tokens=max_tokens)
-        self.machine.land(sequence, self.pool.allocate(count))
-        if self.scheduler.num_free_slots:
-            self.scheduler.adopt(sequence)
-        else:
-            with pytest.raises(OutOfBlocks):
-                self.scheduler.adopt(sequence)
-            self.pool.release(sequence.block_table)
+        sequence = self.machine.sequence(
+            prompt, replayed=1, max_tokens=max_tokens, priority=priority
+        )
+        self.offered.append((sequence, self.machine.expect(sequence)))
+        self.offered.sort(key=lambda one: one[1].order)
+
+    def ask(self) -> None:
+        """The intake asks for room for the first of the offers that wait."""
+        if not self.offered:
+            return
+        sequence, prompt = self.offered[0]
+        room = self.scheduler.hold(prompt)
+        if room is not None:
+            event("granted")
+            assert not self.scheduler.waiting or prompt.order < self.scheduler.waiting[0].order
+            del self.offered[0]
+            self.granted.append((sequence, room))
+
+    def land(self) -> None:
+        """A prompt that was granted room has landed: whatever happened meanwhile, it runs."""
+        if self.granted:
+            event("adopted")
+            self.machine.land(*self.granted.pop(self.chance.randrange(len(self.granted))))
+
+    def give_up(self) -> None:
+        """A sender goes, before or after its grant."""
+        if self.granted and self.chance.random() < 0.5:
+            self.scheduler.release(self.granted.pop()[1])
+        elif self.offered:
+            del self.offered[0]
+            self.scheduler.forget()
 
     def assert_references_equal_holders(self) -> None:
         self.scheduler.check()
         held = Counter(block_id for lease in self.leases for block_id in lease)
+        held.update(block_id for _, room in self.granted for block_id in room.blocks)
         for sequence in (*self.scheduler.running, *self.paused):
             held.update(sequence.block_table)
         for block_id in range(self.pool.num_blocks):

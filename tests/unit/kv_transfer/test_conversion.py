@@ -103,6 +103,8 @@ class Receiver:
         self.offer, self.cache = offer, {}
         return Reservation(tuple(taken), tuple(range(count)))
 
+    def withdraw(self, offer: Offer) -> None: ...
+
     def landed(self, reservation: Reservation, piece: Piece) -> None:
         assert self.offer is not None
         size = self.layout.block_size

@@ -59,6 +59,8 @@ class Endless:
         self.taken += 1
         return Reservation(tuple(range(count)), tuple(range(count)))
 
+    def withdraw(self, offer: Offer) -> None: ...
+
     def landed(self, reservation: Reservation, piece: Piece) -> None: ...
 
     def adopt(self, reservation: Reservation) -> None:

@@ -120,6 +120,8 @@ class Pool:
         self.acquire(held)
         return Reservation((*held, *new), tuple(range(len(held), len(held) + count)))
 
+    def withdraw(self, offer: Offer) -> None: ...
+
     def landed(self, reservation: Reservation, piece: Piece) -> None:
         self.memory.seal(piece.block)
         self.memory.digests[piece.block] = piece.digest

@@ -1,0 +1,139 @@
+"""A decode node that granted room and then got other work: what was granted has its place."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+
+import pytest
+
+from common.engine import SamplingParams
+from common.errors import NeverFits
+from common.kv_layout import chain_hashes, root_hash
+from common.messages import Commit, Failed, Offer, TookOver
+from common.node.kv import NodeKV
+from common.queue import Entry
+from decode_node.role import DecodeRole
+from kv_transfer.pool_memory import PoolMemory
+from kv_transfer.ports import Adopted, Key, Reservation
+from tests.support.engines import poisoned_engine
+from tests.support.redis import a_dispatch
+from tests.support.scripted_node import ScriptedNode
+
+PARAMS = SamplingParams(max_tokens=4, ignore_eos=True, temperature=0.0)
+PROMPT = tuple(range(20))
+
+
+def a_node(slots: int) -> ScriptedNode:
+    node = ScriptedNode(poisoned_engine(max_num_seqs=slots))
+    engine = node.engine
+    memory = PoolMemory(engine.pool.num_blocks, engine.layout.slab_bytes, warm=False)
+    node.kv = NodeKV(engine, memory, digests=False)  # no block is sent from here
+    node.links.role = DecodeRole(node)  # type: ignore[arg-type]
+    return node
+
+
+@pytest.fixture
+def small() -> Iterator[ScriptedNode]:
+    """A node that runs one sequence at a time."""
+    node = a_node(slots=1)
+    yield node
+    node.engine.check_idle()
+
+
+def an_offer(node: ScriptedNode, request: str = "moved", **fields: object) -> Offer:
+    size = node.engine.layout.block_size
+    hashes = chain_hashes(root_hash(node.engine.fingerprint, ""), PROMPT, size, len(PROMPT))
+    offer = Offer(
+        "link", request, 1, 0, 1, PROMPT, len(PROMPT), PARAMS, tuple(hashes),
+        len(PROMPT) % size, "gateway-1", "", "", 0, 0,
+    )  # fmt: skip
+    return dataclasses.replace(offer, **fields)  # type: ignore[arg-type]
+
+
+def arrives(node: ScriptedNode, offer: Offer, reservation: Reservation) -> None:
+    """Its Ack is said; the KV is garbage here, which nobody looks at."""
+    key = Key.of(offer)
+    commit = Commit(*key, len(PROMPT), 7, None, len(reservation.blocks))
+    node.kv.adopt(reservation)
+    node.role.received(Adopted(key, offer, commit, reservation, 0.0))
+
+
+async def test_a_prompt_that_was_granted_room_is_taken_whatever_came_meanwhile(
+    small: ScriptedNode,
+) -> None:
+    offer = an_offer(small)
+    reservation = small.kv.reserve(offer)
+    assert reservation is not None
+    entry = Entry("1-0", dataclasses.replace(a_dispatch("queued"), params=PARAMS))
+    small.role.accept(entry)
+    assert small.engine.begin_step() is None, "the only slot is promised"
+    arrives(small, offer, reservation)
+    assert small.said == [TookOver("self", "moved", 1, 0, len(PROMPT) + 1)]
+    small.role.cancel("moved", 1, "")
+    while small.engine.has_work:
+        await small.step(small.role)
+    assert len({run.request for run in small.runs}) == 1, "the other one ran afterwards"
+
+
+async def test_a_second_adoption_of_the_same_choice_gives_its_room_back() -> None:
+    """Its Ack was lost, and it was offered again."""
+    node = a_node(slots=2)
+    for ask in (1, 2):
+        offer = an_offer(node, ask=ask)
+        reservation = node.kv.reserve(offer)
+        assert reservation is not None
+        arrives(node, offer, reservation)
+    assert [type(message) for message in node.said] == [TookOver, TookOver]
+    assert node.engine.scheduler.num_free_slots == 1
+    node.role.cancel("moved", 1, "")
+    node.engine.check_idle()
+
+
+async def test_what_cannot_run_after_its_arrival_gives_its_room_back(small: ScriptedNode) -> None:
+    offer = an_offer(small, params=SamplingParams(max_tokens=1))  # which its first token uses up
+    reservation = small.kv.reserve(offer)
+    assert reservation is not None
+    arrives(small, offer, reservation)
+    (failed,) = small.said
+    assert isinstance(failed, Failed)
+    assert failed.code == "invalid_request"
+
+
+@pytest.mark.parametrize(
+    "params", [SamplingParams(max_tokens=100_000), SamplingParams(stop_token_ids=(10**6,))]
+)
+def test_a_prompt_that_could_not_run_here_gets_no_room(
+    small: ScriptedNode, params: SamplingParams
+) -> None:
+    with pytest.raises(NeverFits):
+        small.kv.reserve(an_offer(small, params=params))
+
+
+def test_an_offer_that_is_withdrawn_leaves_the_line(small: ScriptedNode) -> None:
+    (running,) = small.engine.add("running", PROMPT, PARAMS)
+    small.engine.step()
+    waiting = an_offer(small)
+    assert small.kv.reserve(waiting) is None
+    (behind,) = small.engine.add("behind", PROMPT[:3], PARAMS)
+    small.engine.abort("running")
+    assert small.engine.step() == [], "the offer goes first"
+    small.kv.withdraw(an_offer(small, "another"))
+    assert small.engine.step() == []
+    small.kv.withdraw(waiting)
+    assert [output.request_id for output in small.engine.step()] == ["behind"]
+    assert running.finish_reason is not None
+    small.engine.abort(behind.request_id)
+
+
+def test_the_first_of_the_offers_keeps_their_place_in_line(small: ScriptedNode) -> None:
+    """Whoever of them that is: a more important one that comes later does not begin at the end."""
+    small.engine.add("running", PROMPT, PARAMS)
+    small.engine.step()
+    assert small.kv.reserve(an_offer(small, "first")) is None
+    small.engine.add("behind", PROMPT[:3], PARAMS)
+    small.engine.abort("running")
+    reservation = small.kv.reserve(an_offer(small, "older"))
+    assert reservation is not None
+    small.kv.discard(reservation)
+    small.engine.abort("behind")
