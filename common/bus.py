@@ -1,8 +1,8 @@
-"""The bus: messages between nodes and gateways over ZeroMQ, and the death of a peer.
+"""The bus: messages between nodes and gateways over ZeroMQ.
 
-Owns: sockets, links, beats, and the conclusion that a link is down. Knows nothing of what messages
-mean, except `Beat` and `Goodbye`, which it sends and consumes itself. The one door to ZeroMQ, but
-for the transport that carries slabs over tcp.
+Owns sockets, and who hears what: everything about links but their bytes is in bus_links.py, its
+rules are in common/README.md. Knows nothing of what messages mean. The one door to ZeroMQ, but for
+the transport that carries slabs over tcp.
 
     One ROUTER socket is bound; peers that call `connect` to us arrive there. One DEALER socket per
     peer that we connect to. Either is a *link*: it carries messages both ways, in order, and has an
@@ -10,27 +10,14 @@ for the transport that carries slabs over tcp.
     is off, so that nothing is lost or repeated behind our back.
 
     routing id of a DEALER   incarnation "/" link id
-    first message on a link  Beat, both ways; the answer proves that the right incarnation listens
     frames                   [encoded message, further frames…]
-
-A link goes down, with one event that says why, when
-
-    unreachable    nobody listens there
-    disconnected   the connection is gone, as after kill -9
-    silent         `missed_beats` beat intervals have passed without any message
-    stalled        the peer is busy, yet its step counter has not moved for `stall_limit_s`
-    full           it takes `high_water_mark` messages no more: it does not read
-    impostor       another incarnation answers at that address
-    goodbye        the peer ended in order
-    closed         we closed it
 
 A connection that a peer made is closed by ZeroMQ, when its own heartbeats, which need no event loop
 at the other end, are unanswered for twice the silence that ends a link, a second at least: of a peer
 that was stopped, or is gone without a word, nothing is left here.
 
-Time in which we ourselves did not run, or could not read because our own inbox was full, is never
-held against a peer. Messages for a peer without link, or that a link that is down still brings,
-are not delivered: `send` raises `LinkLost`, and late input is counted and dropped.
+Messages for a peer without link, or that a link that is down still brings, are not delivered: `send`
+raises `LinkLost`, and late input is counted and dropped.
 
 All methods belong to the event loop's thread.
 """
@@ -38,13 +25,11 @@ All methods belong to the event loop's thread.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
-import enum
 import secrets
 import time
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import zmq
@@ -52,47 +37,21 @@ import zmq.asyncio
 from zmq.auth.asyncio import AsyncioAuthenticator
 from zmq.utils.monitor import parse_monitor_message
 
+from common.bus_links import Down, Link, LinkEvent, LinkTable, Progress
 from common.codec import decode, encode
 from common.config import BusSettings, is_loopback
 from common.errors import ConfigError, LinkLost, MalformedMessage, ResourceError
 from common.logs import get_logger
-from common.messages import Beat, Goodbye, Message
+from common.messages import Message
+
+__all__ = ["Bus", "Down", "LinkEvent", "Progress", "Received", "new_secret_key"]
 
 log = get_logger("bus")
 
 INBOX = 4096
-DEAD_LINKS_REMEMBERED = 4096
+FAREWELL_MS = 100  # for the last word on a connection to leave
 GONE = zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED | zmq.EVENT_HANDSHAKE_FAILED_AUTH
 GONE |= zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
-
-Progress = Callable[[], tuple[int, bool]]
-"""The engine's step counter, and whether it has work."""
-
-
-class Down(enum.StrEnum):
-    """Why a link went down; explained above."""
-
-    UNREACHABLE = "unreachable"
-    DISCONNECTED = "disconnected"
-    SILENT = "silent"
-    STALLED = "stalled"
-    FULL = "full"
-    IMPOSTOR = "impostor"
-    GOODBYE = "goodbye"
-    CLOSED = "closed"
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class LinkEvent:
-    """A link came up (`reason` None) or went down for good."""
-
-    peer: str
-    link: str
-    reason: Down | None
-
-    @property
-    def up(self) -> bool:
-        return self.reason is None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -105,20 +64,13 @@ class Received:
     frames: tuple[bytes, ...]
 
 
-@dataclasses.dataclass(slots=True, eq=False)
-class _Link:
-    peer: str
-    id: str
-    socket: Any  # a DEALER of our own, or the ROUTER that all incoming links share
-    address: tuple[bytes, ...]  # first frames of whatever is sent: the routing id behind a ROUTER
-    endpoint: str  # "" for an incoming link
-    heard_at: float
-    steps: int = -1
-    moved_at: float = 0.0
-    busy: bool = False
-    up: bool = False
+@dataclasses.dataclass(slots=True)
+class _Connection:
+    """That of a link of our own, while it is open."""
+
+    socket: Any  # a DEALER
+    monitor: Any
     tasks: tuple[asyncio.Task[None], ...] = ()
-    monitor: Any = None
 
 
 class Bus:
@@ -129,19 +81,22 @@ class Bus:
     ) -> None:
         self.incarnation = incarnation
         self.endpoint = ""
-        self.counts: Counter[str] = Counter()  # sent, received, malformed, late, and link ends
         self._settings = settings
-        self._progress = progress
         self._context: Any = None
         self._router: Any = None
         self._authenticator: Any = None
-        self._outgoing: dict[str, _Link] = {}
-        self._incoming: dict[str, _Link] = {}
-        self._by_routing_id: dict[bytes, _Link] = {}
-        self._dead: OrderedDict[bytes, None] = OrderedDict()
         self._inbox: asyncio.Queue[Received] = asyncio.Queue(INBOX)
         self._events: asyncio.Queue[LinkEvent] = asyncio.Queue()
+        self._links = LinkTable(
+            incarnation, settings, self, progress=progress, say=self._events.put_nowait
+        )
         self._tasks: list[asyncio.Task[None]] = []
+        self._farewell_ms = FAREWELL_MS
+
+    @property
+    def counts(self) -> Counter[str]:
+        """Messages sent, received, malformed and late; ends of links by reason."""
+        return self._links.counts
 
     # ── Start and end ────────────────────────────────────────────────────────────────────────────
 
@@ -177,7 +132,7 @@ class Bus:
         advertised = settings.advertise_host or host
         self.endpoint = f"tcp://{advertised}:{bound.rpartition(':')[2]}"
         self._tasks = [
-            asyncio.create_task(self._read(self._router, None), name="bus-router"),
+            asyncio.create_task(self._read(None), name="bus-router"),
             asyncio.create_task(self._beat(), name="bus-beat"),
         ]
 
@@ -185,19 +140,14 @@ class Bus:
         """Say goodbye on every link, and give up all sockets. What peers have not taken is lost."""
         if self._context is None:
             return
-        links = [*self._outgoing.values(), *self._incoming.values()]
-        if goodbye:
-            for link in links:
-                with contextlib.suppress(LinkLost):
-                    self._send(link, (encode(Goodbye(self.incarnation)),))
-        for link in [*self._outgoing.values(), *self._incoming.values()]:
-            self._end(link, Down.CLOSED, linger_ms=100 if goodbye else 0)
+        self._farewell_ms = FAREWELL_MS if goodbye else 0
+        self._links.close(goodbye=goodbye)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._tasks = []
         if self._router is not None:
-            self._router.close(linger=100 if goodbye else 0)
+            self._router.close(linger=self._farewell_ms)
         if self._authenticator is not None:
             self._authenticator.stop()
         context, self._context = self._context, None
@@ -218,44 +168,42 @@ class Bus:
         Messages can be sent at once; whether they arrive is known with the event that the link is
         up. Never retries: after a link went down, call it again.
         """
-        if peer in self._outgoing:
-            return self._outgoing[peer].id
+        for link in self._links.with_peer(peer):
+            if link.ours:
+                return link.id
         link_id = secrets.token_hex(6)
         socket = self._socket(zmq.DEALER)
         socket.setsockopt(zmq.ROUTING_ID, f"{self.incarnation}/{link_id}".encode())
         socket.setsockopt(zmq.RECONNECT_IVL, -1)
-        link = _Link(peer, link_id, socket, (), endpoint, heard_at=time.monotonic())
-        link.monitor = socket.get_monitor_socket(GONE)
+        connection = _Connection(socket, socket.get_monitor_socket(GONE))
         try:
             socket.connect(endpoint)
         except zmq.ZMQError as error:
             socket.disable_monitor()
-            link.monitor.close(linger=0)
+            connection.monitor.close(linger=0)
             socket.close(linger=0)
             raise LinkLost(f"{endpoint!r} is not an address: {error}", param=peer) from error
-        self._outgoing[peer] = link
-        link.tasks = (
-            asyncio.create_task(self._read(socket, link), name=f"bus-read-{peer}"),
-            asyncio.create_task(self._watch(link), name=f"bus-watch-{peer}"),
-        )
-        self._send(link, (self._own_beat(),))
+        link = self._links.open(peer, link_id, time.monotonic(), connection)
+        if self._links.holds(link):
+            connection.tasks = (
+                asyncio.create_task(self._read(link), name=f"bus-read-{peer}"),
+                asyncio.create_task(self._watch(link), name=f"bus-watch-{peer}"),
+            )
         return link_id
 
     def disconnect(self, peer: str) -> None:
         """Close every link with `peer`; for an unknown one nothing happens."""
-        for links in (self._outgoing, self._incoming):
-            if peer in links:
-                self._end(links[peer], Down.CLOSED)
+        for link in self._links.with_peer(peer):
+            self._links.end(link, Down.CLOSED)
 
     def link(self, peer: str) -> str | None:
         """Id of the link that `send` would take, or None."""
-        link = self._outgoing.get(peer) or self._incoming.get(peer)
-        return link.id if link else None
+        links = self._links.with_peer(peer)
+        return links[0].id if links else None
 
     def peers(self) -> frozenset[str]:
         """Incarnations with a link that is up."""
-        links = [*self._outgoing.values(), *self._incoming.values()]
-        return frozenset(link.peer for link in links if link.up)
+        return frozenset(link.peer for link in self._links if link.up)
 
     async def next_event(self) -> LinkEvent:
         """The next link that came up or went down, in order."""
@@ -272,9 +220,8 @@ class Bus:
         is full goes down. That it was sent does not mean that it arrives: the protocols above it
         have their acknowledgements.
         """
-        for links in (self._outgoing, self._incoming):
-            found = links.get(peer)
-            if found is not None and link in (None, found.id):
+        for found in self._links.with_peer(peer):
+            if link in (None, found.id):
                 return self._send(found, (encode(message), *frames))
         raise LinkLost(f"no link with {peer}", param=peer)
 
@@ -282,142 +229,70 @@ class Bus:
         """The next message of any peer."""
         return await self._inbox.get()
 
-    def _send(self, link: _Link, frames: Sequence[bytes]) -> None:
-        future = link.socket.send_multipart((*link.address, *frames), flags=zmq.DONTWAIT)
+    def _send(self, link: Link, frames: Sequence[bytes]) -> None:
+        reason = self.put(link, frames)
+        if reason is not None:
+            self._links.end(link, reason)
+            raise LinkLost(f"the link with {link.peer} is {reason.value}", param=link.peer)
+
+    def put(self, link: Link, frames: Sequence[bytes]) -> Down | None:
+        """Of `Wire`: hand frames to ZeroMQ."""
+        if link.ours:
+            future = link.wire.socket.send_multipart(frames, flags=zmq.DONTWAIT)
+        else:
+            future = self._router.send_multipart((link.address, *frames), flags=zmq.DONTWAIT)
         error = future.exception()  # it is done: it was not to wait
         if error is None:
             self.counts["sent"] += 1
-            return
+            return None
         if not isinstance(error, zmq.ZMQError):
             raise error
         full = isinstance(error, zmq.Again) and not _connection_gone(link)
-        reason = Down.FULL if full else Down.DISCONNECTED
-        self._end(link, reason)
-        raise LinkLost(f"the link with {link.peer} is {reason.value}", param=link.peer) from error
+        return Down.FULL if full else Down.DISCONNECTED
 
-    async def _read(self, socket: Any, link: _Link | None) -> None:
-        """Deliver what `socket` brings: that of one outgoing link, or of all incoming ones."""
-        while True:
+    def hang_up(self, link: Link) -> None:
+        """Of `Wire`: close the connection that we opened; who opened it closes the other kind."""
+        if not link.ours:
+            return
+        connection: _Connection = link.wire
+        for task in connection.tasks:
+            if task is not asyncio.current_task():
+                task.cancel()
+        connection.socket.disable_monitor()
+        connection.monitor.close(linger=0)
+        connection.socket.close(linger=self._farewell_ms)
+
+    async def _read(self, link: Link | None) -> None:
+        """Deliver what comes over one link of our own, or (None) over all that peers opened."""
+        socket = link.wire.socket if link is not None else self._router
+        while link is None or self._links.holds(link):
             frames = await socket.recv_multipart()
-            source = link if link is not None else self._arrived(frames.pop(0))
-            if source is None:
-                continue
+            source: Link | bytes = link if link is not None else frames.pop(0)
             try:
                 message = decode(frames[0] if frames else b"")
             except MalformedMessage as error:
-                self._malformed(source.peer, str(error))
+                self._malformed(link.peer if link is not None else repr(source), str(error))
                 continue
-            source.heard_at = time.monotonic()
-            self.counts["received"] += 1
-            if isinstance(message, Beat):
-                self._heard_beat(source, message)
-            elif isinstance(message, Goodbye):
-                self._end(source, Down.GOODBYE)
-            else:
-                await self._inbox.put(Received(source.peer, source.id, message, tuple(frames[1:])))
-            if link is not None and self._outgoing.get(link.peer) is not link:
-                return  # what we have read has ended it
-
-    def _arrived(self, routing_id: bytes) -> _Link | None:
-        """The incoming link of this routing id, made at its first message; None if it is dead."""
-        if routing_id in self._dead:
-            self.counts["late"] += 1
-            return None
-        if (link := self._by_routing_id.get(routing_id)) is not None:
-            return link
-        try:
-            peer, _, link_id = routing_id.decode("ascii").rpartition("/")
-        except UnicodeDecodeError:
-            peer = link_id = ""
-        if not peer or not link_id:
-            self._malformed("?", f"routing id {routing_id!r}")
-            return None
-        if peer in self._incoming:  # it opened a new one: whatever the old one brings is late
-            self._end(self._incoming[peer], Down.DISCONNECTED)
-        link = _Link(peer, link_id, self._router, (routing_id,), "", heard_at=time.monotonic())
-        self._incoming[peer] = self._by_routing_id[routing_id] = link
-        self._came_up(link)
-        with contextlib.suppress(LinkLost):
-            self._send(link, (self._own_beat(),))
-        return link
+            found = self._links.heard(source, message, time.monotonic())
+            if found is not None:
+                await self._inbox.put(Received(found.peer, found.id, message, tuple(frames[1:])))
 
     def _malformed(self, peer: str, error: str) -> None:
         self.counts["malformed"] += 1
         if self.counts["malformed"].bit_count() == 1:  # 1, 2, 4, …: a flood fills no disk
             log.warning("bus.malformed", peer=peer, error=error, count=self.counts["malformed"])
 
-    # ── Life and death of links ──────────────────────────────────────────────────────────────────
-
-    def _own_beat(self) -> bytes:
-        return encode(Beat(self.incarnation, *self._progress()))
-
-    def _heard_beat(self, link: _Link, beat: Beat) -> None:
-        if beat.node != link.peer:
-            return self._end(link, Down.IMPOSTOR)
-        if not link.up:
-            self._came_up(link)
-        if beat.steps != link.steps or not (beat.busy and link.busy):
-            link.moved_at = link.heard_at
-        link.steps, link.busy = beat.steps, beat.busy
-        return None
-
     async def _beat(self) -> None:
-        """Send beats, and look for links whose peer sends none."""
-        interval = self._settings.beat_interval_s
-        looked_at = time.monotonic()
         while True:
-            await asyncio.sleep(interval)
-            beat = self._own_beat()
-            now = time.monotonic()
-            excused = now - looked_at if self._inbox.full() else now - looked_at - 2 * interval
-            looked_at = now
-            for link in [*self._outgoing.values(), *self._incoming.values()]:
-                if excused > 0:
-                    link.heard_at += excused
-                    link.moved_at += excused
-                if now - link.heard_at > self._settings.missed_beats * interval:
-                    self._end(link, Down.SILENT if link.up else Down.UNREACHABLE)
-                elif link.busy and now - link.moved_at > self._settings.stall_limit_s:
-                    self._end(link, Down.STALLED)
-                else:
-                    with contextlib.suppress(LinkLost):
-                        self._send(link, (beat,))
+            self._links.tick(time.monotonic(), inbox_full=self._inbox.full())
+            await asyncio.sleep(self._settings.beat_interval_s)
 
-    async def _watch(self, link: _Link) -> None:
-        """Wait until the connection of an outgoing link is gone."""
+    async def _watch(self, link: Link) -> None:
+        """Wait until the connection of a link of our own is gone."""
         event = 0
         while not event & GONE:
-            event = parse_monitor_message(await link.monitor.recv_multipart())["event"]
-        self._end(link, Down.DISCONNECTED if link.up else Down.UNREACHABLE)
-
-    def _came_up(self, link: _Link) -> None:
-        link.up = True
-        link.moved_at = link.heard_at
-        self._events.put_nowait(LinkEvent(link.peer, link.id, None))
-        log.debug("bus.up", peer=link.peer, link=link.id)
-
-    def _end(self, link: _Link, reason: Down, *, linger_ms: int = 0) -> None:
-        """Take a link down, once."""
-        links = self._outgoing if link.endpoint else self._incoming
-        if links.get(link.peer) is not link:
-            return
-        del links[link.peer]
-        for routing_id in link.address:
-            del self._by_routing_id[routing_id]
-            self._dead[routing_id] = None
-            if len(self._dead) > DEAD_LINKS_REMEMBERED:
-                self._dead.popitem(last=False)
-        if link.endpoint:
-            for task in link.tasks:
-                if task is not asyncio.current_task():
-                    task.cancel()
-            link.socket.disable_monitor()
-            link.monitor.close(linger=0)
-            link.socket.close(linger=linger_ms)
-        self.counts[reason.value] += 1
-        self._events.put_nowait(LinkEvent(link.peer, link.id, reason))
-        say = log.debug if reason in (Down.CLOSED, Down.GOODBYE) else log.info
-        say("bus.down", peer=link.peer, link=link.id, reason=reason.value)
+            event = parse_monitor_message(await link.wire.monitor.recv_multipart())["event"]
+        self._links.end(link, Down.DISCONNECTED if link.up else Down.UNREACHABLE)
 
     def _socket(self, kind: int) -> Any:
         settings = self._settings
@@ -444,11 +319,11 @@ def new_secret_key() -> str:
     return bytes(secret).decode("ascii")
 
 
-def _connection_gone(link: _Link) -> bool:
-    """Whether the monitor of an outgoing link has news, of which there is one kind only."""
-    if link.monitor is None:
+def _connection_gone(link: Link) -> bool:
+    """Whether the monitor of a link of ours has news, of which there is one kind only."""
+    if not link.ours:
         return False
-    return bool(zmq.Socket.shadow(link.monitor.underlying).poll(0))
+    return bool(zmq.Socket.shadow(link.wire.monitor.underlying).poll(0))
 
 
 class _OneKey:

@@ -20,7 +20,7 @@ late by definition: it is counted and dropped.
     decode ──Tokens──▶ gateway ──TokensAck──▶ decode
     node ──CacheEvents──▶ gateway ──CacheQuery──▶ node ──CacheContent──▶ gateway
     anyone ──Abort──▶ anyone, decode ──Release──▶ prefill, gateway ──Cancel──▶ nodes
-    everyone ──Beat──▶ everyone it has a link with
+    everyone ──Open, Beat…, Over──▶ everyone it has a link with
 """
 
 from __future__ import annotations
@@ -508,6 +508,29 @@ class Beat(Message):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Open(Message):
+    """who connects → who listens, once, first on a new link, whose id is in the routing id: `node`
+    opens it to `to`. Answered with Beat, or by another incarnation at that address with Over."""
+
+    kind: ClassVar[int] = 52
+    node: str
+    to: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Over(Message):
+    """either end → the other: this link is over here, and nothing more of it will be read.
+
+    Said when an end gives a link up, and again in answer to whatever arrives of a link that is not
+    known (any more), but Open. Never answered. Late, duplicate: dropped.
+    """
+
+    kind: ClassVar[int] = 53
+    node: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Goodbye(Message):
     """a node or gateway → its peers: this incarnation ends in order. Missing: link loss says it."""
 
@@ -520,6 +543,6 @@ MESSAGES: dict[int, type[Message]] = {
     for message in (
         Dispatch, Hello, Welcome, Refuse, Offer, Grant, Deny, Blocks, Tail, Commit, Ack, Abort,
         Release, Pull, Slabs, Arrived, Proved, Tokens, TookOver, Stage, Failed, CacheEvents,
-        CacheContent, TokensAck, Cancel, CacheQuery, Beat, Goodbye,
+        CacheContent, TokensAck, Cancel, CacheQuery, Open, Beat, Over, Goodbye,
     )
 }  # fmt: skip

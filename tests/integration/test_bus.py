@@ -16,10 +16,10 @@ import pytest
 import zmq
 
 from common.bus import Bus, Down, LinkEvent, Progress
-from common.codec import encode
+from common.codec import decode, encode
 from common.config import BusSettings
 from common.errors import ConfigError, LinkLost, ResourceError
-from common.messages import Abort, Beat, Cancel, Release
+from common.messages import Abort, Beat, Cancel, Open, Over, Release
 from tests.support.holdings import holdings
 from tests.support.redis import wait_until
 
@@ -111,6 +111,68 @@ async def test_every_reconnect_is_a_new_link() -> None:
         await received(b)
         assert second != first
         assert b.link("a-1") == second
+
+
+@pytest.mark.parametrize("gives_up", ["who connected", "who listened"])
+async def test_what_one_end_gives_up_the_other_hears_at_once(gives_up: str) -> None:
+    async with buses("a-1", "b-1", settings=CALM) as (a, b):
+        link = a.connect("b-1", b.endpoint)
+        await until_up(a)
+        await until_up(b)
+        one, other = (a, b) if gives_up == "who connected" else (b, a)
+        one.disconnect(other.incarnation)
+        heard = await until_down(other)
+        assert (heard.peer, heard.link, heard.reason) == (one.incarnation, link, Down.OVER)
+        assert one.counts["over"] == 0, "who said it is told nothing"
+
+
+async def test_who_missed_the_end_of_a_link_hears_it_in_answer_to_its_next_word() -> None:
+    """Here the listener has forgotten the link, as a bus that never had it would."""
+    async with buses("a-1", "b-1", settings=CALM) as (a, b):
+        first = a.connect("b-1", b.endpoint)
+        await until_up(a)
+        await until_up(b)
+        (link,) = b._links
+        b._links.end(link, Down.SILENT, silently=True)
+        assert a.link("b-1") == first
+        a.send("b-1", a_message("nobody reads this"))
+        assert (await until_down(a)).reason is Down.OVER
+        a.connect("b-1", b.endpoint)
+        a.send("b-1", a_message("but this"))
+        assert (await received(b))[1] == a_message("but this")
+
+
+async def test_a_goodbye_that_was_lost_is_made_up_for_by_the_next_link() -> None:
+    async with buses("a-1", "b-1", settings=CALM) as (a, b):
+        first = a.connect("b-1", b.endpoint)
+        await until_up(b)
+        (link,) = a._links
+        a._links.end(link, Down.SILENT, silently=True)
+        assert b.link("a-1") == first, "nobody told it"
+        second = a.connect("b-1", b.endpoint)
+        assert ((await until_down(b)).link, b.link("a-1")) == (first, second)
+
+
+async def test_a_link_is_never_made_by_anything_but_its_opening() -> None:
+    context = zmq.Context()
+    raw = context.socket(zmq.DEALER)
+    raw.setsockopt(zmq.LINGER, 0)
+    raw.setsockopt(zmq.ROUTING_ID, b"x-1/link")
+    try:
+        async with buses("a-1", settings=CALM) as (a,):
+            raw.connect(a.endpoint)
+            for wrong in (a_message(), Beat("x-1", 0, False), Open("x-1", "b-1"), Open("y", "a-1")):
+                raw.send(encode(wrong))
+                await wait_until(lambda: bool(raw.poll(0)), "it is answered")
+                assert decode(raw.recv()) == Over("a-1", "unknown link")
+            raw.send(encode(Over("x-1", "so be it")))
+            raw.send(encode(Open("x-1", "a-1")))
+            assert (await until_up(a)).peer == "x-1"
+            await wait_until(lambda: bool(raw.poll(0)), "it is answered")
+            assert isinstance(decode(raw.recv()), Beat), "and Over never was"
+    finally:
+        raw.close()
+        context.term()
 
 
 async def test_a_peer_that_ends_in_order_says_goodbye() -> None:
@@ -297,15 +359,17 @@ async def test_garbage_is_counted_and_does_no_harm() -> None:
             raw.connect(a.endpoint)
             anonymous.connect(a.endpoint)
             anonymous.send_multipart([encode(Beat("x-1", 0, False))])
+            raw.send_multipart([encode(Open("x-1", "a-1"))])
             for frames in ([b""], [b"\x00" * 100], [b"", b"", b""], [encode(a_message())[:-1]]):
                 raw.send_multipart(frames)
             raw.send_multipart([encode(a_message())])
             assert await received(a) == ("x-1", a_message(), ())
-            await wait_until(lambda: a.counts["malformed"] == 5, "all five are counted")
+            await wait_until(lambda: a.counts["malformed"] == 4, "all four are counted")
+            await wait_until(lambda: a.counts["late"] == 1, "what nobody opened is no link")
             raw.send_multipart([encode(Beat("somebody-else", 0, False))])
             assert (await until_down(a)).reason is Down.IMPOSTOR
             raw.send_multipart([encode(a_message("late"))])
-            await wait_until(lambda: a.counts["late"] == 1, "the late message is counted")
+            await wait_until(lambda: a.counts["late"] == 2, "the late message is counted")
     finally:
         raw.close()
         anonymous.close()
@@ -359,7 +423,7 @@ async def test_the_servers_public_key_alone_opens_nothing() -> None:
     try:
         async with buses("b-1", settings=keyed) as (b,):
             raw.connect(b.endpoint)
-            raw.send(encode(a_message()))
+            raw.send(encode(Open("x-1", "b-1")))
             await wait_until(lambda: bool(monitor.poll(0)), "it is refused")
             assert b.peers() == set()
             assert b.counts["received"] == 0

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from common.bus import Bus
 from common.codec import encode
 from common.config import BusSettings
-from common.messages import Beat, Cancel, Goodbye
+from common.messages import Beat, Cancel, Goodbye, Open, Over
 from tests.unit.test_codec import MESSAGE
 
 CALM = BusSettings(beat_interval_s=60.0, max_message_bytes=4096)
@@ -30,6 +30,7 @@ FRAME = st.one_of(
     st.binary(max_size=60),
     MESSAGE.map(encode),
     st.sampled_from([encode(Beat("b-1", 0, False)), encode(Goodbye("b-1")), b"", bytes(5000)]),
+    st.sampled_from([encode(Open("b-2", "a-1")), encode(Open("s-1", "")), encode(Over("", ""))]),
 )
 TALK = st.lists(st.lists(FRAME, min_size=1, max_size=4), max_size=5)
 ROUTING_ID = st.one_of(
