@@ -124,7 +124,8 @@ class Mismatch(NamedTuple):
 class Fingerprint:
     """What decides whether one node may use the other's KV.
 
-    `layout` is `KVLayout.describe()`; `numerics` is the engine's numerics class. `block_size` is
+    `layout` is `KVLayout.describe()`; `numerics` is the engine's numerics class; `tokenizer` is a
+    digest of what gives token ids their meaning, ids that end an answer included. `block_size` is
     each node's own choice (an intake converts), but blocks of different sizes have different
     hashes, for it is part of their root.
     """
@@ -135,11 +136,12 @@ class Fingerprint:
     numerics: str
     block_size: int
     adapter: str = ""
+    tokenizer: str = ""
 
     def mismatch(self, other: Fingerprint) -> Mismatch | None:
         """The first thing that must be equal and is not, with both values; None if KV of one may
         go on at the other. Of a layout it is named which part differs."""
-        for field in ("model", "revision", "layout", "numerics", "adapter"):
+        for field in ("model", "revision", "tokenizer", "layout", "numerics", "adapter"):
             mine, yours = str(getattr(self, field)), str(getattr(other, field))
             if mine != yours:
                 differs = Mismatch(field, mine, yours)

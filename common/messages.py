@@ -28,6 +28,8 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
+from common.identity import ModelIdentity
+from common.kv_layout import Fingerprint
 from common.sampling import SamplingParams
 
 
@@ -65,6 +67,7 @@ class Dispatch(Message):
     priority: int
     deadline_ms: int  # budget from acceptance, 0: none
     trace: str  # W3C traceparent, "" when absent
+    model: ModelIdentity
 
 
 # ── Between two nodes: opening a link ────────────────────────────────────────────────────────────
@@ -77,12 +80,7 @@ class Hello(Message):
     kind: ClassVar[int] = 10
     link: str
     node: str  # incarnation
-    model: str
-    revision: str
-    layout: str
-    numerics: str
-    adapter: str
-    block_size: int
+    fingerprint: Fingerprint
     slab_bytes: int
     transports: tuple[str, ...]  # what this end can do, preferred first
     proofs: dict[str, bytes]  # per transport, what the other end must be able to confirm

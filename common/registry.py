@@ -70,6 +70,7 @@ class NodeRecord:
     layout: str = ""
     numerics: str = ""
     adapter: str = ""
+    tokenizer: str = ""
     transports: str = ""  # with commas, preferred first
     block_size: int = 0
     slab_bytes: int = 0
@@ -90,8 +91,9 @@ class NodeRecord:
     @property
     def fingerprint(self) -> Fingerprint:
         return Fingerprint(
-            self.model, self.revision, self.layout, self.numerics, self.block_size, self.adapter
-        )
+            self.model, self.revision, self.layout, self.numerics, self.block_size, self.adapter,
+            self.tokenizer,
+        )  # fmt: skip
 
 
 _TYPES: dict[str, Any] = typing.get_type_hints(NodeRecord)  # costs 0.3 ms

@@ -115,9 +115,7 @@ class Requests:
         self._client = client
         self._keys = client.keys
 
-    async def accept(
-        self, dispatch: Dispatch, node: str, *, model: str = "", claimed_by: str = ""
-    ) -> bool:
+    async def accept(self, dispatch: Dispatch, node: str, *, claimed_by: str = "") -> bool:
         """Write the record of this attempt and put it into the stream of `node`.
 
         False if this attempt was accepted before, or a newer one of any of its choices was.
@@ -127,7 +125,7 @@ class Requests:
         attempt, keys = dispatch.attempt, self._keys
         fields: dict[str, str | int] = {
             "gateway": dispatch.gateway,
-            "model": model,
+            "model": dispatch.model.name,
             "prompt_len": dispatch.prompt_len,
             "priority": dispatch.priority,
             "deadline_ms": dispatch.deadline_ms,

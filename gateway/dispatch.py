@@ -38,6 +38,7 @@ from common.errors import (
     RequestAborted,
     ServiceUnavailable,
 )
+from common.identity import ModelIdentity
 from common.logs import get_logger
 from common.messages import (
     Cancel,
@@ -105,18 +106,18 @@ class Dispatcher:
     def num_open(self) -> int:
         return len(self._open)
 
-    def longest_request(self) -> int | None:
+    def longest_request(self, model: ModelIdentity) -> int | None:
         """Prompt plus output that some node could hold, None while there is none."""
-        return longest_request(self._directory.nodes())
+        return longest_request(model, self._directory.nodes())
 
-    def ready(self) -> str | None:
-        """None when a request could be placed now, else what is missing."""
-        probe = RouteQuestion("ready", (0,), 1, 1)
+    def ready(self, model: ModelIdentity) -> str | None:
+        """None when a request for this model could be placed now, else what is missing."""
+        probe = RouteQuestion("ready", model, (0,), 1, 1)
         try:
             decision = self._router.route(probe, self._directory.nodes(), {})
         except PdqError as error:
             return error.message
-        return None if decision else what_lacks(self._directory.nodes())
+        return None if decision else what_lacks(model, self._directory.nodes())
 
     @contextlib.asynccontextmanager
     async def run(self, work: Work) -> AsyncIterator[OpenRequest]:
@@ -187,6 +188,7 @@ class Dispatcher:
         work = request.work
         question = RouteQuestion(
             request=work.request,
+            model=work.model,
             token_ids=token_ids,
             prompt_len=len(work.prompt_ids),
             max_tokens=work.params.max_tokens,
@@ -214,6 +216,7 @@ class Dispatcher:
             priority=work.priority,
             deadline_ms=self._remaining_ms(request),
             trace=work.trace,
+            model=work.model,
         )
         for choice in choices:
             request.choices[choice].holder = node
@@ -234,7 +237,8 @@ class Dispatcher:
                         return decision
                     await self._nodes_changed.wait()
         except TimeoutError as error:
-            here = "; ".join(filter(None, (_roles(self._directory.nodes()), self.ready())))
+            nodes = self._directory.nodes()
+            here = "; ".join(filter(None, (_roles(nodes), self.ready(question.model))))
             raise ServiceUnavailable(
                 f"no node could take the request within {self._limits.placement_timeout_s:g} s: {here}"
             ) from error

@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import AsyncGenerator
 
 from common.errors import PdqError
+from common.identity import ModelIdentity
 from common.kv_layout import Fingerprint
 from common.messages import Dispatch
 from common.sampling import SamplingParams
@@ -24,6 +25,7 @@ class Work:
     request: str
     prompt_ids: tuple[int, ...]
     params: SamplingParams
+    model: ModelIdentity
     n: int = 1
     cache_salt: str = ""
     priority: int = 0

@@ -40,6 +40,11 @@ class NodeView:
     draining: bool = False
     load: NodeLoad = NodeLoad()
 
+    @property
+    def usable(self) -> bool:
+        """Whether it may be given something new."""
+        return self.healthy and not self.draining
+
 
 class NodeDirectory(Protocol):
     """The nodes there are, from the registry. Changes are announced to `Inbox`."""

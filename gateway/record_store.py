@@ -13,14 +13,13 @@ log = get_logger("records")
 
 
 class RecordStore:
-    """Implements `ports.RequestStore`. `model` is the name that the records show."""
+    """Implements `ports.RequestStore`."""
 
-    def __init__(self, requests: Requests, model: str) -> None:
+    def __init__(self, requests: Requests) -> None:
         self._requests = requests
-        self._model = model
 
     async def accept(self, node: str, dispatch: Dispatch, *, claimed_by: str = "") -> None:
-        await self._requests.accept(dispatch, node, model=self._model, claimed_by=claimed_by)
+        await self._requests.accept(dispatch, node, claimed_by=claimed_by)
 
     async def advance(self, stage: Stage) -> None:
         try:

@@ -18,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from common.errors import ContextLengthExceeded, NeverFits
+from common.identity import ModelIdentity
 from common.kv_layout import Fingerprint, chain_hashes, root_hash
 from gateway.ports import DECODE, PREFILL, UNIFIED, NodeView
 from gateway.prefix_index import PrefixIndex
@@ -30,6 +31,7 @@ class RouteQuestion:
     """One attempt to be placed. `fingerprint` is set once an earlier attempt has fixed it."""
 
     request: str
+    model: ModelIdentity
     token_ids: tuple[int, ...]
     prompt_len: int
     max_tokens: int
@@ -87,7 +89,7 @@ class LeastLoadedRouter:
     def route(
         self, question: RouteQuestion, nodes: Sequence[NodeView], in_flight: Mapping[str, int]
     ) -> Decision | None:
-        usable = [node for node in nodes if node.healthy and not node.draining]
+        usable = [node for node in of_model(question.model, nodes) if node.usable]
         if question.fingerprint is not None:
             usable = [n for n in usable if n.fingerprint.mismatch(question.fingerprint) is None]
         check_fits(question, usable)
@@ -158,6 +160,11 @@ class LeastLoadedRouter:
         return held
 
 
+def of_model(model: ModelIdentity, nodes: Sequence[NodeView]) -> list[NodeView]:
+    """The nodes whose tokens answer a prompt of this model."""
+    return [node for node in nodes if model.mismatch(node.fingerprint) is None]
+
+
 def fits(question: RouteQuestion, node: NodeView) -> bool:
     """Whether the node could ever hold it; the last token's KV is never stored."""
     if question.most_tokens > node.max_model_len:
@@ -185,16 +192,19 @@ def check_fits(question: RouteQuestion, nodes: Sequence[NodeView]) -> None:
         )
 
 
-def what_lacks(nodes: Sequence[NodeView]) -> str:
-    """Why no way exists, in one line that says what to do. Call it when there is none."""
-    usable = [node for node in nodes if node.healthy and not node.draining]
+def what_lacks(model: ModelIdentity, nodes: Sequence[NodeView]) -> str:
+    """Why this model has no way, in one line that says what to do. Call it when there is none."""
+    usable = [node for node in of_model(model, nodes) if node.usable]
     prefill = [node for node in usable if node.role == PREFILL]
     decode = [node for node in usable if node.role == DECODE]
     if not usable:
-        return "no node is here; start some with the same Redis address and prefix"
+        return _why_no_node(model, [node for node in nodes if node.usable])
     if not prefill or not decode:
         lacking = PREFILL if not prefill else DECODE
-        return f"no {lacking} node is here; start one with the same Redis address and prefix"
+        return (
+            f"no {lacking} node of {model.name!r} is here; start one with the same Redis address "
+            "and prefix"
+        )
     one, other = prefill[0], decode[0]
     differs = one.fingerprint.mismatch(other.fingerprint)
     assert differs is not None, "there is a way"
@@ -205,11 +215,28 @@ def what_lacks(nodes: Sequence[NodeView]) -> str:
     )
 
 
-def longest_request(nodes: Sequence[NodeView]) -> int | None:
+def _why_no_node(model: ModelIdentity, others: Sequence[NodeView]) -> str:
+    """`others` are usable, and each runs another model; those of the same name say most."""
+    for node in others:
+        differs = model.mismatch(node.fingerprint)
+        if differs is not None and differs.field != "model":
+            return (
+                f"{node.incarnation} runs another {model.name!r}: {differs.field} is "
+                f"{differs.yours!r} there and {differs.mine!r} here; start both from the same files"
+            )
+    names = sorted({node.fingerprint.model for node in others})
+    there = f" (nodes run {', '.join(map(repr, names))})" if names else ""
+    return (
+        f"no node of {model.name!r} is here{there}; start some with the same Redis address and "
+        "prefix"
+    )
+
+
+def longest_request(model: ModelIdentity, nodes: Sequence[NodeView]) -> int | None:
     """Prompt plus output that the roomiest node could hold; None when no node is there to ask."""
     lengths = [
         min(node.max_model_len, _pool_tokens(node) + 1)
-        for node in nodes
+        for node in of_model(model, nodes)
         if node.role in (DECODE, UNIFIED) and node.healthy
     ]
     return max(lengths, default=None)

@@ -28,11 +28,7 @@ def hello(
     link: str, node: str, fingerprint: Fingerprint, slab_bytes: int, proofs: Mapping[str, bytes]
 ) -> Hello:
     """What the sending node says first. `proofs` by transport, fastest first."""
-    return Hello(
-        link, node, fingerprint.model, fingerprint.revision, fingerprint.layout,
-        fingerprint.numerics, fingerprint.adapter, fingerprint.block_size, slab_bytes,
-        tuple(proofs), dict(proofs),
-    )  # fmt: skip
+    return Hello(link, node, fingerprint, slab_bytes, tuple(proofs), dict(proofs))
 
 
 def answer(
@@ -55,7 +51,7 @@ def answer(
             try:
                 if converts:
                     reader: Reader = ConvertingReader.open(
-                        opener, hello.link, proof, target, hello.block_size
+                        opener, hello.link, proof, target, hello.fingerprint.block_size
                     )
                 else:
                     reader = opener(hello.link, proof, target)
@@ -72,24 +68,22 @@ def answer(
 
 def converts_from(hello: Hello, mine: Fingerprint) -> str:
     """What is said of a link whose blocks are converted on their way in; "" of any other."""
-    if hello.block_size == mine.block_size:
+    if hello.fingerprint.block_size == mine.block_size:
         return ""
     return (
-        f"blocks of {hello.block_size} positions are converted to {mine.block_size}, "
+        f"blocks of {hello.fingerprint.block_size} positions are converted to {mine.block_size}, "
         "delta is off: every block is sent"
     )
 
 
 def _compare(hello: Hello, mine: Fingerprint, target: Target) -> Mismatch | None:
     """Why KV of the hello side cannot be read here."""
-    yours = Fingerprint(
-        hello.model, hello.revision, hello.layout, hello.numerics, hello.block_size, hello.adapter
-    )
-    if differs := mine.mismatch(yours):
+    block_size = hello.fingerprint.block_size
+    if differs := mine.mismatch(hello.fingerprint):
         return differs
-    if not 1 <= hello.block_size <= MOST_POSITIONS:
-        return Mismatch("block_size", f"1 to {MOST_POSITIONS}", str(hello.block_size))
-    slab_bytes = target.layout.bytes_per_token * hello.block_size
+    if not 1 <= block_size <= MOST_POSITIONS:
+        return Mismatch("block_size", f"1 to {MOST_POSITIONS}", str(block_size))
+    slab_bytes = target.layout.bytes_per_token * block_size
     if hello.slab_bytes != slab_bytes:
         return Mismatch("slab_bytes", str(slab_bytes), str(hello.slab_bytes))
     return None

@@ -251,7 +251,7 @@ class Links:
         link.answer, link.reader = answer, reader
         if isinstance(answer, Welcome):
             link.transport, link.reason = answer.transport, answer.reason
-            self.intake.open_link(hello.link, answer.credits, hello.block_size)
+            self.intake.open_link(hello.link, answer.credits, hello.fingerprint.block_size)
             if converts := handshake.converts_from(hello, self._fingerprint):
                 log.info("link.converts", peer=link.peer, link=hello.link, reason=converts)
         self._send(hello.link, answer)

@@ -29,7 +29,7 @@ from common.config import NodeSettings
 from common.engine import Engine, loading
 from common.engine.engine import PlannedStep
 from common.engine.step import Chunk
-from common.errors import LinkLost, PdqError, ServiceUnavailable
+from common.errors import FingerprintMismatch, LinkLost, PdqError, ServiceUnavailable
 from common.logs import get_logger
 from common.messages import CacheQuery, Cancel, Failed, Message, Stage, TokenRun, TokensAck
 from common.node.attempt import Attempt
@@ -280,9 +280,26 @@ class Node:
                         self.bus.connect(gateway, entry.dispatch.gateway_endpoint)
                     except LinkLost as error:
                         log.warning("gateway.unreachable", gateway=gateway, error=error)
-                self.role.accept(entry)
+                if self._runs_model_of(entry):
+                    self.role.accept(entry)
             if entries:
                 self._work.set()
+
+    def _runs_model_of(self, entry: Entry) -> bool:
+        """Whether the entry is for this node's model. Any other one goes back to its gateway."""
+        dispatch, mine = entry.dispatch, self.engine.fingerprint
+        differs = dispatch.model.mismatch(mine)
+        if differs is None:
+            return True
+        error = FingerprintMismatch(
+            f"a request for {differs.field} {differs.mine!r} came to {self.incarnation}, where it "
+            f"is {differs.yours!r}"
+        )
+        for choice in dispatch.choices:
+            key = ChoiceKey(dispatch.request, dispatch.attempt, choice)
+            self.failed(dispatch.gateway, key, error, retryable=True)
+        self.done(entry)
+        return False
 
     async def _relieve_others(self, capacity: int) -> None:
         """Idle: take over what waits, unread, at a node that does the same work."""
@@ -463,7 +480,7 @@ class Node:
             state=self.state, endpoint=self.bus.endpoint, host=socket.gethostname(),
             pid=os.getpid(), cores=len(os.sched_getaffinity(0)), started_at=self._started_at,
             model=mine.model, revision=mine.revision, layout=mine.layout, numerics=mine.numerics,
-            adapter=mine.adapter, transports=self.transports,
+            adapter=mine.adapter, tokenizer=mine.tokenizer, transports=self.transports,
             block_size=mine.block_size, slab_bytes=engine.layout.slab_bytes,
             num_blocks=engine.pool.num_blocks, max_num_seqs=engine.settings.max_num_seqs,
             max_model_len=engine.max_model_len, waiting=engine.scheduler.num_waiting,

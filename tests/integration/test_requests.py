@@ -40,7 +40,7 @@ async def test_accepting_writes_record_entry_load_and_open_request(
     requests: Requests, redis_client: RedisClient
 ) -> None:
     dispatch = a_dispatch(prompt=7)
-    assert await requests.accept(dispatch, "p-1", model="tiny")
+    assert await requests.accept(dispatch, "p-1")
     record = await requests.get("r-1")
     assert record is not None
     assert (record.state, record.attempt, record.prompt_len, record.model) == (

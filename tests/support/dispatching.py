@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from common.bus import Bus
 from common.config import BusSettings
+from common.identity import ModelIdentity
 from common.messages import Dispatch, Failed, Stage, Tokens, TokensAck, TookOver
 from common.redis_client import RedisClient
 from common.registry import NodeRecord
@@ -42,6 +43,7 @@ async def dispatch(
         sent = Dispatch(
             name, 1, (0,), tuple(prompt), len(prompt), params, f"gateway-{name}", bus.endpoint,
             decode.incarnation if decode else "", decode.endpoint if decode else "", "", 0, 0, "",
+            ModelIdentity(first.model, first.revision, first.tokenizer),
         )  # fmt: skip
         assert await Requests(redis).accept(sent, first.incarnation)
         reason = ""

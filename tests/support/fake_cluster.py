@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 
 from common.codec import decode, encode
 from common.errors import PdqError
+from common.identity import ModelIdentity
 from common.kv_layout import Fingerprint
 from common.messages import (
     Cancel,
@@ -30,7 +31,8 @@ from common.messages import (
 )
 from gateway.ports import DECODE, PREFILL, UNIFIED, Ending, Inbox, NodeLoad, NodeView
 
-FINGERPRINT = Fingerprint("model", "main", "layout", "cpu-fp32", 16)
+FINGERPRINT = Fingerprint("stories", "main", "layout", "cpu-fp32", 16, tokenizer="letters")
+MODEL = ModelIdentity("stories", "main", "letters")
 EOS = 2
 
 Reply = Callable[[Dispatch, int], Sequence[int]]

@@ -10,6 +10,7 @@ import pytest
 import pytest_asyncio
 
 from common.config import RedisSettings
+from common.identity import ModelIdentity
 from common.messages import Dispatch
 from common.redis_client import RedisClient, text
 from common.redis_server import EmbeddedRedis
@@ -94,5 +95,5 @@ def a_dispatch(
         request=request, attempt=attempt, choices=choices, token_ids=tuple(range(prompt)),
         prompt_len=prompt, params=SamplingParams(), gateway=gateway,
         gateway_endpoint="tcp://127.0.0.1:1", decode_node="", decode_endpoint="", cache_salt="",
-        priority=0, deadline_ms=0, trace="",
+        priority=0, deadline_ms=0, trace="", model=ModelIdentity("tiny", "", ""),
     )  # fmt: skip

@@ -27,15 +27,15 @@ from gateway.open_request import OpenRequest, Work
 from gateway.ports import DECODE, PREFILL
 from gateway.prefix_index import PrefixIndex
 from gateway.router import LeastLoadedRouter
-from tests.support.fake_cluster import FakeCluster, endless, pair, until
+from tests.support.fake_cluster import MODEL, FakeCluster, endless, pair, until
 
 PROMPT = tuple(range(100, 120))
 TOKENS = 12
-WORK = Work("r1", PROMPT, SamplingParams(max_tokens=TOKENS, seed=7))
+WORK = Work("r1", PROMPT, SamplingParams(max_tokens=TOKENS, seed=7), MODEL)
 SAMPLE = Dispatch(
     request="", attempt=1, choices=(0,), token_ids=PROMPT, prompt_len=len(PROMPT),
     params=WORK.params, gateway="", gateway_endpoint="", decode_node="", decode_endpoint="",
-    cache_salt="", priority=0, deadline_ms=0, trace="",
+    cache_salt="", priority=0, deadline_ms=0, trace="", model=MODEL,
 )  # fmt: skip
 OVERLOADED = Failed("", "", 0, 0, "overloaded", "full", True)
 
@@ -227,7 +227,7 @@ async def test_without_any_node_the_request_fails_in_time_and_says_why(
 ) -> None:
     cluster.add("p1", PREFILL)
     with pytest.raises(
-        ServiceUnavailable, match=r"no node could take .* 1 prefill; no decode node is here"
+        ServiceUnavailable, match=r"no node could take .* 1 prefill; no decode node of 'stories' is here"
     ):
         await run(connect(cluster, placement_timeout_s=0.05))
     assert cluster.dispatched == []

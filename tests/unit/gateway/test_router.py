@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 
 from common.errors import ContextLengthExceeded, NeverFits
+from common.identity import ModelIdentity
 from common.kv_layout import Fingerprint, chain_hashes, root_hash
 from gateway.ports import NodeLoad, NodeView
 from gateway.prefix_index import CacheEvent, PrefixIndex
-from gateway.router import Decision, LeastLoadedRouter, RouteQuestion, what_lacks
+from gateway.router import Decision, LeastLoadedRouter, RouteQuestion, longest_request, what_lacks
 
-PRINT = Fingerprint("m", "r", "layout", "cpu-bf16", 4)
+PRINT = Fingerprint("m", "r", "layout", "cpu-bf16", 4, tokenizer="t")
+MODEL = ModelIdentity("m", "r", "t")
 KV = "layers 0-24: k bfloat16 heads 0-4"
 PROMPT = tuple(range(40))
 
@@ -26,7 +28,7 @@ def node(name: str, role: str = "unified", *, waiting: int = 0, running: int = 0
 
 
 def question(request: str = "r1", **fields: object) -> RouteQuestion:
-    asked = RouteQuestion(request, PROMPT, len(PROMPT), 10)
+    asked = RouteQuestion(request, MODEL, PROMPT, len(PROMPT), 10)
     return dataclasses.replace(asked, **fields)  # type: ignore[arg-type]
 
 
@@ -108,6 +110,24 @@ def test_a_retry_stays_within_the_fingerprint_of_the_first_attempt() -> None:
     assert route(nodes[:1], question(fingerprint=PRINT)) is None
 
 
+@pytest.mark.parametrize("part", ["model", "revision", "tokenizer"])
+def test_a_node_of_another_model_is_no_candidate_whatever_differs(part: str) -> None:
+    other = dataclasses.replace(PRINT, **{part: "another"})
+    nodes = [node("a", fingerprint=other), node("b", waiting=1000)]
+    assert chosen(nodes) == "b"
+    assert route(nodes[:1]) is None
+    assert longest_request(MODEL, nodes[:1]) is None
+
+
+def test_a_gateway_without_weights_takes_any_revision_and_keeps_to_it() -> None:
+    asked = question(model=dataclasses.replace(MODEL, revision=""))
+    nodes = [node("a", fingerprint=dataclasses.replace(PRINT, revision="s"), waiting=1000)]
+    assert chosen(nodes, asked) == "a"
+    assert chosen([*nodes, node("b")], asked) == "b"
+    pinned = dataclasses.replace(asked, fingerprint=nodes[0].fingerprint)
+    assert chosen([*nodes, node("b")], pinned) == "a"
+
+
 def test_the_node_that_failed_is_avoided_while_there_is_another() -> None:
     asked = question(avoid=frozenset({"a"}))
     assert chosen([node("a"), node("b", waiting=1000)], asked) == "b"
@@ -187,10 +207,18 @@ def test_a_decision_explains_itself() -> None:
 @pytest.mark.parametrize(
     ("nodes", "said"),
     [
-        ([], "no node is here; start some"),
-        ([node("a", "prefill", draining=True)], "no node is here; start some"),
-        ([node("a", "prefill")], "no decode node is here; start one"),
-        ([node("a", "decode")], "no prefill node is here; start one"),
+        ([], "no node of 'm' is here; start some"),
+        ([node("a", "prefill", draining=True)], "no node of 'm' is here; start some"),
+        ([node("a", "prefill")], "no decode node of 'm' is here; start one"),
+        ([node("a", "decode")], "no prefill node of 'm' is here; start one"),
+        (
+            [node("a", fingerprint=dataclasses.replace(PRINT, model="n"))],
+            "no node of 'm' is here (nodes run 'n'); start some",
+        ),
+        (
+            [node("a", fingerprint=dataclasses.replace(PRINT, tokenizer="u"))],
+            "a runs another 'm': tokenizer is 'u' there and 't' here; start both from the same",
+        ),
         (
             [
                 node("a", "prefill"),
@@ -212,4 +240,4 @@ def test_what_keeps_requests_from_being_placed_says_what_to_do(
     nodes: list[NodeView], said: str
 ) -> None:
     assert route(nodes) is None
-    assert said in what_lacks(nodes)
+    assert said in what_lacks(MODEL, nodes)
