@@ -28,7 +28,6 @@ from common.messages import (
     Commit,
     Deny,
     Grant,
-    Hello,
     Message,
     Offer,
     Refuse,
@@ -125,11 +124,12 @@ def hello(data: bytes) -> None:
         "link": text, "node": text, "transports": ("shm", text), "proofs": {"shm": proof, text: proof},
     }  # fmt: skip
     own = handshake.hello("link", "peer", FINGERPRINT, LAYOUT.slab_bytes, {})
-    wrong = [field.name for field in dataclasses.fields(Hello)][source.byte() % 9]
-    if isinstance(getattr(own, wrong), str):
-        fields[wrong] = text
+    parts = dataclasses.fields(Fingerprint)
+    part = parts[source.byte() % len(parts)].name
+    if isinstance(getattr(FINGERPRINT, part), str):
+        fields["fingerprint"] = dataclasses.replace(FINGERPRINT, **{part: text})  # type: ignore[arg-type]
     elif source.byte() % 2:
-        fields["block_size"] = source.number()
+        fields["fingerprint"] = dataclasses.replace(FINGERPRINT, block_size=source.number())
     asked = dataclasses.replace(own, **fields)  # type: ignore[arg-type]
     memory = PoolMemory(1, LAYOUT.slab_bytes)
     try:
