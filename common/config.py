@@ -145,6 +145,9 @@ class GatewaySettings:
     model: str = setting("", "folder or hub name of the model (empty: the one that ships)")
     revision: str = setting("", "branch, tag or commit of a model from the hub")
     served_model_name: str = setting("", "name that clients use (empty: the model's own)")
+    models: tuple[str, ...] = setting(
+        (), "further models to answer for, each a folder, a hub name, or NAME=one of these"
+    )
     api_keys: tuple[str, ...] = setting((), "keys that clients must show (none: open)", secret=True)
     max_body_bytes: int = setting(2**22, "largest request body", parse=parse_bytes, at_least=1)
     max_prompt_tokens: int | None = setting(None, "longest prompt (none: the model's)", at_least=1)

@@ -27,7 +27,6 @@ from common.config import GatewaySettings, load
 from common.errors import PdqError, ResourceError, ServiceUnavailable
 from common.logs import configure, get_logger
 from common.metrics import Metrics
-from common.model_files import model_name, resolve_model
 from common.reaper import Reaper
 from common.redis_client import RedisClient
 from common.registry import NodeRecord, NodeState, Registry, Role, new_incarnation
@@ -39,8 +38,8 @@ from gateway.node_links import NodeLinks
 from gateway.prefix_index import PrefixIndex
 from gateway.record_store import RecordStore
 from gateway.router import LeastLoadedRouter
+from gateway.served_models import load_models
 from gateway.service import Service, ServiceLimits
-from gateway.tokenizer import Tokenizer
 
 FAREWELL_S = 1.0  # for clients to take their last bytes
 
@@ -59,9 +58,8 @@ async def run(settings: GatewaySettings) -> None:
     """Serve until a signal comes. Raises `PdqError` for what keeps it from starting."""
     incarnation = new_incarnation(settings.name or f"gateway-{socket.gethostname().split('.')[0]}")
     configure(incarnation, settings.log.level)
-    folder = resolve_model(settings.model, settings.revision)
-    tokenizer = await asyncio.to_thread(Tokenizer, folder)
-    model = settings.served_model_name or model_name(settings.model, folder)
+    models = await asyncio.to_thread(load_models, settings)
+    names = ",".join(model.name for model in models)
     listener = _listen(settings.host, settings.port)
     host, port = listener.getsockname()[:2]
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
@@ -79,7 +77,7 @@ async def run(settings: GatewaySettings) -> None:
         metrics = GatewayMetrics(Metrics())
         dispatcher = Dispatcher(
             gateway=incarnation,
-            store=RecordStore(requests, model),
+            store=RecordStore(requests),
             bus=links,
             directory=links,
             router=LeastLoadedRouter(index),
@@ -98,7 +96,7 @@ async def run(settings: GatewaySettings) -> None:
             max_n=settings.max_n,
             max_prompts=settings.max_prompts,
         )
-        service = Service(model, tokenizer, dispatcher, limits, metrics)
+        service = Service(models, dispatcher, limits, metrics)
         record = NodeRecord(
             incarnation=incarnation,
             name=incarnation.rpartition("-")[0],
@@ -109,7 +107,7 @@ async def run(settings: GatewaySettings) -> None:
             host=socket.gethostname(),
             pid=os.getpid(),
             started_at=int(time.time() * 1000),
-            model=model,
+            model=names,
         )
         server = Server(
             uvicorn.Config(
@@ -129,7 +127,7 @@ async def run(settings: GatewaySettings) -> None:
         ]
         for task in background:
             task.add_done_callback(lambda done: _stop_if_failed(done, server))
-        log.info("gateway.listening", url=url, model=model, bus=bus.endpoint)
+        log.info("gateway.listening", url=url, model=names, bus=bus.endpoint)
         try:
             await server.serve(sockets=[listener])
         finally:

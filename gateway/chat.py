@@ -17,6 +17,7 @@ from gateway.completions import finite, usage_body
 from gateway.generation import Usage, VisibleToken, generate
 from gateway.open_request import Work
 from gateway.schemas import ChatBody, parse
+from gateway.served_models import ServedModel
 from gateway.service import Service
 from gateway.sse import Answer, EventStream, JSONAnswer
 from gateway.tokenizer import Tokenizer
@@ -27,6 +28,7 @@ class _Run:
     """One request's way through this endpoint."""
 
     service: Service
+    model: ServedModel
     body: ChatBody
     work: Work
     stops: tuple[str, ...]
@@ -35,19 +37,19 @@ class _Run:
 
 async def chat_completions(service: Service, request: Request) -> Answer:
     body = parse(ChatBody, await service.read(request))
-    service.check_model(body.model)
+    model = service.models.find(body.model)
     body.check(service.limits.max_n)
     stops = body.stops()
     request_id = service.new_id("chatcmpl")
-    prompt_ids = await service.chat_prompt(body)
-    work = service.work(request_id, prompt_ids, "messages", body, body.sampling, request)
+    prompt_ids = await service.chat_prompt(model, body)
+    work = service.work(request_id, model, prompt_ids, "messages", body, body.sampling, request)
     head = {
         "id": request_id,
         "object": "chat.completion.chunk" if body.stream else "chat.completion",
         "created": int(time.time()),
-        "model": service.model_name,
+        "model": model.name,
     }
-    run = _Run(service, body, work, stops, head)
+    run = _Run(service, model, body, work, stops, head)
     retry_after_s = service.limits.retry_after_s
     if body.stream:
         return EventStream(_chunks(run), retry_after_s)
@@ -69,8 +71,7 @@ async def _chunks(run: _Run) -> AsyncGenerator[object, None]:
         return {**run.head, "choices": [choice], **empty_usage}
 
     role_due = [True] * run.body.n
-    service = run.service
-    running = generate(service.dispatcher, service.tokenizer, run.work, run.stops, usage)
+    running = generate(run.service.dispatcher, run.model.tokenizer, run.work, run.stops, usage)
     async with aclosing(running) as deltas:
         async for delta in deltas:
             if role_due[delta.choice]:
@@ -91,8 +92,7 @@ async def _whole(run: _Run) -> object:
     texts: list[list[str]] = [[] for _ in range(run.body.n)]
     tokens: list[list[VisibleToken]] = [[] for _ in range(run.body.n)]
     reasons: list[str | None] = [None] * run.body.n
-    service = run.service
-    running = generate(service.dispatcher, service.tokenizer, run.work, run.stops, usage)
+    running = generate(run.service.dispatcher, run.model.tokenizer, run.work, run.stops, usage)
     async with aclosing(running) as deltas:
         async for delta in deltas:
             texts[delta.choice].append(delta.text)
@@ -116,7 +116,7 @@ async def _whole(run: _Run) -> object:
 def _logprobs(run: _Run, tokens: Sequence[VisibleToken]) -> dict[str, Any] | None:
     if not run.body.logprobs or not tokens:
         return None
-    tokenizer = run.service.tokenizer
+    tokenizer = run.model.tokenizer
     content = []
     for visible in tokens:
         known = visible.token.logprobs

@@ -18,6 +18,7 @@ from starlette.requests import Request
 from gateway.generation import TextDelta, Usage, VisibleToken, generate
 from gateway.open_request import Work
 from gateway.schemas import CompletionBody, parse
+from gateway.served_models import ServedModel
 from gateway.service import Service
 from gateway.sse import Answer, EventStream, JSONAnswer
 from gateway.tokenizer import Tokenizer
@@ -30,6 +31,7 @@ class _Run:
     """One request's way through this endpoint."""
 
     service: Service
+    model: ServedModel
     body: CompletionBody
     works: list[Work]
     echoes: list[str]  # per prompt, "" without echo
@@ -39,15 +41,15 @@ class _Run:
 
 async def completions(service: Service, request: Request) -> Answer:
     body = parse(CompletionBody, await service.read(request))
-    service.check_model(body.model)
+    model = service.models.find(body.model)
     body.check(service.limits.max_n)
     stops = body.stops()
     request_id = service.new_id("cmpl")
-    prompts = await service.completion_prompts(body)
+    prompts = await service.completion_prompts(model, body)
     works = [
         service.work(
             request_id if len(prompts) == 1 else f"{request_id}-{index}",
-            prompt_ids, "prompt", body, body.sampling, request,
+            model, prompt_ids, "prompt", body, body.sampling, request,
         )
         for index, prompt_ids in enumerate(prompts)
     ]  # fmt: skip
@@ -55,9 +57,9 @@ async def completions(service: Service, request: Request) -> Answer:
         "id": request_id,
         "object": "text_completion",
         "created": int(time.time()),
-        "model": service.model_name,
+        "model": model.name,
     }
-    run = _Run(service, body, works, _echoes(service.tokenizer, body, prompts), stops, head)
+    run = _Run(service, model, body, works, _echoes(model.tokenizer, body, prompts), stops, head)
     retry_after_s = service.limits.retry_after_s
     if body.stream:
         return EventStream(_chunks(run), retry_after_s)
@@ -78,7 +80,9 @@ async def _chunks(run: _Run) -> AsyncGenerator[object, None]:
     usage = Usage()
     empty_usage = {"usage": None} if run.body.include_usage else {}
     echo_due = [bool(run.body.echo)] * (len(run.works) * run.body.n)
-    async with aclosing(merged(run.service, run.works, run.stops, usage)) as deltas:
+    async with aclosing(
+        merged(run.service, run.model.tokenizer, run.works, run.stops, usage)
+    ) as deltas:
         async for prompt, delta in deltas:
             index = prompt * run.body.n + delta.choice
             text, echo = delta.text, run.echoes[prompt]
@@ -102,7 +106,9 @@ async def _whole(run: _Run) -> object:
     texts: list[list[str]] = [[] for _ in range(count)]
     tokens: list[list[VisibleToken]] = [[] for _ in range(count)]
     reasons: list[str | None] = [None] * count
-    async with aclosing(merged(run.service, run.works, run.stops, usage)) as deltas:
+    async with aclosing(
+        merged(run.service, run.model.tokenizer, run.works, run.stops, usage)
+    ) as deltas:
         async for prompt, delta in deltas:
             index = prompt * run.body.n + delta.choice
             texts[index].append(delta.text)
@@ -120,14 +126,18 @@ async def _whole(run: _Run) -> object:
 
 
 async def merged(
-    service: Service, works: Sequence[Work], stops: Sequence[str], usage: Usage
+    service: Service,
+    tokenizer: Tokenizer,
+    works: Sequence[Work],
+    stops: Sequence[str],
+    usage: Usage,
 ) -> AsyncGenerator[tuple[int, TextDelta], None]:
     """Deltas of several requests as they come, each with the index of its request.
 
     The first failure ends all of them.
     """
     if len(works) == 1:
-        one = generate(service.dispatcher, service.tokenizer, works[0], stops, usage)
+        one = generate(service.dispatcher, tokenizer, works[0], stops, usage)
         async with aclosing(one) as deltas:
             async for delta in deltas:
                 yield 0, delta
@@ -137,7 +147,7 @@ async def merged(
 
     async def feed(index: int, work: Work) -> None:
         own = Usage()
-        deltas = generate(service.dispatcher, service.tokenizer, work, stops, own)
+        deltas = generate(service.dispatcher, tokenizer, work, stops, own)
         try:
             async with aclosing(deltas):
                 async for delta in deltas:
@@ -181,7 +191,7 @@ def _logprobs(run: _Run, tokens: Sequence[VisibleToken], base: int) -> object:
     """OpenAI's four parallel lists; the chosen token is among the alternatives too."""
     if run.body.logprobs is None:
         return None
-    text_of = run.service.tokenizer.token_text
+    text_of = run.model.tokenizer.token_text
     known = [(visible, visible.token.logprobs) for visible in tokens]
     tops: list[dict[str, float] | None] = []
     for visible, logprobs in known:

@@ -16,8 +16,9 @@ from common.errors import InvalidRequest, PdqError
 from common.metrics import CONTENT_TYPE_LATEST
 from gateway.chat import chat_completions
 from gateway.completions import completions
-from gateway.errors import UnknownModel, error_response
+from gateway.errors import error_response
 from gateway.schemas import DetokenizeBody, TokenizeBody, check_ids, parse
+from gateway.served_models import ServedModel
 from gateway.service import Service
 
 Endpoint = Callable[[Service, Request], Awaitable[Response]]
@@ -25,43 +26,40 @@ Endpoint = Callable[[Service, Request], Awaitable[Response]]
 
 async def models(service: Service, request: Request) -> Response:
     service.authorize(request)
-    return JSONResponse({"object": "list", "data": [_model(service)]})
+    return JSONResponse({"object": "list", "data": [_model(service, m) for m in service.models]})
 
 
 async def model(service: Service, request: Request) -> Response:
     service.authorize(request)
-    name = request.path_params["name"]
-    if name != service.model_name:
-        raise UnknownModel(f"the model {name!r:.200} is not served here", param="model")
-    return JSONResponse(_model(service))
+    return JSONResponse(_model(service, service.models.find(request.path_params["name"])))
 
 
 async def tokenize(service: Service, request: Request) -> Response:
     body = parse(TokenizeBody, await service.read(request))
-    service.check_model(body.model)
+    model = service.models.find(body.model)
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequest("give either prompt or messages", param="prompt")
     if body.prompt is not None:
         add = body.add_special_tokens is not False
-        ids = await service.tokenizer.encode(body.prompt, add_special_tokens=add)
+        ids = await model.tokenizer.encode(body.prompt, add_special_tokens=add)
     else:
-        ids = await service.chat_prompt(body)
+        ids = await service.chat_prompt(model, body)
     answer: dict[str, object] = {
         "count": len(ids),
-        "max_model_len": service.max_model_len,
+        "max_model_len": model.max_model_len,
         "tokens": ids,
     }
     if body.return_token_strs:
-        answer["token_strs"] = [service.tokenizer.token_text(token_id) for token_id in ids]
+        answer["token_strs"] = [model.tokenizer.token_text(token_id) for token_id in ids]
     return JSONResponse(answer)
 
 
 async def detokenize(service: Service, request: Request) -> Response:
     body = parse(DetokenizeBody, await service.read(request))
-    service.check_model(body.model)
-    check_ids(body.tokens, service.vocab_size, "tokens")
+    model = service.models.find(body.model)
+    check_ids(body.tokens, model.vocab_size, "tokens")
     skip = body.skip_special_tokens
-    text = service.tokenizer.decode(body.tokens, skip_special_tokens=skip)
+    text = model.tokenizer.decode(body.tokens, skip_special_tokens=skip)
     return JSONResponse({"prompt": text})
 
 
@@ -71,7 +69,7 @@ async def health(service: Service, request: Request) -> Response:
 
 
 async def ready(service: Service, request: Request) -> Response:
-    missing = "draining" if service.draining else service.dispatcher.ready()
+    missing = "draining" if service.draining else service.ready()
     if missing is not None:
         return JSONResponse({"status": "not ready", "reason": missing}, 503)
     return JSONResponse({"status": "ready"})
@@ -81,13 +79,13 @@ async def metrics(service: Service, request: Request) -> Response:
     return Response(service.metrics.render(), media_type=CONTENT_TYPE_LATEST)
 
 
-def _model(service: Service) -> dict[str, object]:
+def _model(service: Service, model: ServedModel) -> dict[str, object]:
     return {
-        "id": service.model_name,
+        "id": model.name,
         "object": "model",
-        "created": service.created,
+        "created": service.models.created,
         "owned_by": "pdq",
-        "max_model_len": service.max_model_len,
+        "max_model_len": model.max_model_len,
     }
 
 

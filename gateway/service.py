@@ -1,6 +1,6 @@
 """What every endpoint shares: who may ask, how much, for which model; and from body to `Work`.
 
-Owns: keys, the limit on bodies, the model's name, and the check of a prompt against the context.
+Owns: keys, the limit on bodies, and the check of a prompt against the context.
 Everything here happens before anything is enqueued.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hmac
 import secrets
-import time
 from collections.abc import Callable
 
 from starlette.requests import Request
@@ -17,11 +16,11 @@ from starlette.requests import Request
 from common.errors import ContextLengthExceeded, InvalidRequest, ServiceUnavailable
 from common.sampling import SamplingParams
 from gateway.dispatch import Dispatcher
-from gateway.errors import BodyTooLarge, InvalidKey, UnknownModel
+from gateway.errors import BodyTooLarge, InvalidKey
 from gateway.metrics import GatewayMetrics
 from gateway.open_request import Work
 from gateway.schemas import Body, ChatBody, CompletionBody, TokenizeBody
-from gateway.tokenizer import Tokenizer
+from gateway.served_models import ServedModel, ServedModels
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -31,7 +30,6 @@ class ServiceLimits:
     api_keys: tuple[str, ...] = ()
     max_body_bytes: int = 2**22
     max_prompt_tokens: int | None = None
-    max_model_len: int | None = None  # None: what the model's folder says
     max_n: int = 16
     max_prompts: int = 64
     retry_after_s: float = 1.0
@@ -41,22 +39,11 @@ class ServiceLimits:
 class Service:
     """Built once by the app, handed to every endpoint."""
 
-    model_name: str
-    tokenizer: Tokenizer
+    models: ServedModels
     dispatcher: Dispatcher
     limits: ServiceLimits
     metrics: GatewayMetrics
     draining: bool = False
-    created: int = dataclasses.field(default_factory=lambda: int(time.time()))
-
-    @property
-    def vocab_size(self) -> int:
-        return self.tokenizer.limits.vocab_size
-
-    @property
-    def max_model_len(self) -> int | None:
-        known = (self.limits.max_model_len, self.tokenizer.limits.max_model_len)
-        return min((length for length in known if length is not None), default=None)
 
     async def read(self, request: Request) -> bytes:
         """The body of a request that may be served: open service, known key, size in bounds."""
@@ -85,44 +72,44 @@ class Service:
         if scheme.lower() != "bearer" or not any(matches):
             raise InvalidKey("an API key is needed: Authorization: Bearer KEY")
 
-    def check_model(self, model: str | None) -> None:
-        if model is not None and model != self.model_name:
-            raise UnknownModel(
-                f"the model {model!r:.200} is not served here; {self.model_name!r} is",
-                param="model",
-            )
+    def ready(self) -> str | None:
+        """None when a request for some model could be placed now, else what each of them lacks."""
+        lacking = [self.dispatcher.ready(model.identity) for model in self.models]
+        return "; ".join(filter(None, lacking)) if all(lacking) else None
 
-    def room(self, prompt_ids: list[int], param: str) -> int:
+    def room(self, model: ServedModel, prompt_ids: list[int], param: str) -> int:
         """Positions the context leaves after the prompt: at least one, else it is refused."""
-        limits = (self.limits.max_prompt_tokens, self.max_model_len and self.max_model_len - 1)
+        context = model.max_model_len
+        limits = (self.limits.max_prompt_tokens, context and context - 1)
         longest = min((limit for limit in limits if limit is not None), default=None)
         if longest is not None and len(prompt_ids) > longest:
             raise ContextLengthExceeded(
                 f"{param} has {len(prompt_ids)} tokens, {longest} are allowed"
-                + (f": the context is {self.max_model_len}" if self.max_model_len else ""),
+                + (f": the context is {context}" if context else ""),
                 param=param,
             )
         if not prompt_ids:
             raise InvalidRequest(f"{param} must not be empty", param=param)
-        return self.max_model_len - len(prompt_ids) if self.max_model_len else 2**20
+        return context - len(prompt_ids) if context else 2**20
 
     def work(
         self,
         request_id: str,
+        model: ServedModel,
         prompt_ids: list[int],
         param: str,
         body: Body,
         sampling: Callable[[int, int], SamplingParams],
         request: Request,
     ) -> Work:
-        room = self.room(prompt_ids, param)
-        held = self.dispatcher.longest_request()
+        room = self.room(model, prompt_ids, param)
+        held = self.dispatcher.longest_request(model.identity)
         # A client that does not say how much it wants gets what the nodes can hold.
         default = room if held is None else min(room, held - len(prompt_ids))
-        params = sampling(default, self.vocab_size)
+        params = sampling(default, model.vocab_size)
         if params.max_tokens > room:
             raise ContextLengthExceeded(
-                f"max_tokens is {params.max_tokens}, but the context of {self.max_model_len} "
+                f"max_tokens is {params.max_tokens}, but the context of {model.max_model_len} "
                 f"tokens leaves {room} after the prompt's {len(prompt_ids)}",
                 param="max_tokens",
             )
@@ -130,31 +117,32 @@ class Service:
             request=request_id,
             prompt_ids=tuple(prompt_ids),
             params=params,
+            model=model.identity,
             n=body.n,
             cache_salt=body.cache_salt or "",
             priority=body.priority,
             trace=request.headers.get("traceparent", "")[:128],
         )
 
-    async def completion_prompts(self, body: CompletionBody) -> list[list[int]]:
+    async def completion_prompts(self, model: ServedModel, body: CompletionBody) -> list[list[int]]:
         """Token ids of each prompt."""
-        prompts = body.prompts(self.limits.max_prompts, self.vocab_size)
+        prompts = body.prompts(self.limits.max_prompts, model.vocab_size)
         return [
             prompt
             if isinstance(prompt, list)
-            else await self.tokenizer.encode(prompt, add_special_tokens=body.add_special_tokens)
+            else await model.tokenizer.encode(prompt, add_special_tokens=body.add_special_tokens)
             for prompt in prompts
         ]
 
-    async def chat_prompt(self, body: ChatBody | TokenizeBody) -> list[int]:
+    async def chat_prompt(self, model: ServedModel, body: ChatBody | TokenizeBody) -> list[int]:
         """Token ids of the messages. The template writes special tokens, so none are added."""
         assert body.messages is not None
-        prompt = self.tokenizer.render_chat(
+        prompt = model.tokenizer.render_chat(
             [message.for_template() for message in body.messages],
             add_generation_prompt=body.add_generation_prompt,
             variables=body.chat_template_kwargs,
         )
-        return await self.tokenizer.encode(prompt, add_special_tokens=False)
+        return await model.tokenizer.encode(prompt, add_special_tokens=False)
 
     @staticmethod
     def new_id(prefix: str) -> str:

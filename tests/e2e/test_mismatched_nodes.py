@@ -13,8 +13,9 @@ import httpx
 import pytest
 
 from common.engine import SamplingParams
+from common.identity import ModelIdentity
 from common.registry import NodeRecord, NodeState
-from tests.support.checkpoints import STORIES
+from tests.support.checkpoints import BABYLLAMA, STORIES
 from tests.support.deployment import Deployment
 from tests.support.dispatching import dispatch
 from tests.support.engines import poisoned_engine
@@ -93,3 +94,22 @@ async def test_a_prompt_for_a_node_that_refuses_the_link_goes_to_one_that_matche
     refused = [line for line in system.logs().splitlines() if "link.refused" in line]
     assert refused, "it was asked; more than once, if the other one was not known yet"
     assert all("dtype is 'bfloat16' there and 'float32' here" in line for line in refused)
+
+
+async def test_a_request_for_another_model_is_given_back_and_not_computed(
+    system: Deployment,
+) -> None:
+    """Somebody put it into the wrong queue: the node says so at once, and whoever asked can go on."""
+    system.model = BABYLLAMA
+    system.start_node("stranger", "unified")
+    system.model = STORIES
+    records = await ready(system)
+    stories, stranger = records["prefill"], records["stranger"]
+    asked = ModelIdentity(stories.model, stories.revision, stories.tokenizer)
+    params = SamplingParams(max_tokens=4, temperature=0.0)
+    async with system.redis_client() as redis:
+        answer = await dispatch(redis, "strange", (1, 5, 7), params, stranger, model=asked)
+    assert answer.failed is not None
+    assert (answer.failed.code, answer.failed.retryable) == ("fingerprint_mismatch", True)
+    assert not answer.tokens
+    assert (await system.records())["stranger"].steps == stranger.steps

@@ -35,15 +35,16 @@ class Answer:
 
 async def dispatch(
     redis: RedisClient, name: str, prompt: Sequence[int], params: SamplingParams, first: NodeRecord,
-    decode: NodeRecord | None = None, *, limit_s: float = 120.0,
+    decode: NodeRecord | None = None, *, model: ModelIdentity | None = None, limit_s: float = 120.0,
 ) -> Answer:  # fmt: skip
-    """Request `name` at node `first`, which is to hand it over to `decode`; until its end."""
+    """Request `name` at node `first`, which is to hand it over to `decode`; until its end. It is for
+    the model of `first`, unless another is given."""
     answer = Answer()
     async with Bus(f"gateway-{name}", BusSettings()) as bus, asyncio.timeout(limit_s):
         sent = Dispatch(
             name, 1, (0,), tuple(prompt), len(prompt), params, f"gateway-{name}", bus.endpoint,
             decode.incarnation if decode else "", decode.endpoint if decode else "", "", 0, 0, "",
-            ModelIdentity(first.model, first.revision, first.tokenizer),
+            model or ModelIdentity(first.model, first.revision, first.tokenizer),
         )  # fmt: skip
         assert await Requests(redis).accept(sent, first.incarnation)
         reason = ""

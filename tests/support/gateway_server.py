@@ -18,9 +18,10 @@ from gateway.dispatch import Dispatcher, Limits
 from gateway.metrics import GatewayMetrics
 from gateway.prefix_index import PrefixIndex
 from gateway.router import LeastLoadedRouter
+from gateway.served_models import ServedModel, ServedModels
 from gateway.service import Service, ServiceLimits
 from gateway.tokenizer import Tokenizer
-from tests.support.fake_cluster import FakeCluster, until
+from tests.support.fake_cluster import MODEL, FakeCluster, until
 
 LIMITS, SERVICE_LIMITS = Limits(), ServiceLimits()
 MODELS = Path(__file__).parents[3] / "shared" / "models"
@@ -50,6 +51,7 @@ def make_service(
     *,
     service_limits: ServiceLimits = SERVICE_LIMITS,
     limits: Limits = LIMITS,
+    further: tuple[ServedModel, ...] = (),
 ) -> Service:
     metrics = GatewayMetrics(Metrics())
     dispatcher = Dispatcher(
@@ -62,7 +64,8 @@ def make_service(
         metrics=metrics,
     )
     cluster.inbox = dispatcher
-    return Service("stories", load_tokenizer(model), dispatcher, service_limits, metrics)
+    models = ServedModels([ServedModel(MODEL, load_tokenizer(model)), *further])
+    return Service(models, dispatcher, service_limits, metrics)
 
 
 @contextlib.asynccontextmanager
@@ -91,9 +94,12 @@ async def serving(
     *,
     service_limits: ServiceLimits = SERVICE_LIMITS,
     limits: Limits = LIMITS,
+    further: tuple[ServedModel, ...] = (),
 ) -> AsyncIterator[Served]:
     """Serve, and afterwards see that nothing is left: no request, no computation, no record."""
-    service = make_service(cluster, model, service_limits=service_limits, limits=limits)
+    service = make_service(
+        cluster, model, service_limits=service_limits, limits=limits, further=further
+    )
     async with listening(service) as url:
         yield Served(url, service, cluster)
     cluster.release()

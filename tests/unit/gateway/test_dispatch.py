@@ -227,7 +227,8 @@ async def test_without_any_node_the_request_fails_in_time_and_says_why(
 ) -> None:
     cluster.add("p1", PREFILL)
     with pytest.raises(
-        ServiceUnavailable, match=r"no node could take .* 1 prefill; no decode node of 'stories' is here"
+        ServiceUnavailable,
+        match=r"no node could take .* 1 prefill; no decode node of 'stories' is here",
     ):
         await run(connect(cluster, placement_timeout_s=0.05))
     assert cluster.dispatched == []

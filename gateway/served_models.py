@@ -1,0 +1,91 @@
+"""The models that this gateway answers for, each with its tokenizer, and which one a client means.
+
+Owns: loading them at start from what the settings name, and `model` in bodies and paths. A model is
+served wherever nodes run it; a node of a model that nobody serves is left alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from common.config import GatewaySettings
+from common.errors import ConfigError
+from common.identity import ModelIdentity
+from common.model_files import model_name, resolve_model
+from gateway.errors import UnknownModel
+from gateway.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ServedModel:
+    """One model: what nodes of it have in common with us, and how its text becomes ids."""
+
+    identity: ModelIdentity
+    tokenizer: Tokenizer
+
+    @property
+    def name(self) -> str:
+        return self.identity.name
+
+    @property
+    def vocab_size(self) -> int:
+        return self.tokenizer.limits.vocab_size
+
+    @property
+    def max_model_len(self) -> int | None:
+        """Positions of its context; None where its folder does not say."""
+        return self.tokenizer.limits.max_model_len
+
+
+class ServedModels:
+    """All models by name, at least one. The first answers whoever names none."""
+
+    def __init__(self, models: Sequence[ServedModel]) -> None:
+        self._models = {model.name: model for model in models}
+        self.created = int(time.time())
+        if len(self._models) < len(models):
+            twice = next(m.name for m in models if m is not self._models[m.name])
+            raise ConfigError(
+                f"two models have the name {twice!r}; write NAME=MODEL to name one", param="models"
+            )
+
+    def __iter__(self) -> Iterator[ServedModel]:
+        return iter(self._models.values())
+
+    @property
+    def default(self) -> ServedModel:
+        return next(iter(self))
+
+    def find(self, name: str | None) -> ServedModel:
+        """The model with this name; raises `UnknownModel`."""
+        if name is None:
+            return self.default
+        if name not in self._models:
+            served = ", ".join(map(repr, self._models))
+            raise UnknownModel(
+                f"the model {name!r:.200} is not served here; {served:.2000} "
+                f"{'is' if len(self._models) == 1 else 'are'}",
+                param="model",
+            )
+        return self._models[name]
+
+
+def load_models(settings: GatewaySettings) -> ServedModels:
+    """Every model that the settings name. Blocking: reads folders, downloads what is not here."""
+    first = _load(settings.served_model_name, settings.model, settings.revision)
+    further = []
+    for entry in settings.models:
+        name, separator, where = entry.partition("=")
+        if separator and not (name and where):
+            raise ConfigError(f"{entry!r} is not NAME=MODEL", param="models")
+        further.append(_load(name, where, "") if separator else _load("", entry, ""))
+    return ServedModels([first, *further])
+
+
+def _load(name: str, model: str, revision: str) -> ServedModel:
+    folder: Path = resolve_model(model, revision)
+    identity = ModelIdentity(name or model_name(model, folder), "", "")
+    return ServedModel(identity, Tokenizer(folder))

@@ -1,0 +1,142 @@
+"""Several models behind one gateway: each request goes to nodes of its own model, or nowhere."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import pytest
+
+from common.config import GatewaySettings
+from common.errors import ConfigError
+from common.identity import ModelIdentity
+from gateway.dispatch import Limits
+from gateway.served_models import ServedModel, load_models
+from tests.support.fake_cluster import FINGERPRINT, MODEL, FakeCluster
+from tests.support.gateway_server import MODELS, Served, load_tokenizer, serving
+
+LLAMA = ModelIdentity("llama", "other weights", "other letters")
+LLAMA_PRINT = dataclasses.replace(
+    FINGERPRINT, model="llama", revision=LLAMA.revision, tokenizer=LLAMA.tokenizer
+)
+PROMPT = "Once upon a time"
+
+
+@pytest.fixture
+async def served() -> AsyncIterator[Served]:
+    """A gateway for `stories` and `llama`, and a node of each."""
+    further = (ServedModel(LLAMA, load_tokenizer("babyllama361")),)
+    cluster = FakeCluster()
+    cluster.add("stories-node")
+    cluster.add("llama-node", fingerprint=LLAMA_PRINT)
+    limits = Limits(placement_timeout_s=0.05)
+    async with serving(cluster, limits=limits, further=further) as running:
+        yield running
+
+
+@pytest.fixture
+async def http(served: Served) -> AsyncIterator[httpx.AsyncClient]:
+    async with httpx.AsyncClient(base_url=served.url) as client:
+        yield client
+
+
+async def ask(http: httpx.AsyncClient, **body: Any) -> dict[str, Any]:
+    reply = await http.post("/v1/completions", json={"prompt": PROMPT, "max_tokens": 3, **body})
+    return {"status": reply.status_code, **reply.json()}
+
+
+async def test_a_request_goes_to_a_node_of_the_model_it_names(
+    served: Served, http: httpx.AsyncClient
+) -> None:
+    for model, node in [("stories", "stories-node"), ("llama", "llama-node")] * 4:
+        answer = await ask(http, model=model)
+        assert (answer["status"], answer["model"]) == (200, model)
+        where, dispatch = served.cluster.dispatched[-1]
+        assert where == node
+        tokenizer = served.service.models.find(model).tokenizer
+        assert list(dispatch.token_ids) == tokenizer.encode_now(PROMPT)
+        assert dispatch.model == served.service.models.find(model).identity
+
+
+async def test_who_names_no_model_gets_the_first(served: Served, http: httpx.AsyncClient) -> None:
+    assert (await ask(http))["model"] == "stories"
+
+
+async def test_every_model_is_listed_and_can_be_looked_up(http: httpx.AsyncClient) -> None:
+    listed = (await http.get("/v1/models")).json()["data"]
+    assert [model["id"] for model in listed] == ["stories", "llama"]
+    assert [model["max_model_len"] for model in listed] == [512, 256]
+    assert (await http.get("/v1/models/llama")).json() == listed[1]
+
+
+@pytest.mark.parametrize("name", ["gpt-5", "", "llama ", "x" * 100_000])
+async def test_an_unknown_model_is_refused_with_the_names_there_are(
+    http: httpx.AsyncClient, name: str
+) -> None:
+    answer = await ask(http, model=name)
+    assert (answer["status"], answer["error"]["code"]) == (404, "model_not_found")
+    assert answer["error"]["message"].endswith("'stories', 'llama' are")
+    assert len(answer["error"]["message"]) < 500
+
+
+async def test_tokens_are_those_of_the_model_named(http: httpx.AsyncClient) -> None:
+    for model, tokenizer in (("stories", "stories260K"), ("llama", "babyllama361")):
+        ids = load_tokenizer(tokenizer).encode_now(PROMPT)
+        reply = (await http.post("/tokenize", json={"model": model, "prompt": PROMPT})).json()
+        assert reply["tokens"] == ids
+        body = {"model": model, "tokens": ids}
+        assert (await http.post("/detokenize", json=body)).json()["prompt"].endswith(PROMPT)
+
+
+@pytest.mark.parametrize("part", ["model", "revision", "tokenizer"])
+async def test_a_node_of_another_model_gets_no_request(
+    served: Served, http: httpx.AsyncClient, part: str
+) -> None:
+    """It is there, idle, and under the name that is asked for, unless the name is what differs."""
+    cluster = served.cluster
+    cluster.kill("stories-node")
+    cluster.add("stranger", fingerprint=dataclasses.replace(FINGERPRINT, **{part: "strange"}))
+    answer = await ask(http, model="stories")
+    assert (answer["status"], answer["error"]["code"]) == (503, "service_unavailable")
+    said = f"{part} is 'strange' there" if part != "model" else "nodes run 'llama', 'strange'"
+    assert said in answer["error"]["message"]
+    assert cluster.dispatched == []
+    assert (await ask(http, model="llama"))["status"] == 200
+
+
+async def test_the_gateway_is_ready_while_some_model_has_nodes(
+    served: Served, http: httpx.AsyncClient
+) -> None:
+    served.cluster.kill("stories-node")
+    assert (await http.get("/ready")).status_code == 200
+    served.cluster.kill("llama-node")
+    reply = await http.get("/ready")
+    assert reply.status_code == 503
+    assert "no node of 'stories' is here" in reply.json()["reason"]
+    assert "no node of 'llama' is here" in reply.json()["reason"]
+
+
+def test_models_are_named_by_the_settings() -> None:
+    stories = str(MODELS / "stories260K")
+    loaded = load_models(
+        GatewaySettings(model=stories, models=(str(MODELS / "babyllama361"), f"again={stories}"))
+    )
+    assert [model.name for model in loaded] == ["stories260K", "babyllama361", "again"]
+    assert MODEL.name not in {model.name for model in loaded}
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        (str(MODELS / "stories260K"), "two models have the name 'stories260K'"),
+        ("=", "'=' is not NAME=MODEL"),
+        ("name=", "'name=' is not NAME=MODEL"),
+        ("name=/no/such/folder", "model folder /no/such/folder does not exist"),
+    ],
+)
+def test_a_model_that_cannot_be_meant_is_an_error_at_start(entry: str, said: str) -> None:
+    settings = GatewaySettings(model=str(MODELS / "stories260K"), models=(entry,))
+    with pytest.raises(ConfigError, match=said):
+        load_models(settings)
