@@ -136,6 +136,22 @@ class NodeSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class HTTPSettings:
+    """What a gateway's HTTP connections may take, and for how long."""
+
+    max_connections: int = setting(
+        1024, "connections at most; beyond, the one that waits longest for its request makes way",
+        at_least=1,
+    )  # fmt: skip
+    header_timeout_s: float = setting(10.0, "time for a request's head to arrive", at_least=0.01)
+    body_timeout_s: float = setting(60.0, "time for a request's body to arrive", at_least=0.01)
+    keep_alive_timeout_s: float = setting(5.0, "time an idle connection is kept", at_least=0.01)
+    write_timeout_s: float = setting(
+        30.0, "a client that takes nothing of its answer for so long is cut off", at_least=0.01
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class GatewaySettings:
     """One gateway: the HTTP side, and what one client may ask for."""
 
@@ -150,13 +166,21 @@ class GatewaySettings:
     )
     api_keys: tuple[str, ...] = setting((), "keys that clients must show (none: open)", secret=True)
     max_body_bytes: int = setting(2**22, "largest request body", parse=parse_bytes, at_least=1)
+    max_bodies_bytes: int = setting(
+        2**26, "all bodies that are read at one time; one client may hold half of it",
+        parse=parse_bytes, at_least=1,
+    )  # fmt: skip
     max_prompt_tokens: int | None = setting(None, "longest prompt (none: the model's)", at_least=1)
     max_n: int = setting(16, "most choices of one request", at_least=1)
     max_prompts: int = setting(64, "most prompts in one request", at_least=1)
     max_open_requests: int = setting(256, "open requests at most; further ones get 429", at_least=1)
     max_attempts: int = setting(4, "times that one request is tried", at_least=1)
+    placement_timeout_s: float = setting(
+        8.0, "how long a request waits for a node that can take it", at_least=0.01
+    )
     request_timeout_s: float = setting(600.0, "longest life of a request", at_least=0.1)
     grace_period_s: float = setting(30.0, "time that a drain gives to open requests", at_least=0)
+    http: HTTPSettings = field(default_factory=HTTPSettings, metadata={"prefix": ""})
     redis: RedisSettings = field(default_factory=RedisSettings)
     bus: BusSettings = field(default_factory=BusSettings)
     log: LogSettings = field(default_factory=LogSettings)

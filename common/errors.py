@@ -25,12 +25,24 @@
     └── ServiceUnavailable        Redis or every node of a role is unreachable
 
 `code` is stable: it goes into HTTP error bodies, metrics labels and logs. `param` names the field,
-file or tensor that is at fault, when there is one.
+file or tensor that is at fault, when there is one. Both are bounded, so that no error carries back
+the megabytes that a client sent.
 """
 
 from __future__ import annotations
 
 from typing import ClassVar
+
+LONGEST_MESSAGE = 1_000  # characters
+LONGEST_PARAM = 200
+
+
+def shortened(text: str, limit: int = LONGEST_MESSAGE) -> str:
+    """`text`, or its two ends around the number of characters left out."""
+    if len(text) <= limit:
+        return text
+    half = limit // 2
+    return f"{text[:half]} … [{len(text) - 2 * half} characters] … {text[-half:]}"
 
 
 class PdqError(Exception):
@@ -39,9 +51,9 @@ class PdqError(Exception):
     code: ClassVar[str] = "internal_error"
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
-        super().__init__(message)
-        self.message = message
-        self.param = param
+        self.message = shortened(message)
+        self.param = None if param is None else shortened(param, LONGEST_PARAM)
+        super().__init__(self.message)
 
     def __str__(self) -> str:
         return self.message

@@ -6,17 +6,28 @@ Owns: their form. Knows nothing of what is logged.
 
 An event is a dotted name that never changes, so that it can be searched for; everything that varies
 is a key. A line never breaks: control characters are escaped.
+
+The log is bounded whatever happens: a value is cut at 2,000 characters, and of one event (of other
+libraries: of one message before its values are filled in) at level warning or above, 50 lines pass
+in 10 seconds; the next one that passes counts those left out as `suppressed`.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any, TextIO
 
+from common.errors import shortened
+
 ROOT = "pdq"
+LONGEST_VALUE = 2_000  # characters
+LONGEST_TRACEBACK = 16_000
+BURST, WINDOW_S = 50, 10.0  # lines of one event, and in what time
+MOST_EVENTS = 1_000  # counted apart; beyond them all counts start anew
 
 
 class Logger:
@@ -57,6 +68,38 @@ class Logger:
             self._logger.log(level, "%s", event, extra=extra, exc_info=exc_info)
 
 
+class RateLimit(logging.Filter):
+    """Lets `burst` records of one event pass per window; records below warning always pass."""
+
+    def __init__(
+        self,
+        burst: int = BURST,
+        window_s: float = WINDOW_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        super().__init__()
+        self._burst, self._window_s, self._clock = burst, window_s, clock
+        self._seen: dict[tuple[str, str], tuple[float, int]] = {}  # begin of the window, records
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno < logging.WARNING:
+            return True
+        ours = hasattr(record, "values")
+        event = (record.name, record.getMessage() if ours else str(record.msg)[:LONGEST_VALUE])
+        now = self._clock()
+        begin, count = self._seen.get(event, (now, 0))
+        suppressed = 0
+        if now - begin >= self._window_s:
+            suppressed = max(0, count - self._burst)
+            begin, count = now, 0
+        if len(self._seen) >= MOST_EVENTS and event not in self._seen:
+            self._seen.clear()
+        self._seen[event] = (begin, count + 1)
+        if suppressed:
+            record.suppressed = suppressed
+        return count < self._burst
+
+
 class LineFormatter(logging.Formatter):
     """The form of a line; records of other libraries come out in it too."""
 
@@ -70,8 +113,13 @@ class LineFormatter(logging.Formatter):
         event = record.getMessage()
         if not hasattr(record, "values"):
             event, values = record.name, {"message": event}
+        values = {key: _bounded(value) for key, value in values.items()}
         if record.exc_info and record.exc_info[0] is not None:
-            values["traceback"] = self.formatException(record.exc_info)
+            values["traceback"] = shortened(
+                self.formatException(record.exc_info), LONGEST_TRACEBACK
+            )
+        if suppressed := getattr(record, "suppressed", 0):
+            values["suppressed"] = suppressed
         time = moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
         pairs = "".join(f" {key}={_shown(value)}" for key, value in values.items())
         return f"{time} {record.levelname} {self._service} {_escaped(event)}{pairs}"
@@ -81,6 +129,7 @@ def configure(service: str, level: str = "info", stream: TextIO | None = None) -
     """Send all log lines of this process to `stream` (stderr), named after `service`."""
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(LineFormatter(service))
+    handler.addFilter(RateLimit())
     logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
     logging.getLogger(ROOT).setLevel(level.upper())
 
@@ -88,6 +137,10 @@ def configure(service: str, level: str = "info", stream: TextIO | None = None) -
 def get_logger(name: str = "", **values: Any) -> Logger:
     """A logger for one part of the program, such as "bus"."""
     return Logger(logging.getLogger(f"{ROOT}.{name}" if name else ROOT), values)
+
+
+def _bounded(value: Any) -> Any:
+    return value if isinstance(value, (int, float)) else shortened(str(value), LONGEST_VALUE)
 
 
 def _shown(value: Any) -> str:

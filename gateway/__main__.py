@@ -11,19 +11,17 @@ import asyncio
 import contextlib
 import dataclasses
 import errno
-import math
 import os
 import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator, Sequence
-
-import uvicorn
+from collections.abc import Sequence
 
 from common.bus import Bus
 from common.bus_setup import complete
 from common.config import GatewaySettings, load
+from common.descriptors import room_for
 from common.errors import PdqError, ResourceError, ServiceUnavailable
 from common.logs import configure, get_logger
 from common.metrics import Metrics
@@ -39,25 +37,22 @@ from gateway.prefix_index import PrefixIndex
 from gateway.record_store import RecordStore
 from gateway.router import LeastLoadedRouter
 from gateway.served_models import load_models
+from gateway.server import FAREWELL_S, Server
 from gateway.service import Service, ServiceLimits
 
-FAREWELL_S = 1.0  # for clients to take their last bytes
+OTHER_DESCRIPTORS = 192  # Redis, links to nodes, connections that are being refused, files
+FEWEST_CONNECTIONS = 32
 
 log = get_logger("gateway")
-
-
-class Server(uvicorn.Server):
-    """uvicorn without its signal handlers: ours come first, and cleaning up goes on after it."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
 
 
 async def run(settings: GatewaySettings) -> None:
     """Serve until a signal comes. Raises `PdqError` for what keeps it from starting."""
     incarnation = new_incarnation(settings.name or f"gateway-{socket.gethostname().split('.')[0]}")
     configure(incarnation, settings.log.level)
+    connections = room_for(
+        settings.http.max_connections, OTHER_DESCRIPTORS, FEWEST_CONNECTIONS, "a gateway"
+    )
     models = await asyncio.to_thread(load_models, settings)
     names = ",".join(model.name for model in models)
     listener = _listen(settings.host, settings.port)
@@ -85,6 +80,7 @@ async def run(settings: GatewaySettings) -> None:
                 max_attempts=settings.max_attempts,
                 max_open=settings.max_open_requests,
                 request_timeout_s=settings.request_timeout_s,
+                placement_timeout_s=settings.placement_timeout_s,
             ),
             metrics=metrics,
         )
@@ -92,6 +88,7 @@ async def run(settings: GatewaySettings) -> None:
         limits = ServiceLimits(
             api_keys=settings.api_keys,
             max_body_bytes=settings.max_body_bytes,
+            max_bodies_bytes=settings.max_bodies_bytes,
             max_prompt_tokens=settings.max_prompt_tokens,
             max_n=settings.max_n,
             max_prompts=settings.max_prompts,
@@ -109,16 +106,8 @@ async def run(settings: GatewaySettings) -> None:
             started_at=int(time.time() * 1000),
             model=names,
         )
-        server = Server(
-            uvicorn.Config(
-                create_app(service),
-                lifespan="off",
-                log_config=None,
-                access_log=False,
-                ws="none",
-                timeout_graceful_shutdown=math.ceil(settings.grace_period_s + FAREWELL_S),
-            )
-        )
+        http = dataclasses.replace(settings.http, max_connections=connections)
+        server = Server(create_app(service), http, settings.grace_period_s)
         _handle_signals(server, service, settings.grace_period_s)
         background = [
             asyncio.create_task(links.run(), name="links"),

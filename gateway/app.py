@@ -9,15 +9,19 @@ from __future__ import annotations
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from common.errors import InvalidRequest, PdqError
 from common.logs import get_logger
+from gateway.errors import MethodNotAllowed, NotFound, error_response
 from gateway.metrics import GatewayMetrics
 from gateway.routes import ROUTES, build_router
 from gateway.service import Service
 
 log = get_logger("http")
+
+_ROUTING_ERRORS: dict[int, type[InvalidRequest]] = {404: NotFound, 405: MethodNotAllowed}
 
 
 def create_app(service: Service) -> FastAPI:
@@ -33,18 +37,17 @@ def create_app(service: Service) -> FastAPI:
 async def _http_error(request: Request, error: Exception) -> Response:
     """What the framework itself refuses: an unknown path, a wrong method."""
     assert isinstance(error, HTTPException)
+    headers = error.headers or {}
+    if error.status_code == 405 and request.method == "OPTIONS":
+        return Response(status_code=204, headers=headers)
+    kind = _ROUTING_ERRORS.get(error.status_code, InvalidRequest)
     message = f"{request.method} {request.url.path}: {error.detail}"
-    return _error(error.status_code, message, "invalid_request_error", "not_found")
+    return error_response(kind(message), retry_after_s=1.0, more_headers=headers)
 
 
 async def _internal_error(request: Request, error: Exception) -> Response:
     log.error("http.internal_error", path=request.url.path, error=repr(error), exc_info=error)
-    return _error(500, "internal error", "server_error", "internal_error")
-
-
-def _error(status: int, message: str, kind: str, code: str) -> Response:
-    body = {"error": {"message": message, "type": kind, "param": None, "code": code}}
-    return JSONResponse(body, status)
+    return error_response(PdqError("internal error"), retry_after_s=1.0)
 
 
 class _CountResponses:

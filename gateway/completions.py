@@ -143,6 +143,7 @@ async def merged(
                 yield 0, delta
         return
 
+    service.dispatcher.check_room(len(works))
     queue: asyncio.Queue[tuple[int, TextDelta] | None] = asyncio.Queue()
 
     async def feed(index: int, work: Work) -> None:

@@ -119,14 +119,26 @@ class Dispatcher:
             return error.message
         return None if decision else what_lacks(model, self._directory.nodes())
 
+    @property
+    def max_open(self) -> int:
+        """Requests that may be open at one time, so the most that one client's list may become."""
+        return self._limits.max_open
+
+    def check_room(self, count: int) -> None:
+        """Raises `Overloaded` unless so many more requests may be opened now."""
+        if len(self._open) + count > self._limits.max_open:
+            raise Overloaded(
+                f"{len(self._open)} requests are open of {self._limits.max_open} at most, "
+                f"{count} more were asked for"
+            )
+
     @contextlib.asynccontextmanager
     async def run(self, work: Work) -> AsyncIterator[OpenRequest]:
         """Accept the request, give it to the caller, and leave nothing of it behind after.
 
         Leaving early (an error, a cancel, a client that went) cancels it on every node.
         """
-        if len(self._open) >= self._limits.max_open:
-            raise Overloaded(f"{len(self._open)} requests are open, which is the limit")
+        self.check_room(1)
         request = OpenRequest(work)
         request.accepted_at = time.monotonic()
         self._open[work.request] = request

@@ -15,8 +15,9 @@ from starlette.requests import Request
 
 from common.errors import ContextLengthExceeded, InvalidRequest, ServiceUnavailable
 from common.sampling import SamplingParams
+from gateway.bodies import BodyBudget, read_body
 from gateway.dispatch import Dispatcher
-from gateway.errors import BodyTooLarge, InvalidKey
+from gateway.errors import InvalidKey
 from gateway.metrics import GatewayMetrics
 from gateway.open_request import Work
 from gateway.schemas import Body, ChatBody, CompletionBody, TokenizeBody
@@ -29,6 +30,7 @@ class ServiceLimits:
 
     api_keys: tuple[str, ...] = ()
     max_body_bytes: int = 2**22
+    max_bodies_bytes: int = 2**26
     max_prompt_tokens: int | None = None
     max_n: int = 16
     max_prompts: int = 64
@@ -43,24 +45,25 @@ class Service:
     dispatcher: Dispatcher
     limits: ServiceLimits
     metrics: GatewayMetrics
+    bodies: BodyBudget = dataclasses.field(init=False)
     draining: bool = False
+
+    def __post_init__(self) -> None:
+        self.bodies = BodyBudget(self.limits.max_bodies_bytes)
 
     async def read(self, request: Request) -> bytes:
         """The body of a request that may be served: open service, known key, size in bounds."""
         if self.draining:
             raise ServiceUnavailable("this gateway is draining: ask another one")
         self.authorize(request)
-        limit = self.limits.max_body_bytes
-        too_large = BodyTooLarge(f"the body is larger than {limit} bytes")
-        declared = request.headers.get("content-length", "0")
-        if declared.isdigit() and int(declared) > limit:
-            raise too_large
-        body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > limit:
-                raise too_large
-        return bytes(body)
+        with self.bodies.share(self.client(request)) as share:
+            return await read_body(request, self.limits.max_body_bytes, share)
+
+    def client(self, request: Request) -> str:
+        """Who asks, for sharing what is scarce: the key where there are keys, else the address."""
+        if self.limits.api_keys:
+            return request.headers.get("authorization", "")
+        return request.client.host if request.client else ""
 
     def authorize(self, request: Request) -> None:
         if not self.limits.api_keys:
@@ -126,7 +129,8 @@ class Service:
 
     async def completion_prompts(self, model: ServedModel, body: CompletionBody) -> list[list[int]]:
         """Token ids of each prompt."""
-        prompts = body.prompts(self.limits.max_prompts, model.vocab_size)
+        most = min(self.limits.max_prompts, self.dispatcher.max_open)
+        prompts = body.prompts(most, model.vocab_size)
         return [
             prompt
             if isinstance(prompt, list)

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from common.config import NodeSettings, load
+from common.descriptors import require
 from common.errors import PdqError
 from common.logs import configure, get_logger
 
@@ -21,6 +22,7 @@ log = get_logger("node")
 # end of an even share of work, short enough to give the core up when its partner lost its own to
 # another process (OpenMP's default, 300,000, then burns a core for nothing).
 OMP_SPIN = "10000"
+FEWEST_DESCRIPTORS = 256  # links to peers, shared memory, weights, Redis
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,6 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             NodeSettings, sys.argv[1:] if argv is None else argv, os.environ, program="node"
         )
         configure(settings.name or settings.role, settings.log.level)
+        require(FEWEST_DESCRIPTORS, "a node")
         if settings.engine.cores:
             os.sched_setaffinity(0, settings.engine.cores)
         os.environ.setdefault("GOMP_SPINCOUNT", OMP_SPIN)

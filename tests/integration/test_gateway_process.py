@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import os
 import re
+import resource
 import signal
 import socket
 import sys
@@ -54,10 +55,17 @@ def command(redis_url: str, *flags: str) -> list[str]:
     ]  # fmt: skip
 
 
+def with_descriptors(count: int, command: list[str]) -> list[str]:
+    return ["sh", "-c", f'ulimit -n {count}; exec "$@"', "sh", *command]
+
+
 @contextlib.asynccontextmanager
-async def started(redis_url: str, *flags: str) -> AsyncIterator[Process]:
+async def started(
+    redis_url: str, *flags: str, descriptors: int | None = None
+) -> AsyncIterator[Process]:
+    line = command(redis_url, *flags)
     process = await asyncio.create_subprocess_exec(
-        *command(redis_url, *flags),
+        *(line if descriptors is None else with_descriptors(descriptors, line)),
         cwd=ROOT,
         stderr=asyncio.subprocess.PIPE,
         env={**os.environ, "PYTHONFAULTHANDLER": "1"},
@@ -264,7 +272,45 @@ async def test_two_gateways_share_the_nodes(gateway: Process, redis_client: Redi
         assert len({dispatch.gateway for dispatch in node.taken}) == 2
 
 
-@pytest.mark.parametrize("trouble", ["port", "redis", "model", "setting"])
+async def test_few_descriptors_mean_few_connections_and_a_short_log(
+    redis_client: RedisClient,
+) -> None:
+    url = redis_client.settings.url
+    async with started(url, descriptors=240) as gateway, a_node(redis_client, gateway):
+        host, _, port = gateway.url.removeprefix("http://").partition(":")
+        kept = [socket.create_connection((host, int(port))) for _ in range(300)]
+        try:
+            assert await the_text(gateway)
+            async with httpx.AsyncClient(base_url=gateway.url) as http:
+                assert (await http.get("/health")).status_code == 200
+        finally:
+            for each in kept:
+                each.close()
+    (warning,) = [line for line in gateway.lines if "descriptors.few" in line]
+    assert "used=48" in warning
+    assert len("\n".join(gateway.lines)) < 20_000
+
+
+async def test_descriptors_that_run_out_are_one_line_and_connections_wait(
+    redis_client: RedisClient,
+) -> None:
+    """The process's limit falls below what is open already: nothing can be accepted."""
+    async with started(redis_client.settings.url) as gateway:
+        host, _, port = gateway.url.removeprefix("http://").partition(":")
+        pid = gateway.process.pid
+        before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (5, before[1]))
+        kept = [socket.create_connection((host, int(port))) for _ in range(200)]
+        await until(lambda: any("connection.not_accepted" in line for line in gateway.lines))
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
+        for each in kept:
+            each.close()
+        async with httpx.AsyncClient(base_url=gateway.url, timeout=20) as http:
+            assert (await http.get("/health")).status_code == 200
+    assert len("\n".join(gateway.lines)) < 20_000
+
+
+@pytest.mark.parametrize("trouble", ["port", "redis", "model", "setting", "descriptors"])
 async def test_what_keeps_it_from_starting_is_one_line(
     redis_client: RedisClient, trouble: str
 ) -> None:
@@ -278,9 +324,13 @@ async def test_what_keeps_it_from_starting_is_one_line(
             ),
             "model": (("--model", "/no/such/folder"), "/no/such/folder"),
             "setting": (("--max-n", "none"), "max-n"),
+            "descriptors": ((), "ulimit -n"),
         }[trouble]
+        line_ = command(url, *flags)
+        if trouble == "descriptors":
+            line_ = with_descriptors(100, line_)
         process = await asyncio.create_subprocess_exec(
-            *command(url, *flags), cwd=ROOT, stderr=asyncio.subprocess.PIPE
+            *line_, cwd=ROOT, stderr=asyncio.subprocess.PIPE
         )
         _, output = await process.communicate()
     assert process.returncode == 1

@@ -10,20 +10,21 @@ import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-import uvicorn
-
+from common.config import HTTPSettings
 from common.metrics import Metrics
 from gateway.app import create_app
+from gateway.connection import Roster
 from gateway.dispatch import Dispatcher, Limits
 from gateway.metrics import GatewayMetrics
 from gateway.prefix_index import PrefixIndex
 from gateway.router import LeastLoadedRouter
 from gateway.served_models import ServedModel, ServedModels
+from gateway.server import Server
 from gateway.service import Service, ServiceLimits
 from gateway.tokenizer import Tokenizer
 from tests.support.fake_cluster import MODEL, FakeCluster, until
 
-LIMITS, SERVICE_LIMITS = Limits(), ServiceLimits()
+LIMITS, SERVICE_LIMITS, HTTP = Limits(), ServiceLimits(), HTTPSettings()
 MODELS = Path(__file__).parents[3] / "shared" / "models"
 
 
@@ -34,6 +35,7 @@ class Served:
     url: str
     service: Service
     cluster: FakeCluster
+    connections: Roster
 
     @property
     def dispatcher(self) -> Dispatcher:
@@ -69,19 +71,17 @@ def make_service(
 
 
 @contextlib.asynccontextmanager
-async def listening(service: Service) -> AsyncIterator[str]:
-    """The service over HTTP; its URL."""
-    config = uvicorn.Config(
-        create_app(service), lifespan="off", log_level="warning", ws="none", access_log=False
-    )
-    server = uvicorn.Server(config)
-    server.capture_signals = contextlib.nullcontext  # type: ignore[method-assign, assignment]
+async def listening(
+    service: Service, http: HTTPSettings = HTTP
+) -> AsyncIterator[tuple[str, Roster]]:
+    """The service over HTTP: its URL and its connections."""
+    server = Server(create_app(service), http)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         await until(lambda: server.started or serving.done())
         try:
-            yield f"http://127.0.0.1:{port}"
+            yield f"http://127.0.0.1:{port}", server.roster
         finally:
             server.should_exit = True
             await serving
@@ -95,13 +95,14 @@ async def serving(
     service_limits: ServiceLimits = SERVICE_LIMITS,
     limits: Limits = LIMITS,
     further: tuple[ServedModel, ...] = (),
+    http: HTTPSettings = HTTP,
 ) -> AsyncIterator[Served]:
     """Serve, and afterwards see that nothing is left: no request, no computation, no record."""
     service = make_service(
         cluster, model, service_limits=service_limits, limits=limits, further=further
     )
-    async with listening(service) as url:
-        yield Served(url, service, cluster)
+    async with listening(service, http) as (url, connections):
+        yield Served(url, service, cluster, connections)
     cluster.release()
     await until(lambda: cluster.running == 0)
     await service.dispatcher.shut_down()

@@ -55,3 +55,41 @@ def test_lines_below_the_level_and_of_chatty_libraries_are_left_out(stream: io.S
     logging.getLogger("somelibrary").warning("this %s", "matters")
     (line,) = stream.getvalue().splitlines()
     assert 'WARNING node-1 somelibrary message="this matters"' in line
+
+
+def test_a_flood_of_one_event_passes_in_part_and_says_how_many_it_left_out() -> None:
+    now = 0.0
+    limit = logs.RateLimit(burst=3, window_s=10, clock=lambda: now)
+
+    def passed(event: str, level: int = logging.WARNING) -> logging.LogRecord | None:
+        record = logging.LogRecord("pdq.x", level, "", 0, "%s", (event,), None)
+        record.values = {}
+        return record if limit.filter(record) else None
+
+    assert sum(passed("flood") is not None for _ in range(1000)) == 3
+    assert passed("other")
+    assert all(passed("flood", logging.INFO) for _ in range(100))
+    now = 10.0
+    after = passed("flood")
+    assert after
+    assert after.suppressed == 997  # type: ignore[attr-defined]
+
+
+def test_many_different_events_hold_no_memory() -> None:
+    limit = logs.RateLimit()
+    for number in range(logs.MOST_EVENTS * 3):
+        limit.filter(logging.LogRecord("x", logging.ERROR, "", 0, f"event {number}", None, None))
+    assert len(limit._seen) <= logs.MOST_EVENTS
+
+
+def test_other_libraries_are_counted_by_their_message_without_its_values(
+    stream: io.StringIO,
+) -> None:
+    for number in range(logs.BURST * 2):
+        logging.getLogger("library").warning("cannot do %d", number)
+    assert len(stream.getvalue().splitlines()) == logs.BURST
+
+
+def test_a_value_of_megabytes_is_cut(stream: io.StringIO) -> None:
+    logs.get_logger().warning("said", text="x" * 10**6, error=ValueError("y" * 10**6))
+    assert len(stream.getvalue()) < 3 * logs.LONGEST_VALUE

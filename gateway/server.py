@@ -1,0 +1,84 @@
+"""The HTTP server: uvicorn with our connections, their deadlines, and a bound on all of them.
+
+Owns: putting uvicorn together, the loop that ends what is overdue, and what happens when the system
+gives no more descriptors. Knows nothing of the application.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import math
+import socket
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from common.config import HTTPSettings
+from common.logs import get_logger
+from gateway.connection import Connection, Roster
+
+ACCEPTED_AT_ONCE = 64  # connections in one turn of the event loop
+LISTEN_BACKLOG = 2048  # connections that the system keeps for us meanwhile
+FAREWELL_S = 1.0  # for clients to take their last bytes
+
+log = get_logger("http")
+
+
+class Server(uvicorn.Server):
+    """Serves `app` until `should_exit`. Leaves signals alone: whoever runs it has its own."""
+
+    def __init__(self, app: ASGIApp, settings: HTTPSettings, grace_period_s: float = 0.0) -> None:
+        self.roster = Roster(settings)
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=functools.partial(Connection, roster=self.roster),  # type: ignore[arg-type]
+                lifespan="off",
+                log_config=None,
+                access_log=False,
+                ws="none",
+                backlog=ACCEPTED_AT_ONCE,
+                timeout_keep_alive=settings.keep_alive_timeout_s,  # type: ignore[arg-type]
+                timeout_graceful_shutdown=math.ceil(grace_period_s + FAREWELL_S),
+            )
+        )
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for listener in sockets or ():
+            # asyncio takes one number for what it accepts at once and what the system keeps.
+            listener.listen(LISTEN_BACKLOG)
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().set_exception_handler(_loop_error)
+        watching = asyncio.create_task(self._watch(), name="connections")
+        try:
+            await super().serve(sockets)
+        finally:
+            watching.cancel()
+
+    async def _watch(self) -> None:
+        settings = self.roster.settings
+        shortest = min(settings.header_timeout_s, settings.body_timeout_s, settings.write_timeout_s)
+        while True:
+            await asyncio.sleep(min(0.25, shortest / 4))
+            self.roster.check(time.monotonic())
+
+
+def _loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """What asyncio cannot tell anybody, such as a socket that cannot be accepted for want of
+    descriptors, which it then tries again in a second."""
+    error = context.get("exception")
+    if isinstance(error, OSError) and "accept" in str(context.get("message")):
+        log.warning("connection.not_accepted", error=error)
+        return
+    log.error("loop.error", message=context.get("message"), exc_info=error)
