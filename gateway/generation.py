@@ -110,7 +110,7 @@ async def generate(
 
     To be closed by whoever started it (`contextlib.aclosing`): that is what cancels it.
     """
-    ending_ids = frozenset((*tokenizer.limits.eos_token_ids, *work.params.stop_token_ids))
+    ending_ids = frozenset((*tokenizer.model.stop_token_ids, *work.params.stop_token_ids))
     choices = [
         ChoiceText(tokenizer, work.prompt_ids, stops, ending_ids, work.params.min_tokens)
         for _ in range(work.n)

@@ -15,6 +15,7 @@ from common.config import GatewaySettings
 from common.errors import ConfigError
 from common.identity import ModelIdentity
 from common.model_files import model_name, resolve_model
+from common.model_folder.description import describe_model
 from gateway.errors import UnknownModel
 from gateway.tokenizer import Tokenizer
 
@@ -32,12 +33,12 @@ class ServedModel:
 
     @property
     def vocab_size(self) -> int:
-        return self.tokenizer.limits.vocab_size
+        return self.tokenizer.model.vocab_size
 
     @property
     def max_model_len(self) -> int | None:
         """Positions of its context; None where its folder does not say."""
-        return self.tokenizer.limits.max_model_len
+        return self.tokenizer.model.context_length
 
 
 class ServedModels:
@@ -88,4 +89,4 @@ def load_models(settings: GatewaySettings) -> ServedModels:
 def _load(name: str, model: str, revision: str) -> ServedModel:
     folder: Path = resolve_model(model, revision)
     identity = ModelIdentity(name or model_name(model, folder), "", "")
-    return ServedModel(identity, Tokenizer(folder))
+    return ServedModel(identity, Tokenizer(describe_model(folder)))

@@ -32,7 +32,7 @@ from common.engine.batch import Batch, build_batch
 from common.engine.block_pool import BlockPool
 from common.engine.generation import generate
 from common.engine.kv_cache import KVCache
-from common.engine.model_config import load_model_config
+from common.engine.model_config import parse_model_config
 from common.engine.output import Completion, StepOutput, TokenLogprob
 from common.engine.sampler import RowFault, SampleOutput, Sampler, SampleRows
 from common.engine.scheduler import Scheduler
@@ -44,6 +44,7 @@ from common.engine.step import Chunk, Delivery, Step
 from common.errors import InvalidRequest, NotFiniteLogits, TokenOutOfRange
 from common.kv_layout import Fingerprint, KVLayout, root_hash
 from common.model_files import content_digest, model_name, resolve_model
+from common.model_folder.description import describe_model, read_config
 from common.sampling import FinishReason, SamplingParams
 
 MAX_CHOICES = 64  # `n` of one request
@@ -90,7 +91,10 @@ class Engine:
         """
         self.settings = settings
         self.folder = resolve_model(settings.model, settings.revision)
-        self.config = load_model_config(self.folder)
+        config = read_config(self.folder, required=True)
+        self.config = parse_model_config(config)
+        described = describe_model(self.folder, config)
+        self.description = dataclasses.replace(described, tokenizer=None)  # large, and not used
         self.max_model_len = loading.context_length(settings, self.config)
         device = loading.choose_device(settings.device)
         dtype = loading.choose_dtype(settings.dtype, self.config.dtype, device)
@@ -218,7 +222,7 @@ class Engine:
             sequence_id=number, request_id=request_id, choice=choice,
             prompt_len=len(token_ids) if prompt_len is None else prompt_len,
             token_ids=tokens.tolist(), params=params,
-            stop_ids=frozenset(self.config.stop_token_ids), priority=priority, arrival=number,
+            stop_ids=frozenset(self.description.stop_token_ids), priority=priority, arrival=number,
             cache_root=root_hash(self.fingerprint, cache_salt),
         )  # fmt: skip
 

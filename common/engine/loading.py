@@ -59,7 +59,7 @@ def make_backend(settings: EngineSettings, device: torch.device, dtype: torch.dt
 
 
 def context_length(settings: EngineSettings, config: ModelConfig) -> int:
-    longest = config.max_position_embeddings
+    longest = config.rope.positions
     if settings.max_model_len is None:
         return longest
     if settings.max_model_len > longest:

@@ -145,7 +145,7 @@ class Model:
 def _head_shape(config: ModelConfig, index: int) -> HeadShape:
     return HeadShape(
         config.num_heads, config.num_kv_heads, config.head_dim,
-        config.rope.rotary_dim, config.windows[index],
+        config.head_dim, config.windows[index],
     )  # fmt: skip
 
 

@@ -7,16 +7,16 @@ refusal of everything that we would otherwise compute wrongly. Knows nothing of 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from common.errors import CheckpointError, UnsupportedModel
+from common.errors import UnsupportedModel
+from common.model_folder.description import MAX_POSITION_EMBEDDINGS, read_config
+from common.model_folder.rope import RopeConfig, parse_rope
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 
 # What transformers assumes where `config.json` is silent.
 FAMILY_DEFAULTS: Mapping[str, Mapping[str, int]] = {
@@ -33,20 +33,6 @@ FAMILY_DEFAULTS: Mapping[str, Mapping[str, int]] = {
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class RopeConfig:
-    """Rotary embedding: base frequency, and how it is scaled (see rope.py for the formulas)."""
-
-    theta: float = 10_000.0
-    kind: str = "default"
-    rotary_dim: int = 0  # how many of a head's dimensions rotate
-    parameters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-    def number(self, name: str, default: float | None = None) -> float:
-        """A positive parameter of the scaling; raises `UnsupportedModel` when it is none."""
-        return _number(self.parameters, name, default, f"rope_parameters.{name}")
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
 class ModelConfig:
     """Shape of the decoder. `windows[layer]` is the sliding window in tokens, 0 for full attention."""
 
@@ -59,7 +45,6 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     rms_norm_eps: float
-    max_position_embeddings: int
     rope: RopeConfig
     windows: tuple[int, ...]
     qkv_bias: bool
@@ -67,7 +52,6 @@ class ModelConfig:
     mlp_bias: bool
     qk_norm: bool
     tie_word_embeddings: bool
-    stop_token_ids: tuple[int, ...]
     dtype: str  # as stored: "float32", "bfloat16" or "float16"
 
     @property
@@ -91,27 +75,21 @@ class ModelConfig:
 
 
 def load_model_config(folder: Path) -> ModelConfig:
-    """Read `config.json` and, if there is one, `generation_config.json` of a checkpoint folder.
-
-    Raises `CheckpointError` for an absent or unreadable file, `UnsupportedModel` naming the field
-    for what this decoder does not compute.
-    """
-    config = _read_json(folder / "config.json")
-    generation_path = folder / "generation_config.json"
-    generation = _read_json(generation_path) if generation_path.exists() else {}
-    return parse_model_config(config, generation)
+    """Read `config.json` of a checkpoint folder. Raises `CheckpointError` if it is absent or
+    unreadable, and what `parse_model_config` raises."""
+    return parse_model_config(read_config(folder, required=True))
 
 
-def parse_model_config(
-    config: Mapping[str, Any], generation: Mapping[str, Any] | None = None
-) -> ModelConfig:
-    """`ModelConfig` from the content of `config.json` and `generation_config.json`."""
+def parse_model_config(config: Mapping[str, Any]) -> ModelConfig:
+    """`ModelConfig` from the content of `config.json`. Raises `UnsupportedModel` naming the field
+    for what this decoder does not compute."""
     model_type = config.get("model_type")
     if model_type not in MODEL_TYPES:
         raise UnsupportedModel(
             f"model_type {model_type!r} is not one of {', '.join(MODEL_TYPES)}", param="model_type"
         )
-    config = {**FAMILY_DEFAULTS[model_type], **config}
+    assumed = {"max_position_embeddings": MAX_POSITION_EMBEDDINGS[model_type]}
+    config = {**assumed, **FAMILY_DEFAULTS[model_type], **config}
     _refuse(config, "hidden_act", "silu", allowed=("silu", "swish", None))
     _refuse(config, "pretraining_tp", 1, allowed=(1, None))
     _refuse(config, "quantization_config", None, allowed=(None,))
@@ -128,13 +106,8 @@ def parse_model_config(
         )
     vocab_size = _positive(config, "vocab_size")
     attention_bias = model_type in ("llama", "qwen3") and _flag(config, "attention_bias")
-    generation = generation or {}
-    stop = _token_ids(generation.get("eos_token_id", config.get("eos_token_id")), "eos_token_id")
-    if any(token >= vocab_size for token in stop):
-        raise UnsupportedModel(
-            f"eos_token_id {max(stop)} is not in the vocabulary of {vocab_size}",
-            param="eos_token_id",
-        )
+    if head_dim % 2:
+        raise UnsupportedModel(f"a head of {head_dim} cannot be rotated", param="head_dim")
     return ModelConfig(
         model_type=model_type,
         vocab_size=vocab_size,
@@ -145,29 +118,15 @@ def parse_model_config(
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         rms_norm_eps=_number(config, "rms_norm_eps", 1e-6),
-        max_position_embeddings=_positive(config, "max_position_embeddings"),
-        rope=_rope(config, head_dim),
+        rope=parse_rope(config, _positive(config, "max_position_embeddings")),
         windows=_windows(config, model_type, num_layers),
         qkv_bias=model_type == "qwen2" or attention_bias,
         output_bias=attention_bias,
         mlp_bias=model_type == "llama" and _flag(config, "mlp_bias"),
         qk_norm=model_type == "qwen3",
         tie_word_embeddings=_flag(config, "tie_word_embeddings"),
-        stop_token_ids=stop,
         dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32"),
     )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing", param=str(path)) from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}", param=str(path)) from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} does not hold a JSON object", param=str(path))
-    return value
 
 
 def _positive(config: Mapping[str, Any], field: str, default: int | None = None) -> int:
@@ -205,18 +164,6 @@ def _refuse(config: Mapping[str, Any], field: str, default: Any, allowed: tuple[
         raise UnsupportedModel(f"{field} = {value!r} is not supported", param=field)
 
 
-def _token_ids(value: Any, field: str) -> tuple[int, ...]:
-    """A stop id as `generation_config` gives it: absent, one integer, or a list of them."""
-    if value is None:
-        return ()
-    values = value if isinstance(value, list) else [value]
-    if not all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in values):
-        raise UnsupportedModel(
-            f"{field} must be token ids of 0 or more, got {value!r}", param=field
-        )
-    return tuple(values)
-
-
 def _windows(config: Mapping[str, Any], model_type: str, num_layers: int) -> tuple[int, ...]:
     window = config.get("sliding_window")
     if model_type == "llama" or window is None:
@@ -243,30 +190,3 @@ def _windows(config: Mapping[str, Any], model_type: str, num_layers: int) -> tup
             param="layer_types",
         )
     return tuple(known[kind] for kind in layer_types)
-
-
-def _rope(config: dict[str, Any], head_dim: int) -> RopeConfig:
-    """Both spellings: `rope_parameters` (transformers 5), `rope_scaling` + `rope_theta` (before)."""
-    parameters: dict[str, Any] = {}
-    for field in ("rope_scaling", "rope_parameters"):
-        given = config.get(field) or {}
-        if not isinstance(given, dict) or any(isinstance(v, dict) for v in given.values()):
-            raise UnsupportedModel(
-                f"{field} must be one set of parameters for all layers, got {given!r}", param=field
-            )
-        parameters |= given
-    kind = str(parameters.get("rope_type") or parameters.get("type") or "default")
-    if kind not in ROPE_TYPES:
-        raise UnsupportedModel(
-            f"rope type {kind!r} is not one of {', '.join(ROPE_TYPES)}",
-            param="rope_parameters.rope_type",
-        )
-    for given in (config, parameters):
-        # None of these families turns a part of a head only; transformers ignores it or crashes.
-        _refuse(given, "partial_rotary_factor", None, allowed=(None, 1))
-    theta = _number(config | parameters, "rope_theta", 10_000.0)
-    if theta <= 1.0:
-        raise UnsupportedModel(f"rope_theta must be above 1, got {theta}", param="rope_theta")
-    if head_dim % 2:
-        raise UnsupportedModel(f"a head of {head_dim} cannot be rotated", param="head_dim")
-    return RopeConfig(theta, kind, head_dim, parameters)

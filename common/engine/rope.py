@@ -14,46 +14,46 @@ import math
 
 import torch
 
-from common.engine.model_config import ModelConfig, RopeConfig
+from common.engine.model_config import ModelConfig
 from common.errors import UnsupportedModel
+from common.model_folder.rope import RopeConfig
 
 
 def rope_table(config: ModelConfig, max_positions: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines, each float32 `[max_positions, rotary_dim / 2]`.
+    """Cosines and sines, each float32 `[max_positions, head_dim / 2]`.
 
     Raises `UnsupportedModel` when a `dynamic` model is asked for positions beyond its
     `max_position_embeddings`: there its angles depend on the final length of the sequence, so
     that no cached key would be right for two lengths.
     """
     rope = config.rope
-    if rope.kind == "dynamic" and max_positions > config.max_position_embeddings:
+    if rope.kind == "dynamic" and max_positions > rope.positions:
         raise UnsupportedModel(
             f"rope type dynamic cannot serve {max_positions} positions with cached keys; "
-            f"set max_model_len to at most {config.max_position_embeddings}",
+            f"set max_model_len to at most {rope.positions}",
             param="rope_parameters.rope_type",
         )
-    inverse, scale = _inverse_frequencies(rope, config)
+    inverse, scale = _inverse_frequencies(rope, config.head_dim)
     angles = torch.outer(torch.arange(max_positions, dtype=torch.float32), inverse)
     return (angles.cos() * scale).contiguous(), (angles.sin() * scale).contiguous()
 
 
-def _inverse_frequencies(rope: RopeConfig, config: ModelConfig) -> tuple[torch.Tensor, float]:
-    """Radians per position `[rotary_dim / 2]`, and the factor on cosines and sines."""
-    exponents = torch.arange(0, rope.rotary_dim, 2, dtype=torch.int64).float() / rope.rotary_dim
+def _inverse_frequencies(rope: RopeConfig, dim: int) -> tuple[torch.Tensor, float]:
+    """Radians per position `[head_dim / 2]`, and the factor on cosines and sines."""
+    exponents = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim
     inverse = 1.0 / (rope.theta**exponents)
     if rope.kind == "linear":
-        return inverse / rope.number("factor"), 1.0
+        return inverse / rope.factor, 1.0
     if rope.kind == "llama3":
         return _llama3(inverse, rope), 1.0
     if rope.kind == "yarn":
-        return _yarn(rope, config)
+        return _yarn(rope, dim)
     return inverse, 1.0
 
 
 def _llama3(inverse: torch.Tensor, rope: RopeConfig) -> torch.Tensor:
-    factor = rope.number("factor")
+    factor, original = rope.factor, rope.original
     low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
-    original = rope.number("original_max_position_embeddings")
     if low >= high:
         raise UnsupportedModel(
             f"low_freq_factor {low} must be below high_freq_factor {high}",
@@ -67,10 +67,8 @@ def _llama3(inverse: torch.Tensor, rope: RopeConfig) -> torch.Tensor:
     return torch.where(medium, blended, scaled)
 
 
-def _yarn(rope: RopeConfig, config: ModelConfig) -> tuple[torch.Tensor, float]:
-    dim = rope.rotary_dim
-    original = rope.number("original_max_position_embeddings", config.max_position_embeddings)
-    factor = rope.number("factor", config.max_position_embeddings / original)
+def _yarn(rope: RopeConfig, dim: int) -> tuple[torch.Tensor, float]:
+    factor, original = rope.factor, rope.original
 
     def magnitude(weight: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0

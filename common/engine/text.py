@@ -12,26 +12,27 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from common.errors import CheckpointError
+from common.model_folder.description import describe_model
 
 
 @functools.lru_cache(maxsize=4)
-def _tokenizer(folder: Path) -> Tokenizer:
-    path = folder / "tokenizer.json"
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises nothing more specific
-        raise CheckpointError(f"{path} cannot be read: {error}", param=str(path)) from error
+def _tokenizer(folder: Path) -> Tokenizer | None:
+    return describe_model(folder).tokenizer
 
 
 def encode(folder: Path, text: str) -> list[int]:
     """Token ids of `text`, with the special tokens that the tokenizer adds by itself."""
-    ids: list[int] = _tokenizer(folder).encode(text).ids
+    tokenizer = _tokenizer(folder)
+    if tokenizer is None:
+        raise CheckpointError(f"{folder} has no tokenizer", param=str(folder))
+    ids: list[int] = tokenizer.encode(text).ids
     return ids
 
 
 def decode(folder: Path, token_ids: Sequence[int]) -> str | None:
     """Text of token ids; None when the checkpoint has no tokenizer."""
-    if not (folder / "tokenizer.json").exists():
+    tokenizer = _tokenizer(folder)
+    if tokenizer is None:
         return None
-    text: str = _tokenizer(folder).decode(list(token_ids))
+    text: str = tokenizer.decode(list(token_ids))
     return text

@@ -166,7 +166,7 @@ def test_a_replay_goes_on_with_the_same_tokens() -> None:
 
 def test_any_stop_id_of_the_list_ends_a_sequence() -> None:
     engine = poisoned_engine()
-    assert engine.config.stop_token_ids == (2, 1)
+    assert engine.description.stop_token_ids == (2, 1)
     (free,) = engine.generate([[1, 403]], SamplingParams(max_tokens=490, temperature=0.0))
     assert free.finish_reason is FinishReason.STOP
     assert free.token_ids[-1] in (1, 2)

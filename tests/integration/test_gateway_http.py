@@ -761,8 +761,9 @@ import gateway
 for module in pkgutil.iter_modules(gateway.__path__):
     if module.name != "__main__":
         importlib.import_module(f"gateway.{module.name}")
+from common.model_folder.description import describe_model
 from gateway.tokenizer import Tokenizer
-tokenizer = Tokenizer(pathlib.Path(sys.argv[1]))
+tokenizer = Tokenizer(describe_model(pathlib.Path(sys.argv[1])))
 tokenizer.render_chat([{"role": "user", "content": "x"}])
 heavy = {"torch", "transformers", "numpy", "numba", "safetensors"}
 found = sorted(heavy & {name.partition(".")[0] for name in sys.modules})

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from common.config import HTTPSettings
 from common.metrics import Metrics
+from common.model_folder.description import describe_model
 from gateway.app import create_app
 from gateway.connection import Roster
 from gateway.dispatch import Dispatcher, Limits
@@ -44,7 +45,7 @@ class Served:
 
 @functools.cache
 def load_tokenizer(model: str) -> Tokenizer:
-    return Tokenizer(MODELS / model)
+    return Tokenizer(describe_model(MODELS / model))
 
 
 def make_service(

@@ -10,12 +10,13 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.model_folder.description import describe_model
 from gateway.detokenizer import REPLACEMENT, Detokenizer, decoder_for
 from gateway.tokenizer import Tokenizer
 
 MODELS = Path(__file__).parents[4] / "shared" / "models"
 FOLDERS = ["tokenizers/gpt2", "tokenizers/qwen2", "stories260K", "babyllama361"]
-LOADED = {name: Tokenizer(MODELS / name) for name in FOLDERS}
+LOADED = {name: Tokenizer(describe_model(MODELS / name)) for name in FOLDERS}
 WHOLE = {
     name: tokenizers.Tokenizer.from_file(str(MODELS / name / "tokenizer.json")) for name in FOLDERS
 }
@@ -35,7 +36,7 @@ def deltas(detokenizer: Detokenizer, ids: list[int]) -> list[str]:
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_deltas_of_random_ids_are_the_text_of_all_ids(name: str, data: st.DataObject) -> None:
-    size = LOADED[name].limits.vocab_size
+    size = LOADED[name].model.vocab_size
     any_id = st.integers(0, size + 5) | st.integers(0, min(size, 300))  # low ids: bytes, specials
     ids = data.draw(st.lists(any_id, max_size=60))
     assert "".join(deltas(LOADED[name].detokenizer(), ids)) == WHOLE[name].decode(ids)

@@ -1,4 +1,4 @@
-"""The model's folder as the gateway reads it: limits, chat templates, encoding."""
+"""Encoding, and chat templates as transformers renders them."""
 
 from __future__ import annotations
 
@@ -10,11 +10,16 @@ from typing import Any
 import pytest
 
 from common.errors import CheckpointError, InvalidRequest, ModelError
+from common.model_folder.description import describe_model
 from gateway.chat_template import ChatTemplate
 from gateway.tokenizer import LONG_TEXT, Tokenizer
 from tests.support.gateway_server import MODELS, load_tokenizer
 
 SAY_HI = [{"role": "user", "content": "hi"}]
+
+
+def tokenizer_of(folder: Path) -> Tokenizer:
+    return Tokenizer(describe_model(folder))
 
 
 def folder(tmp_path: Path, **files: Any) -> Path:
@@ -27,32 +32,9 @@ def folder(tmp_path: Path, **files: Any) -> Path:
     return tmp_path
 
 
-def test_limits_come_from_the_config_files() -> None:
-    limits = load_tokenizer("stories260K").limits
-    assert (limits.vocab_size, limits.max_model_len, limits.eos_token_ids) == (512, 512, (2, 1))
-    limits = load_tokenizer("tokenizers/qwen2").limits
-    assert (limits.max_model_len, limits.eos_token_ids) == (32768, (151645,))
-
-
-def test_limits_of_a_model_whose_text_part_is_nested_or_unlimited(tmp_path: Path) -> None:
-    nested = {"text_config": {"vocab_size": 600, "max_position_embeddings": 64}, "eos_token_id": 5}
-    limits = Tokenizer(folder(tmp_path, config_json=nested)).limits
-    assert (limits.vocab_size, limits.max_model_len, limits.eos_token_ids) == (600, 64, (5,))
-    unlimited = folder(tmp_path, config_json={}, tokenizer_config_json={"model_max_length": 1e30})
-    assert Tokenizer(unlimited).limits.max_model_len is None
-
-
-@pytest.mark.parametrize("text", ["{", "[]", "\xff"])
-def test_a_broken_file_is_a_typed_error_that_names_it(tmp_path: Path, text: str) -> None:
-    with pytest.raises(CheckpointError, match=r"config\.json"):
-        Tokenizer(folder(tmp_path, config_json=text))
-    with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
-        Tokenizer(folder(tmp_path, config_json={}, tokenizer_json=text))
-
-
 def test_a_folder_without_a_tokenizer_says_so(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no tokenizer\.json"):
-        Tokenizer(tmp_path)
+        tokenizer_of(tmp_path)
 
 
 async def test_long_and_short_texts_are_encoded_alike() -> None:
@@ -62,18 +44,10 @@ async def test_long_and_short_texts_are_encoded_alike() -> None:
     assert await tokenizer.encode("a") == tokenizer.encode_now("a")
 
 
-def test_the_template_file_wins_over_the_one_in_the_config(tmp_path: Path) -> None:
-    config = {"chat_template": "config", "bos_token": {"content": "<s>"}, "eos_token": None}
+def test_a_chat_is_rendered_with_the_templates_and_tokens_of_the_folder(tmp_path: Path) -> None:
+    config = {"chat_template": "{{ bos_token }}{{ eos_token }} chat", "bos_token": "<s>"}
     path = folder(tmp_path, tokenizer_config_json=config)
-    assert Tokenizer(path).render_chat(SAY_HI) == "config"
-    folder(tmp_path, chat_template_jinja="{{ bos_token }}{{ eos_token }} file")
-    assert Tokenizer(path).render_chat(SAY_HI) == "<s> file"
-
-
-def test_of_several_templates_the_default_is_taken(tmp_path: Path) -> None:
-    several = [{"name": "rag", "template": "r"}, {"name": "default", "template": "d"}]
-    path = folder(tmp_path, tokenizer_config_json={"chat_template": several})
-    assert Tokenizer(path).render_chat(SAY_HI) == "d"
+    assert tokenizer_of(path).render_chat(SAY_HI) == "<s> chat"
 
 
 @pytest.mark.parametrize(
