@@ -13,8 +13,10 @@ import ipaddress
 from collections.abc import Mapping, Sequence
 from dataclasses import field
 from typing import Any, Literal, TypeVar
+from urllib.parse import parse_qs, urlsplit
 
 from common import config_loader
+from common.api_keys import check_keys
 from common.config_loader import child_environment, describe, parse_bytes, setting
 from common.errors import ConfigError
 
@@ -23,11 +25,26 @@ __all__ = ["child_environment", "describe", "is_loopback", "load"]
 T = TypeVar("T")
 
 
+def holds_password(url: str) -> bool:
+    """Whether an address names more than a place. What is in doubt does: a password with a slash in
+    it ends the part where a user and password stand."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        return True
+    return "@" in (parts.netloc if parts.scheme == "unix" else url) or "password" in parse_qs(
+        parts.query, keep_blank_values=True
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class RedisSettings:
     """How to reach Redis, and for how long to try."""
 
-    url: str = setting("", "redis://, rediss:// or unix:// address of Redis or Valkey", secret=True)
+    url: str = setting(
+        "", "redis://, rediss:// or unix:// address of Redis or Valkey; one with a password only in "
+        "the environment or a file", secret=holds_password,
+    )  # fmt: skip
     prefix: str = setting("pdq", "first part of every key")
     timeout_s: float = setting(5.0, "longest wait for one answer", at_least=0.01)
     retry_s: float = setting(2.0, "how long a repeatable operation is retried", at_least=0)
@@ -155,7 +172,9 @@ class HTTPSettings:
 class GatewaySettings:
     """One gateway: the HTTP side, and what one client may ask for."""
 
-    host: str = setting("127.0.0.1", "HTTP address to listen on")
+    host: str = setting(
+        "127.0.0.1", "HTTP address to listen on; beyond loopback API keys are needed"
+    )
     port: int = setting(8000, "HTTP port", at_least=0)
     name: str = setting("", "name of the gateway, the same over its lives (empty: from the host)")
     model: str = setting("", "folder or hub name of the model (empty: the one that ships)")
@@ -164,7 +183,21 @@ class GatewaySettings:
     models: tuple[str, ...] = setting(
         (), "further models to answer for, each a folder, a hub name, or NAME=one of these"
     )
-    api_keys: tuple[str, ...] = setting((), "keys that clients must show (none: open)", secret=True)
+    api_keys: tuple[str, ...] = setting(
+        (), "keys that clients must show, with commas (none: open)", secret=True,
+        aliases=("api-key",),
+    )  # fmt: skip
+    api_key_file: str = setting("", "file with such keys, one a line; # begins a comment")
+    published_host: str = setting(
+        "", "address at which the host of a container publishes the port (empty: as --host)"
+    )
+    allow_unauthenticated: bool = setting(
+        False, "listen beyond loopback without API keys: whoever reaches the port may use the model"
+    )
+    allowed_hosts: tuple[str, ...] = setting(
+        (), "names beside localhost that requests may call this server by, where it is on loopback "
+        "and without API keys: a web page must not reach it under a name of its own",
+    )  # fmt: skip
     max_body_bytes: int = setting(2**22, "largest request body", parse=parse_bytes, at_least=1)
     max_bodies_bytes: int = setting(
         2**26, "all bodies that are read at one time; one client may hold half of it",
@@ -184,6 +217,31 @@ class GatewaySettings:
     redis: RedisSettings = field(default_factory=RedisSettings)
     bus: BusSettings = field(default_factory=BusSettings)
     log: LogSettings = field(default_factory=LogSettings)
+
+    def __post_init__(self) -> None:
+        check_keys(self.api_keys, "PDQ_API_KEYS")
+        if not (self.is_private or self.is_guarded or self.allow_unauthenticated):
+            raise ConfigError(
+                f"without API keys only loopback can be listened on, not {self.public_host!r}: put "
+                "keys into PDQ_API_KEYS, or name a file of them with --api-key-file; "
+                "--allow-unauthenticated opens it to everybody",
+                param="host",
+            )
+
+    @property
+    def public_host(self) -> str:
+        """The address at which the world finds it."""
+        return self.published_host or self.host
+
+    @property
+    def is_private(self) -> bool:
+        """Whether it can be reached from this machine only."""
+        return is_loopback(self.public_host)
+
+    @property
+    def is_guarded(self) -> bool:
+        """Whether clients must show a key."""
+        return bool(self.api_keys or self.api_key_file)
 
 
 SERVICES: list[type[Any]] = [NodeSettings, GatewaySettings]

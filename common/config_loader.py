@@ -11,6 +11,10 @@ has another `prefix` in its metadata, as `engine` has the empty one.
 An environment variable that is empty counts as absent. "none" stands for no value where the type
 allows it. A tuple is written with commas, or by repeating the flag. A name that no service knows
 is an error, wherever it stands; so is a `PDQ_…` variable, but one of another service is not.
+
+A secret comes from the environment or a file: everybody on the machine can read a command line, so
+its flag is refused with a line that says so. No error shows the value of a secret, nor what stands
+beside a flag that nobody knows.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
 from common.errors import ConfigError
+from common.secret_files import require_private
 
 ENVIRONMENT_PREFIX = "PDQ_"
 CONFIG_VARIABLE = "PDQ_CONFIG"
@@ -49,14 +54,17 @@ def setting(
     help: str = "",
     *,
     flag: str | None = None,
-    secret: bool = False,
+    secret: bool | Callable[[str], bool] = False,
+    aliases: tuple[str, ...] = (),
     parse: Callable[[str], Any] | None = None,
     at_least: float | None = None,
 ) -> Any:
-    """A field of a settings class. `flag` replaces the flag's name (without dashes in front);
-    `parse` turns text into the value where the type alone does not say how."""
+    """A field of a settings class. `flag` replaces the flag's name (without dashes in front),
+    `aliases` are further names of it; `secret` may be a function that says of a text whether it
+    holds one; `parse` turns text into the value where the type alone does not say how."""
     metadata = {
-        "help": help, "flag": flag, "secret": secret, "parse": parse, "at_least": at_least,
+        "help": help, "flag": flag, "secret": secret, "aliases": aliases, "parse": parse,
+        "at_least": at_least,
     }  # fmt: skip
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -79,7 +87,36 @@ class _Leaf:
 
     @property
     def secret(self) -> bool:
+        """Whether its value is never shown."""
         return bool(self.field.metadata.get("secret"))
+
+    @property
+    def options(self) -> list[str]:
+        """The spellings of its flag."""
+        return [self.flag, *(f"--{name}" for name in self.field.metadata.get("aliases", ()))]
+
+    @property
+    def is_switch(self) -> bool:
+        return (_optional(self.annotation) or self.annotation) is bool
+
+    @property
+    def has_flag(self) -> bool:
+        """Whether some value of it may stand on a command line."""
+        return self.field.metadata.get("secret") is not True
+
+    def is_secret(self, value: Any) -> bool:
+        """Whether this very value must not be seen by others."""
+        secret = self.field.metadata.get("secret")
+        return bool(value) and (bool(secret(value)) if callable(secret) else bool(secret))
+
+    def parse_flag(self, text: str) -> Any:
+        if self.is_secret(text):
+            raise ConfigError(
+                f"{self.flag} would show a secret to everybody who lists processes: set "
+                f"{self.variable}, or {'.'.join(self.path)} in the file that --config names",
+                param=self.flag,
+            )
+        return self.parse(text, self.flag)
 
     def value(self, settings: Any) -> Any:
         for name in self.path:
@@ -140,7 +177,7 @@ def load(
     found.update(_read_environment(leaves, others, environ))
     for leaf in leaves:
         if leaf.flag in flags:
-            found[leaf.path] = leaf.parse(flags[leaf.flag], leaf.flag)
+            found[leaf.path] = leaf.parse_flag(flags[leaf.flag])
     for leaf in leaves:
         if leaf.path not in found and leaf.field.default is dataclasses.MISSING:
             raise ConfigError(f"{leaf.flag} (or {leaf.variable}) is needed", param=leaf.flag)
@@ -220,8 +257,10 @@ class _Parser(argparse.ArgumentParser):
             needed = default is dataclasses.MISSING
             shown = "needed" if needed else f"default: {_text(default) or 'empty'}"
             flag = f"{leaf.flag} {_metavar(leaf.annotation)}"
-            if leaf.annotation is bool:
+            if leaf.is_switch:
                 flag = f"{leaf.flag}, --no-{leaf.flag[2:]}"
+            if not leaf.has_flag:
+                flag = leaf.variable
             rows.append((flag, f"{leaf.field.metadata['help']} ({shown}) [{leaf.variable}]"))
         width = min(44, max(len(flag) for flag, _ in rows))
         return "\n".join([*lines, *(f"  {flag:<{width}}  {about}" for flag, about in rows), ""])
@@ -235,14 +274,18 @@ def _read_flags(
     parser.add_argument("--config", default=argparse.SUPPRESS)
     for leaf in leaves:
         options: dict[str, Any] = {"dest": leaf.flag, "default": argparse.SUPPRESS}
-        if leaf.annotation is bool:
+        if leaf.is_switch:
             parser.add_argument(leaf.flag, action="store_const", const="true", **options)
             off = f"--no-{leaf.flag[2:]}"
             parser.add_argument(off, action="store_const", const="false", **options)
         else:
             many = typing.get_origin(leaf.annotation) is tuple
-            parser.add_argument(leaf.flag, action="append" if many else "store", **options)
-    values = vars(parser.parse_args(list(argv)))
+            parser.add_argument(*leaf.options, action="append" if many else "store", **options)
+    known, unknown = parser.parse_known_args(list(argv))
+    if unknown:
+        named = [part.partition("=")[0] for part in unknown if part.startswith("-")]
+        parser.error(f"unrecognized arguments: {' '.join(named or unknown)}")
+    values = vars(known)
     return {k: ",".join(v) if isinstance(v, list) else v for k, v in values.items()}
 
 
@@ -263,9 +306,24 @@ def _read_environment(
 
 def _read_file(settings_class: type[Any], path: Path) -> dict[tuple[str, ...], Any]:
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        file = path.open("rb")
+        with file:
+            content = tomllib.load(file)
+            found = _from_file(settings_class, path, content)
+            if any(
+                leaf.is_secret(found[leaf.path])
+                for leaf in _leaves(settings_class)
+                if leaf.path in found
+            ):
+                require_private(file.fileno(), path, "the settings file, which holds a secret,")
+            return found
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"cannot read settings from {path}: {error}", param=str(path)) from error
+
+
+def _from_file(
+    settings_class: type[Any], path: Path, content: Mapping[str, Any]
+) -> dict[tuple[str, ...], Any]:
     leaves = {leaf.path: leaf for leaf in _leaves(settings_class)}
     sections = {leaf.path[:end] for leaf in leaves.values() for end in range(1, len(leaf.path))}
     found: dict[tuple[str, ...], Any] = {}
@@ -319,8 +377,11 @@ def _parse(text: str, annotation: Any, parse: Callable[[str], Any] | None) -> An
     if typing.get_origin(annotation) is tuple:
         if text.lower() == "none":
             return ()
+        parts = [part.strip() for part in text.split(",") if part.strip()]
+        if not parts:  # an empty list is "none"
+            raise ValueError(text)
         item = typing.get_args(annotation)[0]
-        return tuple(_parse(part.strip(), item, parse) for part in text.split(",") if part.strip())
+        return tuple(_parse(part, item, parse) for part in parts)
     if parse is not None:
         return parse(text)
     if annotation is bool:

@@ -72,8 +72,12 @@ class RedisClient:
                 client_name=name or None,
                 protocol=2,
             )
-        except ValueError as error:
-            raise ConfigError(f"not an address of Redis: {error}", param="redis.url") from error
+        except ValueError:  # whose text would show a part of a password
+            raise ConfigError(
+                "the address of Redis is none: redis://[user:password@]host:port/0, rediss://… or "
+                "unix://path is needed; in a password / is written %2F, # %23 and ? %3F",
+                param="redis.url",
+            ) from None
 
     async def open(self) -> ServerInfo:
         """Check that the server is one we can work with; `ConfigError` if it never will be."""

@@ -22,13 +22,14 @@ from common.bus import Bus
 from common.bus_setup import complete
 from common.config import GatewaySettings, load
 from common.descriptors import room_for
-from common.errors import PdqError, ResourceError, ServiceUnavailable
+from common.errors import ConfigError, PdqError, ResourceError, ServiceUnavailable
 from common.logs import configure, get_logger
 from common.metrics import Metrics
 from common.reaper import Reaper
 from common.redis_client import RedisClient
 from common.registry import NodeRecord, NodeState, Registry, Role, new_incarnation
 from common.requests import Requests
+from gateway.access import Access
 from gateway.app import create_app
 from gateway.dispatch import Dispatcher, Limits
 from gateway.metrics import GatewayMetrics
@@ -50,12 +51,13 @@ async def run(settings: GatewaySettings) -> None:
     """Serve until a signal comes. Raises `PdqError` for what keeps it from starting."""
     incarnation = new_incarnation(settings.name or f"gateway-{socket.gethostname().split('.')[0]}")
     configure(incarnation, settings.log.level)
+    access = Access.of(settings)
     connections = room_for(
         settings.http.max_connections, OTHER_DESCRIPTORS, FEWEST_CONNECTIONS, "a gateway"
     )
     models = await asyncio.to_thread(load_models, settings)
     names = ",".join(model.name for model in models)
-    listener = _listen(settings.host, settings.port)
+    listener = _listen(settings)
     host, port = listener.getsockname()[:2]
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
@@ -86,14 +88,13 @@ async def run(settings: GatewaySettings) -> None:
         )
         links.inbox, links.on_redis_lost = dispatcher, dispatcher.reassert
         limits = ServiceLimits(
-            api_keys=settings.api_keys,
             max_body_bytes=settings.max_body_bytes,
             max_bodies_bytes=settings.max_bodies_bytes,
             max_prompt_tokens=settings.max_prompt_tokens,
             max_n=settings.max_n,
             max_prompts=settings.max_prompts,
         )
-        service = Service(models, dispatcher, limits, metrics)
+        service = Service(models, dispatcher, limits, metrics, access)
         record = NodeRecord(
             incarnation=incarnation,
             name=incarnation.rpartition("-")[0],
@@ -132,15 +133,22 @@ async def run(settings: GatewaySettings) -> None:
                 raise outcome
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _listen(settings: GatewaySettings) -> socket.socket:
+    host, port = settings.host, settings.port
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=2048)
+        listener = socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
         advice = (
             "is taken; --port names another" if error.errno == errno.EADDRINUSE else f": {error}"
         )
         raise ResourceError(f"port {port} of {host} {advice}", param="port") from error
+    try:  # a name is what the machine makes of it
+        dataclasses.replace(settings, host=listener.getsockname()[0])
+    except ConfigError:
+        listener.close()
+        raise
+    return listener
 
 
 def _handle_signals(server: Server, service: Service, grace_period_s: float) -> None:

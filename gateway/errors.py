@@ -63,6 +63,14 @@ class NotImplementedHere(InvalidRequest):
     code = "not_implemented"
 
 
+class HostNotAllowed(InvalidRequest):
+    code = "host_not_allowed"
+
+
+class UnsupportedMediaType(InvalidRequest):
+    code = "unsupported_media_type"
+
+
 # First match wins, so the narrower type stands before the wider one.
 STATUS: tuple[tuple[type[PdqError], int, str], ...] = (
     (UnknownModel, 404, "invalid_request_error"),
@@ -74,6 +82,8 @@ STATUS: tuple[tuple[type[PdqError], int, str], ...] = (
     (URITooLong, 414, "invalid_request_error"),
     (HeadTooLarge, 431, "invalid_request_error"),
     (NotImplementedHere, 501, "invalid_request_error"),
+    (HostNotAllowed, 403, "invalid_request_error"),
+    (UnsupportedMediaType, 415, "invalid_request_error"),
     (InvalidRequest, 400, "invalid_request_error"),
     (Overloaded, 429, "overloaded_error"),
     (RequestAborted, 504, "server_error"),

@@ -25,12 +25,12 @@ Endpoint = Callable[[Service, Request], Awaitable[Response]]
 
 
 async def models(service: Service, request: Request) -> Response:
-    service.authorize(request)
+    service.access.check_key(request)
     return JSONResponse({"object": "list", "data": [_model(service, m) for m in service.models]})
 
 
 async def model(service: Service, request: Request) -> Response:
-    service.authorize(request)
+    service.access.check_key(request)
     return JSONResponse(_model(service, service.models.find(request.path_params["name"])))
 
 
@@ -112,6 +112,7 @@ def build_router(service: Service) -> APIRouter:
 def _bound(service: Service, endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:
     async def handle(request: Request) -> Response:
         try:
+            service.access.check_host(request)
             return await endpoint(service, request)
         except PdqError as error:
             return error_response(error, service.limits.retry_after_s)

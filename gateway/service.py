@@ -1,13 +1,12 @@
 """What every endpoint shares: who may ask, how much, for which model; and from body to `Work`.
 
-Owns: keys, the limit on bodies, and the check of a prompt against the context.
+Owns: the limit on bodies, and the check of a prompt against the context.
 Everything here happens before anything is enqueued.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hmac
 import secrets
 from collections.abc import Callable
 
@@ -15,9 +14,9 @@ from starlette.requests import Request
 
 from common.errors import ContextLengthExceeded, InvalidRequest, ServiceUnavailable
 from common.sampling import SamplingParams
+from gateway.access import Access
 from gateway.bodies import BodyBudget, read_body
 from gateway.dispatch import Dispatcher
-from gateway.errors import InvalidKey
 from gateway.metrics import GatewayMetrics
 from gateway.open_request import Work
 from gateway.schemas import Body, ChatBody, CompletionBody, TokenizeBody
@@ -28,7 +27,6 @@ from gateway.served_models import ServedModel, ServedModels
 class ServiceLimits:
     """What one client may ask for."""
 
-    api_keys: tuple[str, ...] = ()
     max_body_bytes: int = 2**22
     max_bodies_bytes: int = 2**26
     max_prompt_tokens: int | None = None
@@ -45,6 +43,7 @@ class Service:
     dispatcher: Dispatcher
     limits: ServiceLimits
     metrics: GatewayMetrics
+    access: Access = dataclasses.field(default_factory=Access)
     bodies: BodyBudget = dataclasses.field(init=False)
     draining: bool = False
 
@@ -52,28 +51,13 @@ class Service:
         self.bodies = BodyBudget(self.limits.max_bodies_bytes)
 
     async def read(self, request: Request) -> bytes:
-        """The body of a request that may be served: open service, known key, size in bounds."""
+        """The body of a request that may be served: open service, known key, JSON, size in bounds."""
         if self.draining:
             raise ServiceUnavailable("this gateway is draining: ask another one")
-        self.authorize(request)
-        with self.bodies.share(self.client(request)) as share:
+        self.access.check_key(request)
+        self.access.check_json(request)
+        with self.bodies.share(self.access.client(request)) as share:
             return await read_body(request, self.limits.max_body_bytes, share)
-
-    def client(self, request: Request) -> str:
-        """Who asks, for sharing what is scarce: the key where there are keys, else the address."""
-        if self.limits.api_keys:
-            return request.headers.get("authorization", "")
-        return request.client.host if request.client else ""
-
-    def authorize(self, request: Request) -> None:
-        if not self.limits.api_keys:
-            return
-        scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        given = key.strip().encode("utf-8", "surrogateescape")
-        # Every key is compared, in constant time each.
-        matches = [hmac.compare_digest(given, known.encode()) for known in self.limits.api_keys]
-        if scheme.lower() != "bearer" or not any(matches):
-            raise InvalidKey("an API key is needed: Authorization: Bearer KEY")
 
     def ready(self) -> str | None:
         """None when a request for some model could be placed now, else what each of them lacks."""

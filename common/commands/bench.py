@@ -105,7 +105,7 @@ async def _run(settings: BenchSettings, out: Console) -> int:
     if settings.json:
         report = {
             "settings": describe(settings),
-            "command": ["pdq", "bench", *_without_secrets(sys.argv[2:])],
+            "command": ["pdq", "bench", *sys.argv[2:]],
             "machine": {"processor": _processor(), "cores": os.cpu_count()},
             "target": dataclasses.asdict(target),
             "num_cut": num_cut,
@@ -284,17 +284,6 @@ def _write_json(path: str, report: dict[str, Any]) -> None:
         Path(path).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", "utf-8")
     except OSError as error:
         raise ResourceError(f"cannot write {path}: {error}", param="json") from error
-
-
-def _without_secrets(arguments: Sequence[str]) -> list[str]:
-    """The command line with the values of secret flags masked."""
-    shown, hide = [], False
-    for argument in arguments:
-        name, equals, _ = argument.partition("=")
-        secret = name in ("--api-key", "--redis-url")
-        shown.append("***" if hide else f"{name}=***" if secret and equals else argument)
-        hide = secret and not equals
-    return shown
 
 
 def _processor() -> str:

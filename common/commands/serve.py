@@ -14,10 +14,12 @@ import shlex
 import socket
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
 
+from common.api_keys import read_keys
 from common.commands.settings import Deployment, load_deployment
 from common.commands.supervisor import Supervisor
 from common.errors import ConfigError, ResourceError
@@ -33,6 +35,8 @@ PROMPT = "Once upon a time there was a king who had a daughter"
 
 def main(argv: Sequence[str]) -> int:
     deployment = load_deployment(argv, os.environ)
+    if deployment.gateway.api_key_file:
+        read_keys(Path(deployment.gateway.api_key_file).expanduser())
     name = _check_model(deployment)
     _check_port(deployment.gateway.host, deployment.gateway.port)
     out = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
@@ -47,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
             out.print(line)
 
     def invite(url: str) -> None:
-        guarded = bool(deployment.gateway.api_keys)
+        guarded = deployment.gateway.is_guarded
         with contextlib.suppress(OSError):
             out.print()
             out.print(Text(f"{name} is served at {url} (Ctrl-C stops it). Try:", "bold"))

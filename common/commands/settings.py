@@ -22,6 +22,7 @@ from common.config import (
     LogSettings,
     NodeSettings,
     RedisSettings,
+    holds_password,
 )
 from common.config_loader import setting
 from common.errors import ConfigError
@@ -96,6 +97,8 @@ class BenchSettings:
     def __post_init__(self) -> None:
         if self.rate is not None and self.concurrency is not None:
             raise ConfigError("use --rate or --concurrency, not both", param="rate")
+        if holds_password(self.url):
+            raise ConfigError("--url is a place only; PDQ_API_KEY is the key to show", param="url")
 
 
 # ── pdq serve ────────────────────────────────────────────────────────────────────────────────────

@@ -208,9 +208,9 @@ def test_ctrl_c_while_it_starts_leaves_nothing(tmp_path: Path) -> None:
 # ── What keeps it from starting is one line ──────────────────────────────────────────────────────
 
 
-def _refusal(folder: Path, *flags: str) -> str:
+def _refusal(folder: Path, *flags: str, **variables: str) -> str:
     """The one line of a `pdq serve` that ends with exit code 1 and leaves nothing."""
-    with serving(folder, *flags) as serve:
+    with serving(folder, *flags, variables=variables) as serve:
         assert serve.end(limit_s=120) == 1
     serve.assert_nothing_left()
     (line,) = serve.errors
@@ -236,9 +236,34 @@ def test_a_folder_without_a_model_is_one_line(tmp_path: Path) -> None:
 
 def test_an_unreachable_redis_is_one_line_without_its_password(tmp_path: Path) -> None:
     url = "redis://:hunter2@127.0.0.1:1/0"
-    line = _refusal(tmp_path, "--port", "0", "--redis-url", url, "--redis-retry-s", "0.1")
+    line = _refusal(tmp_path, "--port", "0", "--redis-retry-s", "0.1", PDQ_REDIS_URL=url)
     assert line.startswith("pdq serve: Redis cannot be reached")
     assert "hunter2" not in line
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::"])
+def test_a_public_address_without_keys_is_one_line(tmp_path: Path, host: str) -> None:
+    line = _refusal(tmp_path, "--port", "0", "--host", host)
+    assert line.startswith(
+        f"pdq serve: without API keys only loopback can be listened on, not {host!r}"
+    )
+    assert "--api-key-file" in line
+
+
+def test_a_secret_on_the_command_line_is_one_line_without_it(tmp_path: Path) -> None:
+    line = _refusal(tmp_path, "--api-key", "tops3cret")
+    assert "PDQ_API_KEYS" in line
+    assert "tops3cret" not in line
+
+
+def test_a_file_of_keys_that_others_can_read_is_one_line(tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("sk-one")
+    keys.chmod(0o644)
+    line = _refusal(tmp_path, "--api-key-file", str(keys))
+    assert line == (
+        f"pdq serve: the file of API keys {keys} can be read or written by others: chmod 600 {keys}"
+    )
 
 
 def test_a_node_that_dies_at_start_is_one_line_that_says_why(tmp_path: Path) -> None:
@@ -277,7 +302,8 @@ def test_a_given_redis_is_used_and_its_password_shown_nowhere(tmp_path: Path) ->
         redis = stack.enter_context(EmbeddedRedis())
         url = redis.url.replace("://", "://:hunter2@")
         asyncio.run(_guard(redis.url, "hunter2"))
-        serve = stack.enter_context(serving(tmp_path, *UNIFIED, "--redis-url", url))
+        variables = {"PDQ_REDIS_URL": url}
+        serve = stack.enter_context(serving(tmp_path, *UNIFIED, variables=variables))
         serve.url()
         serve.line(r"^redis +ready +(valkey|redis) \S+, given, at 127\.0\.0\.1:\d+$")
         commands = [child.cmdline() for child in serve.children.values()]

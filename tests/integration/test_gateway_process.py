@@ -47,12 +47,16 @@ class Process:
         return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
 
 
-def command(redis_url: str, *flags: str) -> list[str]:
+def command(*flags: str) -> list[str]:
     return [
         sys.executable, "-W", "error", "-m", "gateway", "--port", "0", "--model",
-        str(MODELS / "stories260K"), "--served-model-name", "stories", "--redis-url", redis_url,
+        str(MODELS / "stories260K"), "--served-model-name", "stories",
         "--bus-beat-interval-s", "0.05", *flags,
     ]  # fmt: skip
+
+
+def environment(redis_url: str) -> dict[str, str]:
+    return {**os.environ, "PYTHONFAULTHANDLER": "1", "PDQ_REDIS_URL": redis_url}
 
 
 def with_descriptors(count: int, command: list[str]) -> list[str]:
@@ -63,12 +67,12 @@ def with_descriptors(count: int, command: list[str]) -> list[str]:
 async def started(
     redis_url: str, *flags: str, descriptors: int | None = None
 ) -> AsyncIterator[Process]:
-    line = command(redis_url, *flags)
+    line = command(*flags)
     process = await asyncio.create_subprocess_exec(
         *(line if descriptors is None else with_descriptors(descriptors, line)),
         cwd=ROOT,
         stderr=asyncio.subprocess.PIPE,
-        env={**os.environ, "PYTHONFAULTHANDLER": "1"},
+        env=environment(redis_url),
     )
     lines: list[str] = []
 
@@ -310,7 +314,9 @@ async def test_descriptors_that_run_out_are_one_line_and_connections_wait(
     assert len("\n".join(gateway.lines)) < 20_000
 
 
-@pytest.mark.parametrize("trouble", ["port", "redis", "model", "setting", "descriptors"])
+@pytest.mark.parametrize(
+    "trouble", ["port", "redis", "model", "setting", "public", "key", "descriptors"]
+)
 async def test_what_keeps_it_from_starting_is_one_line(
     redis_client: RedisClient, trouble: str
 ) -> None:
@@ -325,14 +331,17 @@ async def test_what_keeps_it_from_starting_is_one_line(
             "model": (("--model", "/no/such/folder"), "/no/such/folder"),
             "setting": (("--max-n", "none"), "max-n"),
             "descriptors": ((), "ulimit -n"),
+            "public": (("--host", "0.0.0.0"), "without API keys only loopback"),
+            "key": (("--api-key", "tops3cret"), "PDQ_API_KEYS"),
         }[trouble]
-        line_ = command(url, *flags)
+        line_ = command(*flags)
         if trouble == "descriptors":
             line_ = with_descriptors(100, line_)
         process = await asyncio.create_subprocess_exec(
-            *line_, cwd=ROOT, stderr=asyncio.subprocess.PIPE
+            *line_, cwd=ROOT, stderr=asyncio.subprocess.PIPE, env=environment(url)
         )
         _, output = await process.communicate()
     assert process.returncode == 1
     (line,) = output.decode().splitlines()
     assert wanted in line
+    assert "tops3cret" not in line

@@ -93,7 +93,7 @@ class Deployment:
 
     def command(self, name: str, module: str, *arguments: str) -> list[str]:
         """What is started under this name."""
-        return [sys.executable, "-m", module, "--redis-url", self.redis.url, *arguments]
+        return [sys.executable, "-m", module, *arguments]
 
     def start(self, name: str, module: str, *arguments: str) -> None:
         log = (self._logs / f"{name}.log").open("ab")
@@ -101,7 +101,10 @@ class Deployment:
             self.processes[name] = subprocess.Popen(
                 self.command(name, module, *arguments), cwd=ROOT,
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"},
+                env=os.environ | {
+                    "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1",
+                    "PDQ_REDIS_URL": self.redis.url,
+                },
                 preexec_fn=die_with_parent(os.getpid()),
             )  # fmt: skip
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from common.config import HTTPSettings
 from common.metrics import Metrics
 from common.model_folder.description import describe_model
+from gateway.access import Access
 from gateway.app import create_app
 from gateway.connection import Roster
 from gateway.dispatch import Dispatcher, Limits
@@ -55,6 +56,7 @@ def make_service(
     service_limits: ServiceLimits = SERVICE_LIMITS,
     limits: Limits = LIMITS,
     further: tuple[ServedModel, ...] = (),
+    access: Access | None = None,
 ) -> Service:
     metrics = GatewayMetrics(Metrics())
     dispatcher = Dispatcher(
@@ -68,7 +70,7 @@ def make_service(
     )
     cluster.inbox = dispatcher
     models = ServedModels([ServedModel(MODEL, load_tokenizer(model)), *further])
-    return Service(models, dispatcher, service_limits, metrics)
+    return Service(models, dispatcher, service_limits, metrics, access or Access())
 
 
 @contextlib.asynccontextmanager
@@ -97,10 +99,16 @@ async def serving(
     limits: Limits = LIMITS,
     further: tuple[ServedModel, ...] = (),
     http: HTTPSettings = HTTP,
+    access: Access | None = None,
 ) -> AsyncIterator[Served]:
     """Serve, and afterwards see that nothing is left: no request, no computation, no record."""
     service = make_service(
-        cluster, model, service_limits=service_limits, limits=limits, further=further
+        cluster,
+        model,
+        service_limits=service_limits,
+        limits=limits,
+        further=further,
+        access=access,
     )
     async with listening(service, http) as (url, connections):
         yield Served(url, service, cluster, connections)

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,12 @@ END_LIMIT_S = 40.0
 class ServeProcess:
     """Use `serving`. `lines` are those of stdout, `errors` those of stderr."""
 
-    def __init__(self, folder: Path, *flags: str, command: Sequence[str] = ()) -> None:
+    def __init__(
+        self, folder: Path, *flags: str, command: Sequence[str] = (),
+        variables: Mapping[str, str] | None = None,
+    ) -> None:  # fmt: skip
         self.folder = folder
+        self.variables = dict(variables or {})
         self.temporary, self.notes = folder / "tmp", folder / "run"
         for place in (self.temporary, self.notes):
             place.mkdir()
@@ -41,7 +45,7 @@ class ServeProcess:
         self._heard = threading.Condition()
         self.process = subprocess.Popen(
             command or [sys.executable, "-W", "error", "-m", "common.cli", "serve", *flags],
-            cwd=ROOT, env=self.environment(), text=True,
+            cwd=ROOT, env=self.environment() | self.variables, text=True,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
         streams = ((self.process.stdout, self.lines), (self.process.stderr, self.errors))
@@ -143,10 +147,13 @@ class ServeProcess:
 
 
 @contextlib.contextmanager
-def serving(folder: Path, *flags: str, command: Sequence[str] = ()) -> Iterator[ServeProcess]:
-    """A started one, by `command` where that is given; whatever happens, it is ended, by Ctrl-C
-    if it can be."""
-    serve = ServeProcess(folder, *flags, command=command)
+def serving(
+    folder: Path, *flags: str, command: Sequence[str] = (),
+    variables: Mapping[str, str] | None = None,
+) -> Iterator[ServeProcess]:  # fmt: skip
+    """A started one, by `command` where that is given, with these variables more; whatever happens,
+    it is ended, by Ctrl-C if it can be."""
+    serve = ServeProcess(folder, *flags, command=command, variables=variables)
     try:
         yield serve
     finally:

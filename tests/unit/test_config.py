@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from common import config_loader
+from common.api_keys import read_keys
+from common.commands.settings import COMMANDS
 from common.config import (
     SERVICES,
     EngineSettings,
@@ -76,7 +79,8 @@ def test_nested_trees_have_their_prefix_and_the_engine_has_none() -> None:
         ([], {"PDQ_ENABLE_PREFIX_CACHING": "maybe"}, "true or false"),
         (["--num-kv-blocks=1", "--kv-cache-memory-bytes=1"], {}, "both give the pool's size"),
         (["--bus-host", "0.0.0.0"], {}, "only loopback"),
-        (["--bus-secret-key", "short"], {}, "40 characters"),
+        ([], {"PDQ_BUS_SECRET_KEY": "short"}, "40 characters"),
+        ([], {"PDQ_CORES": ","}, "PDQ_CORES must be a list"),
         (["--config", "/no/such/file"], {}, "/no/such/file"),
     ],
 )
@@ -115,12 +119,138 @@ def test_an_empty_variable_counts_as_absent() -> None:
     assert load(NodeSettings, [], {"PDQ_BLOCK_SIZE": ""}).engine.block_size == 16
 
 
+# ── Secrets ──────────────────────────────────────────────────────────────────────────────────────
+
+
+EVERYTHING: list[type[Any]] = [*SERVICES, *COMMANDS]
+REDIS_WITH_PASSWORD = [
+    "redis://:tops3cret@h", "redis://u:tops3cret@h/0", "redis://h?password=tops3cret",
+    "rediss://:tops3cret/slash@h:1", "unix://u:tops3cret@/run/r.sock", "redis://[tops3cret",
+]  # fmt: skip
+
+
 def test_secrets_appear_neither_in_descriptions_nor_in_errors() -> None:
-    settings = load(GatewaySettings, ["--api-keys", "tops3cret"], {})
+    settings = load(GatewaySettings, [], {"PDQ_API_KEYS": "tops3cret"})
+    assert settings.api_keys == ("tops3cret",)
     assert "tops3cret" not in str(describe(settings))
     with pytest.raises(ConfigError) as caught:
-        config_loader.load(_WithSecret, ["--pin", "tops3cret"], {})
+        config_loader.load(_WithSecret, [], {"PDQ_PIN": "tops3cret"})
     assert "tops3cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("service", EVERYTHING, ids=lambda service: service.__name__)
+def test_a_secret_on_the_command_line_is_refused_and_not_repeated(service: type[Any]) -> None:
+    """Whoever lists processes would see it."""
+    for leaf in config_loader._leaves(service):
+        values = REDIS_WITH_PASSWORD if leaf.path == ("redis", "url") else ["tops3cret"]
+        for value in values if leaf.secret else ():
+            for flags in ([f"{o}={value}" for o in leaf.options], [leaf.flag, value]):
+                with pytest.raises(ConfigError, match=leaf.variable) as caught:
+                    config_loader.load(service, flags, {})
+                assert "tops3cret" not in str(caught.value)
+
+
+def test_vllms_flag_for_a_key_says_where_keys_go() -> None:
+    with pytest.raises(ConfigError, match="set PDQ_API_KEYS"):
+        load(GatewaySettings, ["--api-key", "tops3cret"], {})
+
+
+@pytest.mark.parametrize("flags", [["--api-kye=tops3cret"], ["--api-kye", "tops3cret"]])
+def test_what_stands_beside_an_unknown_flag_is_not_repeated(flags: list[str]) -> None:
+    with pytest.raises(ConfigError, match="--api-kye") as caught:
+        load(GatewaySettings, flags, {})
+    assert "tops3cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["redis://h:1/0", "rediss://h", "unix:///run/a@b/redis.sock"])
+def test_an_address_without_a_password_may_be_a_flag(url: str) -> None:
+    assert load(NodeSettings, ["--redis-url", url], {}).redis.url == url
+
+
+def test_a_settings_file_with_a_secret_is_for_its_user_only(tmp_path: Path) -> None:
+    path = toml(tmp_path, "api_keys = ['tops3cret']")
+    Path(path).chmod(0o644)
+    with pytest.raises(ConfigError, match=re.escape(f"chmod 600 {path}")) as caught:
+        load(GatewaySettings, ["--config", path], {})
+    assert "tops3cret" not in str(caught.value)
+    Path(path).chmod(0o600)
+    assert load(GatewaySettings, ["--config", path], {}).api_keys == ("tops3cret",)
+
+
+@pytest.mark.parametrize(
+    "key", ["", " ", "a b", "a,b", "tab\t", "schlüssel", "\udcff", "new\nline"]
+)
+def test_a_key_that_no_client_could_show_is_refused_unseen(key: str) -> None:
+    with pytest.raises(ConfigError, match="key 2 of PDQ_API_KEYS") as caught:
+        GatewaySettings(api_keys=("tops3cret", key))
+    assert "tops3cret" not in str(caught.value)
+    assert not key.strip() or key not in str(caught.value)
+
+
+def test_keys_in_a_file_stand_one_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_bytes(b"\xef\xbb\xbf# ours\r\n\r\n  sk-one \r\nsk-two # Ada's\n#sk-three\n")
+    path.chmod(0o600)
+    assert read_keys(path) == ("sk-one", "sk-two")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "holds no API key"),
+        (b"# none yet\n\n", "holds no API key"),
+        (b"sk-one tops3cret", "line 1 of .* more than a key"),
+        (b"sk-one\nsk,tops3cret", "line 2 of .* printable ASCII"),
+        (b"\xff\xfetops3cret", "not UTF-8"),
+        (b"tops3cret\n" * 10_000, "larger than"),
+        (None, "cannot be read"),
+    ],
+)
+def test_a_file_of_keys_that_cannot_be_meant_is_named(
+    tmp_path: Path, content: bytes | None, said: str
+) -> None:
+    path = tmp_path / "keys"
+    if content is not None:
+        path.write_bytes(content)
+        path.chmod(0o600)
+    with pytest.raises(ConfigError, match=said) as caught:
+        read_keys(path)
+    assert str(path) in str(caught.value)
+    assert "tops3cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o620, 0o602])
+def test_a_file_of_keys_that_others_may_touch_is_refused(tmp_path: Path, mode: int) -> None:
+    path = tmp_path / "keys"
+    path.write_text("sk-one")
+    path.chmod(mode)
+    with pytest.raises(ConfigError, match=re.escape(f"chmod 600 {path}")):
+        read_keys(path)
+
+
+# ── Where strangers could come from ──────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    "host", ["0.0.0.0", "::", "", "0", "192.0.2.1", "fe80::1", "example.org", "::ffff:192.0.2.1"]
+)
+def test_a_gateway_without_keys_does_not_listen_beyond_loopback(host: str) -> None:
+    with pytest.raises(ConfigError, match=r"without API keys.*PDQ_API_KEYS.*--api-key-file"):
+        GatewaySettings(host=host)
+    assert GatewaySettings(host=host, api_keys=("sk-one",)).is_guarded
+    assert GatewaySettings(host=host, api_key_file="keys").is_guarded
+    assert not GatewaySettings(host=host, allow_unauthenticated=True).is_guarded
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
+def test_a_gateway_on_loopback_needs_no_key(host: str) -> None:
+    assert GatewaySettings(host=host).is_private
+
+
+def test_a_container_is_where_its_host_publishes_it() -> None:
+    assert GatewaySettings(host="0.0.0.0", published_host="127.0.0.1").is_private
+    with pytest.raises(ConfigError, match=r"not '0\.0\.0\.0'"):
+        GatewaySettings(host="127.0.0.1", published_host="0.0.0.0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,12 +296,15 @@ def test_sizes_in_the_file_may_carry_a_unit_too(tmp_path: Path) -> None:
 
 def test_a_child_process_loads_exactly_the_same_settings() -> None:
     argv = ["--role=prefill", "--cores=1", "--transports=none", "--no-kv-digests", "--name=a b"]
-    argv += ["--redis-url=redis://:secret@h", "--bus-beat-interval-s=0.25", "--max-model-len=9"]
-    settings = load(NodeSettings, argv, {})
+    argv += ["--bus-beat-interval-s=0.25", "--max-model-len=9"]
+    settings = load(NodeSettings, argv, {"PDQ_REDIS_URL": "redis://:secret@h"})
     environ = child_environment(settings, {"PATH": "/bin", "PDQ_PORT": "1", "PDQ_BLOCK_SIZE": "4"})
     assert load(NodeSettings, [], environ) == settings
     assert environ["PATH"] == "/bin"
     assert "PDQ_PORT" not in environ
+
+
+SECRET = ("api-keys", "bus-secret-key")  # those that no flag gives
 
 
 @pytest.mark.parametrize("service", SERVICES)
@@ -185,7 +318,7 @@ def test_help_has_one_line_for_every_setting(
     for flag in describe(service()):
         variable = "PDQ_" + flag.replace("-", "_").upper()
         (line,) = [line for line in lines if line.endswith(f"[{variable}]")]
-        assert line.split()[0].rstrip(",") == f"--{flag}"
+        assert line.split()[0].rstrip(",") == (variable if flag in SECRET else f"--{flag}")
         assert "default: " in line
     for leaf in config_loader._leaves(service):
         assert leaf.field.metadata["help"], f"{leaf.flag} has no help text"

@@ -1,0 +1,95 @@
+"""Who may ask, and in which form: what is looked at before anything of a body is read.
+
+Owns: API keys, the names that a request may call this server by, and the type of a body. A web page
+that a person opens in a browser of this machine is the stranger that loopback does not keep out:
+
+    it posts a form or plain text       refused: only JSON is taken, which a page of another
+                                        origin may not send without being asked, nor are we asked
+    it has its own name lead here       refused: where we are on loopback and without keys, a
+    (DNS rebinding)                     request must call us, and come from, a name we know
+"""
+
+from __future__ import annotations
+
+import hmac
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from starlette.requests import Request
+
+from common.api_keys import read_keys
+from common.config import GatewaySettings, is_loopback
+from gateway.errors import HostNotAllowed, InvalidKey, UnsupportedMediaType
+
+
+class Access:
+    """With `keys`, clients must show one of them. With `hosts`, a request must be for one of these
+    names, or for this machine itself; None: any will do."""
+
+    def __init__(self, keys: tuple[str, ...] = (), hosts: frozenset[str] | None = None) -> None:
+        self._keys = tuple(key.encode() for key in keys)
+        self._hosts = hosts
+
+    @classmethod
+    def of(cls, settings: GatewaySettings) -> Access:
+        """As the settings want it; reads the file of keys."""
+        keys = settings.api_keys
+        if settings.api_key_file:
+            keys += read_keys(Path(settings.api_key_file).expanduser())
+        if keys or not settings.is_private:
+            return cls(keys)
+        names = (settings.host, settings.published_host, *settings.allowed_hosts)
+        return cls(hosts=frozenset(name.lower() for name in names if name))
+
+    def check_key(self, request: Request) -> None:
+        if not self._keys:
+            return
+        scheme, key = _shown(request)
+        # Every key is compared, in constant time each.
+        matches = [hmac.compare_digest(key, known) for known in self._keys]
+        if scheme != "bearer" or not any(matches):
+            raise InvalidKey("an API key is needed: Authorization: Bearer KEY")
+
+    def client(self, request: Request) -> str:
+        """Who asks, for sharing what is scarce: the key where there are keys, else the address."""
+        if self._keys:
+            return _shown(request)[1].decode("latin-1")
+        return request.client.host if request.client else ""
+
+    def check_host(self, request: Request) -> None:
+        """The name that the client knows us by, and the page that a browser asks for."""
+        if self._hosts is None:
+            return
+        host, origin = request.headers.get("host"), request.headers.get("origin")
+        for header, named in (("Host", host and f"//{host}"), ("Origin", origin)):
+            if named and not self._knows(named):
+                raise HostNotAllowed(
+                    f"{header} is not a name of this server; --allowed-hosts adds one, and with "
+                    "API keys any will do",
+                    param=header,
+                )
+
+    def _knows(self, place: str) -> bool:
+        assert self._hosts is not None
+        try:
+            name = (urlsplit(place).hostname or "").removesuffix(".")
+        except ValueError:
+            return False
+        return is_loopback(name) or name in self._hosts
+
+    @staticmethod
+    def check_json(request: Request) -> None:
+        """Whether the body says that it is JSON: `application/json`, or a type that ends in +json."""
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json" and not (
+            kind.startswith("application/") and kind.endswith("+json")
+        ):
+            raise UnsupportedMediaType(
+                "a JSON body is needed: Content-Type: application/json", param="Content-Type"
+            )
+
+
+def _shown(request: Request) -> tuple[str, bytes]:
+    """The scheme of `Authorization`, and what follows it, as the bytes came."""
+    scheme, _, key = request.headers.get("authorization", "").partition(" ")
+    return scheme.lower(), key.strip().encode("latin-1")
