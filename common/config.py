@@ -206,6 +206,9 @@ class GatewaySettings:
     max_prompt_tokens: int | None = setting(None, "longest prompt (none: the model's)", at_least=1)
     max_n: int = setting(16, "most choices of one request", at_least=1)
     max_prompts: int = setting(64, "most prompts in one request", at_least=1)
+    unknown_fields: Literal["warn", "refuse"] = setting(
+        "warn", "what happens to fields of a body that nobody knows"
+    )
     max_open_requests: int = setting(256, "open requests at most; further ones get 429", at_least=1)
     max_attempts: int = setting(4, "times that one request is tried", at_least=1)
     placement_timeout_s: float = setting(

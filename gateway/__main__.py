@@ -93,6 +93,7 @@ async def run(settings: GatewaySettings) -> None:
             max_prompt_tokens=settings.max_prompt_tokens,
             max_n=settings.max_n,
             max_prompts=settings.max_prompts,
+            unknown_fields=settings.unknown_fields,
         )
         service = Service(models, dispatcher, limits, metrics, access)
         record = NodeRecord(

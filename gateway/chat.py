@@ -13,14 +13,13 @@ from typing import Any
 
 from starlette.requests import Request
 
-from gateway.completions import finite, usage_body
+from gateway.completions import finite, token_name, usage_body, usage_of_chunk
 from gateway.generation import Usage, VisibleToken, generate
 from gateway.open_request import Work
-from gateway.schemas import ChatBody, parse
+from gateway.schemas import ChatBody, TextOptions
 from gateway.served_models import ServedModel
 from gateway.service import Service
 from gateway.sse import Answer, EventStream, JSONAnswer
-from gateway.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(slots=True)
@@ -31,25 +30,25 @@ class _Run:
     model: ServedModel
     body: ChatBody
     work: Work
-    stops: tuple[str, ...]
+    text: TextOptions
     head: dict[str, Any]
 
 
 async def chat_completions(service: Service, request: Request) -> Answer:
-    body = parse(ChatBody, await service.read(request))
+    body = await service.body(ChatBody, request)
     model = service.models.find(body.model)
     body.check(service.limits.max_n)
-    stops = body.stops()
+    text = body.text_options()
     request_id = service.new_id("chatcmpl")
     prompt_ids = await service.chat_prompt(model, body)
-    work = service.work(request_id, model, prompt_ids, "messages", body, body.sampling, request)
+    work = service.work(request_id, model, prompt_ids, "messages", body, request)
     head = {
         "id": request_id,
         "object": "chat.completion.chunk" if body.stream else "chat.completion",
         "created": int(time.time()),
         "model": model.name,
     }
-    run = _Run(service, model, body, work, stops, head)
+    run = _Run(service, model, body, work, text, head)
     retry_after_s = service.limits.retry_after_s
     if body.stream:
         return EventStream(_chunks(run), retry_after_s)
@@ -58,71 +57,76 @@ async def chat_completions(service: Service, request: Request) -> Answer:
 
 async def _chunks(run: _Run) -> AsyncGenerator[object, None]:
     """For each choice: a chunk with the role, chunks with content, one with the reason it ended."""
-    usage = Usage()
-    empty_usage = {"usage": None} if run.body.include_usage else {}
+    body, usage = run.body, Usage(len(run.work.prompt_ids))
 
     def chunk(
-        index: int, delta: dict[str, Any], logprobs: object, reason: str | None,
-        token_ids: Sequence[int] = (),
+        index: int, delta: dict[str, Any], logprobs: object = None, reason: str | None = None,
+        token_ids: Sequence[int] = (), **more: object,
     ) -> object:  # fmt: skip
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
-        if run.body.return_token_ids:
-            choice["token_ids"] = list(token_ids)
-        return {**run.head, "choices": [choice], **empty_usage}
+        if body.return_token_ids:
+            choice["token_ids"] = token_ids
+        counted = usage_of_chunk(body.stream_options, usage)
+        return {**run.head, "choices": [choice], **counted, **more}
 
-    role_due = [True] * run.body.n
-    running = generate(run.service.dispatcher, run.model.tokenizer, run.work, run.stops, usage)
+    role_due = [True] * body.n
+    running = generate(run.service.dispatcher, run.model.tokenizer, run.work, run.text, usage)
     async with aclosing(running) as deltas:
         async for delta in deltas:
             if role_due[delta.choice]:
                 role_due[delta.choice] = False
-                yield chunk(delta.choice, {"role": "assistant", "content": ""}, None, None)
+                yield chunk(delta.choice, {"role": "assistant", "content": ""}, **_prompt_ids(run))
             logprobs = _logprobs(run, delta.tokens)
-            if delta.text or logprobs is not None or (delta.tokens and run.body.return_token_ids):
-                ids = [token.token.token_id for token in delta.tokens]
-                yield chunk(delta.choice, {"content": delta.text}, logprobs, None, ids)
+            if delta.text or logprobs is not None or body.return_token_ids:
+                content = {"content": delta.text}
+                yield chunk(delta.choice, content, logprobs, None, delta.token_ids)
             if delta.finish_reason is not None:
-                yield chunk(delta.choice, {}, None, delta.finish_reason)
-    if run.body.include_usage:
+                yield chunk(delta.choice, {}, reason=delta.finish_reason)
+    if body.stream_options.include_usage:
         yield {**run.head, "choices": [], "usage": usage_body(usage)}
 
 
 async def _whole(run: _Run) -> object:
-    usage = Usage()
-    texts: list[list[str]] = [[] for _ in range(run.body.n)]
-    tokens: list[list[VisibleToken]] = [[] for _ in range(run.body.n)]
-    reasons: list[str | None] = [None] * run.body.n
-    running = generate(run.service.dispatcher, run.model.tokenizer, run.work, run.stops, usage)
+    body, usage = run.body, Usage(len(run.work.prompt_ids))
+    texts: list[list[str]] = [[] for _ in range(body.n)]
+    tokens: list[list[VisibleToken]] = [[] for _ in range(body.n)]
+    token_ids: list[list[int]] = [[] for _ in range(body.n)]
+    reasons: list[str | None] = [None] * body.n
+    running = generate(run.service.dispatcher, run.model.tokenizer, run.work, run.text, usage)
     async with aclosing(running) as deltas:
         async for delta in deltas:
             texts[delta.choice].append(delta.text)
             tokens[delta.choice] += delta.tokens
+            token_ids[delta.choice] += delta.token_ids
             reasons[delta.choice] = delta.finish_reason
     choices: list[dict[str, Any]] = [
         {
             "index": index,
-            "message": {"role": "assistant", "content": "".join(texts[index])},
+            "message": {"role": "assistant", "content": "".join(texts[index]), "refusal": None},
             "logprobs": _logprobs(run, tokens[index]),
             "finish_reason": reasons[index],
         }
-        for index in range(run.body.n)
+        for index in range(body.n)
     ]
-    if run.body.return_token_ids:
-        for choice, visible in zip(choices, tokens, strict=True):
-            choice["token_ids"] = [token.token.token_id for token in visible]
-    return {**run.head, "choices": choices, "usage": usage_body(usage)}
+    if body.return_token_ids:
+        for choice, ids in zip(choices, token_ids, strict=True):
+            choice["token_ids"] = ids
+    return {**run.head, "choices": choices, "usage": usage_body(usage), **_prompt_ids(run)}
+
+
+def _prompt_ids(run: _Run) -> dict[str, Any]:
+    return {"prompt_token_ids": run.work.prompt_ids} if run.body.return_token_ids else {}
 
 
 def _logprobs(run: _Run, tokens: Sequence[VisibleToken]) -> dict[str, Any] | None:
     if not run.body.logprobs or not tokens:
         return None
-    tokenizer = run.model.tokenizer
     content = []
     for visible in tokens:
         known = visible.token.logprobs
-        entry = _entry(tokenizer, visible.token.token_id, known.logprob if known else 0.0)
+        entry = _entry(run, visible.token.token_id, known.logprob if known else 0.0)
         entry["top_logprobs"] = [
-            _entry(tokenizer, token_id, value)
+            _entry(run, token_id, value)
             for token_id, value in zip(
                 known.top_ids if known else (), known.top_logprobs if known else (), strict=True
             )
@@ -131,9 +135,9 @@ def _logprobs(run: _Run, tokens: Sequence[VisibleToken]) -> dict[str, Any] | Non
     return {"content": content, "refusal": None}
 
 
-def _entry(tokenizer: Tokenizer, token_id: int, logprob: float) -> dict[str, Any]:
+def _entry(run: _Run, token_id: int, logprob: float) -> dict[str, Any]:
     return {
-        "token": tokenizer.token_text(token_id),
+        "token": token_name(run.model.tokenizer, run.body, token_id),
         "logprob": finite(logprob),
-        "bytes": list(tokenizer.token_bytes(token_id)),
+        "bytes": list(run.model.tokenizer.token_bytes(token_id)),
     }

@@ -63,6 +63,13 @@ def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
     return environment
 
 
+def _with_text(message: dict[str, Any]) -> dict[str, Any]:
+    content = message["content"]
+    if isinstance(content, list):
+        content = "\n".join(part["text"] for part in content)
+    return {**message, "content": content or ""}
+
+
 class ChatTemplate:
     """A compiled template; `special_tokens` (`bos_token`, …) are variables in it."""
 
@@ -88,7 +95,7 @@ class ChatTemplate:
                     "tools": None,
                     "documents": None,
                     **(variables or {}),
-                    "messages": list(messages),
+                    "messages": [_with_text(message) for message in messages],
                     "add_generation_prompt": add_generation_prompt,
                 }
             )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -17,7 +18,7 @@ from starlette.requests import Request
 
 from gateway.generation import TextDelta, Usage, VisibleToken, generate
 from gateway.open_request import Work
-from gateway.schemas import CompletionBody, parse
+from gateway.schemas import Body, CompletionBody, StreamOptions, TextOptions
 from gateway.served_models import ServedModel
 from gateway.service import Service
 from gateway.sse import Answer, EventStream, JSONAnswer
@@ -35,21 +36,24 @@ class _Run:
     body: CompletionBody
     works: list[Work]
     echoes: list[str]  # per prompt, "" without echo
-    stops: tuple[str, ...]
+    text: TextOptions
     head: dict[str, Any]
+
+    def usage(self) -> Usage:
+        return Usage(prompt_tokens=sum(len(work.prompt_ids) for work in self.works))
 
 
 async def completions(service: Service, request: Request) -> Answer:
-    body = parse(CompletionBody, await service.read(request))
+    body = await service.body(CompletionBody, request)
     model = service.models.find(body.model)
     body.check(service.limits.max_n)
-    stops = body.stops()
+    text = body.text_options()
     request_id = service.new_id("cmpl")
     prompts = await service.completion_prompts(model, body)
     works = [
         service.work(
             request_id if len(prompts) == 1 else f"{request_id}-{index}",
-            model, prompt_ids, "prompt", body, body.sampling, request,
+            model, prompt_ids, "prompt", body, request,
         )
         for index, prompt_ids in enumerate(prompts)
     ]  # fmt: skip
@@ -59,7 +63,7 @@ async def completions(service: Service, request: Request) -> Answer:
         "created": int(time.time()),
         "model": model.name,
     }
-    run = _Run(service, model, body, works, _echoes(model.tokenizer, body, prompts), stops, head)
+    run = _Run(service, model, body, works, _echoes(model.tokenizer, body, prompts), text, head)
     retry_after_s = service.limits.retry_after_s
     if body.stream:
         return EventStream(_chunks(run), retry_after_s)
@@ -77,84 +81,77 @@ def _echoes(tokenizer: Tokenizer, body: CompletionBody, prompts: list[list[int]]
 
 
 async def _chunks(run: _Run) -> AsyncGenerator[object, None]:
-    usage = Usage()
-    empty_usage = {"usage": None} if run.body.include_usage else {}
-    echo_due = [bool(run.body.echo)] * (len(run.works) * run.body.n)
-    async with aclosing(
-        merged(run.service, run.model.tokenizer, run.works, run.stops, usage)
-    ) as deltas:
+    body, usage = run.body, run.usage()
+    begun = [False] * (len(run.works) * body.n)
+    async with aclosing(merged(run, usage)) as deltas:
         async for prompt, delta in deltas:
-            index = prompt * run.body.n + delta.choice
-            text, echo = delta.text, run.echoes[prompt]
-            if echo_due[index]:
-                text, echo_due[index] = echo + text, False
-            by_token = run.body.logprobs is not None or run.body.return_token_ids
+            index = prompt * body.n + delta.choice
+            first, begun[index] = not begun[index], True
+            echo = run.echoes[prompt]
+            text = echo + delta.text if first else delta.text
+            by_token = body.logprobs is not None or body.return_token_ids
             if not (text or delta.finish_reason or by_token):
                 continue
             logprobs = _logprobs(run, delta.tokens, len(echo))
             choice = _choice(index, text, logprobs, delta.finish_reason)
-            if run.body.return_token_ids:
-                choice["token_ids"] = [visible.token.token_id for visible in delta.tokens]
-            yield {**run.head, "choices": [choice], **empty_usage}
-    if run.body.include_usage:
+            if body.return_token_ids:
+                choice["token_ids"] = delta.token_ids
+                choice["prompt_token_ids"] = run.works[prompt].prompt_ids if first else None
+            yield {**run.head, "choices": [choice], **usage_of_chunk(body.stream_options, usage)}
+    if body.stream_options.include_usage:
         yield {**run.head, "choices": [], "usage": usage_body(usage)}
 
 
 async def _whole(run: _Run) -> object:
-    usage = Usage()
-    count = len(run.works) * run.body.n
+    body, usage = run.body, run.usage()
+    count = len(run.works) * body.n
     texts: list[list[str]] = [[] for _ in range(count)]
     tokens: list[list[VisibleToken]] = [[] for _ in range(count)]
+    token_ids: list[list[int]] = [[] for _ in range(count)]
     reasons: list[str | None] = [None] * count
-    async with aclosing(
-        merged(run.service, run.model.tokenizer, run.works, run.stops, usage)
-    ) as deltas:
+    async with aclosing(merged(run, usage)) as deltas:
         async for prompt, delta in deltas:
-            index = prompt * run.body.n + delta.choice
+            index = prompt * body.n + delta.choice
             texts[index].append(delta.text)
             tokens[index] += delta.tokens
+            token_ids[index] += delta.token_ids
             reasons[index] = delta.finish_reason
     choices = []
     for index in range(count):
-        echo = run.echoes[index // run.body.n]
+        prompt = index // body.n
+        echo = run.echoes[prompt]
         logprobs = _logprobs(run, tokens[index], len(echo))
         choice = _choice(index, echo + "".join(texts[index]), logprobs, reasons[index])
-        if run.body.return_token_ids:
-            choice["token_ids"] = [visible.token.token_id for visible in tokens[index]]
+        if body.return_token_ids:
+            choice["token_ids"] = token_ids[index]
+            choice["prompt_token_ids"] = run.works[prompt].prompt_ids
         choices.append(choice)
     return {**run.head, "choices": choices, "usage": usage_body(usage)}
 
 
-async def merged(
-    service: Service,
-    tokenizer: Tokenizer,
-    works: Sequence[Work],
-    stops: Sequence[str],
-    usage: Usage,
-) -> AsyncGenerator[tuple[int, TextDelta], None]:
+async def merged(run: _Run, usage: Usage) -> AsyncGenerator[tuple[int, TextDelta], None]:
     """Deltas of several requests as they come, each with the index of its request.
 
     The first failure ends all of them.
     """
+    dispatcher, tokenizer, works = run.service.dispatcher, run.model.tokenizer, run.works
     if len(works) == 1:
-        one = generate(service.dispatcher, tokenizer, works[0], stops, usage)
+        one = generate(dispatcher, tokenizer, works[0], run.text, usage)
         async with aclosing(one) as deltas:
             async for delta in deltas:
                 yield 0, delta
         return
 
-    service.dispatcher.check_room(len(works))
+    dispatcher.check_room(len(works))
     queue: asyncio.Queue[tuple[int, TextDelta] | None] = asyncio.Queue()
 
     async def feed(index: int, work: Work) -> None:
-        own = Usage()
-        deltas = generate(service.dispatcher, tokenizer, work, stops, own)
+        deltas = generate(dispatcher, tokenizer, work, run.text, usage)
         try:
             async with aclosing(deltas):
                 async for delta in deltas:
                     queue.put_nowait((index, delta))
         finally:
-            usage.add(own)
             queue.put_nowait(None)
 
     tasks = [asyncio.create_task(feed(index, work)) for index, work in enumerate(works)]
@@ -184,6 +181,20 @@ def usage_body(usage: Usage) -> dict[str, Any]:
     }
 
 
+def usage_of_chunk(options: StreamOptions, usage: Usage) -> dict[str, Any]:
+    """What a chunk says of usage: what was counted so far, or null, or nothing."""
+    if options.continuous_usage_stats:
+        return {"usage": usage_body(usage)}
+    return {"usage": None} if options.include_usage else {}
+
+
+def token_name(tokenizer: Tokenizer, body: Body, token_id: int) -> str:
+    """How a token is written among logprobs."""
+    if body.return_tokens_as_token_ids:
+        return f"token_id:{token_id}"
+    return tokenizer.token_text(token_id)
+
+
 def finite(logprob: float) -> float:
     return max(logprob, MINUS_INFINITY)
 
@@ -192,7 +203,7 @@ def _logprobs(run: _Run, tokens: Sequence[VisibleToken], base: int) -> object:
     """OpenAI's four parallel lists; the chosen token is among the alternatives too."""
     if run.body.logprobs is None:
         return None
-    text_of = run.model.tokenizer.token_text
+    text_of = functools.partial(token_name, run.model.tokenizer, run.body)
     known = [(visible, visible.token.logprobs) for visible in tokens]
     tops: list[dict[str, float] | None] = []
     for visible, logprobs in known:

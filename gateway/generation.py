@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, Collection, Sequence
 
 from gateway.dispatch import Dispatcher
 from gateway.open_request import Update, Work
+from gateway.schemas import TextOptions
 from gateway.stop_strings import StopStrings
 from gateway.streams import Token
 from gateway.tokenizer import Tokenizer
@@ -28,46 +29,46 @@ class VisibleToken:
 @dataclasses.dataclass(frozen=True, slots=True)
 class TextDelta:
     """What came of one choice. `tokens` may be ahead of `text`, which waits for whole characters
-    and for what could begin a stop string."""
+    and for what could begin a stop string. `token_ids` are all that were generated: `tokens`, and
+    the one that ended the choice."""
 
     choice: int
     text: str
     tokens: tuple[VisibleToken, ...]
+    token_ids: tuple[int, ...]
     finish_reason: str | None
 
 
 @dataclasses.dataclass(slots=True)
 class Usage:
-    """Filled in while a request runs."""
+    """Of all prompts and choices of one answer; counted up while they run."""
 
-    prompt_tokens: int = 0
+    prompt_tokens: int
     cached_tokens: int = 0
     completion_tokens: int = 0
-
-    def add(self, other: Usage) -> None:
-        self.prompt_tokens += other.prompt_tokens
-        self.cached_tokens += other.cached_tokens
-        self.completion_tokens += other.completion_tokens
 
 
 class ChoiceText:
     """The text of one choice, token by token.
 
     `ending_ids` are the ids that end a choice: the last token is not part of the text when it is
-    one of them and the node says "stop". Text of the first `min_tokens` tokens is not searched.
+    one of them and the node says "stop", unless the client wants to see what stopped. Text of the
+    first `min_tokens` tokens is not searched.
     """
 
     def __init__(
         self,
         tokenizer: Tokenizer,
         prompt_ids: Sequence[int],
-        stops: Sequence[str],
+        options: TextOptions,
         ending_ids: Collection[int],
         min_tokens: int = 0,
     ) -> None:
-        self._detokenizer = tokenizer.detokenizer(prompt_ids)
-        self._stops = StopStrings(stops)
-        self._ending_ids = ending_ids
+        self._detokenizer = tokenizer.detokenizer(
+            prompt_ids, skip_special_tokens=options.skip_special_tokens
+        )
+        self._stops = StopStrings(options.stops, include=options.include_stop)
+        self._silent_ids = () if options.include_stop else ending_ids
         self._min_tokens = min_tokens
         self._offset = 0
         self.num_tokens = 0
@@ -76,11 +77,12 @@ class ChoiceText:
     def push(self, update: Update) -> TextDelta:
         text: list[str] = []
         visible: list[VisibleToken] = []
+        before = self.num_tokens
         last = len(update.tokens) - 1
         for index, token in enumerate(update.tokens):
             self.num_tokens += 1
             ends = index == last and update.finished == "stop"
-            if ends and token.token_id in self._ending_ids:
+            if ends and token.token_id in self._silent_ids:
                 continue
             piece = self._detokenizer.push(token.token_id)
             visible.append(VisibleToken(token, self._offset))
@@ -91,7 +93,14 @@ class ChoiceText:
             text.append(self._searched(self._detokenizer.finish()))
             text.append(self._stops.finish())
             self.finish_reason = self.finish_reason or update.finished
-        return TextDelta(update.choice, "".join(text), tuple(visible), self.finish_reason)
+        new = update.tokens[: self.num_tokens - before]
+        return TextDelta(
+            update.choice,
+            "".join(text),
+            tuple(visible),
+            tuple(token.token_id for token in new),
+            self.finish_reason,
+        )
 
     def _searched(self, piece: str) -> str:
         self._offset += len(piece)
@@ -104,7 +113,7 @@ class ChoiceText:
 
 
 async def generate(
-    dispatcher: Dispatcher, tokenizer: Tokenizer, work: Work, stops: Sequence[str], usage: Usage
+    dispatcher: Dispatcher, tokenizer: Tokenizer, work: Work, options: TextOptions, usage: Usage
 ) -> AsyncGenerator[TextDelta, None]:
     """Run `work`; yields deltas of all choices as they come, empty ones left out.
 
@@ -112,20 +121,20 @@ async def generate(
     """
     ending_ids = frozenset((*tokenizer.model.stop_token_ids, *work.params.stop_token_ids))
     choices = [
-        ChoiceText(tokenizer, work.prompt_ids, stops, ending_ids, work.params.min_tokens)
+        ChoiceText(tokenizer, work.prompt_ids, options, ending_ids, work.params.min_tokens)
         for _ in range(work.n)
     ]
     async with dispatcher.run(work) as request, contextlib.aclosing(request.updates()) as updates:
-        usage.prompt_tokens = len(work.prompt_ids)
+        cached_tokens = 0
         async for update in updates:
             choice = choices[update.choice]
             if choice.finish_reason is not None:
                 continue
-            before = choice.num_tokens
             delta = choice.push(update)
-            usage.completion_tokens += choice.num_tokens - before
-            usage.cached_tokens = request.cached_tokens
+            usage.completion_tokens += len(delta.token_ids)
+            usage.cached_tokens += request.cached_tokens - cached_tokens
+            cached_tokens = request.cached_tokens
             if delta.finish_reason is not None:
                 request.stop(update.choice)
-            if delta.text or delta.tokens or delta.finish_reason:
+            if delta.text or delta.token_ids or delta.finish_reason:
                 yield delta

@@ -12,6 +12,9 @@ class GatewayMetrics:
         self.responses = counter(
             "pdq_gateway_responses_total", "Responses, by path and status", ["path", "status"]
         )
+        self.ignored_fields = counter(
+            "pdq_gateway_ignored_fields_total", "Bodies with fields that nobody knows", ["path"]
+        )
         self.open_requests = gauge("pdq_gateway_open_requests", "Requests not closed")
         self.requests = counter(
             "pdq_gateway_requests_total", "Requests closed, by how they ended", ["state"]

@@ -12,14 +12,15 @@ from fastapi import APIRouter
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
-from common.errors import InvalidRequest, PdqError
+from common.errors import PdqError
 from common.metrics import CONTENT_TYPE_LATEST
 from gateway.chat import chat_completions
 from gateway.completions import completions
 from gateway.errors import error_response
-from gateway.schemas import DetokenizeBody, TokenizeBody, check_ids, parse
+from gateway.schemas import DetokenizeBody, TokenizeBody, check_ids
 from gateway.served_models import ServedModel
 from gateway.service import Service
+from gateway.unknown_fields import Warned
 
 Endpoint = Callable[[Service, Request], Awaitable[Response]]
 
@@ -35,10 +36,9 @@ async def model(service: Service, request: Request) -> Response:
 
 
 async def tokenize(service: Service, request: Request) -> Response:
-    body = parse(TokenizeBody, await service.read(request))
+    body = await service.body(TokenizeBody, request)
     model = service.models.find(body.model)
-    if (body.prompt is None) == (body.messages is None):
-        raise InvalidRequest("give either prompt or messages", param="prompt")
+    body.check()
     if body.prompt is not None:
         add = body.add_special_tokens is not False
         ids = await model.tokenizer.encode(body.prompt, add_special_tokens=add)
@@ -55,7 +55,7 @@ async def tokenize(service: Service, request: Request) -> Response:
 
 
 async def detokenize(service: Service, request: Request) -> Response:
-    body = parse(DetokenizeBody, await service.read(request))
+    body = await service.body(DetokenizeBody, request)
     model = service.models.find(body.model)
     check_ids(body.tokens, model.vocab_size, "tokens")
     skip = body.skip_special_tokens
@@ -111,12 +111,15 @@ def build_router(service: Service) -> APIRouter:
 
 def _bound(service: Service, endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:
     async def handle(request: Request) -> Response:
+        request.state.ignored_fields = ()
         try:
             service.access.check_host(request)
-            return await endpoint(service, request)
+            response = await endpoint(service, request)
         except PdqError as error:
-            return error_response(error, service.limits.retry_after_s)
+            response = error_response(error, service.limits.retry_after_s)
         except ClientDisconnect:
             return Response(status_code=499)  # nobody reads it; nginx's name for it in the metrics
+        ignored = request.state.ignored_fields
+        return Warned(response, ignored) if ignored else response
 
     return handle

@@ -34,9 +34,13 @@ class _Pattern:
 
 
 class StopStrings:
-    """Feed text with `push`; `stopped` is the stop string that was met, after which all is cut."""
+    """Feed text with `push`; `stopped` is the stop string that was met, after which all is cut.
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    The stop string itself is cut too, unless `include` is set.
+    """
+
+    def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
+        self._include = include
         self._patterns = [_Pattern(stop) for stop in stops]
         self._held = ""
         self.stopped: str | None = None
@@ -54,7 +58,7 @@ class StopStrings:
             if met:
                 longest = max(met, key=lambda pattern: len(pattern.text))
                 self.stopped, self._held = longest.text, ""
-                return text[: index + 1 - len(longest.text)]
+                return text[: index + 1 - (0 if self._include else len(longest.text))]
         keep = max(pattern.matched for pattern in self._patterns)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

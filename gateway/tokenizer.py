@@ -42,6 +42,7 @@ class Tokenizer:
         )
         decoder = json.loads(self._tokenizer.to_str())["decoder"]
         self._decoder: Decoder = decoder_for(decoder, self._visible_piece, self.decode)
+        self._full_decoder = decoder_for(decoder, self._piece, self._decode_all)
 
     @property
     def has_chat_template(self) -> bool:
@@ -60,8 +61,11 @@ class Tokenizer:
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return text
 
-    def detokenizer(self, prompt_ids: Sequence[int] = ()) -> Detokenizer:
-        return self._decoder.start(prompt_ids)
+    def detokenizer(
+        self, prompt_ids: Sequence[int] = (), *, skip_special_tokens: bool = True
+    ) -> Detokenizer:
+        decoder = self._decoder if skip_special_tokens else self._full_decoder
+        return decoder.start(prompt_ids)
 
     def token_bytes(self, token_id: int) -> bytes:
         """What one token stands for by itself, for logprobs; a special token is its own name."""
@@ -88,7 +92,12 @@ class Tokenizer:
         )
 
     def _visible_piece(self, token_id: int) -> str | None:
-        if token_id in self._special or not 0 <= token_id < 2**32:
-            return None
-        piece: str | None = self._tokenizer.id_to_token(token_id)
+        return None if token_id in self._special else self._piece(token_id)
+
+    def _piece(self, token_id: int) -> str | None:
+        known = 0 <= token_id < 2**32
+        piece: str | None = self._tokenizer.id_to_token(token_id) if known else None
         return piece
+
+    def _decode_all(self, ids: list[int]) -> str:
+        return self.decode(ids, skip_special_tokens=False)

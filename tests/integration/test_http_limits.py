@@ -406,7 +406,11 @@ HUGE = "x" * 2_000_000
     ],
 )
 async def test_no_error_sends_back_what_a_client_sent_at_length(path: str, body: object) -> None:
-    async with gateway() as served, httpx.AsyncClient(base_url=served.url, timeout=20) as http:
+    limits = ServiceLimits(unknown_fields="refuse")
+    async with (
+        gateway(service_limits=limits) as served,
+        httpx.AsyncClient(base_url=served.url, timeout=20) as http,
+    ):
         answer = await http.post(path, json=body)
         assert answer.status_code in (400, 404), answer.text[:200]
         assert len(answer.content) < 4_000
