@@ -19,6 +19,8 @@
     │   ├── DigestMismatch            a block's content is not what its hash promises
     │   ├── StaleBlock                a block was reused while it was being copied
     │   └── LinkLost                  the connection to the peer is gone
+    ├── EngineBroken              an engine computes nothing any more; another may do better
+    ├── PoisonedRequest           computing this request makes engines fail, also when it is alone
     ├── NotFiniteLogits           the model gave NaN or infinity, or every token was banned
     ├── Overloaded                the service takes no further request now; retry later
     ├── RequestAborted            cancelled, timed out, or its owner is gone
@@ -129,6 +131,14 @@ class StaleBlock(TransferError):
 
 class LinkLost(TransferError):
     code = "link_lost"
+
+
+class EngineBroken(PdqError):
+    code = "engine_broken"
+
+
+class PoisonedRequest(PdqError):
+    code = "poisoned_request"
 
 
 class NotFiniteLogits(PdqError):

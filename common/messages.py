@@ -68,6 +68,7 @@ class Dispatch(Message):
     deadline_ms: int  # budget from acceptance, 0: none
     trace: str  # W3C traceparent, "" when absent
     model: ModelIdentity
+    alone: bool = False  # suspected of a node's death: to be computed in steps of its own at first
 
 
 # ── Between two nodes: opening a link ────────────────────────────────────────────────────────────
@@ -143,6 +144,7 @@ class Offer(Message):
     cache_salt: str
     priority: int  # lower goes first
     waited_ms: int  # how long the request has waited already: among equals the oldest goes first
+    alone: bool = False  # as Dispatch says
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -87,6 +87,7 @@ class NodeRecord:
     unacknowledged: int = 0  # choices whose gateway has not acknowledged all tokens
     steps: int = 0
     beats: int = 0
+    alone: str = ""  # request/attempt that is computed in steps of its own just now
 
     @property
     def fingerprint(self) -> Fingerprint:

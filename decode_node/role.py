@@ -82,6 +82,7 @@ class DecodeRole:
             node.failed(offer.gateway, attempt.key(offer.choice), error, retryable=True)
             self._close_if_over(attempt)
             return
+        attempt.suspect(node, len(sequence.token_ids))
         attempt.open_choices.add(offer.choice)
         attempt.sequences[offer.choice] = sequence
         attempt.arrived[offer.choice] = len(sequence.token_ids)
@@ -140,15 +141,20 @@ class DecodeRole:
     def sent(self, effect: Granted | Ended) -> None:
         self._moves.sent(effect)
 
-    def _give_up(self, attempt: Attempt, error: PdqError) -> None:
-        """Nothing more of this attempt here; its gateway makes another."""
+    def _give_up(self, attempt: Attempt, error: PdqError, *, retryable: bool = True) -> None:
+        """Nothing more of this attempt here; its gateway may make another."""
         for choice in attempt.open_choices:
-            self._node.failed(attempt.gateway, attempt.key(choice), error, retryable=True)
+            self._node.failed(attempt.gateway, attempt.key(choice), error, retryable=retryable)
         self._abort(attempt, error.code)
 
     def _moved(self, attempt: Attempt, choice: int) -> None:
         attempt.open_choices.discard(choice)
         self._close_if_over(attempt)
+
+    def give_up(self, engine_id: str, error: PdqError, *, retryable: bool) -> None:
+        attempt = self._attempts.get(engine_id)
+        if attempt is not None:
+            self._give_up(attempt, error, retryable=retryable)
 
     def cancel(self, request: str, attempt: int, reason: str) -> None:
         intake = self._node.links.intake

@@ -34,6 +34,7 @@ import common.errors
 from common.errors import (
     Overloaded,
     PdqError,
+    PoisonedRequest,
     ProtocolError,
     RequestAborted,
     ServiceUnavailable,
@@ -445,7 +446,18 @@ class Dispatcher:
         if message.retryable:
             self._retry(request, message.choice, message.code, message.node)
         else:
-            request.fail(error_from(message.code, message.message))
+            error = error_from(message.code, message.message)
+            if isinstance(error, PoisonedRequest):
+                self._bury(request, message.attempt, message.node, error)
+            request.fail(error)
+
+    def _bury(self, request: OpenRequest, attempt: int, node: str, error: PoisonedRequest) -> None:
+        """Keep what was asked of the node as a dead letter."""
+        _, dispatch = request.dispatches[attempt]
+        self._metrics.dead_letters.inc()
+        log.error("request.poisoned", request=request.work.request, node=node, error=error)
+        letter = self._store.bury(dispatch, f"{node}: {error.message}")
+        self._spawn(self._write("bury", letter), "store")
 
     def _hold(self, choice: Choice, node: str) -> None:
         """`node` has the choice now. What it said may have come after the news of its death."""

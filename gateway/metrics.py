@@ -33,6 +33,9 @@ class GatewayMetrics:
         self.retries = counter(
             "pdq_gateway_retries_total", "Attempts after the first, by cause", ["cause"]
         )
+        self.dead_letters = counter(
+            "pdq_gateway_dead_letters_total", "Requests that made engines fail, also when alone"
+        )
         self.moves = counter(
             "pdq_gateway_moves_total", "Choices that went from one decode node to another"
         )

@@ -49,6 +49,9 @@ class RecordStore:
                 generated=ending.generated,
             )
 
+    async def bury(self, dispatch: Dispatch, reason: str) -> None:
+        await self._requests.dead_letter(dispatch, reason)
+
     async def end(self, request: str, state: str, code: str, message: str) -> None:
         if state == State.CANCELLED:
             await self._requests.cancel(request, message)

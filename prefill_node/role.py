@@ -175,10 +175,10 @@ class PrefillRole:
             else:
                 self._give_up(handover.attempt, ServiceUnavailable("there is no decode node"))
 
-    def _give_up(self, attempt: Attempt, error: PdqError) -> None:
-        """Nothing more of this attempt here; its gateway makes another."""
+    def _give_up(self, attempt: Attempt, error: PdqError, *, retryable: bool = True) -> None:
+        """Nothing more of this attempt here; its gateway may make another."""
         for choice in attempt.open_choices:
-            self._node.failed(attempt.gateway, attempt.key(choice), error, retryable=True)
+            self._node.failed(attempt.gateway, attempt.key(choice), error, retryable=retryable)
         self._abort(attempt, error.code)
 
     def _is_next(self, handover: Handover) -> bool:
@@ -249,6 +249,11 @@ class PrefillRole:
 
     def received(self, effect: Adopted | Ended) -> None:
         """This role takes nothing."""
+
+    def give_up(self, engine_id: str, error: PdqError, *, retryable: bool) -> None:
+        attempt = self._attempts.get(engine_id)
+        if attempt is not None:
+            self._give_up(attempt, error, retryable=retryable)
 
     def cancel(self, request: str, attempt: int, reason: str) -> None:
         for other in list(self._attempts.values()):

@@ -70,6 +70,14 @@ class ComputedStep:
     spoiled: frozenset[int]  # sequences whose new KV is not to be used: see `Engine.compute`
 
 
+class StepNotBuilt(Exception):
+    """The step could not be laid out, and its sequences wait again; `__cause__` says why."""
+
+    def __init__(self, step: Step, cause: Exception) -> None:
+        super().__init__(repr(cause))
+        self.step = step
+
+
 class Engine:
     """One model, one pool. Build it with `load`, or from settings for a node."""
 
@@ -295,15 +303,16 @@ class Engine:
             raise
         return self.end_step(planned, computed)
 
-    def begin_step(self) -> PlannedStep | None:
-        """Decide what the next step computes; None when nothing can run now.
+    def begin_step(self, only: Callable[[Sequence], bool] | None = None) -> PlannedStep | None:
+        """Decide what the next step computes, of these sequences `only`; None when nothing can run.
 
-        Until `end_step` or `fail_step`, aborted sequences keep their blocks and slots.
+        Until `end_step` or `fail_step`, aborted sequences keep their blocks and slots. Raises
+        `StepNotBuilt` when the step cannot be laid out; then it has failed.
         """
         assert self._planned is None, "the last step has not ended"
         if self.proposer is not None:
             self.proposer.propose([s for s in self.scheduler.running if s.is_decoding])
-        step = self.scheduler.schedule()
+        step = self.scheduler.schedule(only)
         for sequence in step.preempted:
             self._slots.give_back(sequence)
         if not step.chunks:
@@ -312,8 +321,10 @@ class Engine:
         try:
             batch = build_batch(step.chunks, self.layout.block_size, plan, self.backend.device)
             chunks, rows = self._sample_rows(step)
-        except BaseException:
+        except BaseException as error:
             self._abandon(step)
+            if isinstance(error, Exception):
+                raise StepNotBuilt(step, error) from error
             raise
         self._planned = PlannedStep(step, batch, chunks, rows)
         return self._planned
@@ -368,6 +379,21 @@ class Engine:
         """The step could not be computed: its sequences wait, and are computed again."""
         self._planned = None
         self._abandon(planned.step)
+
+    def begin_probe(self) -> PlannedStep:
+        """A step that computes one token of no request, to see whether anything can be computed: for
+        `compute`, then `end_probe`, between two other steps. `OutOfBlocks` if there is no room."""
+        sequence = self.make_sequence("probe", [0], SamplingParams(max_tokens=1))
+        sequence.block_table = self.pool.allocate(1)
+        step = Step()
+        step.append(Chunk(sequence, 0, 1, 0, is_prompt=True, samples=False))
+        plan, size = self.backend.row_plan, self.layout.block_size
+        batch = build_batch(step.chunks, size, plan, self.backend.device)
+        return PlannedStep(step, batch, [], self._slots.rows([], []))
+
+    def end_probe(self, planned: PlannedStep) -> None:
+        """Whatever came of it."""
+        self.pool.release(planned.step.chunks[0].sequence.block_table)
 
     def _abandon(self, step: Step) -> None:
         self.scheduler.abandon(step)

@@ -24,7 +24,7 @@ from __future__ import annotations
 import collections.abc
 import dataclasses
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from operator import attrgetter
 
@@ -121,6 +121,10 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         return bool(self._running or self._waiting)
+
+    def is_open(self, request_id: str) -> bool:
+        """Whether any sequence of it has not ended."""
+        return request_id in self._requests
 
     # Sequences come and go.
 
@@ -256,17 +260,21 @@ class Scheduler:
 
     # A step.
 
-    def schedule(self) -> Step:
-        """Plan the next step. Without chunks it is no step: nothing can run just now."""
+    def schedule(self, only: Callable[[Sequence], bool] | None = None) -> Step:
+        """Plan the next step. Without chunks it is no step: nothing can run just now.
+
+        `only` those sequences have chunks in it, and all others stay as they are; admission is as
+        ever, so that nobody loses its place in line.
+        """
         assert self._step is None, "the last step was neither postprocessed nor abandoned"
         step = Step()
-        plan = self._plan()
+        plan = self._plan(only)
         stalled = self._secure_blocks(plan, step)
         for sequence, (known, drafted) in zip(self._running, plan, strict=False):
             if known:
                 step.append(self._chunk(sequence, known, self._fit_drafts(sequence, drafted)))
         if not stalled and not step.preempted:
-            self._admit(step)
+            self._admit(step, only)
         if step.chunks:
             self._step = step
         return step
@@ -332,7 +340,7 @@ class Scheduler:
 
     # Inside `schedule`.
 
-    def _plan(self) -> list[tuple[int, int]]:
+    def _plan(self, only: Callable[[Sequence], bool] | None) -> list[tuple[int, int]]:
         """Token budget, as (known tokens, drafted tokens) for each running sequence.
 
         Sequences that only lack their newest token have one each for sure, and a running prompt
@@ -340,9 +348,10 @@ class Scheduler:
         """
         running = self._running
         plan = [(0, 0)] * len(running)
-        decoding = [index for index, sequence in enumerate(running) if sequence.is_decoding]
+        members = [i for i, sequence in enumerate(running) if only is None or only(sequence)]
+        decoding = [index for index in members if running[index].is_decoding]
         spare = self.max_num_batched_tokens - len(decoding)
-        reserve = 1 if len(decoding) < len(running) else 0
+        reserve = 1 if len(decoding) < len(members) else 0
         for index in decoding:
             drafted = 0
             if running[index].draft_token_ids:
@@ -350,9 +359,9 @@ class Scheduler:
                 spare -= drafted
             plan[index] = (1, drafted)
         if reserve:
-            for index, sequence in enumerate(running):
-                if not sequence.is_decoding:
-                    known = min(sequence.num_computable, spare)
+            for index in members:
+                if not running[index].is_decoding:
+                    known = min(running[index].num_computable, spare)
                     spare -= known
                     plan[index] = (known, 0)
         return plan
@@ -406,13 +415,14 @@ class Scheduler:
             del sequence.draft_token_ids[drafted:]
         return drafted
 
-    def _admit(self, step: Step) -> None:
+    def _admit(self, step: Step, only: Callable[[Sequence], bool] | None) -> None:
         """Start waiting sequences in their turn while slots, tokens and blocks last."""
         pool = self.pool
         while self._waiting and self.num_free_slots:
             spare = self.max_num_batched_tokens - step.num_tokens
             sequence = self._waiting[0]
-            if not spare or self._admission.goes_before(sequence.order):
+            is_member = only is None or only(sequence)
+            if (is_member and not spare) or self._admission.goes_before(sequence.order):
                 return
             known = len(sequence.token_ids)
             hashes: list[bytes] = []
@@ -429,8 +439,9 @@ class Scheduler:
             sequence.num_computed = cached * pool.block_size
             sequence.num_published = cached
             self._run(sequence)
-            length = min(sequence.num_computable, spare)
-            step.append(self._chunk(sequence, length, 0))
+            if is_member:
+                length = min(sequence.num_computable, spare)
+                step.append(self._chunk(sequence, length, 0))
 
     def _chunk(self, sequence: Sequence, known: int, drafted: int) -> Chunk:
         start = sequence.num_computed

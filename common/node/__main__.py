@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from common.config import NodeSettings, load
 from common.descriptors import require
-from common.errors import PdqError
+from common.errors import EngineBroken, PdqError
 from common.logs import configure, get_logger
 
 log = get_logger("node")
@@ -36,6 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.sched_setaffinity(0, settings.engine.cores)
         os.environ.setdefault("GOMP_SPINCOUNT", OMP_SPIN)
         asyncio.run(_serve(settings))
+    except EngineBroken as error:
+        print(f"node: {error}", file=sys.stderr, flush=True)
+        os._exit(1)  # a thread that hangs, or a device that is lost, can be waited for in vain
     except PdqError as error:
         print(f"node: {error}", file=sys.stderr)
         return 1

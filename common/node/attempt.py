@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from common.node.runtime import Node
 
 
+ALONE_TOKENS = 32
+
+
 @dataclasses.dataclass(slots=True, eq=False)
 class Attempt:
     """`entry` is None where the request came by a handoff; `open_choices` are not over yet."""
@@ -31,6 +34,7 @@ class Attempt:
     cache_salt: str
     entry: Entry | None
     open_choices: set[int]
+    alone: bool  # a suspect: computed in steps of its own until it is past what may be its fault
     sequences: dict[int, Sequence] = dataclasses.field(default_factory=dict)
     began: float = dataclasses.field(default_factory=time.monotonic)
     arrived: dict[int, int] = dataclasses.field(default_factory=dict)
@@ -51,7 +55,7 @@ class Attempt:
         dispatch: Dispatch = entry.dispatch
         return cls(
             dispatch.request, dispatch.attempt, dispatch.gateway, dispatch.gateway_endpoint,
-            dispatch.params, dispatch.cache_salt, entry, set(dispatch.choices),
+            dispatch.params, dispatch.cache_salt, entry, set(dispatch.choices), dispatch.alone,
         )  # fmt: skip
 
     @classmethod
@@ -59,7 +63,7 @@ class Attempt:
         """Of which no choice is here yet."""
         return cls(
             offer.request, offer.attempt, offer.gateway, offer.gateway_endpoint, offer.params,
-            offer.cache_salt, None, set(),
+            offer.cache_salt, None, set(), offer.alone,
         )  # fmt: skip
 
     def compute(self, node: Node, params: SamplingParams) -> bool:
@@ -79,7 +83,14 @@ class Attempt:
             node.done(self.entry)
             return False
         self.sequences = {sequence.choice: sequence for sequence in sequences}
+        self.suspect(node, len(dispatch.token_ids))
         return True
+
+    def suspect(self, node: Node, known: int) -> None:
+        """What began with so many known tokens is computed alone until ALONE_TOKENS after them, if it
+        is a suspect: the last ones that a node made may not have come to its gateway before it died."""
+        if self.alone:
+            node.steps.suspects.suspect(self.engine_id, known + ALONE_TOKENS)
 
     def run(self, output: StepOutput) -> TokenRun:
         """What goes to the gateway for one output of the engine."""

@@ -159,6 +159,7 @@ class Handovers:
             tuple(sequence.token_ids[:length]), sequence.prompt_len, attempt.params,
             tuple(sequence.hashes(length // block_size, block_size)), length % block_size,
             attempt.gateway, attempt.gateway_endpoint, attempt.cache_salt, sequence.priority, 0,
+            attempt.alone,
         )  # fmt: skip
         handover.key = Key.of(offer)
         handover.announced = 0

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 from common.engine.engine import PlannedStep
 from common.engine.output import StepOutput
 from common.engine.step import Chunk
+from common.errors import PdqError
 from common.queue import Entry
 from kv_transfer.ports import Adopted, Ended, Granted
 
@@ -60,6 +61,10 @@ class NodeRole(Protocol):
 
     def cancel(self, request: str, attempt: int, reason: str) -> None:
         """Free everything of the request's attempts up to `attempt`."""
+        ...
+
+    def give_up(self, engine_id: str, error: PdqError, *, retryable: bool) -> None:
+        """This attempt, as the engine names it, cannot go on here: its gateway is told why."""
         ...
 
     def gateway_linked(self, gateway: str) -> None:

@@ -8,7 +8,7 @@ thread; only `Engine.compute` and copies run elsewhere.
     listen    messages: transfer → links, acknowledgements → tokens, cancels → role
     watch     links that come up (send again) or go down (gateway lost, KV link lost)
     announce  the node's record, once a beat; the other nodes, for the role to choose from
-    compute   steps, while there is work
+    compute   steps, while there is work (steps.py)
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from common.node.attempt import Attempt
 from common.node.cache_feed import CacheFeed
 from common.node.kv import NodeKV, SharedMemory
 from common.node.role import NodeRole, load_role
+from common.node.steps import Steps
 from common.node.token_stream import ChoiceKey, TokenStream
 from common.node.transports import make_transports
 from common.queue import Entry, NodeQueue, move_unread, queue_lengths
@@ -51,16 +52,8 @@ log = get_logger("node")
 ANNOUNCE_INTERVAL_S = 0.5
 GATEWAY_GRACE_S = 3.0  # for a gateway's link to come back before its requests are freed
 QUEUE_WAIT_S = 1.0
-BLOCKED_WAIT_S = 0.005  # until the engine looks again whether a lease has ended
 FAILURES_REMEMBERED = 1024  # to say again on a new link
 SLOW_DEATHS = frozenset({Down.SILENT, Down.STALLED, Down.UNREACHABLE})  # found out by waiting
-MAX_FAILED_STEPS = 3  # in a row: then the engine is broken, and the node ends
-
-
-class EngineBroken(PdqError):
-    """The engine failed several steps in a row; another process may do better."""
-
-    code = "engine_broken"
 
 
 class Node:
@@ -100,13 +93,12 @@ class Node:
         self.state = NodeState.STARTING
         self.peers: Snapshot | None = None
         self._failures: deque[tuple[str, Failed]] = deque(maxlen=FAILURES_REMEMBERED)
-        self._work = asyncio.Event()
+        self.steps = Steps(self, self._thread, settings.bus.stall_limit_s)
         self._room = asyncio.Event()
         self._stopping = asyncio.Event()
         self._gateways: dict[str, asyncio.TimerHandle] = {}  # lost ones, by when they are given up
         self._lost: dict[str, int] = {}  # peer → beats in its record then
         self._started_at = int(time.time() * 1000)
-        self._computing = False
         self._beats = 0
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -131,8 +123,20 @@ class Node:
 
     def wake(self) -> None:
         """There may be work for the engine, or room for another entry."""
-        self._work.set()
+        self.steps.wake()
         self._room.set()
+
+    def room_changed(self) -> None:
+        """There may be room for another entry."""
+        self._room.set()
+
+    async def say_alone(self) -> None:
+        """Write into the node's record whose step of its own comes next, before it is computed: if it
+        takes the process with it, that is all there is to know it by."""
+        try:
+            await self.registry.announce(self.record(), self.links.describe())
+        except ServiceUnavailable as error:
+            log.warning("node.unannounced", error=error)
 
     def push_tokens(self, runs: Iterable[tuple[str, TokenRun]]) -> None:
         self.tokens.push(runs)
@@ -176,7 +180,7 @@ class Node:
                     ("listen", self._listen()),
                     ("watch", self._watch()),
                     ("announce", self._announce()),
-                    ("compute", self._compute()),
+                    ("compute", self.steps.run()),
                 )
             ]
             stack.push_async_callback(_end, loops)
@@ -190,8 +194,7 @@ class Node:
     async def _start(self, stack: contextlib.AsyncExitStack) -> None:
         """What each step needs for its way back is on the stack before the step is taken."""
         stack.callback(lambda: log.info("node.ended", steps=self.engine.num_steps))
-        stack.callback(self.memory.close)
-        stack.callback(self._thread.shutdown)
+        stack.callback(self._end_engine)
         stack.push_async_callback(self.redis.close)
         await self.redis.open()
         stack.push_async_callback(self._leave)
@@ -208,6 +211,12 @@ class Node:
         self.state = NodeState.READY
         await self.registry.announce(self.record(), self.links.describe())
         log.info("node.ready", **self._summary())
+
+    def _end_engine(self) -> None:
+        """A thread that hangs cannot be waited for, and may still write: the process ends with it."""
+        if not self.steps.hangs:
+            self._thread.shutdown()
+            self.memory.close()
 
     async def _leave(self) -> None:
         try:
@@ -283,7 +292,7 @@ class Node:
                 if self._runs_model_of(entry):
                     self.role.accept(entry)
             if entries:
-                self._work.set()
+                self.steps.wake()
 
     def _runs_model_of(self, entry: Entry) -> bool:
         """Whether the entry is for this node's model. Any other one goes back to its gateway."""
@@ -387,41 +396,9 @@ class Node:
                 log.warning("registry.unreachable", error=error)
             await asyncio.sleep(ANNOUNCE_INTERVAL_S)
 
-    async def _compute(self) -> None:
-        loop = asyncio.get_running_loop()
-        engine, failures = self.engine, 0
-        while True:
-            self._work.clear()
-            self.links.perform(self.links.intake.room_changed(time.monotonic()))
-            planned = engine.begin_step() if engine.has_work else None
-            if planned is None:
-                self._computing = False
-                timeout = BLOCKED_WAIT_S if engine.has_work else None
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(timeout):
-                        await self._work.wait()
-                continue
-            self._computing = True
-            self.role.step_begins(planned)
-            try:
-                computed = await loop.run_in_executor(
-                    self._thread, engine.compute, planned, self._when_filled(planned)
-                )
-            except Exception as error:
-                engine.fail_step(planned)
-                failures += 1
-                log.error("step.failed", error=repr(error), failures=failures, exc_info=error)
-                if failures >= MAX_FAILED_STEPS:
-                    raise EngineBroken(f"{failures} steps failed in a row: {error}") from error
-                continue
-            failures = 0
-            outputs = engine.end_step(planned, computed)
-            self.role.step_ended(planned, outputs)
-            self._room.set()
-
     # Parts.
 
-    def _when_filled(self, planned: PlannedStep) -> Callable[[frozenset[int]], None] | None:
+    def when_filled(self, planned: PlannedStep) -> Callable[[frozenset[int]], None] | None:
         """What the engine's thread does once the blocks of a step hold their KV: seal those that
         go to another node, and have the role say so while the step's tokens are chosen."""
         seals = {chunk.sequence.sequence_id: (chunk, self.kv.seals(chunk))
@@ -457,7 +434,7 @@ class Node:
         self.wake()
 
     def _progress(self) -> tuple[int, bool]:
-        return self.engine.num_steps, self._computing
+        return self.engine.num_steps, self.steps.computing
 
     async def _delete(self, entry: Entry) -> None:
         try:
@@ -487,7 +464,7 @@ class Node:
             running=engine.scheduler.num_running, free_blocks=engine.pool.num_free,
             open_attempts=self.role.num_open, leases=sum(self.leases.count().values()),
             reserved=self.kv.num_reserved, unacknowledged=self.tokens.num_unacknowledged,
-            steps=engine.num_steps, beats=self._beats,
+            steps=engine.num_steps, beats=self._beats, alone=self.steps.alone,
         )  # fmt: skip
 
     def _summary(self) -> dict[str, object]:

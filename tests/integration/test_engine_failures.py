@@ -11,6 +11,7 @@ from torch import Tensor
 
 from common.engine import Engine, FinishReason, SamplingParams, StepOutput
 from common.engine.backends.base import Rows
+from common.engine.engine import StepNotBuilt
 from common.errors import (
     CheckpointError,
     ConfigError,
@@ -100,7 +101,7 @@ def test_a_step_that_cannot_be_built_is_built_again() -> None:
         raise MemoryError
 
     engine._sampler.add = fail  # type: ignore[method-assign, assignment]
-    with pytest.raises(MemoryError):
+    with pytest.raises(StepNotBuilt, match="MemoryError"):
         engine.step()
     engine._sampler.add = add  # type: ignore[method-assign]
     tokens = [token for output in run(engine) for token in output.token_ids]

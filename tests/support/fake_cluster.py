@@ -82,6 +82,7 @@ class FakeCluster:
         self.acks: list[tuple[str, tuple[str, int, int, int]]] = []
         self.finished: dict[str, list[Ending]] = {}
         self.ended: dict[str, tuple[str, str, str]] = {}
+        self.buried: list[tuple[Dispatch, str]] = []
         self.stages: list[Stage] = []
         self.store_error: PdqError | None = None
         self.accepting = 0  # writes begun
@@ -155,6 +156,9 @@ class FakeCluster:
         if self.store_error is not None:
             raise self.store_error
         self.finished[request] = list(endings)
+
+    async def bury(self, dispatch: Dispatch, reason: str) -> None:
+        self.buried.append((dispatch, reason))
 
     async def end(self, request: str, state: str, code: str, message: str) -> None:
         self.ended[request] = (state, code, message)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from common.engine.step import Chunk
 from common.errors import LinkLost
 from common.messages import Failed, Message, Offer, TokenRun
 from common.node.runtime import Node
+from common.node.steps import Steps
 from common.queue import Entry
 from common.registry import NodeRecord, NodeState, Role, Snapshot
 from kv_transfer.ports import Ended, Key, Outcome
@@ -60,6 +62,9 @@ class Transfer:
     def states(self) -> dict[Key, object]:
         return {}
 
+    def room_changed(self, now: float) -> list[object]:
+        return []
+
     def perform(self, effects: object) -> None:
         ended, self.ended = self.ended, []
         for effect in ended:
@@ -82,6 +87,13 @@ class ScriptedNode:
         self.tasks: list[asyncio.Task[None]] = []
         self.lost: set[str] = set()
         self.sealed: list[Chunk] = []
+        self.steps = Steps(self, ThreadPoolExecutor(1), 60.0)  # type: ignore[arg-type]
+        self.alone: list[str] = []  # whose steps of their own were announced, "" between them
+
+    def room_changed(self) -> None: ...
+
+    async def say_alone(self) -> None:
+        self.alone.append(self.steps.alone)
 
     @property
     def role(self) -> Any:
@@ -104,7 +116,7 @@ class ScriptedNode:
     def seal(self, chunks: list[Chunk]) -> None:
         self.sealed += chunks
 
-    when_filled = Node._when_filled
+    when_filled = Node.when_filled
 
     def go_on_writing(self, *_: object) -> None: ...
 

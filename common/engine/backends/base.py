@@ -158,3 +158,8 @@ class Backend(Protocol):
     def synchronize(self) -> None:
         """Wait until everything that was asked for is done."""
         ...
+
+    def is_lost(self, error: BaseException) -> bool:
+        """Whether this error of a step says that the device computes nothing any more in this
+        process, whatever it is asked for."""
+        ...

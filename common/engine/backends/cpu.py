@@ -288,6 +288,10 @@ class CpuBackend:
     def synchronize(self) -> None:
         """Nothing runs behind the caller's back on a CPU."""
 
+    def is_lost(self, error: BaseException) -> bool:
+        """A CPU computes on after any error that the process survives."""
+        return False
+
 
 def _bytes(tensor: Tensor) -> bytes:
     return tensor.contiguous().view(torch.uint8).numpy().tobytes()

@@ -108,6 +108,16 @@ class ReferenceBackend:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
+    def is_lost(self, error: BaseException) -> bool:
+        """After an illegal access or an assertion in a kernel, every later call of CUDA fails; a lack
+        of memory passes."""
+        if isinstance(error, torch.OutOfMemoryError):
+            return False
+        text = str(error)
+        return (
+            isinstance(error, RuntimeError) and "CUDA error" in text and "out of memory" not in text
+        )
+
 
 def _rotate(x: Tensor, positions: Tensor, rope: tuple[Tensor, Tensor], rotary_dim: int) -> Tensor:
     """x `[rows, heads, head_dim]`; the first `rotary_dim` dimensions turn, halves paired."""

@@ -571,6 +571,19 @@ def test_sequences_and_expected_prompts_take_room_in_one_line() -> None:
     machine.run_until_idle()
 
 
+def test_a_step_of_some_leaves_the_others_as_they_are_and_their_place_in_line() -> None:
+    machine = Machine(num_blocks=6, max_num_seqs=3, max_num_batched_tokens=8)
+    first, second = machine.add(PROMPT[:6], max_tokens=4), machine.add(PROMPT[10:16], max_tokens=4)
+    step = machine.scheduler.schedule(lambda sequence: sequence is second)
+    assert chunks_of(step) == [(1, 0, 6)]
+    assert (first.status.value, first.num_computed) == ("running", 0)
+    machine.finish_step(step)
+    step = machine.scheduler.schedule(lambda sequence: sequence is first)
+    assert chunks_of(step) == [(0, 0, 6)]
+    machine.finish_step(step)
+    machine.run_until_idle()
+
+
 def test_to_wait_for_room_changes_nothing_in_the_cache() -> None:
     """Neither what is evicted next nor the rate of hits, however often it is asked for."""
     machine = Machine(num_blocks=4, max_num_seqs=2)
@@ -809,7 +822,10 @@ class Storm:
             if sequence.is_decoding and self.chance.random() < 0.6:
                 self.propose(sequence)
         was_running = set(scheduler.running)
-        step = scheduler.schedule()
+        apart = {sequence for sequence in self.machine.outputs if self.chance.random() < 0.3}
+        only = (lambda sequence: sequence not in apart) if self.chance.random() < 0.2 else None
+        step = scheduler.schedule(only)
+        assert only is None or not apart & {chunk.sequence for chunk in step.chunks}
         kept = [sequence.order for sequence in scheduler.running if sequence in was_running]
         admitted = [sequence.order for sequence in scheduler.running if sequence not in was_running]
         if step.preempted:
@@ -820,7 +836,7 @@ class Storm:
         in_line = scheduler._admission.expected
         if admitted and in_line is not None:
             assert max(admitted) < in_line.order, "a prompt on its way was overtaken"
-        elsewhere = self.leases or self.paused or self.granted or in_line
+        elsewhere = self.leases or self.paused or self.granted or in_line or only
         if scheduler.has_work and not elsewhere:
             most_important = scheduler.running[0]
             assert most_important in {chunk.sequence for chunk in step.chunks}

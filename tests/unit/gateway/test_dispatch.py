@@ -15,6 +15,7 @@ from common.errors import (
     NeverFits,
     Overloaded,
     PdqError,
+    PoisonedRequest,
     RequestAborted,
     ServiceUnavailable,
 )
@@ -212,6 +213,20 @@ async def test_what_would_fail_anywhere_is_not_retried(cluster: FakeCluster) -> 
     assert len(cluster.dispatched) == 1
     await until(lambda: cluster.ended)
     assert cluster.ended["r1"] == ("failed", "never_fits", "too long")
+
+
+async def test_what_fails_an_engine_alone_is_a_dead_letter_and_is_not_retried(
+    cluster: FakeCluster,
+) -> None:
+    cluster.add("u1").refusal = dataclasses.replace(
+        OVERLOADED, code="poisoned_request", message="a kernel failed", retryable=False
+    )
+    with pytest.raises(PoisonedRequest, match="a kernel failed"):
+        await run(connect(cluster))
+    ((_, dispatch),) = cluster.dispatched
+    await until(lambda: cluster.ended and cluster.buried)
+    assert cluster.buried == [(dispatch, "u1: a kernel failed")]
+    assert cluster.ended["r1"] == ("failed", "poisoned_request", "a kernel failed")
 
 
 async def test_a_node_that_comes_in_time_takes_the_request(cluster: FakeCluster) -> None:

@@ -1,0 +1,166 @@
+"""The steps of a node's engine, one after the other, and what follows one that fails.
+
+Owns: when a step is made and of whom, the thread that computes it, and the conclusion that the engine
+is broken. Which requests are suspected of a failure is suspects.py's.
+
+A step that fails takes nobody with it: its sequences are computed again, from then on each request by
+itself, until one fails alone, which ends with `PoisonedRequest`, or all have passed. After each failure
+the engine computes one token of nobody: if it cannot, or its device says that nothing can be computed
+any more, or a step does not come back within the stall limit, the process ends at once (`EngineBroken`)
+and its gateways try what ran here elsewhere: those of the step by themselves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import Executor
+from typing import TYPE_CHECKING
+
+from common.engine.engine import ComputedStep, PlannedStep, StepNotBuilt
+from common.engine.sequence import Sequence
+from common.engine.step import Step
+from common.errors import EngineBroken, OutOfBlocks, PoisonedRequest
+from common.logs import get_logger
+from common.node.suspects import Suspects
+
+if TYPE_CHECKING:
+    from common.node.runtime import Node
+
+log = get_logger("steps")
+
+BLOCKED_WAIT_S = 0.005  # until the engine looks again whether a lease has ended
+
+
+class Steps:
+    """`run` it; `wake` it when there may be work. `stall_limit_s` bounds one step."""
+
+    def __init__(self, node: Node, thread: Executor, stall_limit_s: float) -> None:
+        self.suspects = Suspects()
+        self.computing = False
+        self.hangs = False  # a step does not come back: the thread can never be waited for
+        self.alone = ""  # whose step of its own is being computed, as the engine names it
+        self._node, self._engine, self._thread = node, node.engine, thread
+        self._stall_limit_s = stall_limit_s
+        self._work = asyncio.Event()
+
+    def wake(self) -> None:
+        self._work.set()
+
+    async def run(self) -> None:
+        """Until cancelled; `EngineBroken` when the process has to end."""
+        node, engine = self._node, self._engine
+        while True:
+            self._work.clear()
+            node.links.perform(node.links.intake.room_changed(time.monotonic()))
+            alone, planned = await self._plan() if engine.has_work else ("", None)
+            if planned is None:
+                self.computing = False
+                timeout = BLOCKED_WAIT_S if engine.has_work else None
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(timeout):
+                        await self._work.wait()
+                continue
+            self.computing = True
+            if alone != self.alone:
+                self.alone = alone
+                await node.say_alone()
+            node.role.step_begins(planned)
+            try:
+                computed = await self._compute(planned)
+            except Exception as error:
+                engine.fail_step(planned)
+                await self._failed(alone, planned.step, error)
+                continue
+            outputs = engine.end_step(planned, computed)
+            node.role.step_ended(planned, outputs)
+            self.suspects.passed(alone, _reached(planned.step, min))
+            for request in self.suspects:
+                if not engine.scheduler.is_open(request):
+                    self.suspects.forget(request)
+            node.room_changed()
+
+    async def _plan(self) -> tuple[str, PlannedStep | None]:
+        """The next step that can be made, if any can, and whose own it is."""
+        for alone in self.suspects.turns():
+            try:
+                planned = self._engine.begin_step(self._members(alone))
+            except StepNotBuilt as error:
+                await self._failed(alone, error.step, error.__cause__ or error)
+                break
+            if planned is not None:
+                return alone, planned
+        return "", None
+
+    def _members(self, alone: str) -> Callable[[Sequence], bool] | None:
+        suspects = self.suspects
+        if alone:
+            return lambda sequence: sequence.request_id == alone
+        return (lambda sequence: sequence.request_id not in suspects) if suspects else None
+
+    async def _compute(self, planned: PlannedStep) -> ComputedStep:
+        filled = self._node.when_filled(planned)
+        loop = asyncio.get_running_loop()
+        computing = loop.run_in_executor(self._thread, self._engine.compute, planned, filled)
+        done, _ = await asyncio.wait((computing,), timeout=self._stall_limit_s)
+        if not done:
+            self.hangs = True
+            raise EngineBroken(f"a step took longer than {self._stall_limit_s:g} s")
+        return computing.result()
+
+    async def _failed(self, alone: str, step: Step, error: BaseException) -> None:
+        members = _reached(step, max)
+        log.error(
+            "step.failed", error=repr(error), requests=len(members), alone=alone, exc_info=error
+        )
+        lost = self.hangs or self._engine.backend.is_lost(error)
+        if not lost and await self._computes():
+            guilty = self.suspects.failed(alone, members)
+            if guilty:
+                self._convict(guilty, error)
+                return
+            if not self.suspects.unexplained:
+                return
+        for request in members:
+            if request == alone:
+                self._convict(request, error)
+            else:
+                broken = EngineBroken("the engine broke in a step that had this request in it")
+                self._node.role.give_up(request, broken, retryable=True)
+        raise EngineBroken(f"the engine is broken: {error!r}") from error
+
+    def _convict(self, request: str, error: BaseException) -> None:
+        self._node.role.give_up(
+            request,
+            PoisonedRequest(
+                f"computing it fails ({type(error).__name__}), with nothing else computed beside it"
+            ),
+            retryable=False,
+        )
+        self.suspects.forget(request)
+
+    async def _computes(self) -> bool:
+        """Whether the engine can compute a token of nobody."""
+        try:
+            planned = self._engine.begin_probe()
+        except OutOfBlocks:
+            return True  # there is no room to find out: the next steps will tell
+        try:
+            await self._compute(planned)
+        except Exception as error:
+            log.error("probe.failed", error=repr(error))
+            return False
+        finally:
+            self._engine.end_probe(planned)
+        return True
+
+
+def _reached(step: Step, of_choices: Callable[[Iterable[int]], int]) -> dict[str, int]:
+    """Of each request in the step, where its chunks end: the position of one of its choices."""
+    ends: dict[str, list[int]] = {}
+    for chunk in itertools.chain(step.chunks, step.forked):
+        ends.setdefault(chunk.sequence.request_id, []).append(chunk.end)
+    return {request: of_choices(found) for request, found in ends.items()}

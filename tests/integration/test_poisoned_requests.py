@@ -1,0 +1,249 @@
+"""A request that makes the engine fail is found among the others, and ends alone."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from torch import Tensor
+
+from common.engine import Engine, SamplingParams
+from common.engine.backends.base import Rows
+from common.engine.kv_cache import KVCache
+from common.errors import EngineBroken
+from common.messages import Failed
+from common.node.steps import Steps
+from common.queue import Entry
+from decode_node.role import DecodeRole
+from tests.support.engines import poisoned_engine
+from tests.support.redis import a_dispatch
+from tests.support.scripted_node import ScriptedNode
+
+MARK = 499  # the token that the engine cannot compute
+PARAMS = SamplingParams(max_tokens=6, ignore_eos=True, temperature=0.8, seed=3)
+Fault = Callable[[Rows], None]
+
+
+def prompt(number: int) -> tuple[int, ...]:
+    return (1, *range(number + 3, number + 30))
+
+
+def a_request(number: int, token_ids: tuple[int, ...], **fields: object) -> Entry:
+    dispatch = a_dispatch(f"r-{number}", prompt=len(token_ids))
+    changes = {"token_ids": token_ids, "params": PARAMS, **fields}
+    return Entry(f"{number}-0", dataclasses.replace(dispatch, **changes))  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def faulty(engine: Engine, fault: Fault) -> Iterator[None]:
+    """`fault` looks at the rows of each step before they are computed."""
+    original = engine.model.forward
+
+    def forward(rows: Rows, cache: KVCache) -> Tensor:
+        fault(rows)
+        return original(rows, cache)
+
+    engine.model.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        engine.model.forward = original  # type: ignore[method-assign]
+
+
+def refuse_mark(rows: Rows) -> None:
+    if (rows.token_ids == MARK).any():
+        raise RuntimeError("a kernel failed")
+
+
+class Running:
+    """A decode node's role and steps on a real engine."""
+
+    def __init__(self, stall_limit_s: float = 60.0, **settings: object) -> None:
+        self.node = ScriptedNode(poisoned_engine(num_kv_blocks=512, **settings))
+        self.node.links.role = DecodeRole(self.node)  # type: ignore[arg-type]
+        self.thread = ThreadPoolExecutor(1)
+        self.node.steps = Steps(self.node, self.thread, stall_limit_s)  # type: ignore[arg-type]
+
+    async def until_idle(self) -> None:
+        """All that was accepted has ended, or the engine is broken, which is raised."""
+        running = asyncio.create_task(self.node.steps.run())
+        try:
+            while self.node.role.num_open and not running.done():  # noqa: ASYNC110
+                await asyncio.sleep(0)
+            if running.done():
+                running.result()
+        finally:
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+        self.node.engine.check_idle()
+        assert not self.node.steps.suspects
+
+    def tokens(self, request: str) -> tuple[int, ...]:
+        return tuple(t for run in self.node.runs if run.request == request for t in run.token_ids)
+
+    @property
+    def failures(self) -> list[tuple[str, str, bool]]:
+        return [(m.request, m.code, m.retryable) for m in self.node.said if isinstance(m, Failed)]
+
+
+async def test_one_of_64_fails_and_the_others_get_the_tokens_they_would_have_had() -> None:
+    running = Running(max_num_seqs=64)
+    prompts = {number: prompt(number) for number in range(64)}
+    expected = {
+        number: running.node.engine.generate([list(token_ids)], PARAMS)[0].token_ids
+        for number, token_ids in prompts.items()
+    }
+    prompts[40] = (*prompts[40][:20], MARK, *prompts[40][20:])
+    with faulty(running.node.engine, refuse_mark):
+        for number, token_ids in prompts.items():
+            running.node.role.accept(a_request(number, token_ids))
+        await running.until_idle()
+    assert running.failures == [("r-40", "poisoned_request", False)]
+    for number in prompts:
+        if number != 40:
+            assert running.tokens(f"r-{number}") == expected[number]
+
+
+async def test_a_poison_among_the_generated_tokens_is_found_too() -> None:
+    running = Running(max_num_seqs=8)
+    prompts = [(1, *range(3, 20 + 10 * number)) for number in range(8)]
+    whole = running.node.engine.generate([list(token_ids) for token_ids in prompts], PARAMS)
+
+    def fault(rows: Rows) -> None:
+        """At the fourth generated position of one of them; the others have theirs elsewhere."""
+        if (rows.positions[: rows.num_generated] == len(prompts[5]) + 3).any():
+            raise RuntimeError("a kernel failed")
+
+    with faulty(running.node.engine, fault):
+        for number, token_ids in enumerate(prompts):
+            running.node.role.accept(a_request(number, token_ids, prompt_len=len(token_ids)))
+        await running.until_idle()
+    assert running.failures == [("r-5", "poisoned_request", False)]
+    assert running.tokens("r-5") == whole[5].token_ids[:4]
+    assert all(running.tokens(f"r-{n}") == whole[n].token_ids for n in range(8) if n != 5)
+
+
+async def test_a_request_whose_choices_share_the_poison_ends_with_all_of_them() -> None:
+    running = Running(max_num_seqs=8)
+    poison = (*prompt(1), MARK)
+    with faulty(running.node.engine, refuse_mark):
+        running.node.role.accept(a_request(0, prompt(0)))
+        running.node.role.accept(a_request(1, poison, choices=(0, 1, 2), prompt_len=len(poison)))
+        await running.until_idle()
+    assert running.failures == [("r-1", "poisoned_request", False)] * 3
+    assert len(running.tokens("r-0")) == PARAMS.max_tokens
+
+
+async def test_a_step_that_cannot_be_laid_out_is_a_step_that_fails() -> None:
+    running = Running(max_num_seqs=8)
+    engine, add = running.node.engine, running.node.engine._sampler.add
+
+    def fail(slot: int, params: SamplingParams, *rest: object) -> None:
+        if params.seed == 666:
+            raise MemoryError
+        add(slot, params, *rest)  # type: ignore[arg-type]
+
+    engine._sampler.add = fail  # type: ignore[method-assign, assignment]
+    running.node.role.accept(a_request(0, prompt(0)))
+    bad = SamplingParams(max_tokens=6, ignore_eos=True, seed=666)
+    running.node.role.accept(a_request(1, prompt(1), params=bad))
+    await running.until_idle()
+    assert running.failures == [("r-1", "poisoned_request", False)]
+    assert len(running.tokens("r-0")) == PARAMS.max_tokens
+
+
+async def test_a_failure_that_does_not_come_again_fails_nobody() -> None:
+    running = Running(max_num_seqs=8)
+    expected = running.node.engine.generate([list(prompt(n)) for n in range(8)], PARAMS)
+    times = iter((1, 4))
+    step, next_failure = 0, next(times)
+
+    def fault(rows: Rows) -> None:
+        nonlocal step, next_failure
+        step += 1
+        if step == next_failure:
+            next_failure = next(times, 0)
+            raise RuntimeError("once")
+
+    with faulty(running.node.engine, fault):
+        for number in range(8):
+            running.node.role.accept(a_request(number, prompt(number)))
+        await running.until_idle()
+    assert running.failures == []
+    assert [running.tokens(f"r-{n}") for n in range(8)] == [c.token_ids for c in expected]
+
+
+async def test_an_engine_that_computes_nothing_any_more_blames_nobody() -> None:
+    running = Running()
+
+    def fault(rows: Rows) -> None:
+        raise RuntimeError("everything fails")
+
+    with faulty(running.node.engine, fault):
+        for number in range(3):
+            running.node.role.accept(a_request(number, prompt(number)))
+        with pytest.raises(EngineBroken):
+            await running.until_idle()
+    assert running.failures == [(f"r-{number}", "engine_broken", True) for number in range(3)]
+
+
+@pytest.mark.parametrize("alone", [False, True])
+async def test_a_device_that_is_lost_ends_the_node_at_once(
+    monkeypatch: pytest.MonkeyPatch, alone: bool
+) -> None:
+    """As after an illegal access on a GPU: nothing can be computed to see whose fault it was. One
+    that was computed by itself, since it was suspected before, is guilty."""
+    running = Running()
+    monkeypatch.setattr(running.node.engine.backend, "is_lost", lambda error: True)
+    with faulty(running.node.engine, refuse_mark):
+        running.node.role.accept(a_request(0, prompt(0)))
+        running.node.role.accept(a_request(1, (*prompt(1), MARK), alone=alone))
+        with pytest.raises(EngineBroken):
+            await running.until_idle()
+    if alone:
+        assert running.failures == [("r-1", "poisoned_request", False)]
+    else:
+        assert running.failures == [(f"r-{n}", "engine_broken", True) for n in range(2)]
+
+
+async def test_a_step_that_hangs_ends_the_node_and_names_who_was_in_it() -> None:
+    running = Running(stall_limit_s=0.2)
+    released = threading.Event()
+
+    def fault(rows: Rows) -> None:
+        if (rows.token_ids == MARK).any():
+            released.wait()
+
+    with faulty(running.node.engine, fault):
+        running.node.role.accept(a_request(0, (*prompt(1), MARK)))
+        with pytest.raises(EngineBroken):
+            await running.until_idle()
+        released.set()
+        running.thread.shutdown()
+    assert running.failures == [("r-0", "engine_broken", True)]
+    assert running.node.steps.hangs
+
+
+async def test_a_suspect_of_another_node_is_computed_in_steps_of_its_own() -> None:
+    running = Running(max_num_seqs=8, max_num_batched_tokens=16)
+    together: list[set[str]] = []
+    begins = running.node.role.step_begins
+
+    def note(planned: object) -> None:
+        together.append({chunk.sequence.request_id for chunk in planned.step.chunks})  # type: ignore[attr-defined]
+        begins(planned)
+
+    running.node.role.step_begins = note
+    for number in range(4):
+        running.node.role.accept(a_request(number, prompt(number), alone=number == 2))
+    await running.until_idle()
+    assert {frozenset(step) for step in together if "r-2/1" in step} == {frozenset({"r-2/1"})}
+    assert max(map(len, together)) == 3
+    first = [step == {"r-2/1"} for step in together[:8]]
+    assert first in ([True, False] * 4, [False, True] * 4), "in turns"
+    assert running.node.alone[:4] == ["r-2/1", "", "r-2/1", ""], "said before each"
