@@ -7,16 +7,23 @@ refusal of everything that we would otherwise compute wrongly. Knows nothing of 
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from common.engine.config_fields import check_fields
 from common.errors import UnsupportedModel
 from common.model_folder.description import MAX_POSITION_EMBEDDINGS, read_config
+from common.model_folder.reading import integer, number, wrong
 from common.model_folder.rope import RopeConfig, parse_rope
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+FILE = "config.json"
+MAX_LAYERS = 4096
+ARCHITECTURES: Mapping[str, str] = {
+    "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
+}  # fmt: skip
+MODEL_TYPES = tuple(ARCHITECTURES)
 
 # What transformers assumes where `config.json` is silent.
 FAMILY_DEFAULTS: Mapping[str, Mapping[str, int]] = {
@@ -86,28 +93,29 @@ def parse_model_config(config: Mapping[str, Any]) -> ModelConfig:
     model_type = config.get("model_type")
     if model_type not in MODEL_TYPES:
         raise UnsupportedModel(
-            f"model_type {model_type!r} is not one of {', '.join(MODEL_TYPES)}", param="model_type"
+            f"{FILE}: model_type {model_type!r:.60} is not one of {', '.join(MODEL_TYPES)}",
+            param="model_type",
         )
-    assumed = {"max_position_embeddings": MAX_POSITION_EMBEDDINGS[model_type]}
-    config = {**assumed, **FAMILY_DEFAULTS[model_type], **config}
-    _refuse(config, "hidden_act", "silu", allowed=("silu", "swish", None))
-    _refuse(config, "pretraining_tp", 1, allowed=(1, None))
-    _refuse(config, "quantization_config", None, allowed=(None,))
-
+    config = {**FAMILY_DEFAULTS[model_type], **config}
+    _check_architecture(config, model_type)
     hidden_size = _positive(config, "hidden_size")
     num_heads = _positive(config, "num_attention_heads")
     num_kv_heads = _positive(config, "num_key_value_heads", num_heads)
     num_layers = _positive(config, "num_hidden_layers")
+    if num_layers > MAX_LAYERS:
+        raise wrong(FILE, "num_hidden_layers", f"at most {MAX_LAYERS}", num_layers)
     head_dim = _positive(config, "head_dim", hidden_size // num_heads)
+    qk_norm = model_type == "qwen3"
+    check_fields(config, hidden_size=hidden_size, head_dim=head_dim, qk_norm=qk_norm)
     if num_heads % num_kv_heads:
         raise UnsupportedModel(
-            f"{num_heads} attention heads do not divide among {num_kv_heads} key-value heads",
+            f"{FILE}: {num_heads} attention heads do not divide among {num_kv_heads} key-value heads",
             param="num_key_value_heads",
         )
     vocab_size = _positive(config, "vocab_size")
     attention_bias = model_type in ("llama", "qwen3") and _flag(config, "attention_bias")
     if head_dim % 2:
-        raise UnsupportedModel(f"a head of {head_dim} cannot be rotated", param="head_dim")
+        raise UnsupportedModel(f"{FILE}: a head of {head_dim} cannot be rotated", param="head_dim")
     return ModelConfig(
         model_type=model_type,
         vocab_size=vocab_size,
@@ -117,67 +125,73 @@ def parse_model_config(config: Mapping[str, Any]) -> ModelConfig:
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        rms_norm_eps=_number(config, "rms_norm_eps", 1e-6),
-        rope=parse_rope(config, _positive(config, "max_position_embeddings")),
+        rms_norm_eps=_epsilon(config),
+        rope=parse_rope(
+            config,
+            _positive(config, "max_position_embeddings", MAX_POSITION_EMBEDDINGS[model_type]),
+        ),
         windows=_windows(config, model_type, num_layers),
         qkv_bias=model_type == "qwen2" or attention_bias,
         output_bias=attention_bias,
         mlp_bias=model_type == "llama" and _flag(config, "mlp_bias"),
-        qk_norm=model_type == "qwen3",
+        qk_norm=qk_norm,
         tie_word_embeddings=_flag(config, "tie_word_embeddings"),
         dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32"),
     )
 
 
+def _check_architecture(config: Mapping[str, Any], model_type: str) -> None:
+    """The class that wrote a checkpoint says more than its `model_type`, which variants keep."""
+    named = config.get("architectures")
+    if named is None or named == []:
+        return
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise wrong(FILE, "architectures", "a list of names", named)
+    if ARCHITECTURES[model_type] not in named:
+        raise UnsupportedModel(
+            f"{FILE}: architectures {', '.join(named):.200} of model_type {model_type} is not "
+            f"supported, only {ARCHITECTURES[model_type]}",
+            param="architectures",
+        )
+
+
 def _positive(config: Mapping[str, Any], field: str, default: int | None = None) -> int:
-    value = config.get(field)
-    if value is None:
-        value = default
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UnsupportedModel(f"{field} must be a positive integer, got {value!r}", param=field)
+    value = integer(config, field, FILE)
+    value = default if value is None else value
+    if value is None or value < 1:
+        raise wrong(FILE, field, "a positive integer", value)
     return value
 
 
-def _number(
-    config: Mapping[str, Any], name: str, default: float | None = None, param: str = ""
-) -> float:
-    value = config.get(name)
-    if value is None:
-        value = default
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise UnsupportedModel(
-            f"{param or name} must be a positive number, got {value!r}", param=param or name
-        )
-    return float(value)
+def _epsilon(config: Mapping[str, Any]) -> float:
+    value = number(config, "rms_norm_eps", FILE)
+    if value is not None and value <= 0:
+        raise wrong(FILE, "rms_norm_eps", "a positive number", value)
+    return 1e-6 if value is None else value
 
 
 def _flag(config: Mapping[str, Any], field: str) -> bool:
     value = config.get(field)
-    if value not in (None, True, False):
-        raise UnsupportedModel(f"{field} must be true or false, got {value!r}", param=field)
+    if value is not None and not isinstance(value, bool):
+        raise wrong(FILE, field, "true or false", value)
     return bool(value)
 
 
-def _refuse(config: Mapping[str, Any], field: str, default: Any, allowed: tuple[Any, ...]) -> None:
-    value = config.get(field, default)
-    if value not in allowed:
-        raise UnsupportedModel(f"{field} = {value!r} is not supported", param=field)
-
-
 def _windows(config: Mapping[str, Any], model_type: str, num_layers: int) -> tuple[int, ...]:
-    window = config.get("sliding_window")
-    if model_type == "llama" or window is None:
+    if model_type == "llama":
+        if "sliding_attention" in (config.get("layer_types") or ()):
+            raise UnsupportedModel(
+                f"{FILE}: layer_types with windows are not supported for llama", param="layer_types"
+            )
         return (0,) * num_layers
-    window = _positive(config, "sliding_window")
+    window = integer(config, "sliding_window", FILE)
+    if window is None:
+        return (0,) * num_layers
     if model_type != "mistral" and not _flag(config, "use_sliding_window"):
         return (0,) * num_layers
     layer_types = config.get("layer_types")
     if layer_types is None:
-        first = config.get("max_window_layers", 0)
-        if type(first) is not int:
-            raise UnsupportedModel(
-                f"max_window_layers must be an integer, got {first!r}", param="max_window_layers"
-            )
+        first = integer(config, "max_window_layers", FILE, least=0) or 0
         return tuple(0 if layer < first else window for layer in range(num_layers))
     known = {"full_attention": 0, "sliding_attention": window}
     if (
@@ -186,7 +200,7 @@ def _windows(config: Mapping[str, Any], model_type: str, num_layers: int) -> tup
         or any(not isinstance(k, str) or k not in known for k in layer_types)
     ):
         raise UnsupportedModel(
-            f"layer_types must name {num_layers} layers as full_attention or sliding_attention",
+            f"{FILE}: layer_types must name {num_layers} layers as full_attention or sliding_attention",
             param="layer_types",
         )
     return tuple(known[kind] for kind in layer_types)

@@ -8,6 +8,7 @@ that nothing is half loaded. Knows nothing of layers.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +19,8 @@ from safetensors import SafetensorError, safe_open
 
 from common.errors import CheckpointError
 
+# Buffers that older versions of transformers stored, and that follow from the configuration.
+_RECOMPUTED = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$|\.masked_bias$")
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -64,28 +67,41 @@ class Checkpoint:
         return name in self._where
 
     def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Raise `CheckpointError` for the first tensor that is missing or has another shape."""
+        """Raise `CheckpointError` for a tensor that is missing, has another shape, or has no place
+        in the model: whoever trained it has computed something else with it."""
         for name, shape in shapes.items():
-            if name not in self._where:
-                raise CheckpointError(f"tensor {name} is missing", param=name)
-            path = self._where[name]
-            header = self._files[path].get_slice(name)
-            found = tuple(header.get_shape())
-            if found != shape:
-                raise CheckpointError(
-                    f"tensor {name} in {path} has shape {list(found)}, the configuration asks "
-                    f"for {list(shape)}",
-                    param=name,
-                )
-            if header.get_dtype() not in _DTYPES:
-                raise CheckpointError(
-                    f"tensor {name} in {path} has dtype {header.get_dtype()}; "
-                    f"{', '.join(_DTYPES)} can be loaded",
-                    param=name,
-                )
+            self._check(name, shape)
+        unused = [n for n in self._where if n not in shapes and not _RECOMPUTED.search(n)]
+        if unused:
+            named = ", ".join(sorted(unused)[:5])
+            raise CheckpointError(
+                f"no layer of this configuration takes {len(unused)} of the tensors, such as "
+                f"{named}: the model is another than config.json says, or a part of it is missing "
+                "here",
+                param=min(unused),
+            )
+
+    def _check(self, name: str, shape: tuple[int, ...]) -> None:
+        if name not in self._where:
+            raise CheckpointError(f"tensor {name} is missing", param=name)
+        path = self._where[name]
+        header = self._files[path].get_slice(name)
+        found = tuple(header.get_shape())
+        if found != shape:
+            raise CheckpointError(
+                f"tensor {name} in {path} has shape {list(found)}, the configuration asks for "
+                f"{list(shape)}",
+                param=name,
+            )
+        if header.get_dtype() not in _DTYPES:
+            raise CheckpointError(
+                f"tensor {name} in {path} has dtype {header.get_dtype()}; {', '.join(_DTYPES)} "
+                "can be loaded",
+                param=name,
+            )
 
     def read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        self.check({name: shape})
+        self._check(name, shape)
         path = self._where[name]
         try:
             tensor: torch.Tensor = self._files[path].get_tensor(name)

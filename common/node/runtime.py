@@ -27,6 +27,7 @@ from common import bus_setup
 from common.bus import Bus, Down
 from common.config import NodeSettings
 from common.engine import Engine, loading
+from common.engine.config_fields import unknown_fields
 from common.engine.engine import PlannedStep
 from common.engine.step import Chunk
 from common.errors import FingerprintMismatch, LinkLost, PdqError, ServiceUnavailable
@@ -83,6 +84,8 @@ class Node:
             raise
         assert shared.memory is not None
         self.memory = shared.memory
+        if unread := unknown_fields(self.engine.description.config):
+            log.warning("node.fields_not_read", file="config.json", fields=",".join(unread))
         self.kv = NodeKV(self.engine, self.memory, digests=settings.engine.kv_digests)
         self.leases = Leases(self.engine.pool)
         self.links: Links

@@ -89,6 +89,30 @@ def test_a_tensor_with_nan(folder: Path) -> None:
     assert refused(folder, CheckpointError).param == "model.norm.weight"
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.self_attn.q_norm.weight",  # another way of attention
+        "model.layers.0.self_attn.o_proj.bias",
+        "model.layers.0.mlp.down_proj.weight_scale",  # BitNet, quantization
+        "model.layers.0.self_attn.attn_sub_norm.weight",
+        "model.layers.5.mlp.up_proj.weight",  # a layer too many
+        "base_model.model.layers.0.self_attn.q_proj.lora_A.weight",
+    ],
+)
+def test_a_tensor_that_no_layer_takes(folder: Path, name: str) -> None:
+    change_tensors(folder, **{name: torch.ones(8)})
+    error = refused(folder, CheckpointError)
+    assert error.param == name
+    assert name in str(error)
+
+
+def test_buffers_that_follow_from_the_config_are_no_fault(folder: Path) -> None:
+    names = ("layers.0.self_attn.rotary_emb.inv_freq", "rotary_emb.inv_freq")
+    change_tensors(folder, **{f"model.{name}": torch.ones(4) for name in names})
+    Engine.load(folder, num_kv_blocks=8)
+
+
 def test_an_index_that_names_a_missing_file(folder: Path) -> None:
     index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -112,6 +136,11 @@ def test_an_index_that_is_none(folder: Path, text: str) -> None:
         ({"model_type": "gpt2"}, "model_type"),
         ({"model_type": "absent"}, "model_type"),
         ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"architectures": ["BitnetForCausalLM"]}, "architectures"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "architectures"),
+        ({"architectures": "LlamaForCausalLM"}, "architectures"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
+        ({"hidden_size": 2**70}, "hidden_size"),
         ({"num_key_value_heads": 3}, "num_key_value_heads"),
         ({"num_hidden_layers": "five"}, "num_hidden_layers"),
         ({"vocab_size": 0}, "vocab_size"),
@@ -129,10 +158,11 @@ def test_an_index_that_is_none(folder: Path, text: str) -> None:
         ({"rms_norm_eps": "tiny"}, "rms_norm_eps"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings"),
-        ({"model_type": "mistral", "sliding_window": -4}, "sliding_window"),
-        ({"model_type": "mistral", "layer_types": 3}, "layer_types"),
+        ({"model_type": "mistral", "architectures": None, "sliding_window": -4}, "sliding_window"),
+        ({"model_type": "mistral", "architectures": [], "layer_types": 3}, "layer_types"),
         ({"eos_token_id": "</s>"}, "eos_token_id"),
         ({"eos_token_id": [2, 512]}, "eos_token_id"),
+        ({"layer_types": ["sliding_attention"] * 5}, "layer_types"),
     ],
 )
 def test_a_field_that_is_not_supported(folder: Path, fields: dict[str, Any], param: str) -> None:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from common.engine import Engine, SamplingParams
 from common.engine.model_config import load_model_config
+from common.errors import ConfigError
 from common.model_files import SHIPPED_DRAFT, SHIPPED_MODEL
 from tests.support.checkpoints import (
     BABYLLAMA,
@@ -156,6 +157,58 @@ def test_the_old_spelling_of_rope_means_the_same(kind: str, tmp_path: Path) -> N
     scaling = {"type": kind, **ROPES[kind]}
     change_config(folder, ["rope_parameters"], rope_theta=5000.0, rope_scaling=scaling)
     assert_same_logits(folder, list(range(90)))
+
+
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+SPELLINGS: dict[str, tuple[dict[str, Any], int]] = {  # fields, and the context that follows
+    "yarn beyond what was trained": ({"rope_scaling": YARN}, 1024),
+    "yarn with its length at the top": (
+        {"rope_scaling": YARN, "original_max_position_embeddings": 64}, 256),
+    "the length at the top wins": (
+        {"rope_scaling": YARN_64, "original_max_position_embeddings": 128}, 512),
+    "yarn whose factor is null": ({"rope_scaling": YARN_64 | {"factor": None}}, 256),
+    "linear beyond what was trained": (
+        {"rope_scaling": {"type": "linear", "factor": 3.0}, "rope_theta": 5e3}, 768),
+    "llama3 with its length at the top": (
+        {"rope_scaling": LLAMA3 | {"rope_type": "llama3"}, "rope_theta": 5e3,
+         "original_max_position_embeddings": 64}, 256),
+    "llama3 without a length": (
+        {"rope_scaling": LLAMA3 | {"rope_type": "llama3"}, "rope_theta": 5e3}, 256),
+    "rope_scaling beside rope_parameters": (
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+         "rope_scaling": YARN_64}, 256),
+    "an empty rope_scaling beside it": (
+        {"rope_parameters": YARN_64 | {"rope_theta": 5e3}, "rope_scaling": {}}, 256),
+    "the older theta beside rope_parameters": (
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0}, "rope_theta": 5e3}, 512),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_rope_reaches_and_turns_as_its_spelling_says(name: str, tmp_path: Path) -> None:
+    fields, context = SPELLINGS[name]
+    folder = save_random_model(tmp_path, "llama", 7, **TINY)
+    change_config(folder, ["rope_parameters"], **fields)
+    assert load_model_config(folder).rope.positions == context
+    token_ids = np.random.default_rng(1).integers(0, 97, min(context - 1, 600)).tolist()
+    assert_same_logits(folder, token_ids, max_num_batched_tokens=64, max_num_seqs=1)
+
+
+def test_a_scaling_without_a_base_has_the_base_of_the_model(tmp_path: Path) -> None:
+    """Qwen's cards have users write `rope_scaling`; transformers 5 writes the base elsewhere."""
+    folder = save_random_model(tmp_path, "qwen3", 7, **TINY)
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    change_config(folder, [], rope_scaling=scaling, rope_parameters={"rope_theta": 1e6})
+    rope = load_model_config(folder).rope
+    assert (rope.kind, rope.theta, rope.positions) == ("yarn", 1e6, 256)
+
+
+def test_a_length_beyond_what_the_rope_reaches_is_refused(tmp_path: Path) -> None:
+    folder = save_random_model(tmp_path, "llama", 7, **TINY)
+    change_config(folder, ["rope_parameters"], rope_scaling=YARN)
+    assert Engine.load(folder, max_model_len=1024, num_kv_blocks=8).max_model_len == 1024
+    with pytest.raises(ConfigError, match=r"1025.*1024"):
+        Engine.load(folder, max_model_len=1025, num_kv_blocks=8)
 
 
 @pytest.mark.parametrize("block_size", [1, 7, 128])
