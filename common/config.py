@@ -180,6 +180,9 @@ class GatewaySettings:
     model: str = setting("", "folder or hub name of the model (empty: the one that ships)")
     revision: str = setting("", "branch, tag or commit of a model from the hub")
     served_model_name: str = setting("", "name that clients use (empty: the model's own)")
+    load_format: Literal["auto", "dummy"] = setting(
+        "auto", "dummy: nodes have random weights in place of the model's"
+    )
     models: tuple[str, ...] = setting(
         (), "further models to answer for, each a folder, a hub name, or NAME=one of these"
     )

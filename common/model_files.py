@@ -45,6 +45,15 @@ def model_name(model: str, folder: Path) -> str:
     return model if model and not Path(model).expanduser().is_dir() else folder.name
 
 
+def model_revision(folder: Path) -> str:
+    """Which weights are in `folder`, the same in every process that has them: the commit of a
+    snapshot from the hub, else `content_digest`; "" in a folder without weights."""
+    snapshots = folder.resolve().parent
+    if snapshots.name == "snapshots" and snapshots.parent.name.startswith("models--"):
+        return folder.resolve().name
+    return content_digest(folder) if any(folder.glob("*.safetensors")) else ""
+
+
 def content_digest(folder: Path) -> str:
     """32 hex digits that tell checkpoints apart: config.json, and of each weight file its size
     and up to 16 pieces of 64 KiB spread over it (reading 100 GB at every start would be too

@@ -14,7 +14,7 @@ from pathlib import Path
 from common.config import GatewaySettings
 from common.errors import ConfigError
 from common.identity import ModelIdentity
-from common.model_files import model_name, resolve_model
+from common.model_files import model_name, model_revision, resolve_model
 from common.model_folder.description import describe_model
 from gateway.errors import UnknownModel
 from gateway.tokenizer import Tokenizer
@@ -76,17 +76,22 @@ class ServedModels:
 
 def load_models(settings: GatewaySettings) -> ServedModels:
     """Every model that the settings name. Blocking: reads folders, downloads what is not here."""
-    first = _load(settings.served_model_name, settings.model, settings.revision)
+    first = _load(settings, settings.served_model_name, settings.model, settings.revision)
     further = []
     for entry in settings.models:
         name, separator, where = entry.partition("=")
         if separator and not (name and where):
             raise ConfigError(f"{entry!r} is not NAME=MODEL", param="models")
-        further.append(_load(name, where, "") if separator else _load("", entry, ""))
+        further.append(_load(settings, *((name, where) if separator else ("", entry))))
     return ServedModels([first, *further])
 
 
-def _load(name: str, model: str, revision: str) -> ServedModel:
+def _load(settings: GatewaySettings, name: str, model: str, revision: str = "") -> ServedModel:
     folder: Path = resolve_model(model, revision)
-    identity = ModelIdentity(name or model_name(model, folder), "", "")
-    return ServedModel(identity, Tokenizer(describe_model(folder)))
+    description = describe_model(folder)
+    identity = ModelIdentity(
+        name or model_name(model, folder),
+        model_revision(folder) if settings.load_format == "auto" else "",
+        description.tokenizer_digest,
+    )
+    return ServedModel(identity, Tokenizer(description))

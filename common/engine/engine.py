@@ -43,7 +43,7 @@ from common.engine.speculation import Proposer
 from common.engine.step import Chunk, Delivery, Step
 from common.errors import InvalidRequest, NotFiniteLogits, TokenOutOfRange
 from common.kv_layout import Fingerprint, KVLayout, root_hash
-from common.model_files import content_digest, model_name, resolve_model
+from common.model_files import model_name, model_revision, resolve_model
 from common.model_folder.description import describe_model, read_config
 from common.sampling import FinishReason, SamplingParams
 
@@ -121,11 +121,11 @@ class Engine:
         self.cache = KVCache(self.layout, num_blocks, device, memory)
         self.fingerprint = Fingerprint(
             model=settings.served_model_name or model_name(settings.model, self.folder),
-            revision=content_digest(self.folder)
+            revision=model_revision(self.folder)
             if settings.load_format != "dummy"
             else f"dummy-{settings.seed}",
             layout=self.layout.describe(), numerics=self.backend.numerics_class,
-            block_size=settings.block_size,
+            block_size=settings.block_size, tokenizer=self.description.tokenizer_digest,
         )  # fmt: skip
         if poison_freed_blocks:
             self.cache.poison(range(num_blocks))

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import AsyncIterator
+import json
+import shutil
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from common.config import GatewaySettings
+from common.config import EngineSettings, GatewaySettings
+from common.engine import Engine
 from common.errors import ConfigError
 from common.identity import ModelIdentity
+from common.model_files import model_revision
 from gateway.dispatch import Limits
 from gateway.served_models import ServedModel, load_models
 from tests.support.fake_cluster import FINGERPRINT, MODEL, FakeCluster
@@ -116,6 +121,70 @@ async def test_the_gateway_is_ready_while_some_model_has_nodes(
     assert reply.status_code == 503
     assert "no node of 'stories' is here" in reply.json()["reason"]
     assert "no node of 'llama' is here" in reply.json()["reason"]
+
+
+@pytest.mark.parametrize("name", ["stories260K", "babyllama361"])
+def test_gateway_and_node_read_the_same_identity_from_the_same_folder(name: str) -> None:
+    engine = Engine(EngineSettings(model=str(MODELS / name), dtype="float32", num_kv_blocks=32))
+    (served,) = load_models(GatewaySettings(model=str(MODELS / name)))
+    assert served.identity.mismatch(engine.fingerprint) is None
+    assert all(dataclasses.astuple(served.identity))
+
+
+def test_copies_that_differ_in_weights_tokenizer_or_stop_ids_are_other_models(
+    tmp_path: Path,
+) -> None:
+    def identity(change: Callable[[Path], object]) -> ModelIdentity:
+        folder = tmp_path / change.__name__ / "copy"
+        shutil.copytree(MODELS / "stories260K", folder)
+        change(folder)
+        return load_models(GatewaySettings(model=str(folder))).default.identity
+
+    def same(folder: Path) -> None:
+        """Written by another tool: the same content in another order and with other spaces."""
+        path = folder / "tokenizer.json"
+        content = json.loads(path.read_bytes())
+        path.write_text(json.dumps(dict(reversed(content.items())), indent=3))
+
+    def other_weights(folder: Path) -> None:
+        path = folder / "model.safetensors"
+        content = bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+
+    def other_tokenizer(folder: Path) -> None:
+        path = folder / "tokenizer.json"
+        content = json.loads(path.read_bytes())
+        content["model"]["merges"].pop()
+        path.write_text(json.dumps(content))
+
+    def other_stop_ids(folder: Path) -> None:
+        path = folder / "generation_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_bytes()), "eos_token_id": [2, 7]}))
+
+    def no_weights(folder: Path) -> None:
+        (folder / "model.safetensors").unlink()
+
+    original = identity(same)
+    settings = GatewaySettings(model=str(MODELS / "stories260K"), served_model_name="copy")
+    assert load_models(settings).default.identity == original
+    for change, part in (
+        (other_weights, "revision"), (other_tokenizer, "tokenizer"), (other_stop_ids, "tokenizer"),
+    ):  # fmt: skip
+        changed = identity(change)
+        differing = {f for f in ("name", "revision", "tokenizer")
+                     if getattr(changed, f) != getattr(original, f)}  # fmt: skip
+        assert differing == {part}, change.__name__
+    assert identity(no_weights) == dataclasses.replace(original, revision="")
+
+
+def test_a_snapshot_from_the_hub_is_known_by_its_commit(tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--org--name" / "snapshots" / ("c0ffee" * 7)[:40]
+    snapshot.parent.mkdir(parents=True)
+    shutil.copytree(MODELS / "stories260K", snapshot)
+    assert model_revision(snapshot) == snapshot.name
+    (snapshot / "model.safetensors").unlink()  # what a gateway has of it
+    assert model_revision(snapshot) == snapshot.name
 
 
 def test_models_are_named_by_the_settings() -> None:
