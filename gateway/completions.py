@@ -16,6 +16,7 @@ from typing import Any
 
 from starlette.requests import Request
 
+from gateway.detokenizer import Detokenizer
 from gateway.generation import TextDelta, Usage, VisibleToken, generate
 from gateway.open_request import Work
 from gateway.schemas import Body, CompletionBody, StreamOptions, TextOptions
@@ -24,7 +25,16 @@ from gateway.service import Service
 from gateway.sse import Answer, EventStream, JSONAnswer
 from gateway.tokenizer import Tokenizer
 
+LONG_PROMPT = 4096  # tokens whose text is not made on the event loop
 MINUS_INFINITY = -9999.0  # how OpenAI writes it: JSON has no infinity
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Echo:
+    """The prompt's text, which comes before the completion's, and the stream that goes on there."""
+
+    text: str = ""
+    stream: Detokenizer | None = None
 
 
 @dataclasses.dataclass(slots=True)
@@ -35,7 +45,7 @@ class _Run:
     model: ServedModel
     body: CompletionBody
     works: list[Work]
-    echoes: list[str]  # per prompt, "" without echo
+    echoes: list[_Echo]  # per prompt
     text: TextOptions
     head: dict[str, Any]
 
@@ -63,21 +73,31 @@ async def completions(service: Service, request: Request) -> Answer:
         "created": int(time.time()),
         "model": model.name,
     }
-    run = _Run(service, model, body, works, _echoes(model.tokenizer, body, prompts), text, head)
+    several = isinstance(body.prompt, list) and len(prompts) == len(body.prompt)
+    given = body.prompt if several else [body.prompt]
+    echoes = [
+        await _echo(model.tokenizer, body, text, prompt, work)
+        for prompt, work in zip(given, works, strict=True)
+    ]
+    run = _Run(service, model, body, works, echoes, text, head)
     retry_after_s = service.limits.retry_after_s
     if body.stream:
         return EventStream(_chunks(run), retry_after_s)
     return JSONAnswer(lambda: _whole(run), retry_after_s)
 
 
-def _echoes(tokenizer: Tokenizer, body: CompletionBody, prompts: list[list[int]]) -> list[str]:
+async def _echo(
+    tokenizer: Tokenizer, body: CompletionBody, options: TextOptions, given: object, work: Work
+) -> _Echo:
+    """A text as it was given; ids as their text, up to what the first new token may change."""
     if not body.echo:
-        return [""] * len(prompts)
-    given = [body.prompt] if not isinstance(body.prompt, list) else body.prompt
-    return [
-        given[index] if isinstance(given[index], str) else tokenizer.decode(prompt_ids)
-        for index, prompt_ids in enumerate(prompts)
-    ]
+        return _Echo()
+    if isinstance(given, str) and body.truncate_prompt_tokens is None:
+        return _Echo(given)
+    stream = tokenizer.detokenizer(skip_special_tokens=options.skip_special_tokens)
+    if len(work.prompt_ids) < LONG_PROMPT:
+        return _Echo(stream.push_all(work.prompt_ids), stream)
+    return _Echo(await asyncio.to_thread(stream.push_all, work.prompt_ids), stream)
 
 
 async def _chunks(run: _Run) -> AsyncGenerator[object, None]:
@@ -87,7 +107,7 @@ async def _chunks(run: _Run) -> AsyncGenerator[object, None]:
         async for prompt, delta in deltas:
             index = prompt * body.n + delta.choice
             first, begun[index] = not begun[index], True
-            echo = run.echoes[prompt]
+            echo = run.echoes[prompt].text
             text = echo + delta.text if first else delta.text
             by_token = body.logprobs is not None or body.return_token_ids
             if not (text or delta.finish_reason or by_token):
@@ -119,7 +139,7 @@ async def _whole(run: _Run) -> object:
     choices = []
     for index in range(count):
         prompt = index // body.n
-        echo = run.echoes[prompt]
+        echo = run.echoes[prompt].text
         logprobs = _logprobs(run, tokens[index], len(echo))
         choice = _choice(index, echo + "".join(texts[index]), logprobs, reasons[index])
         if body.return_token_ids:
@@ -136,7 +156,7 @@ async def merged(run: _Run, usage: Usage) -> AsyncGenerator[tuple[int, TextDelta
     """
     dispatcher, tokenizer, works = run.service.dispatcher, run.model.tokenizer, run.works
     if len(works) == 1:
-        one = generate(dispatcher, tokenizer, works[0], run.text, usage)
+        one = generate(dispatcher, tokenizer, works[0], run.text, usage, run.echoes[0].stream)
         async with aclosing(one) as deltas:
             async for delta in deltas:
                 yield 0, delta
@@ -146,7 +166,8 @@ async def merged(run: _Run, usage: Usage) -> AsyncGenerator[tuple[int, TextDelta
     queue: asyncio.Queue[tuple[int, TextDelta] | None] = asyncio.Queue()
 
     async def feed(index: int, work: Work) -> None:
-        deltas = generate(dispatcher, tokenizer, work, run.text, usage)
+        echoed = run.echoes[index].stream
+        deltas = generate(dispatcher, tokenizer, work, run.text, usage, echoed)
         try:
             async with aclosing(deltas):
                 async for delta in deltas:

@@ -1,267 +1,133 @@
 """Token ids to text, one token at a time, never half a character.
 
-Owns: the incremental form of each tokenizer decoder. The promise, for any ids: all that `push`
-returned plus `finish` equals decoding all ids at once. Knows nothing of stop strings or requests.
-
-Which text is safe to let go depends on the decoder, so there is one class for each kind:
-
-- byte-level BPE: a token is bytes; hold the bytes of an unfinished UTF-8 character (at most 3).
-- SentencePiece with byte fallback: a token is text, or `<0xNN>`. A run of such bytes is text only
-  if *all* of it is valid UTF-8 (otherwise each byte becomes U+FFFD), so a run is held to its end.
-- any other: decode a short window with one step of context, hold it while it ends in U+FFFD.
+Owns: one stream of tokens through the stages of its tokenizer's decoder, and where a completion
+begins. The promise, for any ids: all that `push` returned plus `finish` equals decoding all ids at
+once. Knows nothing of stop strings or requests.
 
 A completion continues its prompt: the space before its first word belongs to it, though decoding
-the completion alone would strip it. So a detokenizer is made with the prompt's ids.
+the completion alone would strip it, and a character that the prompt began belongs to it once it is
+whole. So a detokenizer is made with the prompt's ids.
 """
 
 from __future__ import annotations
 
-import codecs
-import dataclasses
+import copy
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
-REPLACEMENT = "\ufffd"
-LONGEST_CHARACTER = 4  # bytes of UTF-8
-WINDOW = 16  # tokens that the windowed decoder holds at most
+from gateway.decoder_stages import (
+    CACHED,
+    ByteRuns,
+    Bytes,
+    Stage,
+    fallback_byte,
+    piece_bytes,
+    stages_of,
+)
+
+TAIL = 16  # tokens of a prompt that may decide how its continuation begins
+LONGEST_RUN = 1024  # byte tokens before them, where the prompt ends in a run of such
 
 Piece = Callable[[int], "str | None"]  # a token's own string; None: special or unknown, no text
 
 
-class Detokenizer(Protocol):
-    def push(self, token_id: int) -> str:
-        """The text that this token makes certain; often its own, sometimes none."""
-
-    def finish(self) -> str:
-        """What was held back; an unfinished character becomes U+FFFD."""
-
-
-class Decoder(Protocol):
+class Decoder:
     """The decoder of one tokenizer: shared, immutable."""
+
+    def __init__(self, config: dict[str, Any] | None, piece: Piece) -> None:
+        """`config` is the `decoder` entry of tokenizer.json. Raises `UnsupportedModel`."""
+        self._factories = stages_of(config)
+        self._piece = functools.lru_cache(CACHED)(piece)
 
     def start(self, prompt_ids: Sequence[int] = ()) -> Detokenizer:
         """A detokenizer for what follows `prompt_ids`."""
+        tail, begun = self._tail(prompt_ids)
+        detokenizer = Detokenizer(self._piece, [make(begun) for make in self._factories])
+        detokenizer.skip(tail)
+        return detokenizer
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes one token stands for by itself; empty for special and unknown ones."""
-
-
-def decoder_for(
-    config: dict[str, Any] | None, piece: Piece, decode: Callable[[list[int]], str]
-) -> Decoder:
-    """The decoder that `config` (the `decoder` entry of tokenizer.json) describes.
-
-    `decode` decodes ids at once, skipping special tokens; only the windowed decoder uses it.
-    """
-    if config is not None and config["type"] == "ByteLevel":
-        return ByteLevelDecoder(piece)
-    if (recipe := _byte_fallback_recipe(config)) is not None:
-        return ByteFallbackDecoder(piece, recipe)
-    return WindowDecoder(piece, decode)
-
-
-# ── Byte-level BPE ───────────────────────────────────────────────────────────────────────────────
-
-
-def byte_level_alphabet() -> dict[str, int]:
-    """GPT-2's printable stand-in for each byte (openai/gpt-2, `bytes_to_unicode`), inverted."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    alphabet = {chr(byte): byte for byte in printable}
-    alphabet.update({chr(256 + index): byte for index, byte in enumerate(others)})
-    return alphabet
-
-
-_ALPHABET = byte_level_alphabet()
-
-
-class ByteLevelDecoder:
-    def __init__(self, piece: Piece) -> None:
-        self._piece = piece
-        self._bytes: dict[int, bytes] = {}
-
-    def token_bytes(self, token_id: int) -> bytes:
-        known = self._bytes.get(token_id)
-        if known is None:
-            piece = self._piece(token_id) or ""
-            try:
-                known = bytes([_ALPHABET[character] for character in piece])
-            except KeyError:  # an added token, written as itself
-                known = piece.encode()
-            self._bytes[token_id] = known
-        return known
-
-    def start(self, prompt_ids: Sequence[int] = ()) -> Detokenizer:
-        tail = b""
-        for token_id in reversed(prompt_ids):
-            tail = self.token_bytes(token_id) + tail
-            if len(tail) >= LONGEST_CHARACTER:
-                break
-        return _ByteLevel(self, tail)
-
-
-class _ByteLevel:
-    def __init__(self, decoder: ByteLevelDecoder, tail: bytes) -> None:
-        self._bytes_of = decoder.token_bytes
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._utf8.decode(tail)
-
-    def push(self, token_id: int) -> str:
-        return self._utf8.decode(self._bytes_of(token_id))
-
-    def finish(self) -> str:
-        return self._utf8.decode(b"", final=True)
-
-
-# ── SentencePiece with byte fallback ─────────────────────────────────────────────────────────────
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Recipe:
-    replacements: tuple[tuple[str, str], ...]
-    strip: str
-    strip_start: int
-
-
-def _byte_fallback_recipe(config: dict[str, Any] | None) -> _Recipe | None:
-    """Reads `Replace* ByteFallback Fuse Strip?`, what every converted SentencePiece model has."""
-    if config is None or config["type"] != "Sequence":
-        return None
-    steps = list(config["decoders"])
-    replacements = []
-    while steps and steps[0]["type"] == "Replace" and "String" in steps[0]["pattern"]:
-        step = steps.pop(0)
-        replacements.append((step["pattern"]["String"], step["content"]))
-    strip, strip_start = " ", 0
-    if steps and steps[-1]["type"] == "Strip" and steps[-1]["stop"] == 0:
-        step = steps.pop()
-        strip, strip_start = step["content"], step["start"]
-    if [step["type"] for step in steps] != ["ByteFallback", "Fuse"]:
-        return None
-    return _Recipe(tuple(replacements), strip, strip_start)
-
-
-class ByteFallbackDecoder:
-    def __init__(self, piece: Piece, recipe: _Recipe) -> None:
-        self._piece = piece
-        self.recipe = recipe
-        self._parts: dict[int, str | bytes | None] = {}
-
-    def part(self, token_id: int) -> str | bytes | None:
-        """Text, or one byte of a run, or None for a token that decoding skips."""
-        if token_id not in self._parts:
-            self._parts[token_id] = self._make_part(self._piece(token_id))
-        return self._parts[token_id]
-
-    def _make_part(self, piece: str | None) -> str | bytes | None:
+        """The bytes one token adds to a text; empty for special and unknown ones."""
+        piece = self._piece(token_id)
         if piece is None:
-            return None
-        for pattern, content in self.recipe.replacements:
-            piece = piece.replace(pattern, content)
-        if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
-            try:
-                return bytes([int(piece[3:5], 16)])
-            except ValueError:
-                return piece
-        return piece
+            return b""
+        stages = [make(True) for make in self._factories]
+        if any(isinstance(stage, Bytes) for stage in stages):
+            return piece_bytes(piece)
+        byte = fallback_byte(piece)
+        if byte is not None and any(isinstance(stage, ByteRuns) for stage in stages):
+            return bytes([byte])
+        alone = Detokenizer(self._piece, stages)
+        return (alone.push(token_id) + alone.finish()).encode()
 
-    def token_bytes(self, token_id: int) -> bytes:
-        part = self.part(token_id)
-        return part if isinstance(part, bytes) else (part or "").encode()
-
-    def start(self, prompt_ids: Sequence[int] = ()) -> Detokenizer:
-        run = b""
-        for token_id in reversed(prompt_ids[-LONGEST_CHARACTER:]):
-            part = self.part(token_id)
-            if isinstance(part, str):
-                break
-            run = (part or b"") + run
-        utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        utf8.decode(run)
-        begun = any(self.part(token_id) is not None for token_id in prompt_ids)
-        return _ByteFallback(self, utf8.getstate()[0], 0 if begun else self.recipe.strip_start)
+    def _tail(self, prompt_ids: Sequence[int]) -> tuple[list[int], bool]:
+        """The last visible tokens of a prompt, and whether there are others before them."""
+        tail: list[int] = []
+        for token_id in reversed(prompt_ids):
+            piece = self._piece(token_id)
+            if piece is None:
+                continue
+            in_run = fallback_byte(piece) is not None and len(tail) < LONGEST_RUN
+            if len(tail) >= TAIL and not in_run:
+                return tail[::-1], True
+            tail.append(token_id)
+        return tail[::-1], False
 
 
-class _ByteFallback:
-    def __init__(self, decoder: ByteFallbackDecoder, run: bytes, to_strip: int) -> None:
-        self._part = decoder.part
-        self._strip = decoder.recipe.strip
-        self._to_strip = to_strip
-        self._run = bytearray(run)
+class Detokenizer:
+    """One stream. `copy()` makes another that goes on from the same place."""
 
-    def push(self, token_id: int) -> str:
-        part = self._part(token_id)
-        if part is None:
-            return ""
-        if isinstance(part, bytes):
-            self._run += part
-            return ""
-        return self._stripped(self._end_run() + part if self._run else part)
-
-    def finish(self) -> str:
-        return self._stripped(self._end_run())
-
-    def _end_run(self) -> str:
-        run, self._run = self._run, bytearray()
-        try:
-            return run.decode()
-        except UnicodeDecodeError:
-            return REPLACEMENT * len(run)
-
-    def _stripped(self, text: str) -> str:
-        while self._to_strip and text:
-            if not text.startswith(self._strip):
-                self._to_strip = 0
-                break
-            text = text[1:]
-            self._to_strip -= 1
-        return text
-
-
-# ── Anything else ────────────────────────────────────────────────────────────────────────────────
-
-
-class WindowDecoder:
-    def __init__(self, piece: Piece, decode: Callable[[list[int]], str]) -> None:
+    def __init__(self, piece: Piece, stages: list[Stage]) -> None:
         self._piece = piece
-        self._decode = decode
+        self._stages = stages
+        self._due = ""  # what the text would begin with if the prompt were all; not ours to give
 
-    def token_bytes(self, token_id: int) -> bytes:
-        return (self._piece(token_id) or "").encode()
-
-    def start(self, prompt_ids: Sequence[int] = ()) -> Detokenizer:
-        return _Window(self._decode, list(prompt_ids[-WINDOW:]))
-
-
-class _Window:
-    """`ids[:settled]` is context whose text is out; the rest waits until it ends in a character."""
-
-    def __init__(self, decode: Callable[[list[int]], str], context: list[int]) -> None:
-        self._decode = decode
-        self._ids = context
-        self._settled = len(context)
+    def copy(self) -> Detokenizer:
+        made = Detokenizer(self._piece, [copy.copy(stage) for stage in self._stages])
+        made._due = self._due
+        return made
 
     def push(self, token_id: int) -> str:
-        self._ids.append(token_id)
-        return self._advance(force=len(self._ids) - self._settled >= WINDOW)
+        """The text that this token makes certain; often its own, sometimes none."""
+        piece = self._piece(token_id)
+        return "" if piece is None else self._owed(self._through((piece,)))
+
+    def push_all(self, token_ids: Iterable[int]) -> str:
+        return "".join(map(self.push, token_ids))
 
     def finish(self) -> str:
-        return self._advance(force=True)
+        """What was held back; an unfinished character becomes U+FFFD."""
+        return self._owed(self._ended())
 
-    def _advance(self, force: bool) -> str:
-        before = self._decode(self._ids[: self._settled])
-        text = self._decode(self._ids)
-        if not force and (text.endswith(REPLACEMENT) or not text.startswith(before)):
-            return ""
-        if text != before:
-            self._ids = self._ids[self._settled :]
-        self._ids = self._ids[-WINDOW:]
-        self._settled = len(self._ids)
-        return text[len(before) :]
+    def skip(self, prompt_ids: Iterable[int]) -> None:
+        """Go through the end of a prompt, whose text is not part of ours."""
+        self.push_all(prompt_ids)
+        for stage in self._stages:
+            if isinstance(stage, ByteRuns):
+                stage.forget_whole_characters()
+        self._due = self.copy()._ended()
 
+    def _through(self, pieces: Sequence[str], first_stage: int = 0) -> str:
+        for stage in self._stages[first_stage:]:
+            pieces = [out for piece in pieces for out in stage.feed(piece)]
+        return "".join(pieces)
 
-# ── For logprobs ─────────────────────────────────────────────────────────────────────────────────
+    def _ended(self) -> str:
+        return "".join(
+            self._through(stage.end(), index) for index, stage in enumerate(self._stages, 1)
+        )
+
+    def _owed(self, text: str) -> str:
+        """`text` without the prompt's part. An unfinished character at the prompt's end is held; if
+        it is never finished it becomes U+FFFD, which the prompt has already."""
+        if not self._due or not text:
+            return text
+        pairs = enumerate(zip(self._due, text, strict=False))
+        shorter = min(len(self._due), len(text))
+        common = next((index for index, (one, other) in pairs if one != other), shorter)
+        self._due = self._due[common:] if common == len(text) else ""
+        return text[common:]
 
 
 @functools.lru_cache(maxsize=65536)

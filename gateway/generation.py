@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import AsyncGenerator, Collection, Sequence
+from collections.abc import AsyncGenerator, Collection
 
+from gateway.detokenizer import Detokenizer
 from gateway.dispatch import Dispatcher
 from gateway.open_request import Update, Work
 from gateway.schemas import TextOptions
@@ -58,15 +59,12 @@ class ChoiceText:
 
     def __init__(
         self,
-        tokenizer: Tokenizer,
-        prompt_ids: Sequence[int],
+        detokenizer: Detokenizer,
         options: TextOptions,
         ending_ids: Collection[int],
         min_tokens: int = 0,
     ) -> None:
-        self._detokenizer = tokenizer.detokenizer(
-            prompt_ids, skip_special_tokens=options.skip_special_tokens
-        )
+        self._detokenizer = detokenizer
         self._stops = StopStrings(options.stops, include=options.include_stop)
         self._silent_ids = () if options.include_stop else ending_ids
         self._min_tokens = min_tokens
@@ -113,16 +111,21 @@ class ChoiceText:
 
 
 async def generate(
-    dispatcher: Dispatcher, tokenizer: Tokenizer, work: Work, options: TextOptions, usage: Usage
-) -> AsyncGenerator[TextDelta, None]:
+    dispatcher: Dispatcher, tokenizer: Tokenizer, work: Work, options: TextOptions, usage: Usage,
+    echoed: Detokenizer | None = None,
+) -> AsyncGenerator[TextDelta, None]:  # fmt: skip
     """Run `work`; yields deltas of all choices as they come, empty ones left out.
 
+    `echoed` has gone through the prompt, whose text the client gets too: what it holds back of the
+    prompt comes with the text of each choice.
     To be closed by whoever started it (`contextlib.aclosing`): that is what cancels it.
     """
     ending_ids = frozenset((*tokenizer.model.stop_token_ids, *work.params.stop_token_ids))
+    begin = echoed or tokenizer.detokenizer(
+        work.prompt_ids, skip_special_tokens=options.skip_special_tokens
+    )
     choices = [
-        ChoiceText(tokenizer, work.prompt_ids, options, ending_ids, work.params.min_tokens)
-        for _ in range(work.n)
+        ChoiceText(begin.copy(), options, ending_ids, work.params.min_tokens) for _ in range(work.n)
     ]
     async with dispatcher.run(work) as request, contextlib.aclosing(request.updates()) as updates:
         cached_tokens = 0

@@ -15,7 +15,7 @@ from typing import Any
 from common.errors import CheckpointError, InvalidRequest
 from common.model_folder.description import ModelDescription
 from gateway.chat_template import ChatTemplate
-from gateway.detokenizer import Decoder, Detokenizer, decoder_for, readable
+from gateway.detokenizer import Decoder, Detokenizer, readable
 
 LONG_TEXT = 8_192  # characters from which encoding leaves the event loop (about 2 ms of work)
 
@@ -32,8 +32,8 @@ class Tokenizer:
         self.model = model
         self._tokenizer = model.tokenizer
         self._special = {
-            index
-            for index, token in self._tokenizer.get_added_tokens_decoder().items()
+            token.content
+            for token in self._tokenizer.get_added_tokens_decoder().values()
             if token.special
         }
         template = model.chat_templates.get("default")
@@ -41,8 +41,8 @@ class Tokenizer:
             None if template is None else ChatTemplate(template, dict(model.special_tokens))
         )
         decoder = json.loads(self._tokenizer.to_str())["decoder"]
-        self._decoder: Decoder = decoder_for(decoder, self._visible_piece, self.decode)
-        self._full_decoder = decoder_for(decoder, self._piece, self._decode_all)
+        self._decoder = Decoder(decoder, self._visible_piece)
+        self._full_decoder = Decoder(decoder, self._piece)
 
     @property
     def has_chat_template(self) -> bool:
@@ -69,8 +69,9 @@ class Tokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         """What one token stands for by itself, for logprobs; a special token is its own name."""
-        if token_id in self._special:
-            return (self._tokenizer.id_to_token(token_id) or "").encode()
+        piece = self._piece(token_id)
+        if piece is not None and piece in self._special:
+            return piece.encode()
         return self._decoder.token_bytes(token_id)
 
     def token_text(self, token_id: int) -> str:
@@ -92,12 +93,10 @@ class Tokenizer:
         )
 
     def _visible_piece(self, token_id: int) -> str | None:
-        return None if token_id in self._special else self._piece(token_id)
+        piece = self._piece(token_id)
+        return None if piece in self._special else piece
 
     def _piece(self, token_id: int) -> str | None:
         known = 0 <= token_id < 2**32
         piece: str | None = self._tokenizer.id_to_token(token_id) if known else None
         return piece
-
-    def _decode_all(self, ids: list[int]) -> str:
-        return self.decode(ids, skip_special_tokens=False)

@@ -513,6 +513,33 @@ async def test_a_prompt_is_cut_to_what_is_asked_or_fits(tmp_path: Path) -> None:
         assert answer.status_code == 400
 
 
+@pytest.mark.parametrize("tail", ["", "\N{CUNEIFORM SIGN A}"])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_prompt_that_ends_inside_a_character_is_not_billed_to_the_completion(
+    tail: str, stream: bool
+) -> None:
+    """Echo and text are what all ids are at once; without echo the prompt's part stays away."""
+    cluster, http = await http_for()
+    character = QWEN.encode_now("a\N{CUNEIFORM SIGN A}", add_special_tokens=False)
+    for cut in range(2, len(character)):
+        prompt = character[:cut]
+        reply = [*(character[cut:] if tail else []), *ANSWER]
+        cluster.reply = lambda dispatch, choice, reply=reply: reply
+        whole = QWEN.decode([*prompt, *reply])
+        for echo in (True, False):
+            options = {"prompt": prompt, "echo": echo, "max_tokens": 20, "n": 2}
+            if stream:
+                chunks = events(await post(http, "/v1/completions", stream=True, **options))
+                texts = ["", ""]
+                for chunk in chunks:
+                    texts[chunk["choices"][0]["index"]] += chunk["choices"][0]["text"]
+            else:
+                got = (await post(http, "/v1/completions", **options)).json()
+                texts = [choice["text"] for choice in got["choices"]]
+                assert got["usage"]["completion_tokens"] == 2 * len(reply)
+            assert texts == [whole if echo else tail + "Hello there."] * 2
+
+
 @pytest.mark.parametrize(
     ("path", "change", "param"),
     [
