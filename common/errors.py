@@ -21,6 +21,7 @@
     │   └── LinkLost                  the connection to the peer is gone
     ├── EngineBroken              an engine computes nothing any more; another may do better
     ├── PoisonedRequest           computing this request makes engines fail, also when it is alone
+    ├── NotHeld                   a node has nothing (any more) of what it is asked for
     ├── NotFiniteLogits           the model gave NaN or infinity, or every token was banned
     ├── Overloaded                the service takes no further request now; retry later
     ├── RequestAborted            cancelled, timed out, or its owner is gone
@@ -139,6 +140,10 @@ class EngineBroken(PdqError):
 
 class PoisonedRequest(PdqError):
     code = "poisoned_request"
+
+
+class NotHeld(PdqError):
+    code = "not_held"
 
 
 class NotFiniteLogits(PdqError):

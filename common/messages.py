@@ -18,6 +18,7 @@ late by definition: it is counted and dropped.
     prefill ──Tokens (the first)──▶ gateway
     prefill ──Commit──▶ decode ──Ack──▶ prefill, both ──TookOver──▶ gateway
     decode ──Tokens──▶ gateway ──TokensAck──▶ decode
+    gateway ──HoldsQuery──▶ node ──Tokens | TookOver | Failed──▶ gateway
     node ──CacheEvents──▶ gateway ──CacheQuery──▶ node ──CacheContent──▶ gateway
     anyone ──Abort──▶ anyone, decode ──Release──▶ prefill, gateway ──Cancel──▶ nodes
     everyone ──Open, Beat…, Over──▶ everyone it has a link with
@@ -472,6 +473,23 @@ class TokensAck(Message):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class HoldsQuery(Message):
+    """gateway → node: on a new link, when one of two ends, and when a choice has been quiet for long.
+
+    For each (request, attempt, choice, below): all positions below `below` have arrived, which
+    acknowledges them, and what follows is expected from this node. It sends again what is not
+    acknowledged of these. Where it has nothing, and computes nothing, it repeats its last word,
+    TookOver or Failed; if there is none, or another node goes on from a later position only, it says
+    Failed: `not_held`. Duplicate: answered again. Late: its answer is about an attempt, or a holder,
+    that is no longer the current one, and dropped.
+    """
+
+    kind: ClassVar[int] = 43
+    gateway: str
+    choices: tuple[tuple[str, int, int, int], ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Cancel(Message):
     """gateway → node: free everything of attempts up to `attempt`. Duplicate, unknown: ignored."""
 
@@ -543,6 +561,6 @@ MESSAGES: dict[int, type[Message]] = {
     for message in (
         Dispatch, Hello, Welcome, Refuse, Offer, Grant, Deny, Blocks, Tail, Commit, Ack, Abort,
         Release, Pull, Slabs, Arrived, Proved, Tokens, TookOver, Stage, Failed, CacheEvents,
-        CacheContent, TokensAck, Cancel, CacheQuery, Open, Beat, Over, Goodbye,
+        CacheContent, TokensAck, HoldsQuery, Cancel, CacheQuery, Open, Beat, Over, Goodbye,
     )
 }  # fmt: skip

@@ -17,6 +17,7 @@ from common.errors import PdqError
 from common.messages import TokenRun, TookOver
 from common.node.attempt import Attempt
 from common.node.runtime import Node
+from common.node.token_stream import ChoiceKey
 from common.queue import Entry
 from common.sampling import FinishReason
 from decode_node.moves import Moves
@@ -164,6 +165,10 @@ class DecodeRole:
         for open_attempt in list(self._attempts.values()):
             if open_attempt.request == request and open_attempt.number <= attempt:
                 self._abort(open_attempt, reason)
+
+    def holds(self, key: ChoiceKey) -> bool:
+        attempt = self._attempts.get(key.engine_id)
+        return attempt is not None and key.choice in attempt.open_choices
 
     def gateway_linked(self, gateway: str) -> None:
         for attempt in self._attempts.values():

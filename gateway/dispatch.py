@@ -8,7 +8,8 @@ How a choice moves (a request's choices start together in attempt 1, a retry is 
     placed at a node ──Tokens──▶ … ──▶ finished
        │  ▲   TookOver: now another node holds it, from a position on
        ▼  │
-    holder lost, or a former one that owes tokens, or Failed(retryable)
+    holder lost, or a former one that owes tokens, or Failed(retryable), which a node also answers
+    when it has nothing of what it is asked for (holders.py)
        │  ▲
        ▼  │
     new attempt: prompt + delivered tokens, same border
@@ -32,6 +33,7 @@ from collections.abc import AsyncIterator, Coroutine
 
 import common.errors
 from common.errors import (
+    NotHeld,
     Overloaded,
     PdqError,
     PoisonedRequest,
@@ -52,6 +54,7 @@ from common.messages import (
     TokensAck,
     TookOver,
 )
+from gateway.holders import Holders
 from gateway.metrics import GatewayMetrics
 from gateway.open_request import Choice, OpenRequest, Update, Work
 from gateway.ports import Ending, NodeBus, NodeDirectory, NodeView, RequestStore
@@ -59,6 +62,7 @@ from gateway.router import Decision, RouteQuestion, Router, longest_request, wha
 
 log = get_logger("dispatch")
 
+NO_FAULT = frozenset({NotHeld.code})  # of the request: it costs no try
 NO_ROOM = frozenset({"out_of_blocks", "overloaded"})  # nobody failed: it costs time, not a try
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 1.0  # before a request that found no room asks again
 STORE_RETRY_S = 0.2  # between two tries to reach Redis for a retry
@@ -99,6 +103,7 @@ class Dispatcher:
         # Prompt tokens by node: sent, less those computed, since loads were read; may be negative.
         self._in_flight: Counter[str] = Counter()
         self._nodes_changed = asyncio.Event()
+        self._holders = Holders(gateway, self._open, bus, directory, self.on_node_lost)
         self._tasks: set[asyncio.Task[None]] = set()
 
     # ── For the HTTP side ────────────────────────────────────────────────────────────────────────
@@ -265,7 +270,7 @@ class Dispatcher:
     def _retry(self, request: OpenRequest, index: int, cause: str, avoid: str) -> None:
         """Start the next attempt of one choice; `avoid` is the incarnation that failed it."""
         choice = request.choices[index]
-        if choice.tries >= self._limits.max_attempts and cause not in NO_ROOM:
+        if choice.tries >= self._limits.max_attempts and cause not in NO_ROOM | NO_FAULT:
             request.fail(
                 ServiceUnavailable(f"given up after {choice.tries} attempts, the last: {cause}")
             )
@@ -274,16 +279,18 @@ class Dispatcher:
         if cause in NO_ROOM:
             pause = min(FIRST_PAUSE_S * 2**choice.refusals, LONGEST_PAUSE_S)
             choice.refusals = min(choice.refusals + 1, 10)
-        else:
+        elif cause not in NO_FAULT:
             choice.tries += 1
         choice.holder, choice.heard, choice.held_from = "", False, 0
         choice.owing.clear()
-        for other, below in choice.unacknowledged.items():  # it waited behind what is lost now
-            ack = (request.work.request, choice.stream.attempt, index, below)
-            self._bus.send(other, TokensAck(self._gateway, (ack,)))
+        waited, old = dict(choice.unacknowledged), choice.stream.attempt
         choice.unacknowledged.clear()
         request.attempt += 1
         choice.stream.begin(request.attempt)
+        for other, below in waited.items():  # behind what is lost now
+            self._bus.send(
+                other, TokensAck(self._gateway, ((request.work.request, old, index, below),))
+            )
         self._metrics.retries.labels(cause).inc()
         self._spawn(self._place_again(request, index, frozenset({avoid}), pause), "retry")
 
@@ -332,13 +339,17 @@ class Dispatcher:
     def on_nodes_changed(self) -> None:
         self._in_flight.clear()  # the loads that were just read hold it
         self._nodes_changed.set()
+        self._holders.look()
+
+    def on_node_linked(self, node: str) -> None:
+        self._holders.linked(node)
+        self.on_nodes_changed()
 
     def on_node_lost(self, node: str, reason: str) -> None:
         """Retry every choice that this incarnation held, or had tokens of that nobody else has."""
         for request in tuple(self._open.values()):
             for index, choice in enumerate(request.choices):
-                owes = choice.stream.below < choice.owing.get(node, 0)
-                if (choice.holder == node or owes) and not choice.done:
+                if (choice.holder == node or node in choice.owes()) and not choice.done:
                     log.info(
                         "choice.lost", request=request.work.request, choice=index, node=node,
                         reason=reason,
@@ -364,9 +375,12 @@ class Dispatcher:
             except ProtocolError as error:
                 self._metrics.refused_runs.inc()
                 log.warning("run.refused", node=node, error=error)
+                end = run.position + len(run.token_ids)  # nobody will take it: so nobody keep it
+                acks.append((run.request, run.attempt, run.choice, end))
                 continue
             acks.append((run.request, run.attempt, run.choice, choice.stream.acknowledged(run)))
             if run.attempt == choice.stream.attempt:
+                choice.stirred_at = time.monotonic()
                 self._acknowledge_others(node, choice, run)
             self._metrics.duplicate_tokens.inc(arrival.duplicates)
             if arrival.mismatched:
@@ -427,9 +441,13 @@ class Dispatcher:
     def _on_stage(self, message: Stage) -> None:
         request, choice = self._find("Stage", message)
         if request is None or choice is None:
+            if message.state == "prefilling":  # it begins: later ones may come after a good end
+                self._stop_unknown(message.node, message.request, message.attempt)
             return
         request.involved.add(message.node)
-        if message.attempt == choice.stream.attempt and not choice.heard:
+        if message.attempt < choice.stream.attempt:
+            self._stop_old(message.node, request, message.attempt)
+        elif message.attempt == choice.stream.attempt and not choice.heard:
             # An entry that nobody had read may have moved to another node.
             self._hold(choice, message.node)
         if message.cached_tokens > request.cached_tokens:
@@ -443,6 +461,9 @@ class Dispatcher:
             return
         if message.attempt != choice.stream.attempt or choice.done or not choice.holder:
             return  # an attempt that was given up before, or its second message
+        expected = (choice.holder, *choice.owes())
+        if message.code == NotHeld.code and message.node not in expected:
+            return  # nothing is expected from it any more
         if message.retryable:
             self._retry(request, message.choice, message.code, message.node)
         else:
@@ -461,7 +482,7 @@ class Dispatcher:
 
     def _hold(self, choice: Choice, node: str) -> None:
         """`node` has the choice now. What it said may have come after the news of its death."""
-        choice.holder, choice.heard = node, True
+        choice.holder, choice.heard, choice.stirred_at = node, True, time.monotonic()
         if self._directory.lost(node):
             self.on_node_lost(node, "gone before what it said arrived")
 

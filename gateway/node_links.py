@@ -4,8 +4,8 @@ Owns: one link to every node there is, the conclusion that an incarnation is dea
 all nodes that the router is given. Implements `ports.NodeDirectory` and `ports.NodeBus`; what comes
 in goes to `ports.Inbox`. Knows nothing of requests.
 
-    record appears ──▶ connect ──▶ link up: a candidate
-                          ▲            │ disconnected: once more, at once
+    record appears ──▶ connect ──▶ link up: a candidate; asked what it has of ours
+                          ▲            │ disconnected, or given up by the node: once more, at once
                           └────────────┤
                                        ▼ unreachable, silent, stalled, goodbye, …
                                      lost: on_node_lost; connected again only after a new beat
@@ -17,8 +17,10 @@ the loss of a link makes a death. A wrong conclusion costs one retry.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
+from math import inf
 
 from common.bus import Bus, Down
 from common.errors import LinkLost, ServiceUnavailable
@@ -32,6 +34,8 @@ from gateway.prefix_index import CacheEvent, PrefixIndex
 log = get_logger("nodes")
 
 WATCH_INTERVAL_S = 0.5
+NODE_LIVES = frozenset({Down.DISCONNECTED, Down.OVER})  # perhaps: it is tried once more, at once
+SECOND_TRY_S = 0.5  # between two such tries
 
 
 class NodeLinks:
@@ -50,7 +54,7 @@ class NodeLinks:
         self._records: dict[str, NodeRecord] = {}
         self._loads: dict[str, Load] = {}
         self._lost: dict[str, int] = {}  # incarnation → beats in its record when it was lost
-        self._second_try: set[str] = set()
+        self._second_try: dict[str, float] = {}  # incarnation → when it was last tried at once
         self._generation = ""
 
     # ── Ports ────────────────────────────────────────────────────────────────────────────────────
@@ -69,6 +73,9 @@ class NodeLinks:
 
     def lost(self, node: str) -> bool:
         return node in self._lost
+
+    def known(self, node: str) -> bool:
+        return node in self._records or node in self._bus.peers()
 
     def send(self, node: str, message: Message) -> None:
         try:
@@ -104,11 +111,12 @@ class NodeLinks:
             event = await self._bus.next_event()
             if event.up:
                 log.info("node.linked", node=event.peer)
-                self._second_try.discard(event.peer)
                 self._lost.pop(event.peer, None)
                 self.send(event.peer, CacheQuery(self._bus.incarnation))
-                self.inbox.on_nodes_changed()
-            elif event.reason is not Down.CLOSED and event.peer not in self._bus.peers():
+                self.inbox.on_node_linked(event.peer)
+            elif event.peer in self._bus.peers():
+                self.inbox.on_node_linked(event.peer)
+            elif event.reason is not Down.CLOSED:
                 self._link_ended(event.peer, event.reason)
 
     async def _receive(self) -> None:
@@ -146,19 +154,20 @@ class NodeLinks:
             self._lose(record.incarnation, "unconnectable")
 
     def _link_ended(self, node: str, reason: Down | None) -> None:
-        """No link is up. A connection that broke is tried once more; anything else is a death."""
+        """No link is up. One that says nothing of the node's death is opened once more, at once, and
+        then the node is asked; anything else is a death."""
         if self._bus.link(node) is not None:
             return  # one is being opened: what becomes of that decides
-        record = self._records.get(node)
-        again = reason is Down.DISCONNECTED and node not in self._second_try
+        record, now = self._records.get(node), time.monotonic()
+        again = reason in NODE_LIVES and now - self._second_try.get(node, -inf) >= SECOND_TRY_S
         if again and record is not None and record.endpoint:
-            self._second_try.add(node)
+            self._second_try[node] = now
             self._connect(record)
             return
         self._lose(node, reason.value if reason is not None else "")
 
     def _lose(self, node: str, reason: str) -> None:
-        self._second_try.discard(node)
+        self._second_try.pop(node, None)
         self._index.forget(node)
         if node not in self._lost:
             log.warning("node.lost", node=node, reason=reason)

@@ -55,6 +55,11 @@ class Choice:
     refusals: int = 0  # times that no node had room; up to 10
     done: bool = False  # finished, or stopped by us
     last_arrival: float = 0.0
+    stirred_at: float = 0.0  # when a node last spoke of it, or was asked about it
+
+    def owes(self) -> list[str]:
+        """Former holders that have not sent all that is theirs."""
+        return [node for node, end in self.owing.items() if self.stream.below < end]
 
 
 class OpenRequest:

@@ -54,6 +54,9 @@ class NodeDirectory(Protocol):
     def lost(self, node: str) -> bool:
         """Whether `on_node_lost` was called for it, and it has not come back since."""
 
+    def known(self, node: str) -> bool:
+        """Whether there is a record of it, or a link with it."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Ending:
@@ -105,6 +108,9 @@ class Inbox(Protocol):
     """What the seams call, always from the event loop."""
 
     def on_message(self, node: str, message: Message) -> None: ...
+
+    def on_node_linked(self, node: str) -> None:
+        """A link with it came up, or one ended beside another: what was on its way may be lost."""
 
     def on_node_lost(self, node: str, reason: str) -> None:
         """This incarnation is dead: link lost, beat without progress, or said goodbye."""

@@ -29,6 +29,7 @@ from common.messages import Dispatch, TokenRun
 from common.node.attempt import Attempt
 from common.node.handover import Handover, Handovers, askable
 from common.node.runtime import Node
+from common.node.token_stream import ChoiceKey
 from common.queue import Entry
 from common.sampling import FinishReason, SamplingParams
 from kv_transfer.ports import Adopted, Ended, Granted
@@ -259,6 +260,10 @@ class PrefillRole:
         for other in list(self._attempts.values()):
             if other.request == request and other.number <= attempt:
                 self._abort(other, reason)
+
+    def holds(self, key: ChoiceKey) -> bool:
+        handover = self._handovers.get((key.engine_id, key.choice))
+        return handover is not None and not handover.cancelled
 
     def gateway_linked(self, gateway: str) -> None:
         for handover in self._handovers.values():

@@ -44,8 +44,7 @@ class Attempt:
 
     @property
     def engine_id(self) -> str:
-        """What the engine calls it: attempts of one request never mix."""
-        return f"{self.request}/{self.number}"
+        return self.key(0).engine_id
 
     def key(self, choice: int) -> ChoiceKey:
         return ChoiceKey(self.request, self.number, choice)

@@ -251,7 +251,7 @@ class Handovers:
         """The other node says so too, but it may die between its Ack and that."""
         attempt = handover.attempt
         key = attempt.key(handover.sequence.choice)
-        self._node.send(attempt.gateway, TookOver(handover.peer, *key, handover.length + 1))
+        self._node.ended(attempt.gateway, TookOver(handover.peer, *key, handover.length + 1))
 
     def _ended(self, handover: Handover, peer: str) -> None:
         """A handoff is over without success."""

@@ -14,6 +14,7 @@ from common.engine.engine import PlannedStep
 from common.engine.output import StepOutput
 from common.engine.step import Chunk
 from common.errors import PdqError
+from common.node.token_stream import ChoiceKey
 from common.queue import Entry
 from kv_transfer.ports import Adopted, Ended, Granted
 
@@ -65,6 +66,10 @@ class NodeRole(Protocol):
 
     def give_up(self, engine_id: str, error: PdqError, *, retryable: bool) -> None:
         """This attempt, as the engine names it, cannot go on here: its gateway is told why."""
+        ...
+
+    def holds(self, key: ChoiceKey) -> bool:
+        """Whether this choice is computed here, or on its way elsewhere."""
         ...
 
     def gateway_linked(self, gateway: str) -> None:

@@ -5,8 +5,8 @@ role. Read `run` from top to bottom. Blocks, sequences and leases belong to the 
 thread; only `Engine.compute` and copies run elsewhere.
 
     take      queue entries, when the role has capacity → role.accept
-    listen    messages: transfer → links, acknowledgements → tokens, cancels → role
-    watch     links that come up (send again) or go down (gateway lost, KV link lost)
+    listen    messages: transfer → links; what gateways ask and acknowledge; cancels → role
+    watch     links that come up or go down → gateways; with a connection go the KV links over it
     announce  the node's record, once a beat; the other nodes, for the role to choose from
     compute   steps, while there is work (steps.py)
 """
@@ -19,7 +19,6 @@ import dataclasses
 import os
 import socket
 import time
-from collections import deque
 from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -32,13 +31,24 @@ from common.engine.engine import PlannedStep
 from common.engine.step import Chunk
 from common.errors import FingerprintMismatch, LinkLost, PdqError, ServiceUnavailable
 from common.logs import get_logger
-from common.messages import CacheQuery, Cancel, Failed, Message, Stage, TokenRun, TokensAck
+from common.messages import (
+    CacheQuery,
+    Cancel,
+    Failed,
+    HoldsQuery,
+    Message,
+    Stage,
+    TokenRun,
+    TokensAck,
+    TookOver,
+)
 from common.node.attempt import Attempt
 from common.node.cache_feed import CacheFeed
+from common.node.gateways import Gateways
 from common.node.kv import NodeKV, SharedMemory
 from common.node.role import NodeRole, load_role
 from common.node.steps import Steps
-from common.node.token_stream import ChoiceKey, TokenStream
+from common.node.token_stream import ChoiceKey
 from common.node.transports import make_transports
 from common.queue import Entry, NodeQueue, move_unread, queue_lengths
 from common.redis_client import RedisClient
@@ -51,9 +61,7 @@ from kv_transfer.transports.base import Target
 log = get_logger("node")
 
 ANNOUNCE_INTERVAL_S = 0.5
-GATEWAY_GRACE_S = 3.0  # for a gateway's link to come back before its requests are freed
 QUEUE_WAIT_S = 1.0
-FAILURES_REMEMBERED = 1024  # to say again on a new link
 SLOW_DEATHS = frozenset({Down.SILENT, Down.STALLED, Down.UNREACHABLE})  # found out by waiting
 
 
@@ -90,16 +98,14 @@ class Node:
         self.leases = Leases(self.engine.pool)
         self.links: Links
         self.transports = ""  # what this node has of them, fastest first
-        self.tokens = TokenStream(self.incarnation, self.send)
         self.cache_feed = CacheFeed(self.incarnation, self.engine.pool)
         self.role: NodeRole = load_role(settings.role, self)
+        self.gateways = Gateways(self.incarnation, self.bus, self.role)
         self.state = NodeState.STARTING
         self.peers: Snapshot | None = None
-        self._failures: deque[tuple[str, Failed]] = deque(maxlen=FAILURES_REMEMBERED)
         self.steps = Steps(self, self._thread, settings.bus.stall_limit_s)
         self._room = asyncio.Event()
         self._stopping = asyncio.Event()
-        self._gateways: dict[str, asyncio.TimerHandle] = {}  # lost ones, by when they are given up
         self._lost: dict[str, int] = {}  # peer → beats in its record then
         self._started_at = int(time.time() * 1000)
         self._beats = 0
@@ -107,12 +113,9 @@ class Node:
 
     # For the role.
 
-    def send(self, peer: str, message: Message) -> None:
+    def send(self, gateway: str, message: Message) -> None:
         """Send to a gateway, or drop: what matters is repeated by those who wait for it."""
-        try:
-            self.bus.send(peer, message)
-        except LinkLost:
-            log.info("message.dropped", peer=peer, kind=type(message).__name__)
+        self.gateways.send(gateway, message)
 
     def connect(self, peer: str, endpoint: str) -> None:
         """Have a link with a peer, or raise `LinkLost`."""
@@ -142,7 +145,7 @@ class Node:
             log.warning("node.unannounced", error=error)
 
     def push_tokens(self, runs: Iterable[tuple[str, TokenRun]]) -> None:
-        self.tokens.push(runs)
+        self.gateways.tokens.push(runs)
 
     def stage(
         self, gateway: str, key: ChoiceKey, state: str, seconds: dict[str, float], cached: int = 0
@@ -161,9 +164,12 @@ class Node:
     def failed(self, gateway: str, key: ChoiceKey, error: PdqError, *, retryable: bool) -> None:
         """Tell the gateway that this attempt is over here."""
         log.warning("attempt.failed", request=key.request, attempt=key.attempt, error=error)
-        message = Failed(self.incarnation, *key, error.code, str(error), retryable)
-        self._failures.append((gateway, message))
-        self.send(gateway, message)
+        word = Failed(self.incarnation, *key, error.code, str(error), retryable)
+        self.ended(gateway, word)
+
+    def ended(self, gateway: str, word: Failed | TookOver) -> None:
+        """Tell the gateway how a choice ended here."""
+        self.gateways.end(gateway, word)
 
     def done(self, entry: Entry) -> None:
         """The attempt is over here: its queue entry goes."""
@@ -208,7 +214,7 @@ class Node:
         self.links = self._make_links()
         stack.push_async_callback(self.links.close)
         self.links.start()
-        stack.callback(self._forget_gateways)
+        stack.callback(self.gateways.close)
         await asyncio.get_running_loop().run_in_executor(self._thread, self.engine.warm_up)
         loading.give_back_memory()
         self.state = NodeState.READY
@@ -231,10 +237,6 @@ class Node:
         """Wait for what was begun in the background."""
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _forget_gateways(self) -> None:
-        for timer in self._gateways.values():
-            timer.cancel()
-
     def stop(self) -> None:
         """Ask `run` to end in order; asked again, at once."""
         if self._stopping.is_set():
@@ -251,7 +253,7 @@ class Node:
             log.warning("node.unannounced", error=error)
         begun = time.monotonic()
         self.role.drain()
-        while self.role.num_open or self.tokens.num_unacknowledged:
+        while self.role.num_open or self.gateways.tokens.num_unacknowledged:
             if time.monotonic() - begun >= self.settings.grace_period_s:
                 log.warning("node.grace_over", open=self.role.num_open)
                 return
@@ -339,12 +341,13 @@ class Node:
             if isinstance(message, TRANSFER_MESSAGES):
                 self.links.receive(received.peer, received.link, message)
             elif isinstance(message, TokensAck):
-                for request, attempt, choice, below in message.acks:
-                    self.tokens.acknowledge(ChoiceKey(request, attempt, choice), below)
+                self.gateways.acknowledged(message)
+            elif isinstance(message, HoldsQuery):
+                self.gateways.asked(received.peer, message)
             elif isinstance(message, CacheQuery):
                 self.send(received.peer, self.cache_feed.content())
             elif isinstance(message, Cancel):
-                self.tokens.forget(message.request, message.attempt)
+                self.gateways.tokens.forget(message.request, message.attempt)
                 self.role.cancel(message.request, message.attempt, message.reason)
                 self.wake()
             else:
@@ -354,36 +357,14 @@ class Node:
         while True:
             event = await self.bus.next_event()
             if event.up:
-                timer = self._gateways.pop(event.peer, None)
-                if timer is not None:
-                    timer.cancel()
                 self._lost.pop(event.peer, None)
-                self._say_again(event.peer)
+                self.gateways.linked(event.peer)
                 continue
             if event.reason in SLOW_DEATHS and self.bus.link(event.peer) is None:
                 record = self.peers.records.get(event.peer) if self.peers is not None else None
                 self._lost[event.peer] = record.beats if record is not None else 0
             self.links.connection_lost(event.link)
-            if self.bus.link(event.peer) is None and event.peer not in self._gateways:
-                loop = asyncio.get_running_loop()
-                self._gateways[event.peer] = loop.call_later(
-                    GATEWAY_GRACE_S, self._give_up, event.peer
-                )
-            self.wake()
-
-    def _say_again(self, gateway: str) -> None:
-        """A new link. What the old one lost is repeated; what it did not lose does no harm."""
-        self.role.gateway_linked(gateway)
-        for name, message in self._failures:
-            if name == gateway:
-                self.send(gateway, message)
-        self.tokens.resend(gateway)
-
-    def _give_up(self, peer: str) -> None:
-        del self._gateways[peer]
-        if self.bus.link(peer) is None:
-            self.role.gateway_lost(peer)
-            self.tokens.forget_gateway(peer)
+            self.gateways.unlinked(event.peer)
             self.wake()
 
     async def _announce(self) -> None:
@@ -466,7 +447,7 @@ class Node:
             max_model_len=engine.max_model_len, waiting=engine.scheduler.num_waiting,
             running=engine.scheduler.num_running, free_blocks=engine.pool.num_free,
             open_attempts=self.role.num_open, leases=sum(self.leases.count().values()),
-            reserved=self.kv.num_reserved, unacknowledged=self.tokens.num_unacknowledged,
+            reserved=self.kv.num_reserved, unacknowledged=self.gateways.tokens.num_unacknowledged,
             steps=engine.num_steps, beats=self._beats, alone=self.steps.alone,
         )  # fmt: skip
 

@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 from common.messages import TokenRun, Tokens
 
+RESENT_AT_ONCE = 256  # runs in one message
+
 
 class ChoiceKey(NamedTuple):
     """One choice of one attempt."""
@@ -20,6 +22,11 @@ class ChoiceKey(NamedTuple):
     request: str
     attempt: int
     choice: int
+
+    @property
+    def engine_id(self) -> str:
+        """What the engine calls its attempt: attempts of one request never mix."""
+        return f"{self.request}/{self.attempt}"
 
 
 @dataclasses.dataclass(slots=True)
@@ -55,11 +62,18 @@ class TokenStream:
         if not kept.runs:
             del self._kept[key]
 
-    def resend(self, gateway: str) -> None:
-        """A new link with this gateway: whatever it has not acknowledged goes again, in order."""
-        runs = [run for kept in self._kept.values() if kept.gateway == gateway for run in kept.runs]
-        if runs:
-            self._send(gateway, Tokens(self._node, tuple(runs)))
+    def resend(self, gateway: str, only: ChoiceKey | None = None) -> bool:
+        """What this gateway has not acknowledged, of all choices or of one, goes again, in order;
+        False: there is nothing."""
+        runs = [
+            run
+            for key, kept in ([(only, self._kept.get(only))] if only else self._kept.items())
+            if kept is not None and kept.gateway == gateway
+            for run in kept.runs
+        ]
+        for start in range(0, len(runs), RESENT_AT_ONCE):
+            self._send(gateway, Tokens(self._node, tuple(runs[start : start + RESENT_AT_ONCE])))
+        return bool(runs)
 
     def forget(self, request: str, attempt: int) -> None:
         """The gateway wants nothing more of attempts up to this one."""

@@ -133,6 +133,9 @@ class FakeCluster:
     def lost(self, node: str) -> bool:
         return node not in self.members
 
+    def known(self, node: str) -> bool:
+        return node in self.members
+
     # ── RequestStore ─────────────────────────────────────────────────────────────────────────────
 
     async def accept(self, node: str, dispatch: Dispatch, *, claimed_by: str = "") -> None:

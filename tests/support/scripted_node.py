@@ -154,6 +154,8 @@ class ScriptedNode:
     def send(self, gateway: str, message: Message) -> None:
         self.said.append(message)
 
+    ended = send
+
     def failed(self, gateway: str, key: Any, error: Any, *, retryable: bool) -> None:
         self.said.append(Failed("p", *key, error.code, str(error), retryable))
 

@@ -1,0 +1,131 @@
+"""What a node owes to gateways, and what it still knows of that when a link with one ends.
+
+Owns the tokens that are not acknowledged, the last word about each choice that has ended here, and
+how long a gateway without a link is waited for. Knows of requests only by the role (`Attempts`).
+The rules are in common/README.md, "Streams of tokens".
+
+    linked ──the last link ends──▶ waited for ──GATEWAY_GRACE_S──▶ given up: all of it is freed here
+       ▲                               │                                   │
+       └─────────── a link ────────────┴───────────────────────────────────┘
+       says again what runs, and what is not acknowledged; answers what the gateway asks
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from typing import Protocol
+
+from common.errors import LinkLost, NotHeld
+from common.logs import get_logger
+from common.messages import Failed, HoldsQuery, Message, TokensAck, TookOver
+from common.node.token_stream import ChoiceKey, TokenStream
+
+log = get_logger("gateways")
+
+GATEWAY_GRACE_S = 3.0  # for a gateway's link to come back before its requests are freed
+LAST_WORDS = 4096  # about choices that have ended here
+
+
+class Sending(Protocol):
+    """What is used of common/bus.py."""
+
+    def send(self, peer: str, message: Message) -> None: ...
+
+    def link(self, peer: str) -> str | None: ...
+
+
+class Attempts(Protocol):
+    """The role, as it is seen from here."""
+
+    def holds(self, key: ChoiceKey) -> bool:
+        """Whether this choice is computed here, or on its way elsewhere."""
+        ...
+
+    def gateway_linked(self, gateway: str) -> None: ...
+
+    def gateway_lost(self, gateway: str) -> None: ...
+
+
+class Gateways:
+    """All gateways of one node. Tell it of every link that comes up or ends."""
+
+    def __init__(self, node: str, bus: Sending, attempts: Attempts) -> None:
+        self._node, self._bus, self._attempts = node, bus, attempts
+        self.tokens = TokenStream(node, self.send)
+        self._waiting: dict[str, asyncio.TimerHandle] = {}  # without a link, until given up
+        self._last_words: OrderedDict[ChoiceKey, Failed | TookOver] = OrderedDict()
+
+    def send(self, gateway: str, message: Message) -> None:
+        """Send, or drop: what matters is said again on the next link; without one, the time for
+        that begins to run."""
+        try:
+            self._bus.send(gateway, message)
+        except LinkLost:
+            log.info("message.dropped", peer=gateway, kind=type(message).__name__)
+            self._wait_for(gateway)
+
+    def end(self, gateway: str, word: Failed | TookOver) -> None:
+        """Say how a choice ended here; it is said again to a gateway that asks for it."""
+        key = ChoiceKey(word.request, word.attempt, word.choice)
+        self._last_words[key] = word
+        self._last_words.move_to_end(key)
+        if len(self._last_words) > LAST_WORDS:
+            self._last_words.popitem(last=False)
+        self.send(gateway, word)
+
+    # Links.
+
+    def linked(self, gateway: str) -> None:
+        """A link came up, or one of two has ended: what was lost with the other is repeated, and what
+        was not lost does no harm."""
+        timer = self._waiting.pop(gateway, None)
+        if timer is not None:
+            timer.cancel()
+        self._attempts.gateway_linked(gateway)
+        self.tokens.resend(gateway)
+
+    def unlinked(self, gateway: str) -> None:
+        """A link has ended."""
+        if self._bus.link(gateway) is None:
+            self._wait_for(gateway)
+        else:
+            self.linked(gateway)
+
+    def _wait_for(self, gateway: str) -> None:
+        if gateway not in self._waiting:
+            loop = asyncio.get_running_loop()
+            self._waiting[gateway] = loop.call_later(GATEWAY_GRACE_S, self._give_up, gateway)
+
+    def _give_up(self, gateway: str) -> None:
+        del self._waiting[gateway]
+        if self._bus.link(gateway) is None:  # else that one decides
+            self._attempts.gateway_lost(gateway)
+            self.tokens.forget_gateway(gateway)
+
+    def close(self) -> None:
+        for timer in self._waiting.values():
+            timer.cancel()
+        self._waiting.clear()
+
+    # What gateways say.
+
+    def acknowledged(self, message: TokensAck) -> None:
+        for request, attempt, choice, below in message.acks:
+            self.tokens.acknowledge(ChoiceKey(request, attempt, choice), below)
+
+    def asked(self, gateway: str, query: HoldsQuery) -> None:
+        """Answer for each choice from which the gateway can expect nothing of this node."""
+        for request, attempt, choice, below in query.choices:
+            key = ChoiceKey(request, attempt, choice)
+            self.tokens.acknowledge(key, below)
+            if self.tokens.resend(gateway, key) or self._attempts.holds(key):
+                continue
+            word = self._last_words.get(key)
+            if word is None or (isinstance(word, TookOver) and word.position > below):
+                error = NotHeld("this node has nothing of it")
+                word = Failed(self._node, *key, error.code, error.message, True)
+            log.info(
+                "choice.not_held", gateway=gateway, request=request, answer=type(word).__name__
+            )
+            self.send(gateway, word)

@@ -1,0 +1,495 @@
+"""A gateway and nodes, on the code that serves: dispatcher, node links, links, token streams.
+
+Owns what stands in for the rest: Redis (`Store`), which never fails; the engine, which makes a token
+of each choice in every step; and a handoff of one message and its Ack, upon which nothing here
+depends (the protocol of real ones has its own proof, tests/support/protocol). `Schedule` has faults
+happen, and says what must hold after them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Sequence
+
+from common.bus_links import Down
+from common.errors import LinkLost
+from common.messages import (
+    Ack,
+    CacheQuery,
+    Cancel,
+    Dispatch,
+    Failed,
+    HoldsQuery,
+    Message,
+    Offer,
+    Stage,
+    TokenRun,
+    Tokens,
+    TokensAck,
+    TookOver,
+)
+from common.metrics import Metrics
+from common.node.gateways import Gateways
+from common.node.token_stream import ChoiceKey
+from common.registry import NodeRecord, NodeState, Role, Snapshot
+from common.requests import Load
+from common.sampling import SamplingParams
+from gateway.dispatch import Dispatcher, Limits
+from gateway.metrics import GatewayMetrics
+from gateway.node_links import NodeLinks
+from gateway.open_request import Work
+from gateway.ports import Ending
+from gateway.prefix_index import PrefixIndex
+from gateway.router import LeastLoadedRouter
+from tests.support.fake_cluster import FINGERPRINT, MODEL, endless
+from tests.support.streams.world import Process, VirtualBus, World
+
+STEP_S = 0.2  # of an engine: one token of each choice
+PREFILL_S = 0.2
+ROUND_TRIP_S = 0.002  # to Redis
+GATEWAY = "gateway"
+HEALED_S = 60.0  # from the last fault until everything has ended
+
+
+@dataclasses.dataclass(slots=True)
+class _Entry:
+    dispatch: Dispatch
+    node: str
+    claim: str = ""
+
+
+class Store:
+    """Redis: records of nodes, queues, claims. Implements what gateway and nodes ask of it."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.records: dict[str, NodeRecord] = {}
+        self.entries: dict[tuple[str, int], _Entry] = {}
+        self.attempts: dict[tuple[str, int], int] = {}  # of each choice, the latest
+        self.ended: set[str] = set()
+        self.nodes: dict[str, VirtualNode] = {}
+
+    # RequestStore.
+
+    async def accept(self, node: str, dispatch: Dispatch, *, claimed_by: str = "") -> None:
+        await asyncio.sleep(ROUND_TRIP_S)
+        key = (dispatch.request, dispatch.attempt)
+        if key in self.entries:
+            return
+        for choice in dispatch.choices:
+            self.attempts[dispatch.request, choice] = dispatch.attempt
+        self.entries[key] = _Entry(dispatch, node, claimed_by)
+        if node in self.nodes:
+            self.nodes[node].process.soon(self.nodes[node].room.set)
+
+    async def advance(self, stage: Stage) -> None: ...
+
+    async def finish(self, request: str, endings: Sequence[Ending]) -> None:
+        self.ended.add(request)
+
+    async def end(self, request: str, state: str, code: str, message: str) -> None:
+        self.ended.add(request)
+
+    def is_wanted(self, dispatch: Dispatch) -> bool:
+        if dispatch.request in self.ended:
+            return False
+        return any(
+            self.attempts[dispatch.request, choice] == dispatch.attempt
+            for choice in dispatch.choices
+        )
+
+    # Registry and loads.
+
+    async def watch(self, interval_s: float) -> AsyncIterator[Snapshot]:
+        while True:
+            yield Snapshot(dict(self.records), dict.fromkeys(self.records, 0.0), "1")
+            await asyncio.sleep(interval_s)
+
+    async def loads(self, incarnations: Sequence[str]) -> dict[str, Load]:
+        return {}
+
+    # Nodes.
+
+    def claim(self, node: str) -> list[Dispatch]:
+        found = [e for e in self.entries.values() if e.node == node and not e.claim]
+        wanted = [entry for entry in found if self.is_wanted(entry.dispatch)]
+        for entry in wanted:
+            entry.claim = node
+        return [entry.dispatch for entry in wanted]
+
+
+@dataclasses.dataclass(slots=True)
+class _Sequence:
+    """One choice in one attempt at a node."""
+
+    dispatch: Dispatch
+    choice: int
+    position: int  # of the next token
+    taken_over_at: int = 0  # where it came by a handoff
+    ready_at: float = 0.0
+    peer: str = ""  # it is handed over to, and waits for Ack
+
+    @property
+    def key(self) -> ChoiceKey:
+        return ChoiceKey(self.dispatch.request, self.dispatch.attempt, self.choice)
+
+
+class VirtualNode:
+    """A node without an engine; what it owes to gateways is kept by the real `Gateways`."""
+
+    def __init__(self, process: Process, store: Store, role: Role) -> None:
+        self.process, self.store, self.role = process, store, role
+        self.world, self.name = process.world, process.name
+        self.bus = VirtualBus(process)
+        self.gateways = Gateways(self.name, self.bus, self)
+        self.sequences: dict[ChoiceKey, _Sequence] = {}
+        self.room = asyncio.Event()
+        self.work = asyncio.Event()
+        self.beats = 0
+        self.acknowledged: Counter[ChoiceKey] = Counter()  # below which position
+        self.gateways.send = self._check_sent  # type: ignore[method-assign]
+        store.nodes[self.name] = self
+        for loop in (self.bus.beat, self._listen, self._watch, self._announce, self._take,
+                     self._compute):  # fmt: skip
+            process.start(loop())
+
+    async def _announce(self) -> None:
+        while True:
+            self.beats += 1
+            self.store.records[self.name] = NodeRecord(
+                self.name, self.name, self.role, NodeState.READY, self.bus.endpoint,
+                model=FINGERPRINT.model, revision=FINGERPRINT.revision, layout=FINGERPRINT.layout,
+                numerics=FINGERPRINT.numerics, tokenizer=FINGERPRINT.tokenizer, block_size=16,
+                num_blocks=64, free_blocks=64, max_num_seqs=16, max_model_len=512,
+                beats=self.beats,
+            )  # fmt: skip
+            await asyncio.sleep(0.5)
+
+    async def _take(self) -> None:
+        while True:
+            self.room.clear()
+            claimed = self.store.claim(self.name)
+            await asyncio.sleep(ROUND_TRIP_S)
+            for dispatch in claimed:
+                self._connect(dispatch.gateway, dispatch.gateway_endpoint)
+                for choice in dispatch.choices:
+                    sequence = _Sequence(dispatch, choice, len(dispatch.token_ids))
+                    sequence.ready_at = self.world.now + PREFILL_S
+                    self.sequences[sequence.key] = sequence
+                    self._say_who_has(sequence)
+                self.work.set()
+            if not claimed:
+                await self.room.wait()
+
+    def _connect(self, peer: str, endpoint: str) -> None:
+        if self.bus.link(peer) is None:
+            self.bus.connect(peer, endpoint)
+
+    async def _listen(self) -> None:
+        while True:
+            received = await self.bus.receive()
+            match received.message:
+                case TokensAck() as message:
+                    for request, attempt, choice, below in message.acks:
+                        key = ChoiceKey(request, attempt, choice)
+                        self.acknowledged[key] = max(self.acknowledged[key], below)
+                    self.gateways.acknowledged(message)
+                case HoldsQuery() as message:
+                    self.gateways.asked(received.peer, message)
+                case Cancel(request=request, attempt=attempt):
+                    self.gateways.tokens.forget(request, attempt)
+                    for key in [k for k in self.sequences if k[0] == request and k[1] <= attempt]:
+                        del self.sequences[key]
+                case Offer() as offer:
+                    self._adopt(received.peer, offer)
+                case Ack(request=request, attempt=attempt, choice=choice):
+                    self._handed_over(ChoiceKey(request, attempt, choice), received.peer)
+                case CacheQuery():
+                    pass
+                case message:
+                    raise AssertionError(f"{self.name} got {message}")
+
+    async def _watch(self) -> None:
+        while True:
+            event = await self.bus.next_event()
+            if event.up:
+                self.gateways.linked(event.peer)
+                continue
+            self.gateways.unlinked(event.peer)
+            for sequence in [s for s in self.sequences.values() if s.peer == event.peer]:
+                self._failed(sequence)  # its peer may have it: it is computed twice, then
+
+    def _check_sent(self, gateway: str, message: Message) -> None:
+        """What was acknowledged once is never sent again."""
+        for run in message.runs if isinstance(message, Tokens) else ():
+            below = self.acknowledged[ChoiceKey(run.request, run.attempt, run.choice)]
+            assert run.position + len(run.token_ids) > below, f"{run} was acknowledged: {below}"
+        Gateways.send(self.gateways, gateway, message)
+
+    # The engine.
+
+    async def _compute(self) -> None:
+        while True:
+            self.work.clear()
+            if not self.sequences:
+                await self.work.wait()
+            await asyncio.sleep(STEP_S)
+            runs, ended = [], []
+            for sequence in list(self.sequences.values()):
+                if sequence.ready_at <= self.world.now and not sequence.peer:
+                    runs.append((sequence.dispatch.gateway, self._token(sequence)))
+                    if runs[-1][1].finish_reason:
+                        ended.append(sequence)
+                    elif self.role is Role.PREFILL:
+                        self._hand_over(sequence)
+            self.gateways.tokens.push(runs)
+            for sequence in ended:
+                del self.sequences[sequence.key]
+
+    def _token(self, sequence: _Sequence) -> TokenRun:
+        dispatch, position = sequence.dispatch, sequence.position
+        index = position - dispatch.prompt_len
+        token = endless(dispatch, sequence.choice)[index]
+        reason = "length" if index == dispatch.params.max_tokens - 1 else ""
+        sequence.position += 1
+        return TokenRun(*sequence.key, position, (token,), (), reason)
+
+    # Handoffs.
+
+    def _hand_over(self, sequence: _Sequence) -> None:
+        decode = [r for r in self.store.records.values() if r.role is Role.DECODE]
+        if not decode:
+            self._failed(sequence)
+            return
+        peer = self.world.random.choice(decode)
+        sequence.peer = peer.incarnation
+        self._connect(peer.incarnation, peer.endpoint)
+        d = sequence.dispatch
+        offer = Offer(
+            "link", *sequence.key, 1, (*d.token_ids,), d.prompt_len, d.params, (),
+            sequence.position - len(d.token_ids), d.gateway, d.gateway_endpoint, "", 0, 0,
+        )  # fmt: skip
+        with contextlib.suppress(LinkLost):  # the event that follows says it, too
+            self.bus.send(sequence.peer, offer)
+
+    def _adopt(self, peer: str, offer: Offer) -> None:
+        dispatch = Dispatch(
+            offer.request, offer.attempt, (offer.choice,), offer.token_ids, offer.prompt_len,
+            offer.params, offer.gateway, offer.gateway_endpoint, "", "", "", 0, 0, "", MODEL,
+        )  # fmt: skip
+        position = len(offer.token_ids) + offer.tail_fill
+        sequence = _Sequence(dispatch, offer.choice, position, position)
+        if sequence.key not in self.sequences:
+            self.sequences[sequence.key] = sequence
+            self._connect(offer.gateway, offer.gateway_endpoint)
+            self._say_who_has(sequence)
+            self.work.set()
+        with contextlib.suppress(LinkLost):
+            self.bus.send(peer, Ack("link", *sequence.key, 1))
+
+    def _handed_over(self, key: ChoiceKey, peer: str) -> None:
+        sequence = self.sequences.get(key)
+        if sequence is not None and sequence.peer == peer:
+            del self.sequences[key]
+            word = TookOver(peer, *key, sequence.position)
+            self.gateways.end(sequence.dispatch.gateway, word)
+
+    def _failed(self, sequence: _Sequence) -> None:
+        del self.sequences[sequence.key]
+        word = Failed(self.name, *sequence.key, LinkLost.code, "no peer", True)
+        self.gateways.end(sequence.dispatch.gateway, word)
+
+    # Attempts, for `Gateways`.
+
+    def _say_who_has(self, sequence: _Sequence) -> None:
+        word: Message = Stage(self.name, *sequence.key, "prefilling", {}, 0)
+        if sequence.taken_over_at:
+            word = TookOver(self.name, *sequence.key, sequence.taken_over_at)
+        self.gateways.send(sequence.dispatch.gateway, word)
+
+    def holds(self, key: ChoiceKey) -> bool:
+        return key in self.sequences
+
+    def gateway_linked(self, gateway: str) -> None:
+        for sequence in self.sequences.values():
+            if sequence.dispatch.gateway == gateway:
+                self._say_who_has(sequence)
+
+    def gateway_lost(self, gateway: str) -> None:
+        for key, sequence in list(self.sequences.items()):
+            if sequence.dispatch.gateway == gateway:
+                del self.sequences[key]
+
+
+class VirtualGateway:
+    """The gateway's own code, but for HTTP and text."""
+
+    def __init__(self, process: Process, store: Store) -> None:
+        self.process = process
+        self.bus = VirtualBus(process)
+        index = PrefixIndex()
+        self.links = NodeLinks(self.bus, store, store, index)  # type: ignore[arg-type]
+        self.dispatcher = Dispatcher(
+            gateway=process.name, store=store, bus=self.links, directory=self.links,
+            router=LeastLoadedRouter(index), limits=Limits(max_attempts=50, placement_timeout_s=60.0),
+            metrics=GatewayMetrics(Metrics()),
+        )  # fmt: skip
+        self.links.inbox = self.dispatcher
+        self._send, self.links.send = self.links.send, self._check_sent  # type: ignore[method-assign]
+        self.asked: dict[str, Work] = {}
+        self.got: dict[str, list[list[int]]] = {}
+        self.clients: dict[str, asyncio.Task[None]] = {}
+        process.start(self.bus.beat())
+        process.start(self.links.run())
+
+    def ask(self, name: str, *, max_tokens: int, n: int) -> None:
+        params = SamplingParams(max_tokens=max_tokens, seed=len(name))
+        work = Work(name, tuple(range(100, 120)), params, MODEL, n=n)
+        self.got[name] = [[] for _ in range(n)]
+        self.asked[name] = work
+        self.clients[name] = self.process.start(self._ask(work))
+
+    async def _ask(self, work: Work) -> None:
+        async with self.dispatcher.run(work) as request:
+            async for update in request.updates():
+                self.got[work.request][update.choice] += [t.token_id for t in update.tokens]
+
+    def _check_sent(self, node: str, message: Message) -> None:
+        """Nothing is acknowledged that its client has not got."""
+        for name, attempt, index, below in message.acks if isinstance(message, TokensAck) else ():
+            request = self.dispatcher._open.get(name)
+            if request is not None and request.choices[index].stream.attempt == attempt:
+                assert below <= request.choices[index].stream.below, f"{message} from nowhere"
+        self._send(node, message)
+
+
+FAULTS = ("stop gateway", "stop node", "cut", "part", "kill", "forget link", "forget choice")
+
+
+class Schedule:
+    """Requests and faults, as the seed will have them; then all heals, and everything must end."""
+
+    def __init__(self, seed: int, *, faults: Sequence[str] = FAULTS, lasting: float = 0.0) -> None:
+        """`lasting`: how long each stop and parting lasts, else it is drawn."""
+        self.world = World(seed)
+        self.random = self.world.random
+        self.store = Store(self.world)
+        self._faults, self._lasting = faults, lasting
+        self.log: list[str] = []
+        self._serial = 0
+        self._ends_at = self.world.now
+
+    def run(self) -> None:
+        """Raises `AssertionError` with the faults that happened, if anything that must hold does not."""
+        with self.world.clock():
+            try:
+                self._run()
+            except BaseException as error:
+                error.add_note("\n".join(self.log))
+                raise
+
+    def _run(self) -> None:
+        random, world = self.random, self.world
+        self.gateway = VirtualGateway(Process(world, GATEWAY), self.store)
+        roles = random.choice([
+            [Role.UNIFIED] * 2, [Role.PREFILL, Role.DECODE], [Role.PREFILL] * 2 + [Role.DECODE] * 2,
+        ])  # fmt: skip
+        for role in roles:
+            self._start_node(role)
+        world.run_until(lambda: len(self.gateway.bus.peers()) == len(roles), 5.0)
+        for number in range(random.randint(1, 4)):
+            world.later(random.uniform(0.0, 4.0), self._ask, f"r{number}")
+        for _ in range(random.randint(1, 3)):
+            world.later(random.uniform(0.0, 10.0), self._fault, random.choice(list(self._faults)))
+        world.run_until(lambda: False, 10.0)
+        world.run_until(lambda: world.now > self._ends_at, 100.0)
+        self._note("all is healed")
+        clients = self.gateway.clients.values()
+        assert world.run_until(lambda: all(c.done() for c in clients), HEALED_S), self._left()
+        for client in clients:
+            client.result()
+        assert self.gateway.got == {n: _truth(work) for n, work in self.gateway.asked.items()}
+        assert world.run_until(lambda: not self._left(), HEALED_S), self._left()
+        assert self.store.ended == self.gateway.asked.keys()
+
+    def _left(self) -> list[str]:
+        left = [
+            f"{name}: {client.get_name()} {self.gateway.got[name]}"
+            for name, client in self.gateway.clients.items()
+            if not client.done()
+        ]
+        for name, node in self.store.nodes.items():
+            if tokens := node.gateways.tokens.num_unacknowledged:
+                left.append(f"{name} has {tokens} unacknowledged")
+            if node.sequences:
+                left.append(f"{name} computes {list(node.sequences)}")
+        return left
+
+    def _start_node(self, role: Role) -> None:
+        self._serial += 1
+        VirtualNode(Process(self.world, f"{role}-{self._serial}"), self.store, role)
+
+    def _ask(self, name: str) -> None:
+        tokens, n = self.random.randint(1, 60), self.random.choice([1, 1, 2])
+        self.gateway.process.soon(lambda: self.gateway.ask(name, max_tokens=tokens, n=n))
+
+    def _note(self, what: str) -> None:
+        self.log.append(f"{self.world.now - 1000.0:7.3f} {what}")
+
+    # Faults.
+
+    def _fault(self, kind: str) -> None:
+        random, world = self.random, self.world
+        lasting = self._lasting or random.choice(
+            [0.5, 1.0, 2.9, 4.0, 5.0, 6.1, 7.0, 8.0, 12.0, 30.0]
+        )
+        node = random.choice(list(self.store.nodes.values()))
+        if kind.startswith("stop"):
+            process = self.gateway.process if kind == "stop gateway" else node.process
+            if not process.stopped:
+                process.stop()
+                self._until(lasting, f"{process.name} is stopped", process.go_on)
+        elif kind == "part":
+            names = random.sample([GATEWAY, *self.store.nodes], 2)
+            world.parted.add(frozenset(names))
+            self._until(
+                lasting, f"{names} are parted", lambda: world.parted.discard(frozenset(names))
+            )
+        elif kind == "cut":
+            live = [c for c in world.connections.values() if not (c.broken or c.closed)]
+            if live:
+                connection = random.choice(live)
+                connection.cut()
+                self._note(f"cut {connection.address!r}")
+        elif kind == "kill":
+            if not node.process.stopped:
+                node.process.kill()
+                del self.store.nodes[node.name]
+                del self.store.records[node.name]
+                self._until(1.0, f"{node.name} is killed", lambda: self._start_node(node.role))
+        elif kind == "forget link":
+            bus = random.choice([self.gateway.bus, *(n.bus for n in self.store.nodes.values())])
+            if links := list(bus._links):
+                link = random.choice(links)
+                bus.process.soon(lambda: bus._links.end(link, Down.SILENT, silently=True))
+                self._note(f"{bus.incarnation} forgets {link.id} with {link.peer}")
+        elif node.sequences:
+            key = random.choice(list(node.sequences))
+            node.process.soon(lambda: node.sequences.pop(key, None))
+            self._note(f"{node.name} forgets {key}")
+
+    def _until(self, lasting: float, what: str, healed: Callable[[], None]) -> None:
+        self._note(f"{what} for {lasting} s")
+        self._ends_at = max(self._ends_at, self.world.now + lasting)
+        self.world.later(lasting, healed)
+
+
+def _truth(work: Work) -> list[list[int]]:
+    dispatch = Dispatch(
+        "", 1, (0,), work.prompt_ids, len(work.prompt_ids), work.params, "", "", "", "", "", 0, 0,
+        "", MODEL,
+    )  # fmt: skip
+    return [endless(dispatch, choice)[: work.params.max_tokens] for choice in range(work.n)]
