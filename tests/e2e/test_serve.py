@@ -14,12 +14,14 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx
 import psutil
 import pytest
 
 from common.config import RedisSettings
+from common.errors import ConfigError
 from common.redis_client import RedisClient
 from common.redis_server import EmbeddedRedis
 from tests.support.serve_process import ServeProcess, serving, wait_until
@@ -294,35 +296,64 @@ def test_a_node_that_keeps_dying_ends_it(tmp_path: Path) -> None:
     serve.assert_nothing_left()
 
 
-# ── A Redis that is given ────────────────────────────────────────────────────────────────────────
+# ── Secrets ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_given_redis_is_used_and_its_password_shown_nowhere(tmp_path: Path) -> None:
+def test_a_redis_of_its_own_has_a_password_that_only_its_user_can_find(
+    served: ServeProcess,
+) -> None:
+    (note,) = served.notes.rglob("*.json")
+    assert note.stat().st_mode & 0o077 == 0
+    url = json.loads(note.read_text())["redis_url"]
+    stranger = f"redis://127.0.0.1:{urlsplit(url).port}/0"
+    asyncio.run(_refused(stranger))
+    _assert_hidden(served, [urlsplit(url).password or ""])
+
+
+def test_secrets_that_are_given_are_shown_nowhere(tmp_path: Path) -> None:
     with contextlib.ExitStack() as stack:
         redis = stack.enter_context(EmbeddedRedis())
-        url = redis.url.replace("://", "://:hunter2@")
-        asyncio.run(_guard(redis.url, "hunter2"))
-        variables = {"PDQ_REDIS_URL": url}
-        serve = stack.enter_context(serving(tmp_path, *UNIFIED, variables=variables))
-        serve.url()
+        keys = tmp_path / "keys"
+        keys.write_text("sk-in-a-file\n")
+        keys.chmod(0o600)
+        given = {"PDQ_REDIS_URL": redis.url, "PDQ_API_KEYS": "sk-in-a-variable"}
+        flags = (*UNIFIED, "--api-key-file", str(keys), "--log-level", "debug")
+        serve = stack.enter_context(serving(tmp_path, *flags, variables=given))
+        url = serve.url()
         serve.line(r"^redis +ready +(valkey|redis) \S+, given, at 127\.0\.0\.1:\d+$")
-        commands = [child.cmdline() for child in serve.children.values()]
-        told = [serve.output, *map(str, commands), serve.pdq("nodes"), serve.pdq("nodes", "--json")]
-        assert not [text for text in told if "hunter2" in text]
-        (note,) = serve.notes.rglob("*.json")
-        assert note.stat().st_mode & 0o077 == 0
+        body = {"prompt": "Once upon a time", "max_tokens": 5}
+        for key, status in (("sk-in-a-file", 200), ("sk-in-a-variable", 200), ("none", 401)):
+            headers = {"authorization": f"Bearer {key}"}
+            answer = httpx.post(f"{url}/v1/completions", json=body, headers=headers, timeout=30)
+            assert answer.status_code == status
+        secrets = [urlsplit(redis.url).password or "", "sk-in-a-file", "sk-in-a-variable"]
+        _assert_hidden(serve, secrets)
         serve.signal(signal.SIGINT)
         assert serve.end() == 0
         serve.assert_nothing_left()
 
 
-# ── Helpers ──────────────────────────────────────────────────────────────────────────────────────
+def _assert_hidden(serve: ServeProcess, secrets: list[str]) -> None:
+    """None of them in what the system prints, logs or tells, nor where `ps` looks."""
+    serve.look()
+    processes = [psutil.Process(serve.process.pid), *serve.children.values()]
+    told = [serve.output, *(str(process.cmdline()) for process in processes)]
+    told += [serve.pdq(table) for table in ("nodes", "queue", "requests")]
+    told += [str(serve.pdq_json(table)) for table in ("nodes", "queue", "requests")]
+    assert len(processes) >= 3
+    for secret in secrets:
+        assert secret
+        assert not [text for text in told if secret in text]
 
 
-async def _guard(url: str, password: str) -> None:
+async def _refused(url: str) -> None:
     client = RedisClient(RedisSettings(url=url))
-    await client.command("CONFIG", "SET", "requirepass", password)
+    with pytest.raises(ConfigError, match="Redis refuses the credentials"):
+        await client.open()
     await client.close()
+
+
+# ── Helpers ──────────────────────────────────────────────────────────────────────────────────────
 
 
 @contextlib.contextmanager

@@ -188,7 +188,8 @@ async def test_secrets_are_in_no_report(
     async def at_once(_: StubServer, writer: asyncio.StreamWriter) -> None:
         stream(writer)
 
-    flags = ["--requests", "1", "--api-key", "hunter2", "--concurrency", "1"]
+    flags = ["--requests", "1", "--concurrency", "1"]
+    monkeypatch.setenv("PDQ_API_KEY", "hunter2")
     monkeypatch.setattr("sys.argv", ["pdq", "bench", *flags])
     server = StubServer(at_once)
     async with server.listening() as url, asyncio.timeout(20):

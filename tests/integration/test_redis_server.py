@@ -8,13 +8,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import psutil
 import pytest
 
 from common import redis_server
 from common.config import RedisSettings
-from common.errors import ResourceError
+from common.errors import ConfigError, ResourceError
 from common.redis_client import RedisClient
 from common.redis_server import EmbeddedRedis, ServerBinary, find_binary
 from tests.support.redis import wait_until
@@ -36,6 +37,33 @@ def test_the_folder_is_private_and_goes_with_the_server() -> None:
     assert not Path(folder).exists()
     assert not psutil.pid_exists(pid)
     server.stop()  # a second time does nothing
+
+
+async def test_nobody_gets_in_without_the_password_which_no_process_list_shows() -> None:
+    with EmbeddedRedis() as server:
+        stranger = RedisClient(RedisSettings(url=f"redis://127.0.0.1:{server.port}/0"))
+        with pytest.raises(ConfigError, match="Redis refuses the credentials"):
+            await stranger.open()
+        await stranger.close()
+        password = urlsplit(server.url).password
+        assert password
+        assert len(password) >= 32
+        assert password not in " ".join(psutil.Process(server.pid).cmdline())
+        assert files_with(password, server._folder) == {"redis.conf": 0o600}
+        server.restart()
+        client = RedisClient(RedisSettings(url=server.url))
+        await client.open()  # the same address, and the same password
+        await client.close()
+
+
+def files_with(text: str, folder: str) -> dict[str, int]:
+    """Names and modes of the files in which it stands."""
+    found = [path for path in Path(folder).rglob("*") if path.is_file()]
+    return {p.name: p.stat().st_mode & 0o777 for p in found if text in p.read_text()}
+
+
+def test_two_servers_have_two_passwords() -> None:
+    assert len({urlsplit(EmbeddedRedis().url).password for _ in range(3)}) == 3
 
 
 def test_a_binary_on_the_path_comes_before_a_carried_one(

@@ -15,6 +15,7 @@ from common import cli
 from common.commands import cores, running
 from common.commands.child import ending
 from common.commands.inspect import stages
+from common.commands.redis_shell import command_line
 from common.commands.serve import curl_line
 from common.commands.settings import ServeSettings, load_deployment
 from common.config import GatewaySettings, NodeSettings, RedisSettings, child_environment, describe
@@ -48,7 +49,7 @@ def test_help_of_a_command_lists_its_settings(
 @pytest.mark.parametrize(
     ("arguments", "code", "line"),
     [
-        (["sevre"], 2, "pdq: no command 'sevre'; there are serve, nodes, queue, requests, bench"),
+        (["sevre"], 2, "pdq: no command 'sevre'; there are serve, nodes, queue, requests, redis, bench"),
         (["nodes", "--wide"], 1, "pdq nodes: unrecognized arguments: --wide (see pdq nodes --help)"),
         (["requests", "--limit", "0"], 1, "pdq requests: --limit must be at least 1, not 0"),
         (["bench", "--rate", "1", "--concurrency", "1"], 1,
@@ -225,6 +226,25 @@ def test_a_note_of_a_process_that_is_gone_is_removed(tmp_path: Path) -> None:
         path.write_text(content)
         assert running.find(environ) is None
         assert not path.exists()
+
+
+# ── redis-cli ────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("url", "place", "password"),
+    [
+        ("redis://127.0.0.1:7000/2", ["-h", "127.0.0.1", "-p", "7000", "-n", "2"], ""),
+        ("redis://:p%2Fw@[::1]", ["-h", "::1", "-p", "6379"], "p/w"),
+        ("rediss://me:pw@host/0", ["-h", "host", "-p", "6379", "-n", "0", "--tls", "--user", "me"],
+         "pw"),
+        ("unix://:pw@/run/r%20s.sock", ["-s", "/run/r s.sock"], "pw"),
+    ],
+)  # fmt: skip
+def test_redis_cli_is_led_to_any_address_with_the_password_apart(
+    url: str, place: list[str], password: str
+) -> None:
+    assert command_line(url) == (place, password)
 
 
 # ── What is printed ──────────────────────────────────────────────────────────────────────────────
