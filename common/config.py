@@ -92,6 +92,7 @@ class EngineSettings:
     model: str = setting("", "folder or hub name of the model (empty: the one that ships)")
     revision: str = setting("", "branch, tag or commit of a model from the hub")
     served_model_name: str = setting("", "name that clients use (empty: the model's own)")
+    hf_overrides: str = setting("", "JSON object of fields in place of those of config.json")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = setting("auto", "type of weights")
     load_format: Literal["auto", "dummy"] = setting(
         "auto", "dummy: random weights, to measure cost"
@@ -183,6 +184,7 @@ class GatewaySettings:
     load_format: Literal["auto", "dummy"] = setting(
         "auto", "dummy: nodes have random weights in place of the model's"
     )
+    hf_overrides: str = setting("", "JSON object of fields in place of those of config.json")
     models: tuple[str, ...] = setting(
         (), "further models to answer for, each a folder, a hub name, or NAME=one of these"
     )
@@ -201,6 +203,10 @@ class GatewaySettings:
         (), "names beside localhost that requests may call this server by, where it is on loopback "
         "and without API keys: a web page must not reach it under a name of its own",
     )  # fmt: skip
+    generation_config: Literal["auto", "none"] = setting(
+        "auto",
+        "none: requests that say nothing do not get the model's own temperature and the like",
+    )
     max_body_bytes: int = setting(2**22, "largest request body", parse=parse_bytes, at_least=1)
     max_bodies_bytes: int = setting(
         2**26, "all bodies that are read at one time; one client may hold half of it",

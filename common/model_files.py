@@ -7,7 +7,10 @@ Knows nothing of tensors. The only user of huggingface_hub.
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from common.errors import CheckpointError, ConfigError
 
@@ -45,13 +48,19 @@ def model_name(model: str, folder: Path) -> str:
     return model if model and not Path(model).expanduser().is_dir() else folder.name
 
 
-def model_revision(folder: Path) -> str:
-    """Which weights are in `folder`, the same in every process that has them: the commit of a
-    snapshot from the hub, else `content_digest`; "" in a folder without weights."""
+def model_revision(folder: Path, overrides: Mapping[str, Any] | None = None) -> str:
+    """Which weights are in `folder` and what is made of them, the same in every process that has
+    them: the commit of a snapshot from the hub, else `content_digest`; "" in a folder without
+    weights. `overrides` of config.json make another revision."""
     snapshots = folder.resolve().parent
     if snapshots.name == "snapshots" and snapshots.parent.name.startswith("models--"):
-        return folder.resolve().name
-    return content_digest(folder) if any(folder.glob("*.safetensors")) else ""
+        revision = folder.resolve().name
+    else:
+        revision = content_digest(folder) if any(folder.glob("*.safetensors")) else ""
+    if not (revision and overrides):
+        return revision
+    said = json.dumps(overrides, sort_keys=True).encode()
+    return f"{revision}+{hashlib.blake2b(said, digest_size=8).hexdigest()}"
 
 
 def content_digest(folder: Path) -> str:

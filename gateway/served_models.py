@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from common.config import GatewaySettings
 from common.errors import ConfigError
 from common.identity import ModelIdentity
+from common.logs import get_logger
 from common.model_files import model_name, model_revision, resolve_model
-from common.model_folder.description import describe_model
+from common.model_folder.description import describe_model, parse_overrides, read_config
+from common.model_folder.generation import SamplingDefaults
 from gateway.errors import UnknownModel
 from gateway.tokenizer import Tokenizer
+
+log = get_logger("gateway")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -34,6 +39,10 @@ class ServedModel:
     @property
     def vocab_size(self) -> int:
         return self.tokenizer.model.vocab_size
+
+    @property
+    def sampling_defaults(self) -> SamplingDefaults:
+        return self.tokenizer.model.sampling_defaults
 
     @property
     def max_model_len(self) -> int | None:
@@ -76,7 +85,9 @@ class ServedModels:
 
 def load_models(settings: GatewaySettings) -> ServedModels:
     """Every model that the settings name. Blocking: reads folders, downloads what is not here."""
-    first = _load(settings, settings.served_model_name, settings.model, settings.revision)
+    overrides = parse_overrides(settings.hf_overrides)
+    name = settings.served_model_name
+    first = _load(settings, name, settings.model, settings.revision, overrides)
     further = []
     for entry in settings.models:
         name, separator, where = entry.partition("=")
@@ -86,12 +97,23 @@ def load_models(settings: GatewaySettings) -> ServedModels:
     return ServedModels([first, *further])
 
 
-def _load(settings: GatewaySettings, name: str, model: str, revision: str = "") -> ServedModel:
+def _load(
+    settings: GatewaySettings,
+    name: str,
+    model: str,
+    revision: str = "",
+    overrides: Mapping[str, Any] | None = None,
+) -> ServedModel:
     folder: Path = resolve_model(model, revision)
-    description = describe_model(folder)
+    described = describe_model(folder, read_config(folder, overrides))
+    if settings.generation_config == "none":
+        described = dataclasses.replace(described, sampling_defaults=SamplingDefaults())
     identity = ModelIdentity(
         name or model_name(model, folder),
-        model_revision(folder) if settings.load_format == "auto" else "",
-        description.tokenizer_digest,
+        model_revision(folder, overrides) if settings.load_format == "auto" else "",
+        described.tokenizer_digest,
     )
-    return ServedModel(identity, Tokenizer(description))
+    if described.sampling_defaults != SamplingDefaults():
+        defaults = dataclasses.asdict(described.sampling_defaults)
+        log.info("gateway.model_defaults", model=identity.name, **defaults)
+    return ServedModel(identity, Tokenizer(described))

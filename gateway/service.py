@@ -12,7 +12,12 @@ from typing import TypeVar
 
 from starlette.requests import Request
 
-from common.errors import ContextLengthExceeded, InvalidRequest, ServiceUnavailable
+from common.errors import (
+    ContextLengthExceeded,
+    InvalidRequest,
+    ServiceUnavailable,
+    TokenOutOfRange,
+)
 from gateway.access import Access
 from gateway.bodies import BodyBudget, read_body
 from gateway.dispatch import Dispatcher
@@ -88,12 +93,19 @@ class Service:
         """`param` names the field that the prompt came from."""
         if not prompt_ids:
             raise InvalidRequest(f"{param} must not be empty", param=param)
+        if (highest := max(prompt_ids)) >= model.vocab_size:
+            # Token ids of clients are checked before; text may hold a token that the tokenizer has
+            # and the model has not.
+            raise TokenOutOfRange(
+                f"{param} has token id {highest}, outside the vocabulary of {model.vocab_size}",
+                param=param,
+            )
         prompt_ids = self._truncated(model, prompt_ids, body)
         room = self._room(model, prompt_ids, param)
         held = self.dispatcher.longest_request(model.identity)
         # A client that does not say how much it wants gets what the nodes can hold.
         default = room if held is None else min(room, held - len(prompt_ids))
-        params = body.sampling(default, model.vocab_size)
+        params = body.sampling(default, model.vocab_size, model.sampling_defaults)
         if params.max_tokens > room:
             raise ContextLengthExceeded(
                 f"This model's maximum context length is {model.max_model_len} tokens. However, you "

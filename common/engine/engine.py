@@ -44,7 +44,7 @@ from common.engine.step import Chunk, Delivery, Step
 from common.errors import InvalidRequest, NotFiniteLogits, TokenOutOfRange
 from common.kv_layout import Fingerprint, KVLayout, root_hash
 from common.model_files import model_name, model_revision, resolve_model
-from common.model_folder.description import describe_model, read_config
+from common.model_folder.description import describe_model, parse_overrides, read_config
 from common.sampling import FinishReason, SamplingParams
 
 MAX_CHOICES = 64  # `n` of one request
@@ -99,7 +99,8 @@ class Engine:
         """
         self.settings = settings
         self.folder = resolve_model(settings.model, settings.revision)
-        config = read_config(self.folder, required=True)
+        overrides = parse_overrides(settings.hf_overrides)
+        config = read_config(self.folder, overrides, required=True)
         self.config = parse_model_config(config)
         described = describe_model(self.folder, config)
         self.description = dataclasses.replace(described, tokenizer=None)  # large, and not used
@@ -121,7 +122,7 @@ class Engine:
         self.cache = KVCache(self.layout, num_blocks, device, memory)
         self.fingerprint = Fingerprint(
             model=settings.served_model_name or model_name(settings.model, self.folder),
-            revision=model_revision(self.folder)
+            revision=model_revision(self.folder, overrides)
             if settings.load_format != "dummy"
             else f"dummy-{settings.seed}",
             layout=self.layout.describe(), numerics=self.backend.numerics_class,

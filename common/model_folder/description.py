@@ -11,13 +11,14 @@ shows it where folders are two. Knows nothing of weights: what the decoder compu
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
-from common.errors import UnsupportedModel
+from common.errors import ConfigError, UnsupportedModel
 from common.model_folder.generation import SamplingDefaults, sampling_defaults, stop_token_ids
 from common.model_folder.reading import integer, number, read_object, section
 from common.model_folder.rope import parse_rope
@@ -53,10 +54,29 @@ class ModelDescription:
     tokenizer_digest: str
 
 
-def read_config(folder: Path, *, required: bool = False) -> dict[str, Any]:
-    """`config.json`; of a model with several parts the fields of its text part, and of the whole
-    where that part says nothing. `eos_token_id` has the ids of both."""
+def parse_overrides(text: str) -> dict[str, Any]:
+    """The object that `--hf-overrides` gives as JSON, {} for ""; raises `ConfigError`."""
+    try:
+        value = json.loads(text or "{}")
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"hf_overrides is not JSON: {error}", param="hf_overrides") from error
+    if not isinstance(value, dict):
+        raise ConfigError("hf_overrides must be a JSON object", param="hf_overrides")
+    return value
+
+
+def read_config(
+    folder: Path, overrides: Mapping[str, Any] | None = None, *, required: bool = False
+) -> dict[str, Any]:
+    """`config.json`, with `overrides` in place of its fields (an object is merged with the one it
+    meets); of a model with several parts the fields of its text part, and of the whole where that
+    part says nothing. `eos_token_id` has the ids of both."""
     config = read_object(folder / CONFIG, required=required)
+    for field, value in (overrides or {}).items():
+        old = config.get(field)
+        config[field] = (
+            {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
+        )
     text = section(config, "text_config", CONFIG)
     merged = {**config, **{name: value for name, value in text.items() if value is not None}}
     ends = [part["eos_token_id"] for part in (config, text) if part.get("eos_token_id") is not None]

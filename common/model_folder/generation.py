@@ -18,16 +18,16 @@ FILE = "generation_config.json"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SamplingDefaults:
-    """What a request gets that says nothing; None: what OpenAI's API says.
+    """What a request gets that says nothing; `max_tokens` None: as much as there is room for.
 
     As in vLLM, `do_sample` is not read: many models carry `false` there beside a temperature.
     """
 
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
     max_tokens: int | None = None
 
 

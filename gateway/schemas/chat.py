@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 
 from common.errors import InvalidRequest
+from common.model_folder.generation import SamplingDefaults
 from common.sampling import MAX_LOGPROBS, SamplingParams
 from gateway.schemas.fields import Fields, given
 from gateway.schemas.generation import Body
@@ -91,8 +92,10 @@ class ChatBody(Body, ConversationFields):
         if self.top_logprobs and not self.logprobs:
             raise InvalidRequest("top_logprobs goes with logprobs only", param="top_logprobs")
 
-    def sampling(self, room: int, vocab_size: int) -> SamplingParams:
-        """`room`: positions the context leaves after the prompt, the default of max_tokens."""
+    def sampling(self, room: int, vocab_size: int, defaults: SamplingDefaults) -> SamplingParams:
+        """`room`: positions the context leaves after the prompt, the default of max_tokens unless
+        the model has its own."""
         _, wanted = self.wanted_tokens
         logprobs = self.top_logprobs if self.logprobs else None
-        return self._sampling(given(wanted, max(1, room)), logprobs, vocab_size)
+        most = max(1, min(room, defaults.max_tokens or room))
+        return self._sampling(given(wanted, most), logprobs, vocab_size, defaults)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from common.errors import InvalidRequest
+from common.model_folder.generation import SamplingDefaults
 from common.sampling import SamplingParams
 from gateway.schemas.fields import given
 from gateway.schemas.generation import Body
@@ -38,7 +39,8 @@ class CompletionBody(Body):
     def prompts(self, max_prompts: int, vocab_size: int) -> Prompts:
         return parse_prompts(self.prompt, max_prompts, vocab_size)
 
-    def sampling(self, room: int, vocab_size: int) -> SamplingParams:
-        """`room`: positions the context leaves after the prompt; OpenAI's default is 16."""
-        wanted = given(self.max_tokens, max(1, min(16, room)))
-        return self._sampling(wanted, self.logprobs, vocab_size)
+    def sampling(self, room: int, vocab_size: int, defaults: SamplingDefaults) -> SamplingParams:
+        """`room`: positions the context leaves after the prompt; OpenAI's default is 16, and as in
+        vLLM the model's own can only lower it."""
+        wanted = given(self.max_tokens, max(1, min(16, room, defaults.max_tokens or 16)))
+        return self._sampling(wanted, self.logprobs, vocab_size, defaults)

@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from common.errors import InvalidRequest
+from common.model_folder.generation import SamplingDefaults
 from common.sampling import MAX_SEED, SamplingParams
 from gateway.schemas.fields import Fields, given
 
@@ -138,16 +139,18 @@ class Body(Fields):
         if wanted is not None and wanted < 1:
             raise InvalidRequest(f"{field} must be at least 1, got {wanted}", param=field)
 
-    def _sampling(self, max_tokens: int, logprobs: int | None, vocab_size: int) -> SamplingParams:
-        top_k = 0 if self.top_k == -1 else given(self.top_k, 0)
+    def _sampling(
+        self, max_tokens: int, logprobs: int | None, vocab_size: int, defaults: SamplingDefaults
+    ) -> SamplingParams:
+        top_k = 0 if self.top_k == -1 else given(self.top_k, defaults.top_k)
         params = SamplingParams(
             max_tokens=max_tokens,
             min_tokens=self.min_tokens,
-            temperature=given(self.temperature, 1.0),
+            temperature=given(self.temperature, defaults.temperature),
             top_k=0 if top_k >= vocab_size else top_k,
-            top_p=given(self.top_p, 1.0),
-            min_p=given(self.min_p, 0.0),
-            repetition_penalty=given(self.repetition_penalty, 1.0),
+            top_p=given(self.top_p, defaults.top_p),
+            min_p=given(self.min_p, defaults.min_p),
+            repetition_penalty=given(self.repetition_penalty, defaults.repetition_penalty),
             presence_penalty=given(self.presence_penalty, 0.0),
             frequency_penalty=given(self.frequency_penalty, 0.0),
             logit_bias=_logit_bias(self.logit_bias),
