@@ -1,28 +1,33 @@
 """The queue of one incarnation: a Redis stream that it reads only when it has room.
 
-Owns: reading, claiming, and deleting what is done; moving entries that nobody has read. Knows
-nothing of what an entry costs or how it is computed. An entry that was read and claimed stays in
-the stream, as pending, until `done` deletes it: so the stream and its pending list show what waits
-and what is at work. They never cause a second execution: the claim decides, and a retry is a new
-attempt that the gateway makes.
+Owns: reading, claiming, and deleting what is done; moving entries that nobody has read, and giving
+back those that nobody has claimed. Knows nothing of what an entry costs or how it is computed. An
+entry that was read and claimed stays in the stream, as pending, until `done` deletes it: so the
+stream and its pending list show what waits and what is at work. They never cause a second execution:
+the claim decides, and a retry is a new attempt that the gateway makes.
 """
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
+import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from common import redis_scripts as scripts
+from common import queue_scripts as scripts
 from common.codec import decode
 from common.errors import MalformedMessage, ServiceUnavailable
 from common.logs import get_logger
 from common.messages import Dispatch
 from common.redis_client import RedisClient, reply_code, text
 from common.redis_keys import WORK_TTL_S
+from common.redis_scripts import GROUP
 from common.requests import Claim, Requests
 
 log = get_logger("queue")
+
+STRAYS_INTERVAL_S = 2.0  # between two looks for entries that a lost answer has left with us
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -53,11 +58,16 @@ class NodeQueue:
         self._in_hand: set[str] = set()
         self._over: set[str] = set()  # could not be deleted yet
         self._answer_lost = False
+        self._looked_at = time.monotonic()  # for strays
+        self._reading: asyncio.Future[list[tuple[str, dict[bytes, bytes] | None]]] | None = (
+            None  # the read that waits for entries
+        )
+        self._stopped = False
         self.dropped = 0  # entries whose claim was lost, superseded or unknown, or malformed
 
     async def open(self) -> None:
         """Make stream and group; harmless where they exist."""
-        create = ("XGROUP", "CREATE", self._stream, scripts.GROUP, "0", "MKSTREAM")
+        create = ("XGROUP", "CREATE", self._stream, GROUP, "0", "MKSTREAM")
         try:
             await self._client.command(*create)
         except ServiceUnavailable as error:
@@ -71,10 +81,11 @@ class NodeQueue:
 
         Cancelling it, or an error, loses nothing: what was read meanwhile comes with the next call.
         """
-        if capacity <= 0:
+        if capacity <= 0 or self._stopped:
             return []
         if self._over:
             await self.done(())
+        await self._look_for_strays()
         entries: list[tuple[str, dict[bytes, bytes] | None]] = []
         again = self._answer_lost
         if again:
@@ -83,13 +94,13 @@ class NodeQueue:
         if not entries:
             again = False
             self._answer_lost = True  # until everything read is in the caller's hands
-            entries = await self._read(">", capacity, wait_s)
+            entries = await self._read_new(capacity, wait_s)
         taken: list[Entry] = []
         for entry_id, fields in entries:
             dispatch = await self._claimed(fields)
             if dispatch is None:
                 self.dropped += 1
-                await self._delete([entry_id])
+                await self._drop(entry_id)
             else:
                 taken.append(Entry(entry_id, dispatch))
         self._in_hand.update(entry.id for entry in taken)
@@ -105,6 +116,54 @@ class NodeQueue:
         await self._delete(ids)
         self._over.difference_update(ids)
         self._in_hand.difference_update(ids)
+
+    def over(self, entry: Entry) -> None:
+        """As `done`, with the next call of it."""
+        self._over.add(entry.id)
+
+    def stop(self) -> None:
+        """Take nothing more: a `take` that waits returns at once, with none; one that claims what it
+        has read goes on to its end."""
+        self._stopped = True
+        if self._reading is not None:
+            self._reading.cancel()
+
+    async def give_back(self, target: str) -> int:
+        """Move every entry that nobody has claimed to `target`, read or not; "" gives them back to
+        their gateways. The number given back; 0 if there is none, or `target` has left. Call it
+        once `stop` was called and no `take` is under way."""
+        keys = self._client.keys
+        return int(
+            await self._client.call(
+                scripts.GIVE_BACK,
+                [self._stream, keys.stream(target)],
+                [target, keys.request(""), keys.load("")],
+            )
+        )
+
+    async def _read_new(
+        self, count: int, wait_s: float
+    ) -> list[tuple[str, dict[bytes, bytes] | None]]:
+        self._reading = asyncio.ensure_future(self._read(">", count, wait_s))
+        try:
+            return await self._reading
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if not self._stopped or (task is not None and task.cancelling()):
+                self._reading.cancel()
+                raise
+            return []
+        finally:
+            self._reading = None
+
+    async def _look_for_strays(self) -> None:
+        """A read that was given up may still be served, late: then entries are ours without our
+        knowledge, and what is pending is more than what is in hand."""
+        if time.monotonic() - self._looked_at < STRAYS_INTERVAL_S:
+            return
+        self._looked_at = time.monotonic()
+        (length,) = await queue_lengths(self._client, [self._incarnation])
+        self._answer_lost |= length.at_work > len(self._in_hand)
 
     async def _claimed(self, fields: dict[bytes, bytes] | None) -> Dispatch | None:
         try:
@@ -129,7 +188,7 @@ class NodeQueue:
         wait_ms = int(1000 * min(wait_s, self._client.settings.timeout_s / 2))
         block = ("BLOCK", wait_ms) if wait_ms > 0 else ()
         command = (
-            "XREADGROUP", "GROUP", scripts.GROUP, self._incarnation, "COUNT", count, *block,
+            "XREADGROUP", "GROUP", GROUP, self._incarnation, "COUNT", count, *block,
             "STREAMS", self._stream, start,
         )  # fmt: skip
         try:
@@ -141,23 +200,30 @@ class NodeQueue:
             return []
         return [(text(i), fields) for _, batch in reply or () for i, fields in batch]
 
+    async def _drop(self, entry_id: str) -> None:
+        keys = self._client.keys
+        await self._client.call(
+            scripts.DROP, [self._stream], [keys.request(""), keys.load(""), entry_id]
+        )
+
     async def _delete(self, ids: Sequence[str]) -> None:
         if ids:
             await self._client.pipeline(
-                ("XACK", self._stream, scripts.GROUP, *ids), ("XDEL", self._stream, *ids)
+                ("XACK", self._stream, GROUP, *ids), ("XDEL", self._stream, *ids)
             )
 
 
 async def move_unread(client: RedisClient, source: str, target: str, count: int) -> int:
     """Move up to `count` entries that nobody has read, oldest first, from one incarnation's stream
     to another's, loads included; the number moved. Attempts no longer wanted are deleted instead.
-    Atomic: an entry is read by `source` or moved, never both."""
+    Atomic: an entry is read by `source` or moved, never both; and the record names its new node.
+    Nothing is moved to a node that has not opened its queue, or has left."""
     keys = client.keys
     return int(
         await client.call(
             scripts.MOVE_UNREAD,
             [keys.stream(source), keys.stream(target)],
-            [count, scripts.GROUP, target, keys.request(""), keys.load("")],
+            [count, target, keys.request(""), keys.load("")],
         )
     )
 
@@ -167,5 +233,5 @@ async def queue_lengths(client: RedisClient, incarnations: Sequence[str]) -> lis
     if not incarnations:
         return []
     streams = [client.keys.stream(incarnation) for incarnation in incarnations]
-    reply = await client.call(scripts.QUEUE_LENGTHS, streams, [scripts.GROUP])
+    reply = await client.call(scripts.QUEUE_LENGTHS, streams, [])
     return [QueueLength(max(0, total - at_work), at_work) for total, at_work in reply]

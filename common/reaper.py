@@ -7,8 +7,8 @@ Redis, on this process' monotonic clock. An outage of Redis, or a stop of the re
 that anew (the grace period). A false death is harmless: a node writes its record again with its
 next beat, and a gateway's requests may still finish (request_state.RANK).
 
-    of a node      record, index entry, load; its stream once no attempt in it is wanted any more,
-                   for those attempts are retried by their gateways
+    of a node      record, index entry, load and stream, as if it had left: what nobody has claimed
+                   is given back to its gateway, and what it had claimed its gateway retries
     of a gateway   the same; its open requests are failed, so that nodes and people know
 """
 
@@ -24,6 +24,7 @@ from common.errors import ServiceUnavailable
 from common.logs import get_logger
 from common.redis_client import RedisClient, scores, text
 from common.redis_keys import REAPER_LOCK_TTL_S
+from common.registry import Registry
 from common.requests import Requests
 
 log = get_logger("reaper")
@@ -60,6 +61,7 @@ class Reaper:
         self._client = client
         self._keys = client.keys
         self._requests = Requests(client)
+        self._registry = Registry(client)
         self._name = name
         self._dead_after_s = dead_after_s
         self._interval_s = interval_s
@@ -133,15 +135,10 @@ class Reaper:
                 if not await self._lock():  # renewed with each step; lost: another is at work
                     return Reaped((), tuple(failed))
                 await self._requests.fail(request, GATEWAY_LOST, f"gateway {name} is gone")
+                # Not the whole set: it may live after all, and have accepted another meanwhile.
+                await self._client.command("SREM", self._keys.open_requests(name), request)
                 failed.append(request)
-            await self._client.pipeline(
-                ("DEL", self._keys.node(name), self._keys.load(name),
-                 self._keys.open_requests(name)),
-                ("ZREM", self._keys.nodes(), name),
-            )  # fmt: skip
-            await self._client.call(
-                scripts.REAP_STREAM, [self._keys.stream(name)], [self._keys.request("")]
-            )
+            await self._registry.leave(name)
             self._seen.pop(name, None)
             log.info("reaper.reaped", incarnation=name)
         await self._forget_expired()

@@ -1,8 +1,9 @@
 """The Lua scripts: every write that must be atomic, with the shape of a request's record.
 
-Owns: the fields of records, streams and loads, and when each may change. Knows nothing of who calls
-(requests.py, queue.py, registry.py, reaper.py give the typed functions). All are idempotent: a
-caller that lost the answer calls again.
+Owns: the fields of records and loads, and when each may change; those that go through whole streams
+are in queue_scripts.py. Knows nothing of who calls (requests.py, registry.py, reaper.py give the
+typed functions). All are idempotent: a caller that lost the answer calls again. Only ACCEPT, which
+brings new work, is refused by a Redis that is out of memory: what was accepted can always end.
 
 Record of a request (hash), readable with `redis-cli hgetall`:
 
@@ -10,6 +11,9 @@ Record of a request (hash), readable with `redis-cli hgetall`:
     gateway, model, prompt_len, priority, deadline_ms, choices ("0,1"), accepted_at, ended_at
     a<attempt>.choices                  which choices this attempt computes
     a<attempt>.node                     in whose stream it lies, or lay
+    a<attempt>.stream, .entry           that stream's key and the entry's id, until it is claimed;
+                                        absent: nobody can take it from there any more
+    a<attempt>.returned                 1: a node that left gave it back unclaimed, to its gateway
     a<attempt>.load                     prompt tokens still counted in that node's load; else absent
     a<attempt>.claim                    the incarnation that won it; absent: nobody yet
     c<choice>.attempt, c<choice>.state  only ever raised, see request_state.py
@@ -27,12 +31,13 @@ from common.redis_client import Script
 from common.redis_keys import DEAD_LETTERS, INSPECT_TTL_S, RECENT_REQUESTS, WORK_TTL_S
 from common.request_state import RANK, State
 
-GROUP = "node"
+GROUP = "node"  # the one consumer group of every stream
 
 _RANKS = ", ".join(f"{state.value} = {rank}" for state, rank in RANK.items())
 
-_PRELUDE = (
+PRELUDE = (
     f"""
+local GROUP = '{GROUP}'
 local RANK = {{ {_RANKS} }}
 local TERMINAL = {min(state.rank for state in State if state.terminal)}
 local WORK_TTL, INSPECT_TTL = {WORK_TTL_S}, {INSPECT_TTL_S}
@@ -50,6 +55,30 @@ local function list(text)
 end
 
 local function get(record, field) return redis.call('HGET', record, field) end
+
+-- A write that needs no memory. After it, Redis lets the script finish even when memory is short.
+local function write_though_full(record) redis.call('HDEL', record, '') end
+
+-- Whether its node has opened this stream and not left.
+local function is_open(stream)
+  return redis.call('EXISTS', stream) == 1 and #redis.call('XINFO', 'GROUPS', stream) > 0
+end
+
+local function delete_entry(stream, id)
+  redis.call('XACK', stream, GROUP, id)
+  redis.call('XDEL', stream, id)
+  if redis.call('XLEN', stream) == 0 and not is_open(stream) then redis.call('DEL', stream) end
+end
+
+-- An attempt that nobody has claimed, and that nobody shall.
+local function drop_entry(record, attempt)
+  local prefix = 'a' .. attempt .. '.'
+  local stream, id = get(record, prefix .. 'stream'), get(record, prefix .. 'entry')
+  if stream then
+    redis.call('HDEL', record, prefix .. 'stream', prefix .. 'entry')
+    delete_entry(stream, id)
+  end
+end
 
 local function add_load(stem, node, requests, tokens)
   local load = stem .. node
@@ -76,7 +105,8 @@ local function drop_choice_load(record, stem, choice)
   end
 end
 
--- An attempt's prompt is off its node when every choice of it decodes, has ended or was superseded.
+-- When every choice of it decodes, has ended or was superseded, an attempt's prompt is off its node,
+-- and its entry, if nobody has claimed it, out of the stream.
 local function settle_attempt(record, stem, attempt)
   for _, choice in ipairs(list(get(record, 'a' .. attempt .. '.choices'))) do
     local current = tonumber(get(record, 'c' .. choice .. '.attempt'))
@@ -84,6 +114,7 @@ local function settle_attempt(record, stem, attempt)
     if current == attempt and rank < RANK.decoding then return end
   end
   drop_attempt_load(record, stem, attempt)
+  drop_entry(record, attempt)
 end
 
 -- A choice enters a newer attempt: nothing of the older one is about it any more.
@@ -143,7 +174,7 @@ end
 #       encoded dispatch, claimed by ("" : put it into the stream), then record fields in pairs.
 # Returns 1 if this attempt is new, 0 if it was known already or is superseded.
 ACCEPT = Script(
-    _PRELUDE
+    PRELUDE
     + f"""
 local record, stream, recent = KEYS[1], KEYS[2], KEYS[3]
 local load_stem, open_stem, request = ARGV[1], ARGV[2], ARGV[3]
@@ -170,8 +201,10 @@ redis.call('HSET', record, 'choices', table.concat(list(known), ','),
            'a' .. attempt .. '.load', tokens)
 add_load(load_stem, node, 1, tonumber(tokens))
 if ARGV[9] == '' then
-  redis.call('XADD', stream, '*', 'request', request, 'attempt', attempt, 'dispatch', ARGV[8])
+  local id =
+    redis.call('XADD', stream, '*', 'request', request, 'attempt', attempt, 'dispatch', ARGV[8])
   redis.call('EXPIRE', stream, WORK_TTL)
+  redis.call('HSET', record, 'a' .. attempt .. '.stream', stream, 'a' .. attempt .. '.entry', id)
 else
   redis.call('HSET', record, 'a' .. attempt .. '.claim', ARGV[9])
 end
@@ -183,7 +216,7 @@ return 1
 # KEYS: record. ARGV: load stem, open stem, request, attempt, incarnation.
 # Returns won | held | lost | superseded | unknown.
 CLAIM = Script(
-    _PRELUDE
+    PRELUDE
     + """
 local record, attempt, incarnation = KEYS[1], tonumber(ARGV[4]), ARGV[5]
 local choices = list(get(record, 'a' .. attempt .. '.choices'))
@@ -199,6 +232,7 @@ if #live == 0 then return 'superseded' end
 local holder = get(record, 'a' .. attempt .. '.claim')
 if holder == incarnation then return 'held' end
 if holder then return 'lost' end
+redis.call('HDEL', record, 'a' .. attempt .. '.stream', 'a' .. attempt .. '.entry')
 redis.call('HSET', record, 'a' .. attempt .. '.claim', incarnation)
 for _, choice in ipairs(live) do
   raise(record, ARGV[1], choice, attempt, 'prefilling')
@@ -209,25 +243,30 @@ return 'won'
 """
 )
 
-# KEYS: a record for each pair. ARGV: an attempt for each key.
-# Returns for each current | superseded | ended | unknown.
-STANDING = Script(
-    _PRELUDE
+# KEYS: a record for each. ARGV: an attempt and a choice for each key.
+# Returns for each where that choice is, of unknown | queued | claimed | returned | nowhere, and the
+# node of the queue or of the claim, else "".
+LOCATE = Script(
+    PRELUDE
     + """
 local answers = {}
 for i, record in ipairs(KEYS) do
-  local attempt, answer = tonumber(ARGV[i]), 'unknown'
-  for _, choice in ipairs(list(get(record, 'a' .. attempt .. '.choices'))) do
-    local ended = RANK[get(record, 'c' .. choice .. '.state')] >= TERMINAL
-    if tonumber(get(record, 'c' .. choice .. '.attempt')) ~= attempt then
-      if answer == 'unknown' then answer = 'superseded' end
-    elseif not ended then
-      answer = 'current'
-    elseif answer ~= 'current' then
-      answer = 'ended'
-    end
+  local attempt, choice = ARGV[2 * i - 1], ARGV[2 * i]
+  local at, place, node = 'a' .. attempt .. '.', 'nowhere', ''
+  local current, state = get(record, 'c' .. choice .. '.attempt'), get(record, 'c' .. choice .. '.state')
+  local claim, stream = get(record, at .. 'claim'), get(record, at .. 'stream')
+  if redis.call('HEXISTS', record, at .. 'choices') == 0 then
+    place = 'unknown'
+  elseif current ~= attempt or RANK[state] >= TERMINAL then
+    place = 'nowhere'
+  elseif claim then
+    place, node = 'claimed', claim
+  elseif stream and redis.call('EXISTS', stream) == 1 then
+    place, node = 'queued', get(record, at .. 'node')
+  elseif get(record, at .. 'returned') then
+    place = 'returned'
   end
-  answers[i] = answer
+  answers[i] = {place, node}
 end
 return answers
 """
@@ -238,10 +277,11 @@ return answers
 # in pairs (fields that only grow), then fields in pairs that go with a state that was raised.
 # Returns -1 without a record, else the number of choices whose state was raised.
 MERGE = Script(
-    _PRELUDE
+    PRELUDE
     + """
 local record, load_stem = KEYS[1], ARGV[1]
 if redis.call('EXISTS', record) == 0 then return -1 end
+write_though_full(record)
 local state, node, maxima, raised = ARGV[6], ARGV[7], tonumber(ARGV[8]), 0
 local open_only, choices = ARGV[5] == '', list(ARGV[5])
 if open_only then choices = list(get(record, 'choices')) end
@@ -284,78 +324,6 @@ return raised
 """
 )
 
-# KEYS: stream to take from, stream to add to. ARGV: count, group, node to add to, record stem,
-# load stem. The oldest unread entries go first; those whose attempt is no longer wanted are
-# deleted on the way. Returns the number of entries moved.
-MOVE_UNREAD = Script(
-    _PRELUDE
-    + """
-local from, to, count, node = KEYS[1], KEYS[2], tonumber(ARGV[1]), ARGV[3]
-if from == to or redis.call('EXISTS', from) == 0 then return 0 end
-local after = '0-0'
-for _, group in ipairs(redis.call('XINFO', 'GROUPS', from)) do
-  local fields = {}
-  for i = 1, #group, 2 do fields[group[i]] = group[i + 1] end
-  if fields['name'] == ARGV[2] then after = fields['last-delivered-id'] end
-end
-local moved = 0
-while moved < count do
-  local page = redis.call('XRANGE', from, '(' .. after, '+', 'COUNT', count - moved)
-  if #page == 0 then break end
-  for _, entry in ipairs(page) do
-    local fields = {}
-    for i = 1, #entry[2], 2 do fields[entry[2][i]] = entry[2][i + 1] end
-    local record, attempt = ARGV[4] .. (fields['request'] or ''), fields['attempt'] or ''
-    redis.call('XDEL', from, entry[1])
-    local tokens = get(record, 'a' .. attempt .. '.load')
-    if tokens then
-      redis.call('XADD', to, '*', unpack(entry[2]))
-      add_load(ARGV[5], get(record, 'a' .. attempt .. '.node'), -1, -tonumber(tokens))
-      add_load(ARGV[5], node, 1, tonumber(tokens))
-      redis.call('HSET', record, 'a' .. attempt .. '.node', node)
-      moved = moved + 1
-    end
-  end
-end
-if moved > 0 then redis.call('EXPIRE', to, WORK_TTL) end
-return moved
-"""
-)
-
-# KEYS: streams. ARGV: group. Returns {entries, of these at work} of each.
-QUEUE_LENGTHS = Script("""
-local lengths = {}
-for i, stream in ipairs(KEYS) do
-  local pending = redis.pcall('XPENDING', stream, ARGV[1])  -- an error where there is no group
-  lengths[i] = {redis.call('XLEN', stream), pending.err and 0 or pending[1]}
-end
-return lengths
-""")
-
-# KEYS: stream. ARGV: record stem. Deletes the stream of a dead incarnation, unless an attempt in it
-# is still wanted: its gateway is about to retry it. Returns 1 if nothing is left.
-REAP_STREAM = Script(
-    _PRELUDE
-    + """
-local function wanted(record, attempt)
-  for _, choice in ipairs(list(get(record, 'a' .. attempt .. '.choices'))) do
-    if get(record, 'c' .. choice .. '.attempt') == attempt
-       and RANK[get(record, 'c' .. choice .. '.state')] < TERMINAL then
-      return true
-    end
-  end
-  return false
-end
-for _, entry in ipairs(redis.call('XRANGE', KEYS[1], '-', '+')) do
-  local fields = {}
-  for i = 1, #entry[2], 2 do fields[entry[2][i]] = entry[2][i + 1] end
-  if wanted(ARGV[1] .. (fields['request'] or ''), fields['attempt'] or '') then return 0 end
-end
-redis.call('DEL', KEYS[1])
-return 1
-"""
-)
-
 # KEYS: dead letters. ARGV: fields in pairs.
 DEAD_LETTER = Script(f"""
 return redis.call('XADD', KEYS[1], 'MAXLEN', '~', {DEAD_LETTERS}, '*', unpack(ARGV))
@@ -364,10 +332,11 @@ return redis.call('XADD', KEYS[1], 'MAXLEN', '~', {DEAD_LETTERS}, '*', unpack(AR
 # KEYS: record, index. ARGV: incarnation, time to live, 1 if these are all of the record's fields,
 # fields in pairs. Returns unix ms; 0, and nothing written, for some fields of a record that is gone.
 ANNOUNCE = Script(
-    _PRELUDE
+    PRELUDE
     + """
 if ARGV[3] == '0' and redis.call('EXISTS', KEYS[1]) == 0 then return 0 end
 local now = now_ms()
+write_though_full(KEYS[1])
 redis.call('HSET', KEYS[1], 'beat_at', now, unpack(ARGV, 4))
 redis.call('EXPIRE', KEYS[1], ARGV[2])
 redis.call('ZADD', KEYS[2], now, ARGV[1])
@@ -379,6 +348,7 @@ return now
 LOCK = Script("""
 local holder = redis.call('GET', KEYS[1])
 if holder and holder ~= ARGV[1] then return 0 end
+redis.call('DEL', KEYS[1])  -- so that a Redis without memory lets us write: reaping frees some
 redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
 return 1
 """)

@@ -23,6 +23,7 @@ import typing
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from typing import Any
 
+from common import queue_scripts
 from common import redis_scripts as scripts
 from common.errors import ConfigError, ServiceUnavailable
 from common.kv_layout import Fingerprint
@@ -166,15 +167,19 @@ class Registry:
             )
         )  # fmt: skip
 
-    async def leave(self, incarnation: str) -> None:
-        """Remove what an incarnation that ends in order leaves: record, index entry, empty queue
-        and load. What gateways still have open is theirs."""
+    async def leave(self, incarnation: str) -> int:
+        """Remove what an incarnation that has ended leaves: record, index entry, queue and load.
+        Entries that nobody has claimed are given back to their gateways; the number of them."""
         self._written.pop(incarnation, None)
-        await self._client.pipeline(
-            ("DEL", self._keys.node(incarnation)),
-            ("ZREM", self._keys.nodes(), incarnation),
-            ("DEL", self._keys.stream(incarnation), self._keys.load(incarnation)),
-        )
+        keys = self._keys
+        return int(
+            await self._client.call(
+                queue_scripts.LEAVE,
+                [keys.node(incarnation), keys.nodes(), keys.stream(incarnation),
+                 keys.load(incarnation)],
+                [incarnation, keys.request(""), keys.load("")],
+            )
+        )  # fmt: skip
 
     async def snapshot(self) -> Snapshot:
         """All records and their ages. A record of a newer version that cannot be read is left out

@@ -28,11 +28,13 @@ from common.redis_client import RedisClient, text
 from common.request_state import State
 
 __all__ = [
-    "AttemptRecord", "ChoiceRecord", "Claim", "Load", "RequestRecord", "Requests", "Standing",
-    "State",
+    "AttemptRecord", "ChoiceRecord", "Claim", "Load", "Place", "RequestRecord", "Requests", "State",
+    "Where",
 ]  # fmt: skip
 
 log = get_logger("requests")
+
+LOCATED_AT_ONCE = 512
 
 
 class Claim(enum.StrEnum):
@@ -45,13 +47,22 @@ class Claim(enum.StrEnum):
     UNKNOWN = "unknown"  # no such attempt: closed long ago, or Redis lost its content
 
 
-class Standing(enum.StrEnum):
-    """Whether an attempt is still wanted."""
+class Place(enum.StrEnum):
+    """Where a choice's attempt is, as long as nobody decodes it."""
 
-    CURRENT = "current"
-    SUPERSEDED = "superseded"
-    ENDED = "ended"
-    UNKNOWN = "unknown"  # Redis lost its content, perhaps; its gateway will assert it again
+    QUEUED = "queued"  # in a node's stream, or read and not claimed
+    CLAIMED = "claimed"  # by a node that computes it, or is about to
+    RETURNED = "returned"  # given back unclaimed by a node that left
+    NOWHERE = "nowhere"  # nobody will compute it: its entry was dropped or lost, or it was ended
+    UNKNOWN = "unknown"  # no such attempt: Redis lost its content, perhaps
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Where:
+    """`node` has it: queued or claimed; else it is ""."""
+
+    place: Place
+    node: str = ""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -151,17 +162,19 @@ class Requests:
         )
         return Claim(text(reply))
 
-    async def standing(self, attempts: Sequence[tuple[str, int]]) -> list[Standing]:
-        """For each (request, attempt): is it still wanted? One round trip; what a node asks that
-        was stopped and comes back."""
-        if not attempts:
-            return []
-        reply = await self._client.call(
-            scripts.STANDING,
-            [self._keys.request(request) for request, _ in attempts],
-            [attempt for _, attempt in attempts],
-        )
-        return [Standing(text(answer)) for answer in reply]
+    async def locate(self, choices: Sequence[tuple[str, int, int]]) -> list[Where]:
+        """For each (request, attempt, choice): who has it. A round trip for LOCATED_AT_ONCE of them.
+        What a gateway asks about those of which no node has said anything."""
+        found: list[Where] = []
+        for start in range(0, len(choices), LOCATED_AT_ONCE):
+            page = choices[start : start + LOCATED_AT_ONCE]
+            reply = await self._client.call(
+                scripts.LOCATE,
+                [self._keys.request(request) for request, _, _ in page],
+                [number for _, attempt, choice in page for number in (attempt, choice)],
+            )
+            found += [Where(Place(text(place)), text(node)) for place, node in reply]
+        return found
 
     async def advance(
         self,

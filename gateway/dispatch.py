@@ -8,8 +8,9 @@ How a choice moves (a request's choices start together in attempt 1, a retry is 
     placed at a node ──Tokens──▶ … ──▶ finished
        │  ▲   TookOver: now another node holds it, from a position on
        ▼  │
-    holder lost, or a former one that owes tokens, or Failed(retryable), which a node also answers
-    when it has nothing of what it is asked for (holders.py)
+    holder lost, a former one that owes tokens lost, or Failed(retryable), which a node also answers
+    when it has nothing of what it is asked for (holders.py); while no node has spoken of it, what
+    Redis says (whereabouts.py)
        │  ▲
        ▼  │
     new attempt: prompt + delivered tokens, same border
@@ -59,10 +60,11 @@ from gateway.metrics import GatewayMetrics
 from gateway.open_request import Choice, OpenRequest, Update, Work
 from gateway.ports import Ending, NodeBus, NodeDirectory, NodeView, RequestStore
 from gateway.router import Decision, RouteQuestion, Router, longest_request, what_lacks
+from gateway.whereabouts import Whereabouts
 
 log = get_logger("dispatch")
 
-NO_FAULT = frozenset({NotHeld.code})  # of the request: it costs no try
+NO_FAULT = frozenset({NotHeld.code, "given_back"})  # of the request: it costs no try
 NO_ROOM = frozenset({"out_of_blocks", "overloaded"})  # nobody failed: it costs time, not a try
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 1.0  # before a request that found no room asks again
 STORE_RETRY_S = 0.2  # between two tries to reach Redis for a retry
@@ -104,6 +106,7 @@ class Dispatcher:
         self._in_flight: Counter[str] = Counter()
         self._nodes_changed = asyncio.Event()
         self._holders = Holders(gateway, self._open, bus, directory, self.on_node_lost)
+        self._whereabouts = Whereabouts(self._open, store, directory, self._retry, self._adopt)
         self._tasks: set[asyncio.Task[None]] = set()
 
     # ── For the HTTP side ────────────────────────────────────────────────────────────────────────
@@ -175,6 +178,7 @@ class Dispatcher:
 
     async def shut_down(self) -> None:
         """Wait for the writes that close requests; give up retries that still look for a node."""
+        self._whereabouts.close()
         for task in tuple(self._tasks):
             if task.get_name() == "retry":
                 task.cancel()
@@ -242,6 +246,11 @@ class Dispatcher:
         self._in_flight[node] += len(token_ids)
         request.uncomputed[attempt] = (node, len(token_ids))
         await self._store.accept(node, dispatch)
+        for choice in choices:
+            if request.choices[choice].stream.attempt == attempt:
+                request.choices[choice].placed_at = time.monotonic()
+        if self._directory.lost(node):
+            self._whereabouts.look()
 
     async def _decide(self, question: RouteQuestion) -> Decision:
         """A place, waiting for a node to come if there is none; never longer than the limit."""
@@ -281,7 +290,7 @@ class Dispatcher:
             choice.refusals = min(choice.refusals + 1, 10)
         elif cause not in NO_FAULT:
             choice.tries += 1
-        choice.holder, choice.heard, choice.held_from = "", False, 0
+        choice.holder, choice.heard, choice.held_from, choice.placed_at = "", False, 0, 0.0
         choice.owing.clear()
         waited, old = dict(choice.unacknowledged), choice.stream.attempt
         choice.unacknowledged.clear()
@@ -340,21 +349,25 @@ class Dispatcher:
         self._in_flight.clear()  # the loads that were just read hold it
         self._nodes_changed.set()
         self._holders.look()
+        self._whereabouts.look()
 
     def on_node_linked(self, node: str) -> None:
         self._holders.linked(node)
         self.on_nodes_changed()
 
     def on_node_lost(self, node: str, reason: str) -> None:
-        """Retry every choice that this incarnation held, or had tokens of that nobody else has."""
+        """Retry every choice that this incarnation is known to have held, or had tokens of that
+        nobody else has; and find out where those are that nobody has spoken of."""
         for request in tuple(self._open.values()):
             for index, choice in enumerate(request.choices):
-                if (choice.holder == node or node in choice.owes()) and not choice.done:
+                held = choice.heard and choice.holder == node
+                if (held or node in choice.owes()) and not choice.done:
                     log.info(
                         "choice.lost", request=request.work.request, choice=index, node=node,
                         reason=reason,
                     )  # fmt: skip
                     self._retry(request, index, "node_lost", node)
+        self._whereabouts.look()
         self._nodes_changed.set()
 
     def _on_tokens(self, node: str, message: Tokens) -> None:
@@ -485,6 +498,21 @@ class Dispatcher:
         choice.holder, choice.heard, choice.stirred_at = node, True, time.monotonic()
         if self._directory.lost(node):
             self.on_node_lost(node, "gone before what it said arrived")
+
+    def _adopt(self, request: OpenRequest, index: int, node: str, claimed: bool) -> None:
+        """`node` has the entry of this choice, and has said nothing of it yet."""
+        choice = request.choices[index]
+        attempt = choice.stream.attempt
+        choice.holder, choice.heard, choice.stirred_at = node, claimed, time.monotonic()
+        request.involved.add(node)
+        _, dispatch = request.dispatches[attempt]
+        request.dispatches[attempt] = (node, dispatch)
+        counted = request.uncomputed.get(attempt)
+        if counted is not None:
+            before, prompt_tokens = counted
+            self._in_flight[before] -= prompt_tokens
+            self._in_flight[node] += prompt_tokens
+            request.uncomputed[attempt] = (node, prompt_tokens)
 
     def _find(
         self, kind: str, message: TookOver | Stage | Failed

@@ -45,6 +45,7 @@ class Update:
 class Choice:
     stream: ChoiceStream
     holder: str = ""  # the incarnation whose death would lose it; "" while it is being placed
+    placed_at: float = 0.0  # when Redis took the attempt; 0: not yet
     heard: bool = False  # the holder has said something: its entry was read
     held_from: int = 0  # the position from which on the holder's tokens come; 0: from the start
     owing: dict[str, int] = dataclasses.field(default_factory=dict)

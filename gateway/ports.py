@@ -13,6 +13,7 @@ from typing import Protocol
 
 from common.kv_layout import Fingerprint
 from common.messages import Dispatch, Message, Stage
+from common.requests import Where
 
 PREFILL, DECODE, UNIFIED = "prefill", "decode", "unified"
 
@@ -77,6 +78,9 @@ class RequestStore(Protocol):
     async def accept(self, node: str, dispatch: Dispatch, *, claimed_by: str = "") -> None:
         """Record and queue entry in one atomic write. With `claimed_by`, the record only: that
         incarnation works on it already, and Redis has forgotten."""
+
+    async def locate(self, choices: Sequence[tuple[str, int, int]]) -> Sequence[Where]:
+        """For each (request, attempt, choice): who has it."""
 
     async def advance(self, stage: Stage) -> None:
         """Merge what a node said about a choice into the record."""

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from common.logs import get_logger
 from common.messages import Dispatch, Stage
-from common.requests import Requests, State
+from common.requests import Requests, State, Where
 from gateway.ports import Ending
 
 log = get_logger("records")
@@ -20,6 +20,9 @@ class RecordStore:
 
     async def accept(self, node: str, dispatch: Dispatch, *, claimed_by: str = "") -> None:
         await self._requests.accept(dispatch, node, claimed_by=claimed_by)
+
+    async def locate(self, choices: Sequence[tuple[str, int, int]]) -> Sequence[Where]:
+        return await self._requests.locate(choices)
 
     async def advance(self, stage: Stage) -> None:
         try:

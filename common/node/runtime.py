@@ -4,7 +4,8 @@ Owns the process's parts and their order of start and stop: memory, engine, Redi
 role. Read `run` from top to bottom. Blocks, sequences and leases belong to the event loop's
 thread; only `Engine.compute` and copies run elsewhere.
 
-    take      queue entries, when the role has capacity → role.accept
+    take      queue entries, when the role has capacity → role.accept; at the end, give them back
+    delete    queue entries that are over
     listen    messages: transfer → links; what gateways ask and acknowledge; cancels → role
     watch     links that come up or go down → gateways; with a connection go the KV links over it
     announce  the node's record, once a beat; the other nodes, for the role to choose from
@@ -29,7 +30,7 @@ from common.engine import Engine, loading
 from common.engine.config_fields import unknown_fields
 from common.engine.engine import PlannedStep
 from common.engine.step import Chunk
-from common.errors import FingerprintMismatch, LinkLost, PdqError, ServiceUnavailable
+from common.errors import PdqError, ServiceUnavailable
 from common.logs import get_logger
 from common.messages import (
     CacheQuery,
@@ -44,13 +45,14 @@ from common.messages import (
 )
 from common.node.attempt import Attempt
 from common.node.cache_feed import CacheFeed
+from common.node.entries import Entries
 from common.node.gateways import Gateways
 from common.node.kv import NodeKV, SharedMemory
 from common.node.role import NodeRole, load_role
 from common.node.steps import Steps
 from common.node.token_stream import ChoiceKey
 from common.node.transports import make_transports
-from common.queue import Entry, NodeQueue, move_unread, queue_lengths
+from common.queue import Entry
 from common.redis_client import RedisClient
 from common.registry import NodeRecord, NodeState, Registry, Role, Snapshot, new_incarnation
 from kv_transfer.lease import Leases
@@ -61,7 +63,6 @@ from kv_transfer.transports.base import Target
 log = get_logger("node")
 
 ANNOUNCE_INTERVAL_S = 0.5
-QUEUE_WAIT_S = 1.0
 SLOW_DEATHS = frozenset({Down.SILENT, Down.STALLED, Down.UNREACHABLE})  # found out by waiting
 
 
@@ -75,7 +76,7 @@ class Node:
         self.incarnation = new_incarnation(self.name)
         self.redis = RedisClient(settings.redis, name=self.incarnation)
         self.registry = Registry(self.redis)
-        self.queue = NodeQueue(self.redis, self.incarnation)
+        self.entries = Entries(self)
         self.bus = Bus(self.incarnation, settings.bus, progress=self._progress)
         shared = SharedMemory(loading.choose_device(settings.engine.device))
         # Made in the thread that will compute: OpenMP keeps a team for each thread that ever ran a
@@ -104,7 +105,6 @@ class Node:
         self.state = NodeState.STARTING
         self.peers: Snapshot | None = None
         self.steps = Steps(self, self._thread, settings.bus.stall_limit_s)
-        self._room = asyncio.Event()
         self._stopping = asyncio.Event()
         self._lost: dict[str, int] = {}  # peer → beats in its record then
         self._started_at = int(time.time() * 1000)
@@ -130,11 +130,11 @@ class Node:
     def wake(self) -> None:
         """There may be work for the engine, or room for another entry."""
         self.steps.wake()
-        self._room.set()
+        self.entries.room()
 
     def room_changed(self) -> None:
         """There may be room for another entry."""
-        self._room.set()
+        self.entries.room()
 
     async def say_alone(self) -> None:
         """Write into the node's record whose step of its own comes next, before it is computed: if it
@@ -173,7 +173,7 @@ class Node:
 
     def done(self, entry: Entry) -> None:
         """The attempt is over here: its queue entry goes."""
-        self.spawn(self._delete(entry))
+        self.entries.done(entry)
 
     # Life.
 
@@ -185,7 +185,8 @@ class Node:
             loops = [
                 asyncio.create_task(coroutine, name=name)
                 for name, coroutine in (
-                    ("take", self._take()),
+                    ("take", self.entries.take()),
+                    ("delete", self.entries.delete()),
                     ("listen", self._listen()),
                     ("watch", self._watch()),
                     ("announce", self._announce()),
@@ -207,7 +208,7 @@ class Node:
         stack.push_async_callback(self.redis.close)
         await self.redis.open()
         stack.push_async_callback(self._leave)
-        await self.queue.open()
+        await self.entries.open()
         stack.push_async_callback(self._settle)
         stack.push_async_callback(self.bus.close)
         await self.bus.start()
@@ -244,14 +245,20 @@ class Node:
         self._stopping.set()
 
     async def _drain(self) -> None:
-        """Take nothing new, hand over or finish what runs, within the grace period."""
+        """Take nothing new and give back what was not begun; hand over or finish what runs, within
+        the grace period."""
+        begun = time.monotonic()
         self.state = NodeState.DRAINING
         self.links.perform(self.links.intake.drain(time.monotonic()))
         try:
             await self.registry.announce(self.record(), self.links.describe())
         except ServiceUnavailable as error:
             log.warning("node.unannounced", error=error)
-        begun = time.monotonic()
+        self.entries.stop()
+        while not self.entries.settled:
+            if time.monotonic() - begun >= self.settings.grace_period_s:
+                break  # Redis does not answer: gateways read of them when they hear our goodbye
+            await asyncio.sleep(0.02)
         self.role.drain()
         while self.role.num_open or self.gateways.tokens.num_unacknowledged:
             if time.monotonic() - begun >= self.settings.grace_period_s:
@@ -271,64 +278,6 @@ class Node:
         )  # fmt: skip
 
     # Loops.
-
-    async def _take(self) -> None:
-        while True:
-            self._room.clear()
-            capacity = self.role.capacity() if self.state is NodeState.READY else 0
-            if capacity <= 0:
-                await self._room.wait()
-                continue
-            try:
-                entries = await self.queue.take(capacity, wait_s=QUEUE_WAIT_S)
-                if not entries and not self.engine.has_work:
-                    await self._relieve_others(capacity)
-            except ServiceUnavailable as error:
-                log.warning("queue.unreachable", error=error)
-                await asyncio.sleep(ANNOUNCE_INTERVAL_S)
-                continue
-            for entry in entries:
-                gateway = entry.dispatch.gateway
-                if self.bus.link(gateway) is None:
-                    try:
-                        self.bus.connect(gateway, entry.dispatch.gateway_endpoint)
-                    except LinkLost as error:
-                        log.warning("gateway.unreachable", gateway=gateway, error=error)
-                if self._runs_model_of(entry):
-                    self.role.accept(entry)
-            if entries:
-                self.steps.wake()
-
-    def _runs_model_of(self, entry: Entry) -> bool:
-        """Whether the entry is for this node's model. Any other one goes back to its gateway."""
-        dispatch, mine = entry.dispatch, self.engine.fingerprint
-        differs = dispatch.model.mismatch(mine)
-        if differs is None:
-            return True
-        error = FingerprintMismatch(
-            f"a request for {differs.field} {differs.mine!r} came to {self.incarnation}, where it "
-            f"is {differs.yours!r}"
-        )
-        for choice in dispatch.choices:
-            key = ChoiceKey(dispatch.request, dispatch.attempt, choice)
-            self.failed(dispatch.gateway, key, error, retryable=True)
-        self.done(entry)
-        return False
-
-    async def _relieve_others(self, capacity: int) -> None:
-        """Idle: take over what waits, unread, at a node that does the same work."""
-        if self.peers is None:
-            return
-        alike = [
-            record.incarnation
-            for record in self.peers.of_role(Role(self.settings.role))
-            if record.incarnation != self.incarnation and self.is_alike(record)
-        ]
-        if not alike:
-            return
-        for name, length in zip(alike, await queue_lengths(self.redis, alike), strict=True):
-            if length.waiting and await move_unread(self.redis, name, self.incarnation, capacity):
-                return
 
     def is_alike(self, record: NodeRecord) -> bool:
         """Whether that node computes what this one does, bit for bit; its block size is its own."""
@@ -419,12 +368,6 @@ class Node:
 
     def _progress(self) -> tuple[int, bool]:
         return self.engine.num_steps, self.steps.computing
-
-    async def _delete(self, entry: Entry) -> None:
-        try:
-            await self.queue.done([entry])
-        except ServiceUnavailable as error:
-            log.warning("entry.kept", error=error)  # until Redis is back
 
     def spawn(self, coroutine: Coroutine[object, object, None]) -> None:
         """Run something in the background; `run` waits for it at the end."""

@@ -9,7 +9,8 @@ import pytest
 from common.errors import ServiceUnavailable
 from common.queue import NodeQueue, QueueLength, move_unread, queue_lengths
 from common.redis_client import RedisClient
-from common.requests import Load, Requests
+from common.registry import Registry
+from common.requests import Load, Place, Requests, Where
 from common.sampling import SamplingParams
 from tests.support.redis import Traffic, a_dispatch, wait_until
 
@@ -137,7 +138,7 @@ async def test_attempts_no_longer_wanted_are_dropped_on_the_way(redis_client: Re
     await requests.cancel("r-1", "gone")
     await requests.claim("r-2", 1, "p-9")
     assert [entry.dispatch.request for entry in await queue.take(9)] == ["r-3"]
-    assert queue.dropped == 3
+    assert queue.dropped == 1, "the others had left the stream before"
     assert await redis_client.command("XLEN", redis_client.keys.stream("p-1")) == 1
 
 
@@ -175,21 +176,30 @@ async def test_unread_entries_move_oldest_first_with_their_load(redis_client: Re
     assert record.attempts[0].node == record.attempts[0].claim == "p-2"
 
 
-async def test_entries_move_to_a_node_that_is_not_there_yet(redis_client: RedisClient) -> None:
-    await fill(redis_client, "p-1", 3)  # its node never opened it
-    assert await move_unread(redis_client, "p-1", "p-2", 99) == 3
-    queue = await a_queue(redis_client, "p-2")
-    assert len(await queue.take(9)) == 3
-
-
-async def test_moving_deletes_what_is_no_longer_wanted_and_goes_on_behind_it(
-    redis_client: RedisClient,
-) -> None:
+async def test_nothing_moves_to_a_node_that_is_not_there(redis_client: RedisClient) -> None:
+    """A pull whose answer was lost may be served after its node has left, when a late entry has
+    made the stream again."""
     await fill(redis_client, "p-1", 3)
-    await Requests(redis_client).cancel("r-0", "gone")
-    await Requests(redis_client).cancel("r-1", "gone")
+    assert await move_unread(redis_client, "p-1", "p-2", 99) == 0
+    await a_queue(redis_client, "p-2")
+    await Registry(redis_client).leave("p-2")
+    await fill(redis_client, "p-2", 1, first=9)
+    assert await move_unread(redis_client, "p-1", "p-2", 99) == 0
+    assert await queue_lengths(redis_client, ["p-1", "p-2"]) == [
+        QueueLength(3, 0),
+        QueueLength(1, 0),
+    ]
+
+
+async def test_moving_deletes_what_the_record_does_not_name(redis_client: RedisClient) -> None:
+    await a_queue(redis_client, "p-2")
+    stream = redis_client.keys.stream("p-1")
+    await redis_client.command("XADD", stream, "*", "request", "r-0", "attempt", 1, "dispatch", "")
+    await redis_client.command("EXPIRE", stream, 60)
+    await fill(redis_client, "p-1", 2)
     assert await move_unread(redis_client, "p-1", "p-2", 1) == 1
-    assert await redis_client.command("XLEN", redis_client.keys.stream("p-1")) == 0
+    assert await move_unread(redis_client, "p-1", "p-2", 1) == 1
+    assert await redis_client.command("EXISTS", stream) == 0
     assert await move_unread(redis_client, "p-1", "p-2", 1) == 0
     assert await move_unread(redis_client, "none", "p-2", 1) == 0
     assert await move_unread(redis_client, "p-2", "p-2", 1) == 0
@@ -217,3 +227,108 @@ async def test_reading_and_moving_at_once_give_each_entry_to_one_node(
     assert sorted(taken) == sorted(names)
     assert sum(queue.dropped for queue in queues) == 0
     assert await queue_lengths(redis_client, ["p-0", "p-1", "p-2"]) == [QueueLength(0, 0)] * 3
+
+
+# ── Leaving ──────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_node_gives_back_what_it_has_not_claimed_to_another(
+    redis_client: RedisClient,
+) -> None:
+    requests = Requests(redis_client)
+    leaving, other = await a_queue(redis_client, "p-1"), await a_queue(redis_client, "p-2")
+    await fill(redis_client, "p-1", 4)
+    (at_work,) = await leaving.take(1)
+    await redis_client.command(
+        "XREADGROUP",
+        "GROUP",
+        "node",
+        "p-1",
+        "COUNT",
+        1,
+        "STREAMS",
+        redis_client.keys.stream("p-1"),
+        ">",
+    )  # read, and not claimed
+    assert await leaving.give_back("nobody") == 0
+    assert await leaving.give_back("p-2") == 3
+    assert await leaving.give_back("p-2") == 0
+    assert [e.dispatch.request for e in await other.take(9)] == ["r-1", "r-2", "r-3"]
+    assert await requests.loads(["p-1", "p-2"]) == {"p-1": Load(1, 5), "p-2": Load(3, 15)}
+    assert await queue_lengths(redis_client, ["p-1"]) == [QueueLength(waiting=0, at_work=1)]
+    await leaving.done([at_work])
+
+
+async def test_what_a_node_gives_back_to_nobody_is_known_to_wait_for_its_gateway(
+    redis_client: RedisClient,
+) -> None:
+    requests = Requests(redis_client)
+    leaving = await a_queue(redis_client, "p-1")
+    await fill(redis_client, "p-1", 2)
+    assert await leaving.give_back("") == 2
+    assert await requests.locate([("r-0", 1, 0)]) == [Where(Place.RETURNED)]
+    assert await requests.loads(["p-1"]) == {"p-1": Load()}
+    await requests.accept(a_dispatch("r-0", attempt=2), "p-2")
+    assert await requests.locate([("r-0", 2, 0)]) == [Where(Place.QUEUED, "p-2")]
+
+
+async def test_leaving_gives_back_what_came_at_the_last_moment(redis_client: RedisClient) -> None:
+    requests = Requests(redis_client)
+    await a_queue(redis_client, "p-1")
+    await fill(redis_client, "p-1", 40)
+    assert await Registry(redis_client).leave("p-1") == 40
+    assert await redis_client.command("KEYS", "pdq:*:p-1") == []
+    asked = [(f"r-{number}", 1, 0) for number in range(40)]
+    assert await requests.locate(asked) == [Where(Place.RETURNED)] * 40
+
+
+async def test_a_read_that_waits_ends_when_the_queue_is_stopped(redis_client: RedisClient) -> None:
+    queue = await a_queue(redis_client, "p-1")
+    waiting = asyncio.create_task(queue.take(4, wait_s=600.0))
+
+    async def blocked() -> bool:
+        return "xreadgroup" in str(await redis_client.command("CLIENT", "LIST"))
+
+    await wait_until(blocked, "the read waits in Redis")
+    queue.stop()
+    assert await waiting == []
+    await fill(redis_client, "p-1", 1)
+    assert await queue.take(4) == []
+    assert await queue.give_back("") == 1
+
+
+async def test_an_entry_that_a_late_read_has_delivered_is_found(
+    redis_client: RedisClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Redis serves a read whose client has given it up, after a later one of the same node."""
+    queue = await a_queue(redis_client, "p-1")
+    assert await queue.take(4) == []
+    await fill(redis_client, "p-1", 1)
+    await redis_client.command(
+        "XREADGROUP",
+        "GROUP",
+        "node",
+        "p-1",
+        "COUNT",
+        9,
+        "STREAMS",
+        redis_client.keys.stream("p-1"),
+        ">",
+    )
+    monkeypatch.setattr("common.queue.STRAYS_INTERVAL_S", 0.0)
+    assert [entry.dispatch.request for entry in await queue.take(4)] == ["r-0"]
+    assert await queue.take(4) == []
+
+
+async def test_a_malformed_entry_is_known_to_be_nowhere(
+    redis_client: RedisClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = Requests(redis_client)
+    queue = await a_queue(redis_client, "p-1")
+    with monkeypatch.context() as patch:
+        patch.setattr("common.requests.encode", lambda _: b"of another version")
+        await fill(redis_client, "p-1", 1)
+    assert await queue.take(4) == []
+    assert queue.dropped == 1
+    assert await requests.locate([("r-0", 1, 0)]) == [Where(Place.NOWHERE)]
+    assert await requests.loads(["p-1"]) == {"p-1": Load()}

@@ -17,7 +17,7 @@ from common.redis_client import RedisClient
 from common.redis_keys import INSPECT_TTL_S
 from common.redis_server import EmbeddedRedis
 from common.request_state import State, merge
-from common.requests import Claim, Load, Requests, Standing
+from common.requests import Claim, Load, Place, Requests, Where
 from tests.support.redis import a_dispatch, leaked_keys, wait_until
 
 IDLE = Load()
@@ -104,7 +104,7 @@ async def test_a_repeated_claim_is_held_and_not_won_twice(requests: Requests) ->
     assert await requests.claim("r-1", 1, "p-1") is Claim.HELD
 
 
-async def test_claims_and_standing_tell_what_became_of_an_attempt(requests: Requests) -> None:
+async def test_claims_and_places_tell_what_became_of_an_attempt(requests: Requests) -> None:
     assert await requests.claim("r-none", 1, "p-1") is Claim.UNKNOWN
     await requests.accept(a_dispatch(), "p-1")
     assert await requests.claim("r-1", 2, "p-1") is Claim.UNKNOWN
@@ -113,9 +113,25 @@ async def test_claims_and_standing_tell_what_became_of_an_attempt(requests: Requ
     await requests.accept(a_dispatch("r-2"), "p-1")
     await requests.cancel("r-2", "client is gone")
     assert await requests.claim("r-2", 1, "p-1") is Claim.SUPERSEDED
-    assert await requests.standing([("r-1", 1), ("r-1", 2), ("r-2", 1), ("r-none", 1)]) == [
-        Standing.SUPERSEDED, Standing.CURRENT, Standing.ENDED, Standing.UNKNOWN,
+    await requests.accept(a_dispatch("r-3"), "p-3")
+    assert await requests.claim("r-3", 1, "p-3") is Claim.WON
+    asked = [("r-1", 1, 0), ("r-1", 2, 0), ("r-2", 1, 0), ("r-3", 1, 0), ("r-none", 1, 0)]
+    assert await requests.locate(asked) == [
+        Where(Place.NOWHERE), Where(Place.QUEUED, "p-2"), Where(Place.NOWHERE),
+        Where(Place.CLAIMED, "p-3"), Where(Place.UNKNOWN),
     ]  # fmt: skip
+
+
+async def test_an_entry_goes_with_its_attempt(
+    requests: Requests, redis_client: RedisClient
+) -> None:
+    """What is cancelled or superseded before anybody claims it waits in no queue."""
+    await requests.accept(a_dispatch("r-1"), "p-1")
+    await requests.accept(a_dispatch("r-1", attempt=2), "p-2")
+    assert await entries(redis_client, "p-1") == []
+    await requests.cancel("r-1", "client is gone")
+    assert await entries(redis_client, "p-2") == []
+    assert await redis_client.command("KEYS", redis_client.keys.stream("*")) == [], "never opened"
 
 
 # ── Merging ──────────────────────────────────────────────────────────────────────────────────────
@@ -267,7 +283,9 @@ async def test_one_choice_may_be_retried_while_the_other_goes_on(requests: Reque
     await requests.accept(a_dispatch(choices=(0, 1)), "p-1")
     await requests.advance("r-1", 1, (0, 1), State.DECODING, node="d-1")
     await requests.accept(a_dispatch(attempt=2, choices=(1,)), "p-2")
-    assert await requests.standing([("r-1", 1), ("r-1", 2)]) == [Standing.CURRENT] * 2
+    assert await requests.locate([("r-1", 1, 1), ("r-1", 2, 1)]) == [
+        Where(Place.NOWHERE), Where(Place.QUEUED, "p-2"),
+    ]  # fmt: skip
     assert await requests.finish("r-1", 1, (0, 1), generated=3)  # choice 1 of it is late
     record = await requests.get("r-1")
     assert record is not None
@@ -333,7 +351,7 @@ async def test_a_gateway_asserts_its_open_requests_after_redis_lost_everything(
     assert await redis_client.generation() == before
     redis_server.restart()
     assert await redis_client.generation() != before
-    assert await requests.standing([("r-1", 1)]) == [Standing.UNKNOWN]
+    assert await requests.locate([("r-1", 1, 0)]) == [Where(Place.UNKNOWN)]
     assert await requests.accept(a_dispatch(), "p-1", claimed_by="p-1")
     assert await requests.advance("r-1", 1, (0,), State.DECODING, node="d-1")
     record = await requests.get("r-1")

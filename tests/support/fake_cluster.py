@@ -29,8 +29,10 @@ from common.messages import (
     TokensAck,
     TookOver,
 )
+from common.requests import Place, Where
 from gateway.ports import DECODE, PREFILL, UNIFIED, Ending, Inbox, NodeLoad, NodeView
 
+UNKNOWN = Where(Place.UNKNOWN)
 FINGERPRINT = Fingerprint("stories", "main", "layout", "cpu-fp32", 16, tokenizer="letters")
 MODEL = ModelIdentity("stories", "main", "letters")
 EOS = 2
@@ -151,6 +153,15 @@ class FakeCluster:
         self.dispatched.append((node, copied))
         if node in self.members:
             self._start(self.members[node], copied)
+
+    async def locate(self, choices: Sequence[tuple[str, int, int]]) -> list[Where]:
+        if self.store_error is not None:
+            raise self.store_error
+        nodes = {(sent.request, sent.attempt): node for node, sent in self.dispatched}
+        return [
+            Where(Place.QUEUED, node) if (node := nodes.get((request, attempt))) else UNKNOWN
+            for request, attempt, _ in choices
+        ]
 
     async def advance(self, stage: Stage) -> None:
         self.stages.append(stage)

@@ -1,0 +1,159 @@
+"""The queue entries of a node: taken while it has room, given back when it ends, deleted when over.
+
+Owns the only task that takes entries, and the order of its end: it takes nothing more, what it has
+read goes to the role or back, and only then may the node believe that it knows all it has. Knows
+nothing of what an entry costs: capacity is the role's word.
+
+    ready      take what there is room for; idle: take over what waits, unread, at another node
+    draining   give back what nobody here has claimed: to a node that does the same work, else to its
+               gateway; again and again, for gateways that have not heard send more
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING
+
+from common.errors import FingerprintMismatch, LinkLost, ServiceUnavailable
+from common.logs import get_logger
+from common.node.token_stream import ChoiceKey
+from common.queue import Entry, NodeQueue, move_unread, queue_lengths
+from common.registry import NodeRecord, NodeState, Role
+
+if TYPE_CHECKING:
+    from common.node.runtime import Node
+
+log = get_logger("entries")
+
+QUEUE_WAIT_S = 1.0
+REDIS_PAUSE_S = 0.5  # before Redis is asked again, after it did not answer
+GIVE_BACK_INTERVAL_S = 0.25
+
+
+class Entries:
+    """Run `take` and `delete` as long as the node lives; call `room` whenever the role may have some."""
+
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self._queue = NodeQueue(node.redis, node.incarnation)
+        self._room = asyncio.Event()
+        self._over = asyncio.Event()  # there are entries to delete
+        self.settled = False  # after `stop`: the role has all it will ever get
+
+    async def open(self) -> None:
+        await self._queue.open()
+
+    def room(self) -> None:
+        """There may be room for another entry."""
+        self._room.set()
+
+    def done(self, entry: Entry) -> None:
+        """The attempt is over here: its entry goes, as soon as Redis hears it."""
+        self._queue.over(entry)
+        self._over.set()
+
+    def stop(self) -> None:
+        """Take nothing more, and give back the rest. The node is draining; see `settled`."""
+        self._queue.stop()
+        self._room.set()
+
+    # Loops.
+
+    async def take(self) -> None:
+        """Until cancelled; once the node drains, what comes is given back."""
+        while self._node.state is NodeState.READY:
+            await self._take()
+        while True:
+            try:
+                await self._give_back()
+            except ServiceUnavailable as error:
+                log.warning("entries.kept", error=error)
+            self.settled = True
+            await asyncio.sleep(GIVE_BACK_INTERVAL_S)
+
+    async def delete(self) -> None:
+        """Until cancelled: what is over, as soon as Redis hears it."""
+        while True:
+            await self._over.wait()
+            self._over.clear()
+            try:
+                await self._queue.done(())
+            except ServiceUnavailable as error:
+                log.warning("entries.undeleted", error=error)
+                await asyncio.sleep(REDIS_PAUSE_S)
+                self._over.set()
+
+    # Steps.
+
+    async def _take(self) -> None:
+        """Wait for room, then for entries, not for long; one round of them."""
+        node = self._node
+        self._room.clear()
+        capacity = node.role.capacity()
+        if capacity <= 0:
+            await self._room.wait()
+            return
+        try:
+            entries = await self._queue.take(capacity, wait_s=QUEUE_WAIT_S)
+            if not entries and not node.engine.has_work and node.state is NodeState.READY:
+                await self._relieve_others(capacity)
+        except ServiceUnavailable as error:
+            log.warning("queue.unreachable", error=error)
+            await asyncio.sleep(REDIS_PAUSE_S)
+            return
+        for entry in entries:
+            try:
+                node.connect(entry.dispatch.gateway, entry.dispatch.gateway_endpoint)
+            except LinkLost as error:
+                log.warning("gateway.unreachable", gateway=entry.dispatch.gateway, error=error)
+            if self._is_for_our_model(entry):
+                node.role.accept(entry)
+        if entries:
+            node.wake()
+
+    def _is_for_our_model(self, entry: Entry) -> bool:
+        """Whether the entry is for this node's model. Any other one goes back to its gateway."""
+        node, dispatch = self._node, entry.dispatch
+        differs = dispatch.model.mismatch(node.engine.fingerprint)
+        if differs is None:
+            return True
+        error = FingerprintMismatch(
+            f"a request for {differs.field} {differs.mine!r} came to {node.incarnation}, where it "
+            f"is {differs.yours!r}"
+        )
+        for choice in dispatch.choices:
+            key = ChoiceKey(dispatch.request, dispatch.attempt, choice)
+            node.failed(dispatch.gateway, key, error, retryable=True)
+        self.done(entry)
+        return False
+
+    async def _relieve_others(self, capacity: int) -> None:
+        """Idle: take over what waits, unread, at a node that does the same work."""
+        node = self._node
+        alike = [record.incarnation for record in self._alike()]
+        if not alike:
+            return
+        for name, length in zip(alike, await queue_lengths(node.redis, alike), strict=True):
+            if length.waiting and await move_unread(node.redis, name, node.incarnation, capacity):
+                return
+
+    async def _give_back(self) -> None:
+        """To the least busy of those that would take it. Without any, to the gateways."""
+        ready = [record for record in self._alike() if record.state is NodeState.READY]
+        ready.sort(key=lambda record: record.waiting + record.running)
+        for target in (*(record.incarnation for record in ready), ""):
+            count = await self._queue.give_back(target)
+            if count:
+                log.info("entries.given_back", count=count, target=target or "their gateways")
+                return
+
+    def _alike(self) -> list[NodeRecord]:
+        """The others that do the same work."""
+        node = self._node
+        if node.peers is None:
+            return []
+        return [
+            record
+            for record in node.peers.of_role(Role(node.settings.role))
+            if record.incarnation != node.incarnation and node.is_alike(record)
+        ]

@@ -1,0 +1,114 @@
+"""No accepted request is ever without somebody responsible for it, and nothing is left in Redis.
+
+Any sequence of pulls, deaths, drains, broken links and lost answers, on a real Redis.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import common.queue
+import gateway.whereabouts
+from common.errors import ServiceUnavailable
+from common.redis_server import EmbeddedRedis
+from tests.support.redis import redis_server
+from tests.support.scripted_nodes import World, answer
+
+__all__ = ["redis_server"]
+
+STEPS = (
+    "ask", "take", "speak", "compute", "pull", "kill", "notice", "drain", "start", "break", "mend",
+    "look", "lose", "cancel", "late pull", "late read",
+)  # fmt: skip
+Step = tuple[str, int, int]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def impatient() -> Iterator[None]:
+    """What is done after a while is done at the next look."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gateway.whereabouts, "UNHEARD_S", 0.0)
+        patch.setattr(common.queue, "STRAYS_INTERVAL_S", 0.0)
+        yield
+
+
+@settings(
+    max_examples=60, deadline=None, derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)  # fmt: skip
+@given(
+    steps=st.lists(
+        st.tuples(st.sampled_from(STEPS), st.integers(0, 7), st.integers(0, 7)),
+        min_size=8,
+        max_size=40,
+    )
+)
+def test_whatever_happens_every_accepted_request_ends_and_nothing_is_left(
+    redis_server: EmbeddedRedis, steps: list[Step]
+) -> None:
+    asyncio.run(_play(redis_server.url, steps))
+
+
+async def _play(url: str, steps: list[Step]) -> None:
+    async with World(url) as world:
+        for _ in range(2):
+            await world.start_node()
+        await world.ask()
+        for step in steps:
+            await _do(world, *step)
+        await world.end()
+        for task in world.asked:
+            if task.cancelled():
+                continue
+            error = task.exception()
+            # Only a request whose acceptance was never confirmed may fail.
+            assert error is None or isinstance(error, ServiceUnavailable), error
+            if error is None:
+                assert task.result() == answer()
+        assert await world.left_behind() == []
+
+
+async def _do(world: World, step: str, first: int, second: int) -> None:
+    nodes = list(world.living.values())
+    node = nodes[first % len(nodes)] if nodes else None
+    everybody = [*world.living, *world.dead]
+    if step == "ask" and len(world.asked) < 6:
+        await world.ask()
+    elif step == "look":
+        await world.look()
+    elif step == "notice":
+        world.notice()
+    elif step == "start" and len(nodes) < 4:
+        await world.start_node()
+    elif step == "cancel" and world.asked:
+        world.asked[first % len(world.asked)].cancel()
+    elif node is None:
+        return
+    elif step == "take":
+        await world.take(node)
+    elif step == "speak":
+        world.speak(node)
+    elif step == "compute":
+        await world.compute(node)
+    elif step == "pull":
+        await world.pull(node, everybody[second % len(everybody)])
+    elif step == "late read":
+        await world.late_read(node)
+    elif step == "late pull" and world.dead:
+        gone = world.dead[first % len(world.dead)]
+        await world.late_pull(gone, everybody[second % len(everybody)])
+    elif step == "kill":
+        world.kill(node)
+    elif step == "drain":
+        await world.drain(node, everybody[second % len(everybody)])
+    elif step == "break":
+        world.break_link(node)
+    elif step == "mend":
+        world.mend_link(node)
+    elif step == "lose":
+        (world.gateway if second % 4 == 0 else node.client).answers_to_lose += 1 + second % 2
