@@ -2,23 +2,37 @@
 
 Owns: the environment that templates expect, the same as that of transformers
 (`utils/chat_template_utils.py`): trimmed blocks, loop controls, `raise_exception`,
-`strftime_now`, a `tojson` that keeps characters as they are, and `{% generation %}` blocks.
+`strftime_now`, a `tojson` that keeps characters as they are, and `{% generation %}` blocks. And the
+promise that no message is lost: each is given in a form that comes out, or the request is refused.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import functools
 import json
+import secrets
 from collections.abc import Sequence
 from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
 
 from common.errors import InvalidRequest, ModelError
+from gateway.message_forms import (
+    MARK,
+    Form,
+    Render,
+    all_in_order,
+    find_forms,
+    left_out,
+    marked,
+)
 
 
 class _GenerationBlock(jinja2.ext.Extension):
@@ -63,45 +77,93 @@ def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
     return environment
 
 
-def _with_text(message: dict[str, Any]) -> dict[str, Any]:
-    content = message["content"]
-    if isinstance(content, list):
-        content = "\n".join(part["text"] for part in content)
-    return {**message, "content": content or ""}
-
-
 class ChatTemplate:
     """A compiled template; `special_tokens` (`bos_token`, …) are variables in it."""
 
     def __init__(self, source: str, special_tokens: dict[str, str]) -> None:
+        environment = _environment()
         try:
-            self._template = _environment().from_string(source)
+            self._template = environment.from_string(source)
+            self.variables = jinja2.meta.find_undeclared_variables(environment.parse(source))
         except jinja2.TemplateError as error:
             raise ModelError(f"the chat template does not compile: {error}") from error
         self._special_tokens = special_tokens
+        self._forms = find_forms(functools.partial(self._raw, True, {}))
 
     def render(
         self,
         messages: Sequence[dict[str, Any]],
         *,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         variables: dict[str, Any] | None = None,
     ) -> str:
-        """The prompt; raises `InvalidRequest` when the template refuses these messages."""
-        try:
-            return self._template.render(
-                {
-                    **self._special_tokens,
-                    "tools": None,
-                    "documents": None,
-                    **(variables or {}),
-                    "messages": [_with_text(message) for message in messages],
-                    "add_generation_prompt": add_generation_prompt,
-                }
-            )
-        except Exception as error:
-            # A template is a program of the model's author over the client's data: whatever it
-            # raises (TemplateError, TypeError, KeyError, …) means it cannot render these messages.
-            raise InvalidRequest(
-                f"the model's chat template refuses these messages: {error}", param="messages"
-            ) from error
+        """The prompt. With `continue_final_message` it ends where the last message does.
+
+        Raises `InvalidRequest` when the template refuses these messages or leaves one out.
+        """
+        render = functools.partial(self._raw, add_generation_prompt, variables or {})
+        forms = [Form.STRING]
+        if self._forms.undecided(messages):
+            forms.append(Form.PARTS)
+        refusals = []
+        for form in forms:
+            shaped = [self._forms.apply(message, form) for message in messages]
+            try:
+                return _complete(render, shaped, continue_final_message)
+            except InvalidRequest as error:
+                refusals.append(error)
+        raise refusals[0]
+
+    def _raw(
+        self, add_generation_prompt: bool, variables: dict[str, Any], messages: list[dict[str, Any]]
+    ) -> str:
+        """Raises whatever the template raises."""
+        return self._template.render(
+            {
+                **self._special_tokens,
+                "tools": None,
+                "documents": None,
+                **variables,
+                "messages": messages,
+                "add_generation_prompt": add_generation_prompt,
+            }
+        )
+
+
+def _complete(render: Render, messages: list[dict[str, Any]], continues: bool) -> str:
+    """The text of `messages`, all of which must be in it."""
+    end = f"{MARK}{secrets.token_hex(8)}" if continues else ""
+    if continues:
+        messages = [*messages[:-1], _with_end(messages[-1], end)]
+    try:
+        text = render(messages)
+    except Exception as error:
+        # A template is a program of the model's author over the client's data: whatever it
+        # raises (TemplateError, TypeError, KeyError, …) means it cannot render these messages.
+        raise InvalidRequest(
+            f"the model's chat template refuses these messages: {error}", param="messages"
+        ) from error
+    absent = None
+    if not all_in_order(messages, text):
+        with contextlib.suppress(Exception):
+            absent = left_out(messages, render(marked(messages)))
+    if absent is not None:
+        raise InvalidRequest(
+            f"the model's chat template leaves out messages.{absent} "
+            f"(role {messages[absent]['role']})",
+            param=f"messages.{absent}",
+        )
+    return text[: text.rindex(end)] if continues else text
+
+
+def _with_end(message: dict[str, Any], end: str) -> dict[str, Any]:
+    content = message.get("content")
+    if not content or message.get("tool_calls"):
+        raise InvalidRequest(
+            "continue_final_message: the last message has no text", param="continue_final_message"
+        )
+    if isinstance(content, str):
+        return {**message, "content": content + end}
+    last = {**content[-1], "text": content[-1]["text"] + end}
+    return {**message, "content": [*content[:-1], last]}

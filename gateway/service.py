@@ -173,7 +173,8 @@ class Service:
         prompt = model.tokenizer.render_chat(
             [message.for_template() for message in body.messages],
             add_generation_prompt=body.opens_an_answer,
-            variables={**(body.chat_template_kwargs or {}), "documents": body.documents},
+            continue_final_message=body.continue_final_message,
+            variables=body.template_variables,
         )
         add = body.add_special_tokens is True
         return await model.tokenizer.encode(prompt, add_special_tokens=add)

@@ -36,7 +36,8 @@ class Tokenizer:
             for token in self._tokenizer.get_added_tokens_decoder().values()
             if token.special
         }
-        template = model.chat_templates.get("default")
+        templates = model.chat_templates
+        template = templates.get("default") or next(iter(templates.values()), None)
         self._chat_template = (
             None if template is None else ChatTemplate(template, dict(model.special_tokens))
         )
@@ -82,6 +83,7 @@ class Tokenizer:
         messages: Sequence[dict[str, Any]],
         *,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         variables: dict[str, Any] | None = None,
     ) -> str:
         if self._chat_template is None:
@@ -89,7 +91,10 @@ class Tokenizer:
                 "this model has no chat template: use /v1/completions", param="messages"
             )
         return self._chat_template.render(
-            messages, add_generation_prompt=add_generation_prompt, variables=variables
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            variables=variables,
         )
 
     def _visible_piece(self, token_id: int) -> str | None:

@@ -31,6 +31,11 @@ class ConversationFields(Fields):
         """Whether the prompt ends in the beginning of an assistant's message."""
         return given(self.add_generation_prompt, not self.continue_final_message)
 
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        documents = {"documents": self.documents} if self.documents else {}
+        return {**(self.chat_template_kwargs or {}), **documents}
+
     def check_conversation(self) -> None:
         if self.continue_final_message and self.add_generation_prompt:
             raise InvalidRequest(

@@ -63,11 +63,19 @@ def official(kind: Any) -> list[str]:
     return sorted(typing.get_type_hints(kind))
 
 
-def short_model(folder: Path, max_model_len: int) -> str:
-    """Qwen2's tokenizer and template, of a model with a shorter context."""
+TEMPLATE = """{% for message in messages %}<|im_start|>{{ message.role }}
+{{ message.content or '' }}{% for call in message.tool_calls or [] %}
+{{ call.function | tojson }}{% endfor %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+
+
+def model_folder(folder: Path, max_model_len: int = 32768) -> str:
+    """Qwen2's tokenizer, with a template that knows calls."""
     for file in (MODELS / "tokenizers" / "qwen2").iterdir():
         if file.name != "config.json":
             (folder / file.name).symlink_to(file)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
     config = {"vocab_size": 151936, "max_position_embeddings": max_model_len}
     (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": IM_END}))
     return str(folder)
@@ -83,9 +91,14 @@ async def http_for(
     return cluster, httpx.AsyncClient(transport=transport, base_url="http://gateway")
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return model_folder(tmp_path_factory.mktemp("model"))
+
+
 @pytest.fixture
-async def http() -> AsyncIterator[httpx.AsyncClient]:
-    _, client = await http_for()
+async def http(model: str) -> AsyncIterator[httpx.AsyncClient]:
+    _, client = await http_for(model=model)
     async with client:
         yield client
 
@@ -494,7 +507,7 @@ async def test_what_stopped_an_answer_is_shown_where_asked(http: httpx.AsyncClie
 
 
 async def test_a_prompt_is_cut_to_what_is_asked_or_fits(tmp_path: Path) -> None:
-    cluster, http = await http_for(model=short_model(tmp_path, 20))
+    cluster, http = await http_for(model=model_folder(tmp_path, 20))
     ids = list(range(100, 200))
 
     async def prompt(**options: Any) -> tuple[int, ...]:
@@ -555,7 +568,7 @@ async def test_a_prompt_that_ends_inside_a_character_is_not_billed_to_the_comple
 async def test_what_overflows_the_context_says_what_clients_look_for(
     tmp_path: Path, path: str, change: dict[str, Any], param: str
 ) -> None:
-    _, http = await http_for(model=short_model(tmp_path, 40))
+    _, http = await http_for(model=model_folder(tmp_path, 40))
     error = (await post(http, path, **change)).json()["error"]
     assert (error["code"], error["param"]) == ("context_length_exceeded", param)
     assert "This model's maximum context length is" in error["message"]
