@@ -33,11 +33,13 @@ bench-peers: $(INSTALLED)
 	$(BIN)/python -m bench.peers $(ARGS)
 
 # The handoff protocol: 10^5 random schedules, every schedule of two prompts, three blocks and two
-# faults, and each rule taken out. Minutes; `make test` has a part of each.
+# faults, and each rule taken out; the same for streams of tokens. Minutes; `make test` has a part of each.
 proof: $(INSTALLED)
 	$(BIN)/python -m tests.support.protocol schedules
 	$(BIN)/python -m tests.support.protocol mutations
 	$(BIN)/python -m tests.support.protocol exhaustive
+	$(BIN)/python -m tests.support.streams schedules
+	$(BIN)/python -m tests.support.streams mutations
 
 # Every decoder under atheris (libFuzzer): five minutes, or `ARGS="codec --seconds 3600"`.
 fuzz: $(INSTALLED)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 
@@ -35,7 +36,7 @@ from common.metrics import Metrics
 from common.node.gateways import Gateways
 from common.node.token_stream import ChoiceKey
 from common.registry import NodeRecord, NodeState, Role, Snapshot
-from common.requests import Load
+from common.requests import Load, Place, Where
 from common.sampling import SamplingParams
 from gateway.dispatch import Dispatcher, Limits
 from gateway.metrics import GatewayMetrics
@@ -51,6 +52,7 @@ STEP_S = 0.2  # of an engine: one token of each choice
 PREFILL_S = 0.2
 ROUND_TRIP_S = 0.002  # to Redis
 GATEWAY = "gateway"
+CAPACITY = 3  # choices that a node computes at once; further entries wait, unread
 HEALED_S = 60.0  # from the last fault until everything has ended
 
 
@@ -85,6 +87,18 @@ class Store:
         if node in self.nodes:
             self.nodes[node].process.soon(self.nodes[node].room.set)
 
+    async def locate(self, choices: Sequence[tuple[str, int, int]]) -> list[Where]:
+        await asyncio.sleep(ROUND_TRIP_S)
+        return [self._where(r, n, c) for r, n, c in choices]
+
+    def _where(self, request: str, attempt: int, choice: int) -> Where:
+        entry = self.entries.get((request, attempt))
+        if entry is None:
+            return Where(Place.UNKNOWN)
+        if request in self.ended or self.attempts[request, choice] != attempt:
+            return Where(Place.NOWHERE)
+        return Where(Place.CLAIMED, entry.claim) if entry.claim else Where(Place.QUEUED, entry.node)
+
     async def advance(self, stage: Stage) -> None: ...
 
     async def finish(self, request: str, endings: Sequence[Ending]) -> None:
@@ -113,9 +127,9 @@ class Store:
 
     # Nodes.
 
-    def claim(self, node: str) -> list[Dispatch]:
+    def claim(self, node: str, capacity: int) -> list[Dispatch]:
         found = [e for e in self.entries.values() if e.node == node and not e.claim]
-        wanted = [entry for entry in found if self.is_wanted(entry.dispatch)]
+        wanted = [entry for entry in found if self.is_wanted(entry.dispatch)][:capacity]
         for entry in wanted:
             entry.claim = node
         return [entry.dispatch for entry in wanted]
@@ -149,6 +163,7 @@ class VirtualNode:
         self.room = asyncio.Event()
         self.work = asyncio.Event()
         self.beats = 0
+        self.lost: dict[str, int] = {}  # peer → beats in its record then
         self.acknowledged: Counter[ChoiceKey] = Counter()  # below which position
         self.gateways.send = self._check_sent  # type: ignore[method-assign]
         store.nodes[self.name] = self
@@ -171,7 +186,7 @@ class VirtualNode:
     async def _take(self) -> None:
         while True:
             self.room.clear()
-            claimed = self.store.claim(self.name)
+            claimed = self.store.claim(self.name, max(0, CAPACITY - len(self.sequences)))
             await asyncio.sleep(ROUND_TRIP_S)
             for dispatch in claimed:
                 self._connect(dispatch.gateway, dispatch.gateway_endpoint)
@@ -203,6 +218,7 @@ class VirtualNode:
                     self.gateways.tokens.forget(request, attempt)
                     for key in [k for k in self.sequences if k[0] == request and k[1] <= attempt]:
                         del self.sequences[key]
+                    self.room.set()
                 case Offer() as offer:
                     self._adopt(received.peer, offer)
                 case Ack(request=request, attempt=attempt, choice=choice):
@@ -219,6 +235,8 @@ class VirtualNode:
                 self.gateways.linked(event.peer)
                 continue
             self.gateways.unlinked(event.peer)
+            if event.peer in self.store.records:
+                self.lost[event.peer] = self.store.records[event.peer].beats
             for sequence in [s for s in self.sequences.values() if s.peer == event.peer]:
                 self._failed(sequence)  # its peer may have it: it is computed twice, then
 
@@ -248,11 +266,12 @@ class VirtualNode:
             self.gateways.tokens.push(runs)
             for sequence in ended:
                 del self.sequences[sequence.key]
+            self.room.set()
 
     def _token(self, sequence: _Sequence) -> TokenRun:
         dispatch, position = sequence.dispatch, sequence.position
         index = position - dispatch.prompt_len
-        token = endless(dispatch, sequence.choice)[index]
+        token = _reply(dispatch, sequence.choice)[index]
         reason = "length" if index == dispatch.params.max_tokens - 1 else ""
         sequence.position += 1
         return TokenRun(*sequence.key, position, (token,), (), reason)
@@ -260,7 +279,11 @@ class VirtualNode:
     # Handoffs.
 
     def _hand_over(self, sequence: _Sequence) -> None:
-        decode = [r for r in self.store.records.values() if r.role is Role.DECODE]
+        decode = [
+            record
+            for name, record in self.store.records.items()
+            if record.role is Role.DECODE and record.beats > self.lost.get(name, 0)
+        ]
         if not decode:
             self._failed(sequence)
             return
@@ -294,11 +317,13 @@ class VirtualNode:
         sequence = self.sequences.get(key)
         if sequence is not None and sequence.peer == peer:
             del self.sequences[key]
+            self.room.set()
             word = TookOver(peer, *key, sequence.position)
             self.gateways.end(sequence.dispatch.gateway, word)
 
     def _failed(self, sequence: _Sequence) -> None:
         del self.sequences[sequence.key]
+        self.room.set()
         word = Failed(self.name, *sequence.key, LinkLost.code, "no peer", True)
         self.gateways.end(sequence.dispatch.gateway, word)
 
@@ -322,6 +347,7 @@ class VirtualNode:
         for key, sequence in list(self.sequences.items()):
             if sequence.dispatch.gateway == gateway:
                 del self.sequences[key]
+        self.room.set()
 
 
 class VirtualGateway:
@@ -406,27 +432,34 @@ class Schedule:
             world.later(random.uniform(0.0, 10.0), self._fault, random.choice(list(self._faults)))
         world.run_until(lambda: False, 10.0)
         world.run_until(lambda: world.now > self._ends_at, 100.0)
+        if random.random() < 0.1:
+            self._note("the gateway is killed")
+            self.gateway.process.kill()
+            assert world.run_until(lambda: not self._held(), HEALED_S), self._held()
+            return
         self._note("all is healed")
         clients = self.gateway.clients.values()
         assert world.run_until(lambda: all(c.done() for c in clients), HEALED_S), self._left()
         for client in clients:
             client.result()
         assert self.gateway.got == {n: _truth(work) for n, work in self.gateway.asked.items()}
-        assert world.run_until(lambda: not self._left(), HEALED_S), self._left()
+        assert world.run_until(lambda: not self._held(), HEALED_S), self._held()
         assert self.store.ended == self.gateway.asked.keys()
 
     def _left(self) -> list[str]:
-        left = [
-            f"{name}: {client.get_name()} {self.gateway.got[name]}"
-            for name, client in self.gateway.clients.items()
-            if not client.done()
-        ]
+        """Requests that have not ended."""
+        clients = self.gateway.clients
+        return [f"{n}: {self.gateway.got[n]}" for n, client in clients.items() if not client.done()]
+
+    def _held(self) -> list[str]:
+        """What nodes keep."""
+        held = []
         for name, node in self.store.nodes.items():
             if tokens := node.gateways.tokens.num_unacknowledged:
-                left.append(f"{name} has {tokens} unacknowledged")
+                held.append(f"{name} has {tokens} unacknowledged")
             if node.sequences:
-                left.append(f"{name} computes {list(node.sequences)}")
-        return left
+                held.append(f"{name} computes {list(node.sequences)}")
+        return held
 
     def _start_node(self, role: Role) -> None:
         self._serial += 1
@@ -468,7 +501,6 @@ class Schedule:
             if not node.process.stopped:
                 node.process.kill()
                 del self.store.nodes[node.name]
-                del self.store.records[node.name]
                 self._until(1.0, f"{node.name} is killed", lambda: self._start_node(node.role))
         elif kind == "forget link":
             bus = random.choice([self.gateway.bus, *(n.bus for n in self.store.nodes.values())])
@@ -485,6 +517,16 @@ class Schedule:
         self._note(f"{what} for {lasting} s")
         self._ends_at = max(self._ends_at, self.world.now + lasting)
         self.world.later(lasting, healed)
+
+
+def _reply(dispatch: Dispatch, choice: int) -> tuple[int, ...]:
+    prompt = dispatch.token_ids[: dispatch.prompt_len]
+    return _known(dataclasses.replace(dispatch, request="", attempt=1, token_ids=prompt), choice)
+
+
+@functools.lru_cache(1024)
+def _known(dispatch: Dispatch, choice: int) -> tuple[int, ...]:
+    return tuple(endless(dispatch, choice))
 
 
 def _truth(work: Work) -> list[list[int]]:

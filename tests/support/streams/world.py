@@ -27,7 +27,7 @@ from common.messages import Message
 
 SETTINGS = BusSettings()
 SILENCE_S = SETTINGS.missed_beats * SETTINGS.beat_interval_s
-DELAY_S = 0.001
+DELAY_S = 0.005  # or twice that
 INBOX = 4096
 
 
@@ -129,7 +129,8 @@ class World:
 
     def later(self, delay: float, call: Callable[..., None], *arguments: Any) -> None:
         self._number += 1
-        heapq.heappush(self._events, (self.now + delay, self._number, call, arguments))
+        at = round(self.now + delay, 3)  # what comes at one moment is handled at one
+        heapq.heappush(self._events, (at, self._number, call, arguments))
 
     def run_until(self, done: Callable[[], bool], limit_s: float) -> bool:
         """Let time pass until `done`; False when the limit comes first."""
@@ -187,7 +188,7 @@ class Connection:
 
     def send(self, to: Process, frames: Sequence[bytes]) -> None:
         self._queues[to].append(frames)
-        self.world.later(DELAY_S * (1 + self.world.random.random()), self._arrive, to)
+        self.world.later(DELAY_S * self.world.random.randint(1, 2), self._arrive, to)
 
     def _arrive(self, to: Process) -> None:
         """The kernel has it. Where the network is parted it comes when that is over."""
