@@ -6,6 +6,7 @@ Knows nothing of tensors. The only user of huggingface_hub.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 from collections.abc import Mapping
@@ -13,18 +14,38 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import CheckpointError, ConfigError
+from common.model_folder.description import read_config
+from common.model_folder.model_config import parse_model_config
+from common.model_folder.weight_files import INDEX, weight_files
 
 SHIPPED_MODEL = Path(__file__).parent / "models" / "pdq-5m"
 SHIPPED_DRAFT = Path(__file__).parent / "models" / "pdq-5m-draft"
 
-_WANTED = ["*.json", "*.safetensors", "*.jinja"]
+# Exact names: a pattern such as *.json would take whole folders of other formats along.
+_SMALL_FILES = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model",
+    "chat_template.jinja", "chat_template.json", INDEX,
+)  # fmt: skip
+_TEMPLATES = "additional_chat_templates/*.jinja"
 _SAMPLE_BYTES = 65_536
 _SAMPLES = 16
 
 
-def resolve_model(model: str, revision: str = "") -> Path:
+def resolve_model(
+    model: str,
+    revision: str = "",
+    *,
+    weights: bool = False,
+    overrides: Mapping[str, Any] | None = None,
+) -> Path:
     """The folder of `model`: "" is the shipped one, an existing folder is itself, anything else
-    is ORG/NAME on the hub, downloaded once into its cache. Raises `ConfigError`."""
+    is ORG/NAME on the hub, downloaded once into its cache.
+
+    Of a model from the hub come the small files; with `weights` also the safetensors files that
+    its index names, after its config (with `overrides`) was found to be one that we can run.
+    Raises `ConfigError`, or `ModelError` for what is wrong with the model.
+    """
     if not model:
         return SHIPPED_MODEL
     folder = Path(model).expanduser()
@@ -32,14 +53,30 @@ def resolve_model(model: str, revision: str = "") -> Path:
         return folder.resolve()
     if model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise ConfigError(f"model folder {model} does not exist", param="model")
+    folder = _download(model, revision, [*_SMALL_FILES, _TEMPLATES])
+    if weights:
+        parse_model_config(read_config(folder, overrides, required=True))
+        names = weight_files(folder)
+        # Of the same commit, whatever was pushed meanwhile.
+        folder = _download(model, folder.name, [glob.escape(name) for name in names])
+        if missing := [name for name in names if not (folder / name).exists()]:
+            raise CheckpointError(
+                f"model {model} has no {missing[0]} on the hub: only weights in safetensors files "
+                "can be loaded",
+                param=missing[0],
+            )
+    return folder
+
+
+def _download(model: str, revision: str, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(model, revision=revision or None, allow_patterns=_WANTED))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        return Path(snapshot_download(model, revision=revision or None, allow_patterns=patterns))
+    except Exception as error:  # its own errors, and those of the HTTP library that it uses
+        reason = " ".join(str(error).split())
         raise ConfigError(
-            f"model {model} is neither a folder nor to be had from the hub: {error}", param="model"
+            f"model {model} is neither a folder nor to be had from the hub: {reason}", param="model"
         ) from error
 
 
@@ -56,11 +93,15 @@ def model_revision(folder: Path, overrides: Mapping[str, Any] | None = None) -> 
     if snapshots.name == "snapshots" and snapshots.parent.name.startswith("models--"):
         revision = folder.resolve().name
     else:
-        revision = content_digest(folder) if any(folder.glob("*.safetensors")) else ""
+        revision = content_digest(folder) if _has_weights(folder) else ""
     if not (revision and overrides):
         return revision
     said = json.dumps(overrides, sort_keys=True).encode()
     return f"{revision}+{hashlib.blake2b(said, digest_size=8).hexdigest()}"
+
+
+def _has_weights(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in weight_files(folder))
 
 
 def content_digest(folder: Path) -> str:
@@ -70,7 +111,7 @@ def content_digest(folder: Path) -> str:
     digest = hashlib.blake2b(digest_size=16)
     try:
         digest.update((folder / "config.json").read_bytes())
-        for path in sorted(folder.glob("*.safetensors")):
+        for path in [folder / name for name in weight_files(folder)]:
             size = path.stat().st_size
             digest.update(f"{path.name}:{size}".encode())
             with path.open("rb") as file:

@@ -24,6 +24,7 @@ from common.commands.settings import Deployment, load_deployment
 from common.commands.supervisor import Supervisor
 from common.errors import ConfigError, ResourceError
 from common.model_files import model_name, resolve_model
+from common.model_folder.description import parse_overrides
 
 STYLES = {
     "starting": "yellow", "ready": "green", "died": "bold red", "killed": "bold red",
@@ -80,7 +81,12 @@ def _check_model(deployment: Deployment) -> str:
     """The name clients use. From here on gateway and nodes find the model in its place: it is
     downloaded once, not by each of them."""
     engine = deployment.node.engine
-    folder = resolve_model(engine.model, engine.revision)
+    folder = resolve_model(
+        engine.model,
+        engine.revision,
+        weights=engine.load_format == "auto",
+        overrides=parse_overrides(engine.hf_overrides),
+    )
     if not (folder / "config.json").is_file():
         raise ConfigError(f"{folder} holds no model: config.json is missing", param="model")
     return engine.served_model_name or model_name(engine.model, folder)

@@ -32,7 +32,6 @@ from common.engine.batch import Batch, build_batch
 from common.engine.block_pool import BlockPool
 from common.engine.generation import generate
 from common.engine.kv_cache import KVCache
-from common.engine.model_config import parse_model_config
 from common.engine.output import Completion, StepOutput, TokenLogprob
 from common.engine.sampler import RowFault, SampleOutput, Sampler, SampleRows
 from common.engine.scheduler import Scheduler
@@ -45,6 +44,7 @@ from common.errors import InvalidRequest, NotFiniteLogits, TokenOutOfRange
 from common.kv_layout import Fingerprint, KVLayout, root_hash
 from common.model_files import model_name, model_revision, resolve_model
 from common.model_folder.description import describe_model, parse_overrides, read_config
+from common.model_folder.model_config import parse_model_config
 from common.sampling import FinishReason, SamplingParams
 
 MAX_CHOICES = 64  # `n` of one request
@@ -98,8 +98,11 @@ class Engine:
         Raises `ModelError`, `ConfigError` or `InsufficientMemory`.
         """
         self.settings = settings
-        self.folder = resolve_model(settings.model, settings.revision)
         overrides = parse_overrides(settings.hf_overrides)
+        self.folder = resolve_model(
+            settings.model, settings.revision,
+            weights=settings.load_format == "auto", overrides=overrides,
+        )  # fmt: skip
         config = read_config(self.folder, overrides, required=True)
         self.config = parse_model_config(config)
         described = describe_model(self.folder, config)

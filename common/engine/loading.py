@@ -16,10 +16,10 @@ from common.config import EngineSettings
 from common.engine.backends.base import Backend
 from common.engine.kv_cache import TORCH_DTYPES, blocks_for_memory, free_memory
 from common.engine.model import Model, tensor_shapes
-from common.engine.model_config import ModelConfig
 from common.engine.weights import Checkpoint, RandomWeights
 from common.errors import ConfigError, InsufficientMemory
 from common.kv_layout import KVLayout
+from common.model_folder.model_config import ModelConfig
 
 DEFAULT_POOL_BYTES = 4 << 30
 POOL_SHARE_OF_FREE_MEMORY = 0.5

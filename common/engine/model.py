@@ -17,9 +17,9 @@ from torch import Tensor
 
 from common.engine.backends.base import Backend, HeadShape, Linear, Rows
 from common.engine.kv_cache import KVCache
-from common.engine.model_config import ModelConfig
 from common.engine.rope import rope_table
 from common.engine.weights import TensorSource
+from common.model_folder.model_config import ModelConfig
 
 
 class CheckedSource(TensorSource, Protocol):

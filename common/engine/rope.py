@@ -14,8 +14,8 @@ import math
 
 import torch
 
-from common.engine.model_config import ModelConfig
 from common.errors import UnsupportedModel
+from common.model_folder.model_config import ModelConfig
 from common.model_folder.rope import RopeConfig
 
 

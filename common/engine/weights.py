@@ -7,7 +7,6 @@ that nothing is half loaded. Knows nothing of layers.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from common.errors import CheckpointError
+from common.model_folder.weight_files import INDEX, SINGLE, weight_files
 
 # Buffers that older versions of transformers stored, and that follow from the configuration.
 _RECOMPUTED = re.compile(r"\.rotary_emb\.(inv_freq|cos_cached|sin_cached)$|\.masked_bias$")
@@ -41,7 +41,7 @@ class Checkpoint:
         self._files: dict[Path, Any] = {}
         self._where: dict[str, Path] = {}
         try:
-            for path in _weight_files(folder):
+            for path in _weight_paths(folder):
                 self._open(path)
         except BaseException:
             self.close()
@@ -152,27 +152,10 @@ class RandomWeights:
         return tensor.to(self._dtype)
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    index_path = folder / "model.safetensors.index.json"
-    if not index_path.exists():
-        single = folder / "model.safetensors"
-        if not single.exists():
-            raise CheckpointError(
-                f"{folder} has neither model.safetensors nor model.safetensors.index.json",
-                param=str(single),
-            )
-        return [single]
-    try:
-        weight_map = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(weight_map.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+def _weight_paths(folder: Path) -> list[Path]:
+    names = weight_files(folder)
+    if names == [SINGLE] and not (folder / SINGLE).exists():
         raise CheckpointError(
-            f"{index_path} is not a safetensors index: {error!r}", param=str(index_path)
-        ) from error
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name:
-            raise CheckpointError(
-                f"{index_path} names the file {name!r}, outside the checkpoint",
-                param=str(index_path),
-            )
+            f"{folder} has neither {SINGLE} nor {INDEX}", param=str(folder / SINGLE)
+        )
     return [folder / name for name in names]

@@ -27,7 +27,6 @@ from common import bus_setup
 from common.bus import Bus, Down
 from common.config import NodeSettings
 from common.engine import Engine, loading
-from common.engine.config_fields import unknown_fields
 from common.engine.engine import PlannedStep
 from common.engine.step import Chunk
 from common.errors import PdqError, ServiceUnavailable
@@ -43,6 +42,7 @@ from common.messages import (
     TokensAck,
     TookOver,
 )
+from common.model_folder.config_fields import unknown_fields
 from common.node.attempt import Attempt
 from common.node.cache_feed import CacheFeed
 from common.node.entries import Entries

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from common.engine import Engine, SamplingParams
-from common.engine.model_config import load_model_config
 from common.errors import ConfigError
 from common.model_files import SHIPPED_DRAFT, SHIPPED_MODEL
+from common.model_folder.model_config import load_model_config
 from tests.support.checkpoints import (
     BABYLLAMA,
     STORIES,

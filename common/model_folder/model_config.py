@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from common.engine.config_fields import check_fields
 from common.errors import UnsupportedModel
+from common.model_folder.config_fields import check_fields
 from common.model_folder.description import MAX_POSITION_EMBEDDINGS, read_config
 from common.model_folder.reading import integer, number, wrong
 from common.model_folder.rope import RopeConfig, parse_rope

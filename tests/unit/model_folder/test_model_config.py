@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from common.engine.config_fields import HARMLESS, OFF, ONE, READ, unknown_fields
-from common.engine.model_config import MODEL_TYPES, parse_model_config
 from common.errors import UnsupportedModel
+from common.model_folder.config_fields import HARMLESS, OFF, ONE, READ, unknown_fields
+from common.model_folder.model_config import MODEL_TYPES, parse_model_config
 
 CONFIG: dict[str, Any] = {
     "vocab_size": 97, "hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 2,
