@@ -48,6 +48,9 @@ class RedisSettings:
     prefix: str = setting("pdq", "first part of every key")
     timeout_s: float = setting(5.0, "longest wait for one answer", at_least=0.01)
     retry_s: float = setting(2.0, "how long a repeatable operation is retried", at_least=0)
+    max_connections: int = setting(
+        32, "connections at most; who finds none free waits for one", at_least=4
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -55,7 +55,8 @@ class ServerInfo:
 
 
 class RedisClient:
-    """A pool of connections to one server. Replies are bytes; `text` decodes them."""
+    """A pool of connections to one server, bounded: who finds none free waits for one, as long as for
+    an answer. Replies are bytes; `text` decodes them."""
 
     def __init__(self, settings: RedisSettings, *, name: str = "") -> None:
         if not settings.url:
@@ -64,14 +65,17 @@ class RedisClient:
         self.settings = settings
         self._digests: dict[Script, str] = {}
         try:
-            self._redis: Any = redis.asyncio.Redis.from_url(
+            pool = redis.asyncio.BlockingConnectionPool.from_url(
                 settings.url,
+                max_connections=settings.max_connections,
+                timeout=settings.timeout_s,
                 socket_timeout=settings.timeout_s,
                 socket_connect_timeout=settings.timeout_s,
                 retry=Retry(NoBackoff(), 0),
                 client_name=name or None,
                 protocol=2,
             )
+            self._redis: Any = redis.asyncio.Redis.from_pool(pool)
         except ValueError:  # whose text would show a part of a password
             raise ConfigError(
                 "the address of Redis is none: redis://[user:password@]host:port/0, rediss://… or "
@@ -148,9 +152,11 @@ class RedisClient:
         """A name of the content's life; another one than before means that content was lost: after
         FLUSHALL, a restart, or a fail-over. Gateways then assert their open requests again."""
         epoch = self.keys.epoch()
-        _, found, info = await self.pipeline(
-            ("SET", epoch, secrets.token_hex(8), "NX"), ("GET", epoch), ("INFO", "server")
-        )
+        found, info = await self.pipeline(("GET", epoch), ("INFO", "server"))
+        if found is None:  # no write before it is needed: a Redis without memory refuses it
+            _, found = await self.pipeline(
+                ("SET", epoch, secrets.token_hex(8), "NX"), ("GET", epoch)
+            )
         return f"{info['run_id']}:{text(found)}"
 
     async def _guarded(self, operation: Callable[[], Awaitable[Any]], retry: bool) -> Any:

@@ -56,6 +56,7 @@ from common.messages import (
     TookOver,
 )
 from gateway.holders import Holders
+from gateway.ledger import Ledger
 from gateway.metrics import GatewayMetrics
 from gateway.open_request import Choice, OpenRequest, Update, Work
 from gateway.ports import Ending, NodeBus, NodeDirectory, NodeView, RequestStore
@@ -68,6 +69,8 @@ NO_FAULT = frozenset({NotHeld.code, "given_back"})  # of the request: it costs n
 NO_ROOM = frozenset({"out_of_blocks", "overloaded"})  # nobody failed: it costs time, not a try
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 1.0  # before a request that found no room asks again
 STORE_RETRY_S = 0.2  # between two tries to reach Redis for a retry
+ENDS_KEPT = 8  # ends that Redis has not heard of, for each request that may be open
+LAST_WRITES_S = 5.0  # that a gateway waits for Redis when it ends
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -107,6 +110,7 @@ class Dispatcher:
         self._nodes_changed = asyncio.Event()
         self._holders = Holders(gateway, self._open, bus, directory, self.on_node_lost)
         self._whereabouts = Whereabouts(self._open, store, directory, self._retry, self._adopt)
+        self._ledger = Ledger(gateway, self._open, store, metrics, ENDS_KEPT * limits.max_open)
         self._tasks: set[asyncio.Task[None]] = set()
 
     # ── For the HTTP side ────────────────────────────────────────────────────────────────────────
@@ -148,6 +152,7 @@ class Dispatcher:
         Leaving early (an error, a cancel, a client that went) cancels it on every node.
         """
         self.check_room(1)
+        self._ledger.check_room()
         request = OpenRequest(work)
         request.accepted_at = time.monotonic()
         self._open[work.request] = request
@@ -183,6 +188,7 @@ class Dispatcher:
             if task.get_name() == "retry":
                 task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._ledger.settle(LAST_WRITES_S)
 
     async def reassert(self) -> None:
         """Redis has lost its memory: write the open requests again, each where it was."""
@@ -316,8 +322,7 @@ class Dispatcher:
                 await self._place(request, (index,), attempt, token_ids, avoid)
                 if request.work.request not in self._open:
                     # Closed while the write was under way, which may have come after its end.
-                    ended = self._ending(request, "cancelled", "request_aborted", "closed")
-                    await self._write("end", ended)
+                    self._end(request, "cancelled", "request_aborted", "closed")
                 return
             except ServiceUnavailable as error:
                 # Redis is away: the request was accepted, so it outlives that, up to the limit.
@@ -350,6 +355,7 @@ class Dispatcher:
         self._nodes_changed.set()
         self._holders.look()
         self._whereabouts.look()
+        self._ledger.audit()
 
     def on_node_linked(self, node: str) -> None:
         self._holders.linked(node)
@@ -446,7 +452,7 @@ class Dispatcher:
             stage = Stage(
                 message.node, message.request, message.attempt, message.choice, "decoding", {}, 0
             )
-            self._spawn(self._write("advance", self._store.advance(stage)), "store")
+            self._ledger.stage(stage)
             self._hold(choice, message.node)
         else:
             self._stop_old(message.node, request, message.attempt)
@@ -466,7 +472,7 @@ class Dispatcher:
         if message.cached_tokens > request.cached_tokens:
             self._metrics.cached_tokens.inc(message.cached_tokens - request.cached_tokens)
             request.cached_tokens = min(message.cached_tokens, len(request.work.prompt_ids))
-        self._spawn(self._write("advance", self._store.advance(message)), "store")
+        self._ledger.stage(message)
 
     def _on_failed(self, message: Failed) -> None:
         request, choice = self._find("Failed", message)
@@ -490,8 +496,8 @@ class Dispatcher:
         _, dispatch = request.dispatches[attempt]
         self._metrics.dead_letters.inc()
         log.error("request.poisoned", request=request.work.request, node=node, error=error)
-        letter = self._store.bury(dispatch, f"{node}: {error.message}")
-        self._spawn(self._write("bury", letter), "store")
+        reason = f"{node}: {error.message}"
+        self._ledger.letter(request.work.request, lambda: self._store.bury(dispatch, reason))
 
     def _hold(self, choice: Choice, node: str) -> None:
         """`node` has the choice now. What it said may have come after the news of its death."""
@@ -558,29 +564,21 @@ class Dispatcher:
             for node in request.involved:
                 self._bus.send(node, Cancel(self._gateway, work.request, request.attempt, reason))
         if request.dispatches:
-            ending = self._ending(request, state, reason, message)
-            self._spawn(self._write("end", ending), "store")
+            self._end(request, state, reason, message)
 
-    async def _ending(self, request: OpenRequest, state: str, code: str, message: str) -> None:
-        name = request.work.request
-        if state != "finished":
-            await self._store.end(name, state, code, message)
-            return
+    def _end(self, request: OpenRequest, state: str, code: str, message: str) -> None:
+        """Have Redis hear of it, however long that takes."""
+        name, store = request.work.request, self._store
         endings = [
             Ending(index, c.stream.attempt, c.stream.finished or "stop", len(c.stream.token_ids))
             for index, c in enumerate(request.choices)
         ]
-        await self._store.finish(name, endings)
+        if state == "finished":
+            self._ledger.end(name, lambda: store.finish(name, endings))
+        else:
+            self._ledger.end(name, lambda: store.end(name, state, code, message))
 
     # ── Background ───────────────────────────────────────────────────────────────────────────────
-
-    async def _write(self, operation: str, writing: Coroutine[None, None, None]) -> None:
-        """A write that nobody waits for: given up with a count; the record expires by itself."""
-        try:
-            await writing
-        except PdqError as error:
-            self._metrics.store_errors.labels(operation).inc()
-            log.warning("store.given_up", operation=operation, error=error)
 
     def _spawn(self, coroutine: Coroutine[None, None, None], name: str) -> None:
         task = asyncio.create_task(coroutine, name=name)

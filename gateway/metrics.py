@@ -53,5 +53,10 @@ class GatewayMetrics:
             "pdq_gateway_late_messages_total", "Messages about requests that are closed", ["kind"]
         )
         self.store_errors = counter(
-            "pdq_gateway_store_errors_total", "Writes to Redis that were given up", ["operation"]
+            "pdq_gateway_store_errors_total",
+            "Writes to Redis that failed, and are repeated",
+            ["operation"],
+        )
+        self.unwritten_ends = gauge(
+            "pdq_gateway_unwritten_ends", "Ended requests of which Redis has not heard that"
         )

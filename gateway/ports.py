@@ -91,6 +91,9 @@ class RequestStore(Protocol):
     async def bury(self, dispatch: Dispatch, reason: str) -> None:
         """A dead letter: what was asked of a node that failed by it, for a person to look at."""
 
+    async def open_requests(self, gateway: str) -> set[str]:
+        """What Redis believes that this gateway has to answer."""
+
     async def end(self, request: str, state: str, code: str, message: str) -> None:
         """`failed` or `cancelled`: every choice that has not ended, in whatever attempt it is.
         An entry that nobody has read is not computed any more."""

@@ -55,6 +55,9 @@ class RecordStore:
     async def bury(self, dispatch: Dispatch, reason: str) -> None:
         await self._requests.dead_letter(dispatch, reason)
 
+    async def open_requests(self, gateway: str) -> set[str]:
+        return await self._requests.open_requests(gateway)
+
     async def end(self, request: str, state: str, code: str, message: str) -> None:
         if state == State.CANCELLED:
             await self._requests.cancel(request, message)

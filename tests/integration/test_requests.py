@@ -16,6 +16,7 @@ from common.errors import ConfigError, ServiceUnavailable
 from common.redis_client import RedisClient
 from common.redis_keys import INSPECT_TTL_S
 from common.redis_server import EmbeddedRedis
+from common.registry import NodeRecord, Registry, Role
 from common.request_state import State, merge
 from common.requests import Claim, Load, Place, Requests, Where
 from tests.support.redis import a_dispatch, leaked_keys, wait_until
@@ -400,6 +401,28 @@ async def test_a_redis_without_memory_is_a_typed_error(
     finally:
         await redis_client.command("CONFIG", "SET", "maxmemory", "0")
     assert await requests.accept(a_dispatch(), "p-1")
+
+
+async def test_what_was_accepted_goes_on_and_ends_without_memory(
+    requests: Requests, redis_client: RedisClient
+) -> None:
+    registry = Registry(redis_client)
+    await registry.snapshot()
+    for name in ("r-1", "r-2"):
+        await requests.accept(a_dispatch(name), "p-1")
+    await redis_client.command("CONFIG", "SET", "maxmemory", "1")
+    try:
+        await registry.announce(NodeRecord("p-1", "p-1", Role.PREFILL))
+        assert "p-1" in (await registry.snapshot()).records
+        assert await requests.claim("r-1", 1, "p-1") is Claim.WON
+        assert await requests.advance("r-1", 1, (0,), State.DECODING, node="d-1")
+        assert await requests.finish("r-1", 1, (0,), finish_reason="stop")
+        assert await registry.leave("p-1") == 1
+        assert await requests.cancel("r-2", "client is gone")
+        assert await requests.open_requests("gateway-1") == set()
+        assert await requests.loads(["p-1", "d-1"]) == {"p-1": IDLE, "d-1": IDLE}
+    finally:
+        await redis_client.command("CONFIG", "SET", "maxmemory", "0")
 
 
 async def test_a_read_only_redis_is_retried_until_it_is_not(

@@ -174,6 +174,10 @@ class FakeCluster:
     async def bury(self, dispatch: Dispatch, reason: str) -> None:
         self.buried.append((dispatch, reason))
 
+    async def open_requests(self, gateway: str) -> set[str]:
+        accepted = {sent.request for _, sent in self.dispatched if sent.gateway == gateway}
+        return accepted - self.finished.keys() - self.ended.keys()
+
     async def end(self, request: str, state: str, code: str, message: str) -> None:
         self.ended[request] = (state, code, message)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
@@ -68,8 +69,9 @@ class World:
 
     endpoint = "scripted://gateway"
 
-    def __init__(self, url: str) -> None:
-        self._url = url
+    def __init__(self, url: str, **settings: Any) -> None:
+        """`settings` are of the clients of gateway and nodes."""
+        self._settings = RedisSettings(url=url, **settings)
         self._clients: list[LossyClient] = []
         self.client = RedisClient(RedisSettings(url=url))  # of the test: loses nothing
         self.gateway = self._client()
@@ -79,9 +81,10 @@ class World:
         self._lost: set[str] = set()
         self._names = 0
         self.asked: list[asyncio.Task[list[int]]] = []
+        self.metrics = GatewayMetrics(Metrics())
         self.dispatcher = Dispatcher(
             gateway=GATEWAY, store=RecordStore(Requests(self.gateway)), bus=self,
-            directory=self, router=LeastLoadedRouter(PrefixIndex()), metrics=GatewayMetrics(Metrics()),
+            directory=self, router=LeastLoadedRouter(PrefixIndex()), metrics=self.metrics,
             limits=Limits(max_attempts=1000),
         )  # fmt: skip
 
@@ -99,7 +102,7 @@ class World:
             await client.close()
 
     def _client(self) -> LossyClient:
-        client = LossyClient(RedisSettings(url=self._url))
+        client = LossyClient(self._settings)
         self._clients.append(client)
         return client
 
@@ -122,6 +125,12 @@ class World:
         while self.nodes() and not self.asked[-1].done():
             if await self.requests.get(name) is not None:
                 return
+
+    def ask_at_once(self, count: int) -> list[asyncio.Task[list[int]]]:
+        """Many more clients; nothing is waited for."""
+        first = len(self.asked)
+        self.asked += [asyncio.create_task(self._ask(f"r-{first + i}")) for i in range(count)]
+        return self.asked[first:]
 
     async def take(self, node: ScriptedNode, capacity: int = 2) -> None:
         """As a node does, or as far as it gets while answers are lost."""
@@ -203,6 +212,7 @@ class World:
         """Whatever happened: one more node, and everything that was asked must come to its end."""
         for client in self._clients:
             client.answers_to_lose = 0
+            client.settings = dataclasses.replace(client.settings, retry_s=END_LIMIT_S)
         self.notice()
         await self.start_node()
         for node in self.living.values():
@@ -214,6 +224,8 @@ class World:
                     await self.take(node, 16)
                     self.speak(node)
                     await self.compute(node)
+            while await self.requests.open_requests(GATEWAY):
+                await self.look()
         await self.dispatcher.shut_down()
         for node in list(self.living.values()):
             await self.take(node, 16)  # what was superseded meanwhile
