@@ -167,6 +167,11 @@ class Registry:
             )
         )  # fmt: skip
 
+    async def alone(self, incarnation: str) -> str | None:
+        """`NodeRecord.alone` of one incarnation as it is now; None if there is no record."""
+        found = await self._client.command("HGET", self._keys.node(incarnation), "alone")
+        return None if found is None else text(found)
+
     async def leave(self, incarnation: str) -> int:
         """Remove what an incarnation that has ended leaves: record, index entry, queue and load.
         Entries that nobody has claimed are given back to their gateways; the number of them."""

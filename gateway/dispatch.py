@@ -33,7 +33,9 @@ from collections import Counter
 from collections.abc import AsyncIterator, Coroutine
 
 import common.errors
+from common.bus_links import Down
 from common.errors import (
+    EngineBroken,
     NotHeld,
     Overloaded,
     PdqError,
@@ -61,13 +63,18 @@ from gateway.metrics import GatewayMetrics
 from gateway.open_request import Choice, OpenRequest, Update, Work
 from gateway.ports import Ending, NodeBus, NodeDirectory, NodeView, RequestStore
 from gateway.router import Decision, RouteQuestion, Router, longest_request, what_lacks
-from gateway.whereabouts import Whereabouts
+from gateway.suspicion import Suspicion, Verdict
+from gateway.whereabouts import CLAIM_LOST, Whereabouts
 
 log = get_logger("dispatch")
 
 NO_FAULT = frozenset({NotHeld.code, "given_back"})  # of the request: it costs no try
 NO_ROOM = frozenset({"out_of_blocks", "overloaded"})  # nobody failed: it costs time, not a try
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 1.0  # before a request that found no room asks again
+# Ends of a node that a request may be the reason of. One that is only silent may have been stopped, or
+# cut off from us: its requests are suspected, but nobody is found guilty by it.
+CRASHES = frozenset({Down.DISCONNECTED, Down.UNREACHABLE, Down.STALLED, "unconnectable"})
+STOPS = frozenset({Down.SILENT})
 STORE_RETRY_S = 0.2  # between two tries to reach Redis for a retry
 ENDS_KEPT = 8  # ends that Redis has not heard of, for each request that may be open
 LAST_WRITES_S = 5.0  # that a gateway waits for Redis when it ends
@@ -109,7 +116,10 @@ class Dispatcher:
         self._in_flight: Counter[str] = Counter()
         self._nodes_changed = asyncio.Event()
         self._holders = Holders(gateway, self._open, bus, directory, self.on_node_lost)
-        self._whereabouts = Whereabouts(self._open, store, directory, self._retry, self._adopt)
+        self._whereabouts = Whereabouts(
+            self._open, store, directory, self._lose_unheard, self._adopt
+        )
+        self._suspicion = Suspicion()
         self._ledger = Ledger(gateway, self._open, store, metrics, ENDS_KEPT * limits.max_open)
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -245,6 +255,7 @@ class Dispatcher:
             deadline_ms=self._remaining_ms(request),
             trace=work.trace,
             model=work.model,
+            alone=work.request in self._suspicion,
         )
         for choice in choices:
             request.choices[choice].holder = node
@@ -364,6 +375,7 @@ class Dispatcher:
     def on_node_lost(self, node: str, reason: str) -> None:
         """Retry every choice that this incarnation is known to have held, or had tokens of that
         nobody else has; and find out where those are that nobody has spoken of."""
+        lost: list[tuple[OpenRequest, int]] = []
         for request in tuple(self._open.values()):
             for index, choice in enumerate(request.choices):
                 held = choice.heard and choice.holder == node
@@ -372,9 +384,55 @@ class Dispatcher:
                         "choice.lost", request=request.work.request, choice=index, node=node,
                         reason=reason,
                     )  # fmt: skip
-                    self._retry(request, index, "node_lost", node)
+                    lost.append((request, index))
+        if reason in CRASHES and any(one.work.request in self._suspicion for one, _ in lost):
+            self._spawn(self._judge(node, lost), "judge")
+        else:
+            for request, index in lost:
+                self._lose(request, index, node, crashed=reason in CRASHES | STOPS)
         self._whereabouts.look()
         self._nodes_changed.set()
+
+    async def _judge(self, node: str, lost: list[tuple[OpenRequest, int]]) -> None:
+        """A node crashed that had suspects: its record says whether one was alone in the step."""
+        attempts = [request.choices[index].stream.attempt for request, index in lost]
+        alone = await self._directory.alone(node)
+        for (request, index), attempt in zip(lost, attempts, strict=True):
+            choice = request.choices[index]
+            if request.work.request in self._open and choice.stream.attempt == attempt:
+                self._lose(request, index, node, crashed=True, alone=alone)
+
+    def _lose(
+        self,
+        request: OpenRequest,
+        index: int,
+        node: str,
+        *,
+        crashed: bool,
+        alone: str | None = None,
+    ) -> None:
+        """`node` took a choice with it; `alone` as `Suspicion.judge` has it."""
+        choice, name = request.choices[index], request.work.request
+        if crashed and choice.heard and choice.holder == node:
+            verdict = self._suspicion.judge(name, choice.stream.attempt, alone)
+            if verdict is Verdict.GUILTY:
+                error = PoisonedRequest(
+                    "a node ended while it computed this request with nothing else beside it, "
+                    "after another one had"
+                )
+                self._bury(request, choice.stream.attempt, node, error)
+                choice.holder = ""
+                request.fail(error)
+                return
+        self._retry(request, index, "node_lost", node)
+
+    def _lose_unheard(self, request: OpenRequest, index: int, cause: str, node: str) -> None:
+        """A choice of which nobody has spoken is nowhere any more. One that `node` had claimed may
+        have been in its last step, before we could hear of it."""
+        if cause == CLAIM_LOST:
+            attempt = request.choices[index].stream.attempt
+            self._suspicion.judge(request.work.request, attempt, None)
+        self._retry(request, index, cause, node)
 
     def _on_tokens(self, node: str, message: Tokens) -> None:
         acks = []
@@ -484,6 +542,8 @@ class Dispatcher:
         if message.code == NotHeld.code and message.node not in expected:
             return  # nothing is expected from it any more
         if message.retryable:
+            if message.code == EngineBroken.code:
+                self._suspicion.suspect(message.request)
             self._retry(request, message.choice, message.code, message.node)
         else:
             error = error_from(message.code, message.message)
@@ -558,6 +618,7 @@ class Dispatcher:
     def _close(self, request: OpenRequest, state: str, reason: str, message: str) -> None:
         work = request.work
         del self._open[work.request]
+        self._suspicion.forget(work.request)
         self._metrics.open_requests.dec()
         self._metrics.requests.labels(state).inc()
         if not all(choice.stream.finished for choice in request.choices):

@@ -71,6 +71,13 @@ class NodeLinks:
             if record.incarnation not in self._lost
         ]
 
+    async def alone(self, node: str) -> str | None:
+        try:
+            return await self._registry.alone(node)
+        except ServiceUnavailable as error:
+            log.warning("registry.unreachable", error=error)
+            return None
+
     def lost(self, node: str) -> bool:
         return node in self._lost
 

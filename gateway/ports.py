@@ -52,6 +52,9 @@ class NodeDirectory(Protocol):
 
     def nodes(self) -> Sequence[NodeView]: ...
 
+    async def alone(self, node: str) -> str | None:
+        """`NodeRecord.alone` as it was written last; None if it cannot be read."""
+
     def lost(self, node: str) -> bool:
         """Whether `on_node_lost` was called for it, and it has not come back since."""
 

@@ -32,6 +32,8 @@ log = get_logger("whereabouts")
 UNHEARD_S = 1.0  # an entry that waits for longer is looked after
 ABSENT_S = 3.0  # a node of which there has been neither record nor link for so long is gone
 
+CLAIM_LOST = "claim_lost"  # it had been read by the node that is gone
+
 Retry = Callable[[OpenRequest, int, str, str], None]
 """Request, choice, cause, incarnation to avoid."""
 
@@ -126,7 +128,7 @@ class Whereabouts:
         elif not node:
             self._lost(one, "given_back" if where.place is Place.RETURNED else "entry_lost", "")
         elif self._is_gone(node):
-            self._lost(one, "node_lost", node)
+            self._lost(one, CLAIM_LOST if where.place is Place.CLAIMED else "node_lost", node)
         elif where.place is Place.CLAIMED or node != choice.holder:
             log.info(
                 "choice.found", request=one.request.work.request, choice=one.index, node=node,

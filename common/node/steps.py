@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 log = get_logger("steps")
 
+LOOKS = 10  # within the stall limit, whether a step has ended
 BLOCKED_WAIT_S = 0.005  # until the engine looks again whether a lease has ended
 
 
@@ -105,11 +106,12 @@ class Steps:
         filled = self._node.when_filled(planned)
         loop = asyncio.get_running_loop()
         computing = loop.run_in_executor(self._thread, self._engine.compute, planned, filled)
-        done, _ = await asyncio.wait((computing,), timeout=self._stall_limit_s)
-        if not done:
-            self.hangs = True
-            raise EngineBroken(f"a step took longer than {self._stall_limit_s:g} s")
-        return computing.result()
+        for _ in range(LOOKS):  # of a process that was stopped, one look only passes meanwhile
+            await asyncio.wait((computing,), timeout=self._stall_limit_s / LOOKS)
+            if computing.done():
+                return computing.result()
+        self.hangs = True
+        raise EngineBroken(f"a step took longer than {self._stall_limit_s:g} s")
 
     async def _failed(self, alone: str, step: Step, error: BaseException) -> None:
         members = _reached(step, max)

@@ -84,6 +84,7 @@ class FakeCluster:
         self.acks: list[tuple[str, tuple[str, int, int, int]]] = []
         self.finished: dict[str, list[Ending]] = {}
         self.ended: dict[str, tuple[str, str, str]] = {}
+        self.alone_at: dict[str, str] = {}  # what a node's record says
         self.buried: list[tuple[Dispatch, str]] = []
         self.stages: list[Stage] = []
         self.store_error: PdqError | None = None
@@ -103,13 +104,13 @@ class FakeCluster:
             self.inbox.on_nodes_changed()
         return node
 
-    def kill(self, name: str) -> None:
+    def kill(self, name: str, reason: str = "killed by the test") -> None:
         """kill -9, seen by the gateway as the loss of the link."""
         node = self.members.pop(name)
         node.alive = False
         for task in node.tasks.values():
             task.cancel()
-        self.inbox.on_node_lost(name, "killed by the test")
+        self.inbox.on_node_lost(name, reason)
 
     def release(self) -> None:
         """Let every node that holds go on."""
@@ -131,6 +132,9 @@ class FakeCluster:
 
     def nodes(self) -> list[NodeView]:
         return [node.view for node in self.members.values()]
+
+    async def alone(self, node: str) -> str | None:
+        return self.alone_at.get(node)
 
     def lost(self, node: str) -> bool:
         return node not in self.members

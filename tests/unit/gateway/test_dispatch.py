@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.bus_links import Down
 from common.errors import (
     ContextLengthExceeded,
     NeverFits,
@@ -227,6 +228,90 @@ async def test_what_fails_an_engine_alone_is_a_dead_letter_and_is_not_retried(
     await until(lambda: cluster.ended and cluster.buried)
     assert cluster.buried == [(dispatch, "u1: a kernel failed")]
     assert cluster.ended["r1"] == ("failed", "poisoned_request", "a kernel failed")
+
+
+async def test_what_a_node_had_begun_when_it_crashed_is_computed_alone_afterwards(
+    cluster: FakeCluster,
+) -> None:
+    for name in ("u1", "u2"):
+        cluster.add(name).hold_at = 2
+    running = asyncio.create_task(run(connect(cluster)))
+    await until(lambda: cluster.acks)
+    (node, dispatch), *_ = cluster.dispatched
+    assert not dispatch.alone
+    cluster.kill(node, Down.DISCONNECTED)
+    cluster.release()
+    assert await running == expected()
+    assert cluster.dispatched[-1][1].alone
+
+
+@pytest.mark.parametrize("reason", [Down.GOODBYE, Down.FULL])
+async def test_a_node_that_does_not_crash_speaks_against_nobody(
+    cluster: FakeCluster, reason: Down
+) -> None:
+    for name in ("u1", "u2"):
+        cluster.add(name).hold_at = 2
+    running = asyncio.create_task(run(connect(cluster)))
+    await until(lambda: cluster.acks)
+    cluster.kill(cluster.dispatched[0][0], reason)
+    cluster.release()
+    assert await running == expected()
+    assert not cluster.dispatched[-1][1].alone
+
+
+async def test_a_request_that_takes_a_second_node_with_it_alone_is_a_dead_letter(
+    cluster: FakeCluster,
+) -> None:
+    """And what else that node had goes on elsewhere."""
+    for name in ("u1", "u2"):
+        cluster.add(name).hold_at = 2
+    dispatcher = connect(cluster)
+    poison = asyncio.create_task(run(dispatcher))
+    await until(lambda: cluster.acks)
+    cluster.kill(cluster.dispatched[0][0], Down.DISCONNECTED)
+    await until(lambda: len(cluster.dispatched) == 2)
+    other = asyncio.create_task(run(dispatcher, dataclasses.replace(WORK, request="other")))
+    await until(lambda: len({ack[0] for _, ack in cluster.acks}) == 2)
+    second, dispatch = cluster.dispatched[1]
+    cluster.alone_at[second] = f"r1/{dispatch.attempt}"
+    cluster.add("u3")
+    cluster.kill(second, Down.DISCONNECTED)
+    with pytest.raises(PoisonedRequest):
+        await poison
+    assert await other == expected()
+    assert [letter.request for letter, _ in cluster.buried] == ["r1"]
+    assert not cluster.dispatched[-1][1].alone, "it was not in the step"
+
+
+@pytest.mark.parametrize("alone", ["", "somebody/1", None])
+async def test_a_suspect_that_was_not_alone_in_the_step_is_tried_again(
+    cluster: FakeCluster, alone: str | None
+) -> None:
+    for name in ("u1", "u2"):
+        cluster.add(name).hold_at = 2
+    running = asyncio.create_task(run(connect(cluster)))
+    await until(lambda: cluster.acks)
+    cluster.kill(cluster.dispatched[0][0], Down.DISCONNECTED)
+    await until(lambda: len(cluster.dispatched) == 2)
+    if alone is not None:
+        cluster.alone_at[cluster.dispatched[1][0]] = alone
+    cluster.add("u3")
+    cluster.kill(cluster.dispatched[1][0], Down.DISCONNECTED)
+    cluster.release()
+    assert await running == expected()
+    assert cluster.buried == []
+
+
+async def test_what_was_in_a_step_that_broke_an_engine_is_computed_alone(
+    cluster: FakeCluster,
+) -> None:
+    broken = cluster.add("u1")
+    broken.refusal = dataclasses.replace(OVERLOADED, code="engine_broken")
+    dispatcher = connect(cluster)
+    async with dispatcher.run(WORK) as request:
+        cluster.add("u2")
+        assert await collect(request) == expected()
+    assert [dispatch.alone for _, dispatch in cluster.dispatched] == [False, True]
 
 
 async def test_a_node_that_comes_in_time_takes_the_request(cluster: FakeCluster) -> None:
