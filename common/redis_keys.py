@@ -70,6 +70,11 @@ class Keys:
         permanent. Writer: gateways. Reader: people."""
         return f"{self.prefix}:dead_letters"
 
+    def requeued(self) -> str:
+        """Dead letters to compute once more: encoded dispatches. List; WORK_TTL_S, renewed by every
+        write. Writer: `pdq queue requeue`. Readers: gateways, each takes what it runs."""
+        return f"{self.prefix}:requeued"
+
     def reaper_lock(self) -> str:
         """Name of the one reaper at work. String; REAPER_LOCK_TTL_S.
         Writer and reader: reapers."""

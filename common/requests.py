@@ -17,19 +17,22 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from common import redis_scripts as scripts
-from common.codec import encode
+from common.codec import decode, encode
+from common.errors import InvalidRequest, MalformedMessage
 from common.logs import get_logger
 from common.messages import Dispatch
 from common.redis_client import RedisClient, text
+from common.redis_keys import DEAD_LETTERS, WORK_TTL_S
 from common.request_state import State
 
 __all__ = [
-    "AttemptRecord", "ChoiceRecord", "Claim", "Load", "Place", "RequestRecord", "Requests", "State",
-    "Where",
+    "AttemptRecord", "ChoiceRecord", "Claim", "DeadLetter", "Load", "Place", "RequestRecord",
+    "Requests", "State", "Where",
 ]  # fmt: skip
 
 log = get_logger("requests")
@@ -117,6 +120,18 @@ class RequestRecord:
     ended_at: int
     choices: tuple[ChoiceRecord, ...]
     attempts: tuple[AttemptRecord, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """A request that made engines fail, also when it was alone; `at` is unix ms."""
+
+    id: str
+    at: int
+    request: str
+    attempt: int
+    reason: str
+    dispatch: Dispatch | None
 
 
 class Requests:
@@ -244,6 +259,39 @@ class Requests:
         }  # fmt: skip
         await self._client.call(scripts.DEAD_LETTER, [self._keys.dead_letters()], _pairs(fields))
 
+    async def dead_letters(self, limit: int = 100) -> list[DeadLetter]:
+        """The latest, newest first. One that another version wrote has no dispatch."""
+        entries = await self._client.command(
+            "XREVRANGE", self._keys.dead_letters(), "+", "-", "COUNT", limit
+        )
+        return [_dead_letter(text(entry_id), fields) for entry_id, fields in entries]
+
+    async def requeue(self, name: str) -> str:
+        """Have a gateway compute the prompt of a dead letter once more; `name` is the letter's id or
+        the request's. The new request's id. `InvalidRequest` if there is no such letter."""
+        for letter in await self.dead_letters(DEAD_LETTERS):
+            if name in (letter.id, letter.request) and letter.dispatch is not None:
+                replay = f"{letter.request}-again-{secrets.token_hex(3)}"
+                dispatch = dataclasses.replace(letter.dispatch, request=replay, attempt=1)
+                key = self._keys.requeued()
+                await self._client.pipeline(
+                    ("RPUSH", key, encode(dispatch)), ("EXPIRE", key, WORK_TTL_S)
+                )
+                return replay
+        raise InvalidRequest(f"no dead letter {name!r:.200} that can be read", param="id")
+
+    async def take_requeued(self) -> Dispatch | None:
+        """The next one that `requeue` left, which is the caller's to run; None if there is none."""
+        found = await self._client.command("LPOP", self._keys.requeued())
+        if found is None:
+            return None
+        try:
+            message = decode(found)
+        except MalformedMessage as error:
+            log.warning("requests.unreadable_replay", error=error)
+            return None
+        return message if isinstance(message, Dispatch) else None
+
     async def get(self, request: str) -> RequestRecord | None:
         (record,) = await self.get_all([request])
         return record
@@ -328,6 +376,20 @@ def _joined(numbers: Iterable[int]) -> str:
 
 def _pairs(fields: Mapping[str, Any]) -> list[Any]:
     return [part for pair in fields.items() for part in pair]
+
+
+def _dead_letter(entry_id: str, reply: Mapping[bytes, bytes]) -> DeadLetter:
+    fields = {text(name): value for name, value in reply.items()}
+    dispatch = None
+    try:
+        message = decode(fields.get("dispatch", b""))
+        dispatch = message if isinstance(message, Dispatch) else None
+    except MalformedMessage as error:
+        log.warning("requests.unreadable_letter", id=entry_id, error=error)
+    return DeadLetter(
+        entry_id, int(entry_id.partition("-")[0]), text(fields.get("request", b"")),
+        int(fields.get("attempt", 0)), text(fields.get("reason", b"")), dispatch,
+    )  # fmt: skip
 
 
 def load_of(reply: Mapping[bytes, bytes]) -> Load:

@@ -36,6 +36,7 @@ from gateway.metrics import GatewayMetrics
 from gateway.node_links import NodeLinks
 from gateway.prefix_index import PrefixIndex
 from gateway.record_store import RecordStore
+from gateway.replays import Replays
 from gateway.router import LeastLoadedRouter
 from gateway.served_models import load_models
 from gateway.server import FAREWELL_S, Server
@@ -115,6 +116,7 @@ async def run(settings: GatewaySettings) -> None:
             asyncio.create_task(links.run(), name="links"),
             asyncio.create_task(_announce(registry, service, record), name="announce"),
             asyncio.create_task(Reaper(redis, incarnation).run(), name="reaper"),
+            asyncio.create_task(Replays(requests, dispatcher).run(), name="replays"),
         ]
         for task in background:
             task.add_done_callback(lambda done: _stop_if_failed(done, server))

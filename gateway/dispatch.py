@@ -166,6 +166,8 @@ class Dispatcher:
         request = OpenRequest(work)
         request.accepted_at = time.monotonic()
         self._open[work.request] = request
+        if work.suspected:
+            self._suspicion.suspect(work.request)
         self._metrics.open_requests.inc()
         limit = self._limits.request_timeout_s
         overdue = asyncio.get_running_loop().call_later(

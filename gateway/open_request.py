@@ -30,6 +30,7 @@ class Work:
     cache_salt: str = ""
     priority: int = 0
     trace: str = ""
+    suspected: bool = False  # of what nodes die of
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

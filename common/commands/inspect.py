@@ -28,13 +28,17 @@ from common.registry import KVLink, NodeRecord, Registry, Role, Snapshot
 from common.requests import ChoiceRecord, Load, RequestRecord, Requests
 
 LATE_BEAT_S = 5.0
+REQUEST_COLUMNS = (
+    "REQUEST", "STATE", "AGE", ">TRY", "PREFILL", "DECODE", ">PROMPT", ">CACHED", ">OUT", ">TOTAL",
+    "STAGES", "ENDED BY",
+)  # fmt: skip
 
 
 def nodes(argv: Sequence[str]) -> int:
     settings = load(NodesSettings, argv, os.environ, "pdq nodes")
 
     async def read() -> tuple[Snapshot, dict[str, list[KVLink]]]:
-        async with _redis(settings.redis) as client:
+        async with redis_of(settings.redis) as client:
             registry = Registry(client)
             snapshot = await registry.snapshot()
             return snapshot, await registry.kv_links(list(snapshot.records))
@@ -43,7 +47,7 @@ def nodes(argv: Sequence[str]) -> int:
     records = sorted(snapshot.records.values(), key=lambda r: (r.role is Role.GATEWAY, r.name))
     if settings.json:
         ages = {name: round(age_s, 3) for name, age_s in snapshot.ages.items()}
-        return _print_json(
+        return print_json(
             [
                 {
                     **dataclasses.asdict(r),
@@ -53,21 +57,26 @@ def nodes(argv: Sequence[str]) -> int:
                 for r in records
             ]
         )
-    table = _table(
+    table = table_of(
         "NODE", "ROLE", "STATE", "UP", "BEAT", "PID", ">CORES", ">FREE", ">BLOCKS", ">RUN",
         ">WAIT", ">LEASES", ">STEPS", "TRANSPORTS", "LINKS", "MODEL", "AT",
     )  # fmt: skip
     for record in records:
         name = record.incarnation
         table.add_row(*_node_row(record, snapshot.ages[name], links[name]))
-    return _print_table(table, "no nodes")
+    return print_table(table, "no nodes")
 
 
 def queue(argv: Sequence[str]) -> int:
+    """`pdq queue`, and what begins with that: `dead`, `requeue ID`."""
+    if argv and argv[0] in ("dead", "requeue"):
+        from common.commands import dead_letters
+
+        return dead_letters.COMMANDS[argv[0]](argv[1:])
     settings = load(QueueSettings, argv, os.environ, "pdq queue")
 
     async def read() -> list[tuple[NodeRecord, QueueLength, Load]]:
-        async with _redis(settings.redis) as client:
+        async with redis_of(settings.redis) as client:
             workers = (await Registry(client).snapshot()).of_role(
                 Role.PREFILL, Role.DECODE, Role.UNIFIED
             )
@@ -82,7 +91,7 @@ def queue(argv: Sequence[str]) -> int:
 
     rows = asyncio.run(read())
     if settings.json:
-        return _print_json([
+        return print_json([
             {
                 "incarnation": record.incarnation, "name": record.name, "role": record.role,
                 "state": record.state, **dataclasses.asdict(length),
@@ -90,34 +99,31 @@ def queue(argv: Sequence[str]) -> int:
             }
             for record, length, load_ in rows
         ])  # fmt: skip
-    table = _table("NODE", "ROLE", "STATE", ">WAITING", ">AT WORK", ">OPEN", ">PROMPT TOKENS")
+    table = table_of("NODE", "ROLE", "STATE", ">WAITING", ">AT WORK", ">OPEN", ">PROMPT TOKENS")
     for record, length, load_ in rows:
         table.add_row(
             record.incarnation, record.role, record.state, str(length.waiting),
             str(length.at_work), str(load_.requests), str(load_.prompt_tokens),
         )  # fmt: skip
-    return _print_table(table, "no nodes, hence no queues")
+    return print_table(table, "no nodes, hence no queues")
 
 
 def requests(argv: Sequence[str]) -> int:
     settings = load(RequestsSettings, argv, os.environ, "pdq requests")
 
     async def read() -> list[RequestRecord]:
-        async with _redis(settings.redis) as client:
+        async with redis_of(settings.redis) as client:
             return await Requests(client).recent(settings.limit)
 
     records = asyncio.run(read())
     if settings.json:
-        return _print_json([dataclasses.asdict(record) for record in records])
-    table = _table(
-        "REQUEST", "STATE", "AGE", ">TRY", "PREFILL", "DECODE", ">PROMPT", ">CACHED", ">OUT",
-        ">TOTAL", "STAGES", "ENDED BY",
-    )  # fmt: skip
+        return print_json([dataclasses.asdict(record) for record in records])
+    table = table_of(*REQUEST_COLUMNS)
     now_ms = time.time() * 1000
     for record in records:
         for choice in record.choices:
-            table.add_row(*_request_row(record, choice, now_ms))
-    return _print_table(table, "no requests")
+            table.add_row(*request_row(record, choice, now_ms))
+    return print_table(table, "no requests")
 
 
 def _node_row(record: NodeRecord, beat_age_s: float, links: Sequence[KVLink]) -> list[str]:
@@ -125,7 +131,7 @@ def _node_row(record: NodeRecord, beat_age_s: float, links: Sequence[KVLink]) ->
     worker = record.role is not Role.GATEWAY
     late = " late" if beat_age_s > LATE_BEAT_S else ""
     return [
-        record.incarnation, record.role, record.state, _age(up_s), _age(beat_age_s) + late,
+        record.incarnation, record.role, record.state, age(up_s), age(beat_age_s) + late,
         str(record.pid or ""), str(record.cores or ""),
         str(record.free_blocks) if worker else "", str(record.num_blocks) if worker else "",
         str(record.running), str(record.waiting) if worker else "",
@@ -141,13 +147,13 @@ def _by_transport(links: Sequence[KVLink]) -> str:
     return " ".join(f"{transport} {count}" for transport, count in sorted(counts.items()))
 
 
-def _request_row(record: RequestRecord, choice: ChoiceRecord, now_ms: float) -> list[str]:
+def request_row(record: RequestRecord, choice: ChoiceRecord, now_ms: float) -> list[str]:
     several = len(record.choices) > 1
     total = record.ended_at - record.accepted_at if record.ended_at else None
     ended_by = choice.finish_reason or " ".join(filter(None, (choice.error, choice.message)))
     return [
         f"{record.request}#{choice.choice}" if several else record.request,
-        choice.state, _age((now_ms - record.accepted_at) / 1000), str(choice.attempt),
+        choice.state, age((now_ms - record.accepted_at) / 1000), str(choice.attempt),
         choice.prefill_node, choice.decode_node, str(record.prompt_len),
         str(choice.cached_tokens), str(choice.generated),
         "" if total is None else _milliseconds(total / 1000), stages(choice, total), ended_by,
@@ -166,7 +172,7 @@ def _milliseconds(seconds: float) -> str:
     return f"{seconds * 1000:.0f}ms" if abs(seconds) < 10 else f"{seconds:.1f}s"
 
 
-def _age(seconds: float | None) -> str:
+def age(seconds: float | None) -> str:
     if seconds is None:
         return ""
     seconds = max(0.0, seconds)
@@ -176,7 +182,7 @@ def _age(seconds: float | None) -> str:
 
 
 @contextlib.asynccontextmanager
-async def _redis(settings: RedisSettings) -> AsyncIterator[RedisClient]:
+async def redis_of(settings: RedisSettings) -> AsyncIterator[RedisClient]:
     client = RedisClient(running.redis_of(settings, os.environ), name="pdq-inspect")
     try:
         yield client
@@ -184,7 +190,7 @@ async def _redis(settings: RedisSettings) -> AsyncIterator[RedisClient]:
         await client.close()
 
 
-def _table(*headers: str) -> Table:
+def table_of(*headers: str) -> Table:
     """`>` in front of a header: its column is aligned to the right."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for header in headers:
@@ -193,7 +199,7 @@ def _table(*headers: str) -> Table:
     return table
 
 
-def _print_table(table: Table, empty: str) -> int:
+def print_table(table: Table, empty: str) -> int:
     """Whole lines, however long: a terminal can scroll or wrap, and a pipe has no width."""
     if table.row_count:
         out = Console(width=10_000, highlight=False, markup=False, emoji=False)
@@ -205,7 +211,7 @@ def _print_table(table: Table, empty: str) -> int:
     return 0
 
 
-def _print_json(value: Any) -> int:
+def print_json(value: Any) -> int:
     json.dump(value, sys.stdout, indent=2, ensure_ascii=False)
     print()
     return 0

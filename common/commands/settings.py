@@ -41,10 +41,31 @@ class NodesSettings:
 
 @dataclasses.dataclass(frozen=True)
 class QueueSettings:
-    """Table of each node's queue. The address of Redis is --redis-url, PDQ_REDIS_URL, or that of
+    """Table of each node's queue; `pdq queue dead` and `pdq queue requeue ID` are about requests that
+    made engines fail. The address of Redis is --redis-url, PDQ_REDIS_URL, or that of
     the `pdq serve` of this user which was started last."""
 
     json: bool = setting(False, "print JSON")
+    redis: RedisSettings = field(default_factory=RedisSettings)
+
+
+@dataclasses.dataclass(frozen=True)
+class DeadSettings:
+    """Table of the dead letters, newest first: requests that made engines fail, also when they were
+    alone."""
+
+    json: bool = setting(False, "print JSON, with the token ids of their prompts")
+    limit: int = setting(100, "how many at most", at_least=1)
+    redis: RedisSettings = field(default_factory=RedisSettings)
+
+
+@dataclasses.dataclass(frozen=True)
+class RequeueSettings:
+    """Compute a dead letter once more, in steps of its own, under a new id; ID is that of the letter
+    or of the request. A gateway takes it over; what becomes of it is shown, and in its record."""
+
+    json: bool = setting(False, "print JSON")
+    wait_s: float = setting(60.0, "how long to wait for its end (0: not)", at_least=0)
     redis: RedisSettings = field(default_factory=RedisSettings)
 
 

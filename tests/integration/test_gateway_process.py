@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import json
 import os
 import re
 import resource
@@ -345,3 +346,43 @@ async def test_what_keeps_it_from_starting_is_one_line(
     (line,) = output.decode().splitlines()
     assert wanted in line
     assert "tops3cret" not in line
+
+
+async def pdq(redis_url: str, *arguments: str) -> tuple[int, str]:
+    """Exit code and output of the command."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "common.cli", *arguments, "--redis-url", redis_url,
+        cwd=ROOT, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+    )  # fmt: skip
+    output, _ = await process.communicate()
+    assert process.returncode is not None
+    return process.returncode, output.decode()
+
+
+async def test_a_dead_letter_is_shown_and_computed_once_more_alone(
+    gateway: Process, redis_client: RedisClient
+) -> None:
+    url = redis_client.settings.url
+    requests = Requests(redis_client)
+    async with a_node(redis_client, gateway) as node:
+        await the_text(gateway)
+        (dispatch,) = node.taken
+        await requests.dead_letter(dispatch, "p-1: a kernel failed")
+        code, shown = await pdq(url, "queue", "dead")
+        assert code == 0
+        assert dispatch.request in shown
+        assert "p-1: a kernel failed" in shown
+        _, listed = await pdq(url, "queue", "dead", "--json")
+        (letter,) = json.loads(listed)
+        assert tuple(letter["dispatch"]["token_ids"]) == dispatch.token_ids
+        code, outcome = await pdq(url, "queue", "requeue", letter["id"], "--json")
+        assert code == 0, outcome
+        record = json.loads(outcome)
+        assert record["request"].startswith(f"{dispatch.request}-again-")
+        assert record["state"] == "finished"
+        assert record["choices"][0]["generated"] == BODY["max_tokens"]
+        replay = node.taken[-1]
+        assert replay.alone
+        assert (replay.token_ids, replay.params) == (dispatch.token_ids, dispatch.params)
+    code, error = await pdq(url, "queue", "requeue", "nothing")
+    assert (code, error) == (1, "pdq queue: no dead letter 'nothing' that can be read\n")

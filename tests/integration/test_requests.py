@@ -333,12 +333,13 @@ async def test_recent_requests_come_newest_first(requests: Requests) -> None:
 async def test_dead_letters_are_kept_for_a_person(
     requests: Requests, redis_client: RedisClient
 ) -> None:
-    await requests.dead_letter(a_dispatch(), "killed p-1 while alone")
-    ((_, fields),) = await redis_client.command(
-        "XRANGE", redis_client.keys.dead_letters(), "-", "+"
-    )
-    assert fields[b"reason"] == b"killed p-1 while alone"
-    assert decode(fields[b"dispatch"]) == a_dispatch()
+    await requests.dead_letter(a_dispatch("r-1"), "killed p-1 while alone")
+    await requests.dead_letter(a_dispatch("r-2", 3), "killed p-2 while alone")
+    await redis_client.command("XADD", redis_client.keys.dead_letters(), "*", "dispatch", b"old")
+    unreadable, newest, oldest = await requests.dead_letters()
+    assert unreadable.dispatch is None
+    assert (newest.request, newest.attempt, newest.reason) == ("r-2", 3, "killed p-2 while alone")
+    assert oldest.dispatch == a_dispatch("r-1")
 
 
 # ── Redis in trouble ─────────────────────────────────────────────────────────────────────────────

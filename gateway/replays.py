@@ -1,0 +1,67 @@
+"""Dead letters that a person wants computed once more.
+
+Owns: taking them from Redis, one at a time, and being their client. Each is an ordinary request from
+then on, under the new id that `pdq queue requeue` gave it, but suspected from the start: it is computed
+in steps of its own. What becomes of it is in its record; its tokens are counted, and kept nowhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from common.errors import Overloaded, PdqError, ServiceUnavailable
+from common.logs import get_logger
+from common.messages import Dispatch
+from common.requests import Requests
+from gateway.dispatch import Dispatcher
+from gateway.open_request import Work
+
+log = get_logger("replays")
+
+LOOK_S = 1.0
+
+
+class Replays:
+    """`run` it. Of several gateways, whichever looks first has the next one."""
+
+    def __init__(self, requests: Requests, dispatcher: Dispatcher) -> None:
+        self._requests = requests
+        self._dispatcher = dispatcher
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        while True:
+            try:
+                dispatch = await self._requests.take_requeued()
+            except ServiceUnavailable:
+                dispatch = None
+            if dispatch is None:
+                await asyncio.sleep(LOOK_S)
+            else:
+                await self._replay(dispatch)
+
+    async def _replay(self, dispatch: Dispatch) -> None:
+        work = Work(
+            request=dispatch.request,
+            prompt_ids=dispatch.token_ids[: dispatch.prompt_len],
+            params=dispatch.params,
+            model=dispatch.model,
+            n=max(dispatch.choices) + 1,
+            cache_salt=dispatch.cache_salt,
+            priority=dispatch.priority,
+            trace=dispatch.trace,
+            suspected=True,
+        )
+        while True:
+            try:
+                async with self._dispatcher.run(work) as request:
+                    async for _ in request.updates():
+                        pass
+            except Overloaded:
+                await asyncio.sleep(LOOK_S)
+                continue
+            except PdqError as error:
+                log.warning("replay.failed", request=work.request, error=error)
+            else:
+                log.info("replay.finished", request=work.request)
+            return
