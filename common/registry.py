@@ -33,6 +33,8 @@ from common.redis_keys import NODE_TTL_S
 
 log = get_logger("registry")
 
+SILENT_S, LOST_S = 5.0, 30.0  # without a beat, which comes once a second or more often
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
@@ -47,7 +49,6 @@ class NodeState(enum.StrEnum):
     STARTING = "starting"
     READY = "ready"
     DRAINING = "draining"  # takes nothing new
-    DEAD = "dead"  # says so itself: its engine has failed, the process is about to end
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -115,6 +116,13 @@ class Snapshot:
     records: dict[str, NodeRecord]
     ages: dict[str, float]
     generation: str
+
+    def standing(self, incarnation: str) -> str:
+        """What a person is to think of it: the state that it says, while it says something."""
+        age = self.ages[incarnation]
+        if age > LOST_S:
+            return "lost"
+        return "silent" if age > SILENT_S else self.records[incarnation].state.value
 
     def of_role(self, *roles: Role) -> list[NodeRecord]:
         return [record for record in self.records.values() if record.role in roles]

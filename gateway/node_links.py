@@ -143,11 +143,6 @@ class NodeLinks:
 
     def _link(self, record: NodeRecord) -> None:
         name = record.incarnation
-        if record.state is NodeState.DEAD:
-            if name not in self._lost:
-                self._bus.disconnect(name)
-                self._lose(name, "says so itself")
-            return
         if name in self._lost and record.beats <= self._lost[name]:
             return
         if record.endpoint and self._bus.link(name) is None:

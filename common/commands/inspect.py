@@ -27,7 +27,6 @@ from common.redis_client import RedisClient
 from common.registry import KVLink, NodeRecord, Registry, Role, Snapshot
 from common.requests import ChoiceRecord, Load, RequestRecord, Requests
 
-LATE_BEAT_S = 5.0
 REQUEST_COLUMNS = (
     "REQUEST", "STATE", "AGE", ">TRY", "PREFILL", "DECODE", ">PROMPT", ">CACHED", ">OUT", ">TOTAL",
     "STAGES", "ENDED BY",
@@ -51,6 +50,7 @@ def nodes(argv: Sequence[str]) -> int:
             [
                 {
                     **dataclasses.asdict(r),
+                    "state": snapshot.standing(r.incarnation),
                     "kv_links": links[r.incarnation],
                     "beat_age_s": ages[r.incarnation],
                 }
@@ -63,7 +63,7 @@ def nodes(argv: Sequence[str]) -> int:
     )  # fmt: skip
     for record in records:
         name = record.incarnation
-        table.add_row(*_node_row(record, snapshot.ages[name], links[name]))
+        table.add_row(*_node_row(record, snapshot, links[name]))
     return print_table(table, "no nodes")
 
 
@@ -75,17 +75,16 @@ def queue(argv: Sequence[str]) -> int:
         return dead_letters.COMMANDS[argv[0]](argv[1:])
     settings = load(QueueSettings, argv, os.environ, "pdq queue")
 
-    async def read() -> list[tuple[NodeRecord, QueueLength, Load]]:
+    async def read() -> list[tuple[NodeRecord, str, QueueLength, Load]]:
         async with redis_of(settings.redis) as client:
-            workers = (await Registry(client).snapshot()).of_role(
-                Role.PREFILL, Role.DECODE, Role.UNIFIED
-            )
+            snapshot = await Registry(client).snapshot()
+            workers = snapshot.of_role(Role.PREFILL, Role.DECODE, Role.UNIFIED)
             workers.sort(key=lambda record: record.name)
             names = [record.incarnation for record in workers]
             lengths = await queue_lengths(client, names)
             loads = await Requests(client).loads(names)
             return [
-                (record, length, loads[record.incarnation])
+                (record, snapshot.standing(record.incarnation), length, loads[record.incarnation])
                 for record, length in zip(workers, lengths, strict=True)
             ]
 
@@ -94,15 +93,15 @@ def queue(argv: Sequence[str]) -> int:
         return print_json([
             {
                 "incarnation": record.incarnation, "name": record.name, "role": record.role,
-                "state": record.state, **dataclasses.asdict(length),
+                "state": state, **dataclasses.asdict(length),
                 "open_requests": load_.requests, "prompt_tokens": load_.prompt_tokens,
             }
-            for record, length, load_ in rows
+            for record, state, length, load_ in rows
         ])  # fmt: skip
     table = table_of("NODE", "ROLE", "STATE", ">WAITING", ">AT WORK", ">OPEN", ">PROMPT TOKENS")
-    for record, length, load_ in rows:
+    for record, state, length, load_ in rows:
         table.add_row(
-            record.incarnation, record.role, record.state, str(length.waiting),
+            record.incarnation, record.role, state, str(length.waiting),
             str(length.at_work), str(load_.requests), str(load_.prompt_tokens),
         )  # fmt: skip
     return print_table(table, "no nodes, hence no queues")
@@ -126,12 +125,12 @@ def requests(argv: Sequence[str]) -> int:
     return print_table(table, "no requests")
 
 
-def _node_row(record: NodeRecord, beat_age_s: float, links: Sequence[KVLink]) -> list[str]:
+def _node_row(record: NodeRecord, snapshot: Snapshot, links: Sequence[KVLink]) -> list[str]:
+    name = record.incarnation
     up_s = time.time() - record.started_at / 1000 if record.started_at else None
     worker = record.role is not Role.GATEWAY
-    late = " late" if beat_age_s > LATE_BEAT_S else ""
     return [
-        record.incarnation, record.role, record.state, age(up_s), age(beat_age_s) + late,
+        name, record.role, snapshot.standing(name), age(up_s), age(snapshot.ages[name]),
         str(record.pid or ""), str(record.cores or ""),
         str(record.free_blocks) if worker else "", str(record.num_blocks) if worker else "",
         str(record.running), str(record.waiting) if worker else "",

@@ -2,8 +2,7 @@
 
 Owns the numba settings. The kernels share torch's OpenMP thread pool (the `omp` layer binds to the
 libgomp that torch has loaded), so that one pool of threads runs everything and no two pools fight
-over the cores. Compiled code is cached in the user's cache folder; where none can be written it is
-compiled anew in each process.
+over the cores. Compiled code is cached on disk where that is possible (kernel_cache.py).
 
 Floating point: reassociation and contraction are allowed, NaN and infinity are kept. That is
 deterministic as long as there is one machine code per kernel, whose operations on a row depend on
@@ -14,9 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
-import secrets
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,7 +25,7 @@ from numba import types
 from numba.core.codegen import CPUCodeLibrary
 from numba.extending import intrinsic, overload
 
-from common.engine import omp_pool
+from common.engine import kernel_cache, omp_pool
 from common.errors import ConfigError
 
 numba.config.THREADING_LAYER = "omp"
@@ -39,34 +35,14 @@ FAST_MATH = {"reassoc", "contract", "nsz", "arcp"}
 
 KERNEL_SOURCES = (
     "numba_runtime.py",
+    "kernel_cache.py",
     "*_kernels.py",
     "sampler_cpu*.py",
     "philox*.py",
     "softmax*.py",
 )
 
-_PROCESS = secrets.token_hex(4)
-
 F = TypeVar("F", bound=Callable[..., Any])
-
-
-def _cache_directory() -> str:
-    """Where compiled kernels are kept: one folder for one state of the kernels' sources, since
-    numba itself only sees a change of the file that a kernel is in, not of what it calls."""
-    digest = hashlib.blake2b(digest_size=8)
-    for pattern in KERNEL_SOURCES:
-        for path in sorted(Path(__file__).parent.glob(pattern)):
-            digest.update(path.read_bytes())
-    name = f"kernels-{digest.hexdigest()}"
-    for parent in ("~/.cache/pdq", f"{tempfile.gettempdir()}/pdq-{os.getuid()}"):
-        try:
-            folder = Path(parent).expanduser()
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except (OSError, RuntimeError):  # the latter where the user has no home at all
-            continue
-        if os.access(folder, os.W_OK) and folder.stat().st_uid == os.getuid():
-            return str(folder / name)
-    return ""
 
 
 def target() -> str:
@@ -76,7 +52,13 @@ def target() -> str:
     return f"{name}-{digest}-numba-{numba.__version__}"
 
 
-numba.config.CACHE_DIR = _cache_directory()
+def kernel_sources() -> list[Path]:
+    """The files of which any change is another machine code."""
+    here = Path(__file__).parent
+    return [path for pattern in KERNEL_SOURCES for path in sorted(here.glob(pattern))]
+
+
+numba.config.CACHE_DIR = kernel_cache.directory(kernel_sources())
 
 
 def _own_copies() -> None:
@@ -122,15 +104,10 @@ def exact(function: F) -> F:
 
 
 def _compile(function: F, *, parallel: bool, fastmath: object) -> F:
-    compiled: F = numba.njit(
-        parallel=parallel, fastmath=fastmath, nogil=True, error_model="numpy",
-        cache=bool(numba.config.CACHE_DIR),
-    )(function)  # fmt: skip
-    files = getattr(compiled._cache, "_cache_file", None)  # type: ignore[attr-defined]
-    if files is not None:
-        # Numba numbers these files; two processes that fill an empty cache would take the same
-        # number, and one find the other's code under its signature.
-        files._data_name_pattern = files._data_name_pattern.replace("{", f"{_PROCESS}.{{")
+    compiled: F = numba.njit(parallel=parallel, fastmath=fastmath, nogil=True, error_model="numpy")(
+        function
+    )
+    kernel_cache.cache(compiled)
     return compiled
 
 

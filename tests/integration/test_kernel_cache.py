@@ -3,16 +3,21 @@ stale, or impossible."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import pwd
+import resource
+import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
+import numba
 import pytest
 
-from common.engine import numba_runtime
+from common.engine import kernel_cache, numba_runtime
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -66,10 +71,10 @@ def test_a_change_of_any_kernel_source_has_a_cache_of_its_own(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    now = numba_runtime._cache_directory()
+    sources = numba_runtime.kernel_sources()
+    now = kernel_cache.directory(sources)
     assert Path(now).parent == tmp_path / ".cache" / "pdq"
-    monkeypatch.setattr(numba_runtime, "KERNEL_SOURCES", numba_runtime.KERNEL_SOURCES[1:])
-    assert numba_runtime._cache_directory() != now
+    assert kernel_cache.directory(sources[1:]) != now
 
 
 def test_without_a_home_the_cache_is_a_private_temporary_folder(
@@ -81,11 +86,11 @@ def test_without_a_home_the_cache_is_a_private_temporary_folder(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.delenv("HOME")
     monkeypatch.setattr(pwd, "getpwuid", nobody)
-    folder = Path(numba_runtime._cache_directory()).parent
+    folder = Path(kernel_cache.directory(())).parent
     assert folder == tmp_path / f"pdq-{os.getuid()}"
     assert folder.stat().st_mode & 0o777 == 0o700
     monkeypatch.setenv("HOME", "/proc/no/such/home")
-    assert Path(numba_runtime._cache_directory()).parent == folder
+    assert Path(kernel_cache.directory(())).parent == folder
 
 
 def test_where_nothing_can_be_written_kernels_are_compiled_anew(
@@ -93,4 +98,95 @@ def test_where_nothing_can_be_written_kernels_are_compiled_anew(
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", "/proc/no/such/folder")
     monkeypatch.setenv("HOME", "/proc/no/such/home")
-    assert numba_runtime._cache_directory() == ""
+    assert kernel_cache.directory(()) == ""
+
+
+KERNEL = """
+from common.engine.numba_runtime import exact
+@exact
+def double(x):
+    return x + x
+"""
+
+
+@pytest.fixture
+def cold(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A cache folder that is empty."""
+    folder = tmp_path / "kernels"
+    monkeypatch.setattr(numba.config, "CACHE_DIR", str(folder))
+    monkeypatch.setattr(kernel_cache, "_warned", set())
+    (tmp_path / "one_kernel.py").write_text(KERNEL)
+    return folder
+
+
+def compiled(cold: Path) -> Any:
+    """A kernel as a new process has it, which has computed once."""
+    spec = importlib.util.spec_from_file_location("one_kernel", cold.parent / "one_kernel.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.double(21.0) == 42.0
+    return module.double
+
+
+def from_cache(cold: Path) -> bool:
+    return bool(sum(compiled(cold).stats.cache_hits.values()))
+
+
+def test_a_kernel_is_compiled_once(cold: Path) -> None:
+    assert not from_cache(cold)
+    assert from_cache(cold)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "other bytes"])
+@pytest.mark.parametrize("kind", ["nbc", "nbi"])
+def test_a_damaged_file_counts_as_absent_and_is_replaced(
+    cold: Path, kind: str, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also where it still unpickles: what would be run is machine code."""
+    compiled(cold)
+    (path,) = cold.glob(f"**/*.{kind}")
+    data = bytearray(path.read_bytes())
+    if damage == "flipped":
+        data[len(data) // 2] ^= 1
+    contents = {"truncated": data[:-9], "empty": b"", "other bytes": b"cos\nsystem\n"}
+    path.write_bytes(contents.get(damage, data))
+    assert not from_cache(cold)
+    assert caplog.text.count("not_cached") == 1
+    assert from_cache(cold)
+
+
+def test_on_a_full_disk_kernels_are_compiled_anew_and_it_is_said_once(
+    cold: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        assert not from_cache(cold)
+        assert not from_cache(cold)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caplog.text.count("not_cached") == 1
+    assert from_cache(cold) or from_cache(cold)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_folder_that_is_gone_or_is_none_costs_a_compilation(cold: Path, when: str) -> None:
+    """Another process cleans up, or something else has its name."""
+    if when == "after":
+        compiled(cold)
+        shutil.rmtree(cold)
+    cold.write_text("a file")
+    assert not from_cache(cold)
+
+
+def test_a_folder_of_somebody_else_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What lies in it would be run."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    nobody = os.getuid() + 1
+    monkeypatch.setattr(os, "getuid", lambda: nobody)
+    assert kernel_cache.directory(()) == ""

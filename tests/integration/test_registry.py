@@ -201,3 +201,9 @@ def test_incarnations_differ_and_bad_names_are_refused() -> None:
     for name in ("", "a b", "a:b", "a/b", "x" * 65, "ä"):
         with pytest.raises(ConfigError):
             new_incarnation(name)
+
+
+def test_a_node_that_says_nothing_any_more_is_not_shown_as_ready() -> None:
+    record = NodeRecord("p-1", "p", Role.PREFILL, NodeState.READY)
+    standing = [Snapshot({"p-1": record}, {"p-1": age}, "").standing("p-1") for age in (1, 6, 61)]
+    assert standing == ["ready", "silent", "lost"]

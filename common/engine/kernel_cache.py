@@ -1,0 +1,132 @@
+"""Compiled kernels on disk: numba's files, but none of them is trusted, and none is needed.
+
+Owns: where they lie, and what a fault of the disk means. A file that is damaged, whatever it holds
+now, counts as absent; one that cannot be written (a full disk, a quota, a folder that became read-only)
+is not written. Both cost a compilation and one line of warning, never a request. The only user of
+numba's caching.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import secrets
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numba
+from numba.core.caching import FunctionCache, IndexDataCacheFile
+
+from common.logs import get_logger
+
+log = get_logger("kernels")
+
+_PROCESS = secrets.token_hex(4)
+_DIGEST_BYTES = 32
+_warned: set[str] = set()
+
+
+def directory(sources: Iterable[Path]) -> str:
+    """Where compiled kernels are kept: one folder for one state of the kernels' sources, since
+    numba itself only sees a change of the file that a kernel is in, not of what it calls. Empty
+    where no folder can be written that is ours alone."""
+    digest = hashlib.blake2b(digest_size=8)
+    for path in sources:
+        digest.update(path.read_bytes())
+    name = f"kernels-{digest.hexdigest()}"
+    for parent in ("~/.cache/pdq", f"{tempfile.gettempdir()}/pdq-{os.getuid()}"):
+        try:
+            folder = Path(parent).expanduser()
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            owner = folder.stat().st_uid
+        except (OSError, RuntimeError):  # the latter where the user has no home at all
+            continue
+        if os.access(folder, os.W_OK) and owner == os.getuid():
+            return str(folder / name)
+    _warn("no folder", "neither ~/.cache nor the temporary folder can be written")
+    return ""
+
+
+def cache(dispatcher: Any) -> None:
+    """Let a kernel that `numba.njit` made be loaded from the cache folder, and saved there."""
+    if not numba.config.CACHE_DIR:
+        return
+    try:
+        dispatcher._cache = _Cache(dispatcher.py_func)
+    except (OSError, RuntimeError) as error:  # numba: "no locator available"
+        _warn("unusable", error)
+
+
+class _Cache(FunctionCache):  # type: ignore[misc]
+    def __init__(self, function: Any) -> None:
+        super().__init__(function)
+        stamp = self._impl.locator.get_source_stamp()
+        self._cache_file = _Files(self._cache_path, self._impl.filename_base, stamp)
+
+    def load_overload(self, signature: Any, target_context: Any) -> Any:
+        try:
+            return super().load_overload(signature, target_context)
+        except Exception as error:  # to unpickle raises whatever the bytes make it raise
+            _warn("unreadable", error)
+            return None
+
+    def save_overload(self, signature: Any, data: Any) -> None:
+        try:
+            super().save_overload(signature, data)
+        except OSError as error:
+            _warn("unwritable", error)
+
+
+class _Files(IndexDataCacheFile):  # type: ignore[misc]
+    """With a digest in front of what is pickled, which is checked before it is unpickled."""
+
+    def __init__(self, folder: str, base: str, source_stamp: object) -> None:
+        super().__init__(folder, base, source_stamp)
+        # Numba numbers these files; two processes that fill an empty cache would take the same
+        # number, and one find the other's code under its signature.
+        self._data_name_pattern = f"{base}.{_PROCESS}.{{number:d}}.nbc"
+
+    def _load_index(self) -> dict[Any, str]:
+        try:
+            version, stamp, overloads = self._read(self._index_path)
+        except OSError:
+            return {}
+        fresh = (version, stamp) == (self._version, self._source_stamp)
+        return overloads if fresh else {}
+
+    def _save_index(self, overloads: dict[Any, str]) -> None:
+        self._write(self._index_path, (self._version, self._source_stamp, overloads))
+
+    def _load_data(self, name: str) -> Any:
+        return self._read(self._data_path(name))
+
+    def _save_data(self, name: str, data: Any) -> None:
+        self._write(self._data_path(name), data)
+
+    def _write(self, path: str, value: Any) -> None:
+        data = self._dump(value)
+        with self._open_for_write(path) as file:  # another name at first: never half a file
+            file.write(_digest(data) + data)
+
+    def _read(self, path: str) -> Any:
+        """`OSError`, which counts as absent, unless it is what was written."""
+        stored = Path(path).read_bytes()
+        digest, data = stored[:_DIGEST_BYTES], stored[_DIGEST_BYTES:]
+        if _digest(data) != digest:
+            _warn("damaged", path)
+            raise OSError(f"{path} is damaged")
+        return pickle.loads(data)
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=_DIGEST_BYTES).digest()
+
+
+def _warn(kind: str, error: object) -> None:
+    """Once for each kind of trouble: there are dozens of kernels."""
+    if kind not in _warned:
+        _warned.add(kind)
+        log.warning("kernels.not_cached", trouble=kind, error=error)
