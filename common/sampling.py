@@ -67,10 +67,11 @@ class SamplingParams:
                       "presence_penalty", "frequency_penalty"):  # fmt: skip
             require(math.isfinite(getattr(self, field)), field, "a finite number")
         require(0.0 <= self.temperature <= 100.0, "temperature", "between 0 and 100")
-        require(self.top_k >= 0, "top_k", "0 (all) or positive")
+        require(0 <= self.top_k < 2**31, "top_k", "0 (all) or positive")
         require(0.0 < self.top_p <= 1.0, "top_p", "in (0, 1]")
         require(0.0 <= self.min_p <= 1.0, "min_p", "in [0, 1]")
-        require(self.repetition_penalty > 0.0, "repetition_penalty", "positive")
+        # Beyond, a float32 logit may overflow.
+        require(0.01 <= self.repetition_penalty <= 100.0, "repetition_penalty", "in [0.01, 100]")
         require(-2.0 <= self.presence_penalty <= 2.0, "presence_penalty", "between -2 and 2")
         require(-2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty", "between -2 and 2")
         require(
