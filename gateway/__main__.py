@@ -58,17 +58,16 @@ async def run(settings: GatewaySettings) -> None:
     )
     models = await asyncio.to_thread(load_models, settings)
     names = ",".join(model.name for model in models)
-    listener = _listen(settings)
-    host, port = listener.getsockname()[:2]
-    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-    redis = RedisClient(settings.redis, name=incarnation)
-    bus = Bus(incarnation, await asyncio.to_thread(complete, settings.bus, settings.redis))
     async with contextlib.AsyncExitStack() as stack:
-        stack.callback(listener.close)
+        listener = stack.enter_context(_listen(settings))
+        host, port = listener.getsockname()[:2]
+        url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        redis = RedisClient(settings.redis, name=incarnation)
         stack.push_async_callback(redis.close)
         await redis.open()
-        await stack.enter_async_context(bus)
+        bus = Bus(incarnation, await asyncio.to_thread(complete, settings.bus, settings.redis))
+        stack.push_async_callback(bus.close)
+        await bus.start()
         registry, requests = Registry(redis), Requests(redis)
         index = PrefixIndex()
         links = NodeLinks(bus, registry, requests, index)

@@ -1,4 +1,4 @@
-"""A node that fails on its way up leaves nothing: no key, no descriptor, no thread, no socket file."""
+"""What fails on its way up leaves nothing: no key, no descriptor, no thread, no socket file."""
 
 from __future__ import annotations
 
@@ -8,19 +8,21 @@ import gc
 import os
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 
 from common.bus import Bus
-from common.config import BusSettings, EngineSettings, NodeSettings
+from common.config import BusSettings, EngineSettings, GatewaySettings, NodeSettings, RedisSettings
 from common.engine import Engine
 from common.errors import ConfigError, PdqError, ResourceError, ServiceUnavailable
 from common.node.runtime import Node
 from common.queue import NodeQueue
 from common.redis_client import RedisClient, text
 from common.registry import Registry
+from gateway import __main__ as gateway
 from tests.support.checkpoints import STORIES
 from tests.support.holdings import holdings
 
@@ -28,6 +30,7 @@ ENGINE = EngineSettings(
     model=str(STORIES), dtype="float32", threads=1, num_kv_blocks=64, max_num_seqs=4,
     max_num_batched_tokens=256,
 )  # fmt: skip
+S = TypeVar("S", NodeSettings, GatewaySettings)
 Refusal = tuple[type[PdqError], str]
 
 
@@ -37,7 +40,7 @@ class Spoil:
     def __init__(self, tmp: Path, taken_port: int) -> None:
         self._tmp, self._taken_port = tmp, taken_port
 
-    def bus_port(self, settings: NodeSettings) -> NodeSettings:
+    def bus_port(self, settings: S) -> S:
         return dataclasses.replace(settings, bus=BusSettings(port=self._taken_port))
 
     def last_transport(self, settings: NodeSettings) -> NodeSettings:
@@ -54,8 +57,17 @@ def spoil(tmp_path: Path) -> Iterator[Spoil]:
 
 async def refused_start(settings: NodeSettings, client: RedisClient) -> Refusal:
     """Start a node in this process, in vain; nothing of it is left. Its error."""
+
+    async def start() -> None:
+        node = await asyncio.to_thread(Node, settings)
+        await node.run()
+
+    return await nothing_left(start, client)
+
+
+async def nothing_left(start: Callable[[], Awaitable[None]], client: RedisClient) -> Refusal:
     before, threads = holdings(os.getpid()), set(threading.enumerate())
-    error = await refusal(settings)
+    error = await refusal(start)
     gc.collect()  # the pool's mapping ends with the last tensor over it
     assert holdings(os.getpid()).descriptors <= before.descriptors
     left = {thread.name for thread in set(threading.enumerate()) - threads}
@@ -66,11 +78,10 @@ async def refused_start(settings: NodeSettings, client: RedisClient) -> Refusal:
     return error
 
 
-async def refusal(settings: NodeSettings) -> Refusal:
+async def refusal(start: Callable[[], Awaitable[None]]) -> Refusal:
     """Not the error itself, which holds what was there when it was raised."""
-    node = await asyncio.to_thread(Node, settings)
     try:
-        await node.run()
+        await start()
     except PdqError as error:
         return type(error), str(error)
     raise AssertionError("it started")
@@ -120,3 +131,17 @@ async def test_an_engine_that_cannot_be_made_leaves_nothing(redis_client: RedisC
         Node(settings)
     assert holdings(os.getpid()) == before
     assert threading.active_count() == threads
+
+
+@pytest.mark.parametrize("step", ["redis", "bus"])
+async def test_a_gateway_that_does_not_start_leaves_nothing(
+    step: str, redis_client: RedisClient, spoil: Spoil
+) -> None:
+    settings = GatewaySettings(model=str(STORIES), redis=redis_client.settings, port=0)
+    if step == "redis":
+        nowhere = RedisSettings(url="nowhere")
+        settings = dataclasses.replace(settings, redis=nowhere)
+    else:
+        settings = spoil.bus_port(settings)
+    refused, _ = await nothing_left(lambda: gateway.run(settings), redis_client)
+    assert refused is {"redis": ConfigError, "bus": ResourceError}[step]
