@@ -19,6 +19,7 @@
     │   ├── DigestMismatch            a block's content is not what its hash promises
     │   ├── StaleBlock                a block was reused while it was being copied
     │   └── LinkLost                  the connection to the peer is gone
+    │       └── TransportFailed           a transport raised what is no error of ours
     ├── EngineBroken              an engine computes nothing any more; another may do better
     ├── PoisonedRequest           computing this request makes engines fail, also when it is alone
     ├── NotHeld                   a node has nothing (any more) of what it is asked for
@@ -132,6 +133,10 @@ class StaleBlock(TransferError):
 
 class LinkLost(TransferError):
     code = "link_lost"
+
+
+class TransportFailed(LinkLost):
+    code = "transport_failed"
 
 
 class EngineBroken(PdqError):

@@ -77,15 +77,17 @@ class Dispatch(Message):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Hello(Message):
-    """handoff side → intake side, first on a new link. Duplicate: answered again, same answer."""
+    """handoff side → intake side, first on a new link, which is for one transport. Duplicate:
+    answered again, same answer."""
 
     kind: ClassVar[int] = 10
     link: str
     node: str  # incarnation
     fingerprint: Fingerprint
     slab_bytes: int
-    transports: tuple[str, ...]  # what this end can do, preferred first
-    proofs: dict[str, bytes]  # per transport, what the other end must be able to confirm
+    transports: tuple[str, ...]  # this one, and what will be tried after it
+    proofs: dict[str, bytes]  # of this one, what the other end must be able to confirm
+    tried: tuple[str, ...]  # why each before it was not taken, for `pdq nodes`
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -102,7 +104,8 @@ class Welcome(Message):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Refuse(Message):
-    """intake → handoff: not compatible; `field` says which part of the fingerprint differs."""
+    """intake → handoff: not compatible; `field` says which part of the fingerprint differs, or
+    "transport": then the next may be tried, on another link."""
 
     kind: ClassVar[int] = 12
     link: str

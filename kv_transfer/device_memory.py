@@ -8,6 +8,7 @@ has ended on the device.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import threading
 from collections.abc import Iterable, Sequence
@@ -25,12 +26,12 @@ class DevicePoolMemory(PoolMemory):
         self.device_index = device
         self._bounce: Staging | None = None
         self._lock = threading.Lock()  # of the bounce buffer
-        try:
+        with contextlib.ExitStack() as made:
+            made.callback(super().close)
             self.address = cuda.malloc(device, num_blocks * slab_bytes)
-        except BaseException:
-            super().close()
-            raise
-        self.slabs = cuda.tensor(device, self.address, (num_blocks, slab_bytes))
+            made.callback(cuda.free, device, self.address)
+            self.slabs = cuda.tensor(device, self.address, (num_blocks, slab_bytes))
+            made.pop_all()
 
     def seal(
         self, block: int, seed: bytes = b"", fill_ranges: Sequence[tuple[int, int]] = ()
@@ -79,8 +80,12 @@ class Staging:
         )
         self.count = count
         self._free = list(range(count))
-        self._address = self._cuda.pinned(count * self._slab_bytes)
         self._stream = self._cuda.stream(self._device)
+        try:
+            self._address = self._cuda.pinned(count * self._slab_bytes)
+        except BaseException:
+            self._cuda.destroy(self._device, self._stream)
+            raise
 
     def take(self, count: int) -> list[int] | None:
         """As many buffers as asked for, or None now."""
@@ -118,5 +123,7 @@ class Staging:
 
     def close(self) -> None:
         """Give the memory back; no view may be used after this."""
-        self._cuda.destroy(self._device, self._stream)
-        self._cuda.free_pinned(self._address)
+        try:
+            self._cuda.destroy(self._device, self._stream)
+        finally:
+            self._cuda.free_pinned(self._address)

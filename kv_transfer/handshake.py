@@ -3,8 +3,8 @@
 Owns the comparison of fingerprints and the choice of a transport. The choice goes by what is proven
 at that moment: a transport is chosen because its reading end has just been opened with the proof
 in Hello (shm: the descriptor came through a socket of this host and user, with the nonce; tcp: an
-empty pull was answered), never by host names. The first in the hello side's order that works wins;
-why each earlier one did not is kept for `pdq nodes`.
+empty pull was answered), never by host names. The hello side opens one at a time, and tries the next
+when that is refused; why each earlier one was not taken is kept for `pdq nodes`.
 
 Block sizes may differ: then the reader converts (transports/converting.py), and the reason of the
 link says so.
@@ -12,58 +12,92 @@ link says so.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import types
+from collections.abc import Mapping, Sequence
 
 from common.errors import FingerprintMismatch, PdqError
 from common.kv_layout import Fingerprint, Mismatch
 from common.messages import Hello, Refuse, Welcome
 from kv_transfer.transports.base import Opener, Reader, Target
 from kv_transfer.transports.converting import ConvertingReader
+from kv_transfer.transports.seam import guarded
 
 _LONGEST_VALUE = 1000  # characters that a refusal repeats
+_NOTHING: Mapping[str, str] = types.MappingProxyType({})
 MOST_POSITIONS = 1024  # in a block of a peer: a scratch slab must hold that many
 
 
 def hello(
-    link: str, node: str, fingerprint: Fingerprint, slab_bytes: int, proofs: Mapping[str, bytes]
-) -> Hello:
-    """What the sending node says first. `proofs` by transport, fastest first."""
-    return Hello(link, node, fingerprint, slab_bytes, tuple(proofs), dict(proofs))
+    link: str, node: str, fingerprint: Fingerprint, slab_bytes: int, proofs: Mapping[str, bytes],
+    *, then: Sequence[str] = (), tried: Sequence[str] = (),
+) -> Hello:  # fmt: skip
+    """What the sending node says first. `proofs` by transport; `then`: what is tried after it;
+    `tried`: what came of those before."""
+    why = tuple(reason[:_LONGEST_VALUE] for reason in tried)
+    return Hello(link, node, fingerprint, slab_bytes, (*proofs, *then), dict(proofs), why)
 
 
 def answer(
     hello: Hello, node: str, fingerprint: Fingerprint, target: Target,
     openers: Mapping[str, Opener], *, credits: int, forced: str = "",
+    failed: Mapping[str, str] = _NOTHING,
 ) -> tuple[Welcome | Refuse, Reader | None]:  # fmt: skip
-    """The receiving node's answer, with the open reader of the chosen transport. Blocking."""
+    """The receiving node's answer, with the open reader of the chosen transport. Blocking.
+
+    `failed`: transports that failed with this peer of late, and how; they are taken only where
+    there is no other.
+    """
     if differs := _compare(hello, fingerprint, target):
         mine, yours = differs.mine[:_LONGEST_VALUE], differs.yours[:_LONGEST_VALUE]
         return Refuse(hello.link, node, differs.field, mine, yours), None
     converts = converts_from(hello, fingerprint)
     reasons: list[str] = []
     for transport in hello.transports:
-        if transport not in openers or transport not in hello.proofs:
+        if transport not in hello.proofs:
+            continue  # its turn may come
+        if transport not in openers:
             reasons.append(f"{transport}: this end does not have it")
         elif forced not in ("", transport):
             reasons.append(f"{transport}: a setting forces {forced}")
+        elif transport in failed and _has_another(hello, openers, failed):
+            reasons.append(f"{transport}: it failed before: {failed[transport]}")
         else:
-            opener, proof = openers[transport], hello.proofs[transport]
             try:
-                if converts:
-                    reader: Reader = ConvertingReader.open(
-                        opener, hello.link, proof, target, hello.fingerprint.block_size
-                    )
-                else:
-                    reader = opener(hello.link, proof, target)
+                reader = guarded(
+                    transport, _open, openers[transport], hello, transport, target, bool(converts)
+                )
             except PdqError as error:
                 reasons.append(f"{transport}: {error}")
                 continue
-            reason = "; ".join(reasons) or f"{transport} is the fastest that both ends have"
-            reason = "; ".join(filter(None, (reason, reader.remark, converts)))
+            why = "; ".join((*hello.tried, *reasons))[:_LONGEST_VALUE]
+            why = why or f"{transport} is the fastest that both ends have"
+            reason = "; ".join(filter(None, (why, reader.remark, converts)))
             return Welcome(hello.link, node, transport, reason, credits), reader
-    mine = forced or ",".join(openers)
-    why = "; ".join(reasons) or "none offered"
-    return Refuse(hello.link, node, "transport", mine, why), None
+    return no_transport(hello, node, forced or ",".join(openers), "; ".join(reasons)), None
+
+
+def _open(opener: Opener, hello: Hello, transport: str, target: Target, converts: bool) -> Reader:
+    proof = hello.proofs[transport]
+    if converts:
+        return ConvertingReader.open(
+            opener, hello.link, proof, target, hello.fingerprint.block_size
+        )
+    return opener(hello.link, proof, target)
+
+
+def _has_another(hello: Hello, openers: Mapping[str, Opener], failed: Mapping[str, str]) -> bool:
+    """Whether some transport that the peer has not tried yet may do better."""
+    return any(
+        name in openers and name not in failed
+        for name in hello.transports
+        if name not in hello.proofs
+    )
+
+
+def no_transport(hello: Hello, node: str, mine: str, why: str) -> Refuse:
+    """`mine`: the transports of this end; `why` none of them does."""
+    why = why or "none offered"
+    return Refuse(hello.link, node, "transport", mine[:_LONGEST_VALUE], why[:_LONGEST_VALUE])
 
 
 def converts_from(hello: Hello, mine: Fingerprint) -> str:

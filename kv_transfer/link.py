@@ -2,7 +2,10 @@
 
 Owns the links (which peer, which connection of the bus, which transport, which reader) and their
 teardown. Decides nothing about a handoff: that is handoff.py and intake.py. All methods belong to
-the event loop's thread; only `Reader.pull`, opening and closing run in threads.
+the event loop's thread; only transports are called in threads (threads.py).
+
+A link is for one transport, which is opened when its turn has come: to open a link to a peer is to
+open one after the other, until the peer welcomes one. What was refused is closed at once.
 """
 
 from __future__ import annotations
@@ -10,13 +13,14 @@ from __future__ import annotations
 import asyncio
 import collections
 import dataclasses
+import functools
 import secrets
 import time
+import weakref
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
-from common.errors import LinkLost, PdqError
+from common.errors import LinkLost, PdqError, TransportFailed
 from common.kv_layout import Fingerprint
 from common.logs import get_logger
 from common.messages import (
@@ -49,9 +53,12 @@ from kv_transfer.ports import (
     Teardown,
     TransferSettings,
 )
+from kv_transfer.threads import Threads
 from kv_transfer.transports.base import Opener, Reader, Source, Target
 
 log = get_logger("kv")
+
+FAILED_S = 60.0  # so long a transport that failed with a peer is taken only where there is no other
 
 TRANSFER_MESSAGES: tuple[type[Message], ...] = (
     Hello, Welcome, Refuse, Offer, Grant, Deny, Blocks, Tail, Commit, Ack, Abort, Release,
@@ -72,17 +79,26 @@ class MessageBus(Protocol):
     def disconnect(self, peer: str) -> None: ...
 
 
+T = TypeVar("T")
+
+
 @dataclasses.dataclass(slots=True, eq=False)
 class _Link:
     peer: str
     connection: str  # the bus's link under ours
-    sending: bool  # we are the handoff side
+    copies: asyncio.Semaphore
+    source: Source | None = None  # where we are the handoff side
     transport: str = ""
     reason: str = ""
     reader: Reader | None = None
     blocks: int = 0  # copied here over it
+    busy: asyncio.Future[Any] | None = None  # opening this end, in a thread
     answer: Welcome | Refuse | None = None  # ours to Hello, to repeat
-    opened: asyncio.Future[None] | None = None  # theirs to Hello
+    answered: asyncio.Future[Welcome | Refuse] | None = None  # theirs
+
+    @property
+    def sending(self) -> bool:
+        return self.source is not None
 
 
 class Links:
@@ -105,8 +121,11 @@ class Links:
         self._on_sent, self._on_received = on_sent, on_received
         self._settings, self._clock = settings, clock
         self._links: dict[str, _Link] = {}
-        self._threads = ThreadPoolExecutor(2, "kv-copy")
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._opening: dict[str, asyncio.Task[str]] = {}  # by connection
+        self._turns: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
+        self._failed: dict[tuple[str, str], tuple[float, str]] = {}  # peer, transport → until, why
+        self._threads = Threads(settings.copies)
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._timer: asyncio.Task[None] | None = None
         self._closed = False
 
@@ -133,8 +152,8 @@ class Links:
         while self._tasks:
             await asyncio.gather(*self._tasks, return_exceptions=True)
         for source in self._sources:
-            await asyncio.to_thread(source.close)
-        self._threads.shutdown()
+            await self._threads.close(source.name, source.close)
+        self._threads.end()
         self._leases.collect()
 
     async def _timers(self) -> None:
@@ -148,7 +167,9 @@ class Links:
     async def open(self, peer: str) -> str:
         """A link on which this node can offer to `peer`, which the bus is connected with; its id.
 
-        `FingerprintMismatch` if the peer serves something else, `LinkLost` if it does not answer.
+        `FingerprintMismatch` if the peer serves something else, or has no transport in common,
+        `LinkLost` if it does not answer or none can be opened. A caller that is cancelled leaves the
+        link to the others, and to the next.
         """
         if self._closed:
             raise LinkLost("this node ends", param=peer)
@@ -156,27 +177,72 @@ class Links:
         if connection is None:
             raise LinkLost(f"no connection with {peer}", param=peer)
         for name, link in self._links.items():
-            if link.connection == connection and link.opened is not None:
-                await asyncio.shield(link.opened)
+            if link.connection == connection and link.sending and link.transport:
                 return name
-        name = secrets.token_hex(8)
-        link = self._links[name] = _Link(peer, connection, sending=True)
-        link.opened = asyncio.get_running_loop().create_future()
+        opening = self._opening.get(connection)
+        if opening is None:
+            opening = self._opening[connection] = self._spawn(self._open(peer, connection))
+            opening.add_done_callback(lambda _: self._opening.pop(connection, None))
+        return await asyncio.shield(opening)
+
+    async def _open(self, peer: str, connection: str) -> str:
         wanted = self._settings.transport
         sources = [source for source in self._sources if wanted in ("", source.name)]
+        tried: list[str] = []
+        refusal: Refuse | None = None
+        for index, source in enumerate(sources):
+            name = secrets.token_hex(8)
+            link = self._links[name] = _Link(peer, connection, self._some_copies(), source)
+            then = [other.name for other in sources[index + 1 :]]
+            try:
+                answer = await self._greet(name, link, source, then, tried)
+            except _CannotOpen as failure:
+                tried.append(f"{source.name}: {failure}")
+                self._down(name)
+                continue
+            except BaseException:  # whatever it is, nobody may wait for this link
+                self._down(name)
+                raise
+            if isinstance(answer, Welcome):
+                return name
+            self._down(name)
+            if answer.field != "transport":
+                raise handshake.mismatch(answer)
+            refusal = answer
+            tried.append(answer.yours)
+        why = "; ".join(tried) or "this node has none"
+        if refusal is not None:
+            raise handshake.mismatch(dataclasses.replace(refusal, yours=why))
+        raise LinkLost(f"no transport to {peer} can be opened: {why}", param=peer)
+
+    async def _greet(
+        self, name: str, link: _Link, source: Source, then: Sequence[str], tried: Sequence[str]
+    ) -> Welcome | Refuse:
+        """Open our end of one transport, and ask the peer to open its own. `_CannotOpen` if ours
+        cannot be, `LinkLost` if the link goes down meanwhile."""
+        link.answered = asyncio.get_running_loop().create_future()
+        opening = link.busy = self._threads.open(source.name, source.open_link, name)
         try:
-            proofs = {source.name: source.open_link(name) for source in sources}
-            self._send(name, handshake.hello(
-                name, self._node, self._fingerprint, self._target.memory.slab_bytes, proofs
-            ))  # fmt: skip
-            await asyncio.wait_for(asyncio.shield(link.opened), self._settings.answer)
+            proof = await opening
+        except PdqError as error:
+            self._require(name, link)
+            raise _CannotOpen(str(error)) from error
+        self._require(name, link)
+        self._send(name, handshake.hello(
+            name, self._node, self._fingerprint, self._target.memory.slab_bytes,
+            {source.name: proof}, then=then, tried=tried,
+        ))  # fmt: skip
+        try:
+            return await asyncio.wait_for(asyncio.shield(link.answered), self._settings.answer)
         except TimeoutError as error:
-            self._down(name)
-            raise LinkLost(f"{peer} does not answer", param=peer) from error
-        except BaseException:  # whatever it is, nobody may wait for this link
-            self._down(name)
-            raise
-        return name
+            raise LinkLost(f"{link.peer} does not answer", param=link.peer) from error
+
+    def _require(self, name: str, link: _Link) -> None:
+        if self._links.get(name) is not link:
+            raise LinkLost(f"the link with {link.peer} is down", param=link.peer)
+
+    def _some_copies(self) -> asyncio.Semaphore:
+        return asyncio.Semaphore(self._settings.copies_per_link)
 
     def describe(self) -> list[dict[str, str]]:
         """One row per link, for `pdq nodes`. `blocks` were copied: 0 at the side that sends."""
@@ -196,17 +262,23 @@ class Links:
         link = self._links.pop(name, None)
         if link is None:
             return
-        if link.opened is not None and not link.opened.done():
-            link.opened.set_exception(LinkLost(f"the link with {link.peer} is down"))
-            link.opened.exception()  # somebody may have stopped waiting
-        if link.reader is not None:
-            self._spawn(asyncio.to_thread(link.reader.close))
+        if link.answered is not None and not link.answered.done():
+            link.answered.set_exception(LinkLost(f"the link with {link.peer} is down"))
+            link.answered.exception()  # somebody may have stopped waiting
+        self._spawn(self._end(name, link))
         if link.sending:
-            for source in self._sources:
-                self._spawn(asyncio.to_thread(source.close_link, name))
             self.perform(self.handoff.link_lost(name, now=self._clock()))
         else:
             self.perform(self.intake.link_lost(name, now=self._clock()))
+
+    async def _end(self, name: str, link: _Link) -> None:
+        """Close this end of a link that is down, once nobody opens it any more."""
+        if link.busy is not None:
+            await asyncio.wait({link.busy})
+        if link.reader is not None:
+            await self._threads.close(link.transport, link.reader.close)
+        if link.source is not None:
+            await self._threads.close(link.source.name, link.source.close_link, name)
 
     # Messages
 
@@ -232,39 +304,57 @@ class Links:
 
     def _greeted(self, peer: str, connection: str, hello: Hello) -> None:
         """A new link from `peer`; the link that it used before is over."""
+        if self._closed:
+            return
         before = [name for name, link in self._links.items() if link.peer == peer]
         for name in [name for name in before if not self._links[name].sending]:
             self._down(name)
-        self._links[hello.link] = _Link(peer, connection, sending=False)
-        self._spawn(self._answer(hello))
+        link = self._links[hello.link] = _Link(peer, connection, self._some_copies())
+        self._spawn(self._answer(link, hello))
 
-    async def _answer(self, hello: Hello) -> None:
-        answer, reader = await asyncio.to_thread(
-            handshake.answer, hello, self._node, self._fingerprint, self._target, self._openers,
-            credits=self._settings.credits, forced=self._settings.transport,
-        )  # fmt: skip
-        link = self._links.get(hello.link)
-        if link is None:
-            if reader is not None:
-                await asyncio.to_thread(reader.close)
-            return
-        link.answer, link.reader = answer, reader
+    async def _answer(self, link: _Link, hello: Hello) -> None:
+        """Open our end, one at a time for each peer; whatever comes of it, the peer hears of it."""
+        async with self._turns.setdefault(link.peer, asyncio.Lock()):
+            if self._links.get(hello.link) is not link:
+                return
+            answering = functools.partial(
+                handshake.answer, hello, self._node, self._fingerprint, self._target,
+                self._openers, credits=self._settings.credits, forced=self._settings.transport,
+                failed=self._failed_with(link.peer),
+            )  # fmt: skip
+            link.busy = self._threads.open("handshake", answering)
+            try:
+                answer, link.reader = await link.busy
+            except PdqError as error:
+                mine = ",".join(self._openers)
+                answer = handshake.no_transport(hello, self._node, mine, str(error))
         if isinstance(answer, Welcome):
             link.transport, link.reason = answer.transport, answer.reason
+        if self._links.get(hello.link) is not link:
+            await self._end(hello.link, link)
+            return
+        link.answer = answer
+        if isinstance(answer, Welcome):
             self.intake.open_link(hello.link, answer.credits, hello.fingerprint.block_size)
             if converts := handshake.converts_from(hello, self._fingerprint):
                 log.info("link.converts", peer=link.peer, link=hello.link, reason=converts)
         self._send(hello.link, answer)
 
+    def _failed_with(self, peer: str) -> dict[str, str]:
+        """The transports that failed with this peer of late, and how."""
+        now = self._clock()
+        for key in [key for key, (until, _) in self._failed.items() if until <= now]:
+            del self._failed[key]
+        return {name: why for (whose, name), (_, why) in self._failed.items() if whose == peer}
+
     def _answered(self, name: str, link: _Link, answer: Welcome | Refuse) -> None:
-        if not link.sending or link.opened is None or link.opened.done():
+        if link.answered is None or link.answered.done():
             self.counts["late"] += 1
-        elif isinstance(answer, Refuse):
-            link.opened.set_exception(handshake.mismatch(answer))
-        else:
+            return
+        if isinstance(answer, Welcome):
             link.transport, link.reason = answer.transport, answer.reason
             self.handoff.open_link(name, answer.credits)
-            link.opened.set_result(None)
+        link.answered.set_result(answer)
 
     def _send(self, name: str, message: Message) -> None:
         link = self._links.get(name)
@@ -308,8 +398,8 @@ class Links:
         try:
             if link is None or link.reader is None:
                 raise LinkLost("the link went down before the copy began")
-            loop = asyncio.get_running_loop()
-            await loop.run_in_executor(self._threads, link.reader.pull, copy.pieces)
+            async with link.copies, self._threads.copies:
+                await self._pull(link, link.reader, copy)
             error = ""
             self.counts["blocks_copied"] += len(copy.pieces)
             link.blocks += len(copy.pieces)
@@ -317,12 +407,39 @@ class Links:
             error = failure.code
             self.counts[error] += 1
             lost = isinstance(failure, LinkLost) and link is not None
+            if isinstance(failure, TransportFailed) and link is not None:
+                until = self._clock() + FAILED_S
+                self._failed[link.peer, link.transport] = until, str(failure)
         finally:
             self.perform(self.intake.copied(copy.number, error, now=self._clock()))
             if lost and self._links.get(copy.key.link) is link:
                 self.perform([Teardown(copy.key.link, error)])
 
-    def _spawn(self, coroutine: Coroutine[object, object, None]) -> None:
+    async def _pull(self, link: _Link, reader: Reader, copy: Copy) -> None:
+        """A pull that takes too long, however little stands still of it, is ended with its link."""
+        pulling = self._threads.pull(link.transport, reader, copy.pieces)
+        done, _ = await asyncio.wait({pulling}, timeout=self._settings.copy)
+        if not done:
+            log.warning("copy.too_slow", peer=link.peer, blocks=len(copy.pieces))
+            if self._links.get(copy.key.link) is link:
+                self.perform([Teardown(copy.key.link, "too slow")])
+        await pulling
+
+    def _spawn(self, coroutine: Coroutine[object, object, T]) -> asyncio.Task[T]:
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._settled)
+        return task
+
+    def _settled(self, task: asyncio.Task[Any]) -> None:
+        """What nobody may wait for is heard here."""
+        self._tasks.discard(task)
+        if task.cancelled():
+            return
+        error = task.exception()
+        if error is not None and not isinstance(error, PdqError):
+            log.error("kv.task_failed", exc_info=error)
+
+
+class _CannotOpen(Exception):
+    """This end of a transport; the next one may do."""

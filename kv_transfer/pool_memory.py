@@ -13,6 +13,7 @@ passes through a new odd value. A copy is good if the same even value was there 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import mmap
@@ -53,19 +54,21 @@ class PoolMemory:
     def __init__(self, num_blocks: int, slab_bytes: int, *, warm: bool = True) -> None:
         self.num_blocks, self.slab_bytes = num_blocks, slab_bytes
         generations, slabs, length = _offsets(num_blocks, slab_bytes)
-        self.fd = os.memfd_create("pdq-pool", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
-            os.ftruncate(self.fd, length)
-            self._map = mmap.mmap(self.fd, length)
-            fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
+            self.fd = os.memfd_create("pdq-pool", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+            with contextlib.ExitStack() as made:
+                made.callback(os.close, self.fd)
+                os.ftruncate(self.fd, length)
+                self._map = mmap.mmap(self.fd, length)
+                fcntl.fcntl(self.fd, fcntl.F_ADD_SEALS, _SEALS)
+                _advise(self._map, mmap.MADV_HUGEPAGE)
+                if warm:
+                    _advise(self._map, _POPULATE_WRITE)
+                made.pop_all()
         except (OSError, ValueError) as error:
-            os.close(self.fd)
             raise InsufficientMemory(
                 f"no memory for {num_blocks} blocks of {slab_bytes} bytes: {error}"
             ) from error
-        _advise(self._map, mmap.MADV_HUGEPAGE)
-        if warm:
-            _advise(self._map, _POPULATE_WRITE)
         _HEADER.pack_into(self._map, 0, _MAGIC, num_blocks, slab_bytes)
         self.generations: npt.NDArray[np.int64] = np.frombuffer(
             self._map, np.int64, num_blocks, generations

@@ -52,6 +52,9 @@ class TransferSettings:
     quiet: float = 2.0  # a granted prompt not heard of for this long is asked about
     remembered: int = 4096  # terminal answers kept per link
     copy_blocks: int = 64  # blocks in one copy: what an abort waits for at most
+    copy: float = 60.0  # a copy that takes longer has lost its link
+    copies: int = 32  # that run at once, over all links
+    copies_per_link: int = 2  # of these; a peer that stands still holds up no other
     transport: str = ""  # "": the fastest that both ends can prove; or force one by name
     digests: bool = True  # generations are always checked
 

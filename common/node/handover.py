@@ -117,15 +117,22 @@ class Handovers:
         return True
 
     async def _open(self, handover: Handover, peer: str, endpoint: str) -> None:
-        node = self._node
+        """Whatever goes wrong, also what is no error of ours, the handover is refused: another node
+        may do better, and nobody waits for this one."""
+        node, task = self._node, asyncio.current_task()
         try:
             node.connect(peer, endpoint)
             link = await node.links.open(peer)
             await self._seal(handover)
-        except PdqError as error:
-            log.warning("link.refused", peer=peer, error=error)
+        except (Exception, asyncio.CancelledError) as error:
+            if isinstance(error, PdqError):
+                log.warning("link.refused", peer=peer, error=error)
+            else:
+                log.error("link.failed", peer=peer, exc_info=error)
             handover.opening = False
             self._refused(handover, peer)
+            if task is not None and task.cancelling():
+                raise
             return
         handover.opening = False
         if handover.cancelled:

@@ -7,10 +7,11 @@ that would be left with none of those it was told to have does not start.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 
 from common.config import NodeSettings
-from common.errors import ConfigError
+from common.errors import ConfigError, PdqError
 from common.kv_layout import KVLayout
 from common.logs import get_logger
 from kv_transfer.device_memory import DevicePoolMemory
@@ -21,6 +22,7 @@ from kv_transfer.transports.base import Opener, Source
 from kv_transfer.transports.cuda_ipc import CudaIpcReader, CudaIpcSource
 from kv_transfer.transports.nccl import NcclReader, NcclSource, Turns
 from kv_transfer.transports.nixl import NixlReader, NixlSource
+from kv_transfer.transports.seam import guarded
 from kv_transfer.transports.shm import ShmReader, ShmSource
 from kv_transfer.transports.tcp import TcpReader, TcpSource
 
@@ -35,18 +37,20 @@ def make_transports(
 ) -> Made:
     """Both ends of each, fastest first. `ConfigError` if one that was named cannot be had."""
     found: list[tuple[str, Ends]] = []
-    for name in settings.transports:
-        if not _suits(name, memory):
-            continue
-        try:
-            found.append((name, _make(name, settings, memory, layout, leases)))
-        except ConfigError as error:
-            if name == "cuda_ipc":  # one of the default ones, and some platforms have no handles
-                log.warning("transport.unavailable", name=name, error=error)
+    with contextlib.ExitStack() as made:
+        for name in settings.transports:
+            if not _suits(name, memory):
                 continue
-            for _, (source, _) in found:
-                source.close()
-            raise ConfigError(f"transport {name}: {error}", param="transports") from error
+            try:
+                ends = guarded(name, _make, name, settings, memory, layout, leases)
+            except PdqError as error:
+                if name == "cuda_ipc":  # one of the default ones; some platforms have no handles
+                    log.warning("transport.unavailable", name=name, error=error)
+                    continue
+                raise ConfigError(f"transport {name}: {error}", param="transports") from error
+            made.callback(ends[0].close)
+            found.append((name, ends))
+        made.pop_all()
     if settings.transports and not found:
         place = "host memory" if memory.device is None else "a CUDA device"
         raise ConfigError(

@@ -11,6 +11,7 @@ slab where that is larger, whatever the prompt.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import threading
@@ -19,7 +20,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from common.errors import LinkLost, PdqError
+from common.errors import LinkLost
 from common.kv_layout import KVLayout
 from kv_transfer.device_memory import DevicePoolMemory
 from kv_transfer.pool_memory import PoolMemory
@@ -51,12 +52,14 @@ class ConvertingReader:
         """Open the reading end as `opener` does, of a pool with blocks of `block_size` positions."""
         layout = target.layout.with_block_size(block_size)
         count = max(1, SCRATCH_BYTES // layout.slab_bytes)
-        scratch = Target(_memory_beside(target.memory, count, layout.slab_bytes), layout)
-        try:
-            return cls(opener(link, proof, scratch), scratch, target)
-        except PdqError:
-            scratch.memory.close()
-            raise
+        with contextlib.ExitStack() as made:
+            scratch = Target(_memory_beside(target.memory, count, layout.slab_bytes), layout)
+            made.callback(scratch.memory.close)
+            reader = opener(link, proof, scratch)
+            made.callback(reader.close)
+            converting = cls(reader, scratch, target)
+            made.pop_all()
+        return converting
 
     def pull(self, pieces: Sequence[Piece]) -> None:
         slabs = self._scratch.memory.num_blocks
@@ -71,12 +74,14 @@ class ConvertingReader:
                 self._spread.spread(batch)
 
     def close(self) -> None:
-        self._reader.close()  # ends a pull that runs
-        with self._lock:
-            if not self._closed:
-                self._closed = True
-                self._spread.close()
-                self._scratch.memory.close()
+        try:
+            self._reader.close()  # ends a pull that runs
+        finally:
+            with self._lock:
+                if not self._closed:
+                    self._closed = True
+                    self._spread.close()
+                    self._scratch.memory.close()
 
 
 class _SpreadInHost:

@@ -8,11 +8,12 @@ nothing. The mapping cannot be revoked, so closing a link only stops new mapping
 
 from __future__ import annotations
 
+import contextlib
 import struct
 import threading
 from collections.abc import Sequence
 
-from common.errors import LinkLost, MalformedMessage, PdqError
+from common.errors import LinkLost, MalformedMessage
 from kv_transfer.cuda_runtime import HANDLE_BYTES, Cuda
 from kv_transfer.device_memory import DevicePoolMemory
 from kv_transfer.pool_memory import MappedPool
@@ -61,12 +62,13 @@ class CudaIpcReader:
             if slab_bytes != own.slab_bytes:
                 raise MalformedMessage("the peer's slabs have another size", param="slab_bytes")
             mapped = MappedPool(fd)
-        try:
+        with contextlib.ExitStack() as made:
+            made.callback(mapped.close)
             base = own.cuda.open_ipc(own.device_index, handle)
-        except PdqError:
-            mapped.close()
-            raise
-        return cls(mapped, base, target, own.cuda)
+            made.callback(own.cuda.close_ipc, own.device_index, base)
+            reader = cls(mapped, base, target, own.cuda)
+            made.pop_all()
+        return reader
 
     def pull(self, pieces: Sequence[Piece]) -> None:
         target = self._target
@@ -99,6 +101,7 @@ class CudaIpcReader:
         with self._lock:
             if not self._closed:
                 self._closed = True
-                self._cuda.destroy(self._device, self._stream)
-                self._cuda.close_ipc(self._device, self._base)
-                self._mapped.close()
+                with contextlib.ExitStack() as ending:
+                    ending.callback(self._mapped.close)
+                    ending.callback(self._cuda.close_ipc, self._device, self._base)
+                    ending.callback(self._cuda.destroy, self._device, self._stream)

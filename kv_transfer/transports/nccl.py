@@ -82,7 +82,7 @@ class _Channel:
         try:
             self._pair = self._nccl.communicator(self._device, unique_id, rank)
             self._wait_ready(_SETUP_TIMEOUT)
-        except PdqError:
+        except BaseException:
             self.abort()
             raise
 
@@ -115,14 +115,18 @@ class _Channel:
 
     def abort(self) -> None:
         """From here on the device does nothing for this link."""
-        if self._pair is not None:
-            self._pair.abort()
-            self._pair = None
-        self.give_turn()
+        try:
+            if self._pair is not None:
+                self._pair.abort()
+                self._pair = None
+        finally:
+            self.give_turn()
 
     def close(self) -> None:
-        self.abort()
-        self._cuda.destroy(self._device, self._stream)
+        try:
+            self.abort()
+        finally:
+            self._cuda.destroy(self._device, self._stream)
 
 
 class NcclSource(tcp.TcpSource):
@@ -161,7 +165,11 @@ class _NcclServed(tcp.Served):
         )
         self._is_set_up = False
         self._frames = wire
-        super().__init__(source, link, token, wire)
+        try:
+            super().__init__(source, link, token, wire)
+        except BaseException:  # no thread
+            self._channel.close()
+            raise
 
     def _ship(self, sent: tcp.Sent) -> bool:
         """A first pull of nothing gets the communicator's id, a second one waits for its setup.
@@ -216,7 +224,11 @@ class NcclReader(tcp.TcpReader):
         self._unique_id = b""
         self._pulling = threading.Lock()  # one pull at a time: it has the turn
         self._frames = wire
-        super().__init__(link, token, target, wire)
+        try:
+            super().__init__(link, token, target, wire)
+        except BaseException:
+            self._channel.close()
+            raise
 
     @classmethod
     def connect(
@@ -229,19 +241,16 @@ class NcclReader(tcp.TcpReader):
             raise LinkLost("this node's pool is not on a CUDA device")
         token, _, host, port = tcp.split_proof(proof)
         wire = ReceivingFrames(f"tcp://{host}:{port}", secret_key, 0)
-        try:
+        with contextlib.ExitStack() as made:
+            made.callback(wire.close)
             reader = cls(link, token, target, wire, memory, nccl, turns)
-        except PdqError:  # no stream
-            wire.close()
-            raise
-        reader._greet()  # the first pull of nothing
-        try:
+            made.pop_all()
+            made.callback(reader.close)  # which closes its wire
+            reader._greet()  # the first pull of nothing
             if len(reader._unique_id) != ID_BYTES:
                 raise MalformedMessage("not an id of a communicator", param="proofs")
             reader._pull([()], _SETUP_TIMEOUT)
-        except PdqError:
-            reader.close()
-            raise
+            made.pop_all()
         return reader
 
     def pull(self, pieces: Sequence[Piece]) -> None:
@@ -281,7 +290,7 @@ class NcclReader(tcp.TcpReader):
             self._channel.begin(ranges)
             while not self._channel.is_done():
                 self._channel.pause(deadline)
-        except PdqError:
+        except BaseException:
             self._channel.abort()  # before anybody hears that the blocks are free
             raise
         try:

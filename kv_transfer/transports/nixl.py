@@ -29,6 +29,7 @@ from common.errors import ConfigError, LinkLost, MalformedMessage, PdqError, Sta
 from kv_transfer.pool_memory import PoolMemory
 from kv_transfer.ports import Piece
 from kv_transfer.transports.base import Target
+from kv_transfer.transports.wires import STALL_TIMEOUT
 
 _MAGIC = b"pdqnixl1"
 # magic, nonce, where it lies, blocks, bytes of a slab, where generations and slabs lie, device
@@ -37,7 +38,6 @@ _NONCE_BYTES = 16
 _SUM_BYTES = 16  # of a proof, at its end: NIXL's own reader of its metadata crashes on damage
 _BATCH = 64  # pieces in one transfer at most: what the generations' buffer holds
 _OPEN_TIMEOUT = 5.0
-_STALL_TIMEOUT = 20.0  # a transfer that takes longer has lost its link
 _SPIN = 0.0005  # seconds of asking without a pause: what a small transfer takes
 
 Ranges = list[tuple[int, int]]  # address, length
@@ -45,16 +45,18 @@ Bytes = npt.NDArray[np.uint8]
 
 
 def _agent(*, serves: bool) -> Any:
-    """A new agent with UCX; one that `serves` has a thread that answers. `ConfigError` without nixl."""
+    """A new agent with UCX; one that `serves` has a thread that answers. `ConfigError` without nixl,
+    `LinkLost` where it cannot make one."""
     try:
         import nixl
     except ImportError as error:
         raise ConfigError(f"the nixl transport needs `pip install pdq[nixl]`: {error}") from error
-    config = nixl.nixl_agent_config(
-        enable_prog_thread=serves, backends=["UCX"],
-        sync_mode=nixl.nixl_thread_sync_t.NIXL_THREAD_SYNC_STRICT,
-    )  # fmt: skip
-    return nixl.nixl_agent(secrets.token_hex(8), config)
+    with _as_link_lost():
+        config = nixl.nixl_agent_config(
+            enable_prog_thread=serves, backends=["UCX"],
+            sync_mode=nixl.nixl_thread_sync_t.NIXL_THREAD_SYNC_STRICT,
+        )  # fmt: skip
+        return nixl.nixl_agent(secrets.token_hex(8), config)
 
 
 def _sealed(body: bytes) -> bytes:
@@ -66,22 +68,39 @@ class _Memory:
     """What an agent has registered: the agent and its memory go together."""
 
     def __init__(self, memory: PoolMemory, own: Bytes, *, serves: bool) -> None:
-        """`own`: a small array of this link, registered besides the pool."""
+        """`own`: a small array of this link, registered besides the pool. `LinkLost`, and nothing
+        is left, where it cannot be registered."""
         self.agent = _agent(serves=serves)
+        self._registered: list[Any] = []
+        try:
+            with _as_link_lost():
+                self._register(memory, own)
+        except BaseException:
+            self.close()
+            raise
+
+    def _register(self, memory: PoolMemory, own: Bytes) -> None:
         self.kind = "DRAM" if memory.device is None else "VRAM"
         device = memory.device or 0
         host = [(own.ctypes.data, own.nbytes, 0, ""),
                 (memory.generations.ctypes.data, memory.generations.nbytes, 0, "")]  # fmt: skip
         pool = (memory.address, memory.num_blocks * memory.slab_bytes, device, "")
         if self.kind == "DRAM":
-            self._registered = [self.agent.register_memory([*host, pool], "DRAM")]
+            self._registered += [self.agent.register_memory([*host, pool], "DRAM")]
         else:
-            self._registered = [self.agent.register_memory(host, "DRAM"),
-                                self.agent.register_memory([pool], "VRAM")]  # fmt: skip
+            self._registered += [self.agent.register_memory(host, "DRAM")]
+            self._registered += [self.agent.register_memory([pool], "VRAM")]
+
+    def metadata(self) -> bytes:
+        """What a reader's agent needs to connect."""
+        with _as_link_lost():
+            return bytes(self.agent.get_agent_metadata())
 
     def close(self) -> None:
+        """Whatever cannot be deregistered ends with the agent."""
         for registered in self._registered:
-            self.agent.deregister_memory(registered)
+            with contextlib.suppress(LinkLost), _as_link_lost():
+                self.agent.deregister_memory(registered)
         self._registered = []
         del self.agent  # the last reference: ends its threads and connections
 
@@ -94,19 +113,26 @@ class NixlSource:
     def __init__(self, memory: PoolMemory) -> None:
         self._memory = memory
         self._links: dict[str, tuple[_Memory, Bytes]] = {}
-        _agent(serves=False)  # fails here, at the start, where nixl cannot be used
+        try:
+            _agent(serves=False)  # fails here, at the start, where nixl cannot be used
+        except LinkLost as error:
+            raise ConfigError(str(error)) from error
 
     def open_link(self, link: str) -> bytes:
         memory, nonce = self._memory, secrets.token_bytes(_NONCE_BYTES)
         lies = np.frombuffer(nonce, np.uint8).copy()
         registered = _Memory(memory, lies, serves=True)
+        try:
+            metadata = registered.metadata()
+        except BaseException:
+            registered.close()
+            raise
         self._links[link] = registered, lies
         head = _PROOF.pack(
             _MAGIC, nonce, lies.ctypes.data, memory.num_blocks, memory.slab_bytes,
             memory.generations.ctypes.data, memory.address,
             -1 if memory.device is None else memory.device,
         )  # fmt: skip
-        metadata: bytes = registered.agent.get_agent_metadata()
         return _sealed(head + metadata)
 
     def close_link(self, link: str) -> None:
@@ -141,8 +167,13 @@ class NixlReader:
         self._lock = threading.Lock()  # held by whoever uses the agent
         self._stop = threading.Event()
         self._memory: _Memory | None = _Memory(target.memory, self._own, serves=False)
-        with _as_link_lost():
-            self._peer = self._memory.agent.add_remote_agent(body[_PROOF.size :])
+        self._peer = ""
+        try:
+            with _as_link_lost():
+                self._peer = self._memory.agent.add_remote_agent(body[_PROOF.size :])
+        except BaseException:
+            self._end()
+            raise
 
     @classmethod
     def open(cls, link: str, proof: bytes, target: Target) -> NixlReader:
@@ -155,7 +186,7 @@ class NixlReader:
                              "DRAM", "DRAM", _OPEN_TIMEOUT)  # fmt: skip
             if reader._own[:_NONCE_BYTES].tobytes() != reader._nonce:
                 raise LinkLost("the memory at the other end is another process's")
-        except PdqError:
+        except BaseException:
             reader.close()
             raise
         return reader
@@ -170,7 +201,7 @@ class NixlReader:
                 self._require_still(batch)
                 local, remote = self._places(batch)
                 kind = "DRAM" if self._target.memory.device is None else "VRAM"
-                self._read(local, remote, kind, self._kind, _STALL_TIMEOUT)
+                self._read(local, remote, kind, self._kind, STALL_TIMEOUT)
                 self._require_still(batch)
             for piece in batch:
                 self._target.check(piece)
@@ -193,7 +224,7 @@ class NixlReader:
         local = [(here + 8 * i, 8) for i in range(len(pieces))]
         remote = [(self._generations_at + 8 * piece.slot, 8) for piece in pieces]
         self._generations[:] = -1
-        self._read(local, remote, "DRAM", "DRAM", _STALL_TIMEOUT)
+        self._read(local, remote, "DRAM", "DRAM", STALL_TIMEOUT)
         for piece, generation in zip(pieces, self._generations.tolist(), strict=False):
             if generation != piece.generation or generation % 2:
                 raise StaleBlock(f"block {piece.index} was reused while it was being copied")
@@ -223,7 +254,7 @@ class NixlReader:
         # What failed may still be under way. It is cancelled, or ends with its agent, of which no
         # reference may be left: out here not even the error's traceback has one.
         if handle is not None:
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(LinkLost), _as_link_lost():
                 handle.release()
         del handle, agent
         self._end()
@@ -245,8 +276,9 @@ class NixlReader:
         """End the agent: from here on nobody writes into our pool over this link."""
         memory, self._memory = self._memory, None
         if memory is not None:
-            with contextlib.suppress(LinkLost), _as_link_lost():
-                memory.agent.remove_remote_agent(self._peer)
+            if self._peer:
+                with contextlib.suppress(LinkLost), _as_link_lost():
+                    memory.agent.remove_remote_agent(self._peer)
             memory.close()
 
     def close(self) -> None:
@@ -267,5 +299,5 @@ def _as_link_lost() -> Iterator[None]:
         yield
     except PdqError:
         raise
-    except Exception as error:
+    except BaseException as error:
         raise LinkLost(f"nixl: {type(error).__name__} {error}") from error

@@ -12,27 +12,35 @@ the same for both:
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import hmac
 import os
 import secrets
+import selectors
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from common.errors import ConfigError, LinkLost, MalformedMessage
+from kv_transfer.transports.wires import Stop
 
 _NAME_BYTES = 16
 _HALF = 16  # bytes of a nonce's half: the first is shown by the reader, the second by the source
 _TIMEOUT = 2.0  # seconds for one exchange on the socket
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 _MAX_PAYLOAD = 256
+_BACKLOG = 64
+_MAX_CALLERS = 64  # who have said nothing yet; the oldest has to go
+_LOOK_S = 0.05  # until it is looked again whether a descriptor is free
 
 
 class Passer:
-    """Hands `fd` and `payload` to readers that can prove a link. One thread, mostly asleep."""
+    """Hands `fd` and `payload` to readers that can prove a link. One thread, mostly asleep, which
+    waits for no single one of them."""
 
     def __init__(self, fd: int, folder: str = "", payload: bytes = b"") -> None:
         """`folder`: where the socket is to lie; empty: an abstract one. `ConfigError` if it cannot."""
@@ -40,23 +48,19 @@ class Passer:
         self._name = secrets.token_bytes(_NAME_BYTES // 2).hex().encode()
         self._nonces: dict[bytes, bytes] = {}  # first half → second half
         self._links: dict[str, bytes] = {}
-        self._path = _path(folder, self._name) if folder else None
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        if self._path is None:
-            self._socket.bind(_abstract(self._name))
-            self._socket.listen(64)
-        else:
-            try:
-                _listen(self._socket, self._path)
-            except OSError as error:
-                self._socket.close()
-                raise ConfigError(
-                    f"no socket can be made in the shm folder {folder}: {error}; name a writable "
-                    "one with a short path (--shm-dir)",
-                    param="shm_dir",
-                ) from error
-        self._thread = threading.Thread(target=self._serve, name="kv-source", daemon=True)
-        self._thread.start()
+        self._callers: collections.deque[socket.socket] = collections.deque()  # silent so far
+        with contextlib.ExitStack() as made:
+            self._socket = made.enter_context(_listener(self._name, folder))
+            if folder:
+                made.callback(_path(folder, self._name).unlink, missing_ok=True)
+            self._stop = Stop()
+            made.callback(self._stop.close)
+            self._selector = made.enter_context(selectors.DefaultSelector())
+            self._selector.register(self._stop.fd, selectors.EVENT_READ)
+            self._selector.register(self._socket, selectors.EVENT_READ)
+            self._thread = threading.Thread(target=self._serve, name="kv-source", daemon=True)
+            self._thread.start()
+            self._made = made.pop_all()
 
     def open_link(self, link: str) -> bytes:
         first, second = secrets.token_bytes(_HALF), secrets.token_bytes(_HALF)
@@ -70,31 +74,54 @@ class Passer:
             self._nonces.pop(first, None)
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)  # wakes accept
+        self._stop.set()
         self._thread.join()
-        self._socket.close()
-        if self._path is not None:
-            self._path.unlink(missing_ok=True)
+        self._made.close()
         self._links.clear()
         self._nonces.clear()
 
     def _serve(self) -> None:
-        while True:
-            try:
-                connection, _ = self._socket.accept()
-            except OSError:
-                return
-            with connection, contextlib.suppress(OSError):
-                self._answer(connection)
+        try:
+            while True:
+                ready = [key.fileobj for key, _ in self._selector.select()]
+                if self._stop.fd in ready:
+                    return
+                for one in ready:
+                    if one is self._socket:
+                        self._accept()
+                    elif one in self._callers:
+                        assert isinstance(one, socket.socket)
+                        self._answer(one)
+        finally:
+            for caller in list(self._callers):
+                self._hang_up(caller)
 
-    def _answer(self, connection: socket.socket) -> None:
-        connection.settimeout(_TIMEOUT)
-        if _user(connection) != os.geteuid():
+    def _accept(self) -> None:
+        try:
+            caller, _ = self._socket.accept()
+        except BlockingIOError:
             return
-        second = self._nonces.get(connection.recv(_HALF + 1))
-        if second is not None:
-            socket.send_fds(connection, [second, self._payload], [self._fd])
+        except OSError:  # no descriptor is left: the caller goes on waiting, and the listener calls
+            time.sleep(_LOOK_S)
+            return
+        caller.setblocking(False)
+        self._callers.append(caller)
+        self._selector.register(caller, selectors.EVENT_READ)
+        if len(self._callers) > _MAX_CALLERS:
+            self._hang_up(self._callers[0])
+
+    def _answer(self, caller: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            if _user(caller) == os.geteuid():
+                second = self._nonces.get(caller.recv(_HALF + 1))
+                if second is not None:
+                    socket.send_fds(caller, [second, self._payload], [self._fd])
+        self._hang_up(caller)
+
+    def _hang_up(self, caller: socket.socket) -> None:
+        self._selector.unregister(caller)
+        self._callers.remove(caller)
+        caller.close()
 
 
 @contextlib.contextmanager
@@ -134,11 +161,33 @@ def _path(folder: str, name: bytes) -> Path:
     return Path(folder, f"pdq-{name.decode()}.sock")
 
 
+def _listener(name: bytes, folder: str) -> socket.socket:
+    """Of a source: abstract, or in `folder`; `ConfigError` where it cannot be."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        listener.setblocking(False)
+        if folder:
+            _listen(listener, _path(folder, name))
+        else:
+            listener.bind(_abstract(name))
+            listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        if not folder:
+            raise ConfigError(f"no socket can be made for this host: {error}") from error
+        raise ConfigError(
+            f"no socket can be made in the shm folder {folder}: {error}; name a writable one with a "
+            "short path (--shm-dir)",
+            param="shm_dir",
+        ) from error
+    return listener
+
+
 def _listen(listener: socket.socket, path: Path) -> None:
     """Listen at `path`, which appears only then; and remove those that nobody listens at any more."""
     unfinished = path.with_suffix(".new")
     listener.bind(str(unfinished))
-    listener.listen(64)
+    listener.listen(_BACKLOG)
     unfinished.chmod(0o600)
     unfinished.rename(path)
     for other in path.parent.glob("pdq-*.sock"):

@@ -40,6 +40,7 @@ from kv_transfer.lease import Leases
 from kv_transfer.pool_memory import PoolMemory
 from kv_transfer.ports import Piece
 from kv_transfer.transports.base import Target
+from kv_transfer.transports.seam import guarded
 from kv_transfer.transports.tcp_frames import ReceivingFrames, SendingFrames
 from kv_transfer.transports.tcp_stream import ReceivingStream, SendingStream
 from kv_transfer.transports.wires import STALL_TIMEOUT, ReceivingWire, SendingWire
@@ -70,16 +71,11 @@ class TcpSource:
     def open_link(self, link: str) -> bytes:
         token = secrets.token_bytes(_TOKEN_BYTES)
         self.close_link(link)
-        try:
-            wire, scheme = self._wire(token)
-        except OSError as error:  # no descriptor, or no such place
-            raise LinkLost(f"a link cannot be listened for: {error}") from error
+        wire, scheme = self._wire(token)
         try:
             self._served[link] = self._serve(link, token, wire)
-        except BaseException as error:  # no thread, no stream of a device
+        except BaseException:  # no thread, no stream of a device
             wire.close()
-            if isinstance(error, RuntimeError):
-                raise LinkLost(f"a link cannot be served: {error}") from error
             raise
         return token + f"{scheme}://{self._advertise}:{wire.port}".encode()
 
@@ -94,9 +90,10 @@ class TcpSource:
         return Served(self, link, token, wire)
 
     def close_link(self, link: str) -> None:
-        served = self._served.pop(link, None)
+        served = self._served.get(link)
         if served is not None:
             served.close()
+            self._served.pop(link, None)
 
     def close(self) -> None:
         for link in list(self._served):
@@ -121,7 +118,9 @@ class Served:
         self._sent: list[Sent] = []
         self._waiting: collections.deque[tuple[bytes, Pull]] = collections.deque()  # to be sent
         self._closing = False
-        self._thread = threading.Thread(target=self._serve, name="tcp-source", daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, args=(source.name,), name="tcp-source", daemon=True
+        )
         self._thread.start()
 
     def close(self) -> None:
@@ -129,20 +128,22 @@ class Served:
         self._wire.stop()
         self._thread.join()
 
+    def _run(self, transport: str) -> None:
+        with contextlib.suppress(PdqError):
+            guarded(transport, self._serve)
+
     def _serve(self) -> None:
-        try:
-            with contextlib.suppress(LinkLost, InsufficientMemory):
-                while (heard := self._wire.receive()) is not None:
-                    self._heard(*heard)
-                    self._ship_what_waits()
-        finally:
-            self._wire.close()  # from here on no buffer of ours refers to the pool
-            try:
-                self._ended()
-            finally:
-                taken = [sent.pull for sent in self._sent] + [pull for _, pull in self._waiting]
-                for pull in taken:
-                    self._leases.untouch(self._link, pull.slots)
+        with contextlib.ExitStack() as ending:
+            ending.callback(self._let_go)
+            ending.callback(self._ended)
+            ending.callback(self._wire.close)  # then no buffer of ours refers to the pool
+            while (heard := self._wire.receive()) is not None:
+                self._heard(*heard)
+                self._ship_what_waits()
+
+    def _let_go(self) -> None:
+        for pull in [sent.pull for sent in self._sent] + [pull for _, pull in self._waiting]:
+            self._leases.untouch(self._link, pull.slots)
 
     def _ship_what_waits(self) -> None:
         while self._waiting:
@@ -309,18 +310,19 @@ class TcpReader:
             raise LinkLost("the source sends blocks in plain text, and this node encrypts them")
         else:
             wire = ReceivingStream(host, port, token, _OPEN_TIMEOUT)
-        reader = cls(link, token, target, wire)
-        if secret_key:
-            reader.remark = f"blocks are {'encrypted' if scheme == 'zmq' else 'in plain text'}"
-        reader._greet()
+        with contextlib.ExitStack() as made:
+            made.callback(wire.close)
+            reader = cls(link, token, target, wire)
+            made.pop_all()
+            made.callback(reader.close)  # which closes its wire
+            if secret_key:
+                reader.remark = f"blocks are {'encrypted' if scheme == 'zmq' else 'in plain text'}"
+            reader._greet()
+            made.pop_all()
         return reader
 
     def _greet(self) -> None:
-        try:
-            self._pull([()], _OPEN_TIMEOUT)
-        except PdqError:
-            self.close()
-            raise
+        self._pull([()], _OPEN_TIMEOUT)
 
     def pull(self, pieces: Sequence[Piece]) -> None:
         self._pull(self._requests(pieces), STALL_TIMEOUT)
@@ -431,8 +433,10 @@ class TcpReader:
         self._closed = True
         self._wire.stop()
         with self._lock:
-            self._wire.close()
-            self._released()
+            try:
+                self._wire.close()
+            finally:
+                self._released()
 
     def _released(self) -> None:
         """The link has ended, and no pull runs."""

@@ -39,30 +39,27 @@ class SendingFrames:
 
     def __init__(self, host: str, secret_key: str) -> None:
         """`LinkLost`, and nothing is left, where it cannot listen there."""
-        with contextlib.ExitStack() as made:
-            self._stop = Stop()
-            made.callback(self._stop.close)
-            try:
+        try:
+            with contextlib.ExitStack() as made:
+                self._stop = Stop()
+                made.callback(self._stop.close)
                 self._context = zmq.Context()
                 made.callback(self._context.term)
                 self._socket = self._context.socket(zmq.ROUTER)
-            except zmq.ZMQError as error:  # no descriptor
-                raise LinkLost(f"a link cannot be listened for: {error}") from error
-            made.pop_all()
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.setsockopt(zmq.SNDHWM, 0)  # bounded by the pulls that are taken
-        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_PULL_BYTES)
-        if secret_key:
-            self._socket.curve_server = True
-            self._socket.curve_secretkey = secret_key.encode()
-        try:
-            self.port = self._socket.bind_to_random_port(f"tcp://{host}")
-        except zmq.ZMQError as error:
-            self.close()
+                made.callback(self._socket.close)
+                self._socket.setsockopt(zmq.LINGER, 0)
+                self._socket.setsockopt(zmq.SNDHWM, 0)  # bounded by the pulls that are taken
+                self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_PULL_BYTES)
+                if secret_key:
+                    self._socket.curve_server = True
+                    self._socket.curve_secretkey = secret_key.encode()
+                self.port = self._socket.bind_to_random_port(f"tcp://{host}")
+                self._poller = zmq.Poller()
+                self._poller.register(self._stop.fd, zmq.POLLIN)
+                self._poller.register(self._socket, zmq.POLLIN)
+                made.pop_all()
+        except (OSError, zmq.ZMQError) as error:  # no descriptor, or no such place
             raise LinkLost(f"a link cannot be listened for: {error}") from error
-        self._poller = zmq.Poller()
-        self._poller.register(self._stop.fd, zmq.POLLIN)
-        self._poller.register(self._socket, zmq.POLLIN)
 
     def receive(self) -> tuple[bytes, bytes] | None:
         while self._stop.fd not in dict(self._poller.poll()):
@@ -106,11 +103,31 @@ class ReceivingFrames:
     request_bytes = 2 << 20
 
     def __init__(self, endpoint: str, secret_key: str, slab_bytes: int) -> None:
+        """`MalformedMessage` for what is no endpoint; nothing is left then."""
         keep_freed_pages()
         self._frames: collections.deque[Any] = collections.deque()  # behind the last message
-        self._stop = Stop()
-        self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.DEALER)
+        with contextlib.ExitStack() as made:
+            self._stop = Stop()
+            made.callback(self._stop.close)
+            self._context = zmq.Context()
+            made.callback(self._context.term)
+            self._socket = self._context.socket(zmq.DEALER)
+            made.callback(self._socket.close)
+            self._monitor = self._prepared(secret_key, slab_bytes)
+            made.callback(self._monitor.close, linger=0)
+            made.callback(self._socket.disable_monitor)
+            self._poller = zmq.Poller()
+            for one in (self._stop.fd, self._monitor, self._socket):
+                self._poller.register(one, zmq.POLLIN)
+            try:
+                self._socket.connect(endpoint)
+            except zmq.ZMQError as error:
+                message = f"not an endpoint: {endpoint!r}"
+                raise MalformedMessage(message, param="proofs") from error
+            made.pop_all()
+
+    def _prepared(self, secret_key: str, slab_bytes: int) -> Any:
+        """Set the socket's options; its monitor."""
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.RECONNECT_IVL, -1)
         self._socket.setsockopt(zmq.RCVHWM, 0)  # bounded by the window
@@ -119,18 +136,10 @@ class ReceivingFrames:
             public = zmq.curve_public(secret_key.encode())
             self._socket.curve_secretkey = secret_key.encode()
             self._socket.curve_publickey = self._socket.curve_serverkey = public
-        self._monitor = self._socket.get_monitor_socket(
+        return self._socket.get_monitor_socket(
             zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED | zmq.EVENT_CONNECT_RETRIED
             | zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
         )  # fmt: skip
-        self._poller = zmq.Poller()
-        for one in (self._stop.fd, self._monitor, self._socket):
-            self._poller.register(one, zmq.POLLIN)
-        try:
-            self._socket.connect(endpoint)
-        except zmq.ZMQError as error:
-            self.close()
-            raise MalformedMessage(f"not an endpoint: {endpoint!r}", param="proofs") from error
 
     def say(self, message: bytes) -> None:
         if self._stop.is_set:

@@ -38,22 +38,26 @@ class SendingStream:
     leaves_at_once = True
 
     def __init__(self, host: str, token: bytes) -> None:
+        """`LinkLost`, and nothing is left, where it cannot listen there."""
         self._token = token
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         address = ("" if host == "*" else host.strip("[]"), 0)
         self._callers: collections.deque[socket.socket] = collections.deque()
         self._connection: socket.socket | None = None
         self._heard = bytearray()
-        with contextlib.ExitStack() as made:
-            self._listener = made.enter_context(socket.create_server(address, family=family))
-            self._listener.setblocking(False)
-            self.port: int = self._listener.getsockname()[1]
-            self._stop = Stop()
-            made.callback(self._stop.close)
-            self._selector = made.enter_context(selectors.DefaultSelector())
-            self._selector.register(self._stop.fd, selectors.EVENT_READ)
-            self._selector.register(self._listener, selectors.EVENT_READ)
-            made.pop_all()
+        try:
+            with contextlib.ExitStack() as made:
+                self._listener = made.enter_context(socket.create_server(address, family=family))
+                self._listener.setblocking(False)
+                self.port: int = self._listener.getsockname()[1]
+                self._stop = Stop()
+                made.callback(self._stop.close)
+                self._selector = made.enter_context(selectors.DefaultSelector())
+                self._selector.register(self._stop.fd, selectors.EVENT_READ)
+                self._selector.register(self._listener, selectors.EVENT_READ)
+                made.pop_all()
+        except OSError as error:  # no descriptor, or no such place
+            raise LinkLost(f"a link cannot be listened for: {error}") from error
 
     def receive(self) -> tuple[bytes, bytes] | None:
         while self._stop.is_set or (message := self._next()) is None:
@@ -171,11 +175,12 @@ class SendingStream:
         self._stop.set()
 
     def close(self) -> None:
-        self._hear_nobody_else()
-        if self._connection is not None:
-            self._connection.close()
-        self._selector.close()
-        self._stop.close()
+        with contextlib.ExitStack() as ending:
+            ending.callback(self._stop.close)
+            ending.callback(self._selector.close)
+            if self._connection is not None:
+                ending.callback(self._connection.close)
+            self._hear_nobody_else()
 
 
 class ReceivingStream:
@@ -196,9 +201,11 @@ class ReceivingStream:
             _wait_in_the_kernel(self._connection)
             if not hmac.compare_digest(self.receive(timeout), token):
                 raise LinkLost("the source does not know this link")
-        except (OSError, LinkLost) as error:
+        except BaseException as error:
             self._connection.close()
-            raise LinkLost(f"the source does not answer: {error}") from error
+            if isinstance(error, (OSError, LinkLost)):
+                raise LinkLost(f"the source does not answer: {error}") from error
+            raise
 
     def say(self, message: bytes) -> None:
         left, deadline = record(message), time.monotonic() + STALL_TIMEOUT

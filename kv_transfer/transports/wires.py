@@ -15,7 +15,7 @@ from typing import Protocol
 from kv_transfer.pool_memory import PoolMemory
 
 MAX_PULL_BYTES = 1 << 16  # of one message to a source
-STALL_TIMEOUT = 20.0  # a pull, or a slab, of which nothing arrives for so long has lost its link
+STALL_TIMEOUT = 20.0  # a transport of which nothing arrives for so long has lost its link
 
 
 class SendingWire(Protocol):

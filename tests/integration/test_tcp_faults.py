@@ -292,7 +292,7 @@ def count_descriptors() -> int:
 @pytest.mark.parametrize("more", [0, 1, 2])
 def test_a_stream_that_is_made_with_too_few_descriptors_leaves_none(more: int) -> None:
     before = count_descriptors()
-    with few_descriptors(more), pytest.raises(OSError, match="Too many open files"):
+    with few_descriptors(more), pytest.raises(LinkLost, match="Too many open files"):
         SendingStream("127.0.0.1", bytes(16))
     assert count_descriptors() == before
 

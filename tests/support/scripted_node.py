@@ -17,7 +17,6 @@ import pytest
 from common.engine import Engine
 from common.engine.engine import PlannedStep
 from common.engine.step import Chunk
-from common.errors import LinkLost
 from common.messages import Failed, Message, Offer, TokenRun
 from common.node.runtime import Node
 from common.node.steps import Steps
@@ -39,11 +38,11 @@ class Transfer:
         self.cancelled: list[Key] = []
         self.ended: list[Ended] = []  # what the next `perform` finds out
         self.role: Any
-        self.unreachable: set[str] = set()
+        self.unreachable: dict[str, type[BaseException]] = {}  # peer → what opening a link raises
 
     async def open(self, peer: str) -> str:
         if peer in self.unreachable:
-            raise LinkLost("nobody there")
+            raise self.unreachable[peer]("nobody there")
         return f"link-{peer}"
 
     def offer(self, offer: Offer, **_: float) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from common.config import EngineSettings
 from common.engine import Engine, SamplingParams
+from common.errors import LinkLost
 from common.messages import Failed, TookOver
 from common.node.kv import NodeKV
 from common.queue import Entry
@@ -137,7 +138,7 @@ async def test_a_node_that_cannot_be_reached_costs_no_pause(
     node: ScriptedNode, role: DecodeRole
 ) -> None:
     expected = truth(node.engine)
-    node.links.unreachable = {"d1", "d2"}
+    node.links.unreachable = {"d1": LinkLost, "d2": LinkLost}
     await drained(node, role, "d1", "d2")
     assert node.links.offers == []
     assert node.engine.scheduler.num_paused == 0

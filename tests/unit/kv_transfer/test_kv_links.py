@@ -136,8 +136,9 @@ class Pool:
 
 class Node:
     def __init__(
-        self, wires: Wires, name: str, transport: str, fingerprint: Fingerprint = FINGERPRINT
-    ) -> None:
+        self, wires: Wires, name: str, transport: str, fingerprint: Fingerprint = FINGERPRINT,
+        settings: TransferSettings = SETTINGS,
+    ) -> None:  # fmt: skip
         self.layout = LAYOUT.with_block_size(fingerprint.block_size)
         self.memory = PoolMemory(BLOCKS, self.layout.slab_bytes)
         self.pool = Pool(self.memory, fingerprint.block_size)
@@ -153,7 +154,7 @@ class Node:
             Port(wires, name), name, fingerprint, Target(self.memory, self.layout), pool=self.pool,
             leases=self.leases, sources=sources, openers=OPENERS, on_sent=self.hear(self.sent),
             on_received=self.hear(self.received),
-            settings=TransferSettings(**{**_fields(SETTINGS), "transport": transport}),
+            settings=dataclasses.replace(settings, transport=transport),
         )  # fmt: skip
         wires.nodes[name] = self
         self.links.start()
@@ -171,15 +172,17 @@ class Node:
                 self.happened.clear()
                 await self.happened.wait()
 
+    async def until_settled(self) -> None:
+        """Nothing is being opened or closed."""
+        async with asyncio.timeout(10):
+            while self.links._tasks:
+                await asyncio.wait(self.links._tasks)
+
     async def quiet(self) -> None:
         """No lease, no reservation: what ends them runs on the loop, so turns of it do."""
         async with asyncio.timeout(10):
             while any(self.leases.count().values()) or self.links.intake.states():  # noqa: ASYNC110
                 await asyncio.sleep(0)
-
-
-def _fields(settings: TransferSettings) -> dict[str, object]:
-    return {name: getattr(settings, name) for name in settings.__dataclass_fields__}
 
 
 @contextlib.asynccontextmanager

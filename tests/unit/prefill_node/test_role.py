@@ -7,6 +7,7 @@ import dataclasses
 
 import pytest
 
+from common.errors import LinkLost
 from common.messages import Failed, TookOver
 from common.queue import Entry
 from kv_transfer.ports import Ended, Key, Outcome
@@ -151,7 +152,7 @@ async def test_a_prompt_without_a_decode_node_waits_for_one(
     node: ScriptedNode, role: prefill.PrefillRole
 ) -> None:
     node.decode_nodes("d1")
-    node.links.unreachable = {"d1"}
+    node.links.unreachable = {"d1": LinkLost}
     role.accept(an_entry())
     await node.step(role)
     assert node.links.offers == []
@@ -161,6 +162,51 @@ async def test_a_prompt_without_a_decode_node_waits_for_one(
     role.peers_changed()
     assert node.links.committed == [key("d2")]
     role.sent(ended("d2", Outcome.ADOPTED))
+
+
+@pytest.mark.parametrize(
+    "error", [OSError, RuntimeError, MemoryError, KeyError, asyncio.CancelledError]
+)
+@pytest.mark.parametrize("where", ["link", "seal"])
+async def test_whatever_goes_wrong_while_a_link_opens_another_node_is_asked(
+    where: str, error: type[BaseException], node: ScriptedNode, role: prefill.PrefillRole,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Nothing of it stays open: `node` looks whether a block is left."""
+    node.decode_nodes("d1")
+    role.accept(an_entry())
+    with monkeypatch.context() as patch:
+        if where == "link":
+            node.links.unreachable = {"d1": error}
+        else:
+
+            def unsealed(*_: object) -> None:
+                raise error("no digest")
+
+            patch.setattr(node, "unsealed", unsealed)
+        await node.step(role)
+    assert node.links.offers == []
+    node.links.unreachable = {}
+    role.peers_changed()
+    await node.opened()
+    assert node.links.committed == [key("d1")]
+    role.sent(ended("d1", Outcome.ADOPTED))
+    assert role.num_open == 0
+
+
+async def test_an_attempt_that_is_cancelled_while_a_link_fails_to_open_ends(
+    node: ScriptedNode, role: prefill.PrefillRole
+) -> None:
+    node.decode_nodes("d1")
+    node.links.unreachable = {"d1": RuntimeError}
+    role.accept(an_entry())
+    planned = node.engine.begin_step()
+    assert planned is not None
+    role.step_begins(planned)
+    role.cancel("r-1", 1, "closed")
+    await node.opened()
+    assert role.num_open == 0
+    node.end_step(role, planned)
 
 
 async def test_a_node_that_failed_it_is_asked_again_when_there_is_no_other(

@@ -1,0 +1,61 @@
+"""Where calls into transports wait: threads, so that the event loop never does.
+
+Opening and copying may wait for a peer, and closing is what ends such a wait: each has threads of its
+own. Of one link's copies a few run at once, of all links' many: a peer that stands still holds up
+nobody but itself. The threads are made as they are needed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from common.errors import PdqError
+from kv_transfer.ports import Piece
+from kv_transfer.transports.base import Reader
+from kv_transfer.transports.seam import guarded
+
+OPENING = 16  # links that are opened or answered at once
+CLOSING = 4
+TRIES = 2  # to close something
+
+T = TypeVar("T")
+
+
+class Threads:
+    """Of all links of one node. Foreign errors come out as `TransportFailed`."""
+
+    def __init__(self, copies: int) -> None:
+        """`copies`: pulls that run at once, over all links."""
+        self._opening = ThreadPoolExecutor(OPENING, "kv-open")
+        self._copying = ThreadPoolExecutor(copies, "kv-copy")
+        self._closing = ThreadPoolExecutor(CLOSING, "kv-close")
+        self.copies = asyncio.Semaphore(copies)
+
+    def open(self, transport: str, call: Callable[..., T], *arguments: object) -> asyncio.Future[T]:
+        loop = asyncio.get_running_loop()
+        return loop.run_in_executor(self._opening, lambda: guarded(transport, call, *arguments))
+
+    def pull(self, transport: str, reader: Reader, pieces: Sequence[Piece]) -> asyncio.Future[None]:
+        """For whoever holds one of `copies`: it begins at once."""
+        loop = asyncio.get_running_loop()
+        return loop.run_in_executor(self._copying, lambda: guarded(transport, reader.pull, pieces))
+
+    async def close(self, transport: str, call: Callable[..., None], *arguments: object) -> None:
+        """What cannot be closed is tried again, and then left to the log."""
+        loop = asyncio.get_running_loop()
+        for _ in range(TRIES):
+            try:
+                await loop.run_in_executor(
+                    self._closing, lambda: guarded(transport, call, *arguments)
+                )
+            except PdqError:
+                continue
+            return
+
+    def end(self) -> None:
+        """Nothing runs any more."""
+        for executor in (self._opening, self._copying, self._closing):
+            executor.shutdown()
