@@ -363,10 +363,12 @@ class Dispatcher:
                 self._metrics.late_messages.labels(type(message).__name__).inc()
                 log.warning("message.unexpected", node=node, kind=type(message).__name__)
 
+    def on_interval(self) -> None:
+        self._holders.look()
+
     def on_nodes_changed(self) -> None:
         self._in_flight.clear()  # the loads that were just read hold it
         self._nodes_changed.set()
-        self._holders.look()
         self._whereabouts.look()
         self._ledger.audit()
 

@@ -98,6 +98,12 @@ class NodeLinks:
             group.create_task(self._watch_registry())
             group.create_task(self._watch_links())
             group.create_task(self._receive())
+            group.create_task(self._tick())
+
+    async def _tick(self) -> None:
+        while True:
+            self.inbox.on_interval()
+            await asyncio.sleep(WATCH_INTERVAL_S)
 
     async def _watch_registry(self) -> None:
         async for snapshot in self._registry.watch(WATCH_INTERVAL_S):

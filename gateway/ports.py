@@ -125,5 +125,8 @@ class Inbox(Protocol):
     def on_node_lost(self, node: str, reason: str) -> None:
         """This incarnation is dead: link lost, beat without progress, or said goodbye."""
 
+    def on_interval(self) -> None:
+        """A while has passed, whether Redis answers or not."""
+
     def on_nodes_changed(self) -> None:
         """A node came, left, or changed state or load."""

@@ -110,15 +110,15 @@ class Gateways:
 
     # What gateways say.
 
-    def acknowledged(self, message: TokensAck) -> None:
+    def acknowledged(self, gateway: str, message: TokensAck) -> None:
         for request, attempt, choice, below in message.acks:
-            self.tokens.acknowledge(ChoiceKey(request, attempt, choice), below)
+            self.tokens.acknowledge(gateway, ChoiceKey(request, attempt, choice), below)
 
     def asked(self, gateway: str, query: HoldsQuery) -> None:
         """Answer for each choice from which the gateway can expect nothing of this node."""
         for request, attempt, choice, below in query.choices:
             key = ChoiceKey(request, attempt, choice)
-            self.tokens.acknowledge(key, below)
+            self.tokens.acknowledge(gateway, key, below)
             if self.tokens.resend(gateway, key) or self._attempts.holds(key):
                 continue
             word = self._last_words.get(key)

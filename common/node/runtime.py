@@ -290,7 +290,7 @@ class Node:
             if isinstance(message, TRANSFER_MESSAGES):
                 self.links.receive(received.peer, received.link, message)
             elif isinstance(message, TokensAck):
-                self.gateways.acknowledged(message)
+                self.gateways.acknowledged(received.peer, message)
             elif isinstance(message, HoldsQuery):
                 self.gateways.asked(received.peer, message)
             elif isinstance(message, CacheQuery):

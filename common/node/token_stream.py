@@ -53,10 +53,11 @@ class TokenStream:
         for gateway, sent in by_gateway.items():
             self._send(gateway, Tokens(self._node, tuple(sent)))
 
-    def acknowledge(self, key: ChoiceKey, below: int) -> None:
-        """Every position under `below` has arrived; an unknown choice or a late one is ignored."""
+    def acknowledge(self, gateway: str, key: ChoiceKey, below: int) -> None:
+        """Every position under `below` has arrived. Of an unknown choice, a late one, or one of
+        another gateway, it is ignored."""
         kept = self._kept.get(key)
-        if kept is None:
+        if kept is None or kept.gateway != gateway:
             return
         kept.runs = [run for run in kept.runs if run.position + len(run.token_ids) > below]
         if not kept.runs:

@@ -109,12 +109,21 @@ def test_last_words_do_not_grow_without_end(node: Node) -> None:
 
 def test_on_a_new_link_what_is_not_acknowledged_goes_again_in_pieces(node: Node) -> None:
     node.push(*range(RESENT_AT_ONCE + 1))
-    node.gateways.acknowledged(TokensAck("g1", ((*KEY, 1),)))
+    node.gateways.acknowledged("g1", TokensAck("g1", ((*KEY, 1),)))
     node.push(1000)
     node.sent.clear()
     node.gateways.linked("g1")
     pieces = [[r.position for r in m.runs] for m in node.sent if isinstance(m, Tokens)]
     assert pieces == [[*range(1, RESENT_AT_ONCE + 1)], [1000]]
+
+
+def test_another_gateway_acknowledges_nothing_and_is_sent_nothing(node: Node) -> None:
+    node.push(20)
+    node.gateways.acknowledged("g2", TokensAck("g1", ((*KEY, 21),)))
+    assert node.gateways.tokens.num_unacknowledged == 1
+    node.sent.clear()
+    node.gateways.asked("g2", HoldsQuery("g1", ((*KEY, 20),)))
+    assert node.sent == [not_held()]
 
 
 def test_when_one_of_two_links_ends_what_it_lost_goes_over_the_other(node: Node) -> None:

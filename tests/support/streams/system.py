@@ -1,9 +1,9 @@
 """A gateway and nodes, on the code that serves: dispatcher, node links, links, token streams.
 
-Owns what stands in for the rest: Redis (`Store`), which never fails; the engine, which makes a token
-of each choice in every step; and a handoff of one message and its Ack, upon which nothing here
-depends (the protocol of real ones has its own proof, tests/support/protocol). `Schedule` has faults
-happen, and says what must hold after them.
+Owns what stands in for the rest: Redis (`Store`), which may be away for a while; the engine, which
+makes a token of each choice in every step; and a handoff of one message and its Ack, upon which
+nothing here depends (the protocol of real ones has its own proof, tests/support/protocol).
+`Schedule` has faults happen, and says what must hold after them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from common.bus_links import Down
-from common.errors import LinkLost
+from common.errors import LinkLost, ServiceUnavailable
 from common.messages import (
     Ack,
     CacheQuery,
@@ -73,11 +73,17 @@ class Store:
         self.attempts: dict[tuple[str, int], int] = {}  # of each choice, the latest
         self.ended: set[str] = set()
         self.nodes: dict[str, VirtualNode] = {}
+        self.away = False
+
+    async def _round_trip(self) -> None:
+        await asyncio.sleep(ROUND_TRIP_S)
+        if self.away:
+            raise ServiceUnavailable("Redis is away")
 
     # RequestStore.
 
     async def accept(self, node: str, dispatch: Dispatch, *, claimed_by: str = "") -> None:
-        await asyncio.sleep(ROUND_TRIP_S)
+        await self._round_trip()
         key = (dispatch.request, dispatch.attempt)
         if key in self.entries:
             return
@@ -88,7 +94,7 @@ class Store:
             self.nodes[node].process.soon(self.nodes[node].room.set)
 
     async def locate(self, choices: Sequence[tuple[str, int, int]]) -> list[Where]:
-        await asyncio.sleep(ROUND_TRIP_S)
+        await self._round_trip()
         return [self._where(r, n, c) for r, n, c in choices]
 
     def _where(self, request: str, attempt: int, choice: int) -> Where:
@@ -119,7 +125,8 @@ class Store:
 
     async def watch(self, interval_s: float) -> AsyncIterator[Snapshot]:
         while True:
-            yield Snapshot(dict(self.records), dict.fromkeys(self.records, 0.0), "1")
+            if not self.away:
+                yield Snapshot(dict(self.records), dict.fromkeys(self.records, 0.0), "1")
             await asyncio.sleep(interval_s)
 
     async def loads(self, incarnations: Sequence[str]) -> dict[str, Load]:
@@ -128,6 +135,8 @@ class Store:
     # Nodes.
 
     def claim(self, node: str, capacity: int) -> list[Dispatch]:
+        if self.away:
+            return []
         found = [e for e in self.entries.values() if e.node == node and not e.claim]
         wanted = [entry for entry in found if self.is_wanted(entry.dispatch)][:capacity]
         for entry in wanted:
@@ -173,7 +182,7 @@ class VirtualNode:
 
     async def _announce(self) -> None:
         while True:
-            self.beats += 1
+            self.beats += not self.store.away
             self.store.records[self.name] = NodeRecord(
                 self.name, self.name, self.role, NodeState.READY, self.bus.endpoint,
                 model=FINGERPRINT.model, revision=FINGERPRINT.revision, layout=FINGERPRINT.layout,
@@ -197,7 +206,8 @@ class VirtualNode:
                     self._say_who_has(sequence)
                 self.work.set()
             if not claimed:
-                await self.room.wait()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self.room.wait(), 1.0)
 
     def _connect(self, peer: str, endpoint: str) -> None:
         if self.bus.link(peer) is None:
@@ -211,7 +221,7 @@ class VirtualNode:
                     for request, attempt, choice, below in message.acks:
                         key = ChoiceKey(request, attempt, choice)
                         self.acknowledged[key] = max(self.acknowledged[key], below)
-                    self.gateways.acknowledged(message)
+                    self.gateways.acknowledged(received.peer, message)
                 case HoldsQuery() as message:
                     self.gateways.asked(received.peer, message)
                 case Cancel(request=request, attempt=attempt):
@@ -376,7 +386,7 @@ class VirtualGateway:
         work = Work(name, tuple(range(100, 120)), params, MODEL, n=n)
         self.got[name] = [[] for _ in range(n)]
         self.asked[name] = work
-        self.clients[name] = self.process.start(self._ask(work))
+        self.clients[name] = self.process.loop.create_task(self._ask(work))
 
     async def _ask(self, work: Work) -> None:
         async with self.dispatcher.run(work) as request:
@@ -392,7 +402,16 @@ class VirtualGateway:
         self._send(node, message)
 
 
-FAULTS = ("stop gateway", "stop node", "cut", "part", "kill", "forget link", "forget choice")
+FAULTS = (
+    "stop gateway",
+    "stop node",
+    "cut",
+    "part",
+    "kill",
+    "forget link",
+    "forget choice",
+    "Redis",
+)
 
 
 class Schedule:
@@ -440,11 +459,13 @@ class Schedule:
         self._note("all is healed")
         clients = self.gateway.clients.values()
         assert world.run_until(lambda: all(c.done() for c in clients), HEALED_S), self._left()
-        for client in clients:
-            client.result()
-        assert self.gateway.got == {n: _truth(work) for n, work in self.gateway.asked.items()}
+        for name, client in self.gateway.clients.items():
+            if not isinstance(
+                client.exception(), ServiceUnavailable
+            ):  # not accepted: Redis was away
+                assert client.exception() is None, client.exception()
+                assert self.gateway.got[name] == _truth(self.gateway.asked[name])
         assert world.run_until(lambda: not self._held(), HEALED_S), self._held()
-        assert self.store.ended == self.gateway.asked.keys()
 
     def _left(self) -> list[str]:
         """Requests that have not ended."""
@@ -502,6 +523,9 @@ class Schedule:
                 node.process.kill()
                 del self.store.nodes[node.name]
                 self._until(1.0, f"{node.name} is killed", lambda: self._start_node(node.role))
+        elif kind == "Redis":
+            self.store.away = True
+            self._until(lasting, "Redis is away", lambda: setattr(self.store, "away", False))
         elif kind == "forget link":
             bus = random.choice([self.gateway.bus, *(n.bus for n in self.store.nodes.values())])
             if links := list(bus._links):
