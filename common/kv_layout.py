@@ -203,14 +203,39 @@ def block_hash(parent: bytes, token_ids: Sequence[int], num_prompt: int) -> byte
     return hashlib.blake2b(parent + data, digest_size=HASH_BYTES, person=b"pdq-block").digest()
 
 
+class HashChain:
+    """Hashes of all full blocks of a sequence, in order, computed a piece at a time: those of a long
+    prompt take longer than an event loop may be held up."""
+
+    def __init__(
+        self, root: bytes, token_ids: Sequence[int], block_size: int, prompt_len: int
+    ) -> None:
+        self.hashes: list[bytes] = []
+        self._parent = root
+        self._token_ids, self._block_size, self._prompt_len = token_ids, block_size, prompt_len
+
+    def advance(self, count: int) -> bool:
+        """Compute up to `count` more; whether these were the last. `ValueError` for a token id that is
+        no unsigned number of 32 bits."""
+        size, known = self._block_size, len(self.hashes)
+        total = len(self._token_ids) // size
+        for index in range(known, min(known + count, total)):
+            start = index * size
+            num_prompt = min(max(self._prompt_len - start, 0), size)
+            try:
+                self._parent = block_hash(
+                    self._parent, self._token_ids[start : start + size], num_prompt
+                )
+            except struct.error as error:
+                raise ValueError(f"token ids in block {index}: {error}") from error
+            self.hashes.append(self._parent)
+        return len(self.hashes) == total
+
+
 def chain_hashes(
     root: bytes, token_ids: Sequence[int], block_size: int, prompt_len: int
 ) -> list[bytes]:
-    """Hashes of all full blocks of a sequence, in order."""
-    hashes: list[bytes] = []
-    parent = root
-    for start in range(0, len(token_ids) - block_size + 1, block_size):
-        num_prompt = min(max(prompt_len - start, 0), block_size)
-        parent = block_hash(parent, token_ids[start : start + block_size], num_prompt)
-        hashes.append(parent)
-    return hashes
+    """`HashChain` at once."""
+    chain = HashChain(root, token_ids, block_size, prompt_len)
+    chain.advance(len(token_ids))
+    return chain.hashes

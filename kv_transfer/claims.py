@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 
 from common.errors import ProtocolError
-from common.kv_layout import Fingerprint, chain_hashes, root_hash
+from common.kv_layout import Fingerprint, HashChain, root_hash
 from common.messages import Blocks, Commit, Offer, Tail
 from kv_transfer.digests import DIGEST_BYTES, tail_seed
 
@@ -27,21 +27,57 @@ class Announced:
     seed: bytes
 
 
-def is_well_formed(offer: Offer, fingerprint: Fingerprint) -> bool:
-    """The hashes are what this node computes itself: nothing else may name blocks here."""
-    block_size = fingerprint.block_size
-    count, tail_fill = divmod(len(offer.token_ids), block_size)
-    return (
-        len(offer.token_ids) > 0
-        and offer.tail_fill == tail_fill
-        and len(offer.block_hashes) == count
-        and 0 <= offer.prompt_len <= len(offer.token_ids)
-        and all(0 <= token < 2**32 for token in offer.token_ids)
-        and list(offer.block_hashes)
-        == chain_hashes(
-            root_hash(fingerprint, offer.cache_salt), offer.token_ids, block_size, offer.prompt_len
-        )
-    )
+class Check:
+    """Whether an offer's hashes are what this node computes itself: nothing else may name blocks here.
+    Where its own blocks (`mine`) have another size, their hashes are computed along with it.
+
+    A piece at a time: the loop that does this also plans the steps of everybody's streams.
+    """
+
+    def __init__(self, offer: Offer, theirs: Fingerprint, mine: Fingerprint) -> None:
+        self._offer, self._block_size = offer, theirs.block_size
+        self._chain = _chain(offer, theirs)
+        self._converted = _chain(offer, mine) if theirs != mine else None
+        self._shaped = False
+
+    def advance(self, blocks: int) -> bool:
+        """Check so many more; True when all is well. `ProtocolError` for what is not as it must be."""
+        if not self._shaped:
+            self._check_shape()
+        start = len(self._chain.hashes)
+        try:
+            done = self._chain.advance(blocks)
+            if self._converted is not None:
+                done = self._converted.advance(blocks) and done
+        except ValueError as error:
+            raise ProtocolError(str(error)) from error
+        if tuple(self._chain.hashes[start:]) != self._offer.block_hashes[start : start + blocks]:
+            raise ProtocolError("block hashes of something else")
+        return done
+
+    @property
+    def converted(self) -> list[bytes] | None:
+        """Hashes of the prompt in blocks of this node, once all is checked; None: the offer's."""
+        return None if self._converted is None else self._converted.hashes
+
+    def _check_shape(self) -> None:
+        offer = self._offer
+        count, tail_fill = divmod(len(offer.token_ids), self._block_size)
+        tail = offer.token_ids[count * self._block_size :]
+        if not (
+            len(offer.token_ids) > 0
+            and offer.tail_fill == tail_fill
+            and len(offer.block_hashes) == count
+            and 0 <= offer.prompt_len <= len(offer.token_ids)
+            and all(0 <= token < 2**32 for token in tail)
+        ):
+            raise ProtocolError("an Offer whose parts do not fit each other")
+        self._shaped = True
+
+
+def _chain(offer: Offer, fingerprint: Fingerprint) -> HashChain:
+    root = root_hash(fingerprint, offer.cache_salt)
+    return HashChain(root, offer.token_ids, fingerprint.block_size, offer.prompt_len)
 
 
 def full_blocks(offer: Offer, blocks: Blocks) -> list[Announced]:

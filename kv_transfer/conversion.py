@@ -12,10 +12,9 @@ block is reserved new and wanted. The hashes of what lands are computed here, fr
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-from common.kv_layout import Fingerprint, chain_hashes, root_hash
 from common.messages import Offer
 from kv_transfer.ports import Piece, Reservation, Span
 
@@ -64,13 +63,12 @@ class SameBlocks:
 class Conversion:
     """The sender has blocks of another size."""
 
-    def __init__(self, offer: Offer, theirs: int, mine: Fingerprint) -> None:
-        """`theirs`: positions in a block of the sender; `mine`: this node's fingerprint."""
-        ours, length = mine.block_size, len(offer.token_ids)
+    def __init__(self, offer: Offer, theirs: int, ours: int, hashes: Sequence[bytes]) -> None:
+        """`theirs`, `ours`: positions in a block of the sender, of this node; `hashes` of the prompt's
+        full blocks in ours."""
+        length = len(offer.token_ids)
         self._theirs, self._ours, self._length = theirs, ours, length
-        self._hashes = chain_hashes(
-            root_hash(mine, offer.cache_salt), offer.token_ids, ours, offer.prompt_len
-        )
+        self._hashes = hashes
         self._lacking = [min(ours, length - first) for first in range(0, length, ours)]
         # A hash in an offer is a block that the pool may take from its cache: here, none.
         self.offer = dataclasses.replace(offer, block_hashes=(), tail_fill=length % ours)

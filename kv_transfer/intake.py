@@ -31,6 +31,7 @@ from kv_transfer import claims
 from kv_transfer.conversion import Conversion, Placement, SameBlocks
 from kv_transfer.ports import (
     Adopted,
+    Again,
     Copy,
     Effect,
     Ended,
@@ -68,6 +69,8 @@ class Event(enum.Enum):
     CANCEL = "cancel"
     LINK_LOST = "link lost"
 
+
+CHECK_BLOCKS = 256  # of an offer in one go: less than a millisecond
 
 S, E = State, Event
 
@@ -126,6 +129,7 @@ class _Entry:
     deadline: float  # until when it may wait
     heard_at: float
     state: State = State.WAITING
+    check: claims.Check | None = None  # of what it claims, while that is under way
     reservation: Reservation | None = None
     unannounced: set[int] = dataclasses.field(default_factory=set)
     pieces: collections.deque[Piece] = dataclasses.field(default_factory=collections.deque)
@@ -212,6 +216,16 @@ class Intake:
         """The pool has more room than before: grant the oldest offers that wait."""
         self._now = now
         self._admit()
+        return self._take()
+
+    def go_on(self, now: float) -> list[Effect]:
+        """The check of the oldest offer that is not checked yet, as `Again` asks for it."""
+        self._now = now
+        for entry in self._waiting.values():
+            link = self._links.get(entry.key.link)
+            if entry.check is not None and link is not None:
+                self._check(entry, link)
+                break
         return self._take()
 
     def cancel(self, key: Key, reason: str, *, now: float) -> list[Effect]:
@@ -321,19 +335,34 @@ class Intake:
         link.entries[key] = self._waiting[key] = entry
         if self._draining or over:
             self._step(entry, E.DENY, "draining" if self._draining else "overloaded")
-        elif not claims.is_well_formed(offer, link.fingerprint):
-            self._step(entry, E.DENY, "malformed")
         else:
-            if link.fingerprint != self._fingerprint:
-                theirs = link.fingerprint.block_size
-                entry.placement = Conversion(offer, theirs, self._fingerprint)
-            self._admit()
+            entry.check = claims.Check(offer, link.fingerprint, self._fingerprint)
+            self._check(entry, link)
+
+    def _check(self, entry: _Entry, link: _Link) -> None:
+        """The next piece of it; until all is checked, an offer gets no room."""
+        assert entry.check is not None
+        try:
+            done = entry.check.advance(CHECK_BLOCKS)
+        except ProtocolError:
+            self._step(entry, E.DENY, "malformed")
+            return
+        if not done:
+            self._effects.append(Again())
+            return
+        if entry.check.converted is not None:
+            theirs, ours = link.fingerprint.block_size, self._fingerprint.block_size
+            entry.placement = Conversion(entry.offer, theirs, ours, entry.check.converted)
+        entry.check = None
+        self._admit()
 
     def _admit(self) -> None:
         """Reserve all or nothing, first for whom it is the turn; who does not fit holds up the rest,
         so that a large prompt is not passed by small ones for ever."""
         while self._waiting:
             entry = min(self._waiting.values(), key=lambda waiting: waiting.order)
+            if entry.check is not None:
+                return
             try:
                 entry.reservation = self._pool.reserve(entry.placement.offer)
             except NeverFits:

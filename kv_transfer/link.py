@@ -44,6 +44,7 @@ from kv_transfer.intake import Intake
 from kv_transfer.lease import Leases
 from kv_transfer.ports import (
     Adopted,
+    Again,
     Copy,
     Effect,
     Ended,
@@ -374,6 +375,8 @@ class Links:
                 self._send(effect.link, effect.message)
             elif isinstance(effect, Copy):
                 self._spawn(self._copy(effect))
+            elif isinstance(effect, Again):
+                asyncio.get_running_loop().call_soon(self._go_on)
             elif isinstance(effect, Teardown):
                 self.counts["teardown"] += 1
                 if (link := self._links.get(effect.link)) is not None:
@@ -385,6 +388,9 @@ class Links:
                 self._on_received(effect)
             else:
                 (self._on_sent if effect.sending else self._on_received)(effect)
+
+    def _go_on(self) -> None:
+        self.perform(self.intake.go_on(self._clock()))
 
     async def _copy(self, copy: Copy) -> None:
         """Pull in a thread; whatever comes of it is reported, also when the link is gone.

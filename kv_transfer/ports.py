@@ -207,4 +207,9 @@ class Teardown:
     reason: str
 
 
-Effect = Send | Copy | Granted | Adopted | Ended | Teardown
+@dataclasses.dataclass(frozen=True, slots=True)
+class Again:
+    """Call `Intake.go_on` soon, after whatever else waits: the check of a long offer goes on."""
+
+
+Effect = Send | Copy | Granted | Adopted | Ended | Teardown | Again

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ from kv_transfer import handoff, intake
 from kv_transfer.handoff import Handoff
 from kv_transfer.intake import Intake
 from kv_transfer.lease import Leases
-from kv_transfer.ports import Copy, Ended, Key, Piece, ReadyBlock, Reservation, Send
+from kv_transfer.ports import Again, Copy, Ended, Key, Piece, ReadyBlock, Reservation, Send
 from tests.support.protocol.model import FINGERPRINT, PARAMS, ROOT, offer_of
 from tests.support.protocol.world import SETTINGS
 
@@ -43,15 +44,15 @@ TOKENS = (1, 2, 3)  # one full block and a tail
 class Endless:
     """An intake pool that always has room, and holds nothing yet; or one that never has."""
 
-    def __init__(self, room: bool = True) -> None:
-        self.room, self.taken = room, 0
+    def __init__(self, room: bool = True, limit: int = 100) -> None:
+        self.room, self.limit, self.taken = room, limit, 0
 
     def acquire(self, blocks: list[int]) -> None: ...
 
     def release(self, blocks: list[int]) -> None: ...
 
     def reserve(self, offer: Offer) -> Reservation | None:
-        if len(offer.token_ids) > 100:
+        if len(offer.token_ids) > self.limit:
             raise NeverFits("more blocks than the pool has")
         if not self.room:
             return None
@@ -70,8 +71,8 @@ class Endless:
         self.taken -= 1
 
 
-def an_intake(room: bool = True) -> tuple[Intake, Endless]:
-    pool = Endless(room)
+def an_intake(room: bool = True, limit: int = 100) -> tuple[Intake, Endless]:
+    pool = Endless(room, limit)
     end = Intake(pool, FINGERPRINT, SETTINGS)
     end.open_link("l", 3)
     return end, pool
@@ -186,9 +187,58 @@ def test_an_offer_that_cannot_be_is_denied_at_once(wrong: Offer, reason: str) ->
     assert said(end.receive(wrong, now=0)) == [Deny(*KEY, reason)]
 
 
-def test_the_oldest_request_is_granted_first_whatever_order_offers_arrive_in() -> None:
-    import dataclasses
+LONG = tuple(range(2 * intake.CHECK_BLOCKS * FINGERPRINT.block_size + 3))
 
+
+def test_a_long_offer_is_checked_a_piece_at_a_time_before_it_gets_room() -> None:
+    end, pool = an_intake(limit=len(LONG))
+    assert end.receive(offer(LONG), now=0) == [Again()]
+    assert end.room_changed(0) == []
+    assert end.tick(0) == []
+    assert end.go_on(0) == [Again()]
+    assert pool.taken == 0
+    (grant,) = said(end.go_on(0))
+    assert isinstance(grant, Grant)
+    assert end.go_on(0) == []
+
+
+@pytest.mark.parametrize("block", [0, intake.CHECK_BLOCKS, -1])
+def test_a_long_offer_with_one_wrong_hash_gets_no_room(block: int) -> None:
+    end, pool = an_intake(limit=len(LONG))
+    hashes = list(offer(LONG).block_hashes)
+    hashes[block] = ROOT
+    effects = end.receive(dataclasses.replace(offer(LONG), block_hashes=tuple(hashes)), now=0)
+    while effects == [Again()]:
+        effects = end.go_on(0)
+    assert said(effects) == [Deny(*KEY, "malformed")]
+    assert pool.taken == 0
+
+
+@pytest.mark.parametrize("end_of_it", ["abort", "link lost", "drain"])
+def test_a_long_offer_that_ends_while_it_is_checked_is_checked_no_further(end_of_it: str) -> None:
+    end, pool = an_intake(limit=len(LONG))
+    assert end.receive(offer(LONG), now=0) == [Again()]
+    if end_of_it == "abort":
+        assert said(end.receive(Abort(*KEY, "gone"), now=0)) == [Release(*KEY)]
+    elif end_of_it == "drain":
+        assert said(end.drain(0)) == [Deny(*KEY, "draining")]
+    else:
+        end.link_lost("l", now=0)
+    assert end.go_on(0) == []
+    assert pool.taken == 0
+    assert end.states() == {}
+
+
+def test_a_short_offer_does_not_wait_for_the_check_of_a_long_one_that_is_behind_it() -> None:
+    end, _ = an_intake(limit=len(LONG))
+    end.receive(offer(LONG), now=0)
+    older = dataclasses.replace(offer(request="older"), waited_ms=1000)
+    (grant,) = said(end.receive(older, now=0))
+    assert isinstance(grant, Grant)
+    assert grant.request == "older"
+
+
+def test_the_oldest_request_is_granted_first_whatever_order_offers_arrive_in() -> None:
     end, pool = an_intake(room=False)
     for name, waited in (("young", 10), ("old", 5000), ("middle", 900)):
         message = dataclasses.replace(offer(request=name), waited_ms=waited)
