@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from common.bus_setup import with_bus
 from common.config import NodeSettings, load
 from common.engine.engine import ComputedStep, Engine, PlannedStep, StepOutput
 from common.node.runtime import Node
@@ -87,7 +88,7 @@ def clock_pulls(reader: type[Any], note: Note) -> None:
 
 
 async def serve(settings: NodeSettings, note: Note) -> None:
-    node = Node(settings)
+    node = Node(with_bus(settings, os.environ))
     role = ClockedRole(node.role, note)
     role.clock_steps(node.engine)
     node.role = role  # type: ignore[assignment]

@@ -12,6 +12,9 @@ the transport that carries slabs over tcp.
     routing id of a DEALER   incarnation "/" link id
     frames                   [encoded message, further frames…]
 
+Every connection is encrypted and authenticated by CURVE, with the one key of the whole system: who
+does not have it is not heard.
+
 A connection that a peer made is closed by ZeroMQ, when its own heartbeats, which need no event loop
 at the other end, are unanswered for twice the silence that ends a link, a second at least: of a peer
 that was stopped, or is gone without a word, nothing is left here.
@@ -39,7 +42,7 @@ from zmq.utils.monitor import parse_monitor_message
 
 from common.bus_links import Down, Link, LinkEvent, LinkTable, Progress
 from common.codec import decode, encode
-from common.config import BusSettings, is_loopback
+from common.config import BusSettings
 from common.errors import ConfigError, LinkLost, MalformedMessage, ResourceError
 from common.logs import get_logger
 from common.messages import Message
@@ -103,16 +106,11 @@ class Bus:
     async def start(self) -> None:
         """Bind; `endpoint` is then what peers connect to. `ResourceError` if the port is taken."""
         settings = self._settings
-        if not settings.secret_key and not is_loopback(settings.host):
-            raise ConfigError(
-                f"without a bus secret key the bus listens on loopback only, not {settings.host!r}"
-            )
-        public_key = _public(settings) if settings.secret_key else b""
+        public_key = _public(settings)
         self._context = zmq.asyncio.Context()
-        if settings.secret_key:
-            self._authenticator = AsyncioAuthenticator(self._context)
-            self._authenticator.start()
-            self._authenticator.configure_curve_callback("pdq", _OneKey(public_key))
+        self._authenticator = AsyncioAuthenticator(self._context)
+        self._authenticator.start()
+        self._authenticator.configure_curve_callback("pdq", _OneKey(public_key))
         self._router = self._socket(zmq.ROUTER)
         self._router.setsockopt(zmq.ROUTER_MANDATORY, 1)
         silence_s = settings.missed_beats * settings.beat_interval_s
@@ -302,14 +300,13 @@ class Bus:
         socket.setsockopt(zmq.RCVHWM, settings.high_water_mark)
         socket.setsockopt(zmq.MAXMSGSIZE, settings.max_message_bytes)
         socket.setsockopt(zmq.IPV6, 1)
-        if settings.secret_key:
-            socket.setsockopt(zmq.CURVE_SECRETKEY, settings.secret_key.encode())
-            if kind == zmq.ROUTER:
-                socket.setsockopt(zmq.CURVE_SERVER, 1)
-                socket.setsockopt(zmq.ZAP_DOMAIN, b"pdq")
-            else:
-                socket.setsockopt(zmq.CURVE_PUBLICKEY, _public(settings))
-                socket.setsockopt(zmq.CURVE_SERVERKEY, _public(settings))
+        socket.setsockopt(zmq.CURVE_SECRETKEY, settings.secret_key.encode())
+        if kind == zmq.ROUTER:
+            socket.setsockopt(zmq.CURVE_SERVER, 1)
+            socket.setsockopt(zmq.ZAP_DOMAIN, b"pdq")
+        else:
+            socket.setsockopt(zmq.CURVE_PUBLICKEY, _public(settings))
+            socket.setsockopt(zmq.CURVE_SERVERKEY, _public(settings))
         return socket
 
 

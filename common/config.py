@@ -69,8 +69,9 @@ class BusSettings:
     max_message_bytes: int = setting(2**26, "largest message frame", parse=parse_bytes, at_least=1)
     secret_key: str = setting("", "Z85 CURVE key (40 characters) of the whole system", secret=True)
     secret_key_file: str = setting(
-        "", "file with that key; made with a new one where it is missing"
-    )
+        "", "file with that key, made with a new one where it is missing (empty: bus.key in "
+        "~/.local/state/pdq, for what one user runs on one machine)",
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         if self.secret_key and len(self.secret_key) != 40:
@@ -82,8 +83,8 @@ class BusSettings:
             )
         if not (self.secret_key or self.secret_key_file) and not is_loopback(self.host):
             raise ConfigError(
-                f"without a bus secret key only loopback can be listened on, not {self.host!r}; "
-                "name a file for one with --bus-secret-key-file",
+                f"without a bus secret key of its own only loopback can be listened on, not "
+                f"{self.host!r}; name a file for one with --bus-secret-key-file",
                 param="host",
             )
 
@@ -142,11 +143,10 @@ class NodeSettings:
         ("cuda_ipc", "shm", "tcp"),
         "ways to hand blocks over, preferred first (those that the pool's memory can have)",
     )
-    encrypt_blocks: bool = setting(
-        True,
-        "with a bus key, encrypt what tcp carries; blocks are several times faster in plain text, "
-        "for a network that is trusted",
-    )
+    encrypt_blocks: bool | None = setting(
+        None, "encrypt what tcp carries; blocks are several times faster in plain text, for a "
+        "network that is trusted (none: between hosts, not on loopback)",
+    )  # fmt: skip
     shm_dir: str = setting(
         "", "folder that containers of one host share, for the sockets that hand out shared memory"
     )
@@ -266,7 +266,7 @@ SERVICES: list[type[Any]] = [NodeSettings, GatewaySettings]
 def is_loopback(host: str) -> bool:
     """Whether `host` can be reached from this machine only."""
     try:
-        return ipaddress.ip_address(host).is_loopback
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return host == "localhost"
 

@@ -19,7 +19,7 @@ import time
 from collections.abc import Sequence
 
 from common.bus import Bus
-from common.bus_setup import complete
+from common.bus_setup import with_bus
 from common.config import GatewaySettings, load
 from common.descriptors import room_for
 from common.errors import ConfigError, PdqError, ResourceError, ServiceUnavailable
@@ -65,7 +65,8 @@ async def run(settings: GatewaySettings) -> None:
         redis = RedisClient(settings.redis, name=incarnation)
         stack.push_async_callback(redis.close)
         await redis.open()
-        bus = Bus(incarnation, await asyncio.to_thread(complete, settings.bus, settings.redis))
+        settings = await asyncio.to_thread(with_bus, settings, os.environ)
+        bus = Bus(incarnation, settings.bus)
         stack.push_async_callback(bus.close)
         await bus.start()
         registry, requests = Registry(redis), Requests(redis)

@@ -5,7 +5,10 @@ The fixtures live in tests/support, one file per subject.
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,10 @@ from tests.support.docker import docker_ahead
 from tests.support.redis import redis_client, redis_server
 
 __all__ = ["docker_ahead", "redis_client", "redis_server"]
+
+# Where the processes of this run, and its own buses, find their key.
+os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="pdq-tests-")
+atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)
 
 # As in nodes, and before torch is imported: here, too, others have the cores.
 os.environ.setdefault("GOMP_SPINCOUNT", OMP_SPIN)

@@ -20,16 +20,19 @@ import math
 import os
 import signal
 import socket
+import tempfile
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
 
+from common.bus_setup import make_key
 from common.commands import cores, running
 from common.commands.child import Child, ending
 from common.commands.settings import Deployment
-from common.config import RedisSettings, child_environment
+from common.config import BusSettings, RedisSettings, child_environment
 from common.errors import ResourceError, ServiceUnavailable
 from common.redis_client import RedisClient
 from common.redis_server import EmbeddedRedis
@@ -107,7 +110,7 @@ class Supervisor:
                 client = RedisClient(redis, name="pdq-serve")
                 stack.push_async_callback(client.close)
                 await self._greet(client)
-                self._parts = self._plan(redis)
+                self._parts = self._plan(redis, self._bus(stack))
                 stack.push_async_callback(self._stop_parts)
                 if not self._stop.is_set():
                     await self._main_loop(stack, client, redis)
@@ -147,7 +150,18 @@ class Supervisor:
             place = where.path if where.scheme == "unix" else f"{where.hostname}:{where.port}"
             self._say("redis", "ready", f"{info.kind} {info.version}, given, at {place}")
 
-    def _plan(self, redis: RedisSettings) -> list[Part]:
+    def _bus(self, stack: contextlib.AsyncExitStack) -> BusSettings:
+        """With a Redis of its own a deployment is closed: its bus has a key of its own, too, which
+        ends with it. Who shares a Redis shares the key that is given, or this user's."""
+        given = self._deployment.node.bus
+        if self._server is None or given.secret_key or given.secret_key_file:
+            return given
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="pdq-serve-"))
+        path = Path(folder, "bus.key")
+        make_key(path)
+        return dataclasses.replace(given, secret_key_file=str(path))
+
+    def _plan(self, redis: RedisSettings, bus: BusSettings) -> list[Part]:
         wanted = self._deployment
         roles = [
             (role, index + 1)
@@ -162,13 +176,13 @@ class Supervisor:
             self._say("cores", "shared", self._shares.note)
         # A Redis that others use too: the names of this machine's parts tell it.
         where = "" if self._server is not None else f"-{socket.gethostname().split('.')[0]}"[:40]
-        gateway = dataclasses.replace(wanted.gateway, redis=redis)
+        gateway = dataclasses.replace(wanted.gateway, redis=redis, bus=bus)
         environment = child_environment(gateway, self._environ)
         name = f"gateway-1{where}"
         parts = [Part(name, "gateway", ("--name", name), environment, self._shares.rest)]
         for (role, number), own in zip(roles, self._shares.nodes, strict=True):
             engine = dataclasses.replace(wanted.node.engine, cores=own)
-            node = dataclasses.replace(wanted.node, engine=engine, redis=redis)
+            node = dataclasses.replace(wanted.node, engine=engine, redis=redis, bus=bus)
             environment = child_environment(node, self._environ)
             name = f"{role}-{number}{where}"
             argv = ("--role", role.value, "--name", name)

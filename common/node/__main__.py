@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from common.bus_setup import with_bus
 from common.config import NodeSettings, load
 from common.descriptors import require
 from common.errors import EngineBroken, PdqError
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 async def _serve(settings: NodeSettings) -> None:
     from common.node.runtime import Node  # torch comes in here, after the cores are bound
 
-    node = Node(settings)
+    node = Node(with_bus(settings, os.environ))
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, node.stop)

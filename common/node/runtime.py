@@ -23,7 +23,6 @@ import time
 from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
-from common import bus_setup
 from common.bus import Bus, Down
 from common.config import NodeSettings
 from common.engine import Engine, loading
@@ -67,11 +66,11 @@ SLOW_DEATHS = frozenset({Down.SILENT, Down.STALLED, Down.UNREACHABLE})  # found 
 
 
 class Node:
-    """Build it (this loads the model), then `await run()`; `stop` ends it in order."""
+    """Build it (this loads the model), then `await run()`; `stop` ends it in order. Of the settings
+    the bus's are complete (bus_setup.py)."""
 
     def __init__(self, settings: NodeSettings) -> None:
-        bus = bus_setup.complete(settings.bus, settings.redis)
-        self.settings = settings = dataclasses.replace(settings, bus=bus)
+        self.settings = settings
         self.name = settings.name or f"{settings.role}-{socket.gethostname().split('.')[0]}"
         self.incarnation = new_incarnation(self.name)
         self.redis = RedisClient(settings.redis, name=self.incarnation)

@@ -25,6 +25,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 
 from common.codec import decode, encode
+from common.config import is_loopback
 from common.errors import (
     DigestMismatch,
     InsufficientMemory,
@@ -59,12 +60,14 @@ class TcpSource:
 
     def __init__(
         self, memory: PoolMemory, layout: KVLayout, leases: Leases, *, host: str = "127.0.0.1",
-        advertise_host: str = "", secret_key: str = "", encrypts: bool = True,
+        advertise_host: str = "", secret_key: str = "", encrypts: bool | None = True,
     ) -> None:  # fmt: skip
         """`host`: where to listen; `advertise_host`: what peers connect to, if that differs. Without
-        a `secret_key`, or where it does not `encrypts`, slabs go as they are."""
+        a `secret_key`, or where it does not `encrypts` (None: but on loopback), slabs go as they
+        are."""
         self.memory, self._layout, self._leases = memory, layout, leases
         self._host, self._advertise = host, advertise_host or host
+        encrypts = not is_loopback(self._advertise) if encrypts is None else encrypts
         self._secret_key = secret_key if encrypts else ""
         self._served: dict[str, Served] = {}
 
@@ -298,10 +301,13 @@ class TcpReader:
 
     @classmethod
     def open(
-        cls, link: str, proof: bytes, target: Target, secret_key: str = "", encrypts: bool = True
-    ) -> TcpReader:
-        """Connect, and prove by an empty pull that the source is there and knows the token."""
+        cls, link: str, proof: bytes, target: Target, secret_key: str = "",
+        encrypts: bool | None = True,
+    ) -> TcpReader:  # fmt: skip
+        """Connect, and prove by an empty pull that the source is there and knows the token. One that
+        `encrypts` (None: but on loopback) takes no plain text."""
         token, scheme, host, port = split_proof(proof)
+        encrypts = not is_loopback(host) if encrypts is None else encrypts
         wire: ReceivingWire
         if scheme == "zmq":
             slab_bytes = target.memory.slab_bytes

@@ -20,11 +20,12 @@ from common.codec import decode, encode
 from common.config import BusSettings
 from common.errors import ConfigError, LinkLost, ResourceError
 from common.messages import Abort, Beat, Cancel, Open, Over, Release
+from tests.support.bus_key import bus_settings, lock
 from tests.support.holdings import holdings
 from tests.support.redis import wait_until
 
-FAST = BusSettings(beat_interval_s=0.02, missed_beats=5, stall_limit_s=0.2)
-CALM = BusSettings(beat_interval_s=60.0)
+FAST = bus_settings(beat_interval_s=0.02, missed_beats=5, stall_limit_s=0.2)
+CALM = bus_settings(beat_interval_s=60.0)
 
 
 def a_message(text: str = "why") -> Abort:
@@ -158,6 +159,7 @@ async def test_a_link_is_never_made_by_anything_but_its_opening() -> None:
     raw = context.socket(zmq.DEALER)
     raw.setsockopt(zmq.LINGER, 0)
     raw.setsockopt(zmq.ROUTING_ID, b"x-1/link")
+    lock(raw)
     try:
         async with buses("a-1", settings=CALM) as (a,):
             raw.connect(a.endpoint)
@@ -209,11 +211,11 @@ async def test_an_impostor_at_the_address_of_a_peer_is_recognised() -> None:
 PEER = """
 import asyncio, sys
 from common.bus import Bus
-from common.config import BusSettings
+from tests.support.bus_key import bus_settings
 
 async def main():
     interval, missed = float(sys.argv[1]), int(sys.argv[2])
-    bus = Bus("b-1", BusSettings(beat_interval_s=interval, missed_beats=missed))
+    bus = Bus("b-1", bus_settings(beat_interval_s=interval, missed_beats=missed))
     await bus.start()
     if len(sys.argv) > 3:
         bus.connect(*sys.argv[3:])
@@ -329,6 +331,7 @@ async def test_a_peer_that_does_not_read_fills_its_link_which_goes_down() -> Non
     listener = zmq.Context()
     raw = listener.socket(zmq.ROUTER)
     raw.setsockopt(zmq.RCVHWM, 10)
+    lock(raw, listens=True)
     port = raw.bind_to_random_port("tcp://127.0.0.1")
     try:
         async with buses("a-1", settings=small) as (a,):
@@ -352,8 +355,10 @@ async def test_garbage_is_counted_and_does_no_harm() -> None:
     raw = context.socket(zmq.DEALER)
     raw.setsockopt(zmq.LINGER, 0)
     raw.setsockopt(zmq.ROUTING_ID, b"x-1/link")
+    lock(raw)
     anonymous = context.socket(zmq.DEALER)
     anonymous.setsockopt(zmq.LINGER, 0)
+    lock(anonymous)
     try:
         async with buses("a-1") as (a,):
             raw.connect(a.endpoint)
@@ -380,32 +385,54 @@ async def test_a_port_that_is_taken_is_one_clear_line() -> None:
     async with buses("a-1") as (a,):
         port = int(a.endpoint.rpartition(":")[2])
         with pytest.raises(ResourceError, match=rf"cannot listen on 127\.0\.0\.1:{port}"):
-            await Bus("b-1", BusSettings(port=port)).start()
+            await Bus("b-1", bus_settings(port=port)).start()
 
 
 def a_key() -> str:
     return zmq.curve_keypair()[1].decode()
 
 
-async def test_with_a_key_only_those_who_have_it_get_in() -> None:
-    key = a_key()
-    keyed = dataclasses.replace(FAST, secret_key=key)
+async def test_only_those_who_have_the_key_get_in() -> None:
     wrong = dataclasses.replace(FAST, secret_key=a_key())
-    async with (
-        buses("a-1", "b-1", settings=keyed) as (a, b),
-        buses("c-1", settings=wrong) as (c,),
-        buses("d-1") as (d,),
-    ):
+    async with buses("a-1", "b-1") as (a, b), buses("c-1", settings=wrong) as (stranger,):
         a.connect("b-1", b.endpoint)
         a.send("b-1", a_message())
         assert await received(b) == ("a-1", a_message(), ())
-        for stranger in (c, d):
-            stranger.connect("b-1", b.endpoint)
-            stranger.send("b-1", a_message("let me in"))
-            assert (await until_down(stranger)).reason is Down.UNREACHABLE
+        stranger.connect("b-1", b.endpoint)
+        stranger.send("b-1", a_message("let me in"))
+        assert (await until_down(stranger)).reason is Down.UNREACHABLE
         a.send("b-1", a_message("again"))
         assert (await received(b))[1] == a_message("again")
         assert b.peers() == {"a-1"}
+
+
+@pytest.mark.parametrize("listens", [False, True])
+async def test_a_process_without_any_key_is_neither_heard_nor_told_anything(listens: bool) -> None:
+    """Whoever can reach the port, and speaks the protocol: it does not get as far."""
+    context = zmq.Context()
+    raw = context.socket(zmq.ROUTER if listens else zmq.DEALER)
+    raw.setsockopt(zmq.LINGER, 0)
+    raw.setsockopt(zmq.ROUTING_ID, b"b-1/link")
+    try:
+        async with buses("a-1") as (a,):
+            if listens:
+                port = raw.bind_to_random_port("tcp://127.0.0.1")
+                a.connect("b-1", f"tcp://127.0.0.1:{port}")
+                a.send("b-1", a_message("for b only"))
+                assert (await until_down(a)).reason is Down.UNREACHABLE
+            else:
+                raw.connect(a.endpoint)
+                for message in (Open("b-1", "a-1"), a_message("from b, it says")):
+                    raw.send(encode(message))
+                async with buses("c-1") as (c,):  # whose word comes after it, and is heard
+                    c.connect("a-1", a.endpoint)
+                    c.send("a-1", a_message())
+                    assert await received(a) == ("c-1", a_message(), ())
+                assert "b-1" not in a.peers()
+            assert not raw.poll(0)
+    finally:
+        raw.close()
+        context.term()
 
 
 async def test_the_servers_public_key_alone_opens_nothing() -> None:
@@ -434,8 +461,13 @@ async def test_the_servers_public_key_alone_opens_nothing() -> None:
         context.term()
 
 
+async def test_a_bus_without_a_key_does_not_start() -> None:
+    with pytest.raises(ConfigError, match="CURVE"):
+        await Bus("a-1", BusSettings()).start()
+
+
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org"])
-def test_without_a_key_nothing_but_loopback_is_listened_on(host: str) -> None:
+def test_without_a_key_of_its_own_nothing_but_loopback_is_listened_on(host: str) -> None:
     with pytest.raises(ConfigError, match="loopback"):
         BusSettings(host=host)
     assert BusSettings(host=host, secret_key=a_key()).host == host

@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 
 from common.bus import Bus
 from common.codec import encode
-from common.config import BusSettings
 from common.messages import Beat, Cancel, Goodbye, Open, Over
+from tests.support.bus_key import bus_settings, lock
 from tests.unit.test_codec import MESSAGE
 
-CALM = BusSettings(beat_interval_s=60.0, max_message_bytes=4096)
+CALM = bus_settings(beat_interval_s=60.0, max_message_bytes=4096)
 LAST = Cancel("b-1", "last", 1, "")
 few = settings(max_examples=40, deadline=None)
 
@@ -55,6 +55,7 @@ async def socket_of(kind: int) -> AsyncIterator[zmq.asyncio.Socket]:
     """Ends with its context, whatever happens meanwhile."""
     context = zmq.asyncio.Context()
     stranger = context.socket(kind)
+    lock(stranger, listens=kind == zmq.ROUTER)
     try:
         yield stranger
     finally:

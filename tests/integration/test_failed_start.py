@@ -15,7 +15,7 @@ from typing import TypeVar
 import pytest
 
 from common.bus import Bus
-from common.config import BusSettings, EngineSettings, GatewaySettings, NodeSettings, RedisSettings
+from common.config import EngineSettings, GatewaySettings, NodeSettings, RedisSettings
 from common.engine import Engine
 from common.errors import ConfigError, PdqError, ResourceError, ServiceUnavailable
 from common.node.runtime import Node
@@ -23,6 +23,7 @@ from common.queue import NodeQueue
 from common.redis_client import RedisClient, text
 from common.registry import Registry
 from gateway import __main__ as gateway
+from tests.support.bus_key import bus_settings
 from tests.support.checkpoints import STORIES
 from tests.support.holdings import holdings
 
@@ -41,7 +42,7 @@ class Spoil:
         self._tmp, self._taken_port = tmp, taken_port
 
     def bus_port(self, settings: S) -> S:
-        return dataclasses.replace(settings, bus=BusSettings(port=self._taken_port))
+        return dataclasses.replace(settings, bus=bus_settings(port=self._taken_port))
 
     def last_transport(self, settings: NodeSettings) -> NodeSettings:
         """The ones before it are there already."""
@@ -98,7 +99,7 @@ async def test_a_setting_that_ends_the_start_leaves_nothing(
     step: str, error: type[PdqError], spoil: Spoil, redis_client: RedisClient
 ) -> None:
     change: Callable[[NodeSettings], NodeSettings] = getattr(spoil, step)
-    settings = change(NodeSettings(engine=ENGINE, redis=redis_client.settings))
+    settings = change(NodeSettings(engine=ENGINE, redis=redis_client.settings, bus=bus_settings()))
     refused, _ = await refused_start(settings, redis_client)
     assert refused is error
 
@@ -117,7 +118,9 @@ async def test_a_part_that_fails_at_the_start_leaves_nothing(
         raise ServiceUnavailable(step)
 
     monkeypatch.setattr(part, step, fail)
-    settings = NodeSettings(engine=ENGINE, redis=redis_client.settings, shm_dir=str(tmp_path))
+    settings = NodeSettings(
+        engine=ENGINE, redis=redis_client.settings, shm_dir=str(tmp_path), bus=bus_settings()
+    )
     assert await refused_start(settings, redis_client) == (ServiceUnavailable, step)
     assert not os.listdir(tmp_path)
 
@@ -125,7 +128,9 @@ async def test_a_part_that_fails_at_the_start_leaves_nothing(
 async def test_an_engine_that_cannot_be_made_leaves_nothing(redis_client: RedisClient) -> None:
     before, threads = holdings(os.getpid()), threading.active_count()
     settings = NodeSettings(
-        engine=dataclasses.replace(ENGINE, model="/no/such/model"), redis=redis_client.settings
+        engine=dataclasses.replace(ENGINE, model="/no/such/model"),
+        redis=redis_client.settings,
+        bus=bus_settings(),
     )
     with pytest.raises(PdqError):
         Node(settings)

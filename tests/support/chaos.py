@@ -68,9 +68,13 @@ class Chaotic(Deployment):
         command = super().command(name, "tests.support.chaotic_node", *arguments)
         if self.network is not None:
             address = self.network.addresses[name]
-            command = [part.replace("127.0.0.1", HUB) for part in command]
             command = [*self.network.at(name), *command, "--bus-host", address]
         return [*command, str(self.orders)]
+
+    def redis_url(self, name: str) -> str:
+        url = super().redis_url(name)
+        away = self.network is not None and name in self.roles
+        return url.replace("127.0.0.1", HUB) if away else url
 
     # ── Orders ───────────────────────────────────────────────────────────────────────────────────
 

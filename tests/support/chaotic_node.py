@@ -24,6 +24,7 @@ from typing import Any
 
 import common.node.runtime as runtime
 from common.bus import Bus
+from common.bus_setup import with_bus
 from common.codec import decode
 from common.config import NodeSettings, load
 from common.errors import LinkLost, MalformedMessage
@@ -161,7 +162,7 @@ class Notes:
 async def serve(settings: NodeSettings) -> None:
     runtime.Bus = ChaoticBus  # type: ignore[misc]
     ChaoticBus.role = settings.role
-    node = runtime.Node(settings)
+    node = runtime.Node(with_bus(settings, os.environ))
     ChaoticBus.node = node
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, node.stop)
     notes = asyncio.create_task(Notes(node, FOLDER).keep())

@@ -95,6 +95,10 @@ class Deployment:
         """What is started under this name."""
         return [sys.executable, "-m", module, *arguments]
 
+    def redis_url(self, name: str) -> str:
+        """Where what is started under this name finds Redis."""
+        return self.redis.url
+
     def start(self, name: str, module: str, *arguments: str) -> None:
         log = (self._logs / f"{name}.log").open("ab")
         with log:
@@ -103,7 +107,7 @@ class Deployment:
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 env=os.environ | {
                     "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1",
-                    "PDQ_REDIS_URL": self.redis.url,
+                    "PDQ_REDIS_URL": self.redis_url(name),
                 },
                 preexec_fn=die_with_parent(os.getpid()),
             )  # fmt: skip

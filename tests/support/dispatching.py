@@ -10,13 +10,13 @@ import dataclasses
 from collections.abc import Sequence
 
 from common.bus import Bus
-from common.config import BusSettings
 from common.identity import ModelIdentity
 from common.messages import Dispatch, Failed, Stage, Tokens, TokensAck, TookOver
 from common.redis_client import RedisClient
 from common.registry import NodeRecord
 from common.requests import Requests
 from common.sampling import SamplingParams
+from tests.support.bus_key import bus_settings
 
 
 @dataclasses.dataclass(slots=True)
@@ -40,7 +40,7 @@ async def dispatch(
     """Request `name` at node `first`, which is to hand it over to `decode`; until its end. It is for
     the model of `first`, unless another is given."""
     answer = Answer()
-    async with Bus(f"gateway-{name}", BusSettings()) as bus, asyncio.timeout(limit_s):
+    async with Bus(f"gateway-{name}", bus_settings()) as bus, asyncio.timeout(limit_s):
         sent = Dispatch(
             name, 1, (0,), tuple(prompt), len(prompt), params, f"gateway-{name}", bus.endpoint,
             decode.incarnation if decode else "", decode.endpoint if decode else "", "", 0, 0, "",

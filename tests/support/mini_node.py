@@ -7,14 +7,18 @@ import contextlib
 from collections.abc import AsyncIterator
 
 from common.bus import Bus
-from common.config import BusSettings
 from common.messages import Cancel, Dispatch, Stage, TokenRun, Tokens, TokensAck
+from common.model_files import model_revision
+from common.model_folder.description import describe_model
 from common.queue import Entry, NodeQueue
 from common.redis_client import RedisClient
 from common.registry import NodeRecord, NodeState, Registry, Role, new_incarnation
+from tests.support.bus_key import bus_settings
+from tests.support.checkpoints import STORIES
 from tests.support.fake_cluster import endless
 
 BEAT_S = 0.05
+TOKENIZER = describe_model(STORIES).tokenizer_digest
 
 
 class MiniNode:
@@ -30,7 +34,7 @@ class MiniNode:
         self._client = client
         self._queue = NodeQueue(client, self.incarnation)
         self._registry = Registry(client)
-        self._bus = Bus(self.incarnation, BusSettings(beat_interval_s=BEAT_S))
+        self._bus = Bus(self.incarnation, bus_settings(beat_interval_s=BEAT_S))
         self._released = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -63,7 +67,8 @@ class MiniNode:
             await self._registry.announce(
                 NodeRecord(
                     self.incarnation, "mini", Role.UNIFIED, NodeState.READY, self._bus.endpoint,
-                    model="stories", block_size=16, num_blocks=64, max_model_len=512, beats=beats,
+                    model="stories", revision=model_revision(STORIES), tokenizer=TOKENIZER,
+                    block_size=16, num_blocks=64, max_model_len=512, beats=beats,
                 )
             )  # fmt: skip
             await asyncio.sleep(BEAT_S)

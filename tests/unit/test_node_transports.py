@@ -10,7 +10,7 @@ import torch
 
 from common.bus import new_secret_key
 from common.config import BusSettings, NodeSettings
-from common.errors import ConfigError
+from common.errors import ConfigError, LinkLost
 from common.kv_layout import Fingerprint, KVLayout
 from common.messages import Welcome
 from common.node import transports
@@ -84,18 +84,17 @@ def test_one_that_a_setting_names_is_the_only_one(nodes: Nodes) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "encrypt_blocks", "scheme", "remark"),
+    ("encrypt_blocks", "scheme", "remark"),
     [
-        ("", True, b"tcp", ""),
-        (KEY_PAIR, True, b"zmq", "blocks are encrypted"),
-        (KEY_PAIR, False, b"tcp", "blocks are in plain text"),
+        (None, b"tcp", "blocks are in plain text"),
+        (False, b"tcp", "blocks are in plain text"),
+        (True, b"zmq", "blocks are encrypted"),
     ],
 )
-def test_blocks_are_encrypted_where_there_is_a_key_unless_a_setting_says_no(
-    nodes: Nodes, key: str, encrypt_blocks: bool, scheme: bytes, remark: str
+def test_on_loopback_blocks_are_encrypted_only_where_a_setting_says_so(
+    nodes: Nodes, encrypt_blocks: bool | None, scheme: bytes, remark: str
 ) -> None:
-    bus = BusSettings(secret_key=key)
-    settings = NodeSettings(bus=bus, encrypt_blocks=encrypt_blocks)
+    settings = NodeSettings(bus=BusSettings(secret_key=KEY_PAIR), encrypt_blocks=encrypt_blocks)
     (source,), openers = nodes.make(("tcp",), device=False, settings=settings)
     proof = source.open_link("link")
     assert proof[16:].partition(b"://")[0] == scheme
@@ -106,6 +105,27 @@ def test_blocks_are_encrypted_where_there_is_a_key_unless_a_setting_says_no(
     assert reader is not None
     reader.close()
     assert answer.reason.endswith(remark)
+
+
+@pytest.mark.parametrize(
+    ("encrypt_blocks", "scheme"), [(None, b"zmq"), (True, b"zmq"), (False, b"tcp")]
+)
+def test_between_hosts_blocks_are_encrypted_unless_a_setting_says_no(
+    nodes: Nodes, encrypt_blocks: bool | None, scheme: bytes
+) -> None:
+    bus = BusSettings(secret_key=KEY_PAIR, advertise_host="198.51.100.1")
+    settings = NodeSettings(bus=bus, encrypt_blocks=encrypt_blocks)
+    (source,), _ = nodes.make(("tcp",), device=False, settings=settings)
+    assert source.open_link("link")[16:].partition(b"://")[0] == scheme
+
+
+def test_a_node_that_encrypts_takes_no_plain_text_of_another_host(nodes: Nodes) -> None:
+    settings = NodeSettings(bus=BusSettings(secret_key=KEY_PAIR))
+    _, openers = nodes.make(("tcp",), device=False, settings=settings)
+    target = Target(nodes.memory(device=False), LAYOUT)
+    proof = bytes(16) + b"tcp://198.51.100.1:1"
+    with pytest.raises(LinkLost, match="plain text"):
+        openers["tcp"]("link", proof, target)
 
 
 def test_none_is_none(nodes: Nodes) -> None:
