@@ -18,7 +18,6 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
-import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 import jinja2.sandbox
@@ -81,10 +80,8 @@ class ChatTemplate:
     """A compiled template; `special_tokens` (`bos_token`, …) are variables in it."""
 
     def __init__(self, source: str, special_tokens: dict[str, str]) -> None:
-        environment = _environment()
         try:
-            self._template = environment.from_string(source)
-            self.variables = jinja2.meta.find_undeclared_variables(environment.parse(source))
+            self._template = _environment().from_string(source)
         except jinja2.TemplateError as error:
             raise ModelError(f"the chat template does not compile: {error}") from error
         self._special_tokens = special_tokens

@@ -62,7 +62,14 @@ from gateway.ledger import Ledger
 from gateway.metrics import GatewayMetrics
 from gateway.open_request import Choice, OpenRequest, Update, Work
 from gateway.ports import Ending, NodeBus, NodeDirectory, NodeView, RequestStore
-from gateway.router import Decision, RouteQuestion, Router, longest_request, what_lacks
+from gateway.router import (
+    Decision,
+    RouteQuestion,
+    Router,
+    longest_context,
+    longest_request,
+    what_lacks,
+)
 from gateway.suspicion import Suspicion, Verdict
 from gateway.whereabouts import CLAIM_LOST, Whereabouts
 
@@ -132,6 +139,10 @@ class Dispatcher:
     def longest_request(self, model: ModelIdentity) -> int | None:
         """Prompt plus output that some node could hold, None while there is none."""
         return longest_request(model, self._directory.nodes())
+
+    def longest_context(self, model: ModelIdentity) -> int | None:
+        """The longest context of its nodes, which settings may make shorter than the model's."""
+        return longest_context(model, self._directory.nodes())
 
     def ready(self, model: ModelIdentity) -> str | None:
         """None when a request for this model could be placed now, else what is missing."""

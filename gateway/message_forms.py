@@ -117,15 +117,18 @@ def left_out(messages: Sequence[Message], rendered: str) -> int | None:
     """The first of `messages` whose marks are not all in `rendered`."""
     rendered = rendered.lower()
     for index, message in enumerate(messages):
+        ids = [call.get("id") or "" for call in message.get("tool_calls", ())]
         for part, said in enumerate(_said(message)):
-            if said.strip() and _mark(index, part) not in rendered:
+            if not said.strip() or _mark(index, part) in rendered:
+                continue
+            if not (ids and ids[part] and ids[part].lower() in rendered):
                 return index
     return None
 
 
 def _said(message: Message) -> list[str]:
-    """What of a message must come out: its texts, or the names of the functions it calls. Many
-    templates leave out what was said beside a call."""
+    """What of a message must come out: its texts, or the names of the functions it calls (some
+    templates write the call's id instead). Many leave out what was said beside a call."""
     if calls := message.get("tool_calls"):
         return [call["function"]["name"] for call in calls]
     content = message.get("content")
@@ -237,7 +240,8 @@ def _is_clean(text: str, mark: str) -> bool:
 
 def _call_is_in(text: str, nones: int, sloppy: bool) -> bool:
     """Whether name and arguments came out; unless `sloppy`, as JSON and without a printed None."""
-    if f"{MARK}name" not in text or f"{MARK}value" not in text:
+    named = f"{MARK}name" in text or CALL_ID in text
+    if not named or f"{MARK}value" not in text:
         return False
     before = text[: text.index(f"{MARK}value")]
     return sloppy or (text.count("None") <= nones and not before.endswith(("{'key': '", '\\"')))

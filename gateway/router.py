@@ -183,7 +183,8 @@ def check_fits(question: RouteQuestion, nodes: Sequence[NodeView]) -> None:
         longest = max(node.max_model_len for node in able)
         if question.most_tokens > longest:
             raise ContextLengthExceeded(
-                f"{asked} exceed the context of {longest} tokens", param="max_tokens"
+                f"This model's maximum context length is {longest} tokens. However, {asked} exceed it.",
+                param="max_tokens",
             )
         pool = max(_pool_tokens(node) for node in able)
         raise NeverFits(
@@ -240,6 +241,11 @@ def longest_request(model: ModelIdentity, nodes: Sequence[NodeView]) -> int | No
         if node.role in (DECODE, UNIFIED) and node.healthy
     ]
     return max(lengths, default=None)
+
+
+def longest_context(model: ModelIdentity, nodes: Sequence[NodeView]) -> int | None:
+    """The context of the node with the longest, whatever its pool; None when there is no node."""
+    return max((node.max_model_len for node in of_model(model, nodes)), default=None)
 
 
 def _pool_tokens(node: NodeView) -> int:

@@ -102,13 +102,20 @@ class Service:
             )
         prompt_ids = self._truncated(model, prompt_ids, body)
         room = self._room(model, prompt_ids, param)
+        context = self._context(model)
+        if context is not None and (room := context - len(prompt_ids)) < 1:
+            raise ContextLengthExceeded(
+                f"This model's maximum context length is {context} tokens. However, your {param} "
+                f"has {len(prompt_ids)} tokens. Please reduce the length of the {param}.",
+                param=param,
+            )
         held = self.dispatcher.longest_request(model.identity)
         # A client that does not say how much it wants gets what the nodes can hold.
         default = room if held is None else min(room, held - len(prompt_ids))
         params = body.sampling(default, model.vocab_size, model.sampling_defaults)
         if params.max_tokens > room:
             raise ContextLengthExceeded(
-                f"This model's maximum context length is {model.max_model_len} tokens. However, you "
+                f"This model's maximum context length is {context} tokens. However, you "
                 f"requested {len(prompt_ids) + params.max_tokens} tokens ({len(prompt_ids)} in the "
                 f"{param}, {params.max_tokens} in {body.wanted_tokens[0]}). Please reduce one of "
                 "them.",
@@ -124,6 +131,11 @@ class Service:
             priority=body.priority,
             trace=request.headers.get("traceparent", "")[:128],
         )
+
+    def _context(self, model: ServedModel) -> int | None:
+        """Positions of the model's context, or of its nodes' where all have a shorter one."""
+        known = (model.max_model_len, self.dispatcher.longest_context(model.identity))
+        return min((length for length in known if length is not None), default=None)
 
     def _longest_prompt(self, model: ServedModel) -> int | None:
         context = model.max_model_len

@@ -85,6 +85,8 @@ def _undeclared(fields: Fields, path: str = "") -> Iterator[tuple[str, str, Any,
 
 
 def _asks_for_nothing(value: object, unused: tuple[object, ...]) -> bool:
+    if isinstance(value, dict):
+        value = {name: inner for name, inner in value.items() if inner is not None}
     return value in ("", [], {}) or value in unused
 
 

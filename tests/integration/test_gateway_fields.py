@@ -155,6 +155,7 @@ async def test_every_field_of_the_official_client_and_of_vllm_is_known(
         {"stream_options": {"include_usage": False}},
         {"use_beam_search": False, "length_penalty": 1.0, "bad_words": [], "guided_json": {}},
         {"include_reasoning": True, "echo": False, "structured_outputs": {}, "vllm_xargs": {}},
+        {"response_format": {"type": "text", "json_schema": None}, "audio": {"voice": None}},
         {"thinking_token_budget": -1, "stop_token_ids": [], "tools": None, "documents": []},
     ],
 )
@@ -573,3 +574,19 @@ async def test_what_overflows_the_context_says_what_clients_look_for(
     assert (error["code"], error["param"]) == ("context_length_exceeded", param)
     assert "This model's maximum context length is" in error["message"]
     assert " tokens. However, you" in error["message"]
+
+
+async def test_nodes_with_a_shorter_context_say_it_in_the_same_words(model: str) -> None:
+    cluster, http = await http_for(model=model)
+    cluster.members.clear()
+    cluster.add("u1", max_model_len=50, total_blocks=4096)
+    long = [{"role": "user", "content": "a " * 100}]
+    for change, param in (
+        ({"messages": long}, "messages"),
+        ({"max_tokens": None, "max_completion_tokens": 60}, "max_completion_tokens"),
+        ({"max_tokens": 60}, "max_tokens"),
+    ):
+        error = (await post(http, "/v1/chat/completions", **change)).json()["error"]
+        assert (error["code"], error["param"]) == ("context_length_exceeded", param)
+        assert "This model's maximum context length is 50 tokens. However" in error["message"]
+    assert cluster.dispatched == []

@@ -230,6 +230,16 @@ def test_a_call_in_history_comes_out_of_every_template(
     assert text == '<user>x<assistant>add{"a": 1}<tool>5'
 
 
+def test_a_call_may_be_named_by_its_id() -> None:
+    source = (
+        EACH
+        + "{% for call in message.tool_calls or [] %}{{ call.id }}{{ call.function.arguments | tojson }}"
+        "{% endfor %}{{ message.content or '' }}" + END
+    )
+    text = render(source, says("user", "x"), CALLING, RESULT)
+    assert text == '<user>x<assistant>c00000001{"a": 1}<tool>5'
+
+
 def test_a_call_that_would_vanish_is_a_bad_request() -> None:
     with pytest.raises(InvalidRequest, match=r"leaves out messages\.1 "):
         render(TEMPLATES["a string"], says("user", "x"), CALLING, RESULT)
