@@ -97,7 +97,7 @@ def describe_model(folder: Path, config: Mapping[str, Any] | None = None) -> Mod
     generation = read_object(folder / GENERATION_CONFIG)
     tokenizer_config = read_object(folder / TOKENIZER_CONFIG)
     declared = integer(config, "vocab_size", CONFIG)
-    found = load_tokenizer(folder, tokenizer_config, declared)
+    found = load_tokenizer(folder, tokenizer_config, str(config.get("model_type")), declared)
     vocab_size = declared or (found.tokenizer.get_vocab_size() if found else 0)
     stop_ids = stop_token_ids(
         [(GENERATION_CONFIG, generation), (CONFIG, config)],

@@ -19,6 +19,7 @@ from typing import Any
 import tokenizers
 
 from common.errors import CheckpointError
+from common.model_folder.conversion import converted_tokenizer
 from common.model_folder.reading import (
     MAX_TOKENIZER_BYTES,
     is_int,
@@ -50,17 +51,22 @@ class FolderTokenizer:
 
 
 def load_tokenizer(
-    folder: Path, config: Mapping[str, Any], vocab_size: int | None
+    folder: Path, config: Mapping[str, Any], model_type: str, vocab_size: int | None
 ) -> FolderTokenizer | None:
-    """The tokenizer of `folder`, whose `tokenizer_config.json` is `config`; None without one.
+    """The tokenizer of `folder`, whose `tokenizer_config.json` is `config`; None without one. Files
+    of an older form are converted where `tokenizer.json` is missing (conversion.py).
 
     A token beyond `vocab_size` (the rows of the embedding) is not added: the model could not
     read it. Raises `ModelError`.
     """
     path = folder / "tokenizer.json"
-    if not path.exists() and not path.is_symlink():
+    if path.exists() or path.is_symlink():
+        text: str | None = read_text(path, MAX_TOKENIZER_BYTES)
+    else:
+        text = converted_tokenizer(folder, config, model_type)
+    if text is None:
         return None
-    tokenizer = parse_tokenizer(read_text(path, MAX_TOKENIZER_BYTES), str(path))
+    tokenizer = parse_tokenizer(text, str(path))
     named, extra = _special_tokens(folder, config)
     added = _added_tokens(folder, config, named, extra)
     _complete(tokenizer, added, [*named.values(), *extra], vocab_size)

@@ -104,6 +104,15 @@ def test_a_token_that_another_file_calls_special_is(tmp_path: Path) -> None:
     assert model.tokenizer.decode([2, 403]) == model.tokenizer.decode([403])
 
 
+@pytest.mark.parametrize("said", [True, False])
+def test_what_is_added_at_the_ends_is_what_the_tokenizer_says(tmp_path: Path, said: bool) -> None:
+    config = {"add_bos_token": said, "add_eos_token": said, "bos_token": "<s>", "eos_token": "</s>"}
+    model = described(tmp_path, tokenizer_config_json=config)
+    assert (
+        ids(model, TEXT) == ids(describe_model(STORIES), TEXT) == transformers_ids(tmp_path, TEXT)
+    )
+
+
 def test_the_map_holds_where_the_newer_field_is_missing(tmp_path: Path) -> None:
     older = described(
         tmp_path, tokenizer_config_json={"eos_token": "</s>"},
