@@ -151,6 +151,11 @@ def _complete(render: Render, messages: list[dict[str, Any]], continues: bool) -
             f"(role {messages[absent]['role']})",
             param=f"messages.{absent}",
         )
+    if continues and end not in text:
+        raise InvalidRequest(
+            "continue_final_message: the model's chat template does not end with the last message",
+            param="continue_final_message",
+        )
     return text[: text.rindex(end)] if continues else text
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -28,6 +29,7 @@ from gateway.decoder_stages import (
 
 TAIL = 16  # tokens of a prompt that may decide how its continuation begins
 LONGEST_RUN = 1024  # byte tokens before them, where the prompt ends in a run of such
+MOST_LOOKED_AT = 4096  # tokens, visible or not, in search of them
 
 Piece = Callable[[int], "str | None"]  # a token's own string; None: special or unknown, no text
 
@@ -64,7 +66,7 @@ class Decoder:
     def _tail(self, prompt_ids: Sequence[int]) -> tuple[list[int], bool]:
         """The last visible tokens of a prompt, and whether there are others before them."""
         tail: list[int] = []
-        for token_id in reversed(prompt_ids):
+        for token_id in itertools.islice(reversed(prompt_ids), MOST_LOOKED_AT):
             piece = self._piece(token_id)
             if piece is None:
                 continue
@@ -72,7 +74,7 @@ class Decoder:
             if len(tail) >= TAIL and not in_run:
                 return tail[::-1], True
             tail.append(token_id)
-        return tail[::-1], False
+        return tail[::-1], len(prompt_ids) > MOST_LOOKED_AT
 
 
 class Detokenizer:

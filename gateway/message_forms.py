@@ -16,6 +16,7 @@ import dataclasses
 import enum
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ Message = Mapping[str, Any]
 Render = Callable[[list[dict[str, Any]]], str]
 
 MARK = "pdqzmark"
+_MARKS = re.compile(rf"{MARK}\d+z\d+z")
 TELLING = 16  # characters of a text that is not in a prompt by chance
 CALL_ID = "pdq000001"  # nine letters and digits, as Mistral's templates want
 SAYS = "x"
@@ -116,10 +118,11 @@ def marked(messages: Sequence[Message]) -> list[dict[str, Any]]:
 def left_out(messages: Sequence[Message], rendered: str) -> int | None:
     """The first of `messages` whose marks are not all in `rendered`."""
     rendered = rendered.lower()
+    found = set(_MARKS.findall(rendered))
     for index, message in enumerate(messages):
         ids = [call.get("id") or "" for call in message.get("tool_calls", ())]
         for part, said in enumerate(_said(message)):
-            if not said.strip() or _mark(index, part) in rendered:
+            if not said.strip() or _mark(index, part) in found:
                 continue
             if not (ids and ids[part] and ids[part].lower() in rendered):
                 return index

@@ -64,6 +64,13 @@ class Body(Fields):
         "guided_decoding_backend": (),
         "guided_whitespace_pattern": (),
         "structural_tag": (),
+        # what constrains the output elsewhere: SGLang's and llama.cpp's
+        "regex": (),
+        "ebnf": (),
+        "grammar": (),
+        "json_schema": (),
+        "stop_regex": (),
+        "lora_path": (),
         "structured_outputs": (),
         "repetition_detection": (),
         "thinking_token_budget": (-1,),

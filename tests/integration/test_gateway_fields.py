@@ -179,6 +179,7 @@ async def test_what_asks_for_nothing_is_taken(
         ("/v1/chat/completions", {"prompt_logprobs": 0}, "prompt_logprobs"),
         ("/v1/chat/completions", {"chat_template": "{{ 1 }}"}, "chat_template"),
         ("/v1/completions", {"suffix": "x"}, "suffix"),
+        ("/v1/completions", {"regex": "x"}, "regex"),
         ("/v1/completions", {"use_beam_search": True}, "use_beam_search"),
         ("/v1/completions", {"bad_words": ["x"]}, "bad_words"),
         ("/tokenize", {"tools": [{}]}, "tools"),

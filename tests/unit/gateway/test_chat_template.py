@@ -272,6 +272,23 @@ def test_the_last_message_can_be_continued(source: str) -> None:
         assert text.startswith("<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n")
 
 
+def test_what_a_template_changes_cannot_be_continued() -> None:
+    source = EACH + "{{ message.content | upper }}" + END
+    with pytest.raises(InvalidRequest) as caught:
+        render(source, says("user", "x"), says("assistant", "y"), continue_final_message=True)
+    assert caught.value.param == "continue_final_message"
+
+
+def test_the_message_that_is_lost_among_many_is_the_one_that_is_named() -> None:
+    """Its text is in the others too."""
+    source = (
+        "{% for m in messages %}{% if loop.index0 != 11 %}{{ m.content }}{% endif %}{% endfor %}"
+    )
+    conversation = [says(role, "the same words again") for role in ("user", "assistant") * 8]
+    with pytest.raises(InvalidRequest, match=r"leaves out messages\.11 "):
+        render(source, *conversation)
+
+
 @pytest.mark.parametrize("last", [CALLING, {"role": "assistant", "content": None}])
 def test_what_says_nothing_cannot_be_continued(last: dict[str, Any]) -> None:
     source = EACH + SILENCES["content is optional"] + END
