@@ -113,6 +113,8 @@ def _load(
         model_revision(folder, overrides) if settings.load_format == "auto" else "",
         described.tokenizer_digest,
     )
+    if not described.stop_token_ids:
+        log.warning("gateway.no_stop_ids", model=identity.name, folder=str(folder))
     if described.sampling_defaults != SamplingDefaults():
         defaults = dataclasses.asdict(described.sampling_defaults)
         log.info("gateway.model_defaults", model=identity.name, **defaults)

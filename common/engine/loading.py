@@ -73,7 +73,7 @@ def context_length(settings: EngineSettings, config: ModelConfig) -> int:
 def load_model(
     settings: EngineSettings, folder: Path, config: ModelConfig, backend: Backend, length: int
 ) -> Model:
-    _check_weights_fit(config, backend.dtype, backend.device)
+    _check_weights_fit(config, backend.dtype, backend.device, length)
     if settings.load_format == "dummy":
         tied = config.tie_word_embeddings
         source = RandomWeights(settings.seed, tied=tied, dtype=backend.dtype)
@@ -85,7 +85,9 @@ def load_model(
     return model
 
 
-def _check_weights_fit(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+def _check_weights_fit(
+    config: ModelConfig, dtype: torch.dtype, device: torch.device, length: int
+) -> None:
     """Refuse before anything is read what would be killed for its memory half-way."""
     shapes = tensor_shapes(config, has_head=not config.tie_word_embeddings)
     needed = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
@@ -96,6 +98,12 @@ def _check_weights_fit(config: ModelConfig, dtype: torch.dtype, device: torch.de
             f"{free >> 20} MiB of free memory; take a smaller model, a smaller --dtype, or another "
             "machine",
             param="model",
+        )
+    if (rope := 4 * length * config.head_dim) > free - needed:
+        raise InsufficientMemory(
+            f"the table of angles for {length} positions takes {rope >> 20} MiB, and {device.type} "
+            f"has {(free - needed) >> 20} MiB beside the weights; lower --max-model-len",
+            param="max_model_len",
         )
 
 

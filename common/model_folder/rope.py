@@ -16,6 +16,7 @@ from common.model_folder.reading import integer, number, section, wrong
 
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 FILE = "config.json"
+LARGEST = 1e12  # of any parameter: the formulas take logarithms and powers of them
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -37,8 +38,8 @@ class RopeConfig:
         path = f"rope_parameters.{name}"
         value = number(self.parameters, name, FILE, path)
         value = default if value is None else value
-        if value is None or value <= 0:
-            raise wrong(FILE, path, "a positive number", value)
+        if value is None or not 1 / LARGEST <= value <= LARGEST:
+            raise wrong(FILE, path, f"a positive number, {LARGEST:.0e} at most", value)
         return value
 
 
@@ -78,8 +79,8 @@ def parse_rope(config: Mapping[str, Any], max_position_embeddings: int) -> RopeC
         ),
         10_000.0,
     )
-    if theta <= 1.0:
-        raise wrong(FILE, "rope_theta", "above 1", theta)
+    if not 1.0 < theta <= LARGEST:
+        raise wrong(FILE, "rope_theta", f"above 1, {LARGEST:.0e} at most", theta)
     original = max_position_embeddings
     if kind in ("llama3", "yarn"):
         name = "original_max_position_embeddings"

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from common.engine import Engine
-from common.errors import CheckpointError, ModelError, UnsupportedModel
+from common.errors import CheckpointError, InsufficientMemory, ModelError, UnsupportedModel
 from tests.support.checkpoints import STORIES
 
 
@@ -107,6 +107,14 @@ def test_a_tensor_that_no_layer_takes(folder: Path, name: str) -> None:
     assert name in str(error)
 
 
+def test_positions_that_no_memory_can_hold_are_refused_before_anything_is_read(
+    folder: Path,
+) -> None:
+    change_config(folder, max_position_embeddings=2**31 - 1, head_dim=256, num_attention_heads=8)
+    with pytest.raises(InsufficientMemory, match="max-model-len"):
+        Engine.load(folder, num_kv_blocks=8)
+
+
 def test_buffers_that_follow_from_the_config_are_no_fault(folder: Path) -> None:
     names = ("layers.0.self_attn.rotary_emb.inv_freq", "rotary_emb.inv_freq")
     change_tensors(folder, **{f"model.{name}": torch.ones(4) for name in names})
@@ -150,6 +158,12 @@ def test_an_index_that_is_none(folder: Path, text: str) -> None:
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "rope_parameters.factor"),
         ({"rope_scaling": {"full_attention": {"rope_type": "default"}}}, "rope_scaling"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2, "beta_fast": 1e300}},
+         "rope_parameters.beta_fast"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2, "attention_factor": -1}},
+         "rope_parameters.attention_factor"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 2, "low_freq_factor": 4,
+                           "high_freq_factor": 4}}, "rope_parameters.low_freq_factor"),
         ({"rope_scaling": ["linear"]}, "rope_scaling"),
         ({"rope_theta": -1.0}, "rope_theta"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
@@ -164,7 +178,7 @@ def test_an_index_that_is_none(folder: Path, text: str) -> None:
         ({"eos_token_id": [2, 512]}, "eos_token_id"),
         ({"layer_types": ["sliding_attention"] * 5}, "layer_types"),
     ],
-)
+)  # fmt: skip
 def test_a_field_that_is_not_supported(folder: Path, fields: dict[str, Any], param: str) -> None:
     (folder / "generation_config.json").unlink()
     change_config(folder, **fields)

@@ -271,6 +271,7 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
         ({"rope_scaling": {"type": "linear", "factor": 1e300}}, "rope_parameters.factor"),
         ({"rope_scaling": {"type": "yarn", "factor": float("nan")}}, "rope_parameters.factor"),
         ({"rope_theta": 1}, "rope_theta"),
+        ({"rope_theta": 1e300}, "rope_theta"),
         ({"rope_theta": "big"}, "rope_theta"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"original_max_position_embeddings": 0, "rope_scaling": YARN},
