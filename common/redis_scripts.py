@@ -172,7 +172,8 @@ end
 # KEYS: record, stream of the node, recent requests.
 # ARGV: load stem, open stem, request, attempt, choices, node, prompt tokens counted as load,
 #       encoded dispatch, claimed by ("" : put it into the stream), then record fields in pairs.
-# Returns 1 if this attempt is new, 0 if it was known already or is superseded.
+# Returns 1 if this attempt is new, 0 if it was known already, is superseded, or has ended: an end may
+# be served before the acceptance.
 ACCEPT = Script(
     PRELUDE
     + f"""
@@ -183,6 +184,7 @@ if redis.call('HEXISTS', record, 'a' .. attempt .. '.choices') == 1 then return 
 for _, choice in ipairs(list(choices)) do
   local current = tonumber(get(record, 'c' .. choice .. '.attempt'))
   if current and current > attempt then return 0 end
+  if current == attempt and RANK[get(record, 'c' .. choice .. '.state')] >= TERMINAL then return 0 end
 end
 if redis.call('HSETNX', record, 'accepted_at', now_ms()) == 1 then
   redis.call('ZADD', recent, get(record, 'accepted_at'), request)

@@ -73,7 +73,7 @@ class Ledger:
         self._num_ends = 0
         self._writer: asyncio.Task[None] | None = None
         self._audit: asyncio.Task[None] | None = None
-        self._audited_at = 0.0
+        self._next_audit = 0.0
 
     def check_room(self) -> None:
         """Raises `ServiceUnavailable` while so much is unwritten that nothing should be added."""
@@ -103,14 +103,17 @@ class Ledger:
 
     def audit(self) -> None:
         """Look whether Redis has requests as open that are not, if the last look is long ago."""
-        if time.monotonic() - self._audited_at >= AUDIT_INTERVAL_S and self._audit is None:
-            self._audited_at = time.monotonic()
+        if time.monotonic() >= self._next_audit and self._audit is None:
+            self._next_audit = time.monotonic() + AUDIT_INTERVAL_S
             self._audit = asyncio.create_task(self._look_for_strays(), name="audit")
 
     async def settle(self, limit_s: float) -> None:
-        """Wait until all is written, not for longer than the limit; nothing is written afterwards."""
+        """Wait until a last audit is done and all is written, not for longer than the limit; nothing is
+        written afterwards."""
         deadline = time.monotonic() + limit_s
-        while task := self._writer or self._audit:
+        self._next_audit = 0.0
+        self.audit()
+        while task := self._audit or self._writer:
             _, waiting = await asyncio.wait({task}, timeout=max(0.0, deadline - time.monotonic()))
             if waiting:
                 break
@@ -152,7 +155,7 @@ class Ledger:
             self._writer = None
         if stalled:
             log.info("ledger.caught_up")
-            self._audited_at = 0.0
+            self._next_audit = 0.0
             self.audit()
 
     async def _write_one(self, request: str) -> bool:

@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import common.queue
@@ -39,6 +39,7 @@ def impatient() -> Iterator[None]:
 
 @settings(
     max_examples=60, deadline=None, derandomize=True,
+    phases=[Phase.generate],  # a loss takes the whole time limit to show, so nothing is shrunk
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )  # fmt: skip
 @given(

@@ -68,6 +68,16 @@ async def test_accepting_an_attempt_again_changes_nothing(
     assert await requests.loads(["p-1", "p-2"]) == {"p-1": Load(1, 5), "p-2": IDLE}
 
 
+async def test_an_attempt_that_ended_before_redis_saw_it_is_not_accepted_any_more(
+    requests: Requests, redis_client: RedisClient
+) -> None:
+    await requests.accept(a_dispatch(), "p-1")
+    await requests.finish("r-1", 2, (0,), finish_reason="stop")
+    assert not await requests.accept(a_dispatch(attempt=2), "p-2")
+    assert await entries(redis_client, "p-2") == []
+    assert await requests.loads(["p-1", "p-2"]) == {"p-1": IDLE, "p-2": IDLE}
+
+
 async def test_a_newer_attempt_takes_over_record_and_load(requests: Requests) -> None:
     await requests.accept(a_dispatch(), "p-1")
     await requests.claim("r-1", 1, "p-1")

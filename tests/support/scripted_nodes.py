@@ -37,7 +37,7 @@ from tests.support.fake_cluster import FINGERPRINT, MODEL, endless
 GATEWAY = "gateway-1"
 PROMPT = (1, 2, 3)
 TOKENS = 4
-END_LIMIT_S = 5.0
+END_LIMIT_S = 20.0
 
 
 class LossyClient(RedisClient):
