@@ -178,7 +178,7 @@ def _object_in(text: str) -> Any:
 
 # ── Probing ──────────────────────────────────────────────────────────────────────────────────────
 
-_CALL = {
+_CALL: dict[str, Any] = {
     "id": CALL_ID,
     "type": "function",
     "function": {"name": f"{MARK}name", "arguments": {"key": f"{MARK}value"}},
@@ -210,7 +210,7 @@ def _conversations(probe: dict[str, Any], fill: Any) -> Iterator[list[dict[str, 
             ({"content": None}, {"content": ""}, {}, {"content": fill}),
             ({"key": "x"}, '{"key": "x"}'),
         ):
-            function = {**_CALL["function"], "arguments": arguments}  # type: ignore[dict-item]
+            function = {**_CALL["function"], "arguments": arguments}
             call = {"role": "assistant", **silence, "tool_calls": [{**_CALL, "function": function}]}
             yield [user, call, {**probe, **_RESULT}]
             yield [user, call, {**probe, **_RESULT}, assistant, user]
