@@ -113,6 +113,13 @@ class Store:
     async def end(self, request: str, state: str, code: str, message: str) -> None:
         self.ended.add(request)
 
+    async def bury(self, dispatch: Dispatch, reason: str) -> None:
+        raise AssertionError(f"{dispatch} is no poison")
+
+    async def open_requests(self, gateway: str) -> set[str]:
+        await self._round_trip()
+        return {request for request, _ in self.entries} - self.ended
+
     def is_wanted(self, dispatch: Dispatch) -> bool:
         if dispatch.request in self.ended:
             return False
@@ -128,6 +135,10 @@ class Store:
             if not self.away:
                 yield Snapshot(dict(self.records), dict.fromkeys(self.records, 0.0), "1")
             await asyncio.sleep(interval_s)
+
+    async def alone(self, incarnation: str) -> str | None:
+        await self._round_trip()
+        return None
 
     async def loads(self, incarnations: Sequence[str]) -> dict[str, Load]:
         return {}

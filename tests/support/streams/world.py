@@ -29,6 +29,7 @@ SETTINGS = BusSettings()
 SILENCE_S = SETTINGS.missed_beats * SETTINGS.beat_interval_s
 DELAY_S = 0.005  # or twice that
 INBOX = 4096
+CLOSE_ROUNDS = 4
 
 
 class _Loop(asyncio.SelectorEventLoop):  # type: ignore[misc, valid-type]
@@ -62,6 +63,7 @@ class Process:
     def __init__(self, world: World, name: str) -> None:
         self.world, self.name = world, name
         self.loop = _Loop(world)
+        self.loop.set_exception_handler(self._unhandled)
         self.stopped = self.dead = False
         self.stops = 0
         self.bus: VirtualBus
@@ -71,6 +73,10 @@ class Process:
         task = self.loop.create_task(main)
         task.add_done_callback(self.world.ended)
         return task
+
+    def _unhandled(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        if "exception" in context:
+            self.world.errors.append(context["exception"])
 
     def stop(self) -> None:
         """SIGSTOP. Peers that listen close the connections of who does not answer their heartbeats."""
@@ -101,10 +107,12 @@ class Process:
         self.close()
 
     def close(self) -> None:
-        for task in asyncio.all_tasks(self.loop):
-            task.cancel()
-        while self.loop.run_due():
-            pass
+        """End its tasks; those that are new run once before, as whatever they were given expects."""
+        for _ in range(CLOSE_ROUNDS):
+            while self.loop.run_due():
+                pass
+            for task in asyncio.all_tasks(self.loop):
+                task.cancel()
         self.loop.close()
         self.world.processes.pop(self.name, None)
 
@@ -120,12 +128,12 @@ class World:
         self.parted: set[frozenset[str]] = set()  # pairs that do not hear each other
         self._events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._number = 0
-        self._errors: list[BaseException] = []
+        self.errors: list[BaseException] = []
 
     def ended(self, task: asyncio.Task[Any]) -> None:
         """Whatever a process raises ends the run."""
         if not task.cancelled() and (error := task.exception()) is not None:
-            self._errors.append(error)
+            self.errors.append(error)
 
     def later(self, delay: float, call: Callable[..., None], *arguments: Any) -> None:
         self._number += 1
@@ -136,8 +144,8 @@ class World:
         """Let time pass until `done`; False when the limit comes first."""
         end = self.now + limit_s
         while not done():
-            if self._errors:
-                raise self._errors[0]
+            if self.errors:
+                raise self.errors[0]
             if self._run_ready():
                 continue
             running = [p.loop.next_due() for p in self.processes.values() if not p.stopped]
