@@ -222,6 +222,9 @@ class GatewaySettings:
         "warn", "what happens to fields of a body that nobody knows"
     )
     max_open_requests: int = setting(256, "open requests at most; further ones get 429", at_least=1)
+    intake_processes: int = setting(
+        2, "processes that read large bodies; one more takes the small chats", at_least=1
+    )
     max_attempts: int = setting(4, "times that one request is tried", at_least=1)
     placement_timeout_s: float = setting(
         8.0, "how long a request waits for a node that can take it", at_least=0.01

@@ -32,13 +32,15 @@ from common.requests import Requests
 from gateway.access import Access
 from gateway.app import create_app
 from gateway.dispatch import Dispatcher, Limits
+from gateway.intake.pool import Intake
+from gateway.intake.process import Forker
 from gateway.metrics import GatewayMetrics
 from gateway.node_links import NodeLinks
 from gateway.prefix_index import PrefixIndex
 from gateway.record_store import RecordStore
 from gateway.replays import Replays
 from gateway.router import LeastLoadedRouter
-from gateway.served_models import load_models
+from gateway.served_models import ServedModels, load_models
 from gateway.server import FAREWELL_S, Server
 from gateway.service import Service, ServiceLimits
 
@@ -48,15 +50,14 @@ FEWEST_CONNECTIONS = 32
 log = get_logger("gateway")
 
 
-async def run(settings: GatewaySettings) -> None:
+async def run(
+    settings: GatewaySettings, incarnation: str, models: ServedModels, forker: Forker
+) -> None:
     """Serve until a signal comes. Raises `PdqError` for what keeps it from starting."""
-    incarnation = new_incarnation(settings.name or f"gateway-{socket.gethostname().split('.')[0]}")
-    configure(incarnation, settings.log.level)
     access = Access.of(settings)
     connections = room_for(
         settings.http.max_connections, OTHER_DESCRIPTORS, FEWEST_CONNECTIONS, "a gateway"
     )
-    models = await asyncio.to_thread(load_models, settings)
     names = ",".join(model.name for model in models)
     async with contextlib.AsyncExitStack() as stack:
         listener = stack.enter_context(_listen(settings))
@@ -96,7 +97,9 @@ async def run(settings: GatewaySettings) -> None:
             max_prompts=settings.max_prompts,
             unknown_fields=settings.unknown_fields,
         )
-        service = Service(models, dispatcher, limits, metrics, access)
+        intake = Intake(models, forker, settings.intake_processes)
+        stack.callback(intake.close)
+        service = Service(models, intake, dispatcher, limits, metrics, access)
         record = NodeRecord(
             incarnation=incarnation,
             name=incarnation.rpartition("-")[0],
@@ -200,7 +203,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = load(
             GatewaySettings, sys.argv[1:] if argv is None else argv, os.environ, program="gateway"
         )
-        asyncio.run(run(settings))
+        name = settings.name or f"gateway-{socket.gethostname().split('.')[0]}"
+        incarnation = new_incarnation(name)
+        configure(incarnation, settings.log.level)
+        models = load_models(settings)
+        with contextlib.closing(Forker(models)) as forker:  # before the loop and its threads
+            asyncio.run(run(settings, incarnation, models, forker))
     except PdqError as error:
         print(f"gateway: {error}", file=sys.stderr)
         return 1

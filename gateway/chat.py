@@ -5,18 +5,20 @@ Owns: OpenAI's shapes of a chat completion and of its logprobs.
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
 from starlette.requests import Request
 
 from gateway.completions import finite, token_name, usage_body, usage_of_chunk
-from gateway.generation import Usage, VisibleToken, generate
+from gateway.generation import TextDelta, Usage, VisibleToken, generate
+from gateway.json_text import JSONList, dumps, with_members
 from gateway.open_request import Work
-from gateway.schemas import ChatBody, TextOptions
+from gateway.schemas import ChatBody, TextOptions, parse
 from gateway.served_models import ServedModel
 from gateway.service import Service
 from gateway.sse import Answer, EventStream, JSONAnswer
@@ -35,12 +37,11 @@ class _Run:
 
 
 async def chat_completions(service: Service, request: Request) -> Answer:
-    body = await service.body(ChatBody, request)
+    prepared = await service.prepared("chat", request)
+    body = parse(ChatBody, prepared.fields)
     model = service.models.find(body.model)
-    body.check(service.limits.max_n)
-    text = body.text_options()
     request_id = service.new_id("chatcmpl")
-    prompt_ids = await service.chat_prompt(model, body)
+    (prompt_ids,) = prepared.prompts
     work = service.work(request_id, model, prompt_ids, "messages", body, request)
     head = {
         "id": request_id,
@@ -48,7 +49,7 @@ async def chat_completions(service: Service, request: Request) -> Answer:
         "created": int(time.time()),
         "model": model.name,
     }
-    run = _Run(service, model, body, work, text, head)
+    run = _Run(service, model, body, work, body.text_options(), head)
     retry_after_s = service.limits.retry_after_s
     if body.stream:
         return EventStream(_chunks(run), retry_after_s)
@@ -86,32 +87,48 @@ async def _chunks(run: _Run) -> AsyncGenerator[object, None]:
         yield {**run.head, "choices": [], "usage": usage_body(usage)}
 
 
-async def _whole(run: _Run) -> object:
+async def _whole(run: _Run) -> Sequence[bytes]:
     body, usage = run.body, Usage(len(run.work.prompt_ids))
-    texts: list[list[str]] = [[] for _ in range(body.n)]
-    tokens: list[list[VisibleToken]] = [[] for _ in range(body.n)]
-    token_ids: list[list[int]] = [[] for _ in range(body.n)]
-    reasons: list[str | None] = [None] * body.n
+    choices = [_ChoiceSoFar() for _ in range(body.n)]
     running = generate(run.service.dispatcher, run.model.tokenizer, run.work, run.text, usage)
     async with aclosing(running) as deltas:
         async for delta in deltas:
-            texts[delta.choice].append(delta.text)
-            tokens[delta.choice] += delta.tokens
-            token_ids[delta.choice] += delta.token_ids
-            reasons[delta.choice] = delta.finish_reason
-    choices: list[dict[str, Any]] = [
-        {
-            "index": index,
-            "message": {"role": "assistant", "content": "".join(texts[index]), "refusal": None},
-            "logprobs": _logprobs(run, tokens[index]),
-            "finish_reason": reasons[index],
-        }
-        for index in range(body.n)
-    ]
-    if body.return_token_ids:
-        for choice, ids in zip(choices, token_ids, strict=True):
-            choice["token_ids"] = ids
-    return {**run.head, "choices": choices, "usage": usage_body(usage), **_prompt_ids(run)}
+            choices[delta.choice].add(delta, _logprobs(run, delta.tokens))
+    parts = [dumps({**run.head, **_prompt_ids(run)})[:-1] + b',"choices":[']
+    for index, choice in enumerate(choices):
+        parts += [b"," if index else b"", choice.json(index, body)]
+        await asyncio.sleep(0)  # others have their turn between two choices
+    return [*parts, b'],"usage":' + dumps(usage_body(usage)) + b"}"]
+
+
+class _ChoiceSoFar:
+    """One choice of an answer that is given at once; what comes in numbers is text already."""
+
+    def __init__(self) -> None:
+        self._text: list[str] = []
+        self._logprobs: JSONList | None = None
+        self._token_ids = JSONList()
+        self._reason: str | None = None
+
+    def add(self, delta: TextDelta, logprobs: Mapping[str, Any] | None) -> None:
+        self._text.append(delta.text)
+        self._token_ids.extend(delta.token_ids)
+        self._reason = delta.finish_reason
+        if logprobs is not None:
+            self._logprobs = self._logprobs or JSONList()
+            self._logprobs.extend(logprobs["content"])
+
+    def json(self, index: int, body: ChatBody) -> bytes:
+        message = {"role": "assistant", "content": "".join(self._text), "refusal": None}
+        small: dict[str, Any] = {"index": index, "message": message, "finish_reason": self._reason}
+        members = {}
+        if self._logprobs is None:
+            small["logprobs"] = None
+        else:
+            members["logprobs"] = with_members({"refusal": None}, {"content": self._logprobs.text})
+        if body.return_token_ids:
+            members["token_ids"] = self._token_ids.text
+        return with_members(small, members)
 
 
 def _prompt_ids(run: _Run) -> dict[str, Any]:

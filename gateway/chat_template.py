@@ -20,12 +20,14 @@ import jinja2
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
+import jinja2.runtime
 import jinja2.sandbox
 
 from common.errors import InvalidRequest, ModelError
 from gateway.message_forms import (
     MARK,
     Form,
+    MessageForms,
     Render,
     all_in_order,
     find_forms,
@@ -64,10 +66,18 @@ def _strftime_now(pattern: str) -> str:
     return datetime.datetime.now().strftime(pattern)
 
 
+@jinja2.pass_context
+def _as_it_is(context: jinja2.runtime.Context, value: Any) -> Any:
+    return value
+
+
 def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True,
         lstrip_blocks=True,
+        # Nothing of a template is computed before it is rendered, which is done under limits:
+        optimized=False,  # … no constant expression,
+        finalize=_as_it_is,  # … nor one that is put out
         extensions=[_GenerationBlock, "jinja2.ext.loopcontrols"],
     )
     environment.filters["tojson"] = _tojson
@@ -85,7 +95,11 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             raise ModelError(f"the chat template does not compile: {error}") from error
         self._special_tokens = special_tokens
-        self._forms = find_forms(functools.partial(self._raw, True, {}))
+
+    @functools.cached_property
+    def _forms(self) -> MessageForms:
+        # Found by rendering, which is done where a template may take long.
+        return find_forms(functools.partial(self._raw, True, {}))
 
     def render(
         self,

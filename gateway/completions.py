@@ -10,7 +10,7 @@ import asyncio
 import dataclasses
 import functools
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -18,22 +18,26 @@ from starlette.requests import Request
 
 from gateway.detokenizer import Detokenizer
 from gateway.generation import TextDelta, Usage, VisibleToken, generate
+from gateway.json_text import JSONList, dumps, joined, with_members
 from gateway.open_request import Work
-from gateway.schemas import Body, CompletionBody, StreamOptions, TextOptions
+from gateway.schemas import Body, CompletionBody, StreamOptions, TextOptions, parse
 from gateway.served_models import ServedModel
 from gateway.service import Service
 from gateway.sse import Answer, EventStream, JSONAnswer
 from gateway.tokenizer import Tokenizer
 
-LONG_PROMPT = 4096  # tokens whose text is not made on the event loop
+LOGPROBS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+MAX_AHEAD = 256  # deltas of several prompts that wait for a client to take them
+IN_ONE_GO = 1024  # tokens of a prompt whose text is made before others have their turn
 MINUS_INFINITY = -9999.0  # how OpenAI writes it: JSON has no infinity
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Echo:
-    """The prompt's text, which comes before the completion's, and the stream that goes on there."""
+    """The prompt's text as JSON, which comes before the completion's, and the stream that goes on
+    there."""
 
-    text: str = ""
+    text: bytes = b""
     stream: Detokenizer | None = None
 
 
@@ -54,30 +58,25 @@ class _Run:
 
 
 async def completions(service: Service, request: Request) -> Answer:
-    body = await service.body(CompletionBody, request)
+    prepared = await service.prepared("completions", request)
+    body = parse(CompletionBody, prepared.fields)
     model = service.models.find(body.model)
-    body.check(service.limits.max_n)
-    text = body.text_options()
     request_id = service.new_id("cmpl")
-    prompts = await service.completion_prompts(model, body)
-    works = [
-        service.work(
-            request_id if len(prompts) == 1 else f"{request_id}-{index}",
-            model, prompt_ids, "prompt", body, request,
-        )
-        for index, prompt_ids in enumerate(prompts)
-    ]  # fmt: skip
+    works = []
+    for index, prompt_ids in enumerate(prepared.prompts):
+        name = request_id if len(prepared.prompts) == 1 else f"{request_id}-{index}"
+        works.append(service.work(name, model, prompt_ids, "prompt", body, request))
+        await asyncio.sleep(0)  # others have their turn between two prompts
     head = {
         "id": request_id,
         "object": "text_completion",
         "created": int(time.time()),
         "model": model.name,
     }
-    several = isinstance(body.prompt, list) and len(prompts) == len(body.prompt)
-    given = body.prompt if several else [body.prompt]
+    text = body.text_options()
     echoes = [
-        await _echo(model.tokenizer, body, text, prompt, work)
-        for prompt, work in zip(given, works, strict=True)
+        await _echo(model.tokenizer, body, text, given, work)
+        for given, work in zip(prepared.echoes, works, strict=True)
     ]
     run = _Run(service, model, body, works, echoes, text, head)
     retry_after_s = service.limits.retry_after_s
@@ -87,17 +86,17 @@ async def completions(service: Service, request: Request) -> Answer:
 
 
 async def _echo(
-    tokenizer: Tokenizer, body: CompletionBody, options: TextOptions, given: object, work: Work
+    tokenizer: Tokenizer, body: CompletionBody, options: TextOptions, given: bytes, work: Work
 ) -> _Echo:
     """A text as it was given; ids as their text, up to what the first new token may change."""
-    if not body.echo:
-        return _Echo()
-    if isinstance(given, str) and body.truncate_prompt_tokens is None:
+    if given or not body.echo:
         return _Echo(given)
     stream = tokenizer.detokenizer(skip_special_tokens=options.skip_special_tokens)
-    if len(work.prompt_ids) < LONG_PROMPT:
-        return _Echo(stream.push_all(work.prompt_ids), stream)
-    return _Echo(await asyncio.to_thread(stream.push_all, work.prompt_ids), stream)
+    pieces = []
+    for begin in range(0, len(work.prompt_ids), IN_ONE_GO):
+        pieces.append(stream.push_all(work.prompt_ids[begin : begin + IN_ONE_GO]))
+        await asyncio.sleep(0)
+    return _Echo(dumps("".join(pieces)), stream)
 
 
 async def _chunks(run: _Run) -> AsyncGenerator[object, None]:
@@ -107,46 +106,68 @@ async def _chunks(run: _Run) -> AsyncGenerator[object, None]:
         async for prompt, delta in deltas:
             index = prompt * body.n + delta.choice
             first, begun[index] = not begun[index], True
-            echo = run.echoes[prompt].text
-            text = echo + delta.text if first else delta.text
+            echo = run.echoes[prompt].text if first else b""
+            text = delta.text
             by_token = body.logprobs is not None or body.return_token_ids
-            if not (text or delta.finish_reason or by_token):
+            if not (echo or text or delta.finish_reason or by_token):
                 continue
-            logprobs = _logprobs(run, delta.tokens, len(echo))
-            choice = _choice(index, text, logprobs, delta.finish_reason)
+            choice: dict[str, Any] = {
+                "index": index,
+                "logprobs": _logprobs(run, delta.tokens),
+                "finish_reason": delta.finish_reason,
+            }
             if body.return_token_ids:
                 choice["token_ids"] = delta.token_ids
                 choice["prompt_token_ids"] = run.works[prompt].prompt_ids if first else None
-            yield {**run.head, "choices": [choice], **usage_of_chunk(body.stream_options, usage)}
+            members = {"text": joined(echo, dumps(text))}
+            chunk = {**run.head, **usage_of_chunk(body.stream_options, usage)}
+            yield with_members(chunk, {"choices": b"[" + with_members(choice, members) + b"]"})
     if body.stream_options.include_usage:
         yield {**run.head, "choices": [], "usage": usage_body(usage)}
 
 
-async def _whole(run: _Run) -> object:
+async def _whole(run: _Run) -> Sequence[bytes]:
     body, usage = run.body, run.usage()
-    count = len(run.works) * body.n
-    texts: list[list[str]] = [[] for _ in range(count)]
-    tokens: list[list[VisibleToken]] = [[] for _ in range(count)]
-    token_ids: list[list[int]] = [[] for _ in range(count)]
-    reasons: list[str | None] = [None] * count
+    choices = [_ChoiceSoFar() for _ in range(len(run.works) * body.n)]
     async with aclosing(merged(run, usage)) as deltas:
         async for prompt, delta in deltas:
-            index = prompt * body.n + delta.choice
-            texts[index].append(delta.text)
-            tokens[index] += delta.tokens
-            token_ids[index] += delta.token_ids
-            reasons[index] = delta.finish_reason
-    choices = []
-    for index in range(count):
-        prompt = index // body.n
-        echo = run.echoes[prompt].text
-        logprobs = _logprobs(run, tokens[index], len(echo))
-        choice = _choice(index, echo + "".join(texts[index]), logprobs, reasons[index])
-        if body.return_token_ids:
-            choice["token_ids"] = token_ids[index]
-            choice["prompt_token_ids"] = run.works[prompt].prompt_ids
-        choices.append(choice)
-    return {**run.head, "choices": choices, "usage": usage_body(usage)}
+            choices[prompt * body.n + delta.choice].add(delta, _logprobs(run, delta.tokens))
+    parts = [dumps(run.head)[:-1] + b',"choices":[']
+    for index, choice in enumerate(choices):
+        parts += [b"," if index else b"", choice.json(index, run)]
+        await asyncio.sleep(0)  # others have their turn between two choices
+    return [*parts, b'],"usage":' + dumps(usage_body(usage)) + b"}"]
+
+
+class _ChoiceSoFar:
+    """One choice of an answer that is given at once; what comes in numbers is text already."""
+
+    def __init__(self) -> None:
+        self._text: list[str] = []
+        self._logprobs = {name: JSONList() for name in LOGPROBS}
+        self._token_ids = JSONList()
+        self._reason: str | None = None
+
+    def add(self, delta: TextDelta, logprobs: Mapping[str, Sequence[object]] | None) -> None:
+        self._text.append(delta.text)
+        self._token_ids.extend(delta.token_ids)
+        self._reason = delta.finish_reason
+        for name, values in (logprobs or {}).items():
+            self._logprobs[name].extend(values)
+
+    def json(self, index: int, run: _Run) -> bytes:
+        prompt = index // run.body.n
+        members = {"text": joined(run.echoes[prompt].text, dumps("".join(self._text)))}
+        if run.body.logprobs is not None:
+            lists = {name: values.text for name, values in self._logprobs.items()}
+            members["logprobs"] = with_members({}, lists)
+        if run.body.return_token_ids:
+            members["token_ids"] = self._token_ids.text
+            members["prompt_token_ids"] = dumps(run.works[prompt].prompt_ids)
+        small = {"index": index, "finish_reason": self._reason}
+        if run.body.logprobs is None:
+            small["logprobs"] = None
+        return with_members(small, members)
 
 
 async def merged(run: _Run, usage: Usage) -> AsyncGenerator[tuple[int, TextDelta], None]:
@@ -163,7 +184,7 @@ async def merged(run: _Run, usage: Usage) -> AsyncGenerator[tuple[int, TextDelta
         return
 
     dispatcher.check_room(len(works))
-    queue: asyncio.Queue[tuple[int, TextDelta] | None] = asyncio.Queue()
+    queue: asyncio.Queue[tuple[int, TextDelta] | Exception | None] = asyncio.Queue(MAX_AHEAD)
 
     async def feed(index: int, work: Work) -> None:
         echoed = run.echoes[index].stream
@@ -171,26 +192,32 @@ async def merged(run: _Run, usage: Usage) -> AsyncGenerator[tuple[int, TextDelta
         try:
             async with aclosing(deltas):
                 async for delta in deltas:
-                    queue.put_nowait((index, delta))
-        finally:
-            queue.put_nowait(None)
+                    await queue.put((index, delta))
+        except Exception as error:
+            await queue.put(error)
+        else:
+            await queue.put(None)
 
-    tasks = [asyncio.create_task(feed(index, work)) for index, work in enumerate(works)]
+    tasks: list[asyncio.Task[None]] = []
+
+    async def start() -> None:
+        for index, work in enumerate(works):
+            tasks.append(asyncio.create_task(feed(index, work)))
+            await asyncio.sleep(0)  # placing a long prompt takes a while: one in a turn
+
+    starting = asyncio.create_task(start())
     try:
         for _ in works:
             while (item := await queue.get()) is not None:
+                if isinstance(item, Exception):
+                    raise item
                 yield item
-            for task in tasks:
-                if task.done():
-                    task.result()
     finally:
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def _choice(index: int, text: str, logprobs: object, reason: str | None) -> dict[str, Any]:
-    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}
 
 
 def usage_body(usage: Usage) -> dict[str, Any]:
@@ -220,7 +247,7 @@ def finite(logprob: float) -> float:
     return max(logprob, MINUS_INFINITY)
 
 
-def _logprobs(run: _Run, tokens: Sequence[VisibleToken], base: int) -> object:
+def _logprobs(run: _Run, tokens: Sequence[VisibleToken]) -> Mapping[str, Sequence[object]] | None:
     """OpenAI's four parallel lists; the chosen token is among the alternatives too."""
     if run.body.logprobs is None:
         return None
@@ -241,5 +268,5 @@ def _logprobs(run: _Run, tokens: Sequence[VisibleToken], base: int) -> object:
         "tokens": [text_of(visible.token.token_id) for visible in tokens],
         "token_logprobs": [finite(lp.logprob) if lp is not None else None for _, lp in known],
         "top_logprobs": tops,
-        "text_offset": [base + visible.offset for visible in tokens],
+        "text_offset": [visible.offset for visible in tokens],
     }

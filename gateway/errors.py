@@ -110,6 +110,18 @@ def error_body(error: PdqError) -> dict[str, object]:
     }
 
 
+def error_named(code: str, message: str, param: str | None) -> PdqError:
+    """The error with this code, whichever module has it; `PdqError` for a code nobody has."""
+    return _kinds(PdqError).get(code, PdqError)(message, param=param)
+
+
+def _kinds(parent: type[PdqError]) -> dict[str, type[PdqError]]:
+    found = {parent.code: parent}
+    for kind in parent.__subclasses__():
+        found.update(_kinds(kind))
+    return found
+
+
 def error_json(error: PdqError) -> bytes:
     return json.dumps(error_body(error)).encode()
 

@@ -10,12 +10,14 @@ import asyncio
 import dataclasses
 from collections.abc import AsyncGenerator
 
-from common.errors import PdqError
+from common.errors import Overloaded, PdqError
 from common.identity import ModelIdentity
 from common.kv_layout import Fingerprint
 from common.messages import Dispatch
 from common.sampling import SamplingParams
 from gateway.streams import ChoiceStream, Token
+
+MAX_BACKLOG = 2**17  # tokens, alternatives among logprobs counted too, that nobody has read
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -82,6 +84,7 @@ class OpenRequest:
             for _ in range(work.n)
         ]
         self._updates: asyncio.Queue[Update | PdqError] = asyncio.Queue()
+        self._backlog = 0
         self.failed = False
 
     @property
@@ -89,7 +92,11 @@ class OpenRequest:
         return all(choice.done for choice in self.choices)
 
     def publish(self, update: Update) -> None:
+        """For the client to take; one that falls too far behind loses its request."""
+        self._backlog += _weight(update)
         self._updates.put_nowait(update)
+        if self._backlog > MAX_BACKLOG:
+            self.fail(Overloaded("the answer was not read while it grew"))
 
     def fail(self, error: PdqError) -> None:
         if not self.failed:
@@ -106,4 +113,9 @@ class OpenRequest:
             item = await self._updates.get()
             if isinstance(item, PdqError):
                 raise item
+            self._backlog -= _weight(item)
             yield item
+
+
+def _weight(update: Update) -> int:
+    return sum(1 + (len(t.logprobs.top_ids) if t.logprobs else 0) for t in update.tokens)

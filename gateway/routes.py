@@ -6,7 +6,7 @@ an error of ours becomes a response (gateway/errors.py). The two big endpoints h
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 
 from fastapi import APIRouter
 from starlette.requests import ClientDisconnect, Request
@@ -17,9 +17,9 @@ from common.metrics import CONTENT_TYPE_LATEST
 from gateway.chat import chat_completions
 from gateway.completions import completions
 from gateway.errors import error_response
-from gateway.schemas import DetokenizeBody, TokenizeBody, check_ids
 from gateway.served_models import ServedModel
 from gateway.service import Service
+from gateway.sse import JSONAnswer
 from gateway.unknown_fields import Warned
 
 Endpoint = Callable[[Service, Request], Awaitable[Response]]
@@ -36,31 +36,20 @@ async def model(service: Service, request: Request) -> Response:
 
 
 async def tokenize(service: Service, request: Request) -> Response:
-    body = await service.body(TokenizeBody, request)
-    model = service.models.find(body.model)
-    body.check()
-    if body.prompt is not None:
-        add = body.add_special_tokens is not False
-        ids = await model.tokenizer.encode(body.prompt, add_special_tokens=add)
-    else:
-        ids = await service.chat_prompt(model, body)
-    answer: dict[str, object] = {
-        "count": len(ids),
-        "max_model_len": model.max_model_len,
-        "tokens": ids,
-    }
-    if body.return_token_strs:
-        answer["token_strs"] = [model.tokenizer.token_text(token_id) for token_id in ids]
-    return JSONResponse(answer)
+    return await _answered("tokenize", service, request)
 
 
 async def detokenize(service: Service, request: Request) -> Response:
-    body = await service.body(DetokenizeBody, request)
-    model = service.models.find(body.model)
-    check_ids(body.tokens, model.vocab_size, "tokens")
-    skip = body.skip_special_tokens
-    text = model.tokenizer.decode(body.tokens, skip_special_tokens=skip)
-    return JSONResponse({"prompt": text})
+    return await _answered("detokenize", service, request)
+
+
+async def _answered(kind: str, service: Service, request: Request) -> Response:
+    prepared = await service.prepared(kind, request)
+
+    async def parts() -> Sequence[bytes]:
+        return (prepared.answer,)
+
+    return JSONAnswer(parts, service.limits.retry_after_s)
 
 
 async def health(service: Service, request: Request) -> Response:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from common.config import GatewaySettings
-from common.errors import ConfigError
+from common.errors import ConfigError, ContextLengthExceeded
 from common.identity import ModelIdentity
 from common.logs import get_logger
 from common.model_files import model_name, model_revision, resolve_model
@@ -48,6 +48,25 @@ class ServedModel:
     def max_model_len(self) -> int | None:
         """Positions of its context; None where its folder does not say."""
         return self.tokenizer.model.context_length
+
+    def longest_prompt(self, limit: int | None) -> int | None:
+        """Tokens that a prompt may have, `limit` being the gateway's own; None where nobody says."""
+        context = self.max_model_len
+        limits = (limit, context and context - 1)
+        return min((limit for limit in limits if limit is not None), default=None)
+
+    def check_length(
+        self, count: int, limit: int | None, param: str, *, at_least: bool = False
+    ) -> None:
+        """Raises `ContextLengthExceeded` for a prompt of `count` tokens, or `at_least` so many."""
+        longest = self.longest_prompt(limit)
+        if longest is not None and count > longest:
+            raise ContextLengthExceeded(
+                f"This model's maximum context length is {self.max_model_len or longest} tokens. "
+                f"However, your {param} has {'at least ' if at_least else ''}{count} tokens, and "
+                f"{longest} are allowed. Please reduce the length of the {param}.",
+                param=param,
+            )
 
 
 class ServedModels:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
-from typing import TypeVar
 
 from starlette.requests import Request
 
@@ -21,14 +20,13 @@ from common.errors import (
 from gateway.access import Access
 from gateway.bodies import BodyBudget, read_body
 from gateway.dispatch import Dispatcher
+from gateway.intake.pool import Intake
+from gateway.intake.prepare import Prepared, Question, TokenIds
 from gateway.metrics import GatewayMetrics
 from gateway.open_request import Work
-from gateway.schemas import Body, ChatBody, CompletionBody, TokenizeBody, parse
-from gateway.schemas.fields import Fields
+from gateway.schemas import Body, ChatBody, CompletionBody
 from gateway.served_models import ServedModel, ServedModels
 from gateway.unknown_fields import Policy, UnknownFields
-
-AnyBody = TypeVar("AnyBody", bound=Fields)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -49,6 +47,7 @@ class Service:
     """Built once by the app, handed to every endpoint."""
 
     models: ServedModels
+    intake: Intake
     dispatcher: Dispatcher
     limits: ServiceLimits
     metrics: GatewayMetrics
@@ -61,20 +60,27 @@ class Service:
         self.bodies = BodyBudget(self.limits.max_bodies_bytes)
         self.unknown_fields = UnknownFields(self.limits.unknown_fields, self.metrics)
 
-    async def body(self, kind: type[AnyBody], request: Request) -> AnyBody:
-        """The parsed body; `request.state` remembers which of its fields are ignored."""
-        body = parse(kind, await self._read(request))
-        request.state.ignored_fields = self.unknown_fields.ignored(body, request.url.path)
-        return body
-
-    async def _read(self, request: Request) -> bytes:
-        """The body of a request that may be served: open service, known key, JSON, size in bounds."""
+    async def prepared(self, kind: str, request: Request) -> Prepared:
+        """What the body of a request that may be served asks for (`intake.prepare`): open service,
+        known key, JSON, size in bounds. `request.state` remembers which fields are ignored."""
         if self.draining:
             raise ServiceUnavailable("this gateway is draining: ask another one")
         self.access.check_key(request)
         self.access.check_json(request)
-        with self.bodies.share(self.access.client(request)) as share:
-            return await read_body(request, self.limits.max_body_bytes, share)
+        client = self.access.client(request)
+        question = Question(
+            kind,
+            max_n=self.limits.max_n,
+            max_prompts=min(self.limits.max_prompts, self.dispatcher.max_open),
+            max_prompt_tokens=self.limits.max_prompt_tokens,
+            refuse_unknown=self.unknown_fields.are_refused,
+        )
+        with self.bodies.share(client) as share:
+            body = await read_body(request, self.limits.max_body_bytes, share)
+            prepared = await self.intake.prepare(client, question, body)
+        ignored = self.unknown_fields.ignored(prepared.unknown, request.url.path)
+        request.state.ignored_fields = ignored
+        return prepared
 
     def ready(self) -> str | None:
         """None when a request for some model could be placed now, else what each of them lacks."""
@@ -85,7 +91,7 @@ class Service:
         self,
         request_id: str,
         model: ServedModel,
-        prompt_ids: list[int],
+        prompt_ids: TokenIds,
         param: str,
         body: ChatBody | CompletionBody,
         request: Request,
@@ -137,18 +143,13 @@ class Service:
         known = (model.max_model_len, self.dispatcher.longest_context(model.identity))
         return min((length for length in known if length is not None), default=None)
 
-    def _longest_prompt(self, model: ServedModel) -> int | None:
-        context = model.max_model_len
-        limits = (self.limits.max_prompt_tokens, context and context - 1)
-        return min((limit for limit in limits if limit is not None), default=None)
-
-    def _truncated(self, model: ServedModel, prompt_ids: list[int], body: Body) -> list[int]:
+    def _truncated(self, model: ServedModel, prompt_ids: TokenIds, body: Body) -> TokenIds:
         """What `truncate_prompt_tokens` leaves: -1 leaves room for the tokens that are wanted."""
         keep = body.truncate_prompt_tokens
         if keep is None:
             return prompt_ids
         if keep == -1:
-            longest = self._longest_prompt(model)
+            longest = model.longest_prompt(self.limits.max_prompt_tokens)
             if longest is None:
                 return prompt_ids
             wanted = body.wanted_tokens[1] or 1
@@ -156,40 +157,10 @@ class Service:
             keep = max(1, min(longest, context - wanted))
         return prompt_ids[-keep:] if body.truncation_side == "left" else prompt_ids[:keep]
 
-    def _room(self, model: ServedModel, prompt_ids: list[int], param: str) -> int:
+    def _room(self, model: ServedModel, prompt_ids: TokenIds, param: str) -> int:
         """Positions the context leaves after the prompt: at least one, else it is refused."""
-        longest = self._longest_prompt(model)
-        if longest is not None and len(prompt_ids) > longest:
-            raise ContextLengthExceeded(
-                f"This model's maximum context length is {model.max_model_len or longest} tokens. "
-                f"However, your {param} has {len(prompt_ids)} tokens, and {longest} are allowed. "
-                f"Please reduce the length of the {param}.",
-                param=param,
-            )
+        model.check_length(len(prompt_ids), self.limits.max_prompt_tokens, param)
         return model.max_model_len - len(prompt_ids) if model.max_model_len else 2**20
-
-    async def completion_prompts(self, model: ServedModel, body: CompletionBody) -> list[list[int]]:
-        """Token ids of each prompt."""
-        most = min(self.limits.max_prompts, self.dispatcher.max_open)
-        prompts = body.prompts(most, model.vocab_size)
-        return [
-            prompt
-            if isinstance(prompt, list)
-            else await model.tokenizer.encode(prompt, add_special_tokens=body.add_special_tokens)
-            for prompt in prompts
-        ]
-
-    async def chat_prompt(self, model: ServedModel, body: ChatBody | TokenizeBody) -> list[int]:
-        """Token ids of the messages. Most templates write special tokens themselves."""
-        assert body.messages is not None
-        prompt = model.tokenizer.render_chat(
-            [message.for_template() for message in body.messages],
-            add_generation_prompt=body.opens_an_answer,
-            continue_final_message=body.continue_final_message,
-            variables=body.template_variables,
-        )
-        add = body.add_special_tokens is True
-        return await model.tokenizer.encode(prompt, add_special_tokens=add)
 
     @staticmethod
     def new_id(prefix: str) -> str:

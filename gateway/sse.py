@@ -7,8 +7,7 @@ what happens to an error before and after the first byte went out. Knows nothing
 from __future__ import annotations
 
 import asyncio
-import json
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 
 from starlette.responses import Response
@@ -17,10 +16,12 @@ from starlette.types import Message, Receive, Scope, Send
 from common.errors import PdqError
 from common.logs import get_logger
 from gateway.errors import error_body, error_response
+from gateway.json_text import dumps
 
 log = get_logger("http")
 
-JSON = "application/json"
+JSON = b"application/json"
+SLICE_BYTES = 65_536
 DONE = b"data: [DONE]\n\n"
 HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -31,12 +32,9 @@ HEADERS = [
 Events = AsyncGenerator[object, None]
 
 
-def dumps(value: object) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
-
-
 def event(value: object) -> bytes:
-    return b"data: " + dumps(value) + b"\n\n"
+    """One event; bytes are JSON already."""
+    return b"data: " + (value if isinstance(value, bytes) else dumps(value)) + b"\n\n"
 
 
 class Answer(Response):
@@ -89,15 +87,24 @@ async def _disconnected(receive: Receive) -> None:
 
 
 class JSONAnswer(Answer):
-    """One JSON object, once `make_body` has it."""
+    """One JSON value, once `make_parts` has it, as bytes that follow each other."""
 
-    def __init__(self, make_body: Callable[[], Awaitable[object]], retry_after_s: float) -> None:
+    def __init__(
+        self, make_parts: Callable[[], Awaitable[Sequence[bytes]]], retry_after_s: float
+    ) -> None:
         super().__init__(retry_after_s)
-        self._make_body = make_body
+        self._make_parts = make_parts
 
     async def make(self, scope: Scope, receive: Receive, send: Send) -> None:
-        body = dumps(await self._make_body())
-        await Response(body, media_type=JSON)(scope, receive, send)
+        parts = await self._make_parts()
+        length = str(sum(map(len, parts))).encode()
+        headers = [(b"content-type", JSON), (b"content-length", length)]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        for part in parts:
+            for begin in range(0, len(part), SLICE_BYTES):
+                # Each slice waits until the client has taken most of what was written before.
+                await _send_body(send, part[begin : begin + SLICE_BYTES], more=True)
+        await _send_body(send, b"", more=False)
 
 
 class EventStream(Answer):

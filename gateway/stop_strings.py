@@ -7,15 +7,15 @@ alone, never on how it was cut into pieces.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 
 class _Pattern:
-    """Knuth-Morris-Pratt: `matched` characters of `text` end at the last character fed."""
+    """Knuth-Morris-Pratt's table of one stop string: immutable, made once for many choices."""
 
     def __init__(self, text: str) -> None:
         self.text = text
-        self.matched = 0
         self._failure = [0] * len(text)
         length = 0
         for index in range(1, len(text)):
@@ -25,12 +25,16 @@ class _Pattern:
                 length += 1
             self._failure[index] = length
 
-    def feed(self, character: str) -> bool:
-        while self.matched and self.text[self.matched] != character:
-            self.matched = self._failure[self.matched - 1]
-        if self.text[self.matched] == character:
-            self.matched += 1
-        return self.matched == len(self.text)
+    def feed(self, matched: int, character: str) -> int:
+        """Characters of `text` that end at `character`, after `matched` ended before it."""
+        while matched and self.text[matched] != character:
+            matched = self._failure[matched - 1]
+        return matched + 1 if self.text[matched] == character else matched
+
+
+@functools.lru_cache(maxsize=64)
+def _pattern(text: str) -> _Pattern:
+    return _Pattern(text)
 
 
 class StopStrings:
@@ -41,7 +45,8 @@ class StopStrings:
 
     def __init__(self, stops: Sequence[str], *, include: bool = False) -> None:
         self._include = include
-        self._patterns = [_Pattern(stop) for stop in stops]
+        self._patterns = [_pattern(stop) for stop in stops]
+        self._matched = [0] * len(stops)  # characters of each that end at the last one read
         self._held = ""
         self.stopped: str | None = None
 
@@ -54,12 +59,16 @@ class StopStrings:
         base = len(self._held)
         text = self._held + text
         for index in range(base, len(text)):
-            met = [p for p in self._patterns if p.feed(text[index])]
+            met = ""
+            for which, pattern in enumerate(self._patterns):
+                matched = pattern.feed(self._matched[which], text[index])
+                self._matched[which] = matched
+                if matched == len(pattern.text) and matched > len(met):
+                    met = pattern.text
             if met:
-                longest = max(met, key=lambda pattern: len(pattern.text))
-                self.stopped, self._held = longest.text, ""
-                return text[: index + 1 - (0 if self._include else len(longest.text))]
-        keep = max(pattern.matched for pattern in self._patterns)
+                self.stopped, self._held = met, ""
+                return text[: index + 1 - (0 if self._include else len(met))]
+        keep = max(self._matched)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 

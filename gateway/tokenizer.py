@@ -6,8 +6,6 @@ Owns: encoding without blocking the event loop. What the model's folder says is 
 
 from __future__ import annotations
 
-import asyncio
-import functools
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +15,9 @@ from common.model_folder.description import ModelDescription
 from gateway.chat_template import ChatTemplate
 from gateway.detokenizer import Decoder, Detokenizer, readable
 
-LONG_TEXT = 8_192  # characters from which encoding leaves the event loop (about 2 ms of work)
+LOSSLESS_NORMALIZERS = {"NFC": 3, "Prepend": 1, "Replace": 1}
+"""Those that keep every character, or put this many into one at most (Unicode's NFC: 3)."""
+LOSSLESS_PRE_TOKENIZERS = frozenset({"ByteLevel", "Digits", "Metaspace", "Split"})
 
 
 class Tokenizer:
@@ -41,9 +41,10 @@ class Tokenizer:
         self._chat_template = (
             None if template is None else ChatTemplate(template, dict(model.special_tokens))
         )
-        decoder = json.loads(self._tokenizer.to_str())["decoder"]
-        self._decoder = Decoder(decoder, self._visible_piece)
-        self._full_decoder = Decoder(decoder, self._piece)
+        pipeline = json.loads(self._tokenizer.to_str())
+        self._most_characters = most_characters(pipeline)
+        self._decoder = Decoder(pipeline["decoder"], self._visible_piece)
+        self._full_decoder = Decoder(pipeline["decoder"], self._piece)
 
     @property
     def has_chat_template(self) -> bool:
@@ -53,10 +54,10 @@ class Tokenizer:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
-    async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids; a long text is encoded in a thread (the library releases the GIL)."""
-        encode = functools.partial(self.encode_now, text, add_special_tokens=add_special_tokens)
-        return encode() if len(text) < LONG_TEXT else await asyncio.to_thread(encode)
+    def least_tokens(self, text: str) -> int:
+        """A number of tokens that `text` has at least, without encoding it; 0 where nothing is
+        certain."""
+        return len(text) // self._most_characters if self._most_characters else 0
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         text: str = self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
@@ -105,3 +106,43 @@ class Tokenizer:
         known = 0 <= token_id < 2**32
         piece: str | None = self._tokenizer.id_to_token(token_id) if known else None
         return piece
+
+
+def most_characters(pipeline: dict[str, Any]) -> int:
+    """How many characters of a text one token may stand for, by the parts of tokenizer.json; 0
+    where a part may drop characters, or take any number of them as one unknown token."""
+    normalizers = _steps(pipeline["normalizer"], "normalizers")
+    pre_tokenizers = _steps(pipeline["pre_tokenizer"], "pretokenizers")
+    model, added = pipeline["model"], pipeline["added_tokens"]
+    byte_level = any(step["type"] == "ByteLevel" for step in pre_tokenizers)
+    certain = (
+        model["type"] == "BPE"
+        and (byte_level or model.get("byte_fallback") is True)
+        and all(step["type"] in LOSSLESS_NORMALIZERS for step in normalizers)
+        and all(_only_a_space_is_replaced(step) for step in normalizers)
+        and all(step["type"] in LOSSLESS_PRE_TOKENIZERS for step in pre_tokenizers)
+        and all(step.get("behavior") != "Removed" for step in pre_tokenizers)
+        and not any(token["lstrip"] or token["rstrip"] for token in added)
+    )
+    if not certain:
+        return 0
+    longest = max(map(len, (*model["vocab"], *(token["content"] for token in added))), default=1)
+    shrink = 1
+    for step in normalizers:
+        shrink *= LOSSLESS_NORMALIZERS[step["type"]]
+    return longest * shrink
+
+
+def _steps(part: dict[str, Any] | None, name: str) -> list[dict[str, Any]]:
+    """The parts of a sequence, the part itself where it is none."""
+    if part is None:
+        return []
+    if part["type"] != "Sequence":
+        return [part]
+    return [step for each in part[name] for step in _steps(each, name)]
+
+
+def _only_a_space_is_replaced(step: dict[str, Any]) -> bool:
+    return step["type"] != "Replace" or (
+        step["pattern"] == {"String": " "} and bool(step["content"])
+    )

@@ -6,7 +6,6 @@ other vendors, so ignoring is the default; a misspelled field must be seen all t
 
 from __future__ import annotations
 
-import itertools
 import re
 import time
 from collections.abc import Sequence
@@ -15,15 +14,11 @@ from typing import Literal
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from common.errors import InvalidRequest
 from common.logs import get_logger
 from gateway.metrics import GatewayMetrics
-from gateway.schemas import unknown_fields
-from gateway.schemas.fields import Fields
 
 HEADER = b"x-pdq-ignored-fields"
 LOG_INTERVAL_S = 60.0
-MAX_NAMED = 10
 MAX_NAME = 64
 
 Policy = Literal["warn", "refuse"]
@@ -39,16 +34,15 @@ class UnknownFields:
         self._counter = metrics.ignored_fields
         self._logged_at = -LOG_INTERVAL_S
 
-    def ignored(self, body: Fields, path: str) -> tuple[str, ...]:
-        """The first few unknown fields of `body`; raises `InvalidRequest` where they are refused.
+    @property
+    def are_refused(self) -> bool:
+        return self._policy == "refuse"
 
-        `path` is the endpoint's, for the metric.
-        """
-        names = tuple(_shown(name) for name in itertools.islice(unknown_fields(body), MAX_NAMED))
+    def ignored(self, unknown: Sequence[str], path: str) -> tuple[str, ...]:
+        """A body's unknown fields as they are shown. `path` is the endpoint's, for the metric."""
+        names = tuple(map(shown, unknown))
         if not names:
             return ()
-        if self._policy == "refuse":
-            raise InvalidRequest(f"unknown field {names[0]}", param=names[0])
         self._counter.labels(path).inc()
         if (now := time.monotonic()) >= self._logged_at + LOG_INTERVAL_S:
             self._logged_at = now
@@ -56,7 +50,7 @@ class UnknownFields:
         return names
 
 
-def _shown(name: str) -> str:
+def shown(name: str) -> str:
     """A client chooses the name, so nothing but plain ASCII of it goes into a header or a log."""
     return re.sub(r"[^A-Za-z0-9_.-]", "?", name[:MAX_NAME])
 

@@ -14,7 +14,7 @@ from gateway.schemas.fields import Fields, given
 from gateway.schemas.generation import Body
 from gateway.schemas.messages import ChatMessage
 
-Messages = Annotated[list[ChatMessage], Field(min_length=1)]
+Messages = Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
 
 
 class ConversationFields(Fields):
@@ -23,7 +23,7 @@ class ConversationFields(Fields):
     add_generation_prompt: bool | None = None  # None: unless the last message is continued
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
-    documents: list[dict[str, Any]] | None = None
+    documents: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
     add_special_tokens: bool | None = None  # None: a template writes them itself
 
     @property

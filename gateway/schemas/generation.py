@@ -17,7 +17,12 @@ from gateway.schemas.fields import Fields, given
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 1024
 MAX_CACHE_SALT = 256
+MAX_LOGIT_BIAS = 1024
+MAX_TOKEN_IDS = 16_384  # of one list
 MAX_PRIORITY = 2**31 - 1
+
+
+Ids = Annotated[list[int], Field(max_length=MAX_TOKEN_IDS, fail_fast=True)]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -94,7 +99,7 @@ class Body(Fields):
     top_p: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=MAX_LOGIT_BIAS)] | None = None
     max_tokens: int | None = None
     # What vLLM calls the same.
     top_k: int | None = None
@@ -102,8 +107,8 @@ class Body(Fields):
     repetition_penalty: float | None = None
     min_tokens: int = 0
     ignore_eos: bool = False
-    stop_token_ids: list[int] | None = None
-    allowed_token_ids: list[int] | None = None
+    stop_token_ids: Ids | None = None
+    allowed_token_ids: Ids | None = None
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None  # -1: to what fits

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Discriminator, Tag, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from gateway.schemas.fields import Fields, absent
@@ -75,7 +75,8 @@ class ToolCall(Fields):
 
 
 Content = Annotated[
-    Annotated[str, Tag("<text>")] | Annotated[list[ContentPart], Tag("<parts>")],
+    Annotated[str, Tag("<text>")]
+    | Annotated[list[ContentPart], Field(fail_fast=True), Tag("<parts>")],
     Discriminator(lambda given: "<parts>" if isinstance(given, list) else "<text>"),
 ]
 
@@ -88,7 +89,7 @@ class ChatMessage(Fields):
     content: Content | None = None
     name: str | None = None
     tool_call_id: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
     refusal: str | None = None
     # One thing under three names: those of vLLM, of DeepSeek and of gpt-oss.
     reasoning: str | None = None

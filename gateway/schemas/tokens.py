@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Annotated, ClassVar
+
+from pydantic import Field
 
 from common.errors import InvalidRequest
 from gateway.schemas.chat import CONVERSATION_NOT_BUILT, ConversationFields, Messages
@@ -28,5 +30,5 @@ class TokenizeBody(ConversationFields):
 
 class DetokenizeBody(Fields):
     model: str | None = None
-    tokens: list[int]
+    tokens: Annotated[list[int], Field(fail_fast=True)]
     skip_special_tokens: bool = False

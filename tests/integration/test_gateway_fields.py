@@ -26,9 +26,12 @@ from openai.types.chat import (
 from openai.types.chat import completion_create_params as chat_params
 
 from gateway.app import create_app
+from gateway.intake import prepare as module
+from gateway.intake.pool import Intake
+from gateway.intake.prepare import Prepared, Question
 from gateway.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
 from gateway.schemas.fields import Fields
-from gateway.service import ServiceLimits
+from gateway.service import Service, ServiceLimits
 from tests.support.fake_cluster import FakeCluster
 from tests.support.gateway_server import MODELS, load_tokenizer, make_service
 
@@ -81,12 +84,23 @@ def model_folder(folder: Path, max_model_len: int = 32768) -> str:
     return str(folder)
 
 
+services: list[Service] = []
+
+
+@pytest.fixture(autouse=True)
+async def _no_process_stays() -> AsyncIterator[None]:
+    yield
+    while services:
+        services.pop().intake.close()
+
+
 async def http_for(
     limits: ServiceLimits | None = None, model: str = "tokenizers/qwen2"
 ) -> tuple[FakeCluster, httpx.AsyncClient]:
     cluster = FakeCluster(lambda dispatch, choice: ANSWER)
     cluster.add("u1", max_model_len=32768, total_blocks=4096)
     service = make_service(cluster, model, service_limits=limits or ServiceLimits())
+    services.append(service)
     transport = httpx.ASGITransport(create_app(service))
     return cluster, httpx.AsyncClient(transport=transport, base_url="http://gateway")
 
@@ -260,8 +274,6 @@ async def test_every_field_that_is_taken_is_read(
             read.update((kind.__name__, name) for kind in type(self).__mro__)
         return original(self, name)
 
-    from gateway import service as module
-
     def parse(kind: type[Fields], data: bytes) -> Fields:
         nonlocal parsing
         parsing += 1
@@ -273,9 +285,16 @@ async def test_every_field_that_is_taken_is_read(
     def unknown(body: Fields) -> Iterator[str]:
         return iter(())
 
+    async def in_this_process(
+        self: Intake, client: str, question: Question, body: bytes
+    ) -> Prepared:
+        return module.prepare(self._models, question, body)
+
     original_parse = module.parse
-    monkeypatch.setattr(module, "parse", parse)
-    monkeypatch.setattr("gateway.unknown_fields.unknown_fields", unknown)
+    for place in ("gateway.intake.prepare", "gateway.completions", "gateway.chat"):
+        monkeypatch.setattr(f"{place}.parse", parse)
+    monkeypatch.setattr("gateway.intake.prepare.unknown_fields", unknown)
+    monkeypatch.setattr(Intake, "prepare", in_this_process)
     monkeypatch.setattr(Fields, "__getattribute__", noted)
     history = [
         {"role": "user", "content": [{"type": "text", "text": "x"}]},

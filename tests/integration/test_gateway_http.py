@@ -401,9 +401,11 @@ async def asgi() -> AsyncIterator[httpx.AsyncClient]:
     """Without a socket, for what never gets as far as a node."""
     cluster = FakeCluster()
     cluster.add("u1")
-    transport = httpx.ASGITransport(create_app(make_service(cluster)))
+    service = make_service(cluster)
+    transport = httpx.ASGITransport(create_app(service))
     async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as made:
         yield made
+    service.intake.close()
     assert cluster.dispatched == []
 
 
@@ -412,9 +414,11 @@ async def chat_asgi() -> AsyncIterator[httpx.AsyncClient]:
     """The same, for a model that has a chat template."""
     cluster = FakeCluster()
     cluster.add("u1")
-    transport = httpx.ASGITransport(create_app(make_service(cluster, "tokenizers/qwen2")))
+    service = make_service(cluster, "tokenizers/qwen2")
+    transport = httpx.ASGITransport(create_app(service))
     async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as made:
         yield made
+    service.intake.close()
     assert cluster.dispatched == []
 
 

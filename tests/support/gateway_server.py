@@ -17,6 +17,8 @@ from gateway.access import Access
 from gateway.app import create_app
 from gateway.connection import Roster
 from gateway.dispatch import Dispatcher, Limits
+from gateway.intake.pool import Intake
+from gateway.intake.process import Forker
 from gateway.metrics import GatewayMetrics
 from gateway.prefix_index import PrefixIndex
 from gateway.router import LeastLoadedRouter
@@ -70,7 +72,26 @@ def make_service(
     )
     cluster.inbox = dispatcher
     models = ServedModels([ServedModel(MODEL, load_tokenizer(model)), *further])
-    return Service(models, dispatcher, service_limits, metrics, access or Access())
+    intake = Intake(models, LazyForker(models), 2)
+    return Service(models, intake, dispatcher, service_limits, metrics, access or Access())
+
+
+class LazyForker(Forker):
+    """Forks when the first worker is wanted: most tests want none."""
+
+    def __init__(self, models: ServedModels) -> None:
+        self._models = models
+        self._started = False
+
+    def worker(self) -> socket.socket:
+        if not self._started:
+            self._started = True
+            self._fork()
+        return super().worker()
+
+    def close(self) -> None:
+        if self._started:
+            super().close()
 
 
 @contextlib.asynccontextmanager
@@ -88,6 +109,7 @@ async def listening(
         finally:
             server.should_exit = True
             await serving
+            service.intake.close()
 
 
 @contextlib.asynccontextmanager

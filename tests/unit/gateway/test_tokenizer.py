@@ -11,8 +11,8 @@ import pytest
 
 from common.errors import CheckpointError
 from common.model_folder.description import describe_model
-from gateway.tokenizer import LONG_TEXT, Tokenizer
-from tests.support.gateway_server import MODELS, load_tokenizer
+from gateway.tokenizer import Tokenizer
+from tests.support.gateway_server import MODELS
 
 SAY_HI = [{"role": "user", "content": "hi"}]
 
@@ -34,13 +34,6 @@ def folder(tmp_path: Path, **files: Any) -> Path:
 def test_a_folder_without_a_tokenizer_says_so(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no tokenizer\.json"):
         tokenizer_of(tmp_path)
-
-
-async def test_long_and_short_texts_are_encoded_alike() -> None:
-    tokenizer = load_tokenizer("stories260K")
-    text = "Once upon a time. " * (LONG_TEXT // 10)
-    assert await tokenizer.encode(text) == tokenizer.encode_now(text)
-    assert await tokenizer.encode("a") == tokenizer.encode_now("a")
 
 
 def test_a_chat_is_rendered_with_the_templates_and_tokens_of_the_folder(tmp_path: Path) -> None:
