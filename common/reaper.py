@@ -10,6 +10,10 @@ next beat, and a gateway's requests may still finish (request_state.RANK).
     of a node      record, index entry, load and stream, as if it had left: what nobody has claimed
                    is given back to its gateway, and what it had claimed its gateway retries
     of a gateway   the same; its open requests are failed, so that nodes and people know
+
+It also counts the loads of all nodes anew from the open requests, now and then: they are kept up to
+date by every write, and what a write cannot know (a record that was deleted, a node that was taken
+for dead) would stay in them for as long as the node lives.
 """
 
 from __future__ import annotations
@@ -30,6 +34,8 @@ from common.requests import Requests
 log = get_logger("reaper")
 
 GATEWAY_LOST = "gateway_lost"
+RECOUNT_INTERVAL_S = 60.0
+RECOUNTED_AT_MOST = 5000  # open requests: Redis does nothing else for about ten milliseconds
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -67,7 +73,7 @@ class Reaper:
         self._interval_s = interval_s
         self._clock = clock
         self._seen: dict[str, _Seen] = {}
-        self._last_sweep = clock()
+        self._last_sweep = self._counted_at = clock()
 
     async def run(self) -> None:
         """Sweep until cancelled."""
@@ -87,10 +93,15 @@ class Reaper:
         try:
             dead = [name for name, seen in (await self._watch(now)).items()
                     if now - seen.since >= self._dead_after_s]  # fmt: skip
-            if not dead or not await self._lock():
+            recount = now - self._counted_at >= RECOUNT_INTERVAL_S
+            if not (dead or recount) or not await self._lock():
                 return Reaped()
             try:
-                return await self._reap(dead)
+                reaped = await self._reap(dead)
+                if recount:
+                    self._counted_at = now
+                    await self._recount()
+                return reaped
             finally:
                 await self._client.call(scripts.UNLOCK, [self._keys.reaper_lock()], [self._name])
         except ServiceUnavailable:
@@ -143,6 +154,21 @@ class Reaper:
             log.info("reaper.reaped", incarnation=name)
         await self._forget_expired()
         return Reaped(tuple(dead), tuple(failed))
+
+    async def _recount(self) -> None:
+        """The loads are what the open requests count in."""
+        keys = self._keys
+        sets = [keys.open_requests(name) for name in await self._names(keys.open_requests(""))]
+        loads = [keys.load(name) for name in await self._names(keys.load(""))]
+        if not loads:
+            return
+        wrong = await self._client.call(
+            scripts.RECOUNT,
+            [*sets, *loads],
+            [len(sets), keys.request(""), keys.load(""), RECOUNTED_AT_MOST],
+        )
+        if int(wrong) > 0:
+            log.warning("reaper.recounted", loads=int(wrong))
 
     async def _forget_expired(self) -> None:
         """Drop the oldest ids of the list of recent requests whose record has expired."""

@@ -326,6 +326,46 @@ return raised
 """
 )
 
+# KEYS: sets of open requests, then loads of nodes. ARGV: number of sets, record stem, load stem, most
+# requests to go through. What the open requests count in is what the loads are; returns how many were
+# not, or -1 if there are too many requests.
+RECOUNT = Script(
+    PRELUDE
+    + """
+local sets, stem, load_stem, total = tonumber(ARGV[1]), ARGV[2], ARGV[3], 0
+for i = 1, sets do total = total + redis.call('SCARD', KEYS[i]) end
+if total > tonumber(ARGV[4]) then return -1 end
+local requests, tokens, wrong = {}, {}, 0
+local function count(node, number)
+  requests[node], tokens[node] = (requests[node] or 0) + 1, (tokens[node] or 0) + tonumber(number)
+end
+for i = 1, sets do
+  for _, request in ipairs(redis.call('SMEMBERS', KEYS[i])) do
+    local record, seen = stem .. request, {}
+    for _, choice in ipairs(list(get(record, 'choices'))) do
+      local attempt = get(record, 'c' .. choice .. '.attempt') or ''
+      local decoding = get(record, 'c' .. choice .. '.load')
+      local prompt = not seen[attempt] and get(record, 'a' .. attempt .. '.load')
+      seen[attempt] = true
+      if prompt then count(get(record, 'a' .. attempt .. '.node'), prompt) end
+      if decoding then count(decoding, 0) end
+    end
+  end
+end
+for i = sets + 1, #KEYS do
+  local node = string.sub(KEYS[i], #load_stem + 1)
+  local is = {get(KEYS[i], 'requests') or '0', get(KEYS[i], 'prompt_tokens') or '0'}
+  local should = {requests[node] or 0, tokens[node] or 0}
+  if tonumber(is[1]) ~= should[1] or tonumber(is[2]) ~= should[2] then
+    wrong = wrong + 1
+    redis.call('DEL', KEYS[i])
+    if should[1] > 0 then add_load(load_stem, node, should[1], should[2]) end
+  end
+end
+return wrong
+"""
+)
+
 # KEYS: dead letters. ARGV: fields in pairs.
 DEAD_LETTER = Script(f"""
 return redis.call('XADD', KEYS[1], 'MAXLEN', '~', {DEAD_LETTERS}, '*', unpack(ARGV))

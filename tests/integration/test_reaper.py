@@ -176,3 +176,23 @@ async def test_ids_of_expired_records_leave_the_list_of_recent_requests(
     await pass_time(a_reaper(redis_client, clock), clock)
     index = await redis_client.command("ZRANGE", redis_client.keys.requests(), 0, -1)
     assert index == [b"r-2"]
+
+
+async def test_loads_are_counted_anew_from_what_is_open(redis_client: RedisClient) -> None:
+    clock, requests = Clock(), Requests(redis_client)
+    reaper = a_reaper(redis_client, clock)
+    await requests.accept(a_dispatch("r-1", choices=(0, 1)), "p-1")
+    await requests.accept(a_dispatch("r-1", attempt=2, choices=(1,), prompt=9), "p-2")
+    await requests.accept(a_dispatch("r-2"), "p-1")
+    await requests.advance("r-2", 1, (0,), State.DECODING, node="d-1")
+    await requests.accept(a_dispatch("r-gone"), "p-3")
+    right = {"p-1": Load(1, 5), "p-2": Load(1, 9), "d-1": Load(1, 0), "p-3": Load()}
+    await redis_client.command("DEL", redis_client.keys.request("r-gone"))
+    for node in ("p-1", "d-1"):
+        await redis_client.command("HINCRBY", redis_client.keys.load(node), "requests", 3)
+    for beats in range(14):
+        await reaper.sweep()
+        clock.now += 5
+        for name in (*right, "gateway-1"):
+            await announce(redis_client, name, Role.GATEWAY, beats)
+    assert await requests.loads([*right]) == right
