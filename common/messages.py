@@ -494,13 +494,15 @@ class HoldsQuery(Message):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Cancel(Message):
-    """gateway → node: free everything of attempts up to `attempt`. Duplicate, unknown: ignored."""
+    """gateway → node: free everything of these choices in attempts up to `attempt`. Said again when
+    more of them comes. Duplicate, unknown: ignored."""
 
     kind: ClassVar[int] = 41
     gateway: str
     request: str
     attempt: int
     reason: str
+    choices: tuple[int, ...] = ()  # none named: all
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

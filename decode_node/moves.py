@@ -82,10 +82,13 @@ class Moves:
         self._asked.clear()
         self._look()
 
-    def cancel(self, attempt: Attempt, reason: str) -> None:
-        """The attempt has ended in the engine: give up what is on its way of it."""
-        for (name, _), handover in list(self._handovers.items()):
-            if name == attempt.engine_id and handover.peer and not handover.cancelled:
+    def cancel(self, attempt: Attempt, reason: str, choice: int | None = None) -> None:
+        """The attempt, or one choice of it, has ended in the engine: give up what is on its way of
+        it."""
+        for (name, index), handover in list(self._handovers.items()):
+            if name != attempt.engine_id or choice not in (None, index):
+                continue
+            if handover.peer and not handover.cancelled:
                 self._links.pop(handover, None)
                 self._sending.cancel(handover, reason)
 

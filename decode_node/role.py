@@ -9,6 +9,7 @@ When the node drains, what runs moves to other decode nodes (moves.py), as far a
 from __future__ import annotations
 
 import time
+from collections.abc import Set as AbstractSet
 
 from common.engine.engine import PlannedStep
 from common.engine.output import StepOutput
@@ -144,8 +145,7 @@ class DecodeRole:
 
     def _give_up(self, attempt: Attempt, error: PdqError, *, retryable: bool = True) -> None:
         """Nothing more of this attempt here; its gateway may make another."""
-        for choice in attempt.open_choices:
-            self._node.failed(attempt.gateway, attempt.key(choice), error, retryable=retryable)
+        attempt.give_up(self._node, error, retryable=retryable)
         self._abort(attempt, error.code)
 
     def _moved(self, attempt: Attempt, choice: int) -> None:
@@ -157,14 +157,25 @@ class DecodeRole:
         if attempt is not None:
             self._give_up(attempt, error, retryable=retryable)
 
-    def cancel(self, request: str, attempt: int, reason: str) -> None:
+    def cancel(
+        self, request: str, attempt: int, reason: str, choices: AbstractSet[int] = frozenset()
+    ) -> None:
         intake = self._node.links.intake
         for key in intake.states():
-            if key.request == request and key.attempt <= attempt:
+            wanted = not choices or key.choice in choices
+            if wanted and key.request == request and key.attempt <= attempt:
                 self._node.links.perform(intake.cancel(key, reason, now=time.monotonic()))
         for open_attempt in list(self._attempts.values()):
-            if open_attempt.request == request and open_attempt.number <= attempt:
+            if open_attempt.request != request or open_attempt.number > attempt:
+                continue
+            if not choices or open_attempt.open_choices <= choices:
                 self._abort(open_attempt, reason)
+                continue
+            for choice in open_attempt.open_choices & choices:
+                if self._node.engine.abort_choice(open_attempt.engine_id, choice):
+                    self._moves.cancel(open_attempt, reason, choice)
+                    self._moved(open_attempt, choice)
+            self._node.wake()
 
     def holds(self, key: ChoiceKey) -> bool:
         attempt = self._attempts.get(key.engine_id)

@@ -199,6 +199,13 @@ class Dispatcher:
             overdue.cancel()
             self._close(request, state, reason, message)
 
+    def stop(self, request: OpenRequest, index: int) -> None:
+        """The client wants no more of this choice (a stop string was met): it is freed everywhere,
+        while its siblings go on."""
+        request.stop(index)
+        for node in request.involved:
+            self._stop_choice(node, request, index)
+
     def fail_all(self, error: PdqError) -> None:
         """End every open request with `error`, as its client will be told."""
         for request in tuple(self._open.values()):
@@ -483,7 +490,9 @@ class Dispatcher:
                 )  # fmt: skip
             if arrival.stale and run.attempt < choice.stream.attempt:
                 self._stop_old(node, request, run.attempt)
-            if (arrival.delivered or arrival.finished) and not choice.done:
+            if choice.done:
+                self._stop_choice(node, request, run.choice)
+            elif arrival.delivered or arrival.finished:
                 self._observe(request, choice, len(arrival.delivered))
                 choice.done = arrival.finished is not None
                 request.publish(Update(run.choice, arrival.delivered, arrival.finished))
@@ -510,6 +519,8 @@ class Dispatcher:
             self._stop_unknown(message.node, message.request, message.attempt)
             return
         request.involved.add(message.node)
+        if choice.done:
+            self._stop_choice(message.node, request, message.choice)
         if message.attempt == choice.stream.attempt:
             if choice.heard and choice.holder == message.node:
                 return  # both ends of a handoff say it
@@ -629,6 +640,13 @@ class Dispatcher:
         alive = any(c.stream.attempt <= attempt and not c.done for c in request.choices)
         if not alive:
             self._bus.send(node, Cancel(self._gateway, request.work.request, attempt, "superseded"))
+
+    def _stop_choice(self, node: str, request: OpenRequest, index: int) -> None:
+        """Have a node free a choice that we stopped; all that was asked for ends with the request."""
+        stream = request.choices[index].stream
+        if not stream.finished and not request.done:
+            name, attempt = request.work.request, stream.attempt
+            self._bus.send(node, Cancel(self._gateway, name, attempt, "stopped", (index,)))
 
     def _close(self, request: OpenRequest, state: str, reason: str, message: str) -> None:
         work = request.work

@@ -138,6 +138,6 @@ async def generate(
             usage.cached_tokens += request.cached_tokens - cached_tokens
             cached_tokens = request.cached_tokens
             if delta.finish_reason is not None:
-                request.stop(update.choice)
+                dispatcher.stop(request, update.choice)
             if delta.text or delta.token_ids or delta.finish_reason:
                 yield delta

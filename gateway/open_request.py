@@ -104,7 +104,7 @@ class OpenRequest:
             self._updates.put_nowait(error)
 
     def stop(self, choice: int) -> None:
-        """The client wants no more of this choice (a stop string was met)."""
+        """The client wants no more of this choice. For the dispatcher, which tells the nodes."""
         self.choices[choice].done = True
 
     async def updates(self) -> AsyncGenerator[Update, None]:

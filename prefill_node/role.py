@@ -20,6 +20,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import time
+from collections.abc import Set as AbstractSet
 
 from common.engine.engine import PlannedStep
 from common.engine.output import StepOutput
@@ -178,8 +179,7 @@ class PrefillRole:
 
     def _give_up(self, attempt: Attempt, error: PdqError, *, retryable: bool = True) -> None:
         """Nothing more of this attempt here; its gateway may make another."""
-        for choice in attempt.open_choices:
-            self._node.failed(attempt.gateway, attempt.key(choice), error, retryable=retryable)
+        attempt.give_up(self._node, error, retryable=retryable)
         self._abort(attempt, error.code)
 
     def _is_next(self, handover: Handover) -> bool:
@@ -256,10 +256,20 @@ class PrefillRole:
         if attempt is not None:
             self._give_up(attempt, error, retryable=retryable)
 
-    def cancel(self, request: str, attempt: int, reason: str) -> None:
+    def cancel(
+        self, request: str, attempt: int, reason: str, choices: AbstractSet[int] = frozenset()
+    ) -> None:
         for other in list(self._attempts.values()):
-            if other.request == request and other.number <= attempt:
+            if other.request != request or other.number > attempt:
+                continue
+            if not choices or other.open_choices <= choices:
                 self._abort(other, reason)
+                continue
+            for choice in sorted(other.open_choices & choices):
+                handover = self._handovers[other.engine_id, choice]
+                ended = handover.is_complete
+                if ended or self._node.engine.abort_choice(other.engine_id, choice):
+                    self._over(handover, reason)
 
     def holds(self, key: ChoiceKey) -> bool:
         handover = self._handovers.get((key.engine_id, key.choice))

@@ -276,6 +276,16 @@ class Engine:
             self._children.pop(sequence.sequence_id, None)
             self._forget(sequence)
 
+    def abort_choice(self, request_id: str, choice: int) -> bool:
+        """Free everything of one choice, also while a step runs. False, and nothing is done, for one
+        that is not there, or whose prompt others wait for."""
+        sequence = self.scheduler.sequence(request_id, choice)
+        if sequence is None or self._children.get(sequence.sequence_id):
+            return False
+        self.scheduler.finish(sequence, FinishReason.CANCELLED)
+        self._forget(sequence)
+        return True
+
     @property
     def has_work(self) -> bool:
         return self.scheduler.has_work

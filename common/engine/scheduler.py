@@ -249,6 +249,11 @@ class Scheduler:
         sequence.draft_token_ids = []
         return kept
 
+    def sequence(self, request_id: str, choice: int) -> Sequence | None:
+        """What runs, waits or is paused for this choice; None for one that waits for its prompt."""
+        members = self._requests.get(request_id, {}).values()
+        return next((sequence for sequence in members if sequence.choice == choice), None)
+
     def abort(
         self, request_id: str, reason: FinishReason = FinishReason.CANCELLED
     ) -> list[Sequence]:

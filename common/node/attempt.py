@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from common.engine.output import StepOutput
 from common.engine.sequence import Sequence
-from common.errors import InvalidRequest
+from common.errors import InvalidRequest, PdqError
 from common.messages import Dispatch, Offer, TokenLogprobs, TokenRun
 from common.node.token_stream import ChoiceKey
 from common.queue import Entry
@@ -77,13 +77,17 @@ class Attempt:
                 cache_salt=dispatch.cache_salt,
             )  # fmt: skip
         except InvalidRequest as error:
-            for choice in dispatch.choices:
-                node.failed(self.gateway, self.key(choice), error, retryable=False)
+            self.give_up(node, error, retryable=False)
             node.done(self.entry)
             return False
         self.sequences = {sequence.choice: sequence for sequence in sequences}
         self.suspect(node, len(dispatch.token_ids))
         return True
+
+    def give_up(self, node: Node, error: PdqError, *, retryable: bool) -> None:
+        """Tell the gateway, of each choice that is not over, that it ends here."""
+        for choice in sorted(self.open_choices):
+            node.failed(self.gateway, self.key(choice), error, retryable=retryable)
 
     def suspect(self, node: Node, known: int) -> None:
         """What began with so many known tokens is computed alone until ALONE_TOKENS after them, if it

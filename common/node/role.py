@@ -8,6 +8,7 @@ thread, and the role calls back into the runtime's public methods.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Protocol
 
 from common.engine.engine import PlannedStep
@@ -60,8 +61,10 @@ class NodeRole(Protocol):
         """News of a handoff that this node receives."""
         ...
 
-    def cancel(self, request: str, attempt: int, reason: str) -> None:
-        """Free everything of the request's attempts up to `attempt`."""
+    def cancel(
+        self, request: str, attempt: int, reason: str, choices: AbstractSet[int] = frozenset()
+    ) -> None:
+        """Free everything of these choices (none named: of all) in attempts up to `attempt`."""
         ...
 
     def give_up(self, engine_id: str, error: PdqError, *, retryable: bool) -> None:

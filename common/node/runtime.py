@@ -295,8 +295,9 @@ class Node:
             elif isinstance(message, CacheQuery):
                 self.send(received.peer, self.cache_feed.content())
             elif isinstance(message, Cancel):
-                self.gateways.tokens.forget(message.request, message.attempt)
-                self.role.cancel(message.request, message.attempt, message.reason)
+                choices = frozenset(message.choices)
+                self.gateways.tokens.forget(message.request, message.attempt, choices)
+                self.role.cancel(message.request, message.attempt, message.reason, choices)
                 self.wake()
             else:
                 log.warning("message.unexpected", peer=received.peer, kind=type(message).__name__)

@@ -8,7 +8,7 @@ new link. Has no I/O of its own: messages out, acknowledgements in.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import NamedTuple
 
 from common.messages import TokenRun, Tokens
@@ -76,10 +76,13 @@ class TokenStream:
             self._send(gateway, Tokens(self._node, tuple(runs[start : start + RESENT_AT_ONCE])))
         return bool(runs)
 
-    def forget(self, request: str, attempt: int) -> None:
-        """The gateway wants nothing more of attempts up to this one."""
-        for key in [k for k in self._kept if k.request == request and k.attempt <= attempt]:
-            del self._kept[key]
+    def forget(self, request: str, attempt: int, choices: Collection[int] = ()) -> None:
+        """The gateway wants nothing more of these choices (none named: of all) in attempts up to
+        this one."""
+        for key in list(self._kept):
+            wanted = not choices or key.choice in choices
+            if wanted and key.request == request and key.attempt <= attempt:
+                del self._kept[key]
 
     def forget_gateway(self, gateway: str) -> None:
         for key in [key for key, kept in self._kept.items() if kept.gateway == gateway]:

@@ -181,7 +181,7 @@ def test_closing_a_reader_does_not_wait_for_a_source_that_sends_slowly() -> None
     """A byte every 30 ms: no call says EAGAIN, the deadline moves on, nobody looks at the stop."""
     target = Target(PoolMemory(1, LAYOUT.slab_bytes), LAYOUT)
     listener = socket.create_server(("127.0.0.1", 0))
-    token, ended = bytes(16), threading.Event()
+    token, ended, begun = bytes(16), threading.Event(), threading.Event()
 
     def source() -> None:
         call, _ = listener.accept()
@@ -192,6 +192,7 @@ def test_closing_a_reader_does_not_wait_for_a_source_that_sends_slowly() -> None
             call.sendall(framed(Slabs("link", 0, "")) + framed(Proved("link", 0, True)))
             call.recv(1 << 16)
             call.sendall(framed(Slabs("link", 1, "")))
+            begun.set()
             while not ended.wait(0.03):
                 call.sendall(b"x")
 
@@ -210,7 +211,7 @@ def test_closing_a_reader_does_not_wait_for_a_source_that_sends_slowly() -> None
 
         pulling = threading.Thread(target=pull)
         pulling.start()
-        time.sleep(0.3)
+        assert begun.wait(10), "the pull never began"
         closing = threading.Thread(target=reader.close)
         closing.start()
         closing.join(2.0)

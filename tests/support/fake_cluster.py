@@ -195,7 +195,8 @@ class FakeCluster:
             self.cancelled.append((node, message))
             for member in self.members.values():  # a prefill node passes it on to its peer
                 for key, task in list(member.tasks.items()):
-                    if key[0] == message.request and key[1] <= message.attempt:
+                    wanted = not message.choices or key[2] in message.choices
+                    if key[0] == message.request and key[1] <= message.attempt and wanted:
                         task.cancel()
 
     def deliver(self, node: str, message: Message) -> None:

@@ -235,10 +235,11 @@ class VirtualNode:
                     self.gateways.acknowledged(received.peer, message)
                 case HoldsQuery() as message:
                     self.gateways.asked(received.peer, message)
-                case Cancel(request=request, attempt=attempt):
-                    self.gateways.tokens.forget(request, attempt)
+                case Cancel(request=request, attempt=attempt, choices=choices):
+                    self.gateways.tokens.forget(request, attempt, choices)
                     for key in [k for k in self.sequences if k[0] == request and k[1] <= attempt]:
-                        del self.sequences[key]
+                        if not choices or key.choice in choices:
+                            del self.sequences[key]
                     self.room.set()
                 case Offer() as offer:
                     self._adopt(received.peer, offer)

@@ -12,6 +12,7 @@ from common.errors import NeverFits
 from common.kv_layout import chain_hashes, root_hash
 from common.messages import Commit, Failed, Offer, TookOver
 from common.node.kv import NodeKV
+from common.node.token_stream import ChoiceKey
 from common.queue import Entry
 from decode_node.role import DecodeRole
 from kv_transfer.pool_memory import PoolMemory
@@ -21,6 +22,7 @@ from tests.support.redis import a_dispatch
 from tests.support.scripted_node import ScriptedNode
 
 PARAMS = SamplingParams(max_tokens=4, ignore_eos=True, temperature=0.0)
+LONG = SamplingParams(max_tokens=12, ignore_eos=True, temperature=0.8, seed=3)
 PROMPT = tuple(range(20))
 
 
@@ -137,3 +139,51 @@ def test_the_first_of_the_offers_keeps_their_place_in_line(small: ScriptedNode) 
     assert reservation is not None
     small.kv.discard(reservation)
     small.engine.abort("behind")
+
+
+@pytest.mark.parametrize("stopped", [0, 1, 2])
+@pytest.mark.parametrize("in_step", [False, True])
+async def test_a_choice_that_is_cancelled_ends_at_once_and_its_siblings_go_on(
+    stopped: int, in_step: bool
+) -> None:
+    node = a_node(slots=4)
+    role = node.role
+    entry = Entry("1-0", dataclasses.replace(a_dispatch("r", 1, (0, 1, 2), prompt=20), params=LONG))
+    role.accept(entry)
+    await node.step(role)
+    assert node.engine.scheduler.num_running == 3
+    planned = await node.begin_step(role) if in_step else None
+    role.cancel("r", 1, "stopped", frozenset({stopped}))
+    if planned is not None:
+        node.end_step(role, planned)
+    assert node.engine.scheduler.num_running == 2
+    assert role.holds(ChoiceKey("r", 1, (stopped + 1) % 3))
+    assert not role.holds(ChoiceKey("r", 1, stopped))
+    node.runs.clear()
+    while node.engine.has_work:
+        await node.step(role)
+    assert {run.choice for run in node.runs} == {0, 1, 2} - {stopped}
+    assert role.num_open == 0
+    assert node.deleted == [entry]
+    node.engine.check_idle()
+
+
+async def test_choices_that_wait_for_a_prompt_are_not_cancelled_with_the_one_that_computes_it() -> (
+    None
+):
+    """The gateway, which gets no token of it before that, does not ask for it; if it did, it would
+    say so again."""
+    node = a_node(slots=4)
+    role = node.role
+    role.accept(
+        Entry("1-0", dataclasses.replace(a_dispatch("r", 1, (0, 1), prompt=20), params=LONG))
+    )
+    role.cancel("r", 1, "stopped", frozenset({0}))
+    role.cancel("r", 1, "stopped", frozenset({1}))
+    while node.engine.has_work:
+        await node.step(role)
+    assert {run.choice for run in node.runs} == {0, 1}
+    role.accept(Entry("2-0", dataclasses.replace(a_dispatch("s", 1, (0, 1)), params=LONG)))
+    role.cancel("s", 1, "closed")
+    assert not node.engine.has_work
+    node.engine.check_idle()

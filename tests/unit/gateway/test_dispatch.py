@@ -368,6 +368,43 @@ async def test_a_cancelled_task_cancels_everywhere(cluster: FakeCluster) -> None
     assert dispatcher.num_open == 0
 
 
+async def test_a_choice_that_is_stopped_ends_at_its_nodes_while_its_siblings_go_on(
+    cluster: FakeCluster,
+) -> None:
+    pair(cluster)
+    cluster.members["d1"].hold_at = 3
+    dispatcher = connect(cluster)
+    async with dispatcher.run(dataclasses.replace(WORK, n=2)) as request:
+        await until(lambda: all(c.stream.below == len(PROMPT) + 3 for c in request.choices))
+        dispatcher.stop(request, 0)
+        cancel = Cancel("g1", "r1", 1, "stopped", (0,))
+        assert sorted(node for node, _ in cluster.cancelled) == ["d1", "p1"]
+        assert {message for _, message in cluster.cancelled} == {cancel}
+        await until(lambda: cluster.running == 1, "the other one runs")
+        cluster.release()
+        tokens = await collect(request)
+    assert tokens[1] == expected(dataclasses.replace(WORK, n=2))[1]
+    await until(lambda: cluster.finished)
+    assert {ending.finish_reason for ending in cluster.finished["r1"]} == {"stop", "length"}
+
+
+async def test_a_node_that_goes_on_with_a_stopped_choice_is_told_again(
+    cluster: FakeCluster,
+) -> None:
+    """The first word was lost, or the choice was on its way to another node."""
+    cluster.add("u1").hold_at = 3
+    dispatcher = connect(cluster)
+    async with dispatcher.run(dataclasses.replace(WORK, n=2)) as request:
+        await until(lambda: all(c.stream.below == len(PROMPT) + 3 for c in request.choices))
+        dispatcher.stop(request, 0)
+        cluster.cancelled.clear()
+        cancel = Cancel("g1", "r1", 1, "stopped", (0,))
+        run = TokenRun("r1", 1, 0, len(PROMPT) + 3, (1,), (), "")
+        cluster.deliver("u1", Tokens("u1", (run,)))
+        cluster.deliver("u2", TookOver("u2", "r1", 1, 0, len(PROMPT) + 4))
+        assert cluster.cancelled == [("u1", cancel), ("u2", cancel)]
+
+
 async def test_a_stopped_choice_is_finished_and_its_node_told(cluster: FakeCluster) -> None:
     cluster.add("u1").hold_at = 3
     dispatcher = connect(cluster)

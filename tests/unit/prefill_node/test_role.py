@@ -270,3 +270,21 @@ async def test_it_does_not_wait_for_long(
     assert isinstance(failed, Failed)
     assert (failed.code, failed.retryable) == ("service_unavailable", True)
     assert role.num_open == 0
+
+
+async def test_a_choice_that_is_cancelled_makes_way_for_the_next(
+    node: ScriptedNode, role: prefill.PrefillRole
+) -> None:
+    """A stop string was met in what a former attempt delivered, or in its first token."""
+    node.decode_nodes("d1")
+    role.accept(Entry("1-0", a_dispatch(choices=(0, 1, 2), prompt=20)))
+    await node.step(role)
+    assert node.links.committed == [key("d1", 0)]
+    role.cancel("r-1", 1, "stopped", frozenset({1}))
+    role.cancel("r-1", 1, "stopped", frozenset({0}))
+    assert node.links.cancelled == [key("d1", 0)]
+    await node.opened()
+    role.sent(ended("d1", Outcome.CANCELLED, choice=0))
+    assert node.links.committed == [key("d1", 0), key("d1", 2)]
+    role.sent(ended("d1", Outcome.ADOPTED, choice=2))
+    assert role.num_open == 0
