@@ -18,6 +18,7 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.meta
 import jinja2.nodes
 import jinja2.parser
 import jinja2.runtime
@@ -34,6 +35,9 @@ from gateway.message_forms import (
     left_out,
     marked,
 )
+
+FIELDS_TO_READ = frozenset({"documents", "reasoning_effort"})  # or they would be lost
+ASK_FOR_NOTHING = ("none", "medium")  # efforts that a model without reasoning is fine with
 
 
 class _GenerationBlock(jinja2.ext.Extension):
@@ -90,8 +94,10 @@ class ChatTemplate:
     """A compiled template; `special_tokens` (`bos_token`, …) are variables in it."""
 
     def __init__(self, source: str, special_tokens: dict[str, str]) -> None:
+        environment = _environment()
         try:
-            self._template = _environment().from_string(source)
+            self._template = environment.from_string(source)
+            self._read = jinja2.meta.find_undeclared_variables(environment.parse(source))
         except jinja2.TemplateError as error:
             raise ModelError(f"the chat template does not compile: {error}") from error
         self._special_tokens = special_tokens
@@ -113,7 +119,14 @@ class ChatTemplate:
 
         Raises `InvalidRequest` when the template refuses these messages or leaves one out.
         """
-        render = functools.partial(self._raw, add_generation_prompt, variables or {})
+        variables = variables or {}
+        for name in FIELDS_TO_READ & variables.keys() - self._read:
+            if variables[name] not in ASK_FOR_NOTHING:
+                raise InvalidRequest(
+                    f"{name} is not supported: the model's chat template does not read it",
+                    param=name,
+                )
+        render = functools.partial(self._raw, add_generation_prompt, variables)
         forms = [Form.STRING]
         if self._forms.undecided(messages):
             forms.append(Form.PARTS)

@@ -24,6 +24,7 @@ class ConversationFields(Fields):
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, Any] | None = None
     documents: Annotated[list[dict[str, Any]], Field(fail_fast=True)] | None = None
+    reasoning_effort: Annotated[str, Field(max_length=20)] | None = None
     add_special_tokens: bool | None = None  # None: a template writes them itself
 
     @property
@@ -33,8 +34,9 @@ class ConversationFields(Fields):
 
     @property
     def template_variables(self) -> dict[str, Any]:
-        documents = {"documents": self.documents} if self.documents else {}
-        return {**(self.chat_template_kwargs or {}), **documents}
+        fields = {"documents": self.documents, "reasoning_effort": self.reasoning_effort}
+        given = {name: value for name, value in fields.items() if value}
+        return {**(self.chat_template_kwargs or {}), **given}
 
     def check_conversation(self) -> None:
         if self.continue_final_message and self.add_generation_prompt:
@@ -64,7 +66,6 @@ class ChatBody(Body, ConversationFields):
         "audio": (),
         "prediction": (),
         "web_search_options": (),
-        "reasoning_effort": (),
         "include_reasoning": (True,),
         "echo": (False,),
         "return_prompt_text": (False,),

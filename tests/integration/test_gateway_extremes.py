@@ -99,7 +99,7 @@ async def test_numbers_of_a_chat_are_named_as_the_client_spelled_them() -> None:
     transport = httpx.ASGITransport(create_app(make_service(cluster, "tokenizers/qwen2")))
     body = '{"messages": [{"role": "user", "content": "Once upon a time there was"}], "seed": 1'
     async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as http:
-        for field in sorted(numbers(ChatBody)):
+        for field in ("max_tokens", *sorted({*numbers(ChatBody)} - {*numbers(CompletionBody)})):
             for text in EXTREMES:
                 data = f'{body}, "{field}": {text}}}'
                 if field in ("max_tokens", "max_completion_tokens") and text == "1":

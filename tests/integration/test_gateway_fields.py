@@ -110,6 +110,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return model_folder(tmp_path_factory.mktemp("model"))
 
 
+@pytest.fixture(scope="module")
+def short_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return model_folder(tmp_path_factory.mktemp("short_model"), 40)
+
+
 @pytest.fixture
 async def http(model: str) -> AsyncIterator[httpx.AsyncClient]:
     _, client = await http_for(model=model)
@@ -527,8 +532,8 @@ async def test_what_stopped_an_answer_is_shown_where_asked(http: httpx.AsyncClie
     )
 
 
-async def test_a_prompt_is_cut_to_what_is_asked_or_fits(tmp_path: Path) -> None:
-    cluster, http = await http_for(model=model_folder(tmp_path, 20))
+async def test_a_prompt_is_cut_to_what_is_asked_or_fits(short_model: str) -> None:
+    cluster, http = await http_for(model=short_model)
     ids = list(range(100, 200))
 
     async def prompt(**options: Any) -> tuple[int, ...]:
@@ -540,9 +545,9 @@ async def test_a_prompt_is_cut_to_what_is_asked_or_fits(tmp_path: Path) -> None:
 
     assert await prompt(truncate_prompt_tokens=5) == tuple(ids[-5:])
     assert await prompt(truncate_prompt_tokens=5, truncation_side="right") == tuple(ids[:5])
-    assert await prompt(truncate_prompt_tokens=-1) == tuple(ids[-12:])
-    assert await prompt(truncate_prompt_tokens=-1, max_tokens=None) == tuple(ids[-19:])
-    for bad in (0, -2, 30):
+    assert await prompt(truncate_prompt_tokens=-1) == tuple(ids[-32:])
+    assert await prompt(truncate_prompt_tokens=-1, max_tokens=None) == tuple(ids[-39:])
+    for bad in (0, -2, 50):
         answer = await post(http, "/v1/completions", prompt=ids, truncate_prompt_tokens=bad)
         assert answer.status_code == 400
 
@@ -587,9 +592,9 @@ async def test_a_prompt_that_ends_inside_a_character_is_not_billed_to_the_comple
     ],
 )  # fmt: skip
 async def test_what_overflows_the_context_says_what_clients_look_for(
-    tmp_path: Path, path: str, change: dict[str, Any], param: str
+    short_model: str, path: str, change: dict[str, Any], param: str
 ) -> None:
-    _, http = await http_for(model=model_folder(tmp_path, 40))
+    _, http = await http_for(model=short_model)
     error = (await post(http, path, **change)).json()["error"]
     assert (error["code"], error["param"]) == ("context_length_exceeded", param)
     assert "This model's maximum context length is" in error["message"]

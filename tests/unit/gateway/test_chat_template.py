@@ -297,6 +297,23 @@ def test_what_says_nothing_cannot_be_continued(last: dict[str, Any]) -> None:
     assert caught.value.param == "continue_final_message"
 
 
+@pytest.mark.parametrize(
+    ("name", "value"), [("documents", [{"text": "a"}]), ("reasoning_effort", "high")]
+)
+def test_what_the_template_is_to_read_is_refused_where_it_does_not(name: str, value: Any) -> None:
+    read = EACH + "{{ message.content }}{{ " + name + " | string }}" + END
+    text = render(read, says("user", "x"), variables={name: value})
+    assert text == f"<user>x{value}"
+    with pytest.raises(InvalidRequest, match=f"{name} is not supported") as caught:
+        render(TEMPLATES["a string"], says("user", "x"), variables={name: value})
+    assert caught.value.param == name
+
+
+@pytest.mark.parametrize("effort", ["none", "medium"])
+def test_no_effort_and_the_usual_one_are_fine_with_every_model(effort: str) -> None:
+    assert render(TEMPLATES["a string"], says("user", "x"), variables={"reasoning_effort": effort})
+
+
 def test_what_a_template_raises_reaches_the_client() -> None:
     source = "{% if messages[0].role == 'system' %}{{ raise_exception('No system here!') }}" \
         "{% endif %}{{ messages[0].content }}"  # fmt: skip
