@@ -31,11 +31,12 @@ from common.registry import NodeRecord, NodeState, Registry, Role, new_incarnati
 from common.requests import Requests
 from gateway.access import Access
 from gateway.app import create_app
-from gateway.dispatch import Dispatcher, Limits
+from gateway.dispatch import Dispatcher
 from gateway.intake.pool import Intake
 from gateway.intake.process import Forker
 from gateway.metrics import GatewayMetrics
 from gateway.node_links import NodeLinks
+from gateway.placement import Limits
 from gateway.prefix_index import PrefixIndex
 from gateway.record_store import RecordStore
 from gateway.replays import Replays

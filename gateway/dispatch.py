@@ -27,9 +27,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Coroutine
 
 import common.errors
@@ -48,7 +46,6 @@ from common.identity import ModelIdentity
 from common.logs import get_logger
 from common.messages import (
     Cancel,
-    Dispatch,
     Failed,
     Message,
     Stage,
@@ -61,15 +58,9 @@ from gateway.holders import Holders
 from gateway.ledger import Ledger
 from gateway.metrics import GatewayMetrics
 from gateway.open_request import Choice, OpenRequest, Update, Work
-from gateway.ports import Ending, NodeBus, NodeDirectory, NodeView, RequestStore
-from gateway.router import (
-    Decision,
-    RouteQuestion,
-    Router,
-    longest_context,
-    longest_request,
-    what_lacks,
-)
+from gateway.placement import Limits, Placement
+from gateway.ports import Ending, NodeBus, NodeDirectory, RequestStore
+from gateway.router import Router
 from gateway.suspicion import Suspicion, Verdict
 from gateway.whereabouts import CLAIM_LOST, Whereabouts
 
@@ -85,16 +76,6 @@ STOPS = frozenset({Down.SILENT})
 STORE_RETRY_S = 0.2  # between two tries to reach Redis for a retry
 ENDS_KEPT = 8  # ends that Redis has not heard of, for each request that may be open
 LAST_WRITES_S = 5.0  # that a gateway waits for Redis when it ends
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Limits:
-    """How long and how often the dispatcher tries."""
-
-    max_attempts: int = 4
-    max_open: int = 256
-    placement_timeout_s: float = 8.0  # without any node to go to
-    request_timeout_s: float = 600.0
 
 
 class Dispatcher:
@@ -115,13 +96,10 @@ class Dispatcher:
         self._store = store
         self._bus = bus
         self._directory = directory
-        self._router = router
         self._limits = limits
         self._metrics = metrics
         self._open: dict[str, OpenRequest] = {}
-        # Prompt tokens by node: sent, less those computed, since loads were read; may be negative.
-        self._in_flight: Counter[str] = Counter()
-        self._nodes_changed = asyncio.Event()
+        self._placement = Placement(gateway, bus, directory, router, limits)
         self._holders = Holders(gateway, self._open, bus, directory, self.on_node_lost)
         self._whereabouts = Whereabouts(
             self._open, store, directory, self._lose_unheard, self._adopt
@@ -138,20 +116,15 @@ class Dispatcher:
 
     def longest_request(self, model: ModelIdentity) -> int | None:
         """Prompt plus output that some node could hold, None while there is none."""
-        return longest_request(model, self._directory.nodes())
+        return self._placement.longest_request(model)
 
     def longest_context(self, model: ModelIdentity) -> int | None:
         """The longest context of its nodes, which settings may make shorter than the model's."""
-        return longest_context(model, self._directory.nodes())
+        return self._placement.longest_context(model)
 
     def ready(self, model: ModelIdentity) -> str | None:
         """None when a request for this model could be placed now, else what is missing."""
-        probe = RouteQuestion("ready", model, (0,), 1, 1)
-        try:
-            decision = self._router.route(probe, self._directory.nodes(), {})
-        except PdqError as error:
-            return error.message
-        return None if decision else what_lacks(model, self._directory.nodes())
+        return self._placement.ready(model)
 
     @property
     def max_open(self) -> int:
@@ -243,73 +216,18 @@ class Dispatcher:
 
         The node holds the choices from before the write on: its death meanwhile is a retry too.
         """
-        work = request.work
-        question = RouteQuestion(
-            request=work.request,
-            model=work.model,
-            token_ids=token_ids,
-            prompt_len=len(work.prompt_ids),
-            max_tokens=work.params.max_tokens,
-            cache_salt=work.cache_salt,
-            fingerprint=request.fingerprint,
-            avoid=avoid,
-        )
-        decision = await self._decide(question)
-        node = decision.prefill.incarnation
-        request.explanation = decision.reason
-        request.fingerprint = request.fingerprint or decision.prefill.fingerprint
-        request.involved.add(node)
-        dispatch = Dispatch(
-            request=work.request,
-            attempt=attempt,
-            choices=choices,
-            token_ids=token_ids,
-            prompt_len=len(work.prompt_ids),
-            params=work.params,
-            gateway=self._gateway,
-            gateway_endpoint=self._bus.endpoint,
-            decode_node=decision.decode.incarnation if decision.decode else "",
-            decode_endpoint=decision.decode.endpoint if decision.decode else "",
-            cache_salt=work.cache_salt,
-            priority=work.priority,
-            deadline_ms=self._remaining_ms(request),
-            trace=work.trace,
-            model=work.model,
-            alone=work.request in self._suspicion,
-        )
+        node, dispatch = await self._placement.find(
+            request, choices, attempt, token_ids,
+            avoid=avoid, alone=request.work.request in self._suspicion,
+        )  # fmt: skip
         for choice in choices:
             request.choices[choice].holder = node
-        request.dispatches[attempt] = (node, dispatch)
-        self._in_flight[node] += len(token_ids)
-        request.uncomputed[attempt] = (node, len(token_ids))
         await self._store.accept(node, dispatch)
         for choice in choices:
             if request.choices[choice].stream.attempt == attempt:
                 request.choices[choice].placed_at = time.monotonic()
         if self._directory.lost(node):
             self._whereabouts.look()
-
-    async def _decide(self, question: RouteQuestion) -> Decision:
-        """A place, waiting for a node to come if there is none; never longer than the limit."""
-        try:
-            async with asyncio.timeout(self._limits.placement_timeout_s):
-                while True:
-                    self._nodes_changed.clear()
-                    nodes = self._directory.nodes()
-                    decision = self._router.route(question, nodes, self._in_flight)
-                    if decision is not None:
-                        return decision
-                    await self._nodes_changed.wait()
-        except TimeoutError as error:
-            nodes = self._directory.nodes()
-            here = "; ".join(filter(None, (_roles(nodes), self.ready(question.model))))
-            raise ServiceUnavailable(
-                f"no node could take the request within {self._limits.placement_timeout_s:g} s: {here}"
-            ) from error
-
-    def _remaining_ms(self, request: OpenRequest) -> int:
-        spent = time.monotonic() - request.accepted_at
-        return max(1, int((self._limits.request_timeout_s - spent) * 1000))
 
     # ── Retrying ─────────────────────────────────────────────────────────────────────────────────
 
@@ -385,8 +303,7 @@ class Dispatcher:
         self._holders.look()
 
     def on_nodes_changed(self) -> None:
-        self._in_flight.clear()  # the loads that were just read hold it
-        self._nodes_changed.set()
+        self._placement.loads_read()
         self._whereabouts.look()
         self._ledger.audit()
 
@@ -413,7 +330,7 @@ class Dispatcher:
             for request, index in lost:
                 self._lose(request, index, node, crashed=reason in CRASHES | STOPS)
         self._whereabouts.look()
-        self._nodes_changed.set()
+        self._placement.nodes_changed()
 
     async def _judge(self, node: str, lost: list[tuple[OpenRequest, int]]) -> None:
         """A node crashed that had suspects: its record says whether one was alone in the step."""
@@ -596,15 +513,7 @@ class Dispatcher:
         choice = request.choices[index]
         attempt = choice.stream.attempt
         choice.holder, choice.heard, choice.stirred_at = node, claimed, time.monotonic()
-        request.involved.add(node)
-        _, dispatch = request.dispatches[attempt]
-        request.dispatches[attempt] = (node, dispatch)
-        counted = request.uncomputed.get(attempt)
-        if counted is not None:
-            before, prompt_tokens = counted
-            self._in_flight[before] -= prompt_tokens
-            self._in_flight[node] += prompt_tokens
-            request.uncomputed[attempt] = (node, prompt_tokens)
+        self._placement.moved(request, attempt, node)
 
     def _find(
         self, kind: str, message: TookOver | Stage | Failed
@@ -617,10 +526,7 @@ class Dispatcher:
 
     def _observe(self, request: OpenRequest, choice: Choice, tokens: int) -> None:
         now = time.monotonic()
-        dispatched = request.uncomputed.pop(choice.stream.attempt, None)
-        if dispatched is not None:
-            node, prompt_tokens = dispatched
-            self._in_flight[node] -= prompt_tokens
+        self._placement.computed(request, choice.stream.attempt)
         if not choice.last_arrival:
             self._metrics.ttft.observe(now - request.accepted_at)
         else:
@@ -694,14 +600,3 @@ def _by_code() -> dict[str, type[PdqError]]:
 
 
 _BY_CODE = _by_code()
-
-
-def _roles(nodes: object) -> str:
-    views: list[NodeView] = list(nodes)  # type: ignore[call-overload]
-    if not views:
-        return "no node is registered"
-    counts = Counter(
-        f"{view.role}{'' if view.healthy else ', unhealthy'}{', draining' if view.draining else ''}"
-        for view in views
-    )
-    return "; ".join(f"{count} {role}" for role, count in sorted(counts.items()))

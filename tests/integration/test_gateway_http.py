@@ -19,7 +19,7 @@ import pytest
 from common.errors import ServiceUnavailable
 from common.messages import Dispatch, Failed
 from gateway.app import create_app
-from gateway.dispatch import Limits
+from gateway.placement import Limits
 from gateway.service import ServiceLimits
 from gateway.tokenizer import Tokenizer
 from tests.support.fake_cluster import EOS, FakeCluster, pair, until

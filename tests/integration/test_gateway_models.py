@@ -17,7 +17,7 @@ from common.engine import Engine
 from common.errors import ConfigError
 from common.identity import ModelIdentity
 from common.model_files import model_revision
-from gateway.dispatch import Limits
+from gateway.placement import Limits
 from gateway.served_models import ServedModel, load_models
 from tests.support.fake_cluster import FINGERPRINT, MODEL, FakeCluster
 from tests.support.gateway_server import MODELS, Served, load_tokenizer, serving

@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from common.config import HTTPSettings
-from gateway.dispatch import Limits
+from gateway.placement import Limits
 from gateway.service import ServiceLimits
 from tests.support.fake_cluster import FakeCluster, until
 from tests.support.gateway_server import Served, serving

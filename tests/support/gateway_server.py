@@ -16,10 +16,11 @@ from common.model_folder.description import describe_model
 from gateway.access import Access
 from gateway.app import create_app
 from gateway.connection import Roster
-from gateway.dispatch import Dispatcher, Limits
+from gateway.dispatch import Dispatcher
 from gateway.intake.pool import Intake
 from gateway.intake.process import Forker
 from gateway.metrics import GatewayMetrics
+from gateway.placement import Limits
 from gateway.prefix_index import PrefixIndex
 from gateway.router import LeastLoadedRouter
 from gateway.served_models import ServedModel, ServedModels

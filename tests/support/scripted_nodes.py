@@ -25,9 +25,10 @@ from common.redis_scripts import GROUP
 from common.registry import NodeRecord, NodeState, Registry, Role
 from common.requests import Load, Requests
 from common.sampling import SamplingParams
-from gateway.dispatch import Dispatcher, Limits
+from gateway.dispatch import Dispatcher
 from gateway.metrics import GatewayMetrics
 from gateway.open_request import Work
+from gateway.placement import Limits
 from gateway.ports import UNIFIED, NodeLoad, NodeView
 from gateway.prefix_index import PrefixIndex
 from gateway.record_store import RecordStore

@@ -38,10 +38,11 @@ from common.node.token_stream import ChoiceKey
 from common.registry import NodeRecord, NodeState, Role, Snapshot
 from common.requests import Load, Place, Where
 from common.sampling import SamplingParams
-from gateway.dispatch import Dispatcher, Limits
+from gateway.dispatch import Dispatcher
 from gateway.metrics import GatewayMetrics
 from gateway.node_links import NodeLinks
 from gateway.open_request import Work
+from gateway.placement import Limits
 from gateway.ports import Ending
 from gateway.prefix_index import PrefixIndex
 from gateway.router import LeastLoadedRouter

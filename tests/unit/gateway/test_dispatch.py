@@ -23,9 +23,10 @@ from common.errors import (
 from common.messages import Cancel, Dispatch, Failed, Stage, TokenRun, Tokens, TokensAck, TookOver
 from common.metrics import Metrics
 from common.sampling import SamplingParams
-from gateway.dispatch import Dispatcher, Limits
+from gateway.dispatch import Dispatcher
 from gateway.metrics import GatewayMetrics
 from gateway.open_request import OpenRequest, Work
+from gateway.placement import Limits
 from gateway.ports import DECODE, PREFILL
 from gateway.prefix_index import PrefixIndex
 from gateway.router import LeastLoadedRouter

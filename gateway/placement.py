@@ -1,0 +1,186 @@
+"""Where an attempt goes, and what is said about it there.
+
+Owns: the wait for a node that could take it, the message that a node reads, and the prompt tokens that
+are on their way to nodes since their loads were read. Knows nothing of retries, nor of what becomes
+of the attempt.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from collections import Counter
+from collections.abc import Sequence
+
+from common.errors import PdqError, ServiceUnavailable
+from common.identity import ModelIdentity
+from common.messages import Dispatch
+from gateway.open_request import OpenRequest
+from gateway.ports import NodeBus, NodeDirectory, NodeView
+from gateway.router import (
+    Decision,
+    RouteQuestion,
+    Router,
+    longest_context,
+    longest_request,
+    what_lacks,
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Limits:
+    """How long and how often the dispatcher tries."""
+
+    max_attempts: int = 4
+    max_open: int = 256
+    placement_timeout_s: float = 8.0  # without any node to go to
+    request_timeout_s: float = 600.0
+
+
+class Placement:
+    """Of one gateway. All methods run on one event loop."""
+
+    def __init__(
+        self, gateway: str, bus: NodeBus, directory: NodeDirectory, router: Router, limits: Limits
+    ) -> None:
+        self._gateway = gateway
+        self._bus = bus
+        self._directory = directory
+        self._router = router
+        self._limits = limits
+        # Prompt tokens by node: sent, less those computed, since loads were read; may be negative.
+        self._in_flight: Counter[str] = Counter()
+        self._nodes_changed = asyncio.Event()
+
+    # What there is.
+
+    def longest_request(self, model: ModelIdentity) -> int | None:
+        """Prompt plus output that some node could hold, None while there is none."""
+        return longest_request(model, self._directory.nodes())
+
+    def longest_context(self, model: ModelIdentity) -> int | None:
+        """The longest context of its nodes, which settings may make shorter than the model's."""
+        return longest_context(model, self._directory.nodes())
+
+    def ready(self, model: ModelIdentity) -> str | None:
+        """None when a request for this model could be placed now, else what is missing."""
+        probe = RouteQuestion("ready", model, (0,), 1, 1)
+        try:
+            decision = self._router.route(probe, self._directory.nodes(), {})
+        except PdqError as error:
+            return error.message
+        return None if decision else what_lacks(model, self._directory.nodes())
+
+    # Finding a place.
+
+    async def find(
+        self,
+        request: OpenRequest,
+        choices: tuple[int, ...],
+        attempt: int,
+        token_ids: tuple[int, ...],
+        *,
+        avoid: frozenset[str],
+        alone: bool,
+    ) -> tuple[str, Dispatch]:
+        """The node that is to read the attempt, and what it is to read; the request notes both.
+        Raises `ServiceUnavailable` if there is no node in time, and what the router raises."""
+        work = request.work
+        question = RouteQuestion(
+            request=work.request,
+            model=work.model,
+            token_ids=token_ids,
+            prompt_len=len(work.prompt_ids),
+            max_tokens=work.params.max_tokens,
+            cache_salt=work.cache_salt,
+            fingerprint=request.fingerprint,
+            avoid=avoid,
+        )
+        decision = await self._decide(question)
+        node = decision.prefill.incarnation
+        request.explanation = decision.reason
+        request.fingerprint = request.fingerprint or decision.prefill.fingerprint
+        request.involved.add(node)
+        dispatch = Dispatch(
+            request=work.request,
+            attempt=attempt,
+            choices=choices,
+            token_ids=token_ids,
+            prompt_len=len(work.prompt_ids),
+            params=work.params,
+            gateway=self._gateway,
+            gateway_endpoint=self._bus.endpoint,
+            decode_node=decision.decode.incarnation if decision.decode else "",
+            decode_endpoint=decision.decode.endpoint if decision.decode else "",
+            cache_salt=work.cache_salt,
+            priority=work.priority,
+            deadline_ms=self._remaining_ms(request),
+            trace=work.trace,
+            model=work.model,
+            alone=alone,
+        )
+        request.dispatches[attempt] = (node, dispatch)
+        self._in_flight[node] += len(token_ids)
+        request.uncomputed[attempt] = (node, len(token_ids))
+        return node, dispatch
+
+    def moved(self, request: OpenRequest, attempt: int, node: str) -> None:
+        """The attempt lies at this node now."""
+        request.involved.add(node)
+        _, dispatch = request.dispatches[attempt]
+        request.dispatches[attempt] = (node, dispatch)
+        counted = request.uncomputed.get(attempt)
+        if counted is not None:
+            before, prompt_tokens = counted
+            self._in_flight[before] -= prompt_tokens
+            self._in_flight[node] += prompt_tokens
+            request.uncomputed[attempt] = (node, prompt_tokens)
+
+    def computed(self, request: OpenRequest, attempt: int) -> None:
+        """The attempt's prompt is computed: its first token is here."""
+        counted = request.uncomputed.pop(attempt, None)
+        if counted is not None:
+            node, prompt_tokens = counted
+            self._in_flight[node] -= prompt_tokens
+
+    def loads_read(self) -> None:
+        """The nodes' loads were just read: they hold what was on its way."""
+        self._in_flight.clear()
+        self._nodes_changed.set()
+
+    def nodes_changed(self) -> None:
+        """Look again for those that wait for a node."""
+        self._nodes_changed.set()
+
+    async def _decide(self, question: RouteQuestion) -> Decision:
+        """A place, waiting for a node to come if there is none; never longer than the limit."""
+        try:
+            async with asyncio.timeout(self._limits.placement_timeout_s):
+                while True:
+                    self._nodes_changed.clear()
+                    nodes = self._directory.nodes()
+                    decision = self._router.route(question, nodes, self._in_flight)
+                    if decision is not None:
+                        return decision
+                    await self._nodes_changed.wait()
+        except TimeoutError as error:
+            nodes = self._directory.nodes()
+            here = "; ".join(filter(None, (_roles(nodes), self.ready(question.model))))
+            raise ServiceUnavailable(
+                f"no node could take the request within {self._limits.placement_timeout_s:g} s: {here}"
+            ) from error
+
+    def _remaining_ms(self, request: OpenRequest) -> int:
+        spent = time.monotonic() - request.accepted_at
+        return max(1, int((self._limits.request_timeout_s - spent) * 1000))
+
+
+def _roles(views: Sequence[NodeView]) -> str:
+    if not views:
+        return "no node is registered"
+    counts = Counter(
+        f"{view.role}{'' if view.healthy else ', unhealthy'}{', draining' if view.draining else ''}"
+        for view in views
+    )
+    return "; ".join(f"{count} {role}" for role, count in sorted(counts.items()))
