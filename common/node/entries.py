@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from common.errors import FingerprintMismatch, LinkLost, ServiceUnavailable
+from common.errors import FingerprintMismatch, LinkLost, PoisonedRequest, ServiceUnavailable
 from common.logs import get_logger
 from common.node.token_stream import ChoiceKey
 from common.queue import Entry, NodeQueue, move_unread, queue_lengths
@@ -107,9 +107,26 @@ class Entries:
             except LinkLost as error:
                 log.warning("gateway.unreachable", gateway=entry.dispatch.gateway, error=error)
             if self._is_for_our_model(entry):
-                node.role.accept(entry)
+                self._accept(entry)
         if entries:
             node.wake()
+
+    def _accept(self, entry: Entry) -> None:
+        """What the role cannot take, for a reason that nobody has thought of, ends here: the next
+        node would not do better, and this one has others."""
+        node, dispatch = self._node, entry.dispatch
+        try:
+            node.role.accept(entry)
+        except Exception as error:
+            log.error("entry.refused", request=dispatch.request, exc_info=error)
+            engine_id = f"{dispatch.request}/{dispatch.attempt}"
+            poison = PoisonedRequest(f"a node cannot take it ({type(error).__name__})")
+            node.role.give_up(engine_id, poison, retryable=False)
+            node.engine.abort(engine_id)
+            for choice in dispatch.choices:
+                key = ChoiceKey(dispatch.request, dispatch.attempt, choice)
+                node.failed(dispatch.gateway, key, poison, retryable=False)
+            self.done(entry)
 
     def _is_for_our_model(self, entry: Entry) -> bool:
         """Whether the entry is for this node's model. Any other one goes back to its gateway."""

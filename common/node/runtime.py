@@ -62,6 +62,7 @@ from kv_transfer.transports.base import Target
 log = get_logger("node")
 
 ANNOUNCE_INTERVAL_S = 0.5
+ALONE_WAIT_S, ALONE_PAUSE_S = 0.5, 5.0  # to announce a step of a suspect; until the next try
 SLOW_DEATHS = frozenset({Down.SILENT, Down.STALLED, Down.UNREACHABLE})  # found out by waiting
 
 
@@ -108,6 +109,7 @@ class Node:
         self._lost: dict[str, int] = {}  # peer → beats in its record then
         self._started_at = int(time.time() * 1000)
         self._beats = 0
+        self._mute_until = 0.0  # no step is announced before
         self._tasks: set[asyncio.Task[None]] = set()
 
     # For the role.
@@ -137,11 +139,16 @@ class Node:
 
     async def say_alone(self) -> None:
         """Write into the node's record whose step of its own comes next, before it is computed: if it
-        takes the process with it, that is all there is to know it by."""
+        takes the process with it, that is all there is to know it by. Streams do not wait long for
+        Redis: where it does not answer, nobody will be found guilty by that record."""
+        if time.monotonic() < self._mute_until:
+            return
         try:
-            await self.registry.announce(self.record(), self.links.describe())
-        except ServiceUnavailable as error:
+            async with asyncio.timeout(ALONE_WAIT_S):
+                await self.registry.announce(self.record(), self.links.describe())
+        except (ServiceUnavailable, TimeoutError) as error:
             log.warning("node.unannounced", error=error)
+            self._mute_until = time.monotonic() + ALONE_PAUSE_S
 
     def push_tokens(self, runs: Iterable[tuple[str, TokenRun]]) -> None:
         self.gateways.tokens.push(runs)

@@ -18,7 +18,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Executor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from common.engine.engine import ComputedStep, PlannedStep, StepNotBuilt
 from common.engine.sequence import Sequence
@@ -76,8 +76,11 @@ class Steps:
                 engine.fail_step(planned)
                 await self._failed(alone, planned.step, error)
                 continue
-            outputs = engine.end_step(planned, computed)
-            node.role.step_ended(planned, outputs)
+            try:
+                node.role.step_ended(planned, engine.end_step(planned, computed))
+            except Exception as error:  # what is half taken in cannot be computed again
+                log.error("step.not_taken_in", error=repr(error), alone=alone, exc_info=error)
+                self._end(alone, planned.step, error)
             self.suspects.passed(alone, _reached(planned.step, min))
             for request in self.suspects:
                 if not engine.scheduler.is_open(request):
@@ -126,7 +129,11 @@ class Steps:
                 return
             if not self.suspects.unexplained:
                 return
-        for request in members:
+        self._end(alone, step, error)
+
+    def _end(self, alone: str, step: Step, error: BaseException) -> NoReturn:
+        """The engine is broken: its process ends, and says to whom it may have been due."""
+        for request in _reached(step, max):
             if request == alone:
                 self._convict(request, error)
             else:

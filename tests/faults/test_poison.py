@@ -1,8 +1,9 @@
-"""A request that kills the process that computes it: two nodes at most, and nobody else's tokens."""
+"""A request that kills or hangs the process that computes it: two nodes at most, and nobody else's
+tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
@@ -12,11 +13,12 @@ from tests.faults.conftest import BEATS
 from tests.support.checkpoints import STORIES
 from tests.support.deployment import Deployment
 from tests.support.load import Client, Load, bodies, truth
-from tests.support.poisoned_node import POISON
+from tests.support.poisoned_node import HANGS, KILLS
+from tests.support.redis import wait_until
 
 
 class Poisonable(Deployment):
-    """Of nodes that die of `POISON`."""
+    """Of nodes that die of `KILLS` and hang at `HANGS`."""
 
     def command(self, name: str, module: str, *arguments: str) -> list[str]:
         nodes = "tests.support.poisoned_node"
@@ -27,33 +29,42 @@ class Poisonable(Deployment):
         return {name for name, process in self.processes.items() if process.poll() is not None}
 
 
-@pytest.fixture
-def poisonable() -> Iterator[Poisonable]:
-    with Poisonable(STORIES, prefill=3, decode=1, flags=BEATS, gateway_flags=BEATS) as system:
+@pytest.fixture(scope="module")
+def three_by_one() -> Iterator[Poisonable]:
+    flags = (*BEATS, "--bus-stall-limit-s", "3")
+    with Poisonable(STORIES, prefill=3, decode=1, flags=flags, gateway_flags=flags) as system:
         yield system
 
 
-async def test_a_prompt_that_kills_its_node_ends_after_two_and_alone(
-    poisonable: Poisonable, engine: Engine
+@pytest.fixture
+async def poisonable(three_by_one: Poisonable) -> AsyncIterator[Poisonable]:
+    """Afterwards nothing may be left."""
+    yield three_by_one
+    for name in three_by_one.dead:
+        three_by_one.kill(name)
+    three_by_one.start_missing()
+    await three_by_one.wait_ready()
+    await three_by_one.assert_idle()
+
+
+@pytest.mark.parametrize("poison", [KILLS, HANGS], ids=["kills", "hangs"])
+async def test_a_prompt_that_ends_its_node_ends_after_two_and_alone(
+    poisonable: Poisonable, engine: Engine, poison: list[int]
 ) -> None:
     asked = bodies(12, max_tokens=(20, 60))
     expected = truth(engine, asked)
-    poison = Client({"prompt": POISON, "max_tokens": 5}, stream=False)
+    client = Client({"prompt": poison, "max_tokens": 5}, stream=False)
     async with Load(poisonable.url, asked) as load:
-        await poison.ask(load._http, poisonable.url)
+        await client.ask(load.http, poisonable.url)
         await load.finish(expected)
-    assert poison.status == 500
-    assert poison.error is not None
-    assert poison.error["code"] == "poisoned_request"
-    assert len(poisonable.dead) == 2
-    async with poisonable.redis_client() as client:
-        (letter,) = await Requests(client).dead_letters()
-        assert list(letter.dispatch.token_ids) == POISON
-        record = await Requests(client).get(letter.request)
+    assert client.status == 500
+    assert client.error is not None
+    assert client.error["code"] == "poisoned_request"
+    await wait_until(lambda: len(poisonable.dead) == 2, "both processes are gone")
+    async with poisonable.redis_client() as redis:
+        letter, *_ = await Requests(redis).dead_letters()
+        assert letter.dispatch is not None
+        assert list(letter.dispatch.token_ids) == poison
+        record = await Requests(redis).get(letter.request)
         assert record is not None
         assert {choice.error for choice in record.choices} == {"poisoned_request"}
-    for name in poisonable.dead:
-        poisonable.kill(name)
-    poisonable.start_missing()
-    await poisonable.wait_ready()
-    await poisonable.assert_idle()

@@ -9,16 +9,21 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 from torch import Tensor
 
+from common.config import RedisSettings
 from common.engine import Engine, SamplingParams
 from common.engine.backends.base import Rows
 from common.engine.kv_cache import KVCache
 from common.errors import EngineBroken
 from common.messages import Failed
+from common.node.entries import Entries
 from common.node.steps import Steps
 from common.queue import Entry
+from common.redis_client import RedisClient
 from decode_node.role import DecodeRole
 from tests.support.engines import poisoned_engine
 from tests.support.redis import a_dispatch
@@ -211,6 +216,29 @@ async def test_a_device_that_is_lost_ends_the_node_at_once(
         assert running.failures == [(f"r-{n}", "engine_broken", True) for n in range(2)]
 
 
+@pytest.mark.parametrize("alone", [False, True])
+async def test_a_step_whose_outcome_cannot_be_taken_in_ends_the_node(alone: bool) -> None:
+    """No kernel has failed, but what was computed is half in the books."""
+    running = Running()
+    append = running.node.engine._sampler.append
+
+    def fail(slots: NDArray[np.int64], tokens: NDArray[np.int64]) -> None:
+        if alone == (len(slots) == 1):
+            raise IndexError("a slot that there is not")
+        append(slots, tokens)
+
+    running.node.engine._sampler.append = fail  # type: ignore[method-assign]
+    running.node.role.accept(a_request(0, prompt(0)))
+    running.node.role.accept(a_request(1, prompt(1), alone=alone))
+    steps = asyncio.create_task(running.node.steps.run())
+    with pytest.raises(EngineBroken):
+        await steps
+    if alone:
+        assert running.failures == [("r-1", "poisoned_request", False)]
+    else:
+        assert running.failures == [(f"r-{n}", "engine_broken", True) for n in range(2)]
+
+
 async def test_a_step_that_hangs_ends_the_node_and_names_who_was_in_it() -> None:
     running = Running(stall_limit_s=0.2)
     released = threading.Event()
@@ -247,3 +275,22 @@ async def test_a_suspect_of_another_node_is_computed_in_steps_of_its_own() -> No
     first = [step == {"r-2/1"} for step in together[:8]]
     assert first in ([True, False] * 4, [False, True] * 4), "in turns"
     assert running.node.alone[:4] == ["r-2/1", "", "r-2/1", ""], "said before each"
+
+
+async def test_an_entry_that_the_role_cannot_take_ends_here_and_not_at_the_next_node(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    running = Running()
+    running.node.redis = RedisClient(RedisSettings(url="redis://127.0.0.1:1"))
+    entries = Entries(running.node)  # type: ignore[arg-type]
+
+    def fail(*_: object, **__: object) -> None:
+        raise RecursionError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(running.node.engine, "make_sequence", fail)
+        entries._accept(a_request(0, prompt(0)))
+    entries._accept(a_request(1, prompt(1)))
+    await running.until_idle()
+    assert running.failures == [("r-0", "poisoned_request", False)]
+    assert len(running.tokens("r-1")) == PARAMS.max_tokens

@@ -166,11 +166,11 @@ class Load:
         ]
         self.tasks: list[asyncio.Task[None]] = []
         self._url = url
-        self._http = httpx.AsyncClient(limits=httpx.Limits(max_connections=None), timeout=120.0)
+        self.http = httpx.AsyncClient(limits=httpx.Limits(max_connections=None), timeout=120.0)
 
     async def __aenter__(self) -> Load:
         self.tasks = [
-            asyncio.create_task(client.ask(self._http, self._url)) for client in self.clients
+            asyncio.create_task(client.ask(self.http, self._url)) for client in self.clients
         ]
         return self
 
@@ -178,7 +178,7 @@ class Load:
         for task in self.tasks:
             task.cancel()
         await asyncio.gather(*self.tasks, return_exceptions=True)
-        await self._http.aclose()
+        await self.http.aclose()
 
     @property
     def num_begun(self) -> int:

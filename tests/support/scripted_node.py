@@ -87,6 +87,7 @@ class ScriptedNode:
         self.lost: set[str] = set()
         self.sealed: list[Chunk] = []
         self.steps = Steps(self, ThreadPoolExecutor(1), 60.0)  # type: ignore[arg-type]
+        self.redis: Any = None
         self.alone: list[str] = []  # whose steps of their own were announced, "" between them
 
     def room_changed(self) -> None: ...
