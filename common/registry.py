@@ -175,6 +175,11 @@ class Registry:
             )
         )  # fmt: skip
 
+    async def say_alone(self, incarnation: str, alone: str) -> None:
+        """Write `NodeRecord.alone`, and nothing else, before the next beat does."""
+        key = self._keys.node(incarnation)
+        await self._client.pipeline(("HSET", key, "alone", alone), ("EXPIRE", key, NODE_TTL_S))
+
     async def alone(self, incarnation: str) -> str | None:
         """`NodeRecord.alone` of one incarnation as it is now; None if there is no record."""
         found = await self._client.command("HGET", self._keys.node(incarnation), "alone")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from common.node.runtime import Node
 
 
-ALONE_TOKENS = 8
+ALONE_TOKENS = 4
 
 
 @dataclasses.dataclass(slots=True, eq=False)

@@ -145,7 +145,7 @@ class Node:
             return
         try:
             async with asyncio.timeout(ALONE_WAIT_S):
-                await self.registry.announce(self.record(), self.links.describe())
+                await self.registry.say_alone(self.incarnation, self.steps.alone)
         except (ServiceUnavailable, TimeoutError) as error:
             log.warning("node.unannounced", error=error)
             self._mute_until = time.monotonic() + ALONE_PAUSE_S

@@ -10,9 +10,10 @@ reached, or would have.
                                                                             ▼
                                                                      guilty: it ends here
 
-Steps of a suspect and steps of all that are clear take turns, so that nobody waits for a suspect and
-no suspect for ever. A step that fails is never proof by itself: a request is guilty when a second
-step fails that had nobody else in it.
+Steps of a suspect, IN_A_ROW at most, and steps of all that are clear take turns, so that nobody waits
+long for a suspect and no suspect for ever; each change is written down for the gateways (steps.py).
+A step that fails is never proof by itself: a request is guilty when a second step fails that had
+nobody else in it.
 
 Where a failure cannot be explained, because everybody in the step gets past it alone, the engine may
 be what is broken: after UNEXPLAINED of them, with no step of several in between that went well, it
@@ -24,6 +25,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 UNEXPLAINED = 3
+IN_A_ROW = 2
 
 
 class Suspects:
@@ -32,6 +34,7 @@ class Suspects:
     def __init__(self) -> None:
         self._until: dict[str, int] = {}  # suspect → the position past which it is clear
         self._last = ""  # whose step came last; "": of those that are clear
+        self._row = 0  # how many of one suspect came last
         self._failures = 0  # that nobody was found guilty of
         self._open = False  # the last of them is still looked into
 
@@ -52,15 +55,19 @@ class Suspects:
 
     def turns(self) -> Iterator[str]:
         """The steps that may come next, the first that can be made: each a suspect's own, or that of
-        all who are clear (""). Those who are clear have every second step."""
-        if not self._until or self._last:
+        all who are clear ("")."""
+        again = self._last in self._until and self._row < IN_A_ROW
+        if again:
+            yield self._last
+        if self._last or not self._until:
             yield ""
-        yield from tuple(self._until)
+        yield from (request for request in tuple(self._until) if not again or request != self._last)
         if self._until and not self._last:
             yield ""
 
     def passed(self, alone: str, members: Mapping[str, int]) -> None:
         """A step went well: `members` are by now at these positions."""
+        self._row = self._row + 1 if alone == self._last else 1
         self._last = alone
         if not alone:
             if len(members) > 1 and not self._until:
@@ -73,7 +80,7 @@ class Suspects:
 
     def failed(self, alone: str, members: Mapping[str, int]) -> str:
         """A step failed; who is guilty of it, or "" while that is to be found out."""
-        self._last = alone
+        self._last, self._row = alone, 0
         if alone:
             self._until.pop(alone, None)
             self._failures, self._open = 0, False

@@ -32,6 +32,17 @@ def test_a_suspect_is_clear_past_the_position_at_which_the_step_failed() -> None
     assert list(suspects) == ["b"]
 
 
+def test_a_suspect_has_a_few_steps_in_a_row_and_then_all_who_are_clear() -> None:
+    suspects = Suspects()
+    suspects.failed("", {"a": 40, "b": 40})
+    turns = []
+    for _ in range(7):
+        turn = next(suspects.turns())
+        turns.append(turn)
+        suspects.passed(turn, {turn: 1} if turn else {"c": 1, "d": 1})
+    assert turns == ["a", "a", "", "b", "b", "", "a"]
+
+
 def test_only_one_that_fails_alone_is_guilty() -> None:
     suspects = Suspects()
     suspects.failed("", {"a": 5, "b": 9})
