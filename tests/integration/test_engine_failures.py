@@ -11,6 +11,7 @@ from torch import Tensor
 
 from common.engine import Engine, FinishReason, SamplingParams, StepOutput
 from common.engine.backends.base import Rows
+from common.engine.backends.reference import ReferenceBackend
 from common.engine.engine import StepNotBuilt
 from common.errors import (
     CheckpointError,
@@ -320,3 +321,21 @@ def test_errors_have_a_code_and_a_place_in_the_tree() -> None:
     assert output.finish_reason is FinishReason.ERROR
     assert isinstance(output.error, PdqError)
     assert output.error.code == "no_token"
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), True),
+        (RuntimeError("CUDA error: device-side assert triggered\nCompile with …"), True),
+        (RuntimeError("CUDA error: uncorrectable ECC error encountered"), True),
+        (RuntimeError("CUDA error: out of memory"), False),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), False),
+        (RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"), False),
+        (ValueError("CUDA error"), False),
+    ],
+)
+def test_a_device_is_lost_by_errors_that_every_later_call_repeats(
+    error: Exception, lost: bool
+) -> None:
+    assert ReferenceBackend(torch.device("cpu"), torch.float32).is_lost(error) == lost
