@@ -187,7 +187,9 @@ class GatewaySettings:
     load_format: Literal["auto", "dummy"] = setting(
         "auto", "dummy: nodes have random weights in place of the model's"
     )
-    hf_overrides: str = setting("", "JSON object of fields in place of those of config.json")
+    hf_overrides: str = setting(
+        "", "JSON object of fields in place of those of config.json (not of further models)"
+    )
     models: tuple[str, ...] = setting(
         (), "further models to answer for, each a folder, a hub name, or NAME=one of these"
     )

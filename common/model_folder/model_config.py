@@ -147,7 +147,8 @@ def _check_architecture(config: Mapping[str, Any], model_type: str) -> None:
         return
     if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
         raise wrong(FILE, "architectures", "a list of names", named)
-    if ARCHITECTURES[model_type] not in named:
+    # Early conversions of the first Llama wrote their own spelling.
+    if ARCHITECTURES[model_type].lower() not in [name.lower() for name in named]:
         raise UnsupportedModel(
             f"{FILE}: architectures {', '.join(named):.200} of model_type {model_type} is not "
             f"supported, only {ARCHITECTURES[model_type]}",

@@ -81,3 +81,11 @@ def test_fields_that_nobody_knows_are_shown() -> None:
         "hidden_act": "silu",
     }
     assert unknown_fields(config) == ["my_trainer"]
+
+
+def test_the_class_that_wrote_a_checkpoint_has_to_be_the_familys() -> None:
+    for named in (None, [], ["LlamaForCausalLM"], ["LLaMAForCausalLM"], ["X", "LlamaForCausalLM"]):
+        parse_model_config({"model_type": "llama", "architectures": named, **CONFIG})
+    for named in (["LlamaModel"], ["LlamaForCausalLMEagle3"], ["Qwen2ForCausalLM"]):
+        with pytest.raises(UnsupportedModel, match="architectures"):
+            parse_model_config({"model_type": "llama", "architectures": named, **CONFIG})
