@@ -53,8 +53,9 @@ class ConvertingReader:
         layout = target.layout.with_block_size(block_size)
         count = max(1, SCRATCH_BYTES // layout.slab_bytes)
         with contextlib.ExitStack() as made:
-            scratch = Target(_memory_beside(target.memory, count, layout.slab_bytes), layout)
-            made.callback(scratch.memory.close)
+            memory = _memory_beside(target.memory, count, layout.slab_bytes)
+            made.callback(memory.close)
+            scratch = Target(memory, layout)
             reader = opener(link, proof, scratch)
             made.callback(reader.close)
             converting = cls(reader, scratch, target)
