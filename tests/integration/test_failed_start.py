@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import gc
 import os
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -25,6 +28,7 @@ from common.registry import Registry
 from gateway import __main__ as gateway
 from tests.support.bus_key import bus_settings
 from tests.support.checkpoints import STORIES
+from tests.support.gateway_server import LazyForker
 from tests.support.holdings import holdings
 
 ENGINE = EngineSettings(
@@ -125,6 +129,16 @@ async def test_a_part_that_fails_at_the_start_leaves_nothing(
     assert not os.listdir(tmp_path)
 
 
+def test_a_node_that_may_open_too_few_files_says_so_and_does_not_start() -> None:
+    """libzmq would end it in the middle of its work."""
+    limited = ["bash", "-c", 'ulimit -n 100; exec "$@"', "bash"]
+    node = [sys.executable, "-m", "common.node", "--redis-url", "redis://127.0.0.1:1"]
+    ended = subprocess.run([*limited, *node], capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    (line,) = ended.stderr.splitlines()
+    assert "100 open files are allowed (ulimit -n), a node needs at least 256" in line
+
+
 async def test_an_engine_that_cannot_be_made_leaves_nothing(redis_client: RedisClient) -> None:
     before, threads = holdings(os.getpid()), threading.active_count()
     settings = NodeSettings(
@@ -148,5 +162,9 @@ async def test_a_gateway_that_does_not_start_leaves_nothing(
         settings = dataclasses.replace(settings, redis=nowhere)
     else:
         settings = spoil.bus_port(settings)
-    refused, _ = await nothing_left(lambda: gateway.run(settings), redis_client)
+    models = gateway.load_models(settings)
+    with contextlib.closing(LazyForker(models)) as forker:
+        refused, _ = await nothing_left(
+            lambda: gateway.run(settings, "gateway-1", models, forker), redis_client
+        )
     assert refused is {"redis": ConfigError, "bus": ResourceError}[step]
