@@ -90,6 +90,15 @@ def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
     return environment
 
 
+def _undeclared(environment: jinja2.Environment, source: str) -> set[str]:
+    """`jinja2.meta.find_undeclared_variables` without computing constant expressions."""
+    syntax = environment.parse(source)
+    generator = jinja2.meta.TrackingCodeGenerator(environment)
+    generator.optimizer = None
+    generator.visit(syntax)
+    return generator.undeclared_identifiers
+
+
 class ChatTemplate:
     """A compiled template; `special_tokens` (`bos_token`, …) are variables in it."""
 
@@ -97,7 +106,7 @@ class ChatTemplate:
         environment = _environment()
         try:
             self._template = environment.from_string(source)
-            self._read = jinja2.meta.find_undeclared_variables(environment.parse(source))
+            self._read = _undeclared(environment, source)
         except jinja2.TemplateError as error:
             raise ModelError(f"the chat template does not compile: {error}") from error
         self._special_tokens = special_tokens

@@ -11,6 +11,7 @@ import pytest
 
 from common.errors import CheckpointError
 from common.model_folder.description import describe_model
+from gateway.chat_template import ChatTemplate
 from gateway.tokenizer import Tokenizer
 from tests.support.gateway_server import MODELS
 
@@ -43,3 +44,11 @@ def test_a_chat_is_rendered_with_the_templates_and_tokens_of_the_folder(tmp_path
     }
     path = folder(tmp_path, tokenizer_config_json=config)
     assert tokenizer_of(path).render_chat(SAY_HI) == "<s> hi"
+
+
+@pytest.mark.parametrize(
+    "bomb", ["{{ 'a' * 9000000000000 }}", "{% set x = '%99999999999999d' % 1 %}"]
+)
+def test_nothing_of_a_template_is_computed_when_it_is_compiled(bomb: str) -> None:
+    """A constant of nine terabytes would be a `MemoryError` here."""
+    ChatTemplate(bomb, {})
