@@ -1,0 +1,209 @@
+"""A gateway under bodies that cost it most, all the time: `python -m bench.hostile`.
+
+`pdq serve --unified 1` with the shipped model serves a few streams. One process asks `/health` every
+10 ms and notes the longest gap between two events of a stream; another sends hostile bodies without
+pause, one connection for each kind. Both are measured first without, then with the hostile bodies;
+the lag of the measuring process itself says how much of it is the machine's. Needs no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+
+import psutil
+
+MEGABYTE = 2**20
+LIMIT = 4 * MEGABYTE - 1000  # under the default of --max-body-bytes
+PROMPT = [300 + n for n in range(16)]
+STREAMS, TOKENS = 4, 300
+
+
+def bodies(model: str) -> dict[str, tuple[str, bytes]]:
+    """Path and body of each kind."""
+    chat = [{"role": "user", "content": "a" * (LIMIT - 200)}]
+    kinds: dict[str, tuple[str, Any]] = {
+        "one character, 4 MB": ("/v1/completions", {"prompt": "a" * (LIMIT - 100)}),
+        "50 prompts, 4 MB": ("/v1/completions", {"prompt": ["word " * 16_000] * 50}),
+        "a million strings as ids": ("/detokenize", {"tokens": ["a"] * 800_000}),
+        "ids to text": ("/detokenize", {"tokens": [500] * 800_000}),
+        "text to strings": ("/tokenize", {"prompt": "word " * 800_000, "return_token_strs": True}),
+        "a chat of 4 MB": ("/v1/chat/completions", {"messages": chat}),
+        "a million unknown fields": ("/v1/completions", {f"k{n}": n for n in range(200_000)}),
+    }
+    found = {name: (path, json.dumps(body).encode()) for name, (path, body) in kinds.items()}
+    deep = b'{"prompt": ' + b"[" * 1_900_000 + b"]" * 1_900_000 + b"}"
+    return {**found, "deep": ("/v1/completions", deep)}
+
+
+@contextlib.contextmanager
+def served(port: int, flags: list[str]) -> Iterator[psutil.Process]:
+    command = [
+        sys.executable, "-m", "common.cli", "serve", "--unified", "1", "--port", str(port), *flags,
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=5)
+                break
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise SystemExit("pdq serve did not come up")
+            time.sleep(0.2)
+        yield psutil.Process(process.pid)
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+async def exchange(
+    port: int, path: str, body: bytes | None
+) -> tuple[int, asyncio.StreamReader, asyncio.StreamWriter]:
+    """Send one request on a connection of its own; status, and what follows the head."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    method = "GET" if body is None else "POST"
+    writer.write(
+        f"{method} {path} HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
+        f"content-length: {len(body or b'')}\r\nconnection: close\r\n\r\n".encode()
+    )
+    if body:
+        writer.write(body)
+        with contextlib.suppress(OSError):
+            await writer.drain()
+    head = await reader.readuntil(b"\r\n\r\n")
+    return int(head.split()[1]), reader, writer
+
+
+async def attack(port: int) -> None:
+    """Send each kind without pause until killed; prints what was answered, as JSON."""
+    answers: dict[str, dict[int, int]] = {}
+
+    async def one(name: str, path: str, body: bytes) -> None:
+        while True:
+            status = 0
+            with contextlib.suppress(OSError, EOFError):
+                status, reader, writer = await exchange(port, path, body)
+                while await reader.read(MEGABYTE):
+                    pass
+                writer.close()
+            counts = answers.setdefault(name, {})
+            counts[status] = counts.get(status, 0) + 1
+
+    tasks = [asyncio.create_task(one(name, *what)) for name, what in bodies("").items()]
+    await asyncio.to_thread(sys.stdin.read)  # until our parent has had enough
+    for task in tasks:
+        task.cancel()
+    print(json.dumps(answers))
+
+
+async def measure(port: int, seconds: float) -> dict[str, float]:
+    """Latencies of `/health` and gaps of streams, in milliseconds."""
+    end = time.monotonic() + seconds
+    health: list[float] = []
+    gaps: list[float] = []
+    lags: list[float] = []
+    failed: list[int] = []  # what streams were answered instead
+
+    async def ask() -> None:
+        begin = time.monotonic()
+        _, reader, writer = await exchange(port, "/health", None)
+        await reader.read()
+        writer.close()
+        health.append(time.monotonic() - begin)
+
+    async def every_10_ms() -> None:
+        asked = []
+        while (now := time.monotonic()) < end:
+            asked.append(asyncio.create_task(ask()))
+            await asyncio.sleep(0.01)
+            lags.append(time.monotonic() - now - 0.01)
+        await asyncio.gather(*asked)
+
+    async def stream() -> None:
+        body = {"prompt": PROMPT, "max_tokens": TOKENS, "ignore_eos": True, "stream": True}
+        while time.monotonic() < end:
+            data = json.dumps(body).encode()
+            status, reader, writer = await exchange(port, "/v1/completions", data)
+            if status != 200:
+                failed.append(status)
+                await asyncio.sleep(0.1)
+                continue
+            last = None
+            async for line in reader:
+                if line.startswith(b"data: "):
+                    now = time.monotonic()
+                    if last is not None:
+                        gaps.append(now - last)
+                    last = now
+            writer.close()
+
+    await asyncio.gather(every_10_ms(), *(stream() for _ in range(STREAMS)))
+    return {
+        "health_p50": at(health, 0.5), "health_p99": at(health, 0.99), "health_max": at(health, 1),
+        "gap_p50": at(gaps, 0.5), "gap_p99": at(gaps, 0.99), "gap_max": at(gaps, 1),
+        "lag_p99": at(lags, 0.99), "lag_max": at(lags, 1),
+        "health_count": len(health), "events": len(gaps), "streams_failed": len(failed),
+    }  # fmt: skip
+
+
+def at(values: list[float], share: float) -> float:
+    """The value below which `share` of `values` lie, in milliseconds."""
+    ordered = sorted(values)
+    return round(ordered[max(0, math.ceil(share * len(ordered)) - 1)] * 1000, 1)
+
+
+def memory(root: psutil.Process) -> dict[str, float]:
+    """PSS of the gateway and of what it forked, in MB."""
+    found: dict[str, float] = {}
+    for process in root.children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if "gateway" in process.cmdline():
+                depth = sum("gateway" in parent.cmdline() for parent in process.parents())
+                name = ("gateway", "forker")[depth] if depth < 2 else f"worker {process.pid}"
+                found[name] = round(process.memory_full_info().pss / 1e6, 1)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--port", type=int, default=8123)
+    parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--json", default="", help="file for the numbers")
+    parser.add_argument("--attack", action="store_true", help="be the process that sends")
+    parser.add_argument("flags", nargs="*", help="for pdq serve")
+    given = parser.parse_args()
+    if given.attack:
+        asyncio.run(attack(given.port))
+        return
+    result: dict[str, Any] = {"load_before": os.getloadavg()[0], "cores": os.cpu_count()}
+    with served(given.port, given.flags) as root:
+        result["memory_idle_mb"] = memory(root)
+        result["quiet"] = asyncio.run(measure(given.port, given.seconds))
+        command = [sys.executable, "-m", "bench.hostile", "--attack", "--port", str(given.port)]
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as attacker:
+            time.sleep(3)  # until its bodies are on their way
+            result["hostile"] = asyncio.run(measure(given.port, given.seconds))
+            result["memory_hostile_mb"] = memory(root)
+            result["answers"] = json.loads(attacker.communicate()[0] or "{}")
+    for name, value in result.items():
+        print(name, json.dumps(value))
+    if given.json:
+        with open(given.json, "w") as file:
+            json.dump(result, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
