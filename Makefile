@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 NIXL := $(VENV)/.nixl
 
-.PHONY: serve test lint bench bench-handoff proof fuzz chaos-handoff test-gpu bench-gpu bench-peers clean
+.PHONY: serve test lint bench bench-handoff proof fuzz chaos-handoff chaos-stops test-gpu bench-gpu bench-peers clean
 
 serve: $(INSTALLED)
 	$(BIN)/pdq serve $(ARGS)
@@ -50,6 +50,11 @@ fuzz: $(INSTALLED)
 # `make test` has a sample. CHAOS_TABLE=FILE in the environment adds a row per case to that file.
 chaos-handoff: $(INSTALLED)
 	CHAOS=all $(BIN)/python -m pytest tests/faults/test_handoff_chaos.py $(ARGS)
+
+# A gateway and nodes (without an engine) stopped for 1 to 30 s, with default beats: 15 cases, 7 minutes;
+# `make test` has two short ones. CHAOS_TABLE as above.
+chaos-stops: $(INSTALLED)
+	CHAOS=all $(BIN)/python -m pytest tests/integration/test_stopped_processes.py $(ARGS)
 
 # For a bare machine with torch, triton and transformers, and no network: no installation.
 test-gpu:
