@@ -52,7 +52,8 @@ async def check(engine: Engine, field: str, texts: list[str]) -> None:
     """Send a body with each of `texts`; what is dispatched must be computable."""
     cluster = FakeCluster()
     cluster.add("u1")
-    transport = httpx.ASGITransport(create_app(make_service(cluster)))
+    service = make_service(cluster)
+    transport = httpx.ASGITransport(create_app(service))
     body = '{"model": "stories", "prompt": "Once", "seed": 1'
     if field != "max_tokens":
         body += ', "max_tokens": 3'
@@ -74,6 +75,7 @@ async def check(engine: Engine, field: str, texts: list[str]) -> None:
                 computed.add((dispatch.token_ids, short))
                 (completion,) = engine.generate([list(dispatch.token_ids)], short)
                 assert completion.token_ids
+    service.intake.close()
 
 
 @pytest.mark.parametrize("field", sorted(numbers(CompletionBody)))
@@ -96,7 +98,8 @@ async def test_a_number_in_a_list_at_its_extremes_is_answered_or_named(
 async def test_numbers_of_a_chat_are_named_as_the_client_spelled_them() -> None:
     cluster = FakeCluster(lambda dispatch, choice: [5, 151645])
     cluster.add("u1", max_model_len=32768, total_blocks=4096)
-    transport = httpx.ASGITransport(create_app(make_service(cluster, "tokenizers/qwen2")))
+    service = make_service(cluster, "tokenizers/qwen2")
+    transport = httpx.ASGITransport(create_app(service))
     body = '{"messages": [{"role": "user", "content": "Once upon a time there was"}], "seed": 1'
     async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as http:
         for field in ("max_tokens", *sorted({*numbers(ChatBody)} - {*numbers(CompletionBody)})):
@@ -111,3 +114,4 @@ async def test_numbers_of_a_chat_are_named_as_the_client_spelled_them() -> None:
         data = f'{body}, "top_k": {"1" * 5000}}}'
         answer = await http.post("/v1/chat/completions", content=data, headers=JSON)
         assert (answer.status_code, answer.json()["error"]["code"]) == (400, "invalid_request")
+    service.intake.close()
