@@ -37,7 +37,7 @@ from common.engine.sampler import RowFault, SampleOutput, Sampler, SampleRows
 from common.engine.scheduler import Scheduler
 from common.engine.sequence import Sequence, SequenceStatus
 from common.engine.sequence_slots import SequenceSlots
-from common.engine.soundness import sound_rows, spoiled
+from common.engine.soundness import filled_blocks, infinite, sound_rows, spoiled
 from common.engine.speculation import Proposer
 from common.engine.step import Chunk, Delivery, Step
 from common.errors import InvalidRequest, NotFiniteLogits, TokenOutOfRange
@@ -59,6 +59,7 @@ class PlannedStep:
     batch: Batch
     chunks: list[Chunk]
     rows: SampleRows
+    filled: dict[int, list[int]]  # by id of their sequence, the blocks that will be full
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -340,7 +341,8 @@ class Engine:
             if isinstance(error, Exception):
                 raise StepNotBuilt(step, error) from error
             raise
-        self._planned = PlannedStep(step, batch, chunks, rows)
+        filled = filled_blocks(step, self.layout.block_size)
+        self._planned = PlannedStep(step, batch, chunks, rows, filled)
         return self._planned
 
     def compute(
@@ -360,7 +362,7 @@ class Engine:
         ids: frozenset[int] | None = None
         if filled is not None:
             self.backend.synchronize()
-            ids = spoiled(planned.step, planned.batch, sound)
+            ids = self._spoiled(planned, sound)
             filled(ids)
         scores = self._score_prompts(planned, hidden)
         sampled = None
@@ -371,8 +373,13 @@ class Engine:
             sampled = self._sampler.sample(logits, planned.rows)
         self.backend.synchronize()  # a step that samples nothing has not waited for anything
         if ids is None:
-            ids = spoiled(planned.step, planned.batch, sound)
+            ids = self._spoiled(planned, sound)
         return ComputedStep(sampled, scores, ids)
+
+    def _spoiled(self, planned: PlannedStep, sound: Tensor | None) -> frozenset[int]:
+        return spoiled(planned.step, planned.batch, sound) | infinite(
+            planned.filled, self.cache.elements
+        )
 
     def end_step(self, planned: PlannedStep, computed: ComputedStep) -> list[StepOutput]:
         """Take in what was computed: accept tokens, publish blocks, end sequences."""
@@ -403,7 +410,7 @@ class Engine:
         step.append(Chunk(sequence, 0, 1, 0, is_prompt=True, samples=False))
         plan, size = self.backend.row_plan, self.layout.block_size
         batch = build_batch(step.chunks, size, plan, self.backend.device)
-        return PlannedStep(step, batch, [], self._slots.rows([], []))
+        return PlannedStep(step, batch, [], self._slots.rows([], []), {})
 
     def end_probe(self, planned: PlannedStep) -> None:
         """Whatever came of it."""

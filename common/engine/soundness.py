@@ -2,12 +2,15 @@
 
 Owns the check of the rows that nobody samples. KV of such a position is NaN or infinity in all layers
 but the first few, and so is whatever reads it: a block of it must reach neither the prefix cache nor
-another node. Rows that are sampled are looked at by the sampler, too, at no cost: a step that only
-decodes is not looked at here. What is infinite in a key alone, and is given no weight by any of the
-rows of its step, passes.
+another node. Rows that are sampled are looked at by the sampler, too, at no cost: the rows of a step
+that only decodes are not looked at here. What is infinite in a key alone, and is given no weight by
+any of the rows of its step, shows in no row: hence every block is looked at itself when it is full,
+in all layers, before anybody else may find it. A block that a drafted token fills is not.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -37,3 +40,24 @@ def spoiled(step: Step, batch: Batch, sound: Tensor | None) -> frozenset[int]:
         for chunk, row in zip(step.chunks, batch.first_rows, strict=True)
         if not is_sound[row : row + chunk.length - chunk.num_drafted].all()
     )
+
+
+def filled_blocks(step: Step, block_size: int) -> dict[int, list[int]]:
+    """By id of their sequence, the blocks that a step fills to their end."""
+    filled = {}
+    for chunk in step.chunks:
+        first, end = chunk.start // block_size, (chunk.end - chunk.num_drafted) // block_size
+        if first < end:
+            filled[chunk.sequence.sequence_id] = chunk.sequence.block_table[first:end]
+    return filled
+
+
+def infinite(blocks: Mapping[int, Sequence[int]], elements: Tensor) -> frozenset[int]:
+    """The ids of sequences of which a block, of `elements` `[num_blocks, elements of a slab]`, has a
+    key or value that is not finite: then its sum is not, either."""
+    if not blocks:
+        return frozenset()
+    owners = [name for name, ids in blocks.items() for _ in ids]
+    sums = [elements[block].sum(dtype=torch.float32) for ids in blocks.values() for block in ids]
+    is_finite = torch.isfinite(torch.stack(sums)).tolist()
+    return frozenset(name for name, sound in zip(owners, is_finite, strict=True) if not sound)

@@ -13,6 +13,7 @@ from common.engine import Engine, FinishReason, SamplingParams, StepOutput
 from common.engine.backends.base import Rows
 from common.engine.backends.reference import ReferenceBackend
 from common.engine.engine import StepNotBuilt
+from common.engine.kv_cache import KVCache
 from common.errors import (
     CheckpointError,
     ConfigError,
@@ -165,6 +166,38 @@ def test_what_is_not_finite_fails_its_request_and_is_in_no_cache(at: int, choice
     engine.model._embedding = embedding
     (again,) = engine.generate([prompt], greedy(5))
     assert again.token_ids == right.token_ids
+
+
+@pytest.mark.parametrize("choices", [1, 2])
+@pytest.mark.parametrize("fills", ["prompt", "generated"])
+def test_an_infinite_key_that_nobody_has_looked_at_is_in_no_cache(fills: str, choices: int) -> None:
+    """Its step gives it no weight, so that no row shows it; whoever reads the block next would."""
+    engine = poisoned_engine()
+    size = engine.layout.block_size
+    prompt = LONG[: 3 * size - (2 if fills == "generated" else 0)]
+    (expected,) = engine.generate([LONG], greedy(5))
+    forward, damaged = engine.model.forward, []
+
+    def forward_and_damage(rows: Rows, cache: KVCache) -> Tensor:
+        hidden = forward(rows, cache)
+        for sequence in engine.scheduler.running:
+            planned = engine._planned
+            if sequence.request_id == "bad" and planned is not None and not damaged:
+                for block in planned.filled.get(sequence.sequence_id, []):
+                    damaged.append(block)
+                    cache.elements[block, -1] = float("inf")
+        return hidden
+
+    engine.model.forward = forward_and_damage  # type: ignore[method-assign]
+    engine.add("bad", prompt, greedy(8), choices=range(choices), cache_salt="its own")
+    outputs = run(engine)
+    assert damaged
+    assert FinishReason.ERROR in {output.finish_reason for output in outputs}
+    assert engine.pool.lookup(engine.pool.snapshot().block_hashes)
+    assert not set(damaged) & set(engine.pool.lookup(engine.pool.snapshot().block_hashes))
+    (again,) = engine.generate([LONG], greedy(5))
+    assert again.token_ids == expected.token_ids
+    engine.check_idle()
 
 
 def test_a_block_that_spoils_who_reads_it_leaves_the_cache_with_them() -> None:
