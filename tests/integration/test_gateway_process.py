@@ -351,8 +351,9 @@ async def test_what_keeps_it_from_starting_is_one_line(
 async def pdq(redis_url: str, *arguments: str) -> tuple[int, str]:
     """Exit code and output of the command."""
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "common.cli", *arguments, "--redis-url", redis_url,
-        cwd=ROOT, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+        sys.executable, "-m", "common.cli", *arguments,
+        cwd=ROOT, env={**os.environ, "PDQ_REDIS_URL": redis_url},
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
     )  # fmt: skip
     output, _ = await process.communicate()
     assert process.returncode is not None
