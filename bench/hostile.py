@@ -4,6 +4,8 @@
 10 ms and notes the longest gap between two events of a stream; another sends hostile bodies without
 pause, one connection for each kind. Both are measured first without, then with the hostile bodies;
 the lag of the measuring process itself says how much of it is the machine's. Needs no GPU.
+
+With `--http-only` the gateway's HTTP side runs alone, with nodes that give a token every 10 ms.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ MEGABYTE = 2**20
 LIMIT = 4 * MEGABYTE - 1000  # under the default of --max-body-bytes
 PROMPT = [300 + n for n in range(16)]
 STREAMS, TOKENS = 4, 300
+GRACE_S = 10.0  # for what was asked before the time was over
 
 
 def bodies(model: str) -> dict[str, tuple[str, bytes]]:
@@ -47,7 +50,7 @@ def bodies(model: str) -> dict[str, tuple[str, bytes]]:
 
 
 @contextlib.contextmanager
-def served(port: int, flags: list[str]) -> Iterator[psutil.Process]:
+def served(port: int, flags: list[str]) -> Iterator[tuple[psutil.Process, int]]:
     command = [
         sys.executable, "-m", "common.cli", "serve", "--unified", "1", "--port", str(port), *flags,
     ]  # fmt: skip
@@ -61,10 +64,35 @@ def served(port: int, flags: list[str]) -> Iterator[psutil.Process]:
             if process.poll() is not None or time.monotonic() > deadline:
                 raise SystemExit("pdq serve did not come up")
             time.sleep(0.2)
-        yield psutil.Process(process.pid)
+        yield psutil.Process(process.pid), port
     finally:
         process.terminate()
         process.wait(60)
+
+
+async def http_only() -> None:
+    """Serve with nodes that are no processes; prints the port."""
+    from tests.support.fake_cluster import FakeCluster, FakeNode
+    from tests.support.gateway_server import serving
+
+    class Paced(FakeCluster):
+        async def _held(self, node: FakeNode, index: int) -> None:
+            await asyncio.sleep(0.01)
+
+    cluster = Paced()
+    cluster.add("u1", total_blocks=4096)
+    async with serving(cluster) as running:
+        print(running.url.rpartition(":")[2], flush=True)
+        await asyncio.Event().wait()
+
+
+@contextlib.contextmanager
+def served_http_only() -> Iterator[tuple[psutil.Process, int]]:
+    command = [sys.executable, "-m", "bench.hostile", "--be", "server"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        yield psutil.Process(process.pid), int(process.stdout.readline())
+        process.kill()
 
 
 async def exchange(
@@ -115,11 +143,15 @@ async def measure(port: int, seconds: float) -> dict[str, float]:
     lags: list[float] = []
     failed: list[int] = []  # what streams were answered instead
 
+    waiting: dict[object, tuple[float, list[float]]] = {}  # since when, for what
+
     async def ask() -> None:
-        begin = time.monotonic()
+        me, begin = object(), time.monotonic()
+        waiting[me] = begin, health
         _, reader, writer = await exchange(port, "/health", None)
         await reader.read()
         writer.close()
+        del waiting[me]
         health.append(time.monotonic() - begin)
 
     async def every_10_ms() -> None:
@@ -130,7 +162,7 @@ async def measure(port: int, seconds: float) -> dict[str, float]:
             lags.append(time.monotonic() - now - 0.01)
         await asyncio.gather(*asked)
 
-    async def stream() -> None:
+    async def stream(number: int) -> None:
         body = {"prompt": PROMPT, "max_tokens": TOKENS, "ignore_eos": True, "stream": True}
         while time.monotonic() < end:
             data = json.dumps(body).encode()
@@ -146,9 +178,18 @@ async def measure(port: int, seconds: float) -> dict[str, float]:
                     if last is not None:
                         gaps.append(now - last)
                     last = now
+                    waiting[number] = now, gaps
+            waiting.pop(number, None)
             writer.close()
 
-    await asyncio.gather(every_10_ms(), *(stream() for _ in range(STREAMS)))
+    measuring = [
+        asyncio.create_task(each) for each in (every_10_ms(), *map(stream, range(STREAMS)))
+    ]
+    await asyncio.wait(measuring, timeout=seconds + GRACE_S)
+    for since, kind in waiting.values():  # what never came counts with the time it was waited for
+        kind.append(time.monotonic() - since)
+    for task in measuring:
+        task.cancel()
     return {
         "health_p50": at(health, 0.5), "health_p99": at(health, 0.99), "health_max": at(health, 1),
         "gap_p50": at(gaps, 0.5), "gap_p99": at(gaps, 0.99), "gap_max": at(gaps, 1),
@@ -166,10 +207,11 @@ def at(values: list[float], share: float) -> float:
 def memory(root: psutil.Process) -> dict[str, float]:
     """PSS of the gateway and of what it forked, in MB."""
     found: dict[str, float] = {}
-    for process in root.children(recursive=True):
+    for process in (root, *root.children(recursive=True)):
         with contextlib.suppress(psutil.Error):
-            if "gateway" in process.cmdline():
-                depth = sum("gateway" in parent.cmdline() for parent in process.parents())
+            line = process.cmdline()
+            if "gateway" in line or "bench.hostile" in line:
+                depth = sum(parent.cmdline() == line for parent in process.parents())
                 name = ("gateway", "forker")[depth] if depth < 2 else f"worker {process.pid}"
                 found[name] = round(process.memory_full_info().pss / 1e6, 1)
     return found
@@ -180,24 +222,25 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8123)
     parser.add_argument("--seconds", type=float, default=20.0)
     parser.add_argument("--json", default="", help="file for the numbers")
-    parser.add_argument("--attack", action="store_true", help="be the process that sends")
+    parser.add_argument("--http-only", action="store_true", help="without nodes and Redis")
+    parser.add_argument("--be", choices=["attacker", "server"], help="be a process of ours")
     parser.add_argument("flags", nargs="*", help="for pdq serve")
     given = parser.parse_args()
-    if given.attack:
-        asyncio.run(attack(given.port))
+    if given.be:
+        asyncio.run(attack(given.port) if given.be == "attacker" else http_only())
         return
     result: dict[str, Any] = {"load_before": os.getloadavg()[0], "cores": os.cpu_count()}
-    with served(given.port, given.flags) as root:
+    with served_http_only() if given.http_only else served(given.port, given.flags) as (root, port):
         result["memory_idle_mb"] = memory(root)
-        result["quiet"] = asyncio.run(measure(given.port, given.seconds))
-        command = [sys.executable, "-m", "bench.hostile", "--attack", "--port", str(given.port)]
+        result["quiet"] = asyncio.run(measure(port, given.seconds))
+        command = [sys.executable, "-m", "bench.hostile", "--be", "attacker", "--port", str(port)]
         with subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         ) as attacker:
             time.sleep(3)  # until its bodies are on their way
-            result["hostile"] = asyncio.run(measure(given.port, given.seconds))
+            result["hostile"] = asyncio.run(measure(port, given.seconds))
             result["memory_hostile_mb"] = memory(root)
-            result["answers"] = json.loads(attacker.communicate()[0] or "{}")
+            result["answers"] = json.loads(attacker.communicate(timeout=30)[0] or "{}")
     for name, value in result.items():
         print(name, json.dumps(value))
     if given.json:
