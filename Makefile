@@ -51,10 +51,10 @@ fuzz: $(INSTALLED)
 chaos-handoff: $(INSTALLED)
 	CHAOS=all $(BIN)/python -m pytest tests/faults/test_handoff_chaos.py $(ARGS)
 
-# A gateway and nodes (without an engine) stopped for 1 to 30 s, with default beats: 15 cases, 7 minutes;
-# `make test` has two short ones. CHAOS_TABLE as above.
+# A gateway and nodes stopped for 1 to 30 s, with default beats: 15 cases with nodes that lack an engine, 20 of
+# a whole system, 20 minutes; `make test` has two short ones. CHAOS_TABLE as above.
 chaos-stops: $(INSTALLED)
-	CHAOS=all $(BIN)/python -m pytest tests/integration/test_stopped_processes.py $(ARGS)
+	CHAOS=all $(BIN)/python -m pytest tests/integration/test_stopped_processes.py tests/faults/test_stopped.py $(ARGS)
 
 # For a bare machine with torch, triton and transformers, and no network: no installation.
 test-gpu:
