@@ -40,12 +40,13 @@ import zmq.asyncio
 from zmq.auth.asyncio import AsyncioAuthenticator
 from zmq.utils.monitor import parse_monitor_message
 
-from common.bus_links import Down, Link, LinkEvent, LinkTable, Progress
+from common.bus_links import OVER_LINKS, Down, Link, LinkEvent, LinkTable, Progress
 from common.codec import decode, encode
 from common.config import BusSettings
 from common.errors import ConfigError, LinkLost, MalformedMessage, ResourceError
 from common.logs import get_logger
 from common.messages import Message
+from common.senders import Kinds
 
 __all__ = ["Bus", "Down", "LinkEvent", "Progress", "Received", "new_secret_key"]
 
@@ -80,8 +81,10 @@ class Bus:
     """The messages of one incarnation. `async with Bus(…) as bus`, or `start` and `close`."""
 
     def __init__(
-        self, incarnation: str, settings: BusSettings, *, progress: Progress = lambda: (0, False)
-    ) -> None:
+        self, incarnation: str, settings: BusSettings, *,
+        progress: Progress = lambda: (0, False), hears: Kinds = OVER_LINKS,
+    ) -> None:  # fmt: skip
+        """`hears`: the kinds of messages that are delivered; others are refused (senders.py)."""
         self.incarnation = incarnation
         self.endpoint = ""
         self._settings = settings
@@ -91,14 +94,19 @@ class Bus:
         self._inbox: asyncio.Queue[Received] = asyncio.Queue(INBOX)
         self._events: asyncio.Queue[LinkEvent] = asyncio.Queue()
         self._links = LinkTable(
-            incarnation, settings, self, progress=progress, say=self._events.put_nowait
+            incarnation,
+            settings,
+            self,
+            progress=progress,
+            say=self._events.put_nowait,
+            hears=hears,
         )
         self._tasks: list[asyncio.Task[None]] = []
         self._farewell_ms = FAREWELL_MS
 
     @property
     def counts(self) -> Counter[str]:
-        """Messages sent, received, malformed and late; ends of links by reason."""
+        """Messages sent, received, malformed, late and refused; ends of links by reason."""
         return self._links.counts
 
     # ── Start and end ────────────────────────────────────────────────────────────────────────────

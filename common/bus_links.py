@@ -17,6 +17,7 @@ from common.codec import encode
 from common.config import BusSettings
 from common.logs import get_logger
 from common.messages import Beat, Goodbye, Message, Open, Over
+from common.senders import TO_GATEWAYS, TO_NODES, Kinds, is_own_word
 
 log = get_logger("bus")
 
@@ -38,6 +39,7 @@ class Down(enum.StrEnum):
     CLOSED = "closed"
 
 
+OVER_LINKS: Kinds = TO_GATEWAYS + TO_NODES
 SAID_BY_PEER = frozenset({Down.GOODBYE, Down.OVER})
 
 
@@ -89,9 +91,12 @@ class LinkTable:
 
     def __init__(
         self, incarnation: str, settings: BusSettings, wire: Wire,
-        *, progress: Progress, say: Callable[[LinkEvent], None],
+        *, progress: Progress, say: Callable[[LinkEvent], None], hears: Kinds = OVER_LINKS,
     ) -> None:  # fmt: skip
-        self.counts: Counter[str] = Counter()  # sent, received, malformed, late, and link ends
+        """`hears`: the kinds of messages that are for those above."""
+        self.counts: Counter[str] = Counter()
+        # sent, received, malformed, late, refused, and link ends
+        self._hears = hears
         self._incarnation, self._settings, self._wire = incarnation, settings, wire
         self._progress, self._say = progress, say
         self._outgoing: dict[str, Link] = {}
@@ -123,7 +128,7 @@ class LinkTable:
 
     def heard(self, source: Link | bytes, message: Message, now: float) -> Link | None:
         """A message over a link of ours, or from a routing id: its link, if it is for those above.
-        None: it was about links, or is of a link that is over."""
+        None: it was about links, is of a link that is over, or is not its peer's to say."""
         link = source if isinstance(source, Link) else self._by_address.get(source)
         if link is None:
             assert isinstance(source, bytes)
@@ -140,9 +145,17 @@ class LinkTable:
             self.end(link, Down.OVER if link.up else Down.IMPOSTOR)
         elif isinstance(message, Goodbye):
             self.end(link, Down.GOODBYE)
-        elif not isinstance(message, Open):
+        elif isinstance(message, self._hears) and is_own_word(link.peer, message):
             return link
+        elif not isinstance(message, Open):
+            self._refuse(link, message)
         return None
+
+    def _refuse(self, link: Link, message: Message) -> None:
+        self.counts["refused"] += 1
+        if self.counts["refused"].bit_count() == 1:  # 1, 2, 4, …: a flood fills no disk
+            kind, count = type(message).__name__, self.counts["refused"]
+            log.warning("bus.refused", peer=link.peer, kind=kind, count=count)
 
     def knows(self, address: bytes) -> bool:
         return address in self._by_address

@@ -158,15 +158,17 @@ class DecodeRole:
             self._give_up(attempt, error, retryable=retryable)
 
     def cancel(
-        self, request: str, attempt: int, reason: str, choices: AbstractSet[int] = frozenset()
-    ) -> None:
+        self, gateway: str, request: str, attempt: int, reason: str,
+        choices: AbstractSet[int] = frozenset(),
+    ) -> None:  # fmt: skip
         intake = self._node.links.intake
-        for key in intake.states():
-            wanted = not choices or key.choice in choices
+        for key, offer in intake.offered().items():
+            wanted = offer.gateway == gateway and (not choices or key.choice in choices)
             if wanted and key.request == request and key.attempt <= attempt:
                 self._node.links.perform(intake.cancel(key, reason, now=time.monotonic()))
         for open_attempt in list(self._attempts.values()):
-            if open_attempt.request != request or open_attempt.number > attempt:
+            theirs = (open_attempt.gateway, open_attempt.request) == (gateway, request)
+            if not theirs or open_attempt.number > attempt:
                 continue
             if not choices or open_attempt.open_choices <= choices:
                 self._abort(open_attempt, reason)

@@ -29,6 +29,7 @@ from common.reaper import Reaper
 from common.redis_client import RedisClient
 from common.registry import NodeRecord, NodeState, Registry, Role, new_incarnation
 from common.requests import Requests
+from common.senders import TO_GATEWAYS
 from gateway.access import Access
 from gateway.app import create_app
 from gateway.dispatch import Dispatcher
@@ -68,7 +69,7 @@ async def run(
         stack.push_async_callback(redis.close)
         await redis.open()
         settings = await asyncio.to_thread(with_bus, settings, os.environ)
-        bus = Bus(incarnation, settings.bus)
+        bus = Bus(incarnation, settings.bus, hears=TO_GATEWAYS)
         stack.push_async_callback(bus.close)
         await bus.start()
         registry, requests = Registry(redis), Requests(redis)

@@ -61,6 +61,7 @@ from gateway.open_request import Choice, OpenRequest, Update, Work
 from gateway.placement import Limits, Placement
 from gateway.ports import Ending, NodeBus, NodeDirectory, RequestStore
 from gateway.router import Router
+from gateway.speakers import Speakers
 from gateway.suspicion import Suspicion, Verdict
 from gateway.whereabouts import CLAIM_LOST, Whereabouts
 
@@ -104,6 +105,7 @@ class Dispatcher:
         self._whereabouts = Whereabouts(
             self._open, store, directory, self._lose_unheard, self._adopt
         )
+        self._speakers = Speakers(directory, metrics)
         self._suspicion = Suspicion()
         self._ledger = Ledger(gateway, self._open, store, metrics, ENDS_KEPT * limits.max_open)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -290,14 +292,11 @@ class Dispatcher:
             case Tokens():
                 self._on_tokens(node, message)
             case TookOver():
-                self._on_took_over(message)
+                self._on_took_over(node, message)
             case Stage():
                 self._on_stage(message)
             case Failed():
                 self._on_failed(message)
-            case _:
-                self._metrics.late_messages.labels(type(message).__name__).inc()
-                log.warning("message.unexpected", node=node, kind=type(message).__name__)
 
     def on_interval(self) -> None:
         self._holders.look()
@@ -384,6 +383,12 @@ class Dispatcher:
                     self._stop_unknown(node, run.request, run.attempt)
                 continue
             choice = request.choices[run.choice]
+            if not self._speakers.heeds("Tokens", node, request, choice, run.attempt):
+                if run.attempt < choice.stream.attempt:  # nobody will take it: so nobody keep it
+                    end = run.position + len(run.token_ids)
+                    acks.append((run.request, run.attempt, run.choice, end))
+                    self._stop_old(node, request, run.attempt)
+                continue
             if run.attempt == choice.stream.attempt and not choice.heard:
                 self._hold(choice, node)
             try:
@@ -430,10 +435,14 @@ class Dispatcher:
                 ack = (run.request, run.attempt, run.choice, below)
                 self._bus.send(other, TokensAck(self._gateway, (ack,)))
 
-    def _on_took_over(self, message: TookOver) -> None:
+    def _on_took_over(self, node: str, message: TookOver) -> None:
         request, choice = self._find("TookOver", message)
         if request is None or choice is None:
             self._stop_unknown(message.node, message.request, message.attempt)
+            return
+        if not self._speakers.heeds_taking_over(
+            node, message.node, request, choice, message.attempt
+        ):
             return
         request.involved.add(message.node)
         if choice.done:
@@ -464,6 +473,8 @@ class Dispatcher:
             if message.state == "prefilling":  # it begins: later ones may come after a good end
                 self._stop_unknown(message.node, message.request, message.attempt)
             return
+        if not self._speakers.heeds("Stage", message.node, request, choice, message.attempt):
+            return
         request.involved.add(message.node)
         if message.attempt < choice.stream.attempt:
             self._stop_old(message.node, request, message.attempt)
@@ -481,8 +492,10 @@ class Dispatcher:
             return
         if message.attempt != choice.stream.attempt or choice.done or not choice.holder:
             return  # an attempt that was given up before, or its second message
+        if not self._speakers.heeds("Failed", message.node, request, choice, message.attempt):
+            return
         expected = (choice.holder, *choice.owes())
-        if message.code == NotHeld.code and message.node not in expected:
+        if (choice.heard or message.code == NotHeld.code) and message.node not in expected:
             return  # nothing is expected from it any more
         if message.retryable:
             if message.code == EngineBroken.code:

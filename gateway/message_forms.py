@@ -206,10 +206,10 @@ def _conversations(probe: dict[str, Any], fill: Any) -> Iterator[list[dict[str, 
     user = {"role": "user", "content": fill}
     assistant = {"role": "assistant", "content": fill}
     if probe["role"] in ("tool", "function"):
-        for silence, arguments in itertools.product(
-            ({"content": None}, {"content": ""}, {}, {"content": fill}),
-            ({"key": "x"}, '{"key": "x"}'),
-        ):
+        silences: tuple[dict[str, Any], ...] = (
+            {"content": None}, {"content": ""}, {}, {"content": fill}
+        )  # fmt: skip
+        for silence, arguments in itertools.product(silences, ({"key": "x"}, '{"key": "x"}')):
             function = {**_CALL["function"], "arguments": arguments}
             call = {"role": "assistant", **silence, "tool_calls": [{**_CALL, "function": function}]}
             yield [user, call, {**probe, **_RESULT}]

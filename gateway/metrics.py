@@ -49,6 +49,11 @@ class GatewayMetrics:
         self.refused_runs = counter(
             "pdq_gateway_refused_runs_total", "Token runs that cannot belong to their request"
         )
+        self.refused_words = counter(
+            "pdq_gateway_refused_words_total",
+            "What nodes said of choices that they do not have",
+            ["kind"],
+        )
         self.late_messages = counter(
             "pdq_gateway_late_messages_total", "Messages about requests that are closed", ["kind"]
         )

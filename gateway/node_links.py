@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from math import inf
 
-from common.bus import Bus, Down
+from common.bus import Bus, Down, Received
 from common.errors import LinkLost, ServiceUnavailable
 from common.logs import get_logger
 from common.messages import CacheContent, CacheEvents, CacheQuery, Message
@@ -30,6 +30,7 @@ from common.registry import NodeRecord, NodeState, Registry, Role, Snapshot
 from common.requests import Load, Requests
 from gateway.ports import Inbox, NodeLoad, NodeView
 from gateway.prefix_index import CacheEvent, PrefixIndex
+from gateway.strangers import Strangers
 
 log = get_logger("nodes")
 
@@ -53,6 +54,8 @@ class NodeLinks:
         self._index = index  # fed here with the nodes' cache events
         self._records: dict[str, NodeRecord] = {}
         self._loads: dict[str, Load] = {}
+        self._met: set[str] = set()
+        self._strangers = Strangers(bus.disconnect)
         self._lost: dict[str, int] = {}  # incarnation → beats in its record when it was lost
         self._second_try: dict[str, float] = {}  # incarnation → when it was last tried at once
         self._generation = ""
@@ -109,6 +112,7 @@ class NodeLinks:
         async for snapshot in self._registry.watch(WATCH_INTERVAL_S):
             records = snapshot.of_role(Role.PREFILL, Role.DECODE, Role.UNIFIED)
             self._records = {record.incarnation: record for record in records}
+            self._meet()
             self._forget_old_deaths()
             try:
                 self._loads = await self._requests.loads(list(self._records))
@@ -135,15 +139,21 @@ class NodeLinks:
     async def _receive(self) -> None:
         while True:
             received = await self._bus.receive()
-            match received.message:
-                case CacheEvents(number=number, stored=stored, evicted=evicted):
-                    self._index.apply(received.peer, CacheEvent(number, stored, evicted))
-                    if self._index.wants_snapshot(received.peer):
-                        self.send(received.peer, CacheQuery(self._bus.incarnation))
-                case CacheContent(number=number, blocks=blocks):
-                    self._index.load_snapshot(received.peer, number, blocks)
-                case message:
-                    self.inbox.on_message(received.peer, message)
+            if received.peer in self._met:
+                self._take(received)
+            else:
+                self._strangers.heard(received)
+
+    def _take(self, received: Received) -> None:
+        match received.message:
+            case CacheEvents(number=number, stored=stored, evicted=evicted):
+                self._index.apply(received.peer, CacheEvent(number, stored, evicted))
+                if self._index.wants_snapshot(received.peer):
+                    self.send(received.peer, CacheQuery(self._bus.incarnation))
+            case CacheContent(number=number, blocks=blocks):
+                self._index.load_snapshot(received.peer, number, blocks)
+            case message:
+                self.inbox.on_message(received.peer, message)
 
     # ── Steps ────────────────────────────────────────────────────────────────────────────────────
 
@@ -182,6 +192,13 @@ class NodeLinks:
         record = self._records.get(node)
         self._lost[node] = record.beats if record is not None else 0
         self.inbox.on_node_lost(node, reason)
+
+    def _meet(self) -> None:
+        """Who has a record is a node, for as long as it has one or a link: Redis may forget."""
+        linked = {name for name in self._met if self._bus.link(name) is not None}
+        self._met = linked | self._records.keys()
+        for received in self._strangers.read(self._met.__contains__):
+            self._take(received)
 
     def _forget_old_deaths(self) -> None:
         """An incarnation whose record is gone stays lost while anybody could still name it: the

@@ -61,6 +61,11 @@ class Choice:
     last_arrival: float = 0.0
     stirred_at: float = 0.0  # when a node last spoke of it, or was asked about it
 
+    @property
+    def speakers(self) -> set[str]:
+        """Nodes that have, or had, the choice in this attempt."""
+        return {self.holder, *self.owing, *self.unacknowledged}
+
     def owes(self) -> list[str]:
         """Former holders that have not sent all that is theirs."""
         return [node for node, end in self.owing.items() if self.stream.below < end]

@@ -274,6 +274,10 @@ class Intake:
         live = {key: e.state for link in self._links.values() for key, e in link.entries.items()}
         return live | {key: entry.state for key, entry in self._orphans.items()}
 
+    def offered(self) -> dict[Key, Offer]:
+        """What is under way, but what lost links still hold."""
+        return {key: e.offer for link in self._links.values() for key, e in link.entries.items()}
+
     # The table's driver
 
     def _step(self, entry: _Entry, event: Event, argument: object = None) -> None:

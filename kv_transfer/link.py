@@ -61,10 +61,6 @@ log = get_logger("kv")
 
 FAILED_S = 60.0  # so long a transport that failed with a peer is taken only where there is no other
 
-TRANSFER_MESSAGES: tuple[type[Message], ...] = (
-    Hello, Welcome, Refuse, Offer, Grant, Deny, Blocks, Tail, Commit, Ack, Abort, Release,
-)  # fmt: skip
-
 
 class MessageBus(Protocol):
     """What is used of common/bus.py: its links are connections that never come back."""
@@ -284,8 +280,8 @@ class Links:
     # Messages
 
     def receive(self, peer: str, connection: str, message: Message) -> None:
-        """A message of TRANSFER_MESSAGES from the bus. One of a link that is not `peer`'s is late."""
-        name: str = getattr(message, "link")  # noqa: B009  (all of TRANSFER_MESSAGES have it)
+        """One of BETWEEN_NODES, from the bus. One of a link that is not `peer`'s is late."""
+        name: str = getattr(message, "link")  # noqa: B009  (all of these have it)
         link = self._links.get(name)
         if isinstance(message, Hello) and link is None:
             self._greeted(peer, connection, message)

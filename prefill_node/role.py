@@ -257,10 +257,12 @@ class PrefillRole:
             self._give_up(attempt, error, retryable=retryable)
 
     def cancel(
-        self, request: str, attempt: int, reason: str, choices: AbstractSet[int] = frozenset()
-    ) -> None:
+        self, gateway: str, request: str, attempt: int, reason: str,
+        choices: AbstractSet[int] = frozenset(),
+    ) -> None:  # fmt: skip
         for other in list(self._attempts.values()):
-            if other.request != request or other.number > attempt:
+            theirs = (other.gateway, other.request) == (gateway, request)
+            if not theirs or other.number > attempt:
                 continue
             if not choices or other.open_choices <= choices:
                 self._abort(other, reason)

@@ -62,9 +62,11 @@ class NodeRole(Protocol):
         ...
 
     def cancel(
-        self, request: str, attempt: int, reason: str, choices: AbstractSet[int] = frozenset()
-    ) -> None:
-        """Free everything of these choices (none named: of all) in attempts up to `attempt`."""
+        self, gateway: str, request: str, attempt: int, reason: str,
+        choices: AbstractSet[int] = frozenset(),
+    ) -> None:  # fmt: skip
+        """Free everything of these choices (none named: of all) in attempts up to `attempt`, if the
+        request is this gateway's."""
         ...
 
     def give_up(self, engine_id: str, error: PdqError, *, retryable: bool) -> None:

@@ -54,8 +54,9 @@ from common.node.transports import make_transports
 from common.queue import Entry
 from common.redis_client import RedisClient
 from common.registry import NodeRecord, NodeState, Registry, Role, Snapshot, new_incarnation
+from common.senders import BETWEEN_NODES, TO_NODES
 from kv_transfer.lease import Leases
-from kv_transfer.link import TRANSFER_MESSAGES, Links
+from kv_transfer.link import Links
 from kv_transfer.ports import Adopted, Ended, Granted, TransferSettings
 from kv_transfer.transports.base import Target
 
@@ -77,7 +78,7 @@ class Node:
         self.redis = RedisClient(settings.redis, name=self.incarnation)
         self.registry = Registry(self.redis)
         self.entries = Entries(self)
-        self.bus = Bus(self.incarnation, settings.bus, progress=self._progress)
+        self.bus = Bus(self.incarnation, settings.bus, progress=self._progress, hears=TO_NODES)
         shared = SharedMemory(loading.choose_device(settings.engine.device))
         # Made in the thread that will compute: OpenMP keeps a team for each thread that ever ran a
         # parallel region, and with two of them it waits at every barrier asleep, not spinning.
@@ -293,7 +294,7 @@ class Node:
         while True:
             received = await self.bus.receive()
             message = received.message
-            if isinstance(message, TRANSFER_MESSAGES):
+            if isinstance(message, BETWEEN_NODES):
                 self.links.receive(received.peer, received.link, message)
             elif isinstance(message, TokensAck):
                 self.gateways.acknowledged(received.peer, message)
@@ -302,12 +303,11 @@ class Node:
             elif isinstance(message, CacheQuery):
                 self.send(received.peer, self.cache_feed.content())
             elif isinstance(message, Cancel):
+                gateway, request, attempt = message.gateway, message.request, message.attempt
                 choices = frozenset(message.choices)
-                self.gateways.tokens.forget(message.request, message.attempt, choices)
-                self.role.cancel(message.request, message.attempt, message.reason, choices)
+                self.gateways.tokens.forget(gateway, request, attempt, choices)
+                self.role.cancel(gateway, request, attempt, message.reason, choices)
                 self.wake()
-            else:
-                log.warning("message.unexpected", peer=received.peer, kind=type(message).__name__)
 
     async def _watch(self) -> None:
         while True:

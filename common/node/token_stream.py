@@ -76,11 +76,13 @@ class TokenStream:
             self._send(gateway, Tokens(self._node, tuple(runs[start : start + RESENT_AT_ONCE])))
         return bool(runs)
 
-    def forget(self, request: str, attempt: int, choices: Collection[int] = ()) -> None:
-        """The gateway wants nothing more of these choices (none named: of all) in attempts up to
-        this one."""
-        for key in list(self._kept):
-            wanted = not choices or key.choice in choices
+    def forget(
+        self, gateway: str, request: str, attempt: int, choices: Collection[int] = ()
+    ) -> None:
+        """The gateway wants nothing more of these choices of its request (none named: of all) in
+        attempts up to this one."""
+        for key, kept in list(self._kept.items()):
+            wanted = kept.gateway == gateway and (not choices or key.choice in choices)
             if wanted and key.request == request and key.attempt <= attempt:
                 del self._kept[key]
 

@@ -30,7 +30,7 @@ from common.config import NodeSettings, load
 from common.errors import LinkLost, MalformedMessage
 from common.logs import configure
 from common.messages import Blocks, Message
-from kv_transfer.link import TRANSFER_MESSAGES
+from common.senders import BETWEEN_NODES
 
 LOOK_S = 0.02  # between two looks at what is held
 
@@ -61,14 +61,14 @@ class ChaoticBus(Bus):
 
     def _send(self, link: Any, frames: Sequence[bytes]) -> None:
         message = decode(frames[0])
-        if isinstance(message, TRANSFER_MESSAGES):
+        if isinstance(message, BETWEEN_NODES):
             frames = self._at(f"send {type(message).__name__}", message, link, frames)
         if frames:
             super()._send(link, frames)
 
     async def receive(self) -> Any:
         received = await super().receive()
-        if isinstance(received.message, TRANSFER_MESSAGES):
+        if isinstance(received.message, BETWEEN_NODES):
             self._at(f"take {type(received.message).__name__}", received.message, None, ())
         return received
 

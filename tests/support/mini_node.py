@@ -113,7 +113,9 @@ class MiniNode:
                     self._gateways.asked(received.peer, query)
                 case Cancel() as cancel:
                     self.cancelled.append(cancel)
-                    self._gateways.tokens.forget(cancel.request, cancel.attempt, cancel.choices)
+                    self._gateways.tokens.forget(
+                        cancel.gateway, cancel.request, cancel.attempt, cancel.choices
+                    )
                     for (request, attempt), task in list(self.computing.items()):
                         if request == cancel.request and attempt <= cancel.attempt:
                             task.cancel()

@@ -64,6 +64,9 @@ class Transfer:
     def room_changed(self, now: float) -> list[object]:
         return []
 
+    def offered(self) -> dict[Key, Offer]:
+        return {}
+
     def perform(self, effects: object) -> None:
         ended, self.ended = self.ended, []
         for effect in ended:

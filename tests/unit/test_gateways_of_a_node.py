@@ -120,6 +120,7 @@ def test_on_a_new_link_what_is_not_acknowledged_goes_again_in_pieces(node: Node)
 def test_another_gateway_acknowledges_nothing_and_is_sent_nothing(node: Node) -> None:
     node.push(20)
     node.gateways.acknowledged("g2", TokensAck("g1", ((*KEY, 21),)))
+    node.gateways.tokens.forget("g2", KEY.request, KEY.attempt)
     assert node.gateways.tokens.num_unacknowledged == 1
     node.sent.clear()
     node.gateways.asked("g2", HoldsQuery("g1", ((*KEY, 20),)))

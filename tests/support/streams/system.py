@@ -236,8 +236,8 @@ class VirtualNode:
                     self.gateways.acknowledged(received.peer, message)
                 case HoldsQuery() as message:
                     self.gateways.asked(received.peer, message)
-                case Cancel(request=request, attempt=attempt, choices=choices):
-                    self.gateways.tokens.forget(request, attempt, choices)
+                case Cancel(gateway=gateway, request=request, attempt=attempt, choices=choices):
+                    self.gateways.tokens.forget(gateway, request, attempt, choices)
                     for key in [k for k in self.sequences if k[0] == request and k[1] <= attempt]:
                         if not choices or key.choice in choices:
                             del self.sequences[key]

@@ -72,7 +72,7 @@ async def test_a_prompt_that_was_granted_room_is_taken_whatever_came_meanwhile(
     assert small.engine.begin_step() is None, "the only slot is promised"
     arrives(small, offer, reservation)
     assert small.said == [TookOver("self", "moved", 1, 0, len(PROMPT) + 1)]
-    small.role.cancel("moved", 1, "")
+    small.role.cancel("gateway-1", "moved", 1, "")
     while small.engine.has_work:
         await small.step(small.role)
     assert len({run.request for run in small.runs}) == 1, "the other one ran afterwards"
@@ -88,7 +88,9 @@ async def test_a_second_adoption_of_the_same_choice_gives_its_room_back() -> Non
         arrives(node, offer, reservation)
     assert [type(message) for message in node.said] == [TookOver, TookOver]
     assert node.engine.scheduler.num_free_slots == 1
-    node.role.cancel("moved", 1, "")
+    node.role.cancel("another", "moved", 9, "not its own")
+    assert node.engine.scheduler.num_free_slots == 1
+    node.role.cancel("gateway-1", "moved", 1, "")
     node.engine.check_idle()
 
 
@@ -153,7 +155,7 @@ async def test_a_choice_that_is_cancelled_ends_at_once_and_its_siblings_go_on(
     await node.step(role)
     assert node.engine.scheduler.num_running == 3
     planned = await node.begin_step(role) if in_step else None
-    role.cancel("r", 1, "stopped", frozenset({stopped}))
+    role.cancel("gateway-1", "r", 1, "stopped", frozenset({stopped}))
     if planned is not None:
         node.end_step(role, planned)
     assert node.engine.scheduler.num_running == 2
@@ -178,12 +180,12 @@ async def test_choices_that_wait_for_a_prompt_are_not_cancelled_with_the_one_tha
     role.accept(
         Entry("1-0", dataclasses.replace(a_dispatch("r", 1, (0, 1), prompt=20), params=LONG))
     )
-    role.cancel("r", 1, "stopped", frozenset({0}))
-    role.cancel("r", 1, "stopped", frozenset({1}))
+    role.cancel("gateway-1", "r", 1, "stopped", frozenset({0}))
+    role.cancel("gateway-1", "r", 1, "stopped", frozenset({1}))
     while node.engine.has_work:
         await node.step(role)
     assert {run.choice for run in node.runs} == {0, 1}
     role.accept(Entry("2-0", dataclasses.replace(a_dispatch("s", 1, (0, 1)), params=LONG)))
-    role.cancel("s", 1, "closed")
+    role.cancel("gateway-1", "s", 1, "closed")
     assert not node.engine.has_work
     node.engine.check_idle()

@@ -220,7 +220,7 @@ async def test_blocks_that_are_being_sealed_stay_where_they_are(
     (sequence,) = node.engine.scheduler.running
     blocks = sequence.block_table[: sequence.num_computed // 4]
     if ends == "cancelled":
-        role.cancel("r-1", 1, "client went away")
+        role.cancel("gateway-1", "r-1", 1, "client went away")
     else:
         while node.engine.has_work:  # it runs meanwhile
             planned = node.engine.begin_step()
@@ -303,7 +303,7 @@ async def test_a_cancel_in_the_middle_frees_everything_when_the_other_end_has_an
     node: ScriptedNode, role: DecodeRole
 ) -> None:
     await drained(node, role, "d1")
-    role.cancel("r-1", 1, "client went away")
+    role.cancel("gateway-1", "r-1", 1, "client went away")
     assert node.links.cancelled == [key("d1")]
     assert role.num_open == 1
     role.sent(ended("d1", Outcome.ADOPTED))  # the Ack crossed it; that node is told by the gateway

@@ -103,6 +103,20 @@ async def test_blocks_of_a_step_that_is_not_finite_are_sealed_and_announced_to_n
     assert role.num_open == 0
 
 
+async def test_nobody_but_its_gateway_cancels_a_request(
+    node: ScriptedNode, role: prefill.PrefillRole
+) -> None:
+    node.decode_nodes("d1")
+    role.accept(an_entry())
+    for gateway in ("another", "", "d1"):
+        role.cancel(gateway, "r-1", 9, "not its own")
+        assert node.engine.has_work
+        assert not node.links.cancelled
+    role.cancel("gateway-1", "r-1", 1, "its own")
+    assert not node.engine.has_work
+    assert role.num_open == 0
+
+
 async def test_of_a_request_that_is_cancelled_meanwhile_nothing_more_is_announced(
     node: ScriptedNode, role: prefill.PrefillRole
 ) -> None:
@@ -111,7 +125,7 @@ async def test_of_a_request_that_is_cancelled_meanwhile_nothing_more_is_announce
     planned = await node.begin_step(role)
     chunks = role.handed_over(planned)
     announced = list(node.links.announced)  # what the prefix cache had
-    role.cancel("r-1", 1, "the client went away")
+    role.cancel("gateway-1", "r-1", 1, "the client went away")
     role.step_filled(chunks)
     assert node.links.announced == announced
     node.end_step(role, planned)
@@ -203,7 +217,7 @@ async def test_an_attempt_that_is_cancelled_while_a_link_fails_to_open_ends(
     planned = node.engine.begin_step()
     assert planned is not None
     role.step_begins(planned)
-    role.cancel("r-1", 1, "closed")
+    role.cancel("gateway-1", "r-1", 1, "closed")
     await node.opened()
     assert role.num_open == 0
     node.end_step(role, planned)
@@ -280,8 +294,8 @@ async def test_a_choice_that_is_cancelled_makes_way_for_the_next(
     role.accept(Entry("1-0", a_dispatch(choices=(0, 1, 2), prompt=20)))
     await node.step(role)
     assert node.links.committed == [key("d1", 0)]
-    role.cancel("r-1", 1, "stopped", frozenset({1}))
-    role.cancel("r-1", 1, "stopped", frozenset({0}))
+    role.cancel("gateway-1", "r-1", 1, "stopped", frozenset({1}))
+    role.cancel("gateway-1", "r-1", 1, "stopped", frozenset({0}))
     assert node.links.cancelled == [key("d1", 0)]
     await node.opened()
     role.sent(ended("d1", Outcome.CANCELLED, choice=0))

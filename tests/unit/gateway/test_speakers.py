@@ -1,0 +1,156 @@
+"""What a node says of a choice that it does not have changes nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from common.messages import Failed, Message, Stage, TokenRun, Tokens, TookOver
+from gateway.dispatch import Dispatcher
+from gateway.open_request import OpenRequest
+from gateway.ports import DECODE, PREFILL
+from tests.support.fake_cluster import FINGERPRINT, FakeCluster, until
+from tests.unit.gateway.test_dispatch import WORK, collect, connect, expected
+
+Words = Callable[[str, int, int], Message]
+"""By whom, of which attempt, at which position."""
+
+LIES: dict[str, Words] = {
+    "Tokens": lambda node, attempt, position: Tokens(
+        node, (TokenRun("r1", attempt, 0, position, (7, 7, 7), (), "stop"),)
+    ),
+    "Failed, for good": lambda node, attempt, _: Failed(
+        node, "r1", attempt, 0, "never_fits", "no", False
+    ),
+    "Failed": lambda node, attempt, _: Failed(node, "r1", attempt, 0, "overloaded", "no", True),
+    "Stage": lambda node, attempt, _: Stage(node, "r1", attempt, 0, "prefilling", {"q": 9.0}, 99),
+    "TookOver": lambda node, attempt, position: TookOver(node, "r1", attempt, 0, position),
+}
+
+OTHER_MODEL = dataclasses.replace(FINGERPRINT, model="another")
+
+
+@dataclasses.dataclass
+class Scene:
+    """One request: decoded by `d1`, which waits after three tokens, prefilled by `p1`."""
+
+    cluster: FakeCluster
+    dispatcher: Dispatcher
+    request: OpenRequest
+
+    def state(self) -> object:
+        """All that a word could have changed."""
+        (choice,) = self.request.choices
+        return (
+            choice.holder, choice.heard, choice.held_from, dict(choice.owing), choice.tries,
+            choice.stream.attempt, choice.stream.below, choice.done, self.request.failed,
+            set(self.request.involved), self.request.cached_tokens, list(self.cluster.stages),
+            len(self.cluster.dispatched), dict(self.cluster.ended), list(self.cluster.cancelled),
+        )  # fmt: skip
+
+
+@pytest.fixture
+def cluster() -> FakeCluster:
+    cluster = FakeCluster()
+    cluster.add("p1", PREFILL)
+    cluster.add("d1", DECODE).hold_at = 3
+    return cluster
+
+
+async def scene(cluster: FakeCluster, then: Callable[[Scene], None]) -> None:
+    dispatcher = connect(cluster)
+    async with dispatcher.run(WORK) as request:
+        await until(lambda: request.choices[0].holder == "d1")
+        await until(lambda: request.choices[0].stream.below == len(WORK.prompt_ids) + 3)
+        cluster.add("d2", DECODE)
+        cluster.add("alien", DECODE, fingerprint=OTHER_MODEL)
+        then(Scene(cluster, dispatcher, request))
+        cluster.release()
+        assert await collect(request) == expected()
+
+
+@pytest.mark.parametrize("lie", [lie for lie in LIES if lie != "TookOver"])
+@pytest.mark.parametrize("liar", ["d2", "alien", "nobody"])
+async def test_a_node_that_was_not_handed_a_choice_says_nothing_about_it(
+    cluster: FakeCluster, liar: str, lie: str
+) -> None:
+    def then(now: Scene) -> None:
+        before = now.state()
+        now.dispatcher.on_message(liar, LIES[lie](liar, 1, now.request.choices[0].stream.below))
+        assert now.state() == before
+
+    await scene(cluster, then)
+
+
+@pytest.mark.parametrize("liar", ["alien", "nobody"])
+async def test_who_could_not_compute_a_choice_does_not_take_it_over(
+    cluster: FakeCluster, liar: str
+) -> None:
+    def then(now: Scene) -> None:
+        before = now.state()
+        now.dispatcher.on_message(liar, LIES["TookOver"](liar, 1, 99))
+        assert now.state() == before
+
+    await scene(cluster, then)
+
+
+async def test_nobody_but_who_has_a_choice_says_that_another_took_it_over(
+    cluster: FakeCluster,
+) -> None:
+    def then(now: Scene) -> None:
+        before = now.state()
+        for liar in ("d2", "alien", "nobody"):
+            now.dispatcher.on_message(liar, TookOver("p1", "r1", 1, 0, 99))
+            assert now.state() == before
+
+    await scene(cluster, then)
+
+
+@pytest.mark.parametrize("attempt", [2, 7])
+@pytest.mark.parametrize("lie", LIES)
+async def test_nobody_speaks_of_an_attempt_that_was_never_made(
+    cluster: FakeCluster, lie: str, attempt: int
+) -> None:
+    def then(now: Scene) -> None:
+        before = now.state()
+        for liar in ("d1", "p1", "d2"):
+            word = LIES[lie](liar, attempt, now.request.choices[0].stream.below)
+            now.dispatcher.on_message(liar, word)
+            assert now.state() == before
+
+    await scene(cluster, then)
+
+
+@pytest.mark.parametrize("teller", ["d1", "d2"])
+async def test_a_node_that_is_handed_a_choice_is_heard_from_then_on(
+    cluster: FakeCluster, teller: str
+) -> None:
+    """By its own word, or by that of the node that had it."""
+
+    def then(now: Scene) -> None:
+        (choice,) = now.request.choices
+        now.dispatcher.on_message(teller, TookOver("d2", "r1", 1, 0, choice.stream.below))
+        assert choice.holder == "d2"
+        assert choice.speakers >= {"d1", "d2"}
+
+    await scene(cluster, then)
+
+
+async def test_an_entry_that_nobody_has_read_may_have_moved_to_a_node_of_the_same_kind() -> None:
+    cluster = FakeCluster()
+    cluster.add("u1").hold_at = 0
+    heard: list[Any] = []
+    cluster.deliver = lambda node, message: heard.append(message)  # type: ignore[method-assign]
+    dispatcher = connect(cluster)
+    async with dispatcher.run(WORK) as request:
+        await until(lambda: heard)
+        cluster.add("u2")
+        cluster.add("alien", fingerprint=OTHER_MODEL)
+        (choice,) = request.choices
+        for node, holder in (("alien", "u1"), ("nobody", "u1"), ("u2", "u2")):
+            dispatcher.on_message(node, LIES["Stage"](node, 1, 0))
+            assert choice.holder == holder
+        cluster.kill("u1")

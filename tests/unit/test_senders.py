@@ -1,0 +1,96 @@
+"""Who may say what: every kind of message, so that a new one cannot be forgotten."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from common.bus_links import Link, LinkTable
+from common.codec import decode
+from common.config import BusSettings
+from common.messages import MESSAGES, Beat, Message, Open, Over, TookOver
+from common.senders import (
+    ABOUT_LINKS,
+    BETWEEN_NODES,
+    FROM_GATEWAYS,
+    FROM_NODES,
+    NOT_OVER_LINKS,
+    TO_GATEWAYS,
+    TO_NODES,
+)
+from tests.unit.test_codec import MESSAGE
+
+KINDS = list(MESSAGES.values())
+NAMES = ("node", "gateway")
+
+
+class Wire:
+    """Notes what is put on it."""
+
+    def __init__(self) -> None:
+        self.said: list[Message] = []
+
+    def put(self, link: Link, frames: Sequence[bytes]) -> None:
+        self.said.append(decode(frames[0]))
+
+    def hang_up(self, link: Link) -> None: ...
+
+
+def linked(hears: Any) -> tuple[LinkTable, Wire]:
+    """A table with one link, that `peer` opened."""
+    wire = Wire()
+    table = LinkTable("me", BusSettings(), wire, progress=lambda: (0, False),
+                      say=lambda _: None, hears=hears)  # fmt: skip
+    table.heard(b"peer/1", Open("peer", "me"), 0.0)
+    return table, wire
+
+
+def named(message: Message, name: str) -> Message:
+    """The message, said in this name, where it says one."""
+    fields = {field.name for field in dataclasses.fields(message)} & set(NAMES)
+    return dataclasses.replace(message, **dict.fromkeys(fields, name))
+
+
+def test_every_kind_of_message_has_its_place() -> None:
+    groups = (FROM_NODES, FROM_GATEWAYS, BETWEEN_NODES, ABOUT_LINKS, NOT_OVER_LINKS)
+    assert Counter(kind for group in groups for kind in group) == Counter(KINDS)
+
+
+@pytest.mark.parametrize("kind", [*FROM_NODES, *FROM_GATEWAYS], ids=lambda kind: kind.__name__)
+def test_whoever_speaks_of_requests_names_itself(kind: type[Message]) -> None:
+    """Else nobody could tell whose word it is."""
+    wanted = "gateway" if kind in FROM_GATEWAYS else "node"
+    assert wanted in {field.name for field in dataclasses.fields(kind)}
+
+
+@given(message=MESSAGE, to_gateway=st.booleans())
+def test_only_what_is_for_us_and_in_the_peers_own_name_is_heard(
+    message: Message, to_gateway: bool
+) -> None:
+    hears = TO_GATEWAYS if to_gateway else TO_NODES
+    for name in ("peer", "somebody-else"):
+        table, _ = linked(hears)
+        said = named(message, name)
+        heard = table.heard(b"peer/1", said, 1.0)
+        own = said == named(message, "peer") or isinstance(message, TookOver)
+        assert (heard is not None) == (isinstance(message, hears) and own)
+        if heard is None and not isinstance(message, ABOUT_LINKS):
+            assert table.counts["refused"] == 1
+            assert table.knows(b"peer/1"), "the link goes on"
+
+
+@given(message=MESSAGE)
+def test_a_link_begins_with_open_in_the_openers_own_name(message: Message) -> None:
+    table, wire = linked(TO_NODES)
+    before = len(wire.said)
+    assert table.heard(b"stranger/1", message, 1.0) is None
+    assert not table.with_peer("stranger")
+    table.heard(b"stranger/1", Open("peer", "me"), 1.0)
+    assert not table.with_peer("stranger")
+    assert all(isinstance(said, (Beat, Over)) for said in wire.said[before:])
