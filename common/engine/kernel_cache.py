@@ -8,12 +8,13 @@ numba's caching.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import os
-import pickle
 import secrets
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ class _Cache(FunctionCache):  # type: ignore[misc]
     def load_overload(self, signature: Any, target_context: Any) -> Any:
         try:
             return super().load_overload(signature, target_context)
-        except Exception as error:  # to unpickle raises whatever the bytes make it raise
+        except Exception as error:  # numba raises whatever the bytes make it raise
             _warn("unreadable", error)
             return None
 
@@ -81,7 +82,8 @@ class _Cache(FunctionCache):  # type: ignore[misc]
 
 
 class _Files(IndexDataCacheFile):  # type: ignore[misc]
-    """With a digest in front of what is pickled, which is checked before it is unpickled."""
+    """Numba's files with a digest behind what it writes, which it does not read; the digest is
+    checked before numba reads anything."""
 
     def __init__(self, folder: str, base: str, source_stamp: object) -> None:
         super().__init__(folder, base, source_stamp)
@@ -89,36 +91,34 @@ class _Files(IndexDataCacheFile):  # type: ignore[misc]
         # number, and one find the other's code under its signature.
         self._data_name_pattern = f"{base}.{_PROCESS}.{{number:d}}.nbc"
 
-    def _load_index(self) -> dict[Any, str]:
-        try:
-            version, stamp, overloads = self._read(self._index_path)
-        except OSError:
-            return {}
-        fresh = (version, stamp) == (self._version, self._source_stamp)
-        return overloads if fresh else {}
-
-    def _save_index(self, overloads: dict[Any, str]) -> None:
-        self._write(self._index_path, (self._version, self._source_stamp, overloads))
+    def _load_index(self) -> Any:
+        return super()._load_index() if _is_whole(self._index_path) else {}
 
     def _load_data(self, name: str) -> Any:
-        return self._read(self._data_path(name))
+        path = self._data_path(name)
+        if not _is_whole(path):
+            raise OSError(f"{path} is damaged")  # which numba takes for absent
+        return super()._load_data(name)
 
-    def _save_data(self, name: str, data: Any) -> None:
-        self._write(self._data_path(name), data)
+    @contextlib.contextmanager
+    def _open_for_write(self, path: str) -> Iterator[Any]:
+        """To another name at first, so that there is never half a file."""
+        content = io.BytesIO()
+        with super()._open_for_write(path) as file:
+            yield content
+            file.write(content.getvalue() + _digest(content.getvalue()))
 
-    def _write(self, path: str, value: Any) -> None:
-        data = self._dump(value)
-        with self._open_for_write(path) as file:  # another name at first: never half a file
-            file.write(_digest(data) + data)
 
-    def _read(self, path: str) -> Any:
-        """`OSError`, which counts as absent, unless it is what was written."""
+def _is_whole(path: str) -> bool:
+    """Whether the file holds what was written; one that is not there does not."""
+    try:
         stored = Path(path).read_bytes()
-        digest, data = stored[:_DIGEST_BYTES], stored[_DIGEST_BYTES:]
-        if _digest(data) != digest:
-            _warn("damaged", path)
-            raise OSError(f"{path} is damaged")
-        return pickle.loads(data)
+    except OSError:
+        return False
+    if _digest(stored[:-_DIGEST_BYTES]) == stored[-_DIGEST_BYTES:]:
+        return True
+    _warn("damaged", path)
+    return False
 
 
 def _digest(data: bytes) -> bytes:
