@@ -26,7 +26,6 @@ def generate(
 ) -> list[Completion]:
     """Run `engine` until all prompts have their `n` choices; in the order of the prompts."""
     assert not engine.has_work, "requests were added already, and their output would be lost"
-    decode(engine.folder, [])  # a broken tokenizer is found out before the work
     all_ids = [
         encode(engine.folder, prompt) if isinstance(prompt, str) else prompt for prompt in prompts
     ]
