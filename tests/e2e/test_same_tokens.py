@@ -14,7 +14,7 @@ import httpx
 import numpy as np
 import pytest
 
-from common.engine import Completion, Engine, FinishReason, SamplingParams
+from common.engine import Completion, Engine, SamplingParams
 from tests.support.checkpoints import STORIES
 from tests.support.deployment import Deployment, complete
 from tests.support.engines import poisoned_engine
@@ -70,9 +70,7 @@ def system(request: pytest.FixtureRequest) -> Iterator[Deployment]:
 
 def check(result: dict[str, Any], completions: list[Completion]) -> None:
     for choice, completion in zip(result["choices"], completions, strict=True):
-        ended = completion.finish_reason is FinishReason.STOP  # by a stop id, which has no text
-        ids = completion.token_ids[:-1] if ended else completion.token_ids
-        assert tuple(choice["token_ids"]) == ids
+        assert tuple(choice["token_ids"]) == completion.token_ids
         assert choice["finish_reason"] == completion.finish_reason.value
     assert result["usage"]["completion_tokens"] == sum(len(c.token_ids) for c in completions)
 

@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import numpy as np
 
-from common.engine import Completion, Engine, FinishReason, SamplingParams
+from common.engine import Completion, Engine, SamplingParams
 from tests.support.checkpoints import STORIES
 
 Body = dict[str, Any]
@@ -134,11 +134,7 @@ class Client:
 
     def check(self, completions: list[Completion], *, may_fail: bool = False) -> None:
         """Exactly these tokens; or, with `may_fail`, a beginning of them and a typed error."""
-        expected = {}
-        for completion in completions:
-            stopped = completion.finish_reason is FinishReason.STOP  # a stop id is not shown
-            shown = completion.token_ids[:-1] if stopped else completion.token_ids
-            expected[completion.choice] = list(shown)
+        expected = {c.choice: list(c.token_ids) for c in completions}
         if may_fail and self.error is not None:
             assert set(self.error) == {"message", "type", "param", "code"}, self.error
             assert self.error["code"] in TYPED, self.error
