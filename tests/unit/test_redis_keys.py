@@ -41,7 +41,7 @@ def test_each_docstring_says_type_time_to_live_writer_and_reader() -> None:
         about = getattr(Keys, name).__doc__ or ""
         assert "Writer" in about, name
         assert "eader" in about, name
-        kinds = ("Hash", "Sorted set", "Set", "Stream", "String", "set;")
+        kinds = ("Hash", "List", "Sorted set", "Set", "Stream", "String", "set;")
         assert any(kind in about for kind in kinds), name
         assert "TTL_S" in about or "permanent" in about, name
 
