@@ -622,7 +622,8 @@ async def test_tokens_alone_say_who_holds_a_choice(cluster: FakeCluster) -> None
         run = TokenRun("r1", 1, 0, len(PROMPT) + 2, (expected()[0][2],), (), "")
         dispatcher.on_message("u2", Tokens("u2", (run,)))
         assert (choice.holder, choice.heard) == ("u2", True)
-        cluster.release()
+        rest = TokenRun("r1", 1, 0, len(PROMPT) + 3, tuple(expected()[0][3:]), (), "length")
+        dispatcher.on_message("u2", Tokens("u2", (rest,)))
         assert await collect(request) == expected()
 
 
