@@ -19,11 +19,12 @@ import os
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
 import psutil
+
+from bench.served import served
 
 MEGABYTE = 2**20
 LIMIT = 4 * MEGABYTE - 1000  # under the default of --max-body-bytes
@@ -47,27 +48,6 @@ def bodies(model: str) -> dict[str, tuple[str, bytes]]:
     found = {name: (path, json.dumps(body).encode()) for name, (path, body) in kinds.items()}
     deep = b'{"prompt": ' + b"[" * 1_900_000 + b"]" * 1_900_000 + b"}"
     return {**found, "deep": ("/v1/completions", deep)}
-
-
-@contextlib.contextmanager
-def served(port: int, flags: list[str]) -> Iterator[tuple[psutil.Process, int]]:
-    command = [
-        sys.executable, "-m", "common.cli", "serve", "--unified", "1", "--port", str(port), *flags,
-    ]  # fmt: skip
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 120
-        while True:
-            with contextlib.suppress(OSError):
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=5)
-                break
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit("pdq serve did not come up")
-            time.sleep(0.2)
-        yield psutil.Process(process.pid), port
-    finally:
-        process.terminate()
-        process.wait(60)
 
 
 async def http_only() -> None:
@@ -230,7 +210,11 @@ def main() -> None:
         asyncio.run(attack(given.port) if given.be == "attacker" else http_only())
         return
     result: dict[str, Any] = {"load_before": os.getloadavg()[0], "cores": os.cpu_count()}
-    with served_http_only() if given.http_only else served(given.port, given.flags) as (root, port):
+    with contextlib.ExitStack() as stack:
+        if given.http_only:
+            root, port = stack.enter_context(served_http_only())
+        else:
+            root, port = stack.enter_context(served(given.port, given.flags)), given.port
         result["memory_idle_mb"] = memory(root)
         result["quiet"] = asyncio.run(measure(port, given.seconds))
         command = [sys.executable, "-m", "bench.hostile", "--be", "attacker", "--port", str(port)]

@@ -9,7 +9,6 @@ Weights are random: only the cost is real.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import json
 import os
@@ -19,8 +18,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +25,7 @@ import psutil
 import torch
 
 from bench.engine import BODY, prompt_ids
+from bench.served import served
 from common.engine import Engine, SamplingParams
 from common.model_files import SHIPPED_MODEL
 
@@ -40,29 +38,6 @@ def model_folder(folder: Path) -> Path:
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(SHIPPED_MODEL / name, folder)
     return folder
-
-
-@contextlib.contextmanager
-def served(folder: Path, port: int, flags: list[str]) -> Iterator[psutil.Process]:
-    """`pdq serve --unified 1`, up and ready."""
-    command = [
-        sys.executable, "-m", "common.cli", "serve", "--unified", "1", "--port", str(port),
-        "--model", str(folder), *flags,
-    ]  # fmt: skip
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 300
-        while True:
-            with contextlib.suppress(OSError):
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=5)
-                break
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit("pdq serve did not come up")
-            time.sleep(0.2)
-        yield psutil.Process(process.pid)
-    finally:
-        process.terminate()
-        process.wait(60)
 
 
 def over_http(port: int, requests: int, seed: int) -> dict[str, Any]:
@@ -145,7 +120,7 @@ def main() -> None:
         folder = model_folder(Path(name))
         engine = Engine.load(folder, threads=arguments.threads, **shared)
         engine.warm_up()
-        with served(folder, arguments.port, flags) as system:
+        with served(arguments.port, ["--model", str(folder), *flags]) as system:
             idle = idle_shares(system, 10.0)
             rounds = []
             for number in range(arguments.rounds + 1):
