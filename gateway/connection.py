@@ -29,6 +29,7 @@ from http import HTTPStatus
 from typing import Any
 
 import h11
+from starlette.types import Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from common.config import HTTPSettings
@@ -151,6 +152,7 @@ class Connection(H11Protocol):
         super().__init__(**uvicorns)
         self._roster = roster
         self.conn = Parser()
+        self._application, self.app = self.app, self._run
         self._phase = Phase.HEAD
         self._since = 0.0  # when the phase began
         self._idle = True  # in HEAD: not one byte of the request is here
@@ -199,6 +201,19 @@ class Connection(H11Protocol):
         super().resume_writing()
 
     # ── What uvicorn calls ───────────────────────────────────────────────────────────────────────
+
+    async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The application, which is heard no more once the connection is lost. asyncio knows that
+        from the first write that fails, and calls `connection_lost` only in its next turn."""
+        cycle = self.cycle
+
+        async def send_unless_lost(message: Message) -> None:
+            if self.transport.is_closing():
+                cycle.disconnected = True
+                cycle.message_event.set()
+            await send(message)
+
+        await self._application(scope, receive, send_unless_lost)
 
     def handle_events(self) -> None:
         super().handle_events()

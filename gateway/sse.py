@@ -58,6 +58,8 @@ class Answer(Response):
             if message["type"] == "http.response.start":
                 begun = True
             await send(message)
+            # Others have their turn between two writes; and what they tell of the client is heard.
+            await asyncio.sleep(0)
 
         async def answer() -> None:
             try:
