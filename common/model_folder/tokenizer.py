@@ -12,13 +12,14 @@ import dataclasses
 import hashlib
 import json
 import operator
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
-from common.errors import CheckpointError
+from common.errors import CheckpointError, UnsupportedModel
 from common.model_folder.conversion import converted_tokenizer
 from common.model_folder.reading import (
     MAX_TOKENIZER_BYTES,
@@ -33,6 +34,9 @@ CONFIG = "tokenizer_config.json"
 MAP = "special_tokens_map.json"
 ADDED = "added_tokens.json"
 _NAMED = frozenset(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+_FURTHER = (
+    "additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens"
+)  # fmt: skip
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -59,8 +63,14 @@ def load_tokenizer(
     A token beyond `vocab_size` (the rows of the embedding) is not added: the model could not
     read it. Raises `ModelError`.
     """
+    if config.get("split_special_tokens"):
+        raise UnsupportedModel(
+            f"{CONFIG}: split_special_tokens is not supported: what a chat's template writes could "
+            "not be told from what is said",
+            param="split_special_tokens",
+        )
     path = folder / "tokenizer.json"
-    if path.exists() or path.is_symlink():
+    if os.path.lexists(path):
         text: str | None = read_text(path, MAX_TOKENIZER_BYTES)
     else:
         text = converted_tokenizer(folder, config, model_type)
@@ -125,13 +135,18 @@ def _complete(
     id; if it ought to have another, the model has learned another, and that is an error.
     """
     known = tokenizer.get_added_tokens_decoder()
-    names = {token.content for token in known.values()}
+    names = {token.content: token for token in known.values()}
     size = tokenizer.get_vocab_size(with_added_tokens=False)
     free = max(size, max(known, default=-1) + 1)
     tokens: list[tokenizers.AddedToken] = []
     for token_id, token in [*sorted(added.items()), *((None, token) for token in special)]:
-        if token_id is None and token.content in names:
+        if not token.content:
             continue
+        if token_id is None and token.content in names:
+            token = names[token.content]  # with its own flags
+            if token.special:
+                continue
+            token.special = True
         if tokenizer.token_to_id(token.content) is None and token.content not in names:
             if vocab_size is not None and (free if token_id is None else token_id) >= vocab_size:
                 continue
@@ -142,7 +157,7 @@ def _complete(
                     param="added_tokens_decoder",
                 )
             free += 1
-        names.add(token.content)
+        names[token.content] = token
         tokens.append(token)
     if tokens:
         tokenizer.add_tokens(tokens)
@@ -162,7 +177,7 @@ def _special_tokens(
     extra: dict[str, tokenizers.AddedToken] = {}
     for source, file in sources:
         for field, value in source.items():
-            if field in ("additional_special_tokens", "extra_special_tokens"):
+            if field in _FURTHER:
                 for name, entry in _entries(value, field, file):
                     token = _token(entry, field, file)
                     if name is not None:
@@ -202,14 +217,11 @@ def _added_tokens(
             raise wrong(CONFIG, "added_tokens_decoder", "an object with token ids as keys", key)
         found[int(key)] = _token(value, f"added_tokens_decoder.{key}", CONFIG)
     if not decoder:
-        special = {token.content for token in (*named.values(), *extra)}
+        special = {token.content: token for token in (*extra, *named.values())}
         for content, token_id in read_object(folder / ADDED).items():
             if not is_int(token_id) or token_id < 0:
                 raise wrong(ADDED, content[:100], "a token id", token_id)
-            is_special = content in special
-            found[token_id] = tokenizers.AddedToken(
-                content, normalized=not is_special, special=is_special
-            )
+            found[token_id] = special.get(content) or tokenizers.AddedToken(content)
     return found
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from common.errors import CheckpointError, ModelError
+from common.errors import CheckpointError, ModelError, UnsupportedModel
 from common.model_folder.description import ModelDescription, describe_model
 from tests.support.checkpoints import SHARED_MODELS, STORIES
 from tests.support.model_folders import described, write
@@ -69,6 +69,9 @@ ADDITIONS: dict[str, dict[str, Any]] = {
     "extra_special_tokens": {
         "tokenizer_config_json": {"extra_special_tokens": {"start_token": "<|im_start|>"}},
     },
+    "model_specific_special_tokens": {
+        "tokenizer_config_json": {"model_specific_special_tokens": {"start": "<|im_start|>"}},
+    },
     "special_tokens_map.json": {
         "special_tokens_map_json": {"additional_special_tokens": ["<|im_start|>"]},
     },
@@ -102,6 +105,44 @@ def test_a_token_that_another_file_calls_special_is(tmp_path: Path) -> None:
     assert model.stop_token_ids == (2,)
     assert model.tokenizer is not None
     assert model.tokenizer.decode([2, 403]) == model.tokenizer.decode([403])
+
+
+def test_a_token_that_has_a_name_is_special_whatever_tokenizer_json_says(tmp_path: Path) -> None:
+    def ordinary(content: dict[str, Any]) -> None:
+        for token in content["added_tokens"]:
+            token |= {"special": False, "lstrip": token["content"] == "</s>"}
+
+    folder = changed(tmp_path, ordinary)
+    named = {"bos_token": "<s>", "additional_special_tokens": ["</s>"]}
+    model = describe_model(write(folder, tokenizer_config_json=named))
+    assert model.tokenizer is not None
+    text = "<s>Once   </s>upon<unk>"
+    assert ids(model, text) == transformers_ids(folder, text)
+    assert model.tokenizer.decode(ids(model, text)) == "Once upon<unk>"
+
+
+def test_a_token_of_added_tokens_json_has_the_flags_of_its_name(tmp_path: Path) -> None:
+    model = described(
+        tmp_path, config_json={"vocab_size": 520}, added_tokens_json={"<mask>": 512},
+        tokenizer_config_json={"mask_token": {"content": "<mask>", "lstrip": True}},
+    )  # fmt: skip
+    assert model.tokenizer is not None
+    added = model.tokenizer.get_added_tokens_decoder()[512]
+    assert (added.content, added.special, added.lstrip) == ("<mask>", True, True)
+
+
+def test_a_token_without_text_is_none(tmp_path: Path) -> None:
+    decoder = {"512": {"content": ""}, "513": {"content": "<x>"}}
+    config = {"tokenizer_config_json": {"eos_token": {"content": ""}}}
+    assert described(tmp_path, **config).stop_token_ids == ()
+    with pytest.raises(CheckpointError, match=r"<x>.* id 513"):  # 512 is none
+        described(tmp_path, tokenizer_config_json={"added_tokens_decoder": decoder})
+
+
+def test_special_tokens_that_are_to_be_read_as_text_are_refused(tmp_path: Path) -> None:
+    """A chat could not be told from what is said in it."""
+    with pytest.raises(UnsupportedModel, match="split_special_tokens"):
+        described(tmp_path, tokenizer_config_json={"split_special_tokens": True})
 
 
 @pytest.mark.parametrize("said", [True, False])
