@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 from common.errors import CheckpointError, ConfigError
 from common.model_folder.description import read_config
 from common.model_folder.model_config import parse_model_config
-from common.model_folder.weight_files import INDEX, weight_files
+from common.model_folder.weight_files import INDEX, SINGLE, weight_files
 
 SHIPPED_MODEL = Path(__file__).parent / "models" / "pdq-5m"
 SHIPPED_DRAFT = Path(__file__).parent / "models" / "pdq-5m-draft"
@@ -42,8 +43,8 @@ def resolve_model(
     """The folder of `model`: "" is the shipped one, an existing folder is itself, anything else
     is ORG/NAME on the hub, downloaded once into its cache.
 
-    Of a model from the hub come the small files; with `weights` also the safetensors files that
-    its index names, after its config (with `overrides`) was found to be one that we can run.
+    Of a model from the hub come the small files; with `weights` also its safetensors files
+    (weight_files.py), after its config (with `overrides`) was found to be one that we can run.
     Raises `ConfigError`, or `ModelError` for what is wrong with the model.
     """
     if not model:
@@ -56,9 +57,11 @@ def resolve_model(
     folder = _download(model, revision, [*_SMALL_FILES, _TEMPLATES])
     if weights:
         parse_model_config(read_config(folder, overrides, required=True))
-        names = weight_files(folder)
-        # Of the same commit, whatever was pushed meanwhile.
-        folder = _download(model, folder.name, [glob.escape(name) for name in names])
+        # Of the same commit, whatever was pushed meanwhile. Only the hub knows whether there is one
+        # file, which would hold before an index.
+        folder = _download(model, folder.name, [SINGLE])
+        if (names := weight_files(folder)) != [SINGLE]:
+            folder = _download(model, folder.name, [glob.escape(name) for name in names])
         if missing := [name for name in names if not (folder / name).exists()]:
             raise CheckpointError(
                 f"model {model} has no {missing[0]} on the hub: only weights in safetensors files "
@@ -101,7 +104,7 @@ def model_revision(folder: Path, overrides: Mapping[str, Any] | None = None) -> 
 
 
 def _has_weights(folder: Path) -> bool:
-    return all((folder / name).is_file() for name in weight_files(folder))
+    return all(os.path.isfile(folder / name) for name in weight_files(folder))
 
 
 def content_digest(folder: Path) -> str:

@@ -51,6 +51,7 @@ OFF = frozenset({
     "q_lora_rank", "qk_layernorm", "qk_rope_head_dim", "quantization", "quantization_config",
     "rope_interleave", "rope_interleaved", "sandwich_norm", "scale_attention_by_inverse_layer_idx",
     "scale_embedding", "sliding_window_pattern", "softcap", "sparse_attention", "sub_norm",
+    "transformers_weights",
     "use_alibi", "use_attention_sink", "use_bidirectional_attention", "use_mup", "use_parallel_block",
     "use_parallel_residual", "use_post_norm", "use_qkv_norm", "v_head_dim", "window_attn_skip_freq",
     "zero_centered_gamma",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from common.config import GatewaySettings
 from common.engine import Engine
@@ -78,6 +79,15 @@ def test_a_node_fetches_the_weights_that_the_index_names(hub: FakeHub, repositor
     engine = Engine.load(NAME, num_kv_blocks=8)
     assert set(hub.fetched) == SMALL | shards(repository)
     assert engine.fingerprint.revision == COMMIT
+
+
+def test_one_file_is_fetched_where_there_are_shards_too(hub: FakeHub, repository: Path) -> None:
+    merged = {}
+    for name in shards(repository):
+        merged |= load_file(repository / name)
+    save_file(merged, repository / "model.safetensors", {"format": "pt"})
+    Engine.load(NAME, num_kv_blocks=8)
+    assert set(hub.fetched) == SMALL | {"model.safetensors"}
 
 
 def test_what_is_here_is_not_fetched_again(hub: FakeHub) -> None:
