@@ -168,7 +168,7 @@ def _complete(render: Render, messages: list[dict[str, Any]], continues: bool) -
     """The text of `messages`, all of which must be in it."""
     end = f"{MARK}{secrets.token_hex(8)}" if continues else ""
     if continues:
-        messages = [*messages[:-1], _with_end(messages[-1], end)]
+        messages = [*messages[:-1], _with_end(messages[-1], end + " ")]
     try:
         text = render(messages)
     except Exception as error:
@@ -192,7 +192,11 @@ def _complete(render: Render, messages: list[dict[str, Any]], continues: bool) -
             "continue_final_message: the model's chat template does not end with the last message",
             param="continue_final_message",
         )
-    return text[: text.rindex(end)] if continues else text
+    if not continues:
+        return text
+    said, _, rest = text.rpartition(end)
+    # A template that has trimmed the space behind the mark would have trimmed the message's too.
+    return said if rest.startswith(" ") else said.rstrip()
 
 
 def _with_end(message: dict[str, Any], end: str) -> dict[str, Any]:

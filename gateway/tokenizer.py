@@ -12,11 +12,12 @@ from typing import Any
 
 from common.errors import CheckpointError, InvalidRequest
 from common.model_folder.description import ModelDescription
+from common.model_folder.templates import DEFAULT
 from gateway.chat_template import ChatTemplate
 from gateway.detokenizer import Decoder, Detokenizer, readable
 
-LOSSLESS_NORMALIZERS = {"NFC": 3, "Prepend": 1, "Replace": 1}
-"""Those that keep every character, or put this many into one at most (Unicode's NFC: 3)."""
+LOSSLESS_NORMALIZERS = {"NFC": 4, "Prepend": 1, "Replace": 1}
+"""Those that keep every character, or put this many into one at most (NFC: the 4 of U+1F82)."""
 LOSSLESS_PRE_TOKENIZERS = frozenset({"ByteLevel", "Digits", "Metaspace", "Split"})
 
 
@@ -36,8 +37,7 @@ class Tokenizer:
             for token in self._tokenizer.get_added_tokens_decoder().values()
             if token.special
         }
-        templates = model.chat_templates
-        template = templates.get("default") or next(iter(templates.values()), None)
+        template = model.chat_templates.get(DEFAULT)
         self._chat_template = (
             None if template is None else ChatTemplate(template, dict(model.special_tokens))
         )
@@ -88,8 +88,11 @@ class Tokenizer:
         variables: dict[str, Any] | None = None,
     ) -> str:
         if self._chat_template is None:
+            others = ", ".join(map(repr, self.model.chat_templates))
             raise InvalidRequest(
-                "this model has no chat template: use /v1/completions", param="messages"
+                f"this model has no chat template{others and f' for chats, only {others:.200}'}: "
+                "use /v1/completions",
+                param="messages",
             )
         return self._chat_template.render(
             messages,

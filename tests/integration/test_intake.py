@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import signal
+import unicodedata
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -20,6 +21,7 @@ from gateway.intake import pool, process
 from gateway.intake.pool import SHORT_BODY, SMALL_BODY, Intake
 from gateway.intake.prepare import Prepared, Question, prepare
 from gateway.served_models import ServedModel, ServedModels
+from gateway.tokenizer import most_characters
 from tests.support.fake_cluster import MODEL, FakeCluster, until
 from tests.support.gateway_server import LazyForker, load_tokenizer, serving
 
@@ -343,6 +345,16 @@ def test_a_text_has_at_least_so_many_tokens(name: str, text: str) -> None:
     tokenizer = load_tokenizer(name)
     ids = tokenizer.encode_now(text, add_special_tokens=False)
     assert tokenizer.least_tokens(text) <= len(ids)
+
+
+def test_a_normalizer_may_make_one_character_of_four() -> None:
+    pipeline = {
+        "normalizer": {"type": "NFC"}, "pre_tokenizer": {"type": "ByteLevel"}, "added_tokens": [],
+        "model": {"type": "BPE", "vocab": {"a": 0}},
+    }  # fmt: skip
+    text = "\u03b1\u0313\u0300\u0345"
+    assert len(unicodedata.normalize("NFC", text)) == 1
+    assert most_characters(pipeline) == len(text)
 
 
 @pytest.mark.parametrize("name", ["stories260K", "tokenizers/qwen2", "tokenizers/gpt2"])

@@ -260,7 +260,11 @@ CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }
 
 
 @pytest.mark.parametrize(
-    "source", [CHATML, CHATML.replace("m.content | trim", "m.content[0].text")]
+    "source",
+    [
+        CHATML.replace("m.content | trim", "m.content"),
+        CHATML.replace("m.content | trim", "m.content[0].text"),
+    ],
 )
 def test_the_last_message_can_be_continued(source: str) -> None:
     for last in (says("assistant", "Once upon a "), says("assistant", "x", "Once upon a ")):
@@ -270,6 +274,15 @@ def test_the_last_message_can_be_continued(source: str) -> None:
         )  # fmt: skip
         assert text.endswith("Once upon a ")
         assert text.startswith("<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_what_the_template_trims_is_continued_without_it() -> None:
+    """As in transformers: the model has never seen the space there."""
+    text = render(
+        CHATML, says("user", "x"), says("assistant", "Once upon a \n"),
+        add_generation_prompt=False, continue_final_message=True,
+    )  # fmt: skip
+    assert text.endswith("assistant\nOnce upon a")
 
 
 def test_what_a_template_changes_cannot_be_continued() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from common.errors import CheckpointError
+from common.errors import CheckpointError, InvalidRequest
 from common.model_folder.description import describe_model
 from gateway.chat_template import ChatTemplate
 from gateway.tokenizer import Tokenizer
@@ -44,6 +44,15 @@ def test_a_chat_is_rendered_with_the_templates_and_tokens_of_the_folder(tmp_path
     }
     path = folder(tmp_path, tokenizer_config_json=config)
     assert tokenizer_of(path).render_chat(SAY_HI) == "<s> hi"
+
+
+def test_a_template_for_something_else_is_none_for_chats(tmp_path: Path) -> None:
+    """As in transformers; a template for tools or documents says other things in a chat."""
+    several = [{"name": name, "template": "{{ messages }}"} for name in ("rag", "tool_use")]
+    tokenizer = tokenizer_of(folder(tmp_path, tokenizer_config_json={"chat_template": several}))
+    assert not tokenizer.has_chat_template
+    with pytest.raises(InvalidRequest, match="no chat template for chats, only 'rag', 'tool_use'"):
+        tokenizer.render_chat(SAY_HI)
 
 
 @pytest.mark.parametrize(
