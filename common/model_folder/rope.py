@@ -47,8 +47,8 @@ def parse_rope(config: Mapping[str, Any], max_position_embeddings: int) -> RopeC
     """The rope of a `config.json`. Raises `UnsupportedModel` naming the field.
 
     `rope_scaling`, where somebody wrote it, holds, as in transformers: the cards of Qwen tell
-    users to add it. Unlike there, it then takes over `rope_theta` from `rope_parameters` beside it,
-    since a scaling without a base of its own is that of the model's base.
+    users to add it. A scaling without a base of its own is that of the model's base: the one at the
+    top level, else, unlike there, that of `rope_parameters` beside it.
     """
     scaling = _one_set(config, "rope_scaling")
     given = _one_set(config, "rope_parameters")
@@ -74,7 +74,7 @@ def parse_rope(config: Mapping[str, Any], max_position_embeddings: int) -> RopeC
     theta = next(
         (
             found
-            for source in (parameters, given, config)
+            for source in (parameters, config, given)
             if (found := number(source, "rope_theta", FILE)) is not None
         ),
         10_000.0,

@@ -179,6 +179,9 @@ SPELLINGS: dict[str, tuple[dict[str, Any], int]] = {  # fields, and the context 
          "rope_scaling": YARN_64}, 256),
     "an empty rope_scaling beside it": (
         {"rope_parameters": YARN_64 | {"rope_theta": 5e3}, "rope_scaling": {}}, 256),
+    "three bases": (
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+         "rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 5e3}, 512),
     "the older theta beside rope_parameters": (
         {"rope_parameters": {"rope_type": "linear", "factor": 2.0}, "rope_theta": 5e3}, 512),
 }  # fmt: skip
