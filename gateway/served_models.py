@@ -124,9 +124,10 @@ def _load(
     overrides: Mapping[str, Any] | None = None,
 ) -> ServedModel:
     folder: Path = resolve_model(model, revision)
-    described = describe_model(folder, read_config(folder, overrides))
-    if settings.generation_config == "none":
-        described = dataclasses.replace(described, sampling_defaults=SamplingDefaults())
+    described = describe_model(
+        folder, read_config(folder, overrides),
+        with_sampling_defaults=settings.generation_config == "auto",
+    )  # fmt: skip
     identity = ModelIdentity(
         name or model_name(model, folder),
         model_revision(folder, overrides) if settings.load_format == "auto" else "",

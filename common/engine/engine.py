@@ -106,7 +106,7 @@ class Engine:
         )  # fmt: skip
         config = read_config(self.folder, overrides, required=True)
         self.config = parse_model_config(config)
-        described = describe_model(self.folder, config)
+        described = describe_model(self.folder, config, with_sampling_defaults=False)
         self.description = dataclasses.replace(described, tokenizer=None)  # large, and not used
         self.max_model_len = loading.context_length(settings, self.config)
         device = loading.choose_device(settings.device)

@@ -86,9 +86,12 @@ def read_config(
     return merged
 
 
-def describe_model(folder: Path, config: Mapping[str, Any] | None = None) -> ModelDescription:
+def describe_model(
+    folder: Path, config: Mapping[str, Any] | None = None, *, with_sampling_defaults: bool = True
+) -> ModelDescription:
     """The description of the model in `folder`, every file of which may be missing. `config` is
-    what `read_config` gives, where the caller has read it already.
+    what `read_config` gives, where the caller has read it already. The model's own defaults are
+    neither read nor checked unless `with_sampling_defaults`.
 
     Raises `CheckpointError` for a file that cannot be read, `UnsupportedModel` for a field that
     cannot be used; either names it.
@@ -110,7 +113,7 @@ def describe_model(folder: Path, config: Mapping[str, Any] | None = None) -> Mod
         context_length=context_length(config, tokenizer_config),
         vocab_size=vocab_size,
         stop_token_ids=stop_ids,
-        sampling_defaults=sampling_defaults(generation),
+        sampling_defaults=sampling_defaults(generation if with_sampling_defaults else {}),
         special_tokens=found.special_tokens if found else {},
         chat_templates=chat_templates(folder, tokenizer_config),
         tokenizer=found.tokenizer if found else None,

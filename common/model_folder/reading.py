@@ -7,9 +7,11 @@ Knows no particular field.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import re
 import stat
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +22,8 @@ from common.errors import CheckpointError, UnsupportedModel
 MAX_JSON_BYTES = 2**24  # the largest config known is 200 kB
 MAX_TEXT_BYTES = 2**22
 MAX_TOKENIZER_BYTES = 2**29  # of a large multilingual vocabulary: 35 MB
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def read_bytes(path: Path, limit: int) -> bytes:
@@ -59,12 +63,16 @@ def read_object(
 ) -> dict[str, Any]:
     """The JSON object in `path`; empty where there is no such file and none is required.
 
-    A key that stands twice is an error: which of its values holds depends on the reader.
+    A key that stands twice is an error: which of its values holds depends on the reader. So is half
+    of a surrogate pair, which JSON can write and UTF-8 cannot.
     """
     if not required and not os.path.lexists(path):
         return {}
+    text = read_text(path, limit)
     try:
-        value = json.loads(read_text(path, limit), object_pairs_hook=_without_duplicates)
+        value = json.loads(text, object_pairs_hook=_without_duplicates)
+        if _SURROGATE.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise _error(path, f"is not JSON: {error}") from error
     if not isinstance(value, dict):
@@ -109,9 +117,11 @@ def number(source: Mapping[str, Any], field: str, file: str, name: str = "") -> 
     value = source.get(field)
     if value is None:
         return None
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        raise wrong(file, name or field, "a finite number", value)
-    return float(value)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        with contextlib.suppress(OverflowError):  # an integer of 400 digits
+            if math.isfinite(found := float(value)):
+                return found
+    raise wrong(file, name or field, "a finite number", value)
 
 
 def section(source: Mapping[str, Any], field: str, file: str) -> dict[str, Any]:

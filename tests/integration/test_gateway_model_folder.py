@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from common.config import GatewaySettings
-from common.errors import ConfigError
+from common.errors import ConfigError, UnsupportedModel
 from common.identity import ModelIdentity
 from common.sampling import SamplingParams
 from gateway.served_models import load_models
@@ -91,6 +91,14 @@ async def test_generation_config_none_gives_the_defaults_of_the_api(folder: Path
         assert chosen(await params_of(client, cluster))[:5] == (1.0, 1.0, 0, 0.0, 1.0)
         assert (await params_of(client, cluster)).max_tokens > 100
         assert (await params_of(client, cluster, prompt="Once")).max_tokens == 16
+
+
+def test_generation_config_none_does_not_mind_defaults_that_are_none(folder: Path) -> None:
+    write(folder, generation_config_json={"temperature": -1, "eos_token_id": 7})
+    with pytest.raises(UnsupportedModel, match="temperature"):
+        load_models(GatewaySettings(model=str(folder)))
+    (model,) = load_models(GatewaySettings(model=str(folder), generation_config="none"))
+    assert 7 in model.tokenizer.model.stop_token_ids
 
 
 async def test_completions_have_openais_default_length_at_most(folder: Path) -> None:

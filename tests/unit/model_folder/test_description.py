@@ -13,7 +13,7 @@ from common.errors import CheckpointError, ModelError, UnsupportedModel
 from common.model_folder.description import describe_model
 from common.model_folder.generation import SamplingDefaults
 from tests.support.checkpoints import SHARED_MODELS, STORIES
-from tests.support.model_folders import described
+from tests.support.model_folders import described, write
 
 QWEN = SHARED_MODELS / "tokenizers" / "qwen2"
 LLAMA = {"model_type": "llama", "vocab_size": 512, "max_position_embeddings": 512}
@@ -147,7 +147,7 @@ def test_what_requests_get_that_say_nothing(tmp_path: Path) -> None:
         ("temperature", -1.0), ("temperature", "hot"), ("temperature", float("nan")),
         ("top_p", 0), ("top_p", True), ("top_k", 1.5), ("top_k", -2), ("min_p", 2),
         ("repetition_penalty", 0), ("repetition_penalty", float("inf")), ("max_new_tokens", 0),
-        ("max_new_tokens", 10**12),
+        ("max_new_tokens", 10**12), ("temperature", 10**400),
     ],
 )  # fmt: skip
 def test_a_default_that_no_request_could_have_is_an_error(
@@ -156,6 +156,14 @@ def test_a_default_that_no_request_could_have_is_an_error(
     with pytest.raises(UnsupportedModel, match=rf"generation_config\.json: {field}") as caught:
         described(tmp_path, config_json=LLAMA, generation_config_json={field: value})
     assert caught.value.param == field
+
+
+def test_defaults_that_nobody_asks_for_are_not_read(tmp_path: Path) -> None:
+    generation = {"temperature": -1.0, "max_new_tokens": "many", "eos_token_id": 5}
+    write(tmp_path, config_json=LLAMA, generation_config_json=generation)
+    model = describe_model(tmp_path, with_sampling_defaults=False)
+    assert model.sampling_defaults == SamplingDefaults()
+    assert model.stop_token_ids == (5,)
 
 
 # ── Chat templates ───────────────────────────────────────────────────────────────────────────────
@@ -211,6 +219,7 @@ BROKEN = {
     "UTF-16": '{"a": 1}'.encode("utf-16"), "deep": b'{"a": ' + b"[" * 100_000,
     "twice": b'{"eos_token_id": 1, "eos_token_id": 2}',
     "a long number": b'{"vocab_size": ' + b"9" * 5000 + b"}",
+    "half a surrogate pair": b'{"eos_token": "a\\uD83D"}',
 }  # fmt: skip
 
 
@@ -272,6 +281,7 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
         ({"rope_scaling": {"type": "yarn", "factor": float("nan")}}, "rope_parameters.factor"),
         ({"rope_theta": 1}, "rope_theta"),
         ({"rope_theta": 1e300}, "rope_theta"),
+        ({"rope_theta": 10**400}, "rope_theta"),
         ({"rope_theta": "big"}, "rope_theta"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"original_max_position_embeddings": 0, "rope_scaling": YARN},
