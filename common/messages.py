@@ -9,7 +9,7 @@ the connection, new at each reconnect. A message of a link that is no longer the
 late by definition: it is counted and dropped.
 
     gateway ──Dispatch (Redis stream)──▶ prefill          Dispatch also goes to a unified node
-    prefill ──Hello──▶ decode, decode ──Welcome | Refuse──▶ prefill
+    prefill ──Hello──▶ decode, decode ──Welcome | Refuse──▶ prefill, prefill ──(Closed──▶) decode
     prefill ──Offer──▶ decode ──Grant | Deny──▶ prefill
     prefill ──Blocks…──▶ decode          (places, generations, digests: decode pulls the bytes)
     prefill ──Tail──▶ decode             (a prompt that ends inside a block)
@@ -113,6 +113,15 @@ class Refuse(Message):
     field: str
     mine: str
     yours: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Closed(Message):
+    """handoff side → intake side, where the connection goes on: nobody waits for this link any more,
+    and the intake closes its end, opened or not. Duplicate, unknown: dropped."""
+
+    kind: ClassVar[int] = 13
+    link: str
 
 
 # ── Between two nodes: one handoff ───────────────────────────────────────────────────────────────
@@ -564,8 +573,8 @@ class Goodbye(Message):
 MESSAGES: dict[int, type[Message]] = {
     message.kind: message
     for message in (
-        Dispatch, Hello, Welcome, Refuse, Offer, Grant, Deny, Blocks, Tail, Commit, Ack, Abort,
-        Release, Pull, Slabs, Arrived, Proved, Tokens, TookOver, Stage, Failed, CacheEvents,
+        Dispatch, Hello, Welcome, Refuse, Closed, Offer, Grant, Deny, Blocks, Tail, Commit, Ack,
+        Abort, Release, Pull, Slabs, Arrived, Proved, Tokens, TookOver, Stage, Failed, CacheEvents,
         CacheContent, TokensAck, HoldsQuery, Cancel, CacheQuery, Open, Beat, Over, Goodbye,
     )
 }  # fmt: skip

@@ -32,10 +32,12 @@ STRAYS_INTERVAL_S = 2.0  # between two looks for entries that a lost answer has 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Entry:
-    """One claimed attempt. `id` is what `done` wants."""
+    """One claimed attempt. `id` is what `done` wants. Whoever reads it adds the hashes of its full
+    blocks."""
 
     id: str
     dispatch: Dispatch
+    block_hashes: tuple[bytes, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

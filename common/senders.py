@@ -21,6 +21,7 @@ from common.messages import (
     CacheEvents,
     CacheQuery,
     Cancel,
+    Closed,
     Commit,
     Deny,
     Dispatch,
@@ -51,7 +52,7 @@ Kinds = tuple[type[Message], ...]
 FROM_NODES: Kinds = (Tokens, TookOver, Stage, Failed, CacheEvents, CacheContent)
 FROM_GATEWAYS: Kinds = (TokensAck, HoldsQuery, Cancel, CacheQuery)
 BETWEEN_NODES: Kinds = (
-    Hello, Welcome, Refuse, Offer, Grant, Deny, Blocks, Tail, Commit, Ack, Abort, Release,
+    Hello, Welcome, Refuse, Closed, Offer, Grant, Deny, Blocks, Tail, Commit, Ack, Abort, Release,
 )  # fmt: skip
 ABOUT_LINKS: Kinds = (Open, Beat, Over, Goodbye)
 """Between any two ends; bus_links.py has their rules."""

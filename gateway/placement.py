@@ -159,6 +159,7 @@ class Placement:
             async with asyncio.timeout(self._limits.placement_timeout_s):
                 while True:
                     self._nodes_changed.clear()
+                    await question.hash_for(self._directory.nodes())
                     nodes = self._directory.nodes()
                     decision = self._router.route(question, nodes, self._in_flight)
                     if decision is not None:

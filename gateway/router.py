@@ -19,7 +19,7 @@ from typing import Protocol
 
 from common.errors import ContextLengthExceeded, NeverFits
 from common.identity import ModelIdentity
-from common.kv_layout import Fingerprint, chain_hashes, root_hash
+from common.kv_layout import Fingerprint, HashChain, root_hash
 from gateway.ports import DECODE, PREFILL, UNIFIED, NodeView
 from gateway.prefix_index import PrefixIndex
 
@@ -28,7 +28,10 @@ RUNNING_COST = 8  # what one decoding sequence counts for, in prompt tokens
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RouteQuestion:
-    """One attempt to be placed. `fingerprint` is set once an earlier attempt has fixed it."""
+    """One attempt to be placed. `fingerprint` is set once an earlier attempt has fixed it.
+
+    Its block hashes, for each fingerprint that nodes have, are computed once; of a long prompt by
+    `hash_for`, which holds nobody up, before the router asks."""
 
     request: str
     model: ModelIdentity
@@ -38,6 +41,29 @@ class RouteQuestion:
     cache_salt: str = ""
     fingerprint: Fingerprint | None = None
     avoid: frozenset[str] = frozenset()  # incarnations that just failed this request
+    _chains: dict[Fingerprint, HashChain] = dataclasses.field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    async def hash_for(self, nodes: Sequence[NodeView]) -> None:
+        """Compute the hashes that these nodes would have its blocks under."""
+        for node in of_model(self.model, nodes):
+            await self._chain(node.fingerprint).finish()
+
+    def hashes(self, fingerprint: Fingerprint) -> Sequence[bytes]:
+        """Of the full blocks, in order, as a node of this fingerprint names them."""
+        chain = self._chain(fingerprint)
+        while not chain.advance():
+            pass
+        return chain.hashes
+
+    def _chain(self, fingerprint: Fingerprint) -> HashChain:
+        if fingerprint not in self._chains:
+            self._chains[fingerprint] = HashChain(
+                root_hash(fingerprint, self.cache_salt),
+                self.token_ids, fingerprint.block_size, self.prompt_len,
+            )  # fmt: skip
+        return self._chains[fingerprint]
 
     @property
     def most_tokens(self) -> int:
@@ -148,11 +174,7 @@ class LeastLoadedRouter:
         for node in nodes:
             fingerprint = node.fingerprint
             if fingerprint not in counts:
-                root = root_hash(fingerprint, question.cache_salt)
-                chain = chain_hashes(
-                    root, question.token_ids, fingerprint.block_size, question.prompt_len
-                )
-                counts[fingerprint] = self._index.leading_blocks(chain)
+                counts[fingerprint] = self._index.leading_blocks(question.hashes(fingerprint))
             blocks = counts[fingerprint].get(node.incarnation, 0)
             held[node.incarnation] = min(
                 blocks * fingerprint.block_size, len(question.token_ids) - 1

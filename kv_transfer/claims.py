@@ -40,18 +40,19 @@ class Check:
         self._converted = _chain(offer, mine) if theirs != mine else None
         self._shaped = False
 
-    def advance(self, blocks: int) -> bool:
-        """Check so many more; True when all is well. `ProtocolError` for what is not as it must be."""
+    def advance(self) -> bool:
+        """Check the next piece; True when all is well. `ProtocolError` for what is not as it must be."""
         if not self._shaped:
             self._check_shape()
         start = len(self._chain.hashes)
         try:
-            done = self._chain.advance(blocks)
+            done = self._chain.advance()
             if self._converted is not None:
-                done = self._converted.advance(blocks) and done
+                done = self._converted.advance() and done
         except ValueError as error:
             raise ProtocolError(str(error)) from error
-        if tuple(self._chain.hashes[start:]) != self._offer.block_hashes[start : start + blocks]:
+        end = len(self._chain.hashes)
+        if tuple(self._chain.hashes[start:]) != self._offer.block_hashes[start:end]:
             raise ProtocolError("block hashes of something else")
         return done
 

@@ -70,8 +70,6 @@ class Event(enum.Enum):
     LINK_LOST = "link lost"
 
 
-CHECK_BLOCKS = 256  # of an offer in one go: less than a millisecond
-
 S, E = State, Event
 
 # (state, event) → (next state, action). What is not here is late or a duplicate: counted, ignored.
@@ -347,7 +345,7 @@ class Intake:
         """The next piece of it; until all is checked, an offer gets no room."""
         assert entry.check is not None
         try:
-            done = entry.check.advance(CHECK_BLOCKS)
+            done = entry.check.advance()
         except ProtocolError:
             self._step(entry, E.DENY, "malformed")
             return

@@ -27,6 +27,7 @@ from common.messages import (
     Abort,
     Ack,
     Blocks,
+    Closed,
     Commit,
     Deny,
     Grant,
@@ -197,7 +198,8 @@ class Links:
                 tried.append(f"{source.name}: {failure}")
                 self._down(name)
                 continue
-            except BaseException:  # whatever it is, nobody may wait for this link
+            except BaseException:  # whatever it is, nobody may wait for this link, at either end
+                self._send(name, Closed(name))
                 self._down(name)
                 raise
             if isinstance(answer, Welcome):
@@ -272,8 +274,9 @@ class Links:
         """Close this end of a link that is down, once nobody opens it any more."""
         if link.busy is not None:
             await asyncio.wait({link.busy})
-        if link.reader is not None:
-            await self._threads.close(link.transport, link.reader.close)
+        reader, link.reader = link.reader, None
+        if reader is not None:
+            await self._threads.close(link.transport, reader.close)
         if link.source is not None:
             await self._threads.close(link.source.name, link.source.close_link, name)
 
@@ -292,6 +295,8 @@ class Links:
                 self._send(name, link.answer)
         elif isinstance(message, (Welcome, Refuse)):
             self._answered(name, link, message)
+        elif not link.sending and isinstance(message, Closed):
+            self._down(name)
         elif link.sending and isinstance(message, (Grant, Deny, Ack, Abort, Release)):
             self.perform(self.handoff.receive(message, now=self._clock()))
         elif not link.sending and isinstance(message, (Offer, Blocks, Tail, Commit, Abort)):

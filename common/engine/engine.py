@@ -182,8 +182,11 @@ class Engine:
         prompt_len: int | None = None,
         priority: int = 0,
         cache_salt: str = "",
+        block_hashes: AnySequence[bytes] = (),
     ) -> list[Sequence]:
         """Queue a request: one sequence per choice. Raises `InvalidRequest` before any is queued.
+
+        `block_hashes`: of its full blocks, from the first on, as far as they are computed already.
 
         `prompt_len` below `len(token_ids)` replays tokens delivered by an earlier attempt; then
         there is one choice only.
@@ -202,6 +205,7 @@ class Engine:
         parent, *children = sequences
         if children and parent.prompt_len != len(parent.token_ids):
             raise InvalidRequest("delivered tokens belong to one choice", param="choices")
+        parent.block_hashes = list(block_hashes)
         self.scheduler.add(parent)
         if children:
             self._children[parent.sequence_id] = children

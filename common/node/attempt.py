@@ -74,7 +74,7 @@ class Attempt:
             sequences = node.engine.add(
                 self.engine_id, dispatch.token_ids, params, choices=dispatch.choices,
                 prompt_len=dispatch.prompt_len, priority=dispatch.priority,
-                cache_salt=dispatch.cache_salt,
+                cache_salt=dispatch.cache_salt, block_hashes=self.entry.block_hashes,
             )  # fmt: skip
         except InvalidRequest as error:
             self.give_up(node, error, retryable=False)

@@ -12,9 +12,12 @@ nothing of what an entry costs: capacity is the role's word.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import dataclasses
 from typing import TYPE_CHECKING
 
 from common.errors import FingerprintMismatch, LinkLost, PoisonedRequest, ServiceUnavailable
+from common.kv_layout import HashChain, root_hash
 from common.logs import get_logger
 from common.node.token_stream import ChoiceKey
 from common.queue import Entry, NodeQueue, move_unread, queue_lengths
@@ -107,9 +110,19 @@ class Entries:
             except LinkLost as error:
                 log.warning("gateway.unreachable", gateway=entry.dispatch.gateway, error=error)
             if self._is_for_our_model(entry):
-                self._accept(entry)
+                self._accept(await self._hashed(entry))
         if entries:
             node.wake()
+
+    async def _hashed(self, entry: Entry) -> Entry:
+        """With the hashes of its blocks, computed between what else the event loop has to do. Token
+        ids that have none are for the engine to refuse."""
+        dispatch, mine = entry.dispatch, self._node.engine.fingerprint
+        root = root_hash(mine, dispatch.cache_salt)
+        chain = HashChain(root, dispatch.token_ids, mine.block_size, dispatch.prompt_len)
+        with contextlib.suppress(ValueError):
+            return dataclasses.replace(entry, block_hashes=tuple(await chain.finish()))
+        return entry
 
     def _accept(self, entry: Entry) -> None:
         """What the role cannot take, for a reason that nobody has thought of, ends here: the next

@@ -15,6 +15,7 @@ import pytest
 import common.node.entries
 from common.config import RedisSettings
 from common.errors import ServiceUnavailable
+from common.kv_layout import HASHED_AT_ONCE, HashChain, chain_hashes, root_hash
 from common.messages import Dispatch
 from common.node.entries import Entries
 from common.queue import Entry, NodeQueue, QueueLength, move_unread, queue_lengths
@@ -22,6 +23,7 @@ from common.redis_client import RedisClient
 from common.redis_server import EmbeddedRedis
 from common.registry import NodeRecord, NodeState, Role, Snapshot
 from common.requests import Place, Requests, Where
+from tests.support.fake_cluster import FINGERPRINT
 from tests.support.redis import a_dispatch, redis_client, redis_server, wait_until
 
 __all__ = ["redis_client", "redis_server"]
@@ -38,7 +40,7 @@ class FakeNode:
         self.role: Any = self
         self.settings = SimpleNamespace(role="prefill")
         self.engine = SimpleNamespace(
-            has_work=False, fingerprint=SimpleNamespace(), description=SimpleNamespace()
+            has_work=False, fingerprint=FINGERPRINT, description=SimpleNamespace()
         )
         records = {
             name: NodeRecord(name, name, Role.PREFILL, NodeState.READY)
@@ -47,6 +49,7 @@ class FakeNode:
         self.peers = Snapshot(records, dict.fromkeys(records, 0.0), "")
         self.room = 8
         self.accepted: list[Dispatch] = []
+        self.hashes: list[tuple[bytes, ...]] = []  # of what was accepted
 
     def is_alike(self, record: NodeRecord) -> bool:
         return True
@@ -56,6 +59,7 @@ class FakeNode:
 
     def accept(self, entry: Entry) -> None:
         self.accepted.append(entry.dispatch)
+        self.hashes.append(entry.block_hashes)
 
     def connect(self, peer: str, endpoint: str) -> None: ...
 
@@ -103,6 +107,28 @@ async def test_a_pull_under_way_when_the_node_begins_to_end_is_given_back(
         assert await queue_lengths(redis_client, ["p-1", "p-2"]) == [
             QueueLength(0, 0), QueueLength(1, 0),
         ]  # fmt: skip
+
+
+async def test_a_long_prompt_is_hashed_a_piece_at_a_time_before_the_role_has_it(
+    redis_client: RedisClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node, pieces = FakeNode(redis_client), 0
+    advance = HashChain.advance
+
+    def counted(chain: HashChain) -> bool:
+        nonlocal pieces
+        pieces += 1
+        return advance(chain)
+
+    dispatch = a_dispatch(prompt=3 * HASHED_AT_ONCE)
+    async with taking(node, monkeypatch):
+        monkeypatch.setattr(HashChain, "advance", counted)
+        await Requests(redis_client).accept(dispatch, "p-1")
+        await wait_until(lambda: bool(node.accepted), "the entry is taken")
+    monkeypatch.undo()
+    assert pieces == 3
+    size, root = FINGERPRINT.block_size, root_hash(FINGERPRINT, dispatch.cache_salt)
+    assert node.hashes == [tuple(chain_hashes(root, dispatch.token_ids, size, dispatch.prompt_len))]
 
 
 @pytest.mark.parametrize("others", [(), ("p-2",)], ids=["nobody else", "another node"])

@@ -23,13 +23,15 @@ from common.engine import Engine
 from common.errors import ConfigError, PdqError, ResourceError, ServiceUnavailable
 from common.node.runtime import Node
 from common.queue import NodeQueue
+from common.reaper import Reaper
 from common.redis_client import RedisClient, text
-from common.registry import Registry
+from common.registry import NodeState, Registry
 from gateway import __main__ as gateway
 from tests.support.bus_key import bus_settings
 from tests.support.checkpoints import STORIES
 from tests.support.gateway_server import LazyForker
 from tests.support.holdings import holdings
+from tests.support.redis import wait_until
 
 ENGINE = EngineSettings(
     model=str(STORIES), dtype="float32", threads=1, num_kv_blocks=64, max_num_seqs=4,
@@ -127,6 +129,31 @@ async def test_a_part_that_fails_at_the_start_leaves_nothing(
     )
     assert await refused_start(settings, redis_client) == (ServiceUnavailable, step)
     assert not os.listdir(tmp_path)
+
+
+async def test_a_node_that_takes_long_to_start_leaves_no_trace_to_be_reaped_before_it_is_ready(
+    redis_client: RedisClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warming, look_is_over = threading.Event(), threading.Event()
+
+    def warm_up(_: Engine) -> None:
+        warming.set()
+        assert look_is_over.wait(30)
+
+    monkeypatch.setattr(Engine, "warm_up", warm_up)
+    settings = NodeSettings(engine=ENGINE, redis=redis_client.settings, bus=bus_settings())
+    node = await asyncio.to_thread(Node, settings)
+    running = asyncio.create_task(node.run())
+    now = [0.0]
+    reaper = Reaper(redis_client, "reaper", clock=lambda: now[0])
+    await asyncio.to_thread(warming.wait, 30)
+    for now[0] in (0.0, 50.0, 100.0):
+        assert (await reaper.sweep()).incarnations == ()
+    look_is_over.set()
+    await wait_until(lambda: node.state is NodeState.READY, "it is ready")
+    assert await redis_client.command("EXISTS", redis_client.keys.stream(node.incarnation))
+    node.stop()
+    await running
 
 
 def test_a_node_that_may_open_too_few_files_says_so_and_does_not_start() -> None:

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.kv_layout import Fingerprint, KVLayout, Mismatch, Segment
+from common import kv_layout
+from common.kv_layout import (
+    HASHED_AT_ONCE,
+    Fingerprint,
+    HashChain,
+    KVLayout,
+    Mismatch,
+    Segment,
+    chain_hashes,
+    root_hash,
+)
 
 LAYOUT = KVLayout.paged_attention(
     num_layers=24, num_kv_heads=4, head_dim=64, block_size=16, dtype="bfloat16"
@@ -121,3 +132,44 @@ def test_the_block_size_is_everybodys_own_choice_and_part_of_every_hash() -> Non
     mine, other = fingerprint(), fingerprint(layout(block_size=32))
     assert mine.mismatch(other) is None
     assert mine.digest() != other.digest()
+
+
+@given(
+    length=st.integers(0, 70), size=st.integers(1, 9), border=st.integers(0, 70),
+    pieces=st.lists(st.integers(0, 40), max_size=8),
+)  # fmt: skip
+def test_hashes_do_not_depend_on_the_pieces_in_which_they_are_computed(
+    length: int, size: int, border: int, pieces: list[int]
+) -> None:
+    tokens, root = tuple(range(length)), root_hash(fingerprint())
+    chain = HashChain(root, tokens, size, border)
+    for piece in pieces:
+        chain.advance(piece)
+    while not chain.advance():
+        pass
+    assert chain.hashes == chain_hashes(root, tokens, size, border)
+    assert len(chain.hashes) == length // size
+
+
+@pytest.mark.parametrize("size", [1, 16, 256, 10_000])
+async def test_an_event_loop_goes_on_between_two_pieces_of_a_long_chain(
+    monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    hashed, original = [0], kv_layout.block_hash
+
+    def block_hash(parent: bytes, token_ids: Sequence[int], num_prompt: int) -> bytes:
+        hashed[-1] += len(token_ids)
+        return original(parent, token_ids, num_prompt)
+
+    async def watch() -> None:
+        while True:
+            hashed.append(0)
+            await asyncio.sleep(0)
+
+    monkeypatch.setattr(kv_layout, "block_hash", block_hash)
+    watching = asyncio.create_task(watch())
+    tokens = range(10 * HASHED_AT_ONCE)
+    await HashChain(root_hash(fingerprint()), tokens, size, len(tokens)).finish()
+    watching.cancel()
+    assert sum(hashed) == len(tokens) // size * size
+    assert max(hashed) <= max(HASHED_AT_ONCE, size)

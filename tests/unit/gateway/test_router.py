@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+import common.kv_layout
 from common.errors import ContextLengthExceeded, NeverFits
 from common.identity import ModelIdentity
-from common.kv_layout import Fingerprint, chain_hashes, root_hash
+from common.kv_layout import HASHED_AT_ONCE, Fingerprint, chain_hashes, root_hash
 from gateway.ports import NodeLoad, NodeView
 from gateway.prefix_index import CacheEvent, PrefixIndex
 from gateway.router import Decision, LeastLoadedRouter, RouteQuestion, longest_request, what_lacks
@@ -24,12 +25,12 @@ PROMPT = tuple(range(40))
 def node(name: str, role: str = "unified", *, waiting: int = 0, running: int = 0,
          **fields: object) -> NodeView:  # fmt: skip
     view = NodeView(name, role, f"tcp://{name}", PRINT, 512, 64, load=NodeLoad(waiting, running))
-    return dataclasses.replace(view, **fields)  # type: ignore[arg-type]
+    return replace(view, **fields)  # type: ignore[arg-type]
 
 
 def question(request: str = "r1", **fields: object) -> RouteQuestion:
     asked = RouteQuestion(request, MODEL, PROMPT, len(PROMPT), 10)
-    return dataclasses.replace(asked, **fields)  # type: ignore[arg-type]
+    return replace(asked, **fields)  # type: ignore[arg-type]
 
 
 def route(
@@ -70,6 +71,21 @@ def test_a_cached_prefix_attracts_until_its_node_is_busier_than_it_saves() -> No
     assert chosen([node("a", waiting=200), node("b")], index=index) == "b"
 
 
+async def test_a_long_prompt_is_hashed_before_the_router_is_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A piece at a time, once for all nodes that name its blocks alike."""
+    tokens = tuple(range(3 * HASHED_AT_ONCE))
+    asked = question(token_ids=tokens, prompt_len=len(tokens))
+    nodes = [node("a"), node("b"), node("c", fingerprint=replace(PRINT, block_size=8))]
+    await asked.hash_for(nodes)
+    monkeypatch.setattr(common.kv_layout, "block_hash", None)  # nothing is hashed any more
+    route([replace(one, max_model_len=10**6, total_blocks=10**6) for one in nodes], asked)
+    for size in (4, 8):
+        print_of_size = replace(PRINT, block_size=size)
+        assert len(asked.hashes(print_of_size)) == len(tokens) // size
+
+
 def test_another_salt_finds_no_prefix() -> None:
     index = holding("a", salt="tenant-1")
     busy = [node("a", waiting=20), node("b")]
@@ -104,7 +120,7 @@ def test_who_is_no_candidate(bad: dict[str, Any]) -> None:
 
 
 def test_a_retry_stays_within_the_fingerprint_of_the_first_attempt() -> None:
-    other = dataclasses.replace(PRINT, numerics="cuda-bf16")
+    other = replace(PRINT, numerics="cuda-bf16")
     nodes = [node("a", fingerprint=other), node("b", waiting=1000)]
     assert chosen(nodes, question(fingerprint=PRINT)) == "b"
     assert route(nodes[:1], question(fingerprint=PRINT)) is None
@@ -112,7 +128,7 @@ def test_a_retry_stays_within_the_fingerprint_of_the_first_attempt() -> None:
 
 @pytest.mark.parametrize("part", ["model", "revision", "tokenizer"])
 def test_a_node_of_another_model_is_no_candidate_whatever_differs(part: str) -> None:
-    other = dataclasses.replace(PRINT, **{part: "another"})
+    other = replace(PRINT, **{part: "another"})
     nodes = [node("a", fingerprint=other), node("b", waiting=1000)]
     assert chosen(nodes) == "b"
     assert route(nodes[:1]) is None
@@ -120,11 +136,11 @@ def test_a_node_of_another_model_is_no_candidate_whatever_differs(part: str) -> 
 
 
 def test_a_gateway_without_weights_takes_any_revision_and_keeps_to_it() -> None:
-    asked = question(model=dataclasses.replace(MODEL, revision=""))
-    nodes = [node("a", fingerprint=dataclasses.replace(PRINT, revision="s"), waiting=1000)]
+    asked = question(model=replace(MODEL, revision=""))
+    nodes = [node("a", fingerprint=replace(PRINT, revision="s"), waiting=1000)]
     assert chosen(nodes, asked) == "a"
     assert chosen([*nodes, node("b")], asked) == "b"
-    pinned = dataclasses.replace(asked, fingerprint=nodes[0].fingerprint)
+    pinned = replace(asked, fingerprint=nodes[0].fingerprint)
     assert chosen([*nodes, node("b")], pinned) == "a"
 
 
@@ -135,7 +151,7 @@ def test_the_node_that_failed_is_avoided_while_there_is_another() -> None:
 
 
 def test_prefill_goes_with_the_decode_node_that_runs_least_and_matches() -> None:
-    other = dataclasses.replace(PRINT, layout="another")
+    other = replace(PRINT, layout="another")
     nodes = [
         node("p", "prefill"),
         node("d1", "decode", running=3),
@@ -149,7 +165,7 @@ def test_prefill_goes_with_the_decode_node_that_runs_least_and_matches() -> None
 
 
 def test_another_block_size_is_no_mismatch_but_the_same_one_is_preferred_among_equals() -> None:
-    other = dataclasses.replace(PRINT, block_size=32)
+    other = replace(PRINT, block_size=32)
     nodes = [
         node("p", "prefill"),
         *(node(f"c{n}", "decode", fingerprint=other) for n in range(5)),
@@ -163,7 +179,7 @@ def test_another_block_size_is_no_mismatch_but_the_same_one_is_preferred_among_e
 
 
 def test_the_prefix_of_each_candidate_is_looked_up_in_hashes_of_its_own_size() -> None:
-    other = dataclasses.replace(PRINT, block_size=8)
+    other = replace(PRINT, block_size=8)
     index = PrefixIndex()
     for name, fingerprint in (("a", PRINT), ("b", other)):
         chain = chain_hashes(root_hash(fingerprint), PROMPT, fingerprint.block_size, len(PROMPT))
@@ -183,7 +199,7 @@ def test_there_is_no_way_without_both_halves() -> None:
     assert route([]) is None
     assert route([node("p", "prefill")]) is None
     assert route([node("d", "decode")]) is None
-    other = dataclasses.replace(PRINT, model="another")
+    other = replace(PRINT, model="another")
     assert route([node("p", "prefill"), node("d", "decode", fingerprint=other)]) is None
 
 
@@ -212,25 +228,25 @@ def test_a_decision_explains_itself() -> None:
         ([node("a", "prefill")], "no decode node of 'm' is here; start one"),
         ([node("a", "decode")], "no prefill node of 'm' is here; start one"),
         (
-            [node("a", fingerprint=dataclasses.replace(PRINT, model="n"))],
+            [node("a", fingerprint=replace(PRINT, model="n"))],
             "no node of 'm' is here (nodes run 'n'); start some",
         ),
         (
-            [node("a", fingerprint=dataclasses.replace(PRINT, tokenizer="u"))],
+            [node("a", fingerprint=replace(PRINT, tokenizer="u"))],
             "a runs another 'm': tokenizer is 'u' there and 't' here; start both from the same",
         ),
         (
             [
                 node("a", "prefill"),
-                node("b", "decode", fingerprint=dataclasses.replace(PRINT, numerics="cpu-f32")),
+                node("b", "decode", fingerprint=replace(PRINT, numerics="cpu-f32")),
             ],
             "numerics is 'cpu-bf16' at a and 'cpu-f32' at b; start them with the same model, "
             "version and settings",
         ),
         (
             [
-                node("a", "prefill", fingerprint=dataclasses.replace(PRINT, layout=f"{KV} of 64")),
-                node("b", "decode", fingerprint=dataclasses.replace(PRINT, layout=f"{KV} of 128")),
+                node("a", "prefill", fingerprint=replace(PRINT, layout=f"{KV} of 64")),
+                node("b", "decode", fingerprint=replace(PRINT, layout=f"{KV} of 128")),
             ],
             "head_dim is '64' at a and '128' at b; start them with the same model, version",
         ),

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import kv_transfer
 from common.codec import decode, encode
 from common.errors import MalformedMessage, NeverFits
+from common.kv_layout import HASHED_AT_ONCE
 from common.messages import (
     Abort,
     Ack,
@@ -187,7 +188,7 @@ def test_an_offer_that_cannot_be_is_denied_at_once(wrong: Offer, reason: str) ->
     assert said(end.receive(wrong, now=0)) == [Deny(*KEY, reason)]
 
 
-LONG = tuple(range(2 * intake.CHECK_BLOCKS * FINGERPRINT.block_size + 3))
+LONG = tuple(range(2 * HASHED_AT_ONCE + 3))
 
 
 def test_a_long_offer_is_checked_a_piece_at_a_time_before_it_gets_room() -> None:
@@ -202,7 +203,7 @@ def test_a_long_offer_is_checked_a_piece_at_a_time_before_it_gets_room() -> None
     assert end.go_on(0) == []
 
 
-@pytest.mark.parametrize("block", [0, intake.CHECK_BLOCKS, -1])
+@pytest.mark.parametrize("block", [0, HASHED_AT_ONCE // FINGERPRINT.block_size, -1])
 def test_a_long_offer_with_one_wrong_hash_gets_no_room(block: int) -> None:
     end, pool = an_intake(limit=len(LONG))
     hashes = list(offer(LONG).block_hashes)

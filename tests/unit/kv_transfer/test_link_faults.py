@@ -16,8 +16,10 @@ import pytest
 from common.errors import LinkLost, PdqError, TransportFailed
 from kv_transfer.ports import Adopted, Ended, Outcome
 from kv_transfer.transports.base import Reader, Source
+from kv_transfer.transports.shm import ShmReader
 from kv_transfer.transports.tcp import Served, TcpReader, TcpSource
 from tests.support.holdings import holdings
+from tests.support.redis import wait_until
 from tests.unit.kv_transfer.test_kv_links import SETTINGS, Node, Prompt, Wires
 
 FOREIGN = [OSError, RuntimeError, MemoryError, KeyError, asyncio.CancelledError]
@@ -100,6 +102,42 @@ async def test_a_transport_that_cannot_be_opened_costs_a_link_its_place_and_no_t
 class Openers:
     def __init__(self, shm: Callable[..., Reader]) -> None:
         self.shm = shm
+
+
+@pytest.mark.parametrize("when", ["still opening", "just welcomed"])
+async def test_a_link_that_nobody_waits_for_any_more_is_closed_at_both_ends(
+    when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with nodes("p", "d", transport="shm") as (p, d):
+        given_up, closed = threading.Event(), list[Reader]()
+        with monkeypatch.context() as patch:
+            patch.setattr(p.links, "_settings", dataclasses.replace(PATIENT, answer=0.5))
+            patch.setattr(ShmReader, "close", closing(closed, ShmReader.close))
+
+            def slow(*arguments: Any) -> Reader:
+                reader = ShmReader.open(*arguments)
+                assert when != "still opening" or given_up.wait(10)
+                return reader
+
+            patch.setitem(d.links._openers, "shm", slow)
+            if when == "just welcomed":  # and Welcome is on its way
+                patch.setattr(p.links, "_answered", lambda *_: None)
+            with pytest.raises(LinkLost, match="does not answer"):
+                await p.links.open("d")
+            given_up.set()
+            await wait_until(lambda: bool(closed), "the reader is closed")
+            await d.until_settled()
+            assert p.links.describe() == d.links.describe() == []
+            assert len(closed) == 1
+        await arrives(p, d, await p.links.open("d"), "r")
+
+
+def closing(closed: list[Reader], close: Callable[[Any], None]) -> Callable[[Any], None]:
+    def counted(reader: Any) -> None:
+        closed.append(reader)
+        close(reader)
+
+    return counted
 
 
 @foreign_errors

@@ -7,7 +7,9 @@ import dataclasses
 
 import pytest
 
+import common.engine.sequence
 from common.errors import LinkLost
+from common.kv_layout import chain_hashes, root_hash
 from common.messages import Failed, TookOver
 from common.queue import Entry
 from kv_transfer.ports import Ended, Key, Outcome
@@ -51,6 +53,22 @@ async def test_what_is_queued_again_while_or_after_it_is_here_is_computed_once(
     role.accept(again)
     assert not node.engine.has_work
     assert len(node.links.offers) == 1
+
+
+async def test_a_prompt_whose_blocks_are_named_already_is_not_hashed_again(
+    node: ScriptedNode, role: prefill.PrefillRole, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine would hash all of it at once, while everybody's next step waits."""
+    node.decode_nodes("d1")
+    entry, mine = an_entry(), node.engine.fingerprint
+    hashes = chain_hashes(root_hash(mine), entry.dispatch.token_ids, mine.block_size, 20)
+    monkeypatch.setattr(common.engine.sequence, "block_hash", None)
+    role.accept(dataclasses.replace(entry, block_hashes=tuple(hashes)))
+    await node.step(role)
+    (offer,) = node.links.offers
+    assert offer.block_hashes == tuple(hashes)
+    assert len(hashes) == 20 // mine.block_size > 0
+    role.sent(ended("d1", Outcome.ADOPTED))
 
 
 async def test_the_last_blocks_are_announced_before_the_first_token_is_there(
