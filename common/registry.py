@@ -89,7 +89,7 @@ class NodeRecord:
     unacknowledged: int = 0  # choices whose gateway has not acknowledged all tokens
     steps: int = 0
     beats: int = 0
-    alone: str = ""  # request/attempt that is computed in steps of its own just now
+    alone: str = ""  # request/attempt@position: whose own step computes just now, up to where
 
     @property
     def fingerprint(self) -> Fingerprint:
@@ -103,6 +103,7 @@ _TYPES: dict[str, Any] = typing.get_type_hints(NodeRecord)  # costs 0.3 ms
 _NAMES = tuple(field.name for field in dataclasses.fields(NodeRecord))
 _OF_THE_MOMENT = ("state", *_NAMES[_NAMES.index("waiting") :])
 _OF_A_LIFE = tuple(name for name in _NAMES if name not in _OF_THE_MOMENT)
+_UNKNOWN = "\0"  # no field is this
 _IDENTITY, _KV_LINKS = "identity", "kv_links"  # fields of the hash that are none of the record
 
 KVLink = dict[str, str]  # of `Links.describe`: link, peer, transport, reason, direction, blocks
@@ -176,9 +177,12 @@ class Registry:
         )  # fmt: skip
 
     async def say_alone(self, incarnation: str, alone: str) -> None:
-        """Write `NodeRecord.alone`, and nothing else, before the next beat does."""
-        key = self._keys.node(incarnation)
+        """Write `NodeRecord.alone`, and nothing else, before the next beat does: which writes it, too,
+        if this fails."""
+        key, written = self._keys.node(incarnation), self._written.get(incarnation, {})
+        written["alone"] = _UNKNOWN
         await self._client.pipeline(("HSET", key, "alone", alone), ("EXPIRE", key, NODE_TTL_S))
+        written["alone"] = alone
 
     async def alone(self, incarnation: str) -> str | None:
         """`NodeRecord.alone` of one incarnation as it is now; None if there is no record."""

@@ -352,7 +352,14 @@ class Dispatcher:
         """`node` took a choice with it; `alone` as `Suspicion.judge` has it."""
         choice, name = request.choices[index], request.work.request
         if crashed and choice.heard and choice.holder == node:
-            verdict = self._suspicion.judge(name, choice.stream.attempt, alone)
+            attempt = choice.stream.attempt
+            _, dispatch = request.dispatches[attempt]
+            start = len(dispatch.token_ids)
+            verdict = self._suspicion.judge(
+                name, attempt, alone,
+                proved=start if start > dispatch.prompt_len else 0,
+                came_on=choice.stream.below > max(choice.held_from, start),
+            )  # fmt: skip
             if verdict is Verdict.GUILTY:
                 error = PoisonedRequest(
                     "a node ended while it computed this request with nothing else beside it, "

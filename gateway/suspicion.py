@@ -12,16 +12,21 @@ be computed in steps of its own (`Dispatch.alone`). Hence one request takes two 
 |---|---|---|
 | clear | several together, or nobody knows | suspect |
 | clear | another one alone | clear |
-| suspect | several together, or nobody knows | suspect |
+| suspect | several together, nothing, or nobody knows | suspect |
 | suspect | another one alone | suspect |
+| suspect | this one alone, before or behind where the first crash can have been | suspect |
 | suspect | this one alone | guilty |
+
+A node may be killed from outside, by a person or for want of memory, and then again the one where its
+requests are tried. What makes a node crash does so again where it did: so no crash counts within what
+another node has computed already, the tokens that were delivered, nor after a further token.
 """
 
 from __future__ import annotations
 
 import enum
 
-TOGETHER = ""  # a step of several, as `NodeRecord.alone` has it
+TOGETHER = ""  # a step of several, or none, as `NodeRecord.alone` has it
 
 
 class Verdict(enum.Enum):
@@ -46,13 +51,24 @@ class Suspicion:
         """It was in a step with which an engine broke."""
         self._suspects.add(request)
 
-    def judge(self, request: str, attempt: int, alone: str | None) -> Verdict:
+    def judge(
+        self,
+        request: str,
+        attempt: int,
+        alone: str | None,
+        *,
+        proved: int = 0,
+        came_on: bool = False,
+    ) -> Verdict:
         """Of a request that a node had begun when it crashed. `alone`: what the node's record said,
-        "request/attempt" or TOGETHER; None: it could not be read."""
-        mine = f"{request}/{attempt}"
+        "request/attempt@position" or TOGETHER; None: it could not be read. Steps up to positions
+        below `proved` went well before, elsewhere. `came_on`: that node had sent a token of it."""
+        whose, _, end = (alone or "").rpartition("@")
+        mine = whose == f"{request}/{attempt}"
         if request in self._suspects:
-            return Verdict.GUILTY if alone == mine else Verdict.SUSPECT
-        if alone not in (None, TOGETHER, mine):
+            again = mine and end.isdecimal() and int(end) >= proved and not came_on
+            return Verdict.GUILTY if again else Verdict.SUSPECT
+        if alone not in (None, TOGETHER) and not mine:
             return Verdict.CLEAR
         self._suspects.add(request)
         return Verdict.SUSPECT

@@ -43,7 +43,7 @@ class Steps:
         self.suspects = Suspects()
         self.computing = False
         self.hangs = False  # a step does not come back: the thread can never be waited for
-        self.alone = ""  # whose step of its own is being computed, as the engine names it
+        self.alone = ""  # as `NodeRecord.alone`
         self._node, self._engine, self._thread = node, node.engine, thread
         self._stall_limit_s = stall_limit_s
         self._work = asyncio.Event()
@@ -60,15 +60,14 @@ class Steps:
             alone, planned = await self._plan() if engine.has_work else ("", None)
             if planned is None:
                 self.computing = False
+                await self._announce("")
                 timeout = BLOCKED_WAIT_S if engine.has_work else None
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(timeout):
                         await self._work.wait()
                 continue
             self.computing = True
-            if alone != self.alone:
-                self.alone = alone
-                await node.say_alone()
+            await self._announce(alone and f"{alone}@{_reached(planned.step, max)[alone]}")
             node.role.step_begins(planned)
             try:
                 computed = await self._compute(planned)
@@ -86,6 +85,13 @@ class Steps:
                 if not engine.scheduler.is_open(request):
                     self.suspects.forget(request)
             node.room_changed()
+
+    async def _announce(self, alone: str) -> None:
+        """Whose step of its own is computed from now on, and up to where: a node that is killed while
+        it computes nothing, or others, speaks against nobody."""
+        if alone != self.alone:
+            self.alone = alone
+            await self._node.say_alone()
 
     async def _plan(self) -> tuple[str, PlannedStep | None]:
         """The next step that can be made, if any can, and whose own it is."""

@@ -278,7 +278,21 @@ async def test_a_suspect_of_another_node_is_computed_in_steps_of_its_own() -> No
     assert max(map(len, together)) == 3
     turns = [(own, len(list(steps))) for own, steps in groupby(s == {"r-2/1"} for s in together)]
     assert turns[:4] == [(True, 2), (False, 1), (True, 2), (False, 1)]
-    assert running.node.alone[:4] == ["r-2/1", "", "r-2/1", ""], "said before each turn"
+    ends = ["r-2/1@16", "r-2/1@28", "", "r-2/1@29", "r-2/1@30", ""]
+    assert running.node.alone[:6] == ends, "said before each step"
+
+
+async def test_a_node_that_has_nothing_to_compute_speaks_against_nobody() -> None:
+    """If it is killed then, its record must not name the suspect that it computed last."""
+    running = Running()
+    params = dataclasses.replace(PARAMS, max_tokens=ALONE_TOKENS)  # alone to its end
+    running.node.role.accept(a_request(0, prompt(0), alone=True, params=params))
+    steps = asyncio.create_task(running.node.steps.run())
+    async with asyncio.timeout(10):
+        while running.node.role.num_open or running.node.steps.computing:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+    assert [said.partition("@")[0] for said in running.node.alone] == ["r-0/1"] * 4 + [""]
+    steps.cancel()
 
 
 async def test_an_entry_that_the_role_cannot_take_ends_here_and_not_at_the_next_node(

@@ -47,6 +47,26 @@ async def test_a_beat_replaces_the_numbers(redis_client: RedisClient) -> None:
     assert (await registry.snapshot()).records == {"p-1": later}
 
 
+async def test_the_next_beat_says_who_is_alone_if_nobody_could_be_told_at_once(
+    redis_client: RedisClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the record would name a request that is long past its steps, until the next one."""
+
+    async def fail(*_: object) -> None:
+        raise ServiceUnavailable("no answer")
+
+    registry = Registry(redis_client)
+    await registry.announce(a_node())
+    await registry.say_alone("p-1", "r-1/1")
+    with monkeypatch.context() as patch:
+        patch.setattr(redis_client, "pipeline", fail)
+        with pytest.raises(ServiceUnavailable):
+            await registry.say_alone("p-1", "")
+    assert await registry.alone("p-1") == "r-1/1"
+    await registry.announce(a_node())
+    assert await registry.alone("p-1") == ""
+
+
 async def test_a_beat_writes_and_reads_what_changes_and_no_links(redis_client: RedisClient) -> None:
     """Every node reads every record twice a second: one of few bytes, however much it has to say
     of itself and of its links."""

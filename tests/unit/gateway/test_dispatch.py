@@ -27,7 +27,7 @@ from gateway.dispatch import Dispatcher
 from gateway.metrics import GatewayMetrics
 from gateway.open_request import OpenRequest, Work
 from gateway.placement import Limits
-from gateway.ports import DECODE, PREFILL
+from gateway.ports import DECODE, PREFILL, UNIFIED
 from gateway.prefix_index import PrefixIndex
 from gateway.router import LeastLoadedRouter
 from tests.support.fake_cluster import MODEL, FakeCluster, endless, pair, until
@@ -276,7 +276,7 @@ async def test_a_request_that_takes_a_second_node_with_it_alone_is_a_dead_letter
     other = asyncio.create_task(run(dispatcher, dataclasses.replace(WORK, request="other")))
     await until(lambda: len({ack[0] for _, ack in cluster.acks}) == 2)
     second, dispatch = cluster.dispatched[1]
-    cluster.alone_at[second] = f"r1/{dispatch.attempt}"
+    cluster.alone_at[second] = f"r1/{dispatch.attempt}@{len(dispatch.token_ids)}"
     cluster.add("u3")
     cluster.kill(second, Down.DISCONNECTED)
     with pytest.raises(PoisonedRequest):
@@ -286,7 +286,7 @@ async def test_a_request_that_takes_a_second_node_with_it_alone_is_a_dead_letter
     assert not cluster.dispatched[-1][1].alone, "it was not in the step"
 
 
-@pytest.mark.parametrize("alone", ["", "somebody/1", None])
+@pytest.mark.parametrize("alone", ["", "somebody/1@22", "r1/2@21", None])
 async def test_a_suspect_that_was_not_alone_in_the_step_is_tried_again(
     cluster: FakeCluster, alone: str | None
 ) -> None:
@@ -302,6 +302,29 @@ async def test_a_suspect_that_was_not_alone_in_the_step_is_tried_again(
     cluster.kill(cluster.dispatched[1][0], Down.DISCONNECTED)
     cluster.release()
     assert await running == expected()
+    assert cluster.buried == []
+
+
+@pytest.mark.parametrize("roles", ["unified", "pair"])
+async def test_nodes_that_are_killed_one_after_the_other_do_not_make_their_request_a_poison(
+    cluster: FakeCluster, roles: str
+) -> None:
+    """As a person or the kernel may, each time while it is computed alone, after a token or more."""
+    dispatcher = connect(cluster, max_attempts=10)
+    if roles == "pair":
+        cluster.add("p", PREFILL)
+    role = UNIFIED if roles == "unified" else DECODE
+    cluster.add("n0", role).hold_at = 3
+    running = asyncio.create_task(run(dispatcher))
+    for number, below in enumerate((3, 6, 9)):
+        victim = f"n{number}"
+        reached = (victim, len(PROMPT) + below)
+        await until(lambda reached=reached: reached in [(n, ack[3]) for n, ack in cluster.acks])
+        cluster.alone_at[victim] = f"r1/{number + 1}@99"
+        cluster.add(f"n{number + 1}", role).hold_at = below + 3 if number < 2 else None
+        cluster.kill(victim, Down.DISCONNECTED)
+    assert await running == expected()
+    assert cluster.dispatched[-1][1].alone
     assert cluster.buried == []
 
 
