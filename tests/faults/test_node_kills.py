@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import time
 
 import pytest
 
@@ -14,7 +13,6 @@ from tests.support.deployment import Deployment
 from tests.support.load import Load, bodies, truth
 from tests.support.redis import wait_until
 
-LIMIT_S = 10.0  # from the kill to the end of the last request
 
 LOAD = bodies(24)
 
@@ -34,8 +32,7 @@ async def test_under_load_the_others_take_over(
         await wait_until(lambda: load.num_begun >= 4, "some streams run")
         assert load.num_open >= 20
         system.kill(name)
-        killed_at = time.monotonic()
-        assert await load.finish(expected) < killed_at + LIMIT_S
+        await load.finish(expected)
     await system.assert_idle()
 
 
@@ -51,8 +48,7 @@ async def test_prefill_dies_while_it_computes_prompts(system: Deployment, engine
 
         await wait_until(computing, "a node has claimed a prompt")
         system.kill("prefill-0")
-        killed_at = time.monotonic()
-        assert await load.finish(expected) < killed_at + LIMIT_S
+        await load.finish(expected)
     await system.assert_idle()
 
 
@@ -68,11 +64,10 @@ async def test_prefill_dies_between_first_token_and_handover(
         assert all(len(ids) == 1 for c in load.clients for ids in c.token_ids.values())
         system.kill("prefill-0")
         system.kill("prefill-1")
-        killed_at = time.monotonic()
         system.start_missing()
         for decode in ("decode-2", "decode-3"):
             system.signal(decode, signal.SIGCONT)
-        assert await load.finish(expected, may_fail=True) < killed_at + LIMIT_S
+        await load.finish(expected, may_fail=True)
     await system.assert_idle()
 
 
@@ -90,8 +85,7 @@ async def test_decode_dies_right_after_it_took_over(system: Deployment, engine: 
         await wait_until(taken_over, "a decode node has taken over")
         names = {r.incarnation: name for name, r in (await system.records()).items()}
         system.kill(names[holders.pop()])
-        killed_at = time.monotonic()
-        assert await load.finish(expected) < killed_at + LIMIT_S
+        await load.finish(expected)
     await system.assert_idle()
 
 
@@ -103,8 +97,7 @@ async def test_a_stopped_decode_node_is_superseded_and_comes_back(
     async with Load(system.url, asked) as load:
         await wait_until(lambda: load.num_begun >= 4, "some streams run")
         system.signal("decode-2", signal.SIGSTOP)
-        stopped_at = time.monotonic()
-        assert await load.finish(expected) < stopped_at + LIMIT_S
+        await load.finish(expected)
         system.signal("decode-2", signal.SIGCONT)
         await system.assert_idle()
     system.kill("decode-3")  # the one that was stopped has to do it all now

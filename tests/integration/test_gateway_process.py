@@ -283,14 +283,12 @@ async def test_few_descriptors_mean_few_connections_and_a_short_log(
     url = redis_client.settings.url
     async with started(url, descriptors=240) as gateway, a_node(redis_client, gateway):
         host, _, port = gateway.url.removeprefix("http://").partition(":")
-        kept = [socket.create_connection((host, int(port))) for _ in range(300)]
-        try:
+        with contextlib.ExitStack() as stack:
+            for _ in range(300):
+                stack.enter_context(socket.create_connection((host, int(port))))
             assert await the_text(gateway)
             async with httpx.AsyncClient(base_url=gateway.url) as http:
                 assert (await http.get("/health")).status_code == 200
-        finally:
-            for each in kept:
-                each.close()
     (warning,) = [line for line in gateway.lines if "descriptors.few" in line]
     assert "used=48" in warning
     assert len("\n".join(gateway.lines)) < 20_000
@@ -304,12 +302,12 @@ async def test_descriptors_that_run_out_are_one_line_and_connections_wait(
         host, _, port = gateway.url.removeprefix("http://").partition(":")
         pid = gateway.process.pid
         before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-        resource.prlimit(pid, resource.RLIMIT_NOFILE, (5, before[1]))
-        kept = [socket.create_connection((host, int(port))) for _ in range(200)]
-        await until(lambda: any("connection.not_accepted" in line for line in gateway.lines))
-        resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
-        for each in kept:
-            each.close()
+        with contextlib.ExitStack() as stack:
+            stack.callback(resource.prlimit, pid, resource.RLIMIT_NOFILE, before)
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, (5, before[1]))
+            for _ in range(200):
+                stack.enter_context(socket.create_connection((host, int(port))))
+            await until(lambda: any("connection.not_accepted" in line for line in gateway.lines))
         async with httpx.AsyncClient(base_url=gateway.url, timeout=20) as http:
             assert (await http.get("/health")).status_code == 200
     assert len("\n".join(gateway.lines)) < 20_000

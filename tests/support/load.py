@@ -22,6 +22,8 @@ from tests.support.checkpoints import STORIES
 
 Body = dict[str, Any]
 
+LOST_S = 120.0
+
 TYPED = {"service_unavailable": 503, "overloaded": 429, "request_aborted": 504, "link_lost": 503}
 
 
@@ -186,8 +188,10 @@ class Load:
         return sum(not client.ended_at for client in self.clients)
 
     async def finish(self, completions: list[list[Completion]], *, may_fail: bool = False) -> float:
-        """Wait for all and check them; when the last one ended, on the monotonic clock."""
-        await asyncio.gather(*self.tasks)
+        """Wait for all and check them; when the last one ended, on the monotonic clock. What nobody is
+        responsible for any more would last for ten minutes."""
+        async with asyncio.timeout(LOST_S):
+            await asyncio.gather(*self.tasks)
         for client, expected in zip(self.clients, completions, strict=True):
             client.check(expected, may_fail=may_fail)
         return max(client.ended_at for client in self.clients)
