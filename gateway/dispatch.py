@@ -257,6 +257,10 @@ class Dispatcher:
             self._bus.send(
                 other, TokensAck(self._gateway, ((request.work.request, old, index, below),))
             )
+        for other in request.involved | request.refused:
+            self._bus.send(
+                other, Cancel(self._gateway, request.work.request, old, "superseded", (index,))
+            )
         self._metrics.retries.labels(cause).inc()
         self._spawn(self._place_again(request, index, frozenset({avoid}), pause), "retry")
 
@@ -580,9 +584,11 @@ class Dispatcher:
         self._suspicion.forget(work.request)
         self._metrics.open_requests.dec()
         self._metrics.requests.labels(state).inc()
+        told = set(request.refused)
         if not all(choice.stream.finished for choice in request.choices):
-            for node in request.involved:
-                self._bus.send(node, Cancel(self._gateway, work.request, request.attempt, reason))
+            told |= request.involved
+        for node in told:
+            self._bus.send(node, Cancel(self._gateway, work.request, request.attempt, reason))
         if request.dispatches:
             self._end(request, state, reason, message)
 

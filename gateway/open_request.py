@@ -84,6 +84,7 @@ class OpenRequest:
         self.dispatches: dict[int, tuple[str, Dispatch]] = {}  # by attempt: where, what
         self.uncomputed: dict[int, tuple[str, int]] = {}  # by attempt: node and prompt tokens there
         self.involved: set[str] = set()  # incarnations that may hold something of it
+        self.refused: set[str] = set()  # that spoke of it, and were not heeded
         self.choices = [
             Choice(ChoiceStream(len(work.prompt_ids), work.params.max_tokens))
             for _ in range(work.n)

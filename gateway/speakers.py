@@ -10,7 +10,8 @@ say). Beyond that, what it says of a choice counts only if it may have that choi
     an older attempt                whoever may have had it; nothing follows but that it is stopped
 
 What is refused is counted and logged, and changes nothing. If it was true after all, it is said again:
-the node that has the choice is asked when it has been quiet for long (holders.py).
+the node that has the choice is asked when it has been quiet for long (holders.py). Whoever was refused
+is told when the attempt, or the request, is over: it may keep something for us.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ class Speakers:
         )
 
     def _refuse(self, kind: str, node: str, request: OpenRequest) -> bool:
+        request.refused.add(node)
         self._metrics.refused_words.labels(kind).inc()
         log.warning("word.refused", node=node, kind=kind, request=request.work.request)
         return False

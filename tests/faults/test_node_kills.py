@@ -13,7 +13,6 @@ from tests.support.deployment import Deployment
 from tests.support.load import Load, bodies, truth
 from tests.support.redis import wait_until
 
-
 LOAD = bodies(24)
 
 

@@ -58,7 +58,10 @@ def test_nothing_passes_a_cable_that_is_pulled() -> None:
             place = listener.getsockname()
             say = f"import socket, sys; socket.create_connection({place}, float(sys.argv[1]))"
             connect = (*made.at("one"), sys.executable, "-c", say)
-            passes = (*connect, "30")  # a first packet may be lost, and is sent again after a second
+            passes = (
+                *connect,
+                "30",
+            )  # a first packet may be lost, and is sent again after a second
             subprocess.run(passes, check=True)
             subprocess.run(made.pull("one"), check=True)
             fails = subprocess.run((*connect, "1.5"), stderr=subprocess.DEVNULL, check=False)

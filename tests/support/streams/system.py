@@ -12,7 +12,8 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
-from collections import Counter
+import pickle
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from common.bus_links import Down
@@ -53,6 +54,7 @@ STEP_S = 0.2  # of an engine: one token of each choice
 PREFILL_S = 0.2
 ROUND_TRIP_S = 0.002  # to Redis
 GATEWAY = "gateway"
+SAVED_S = 1.0
 CAPACITY = 3  # choices that a node computes at once; further entries wait, unread
 HEALED_S = 60.0  # from the last fault until everything has ended
 
@@ -60,7 +62,7 @@ HEALED_S = 60.0  # from the last fault until everything has ended
 @dataclasses.dataclass(slots=True)
 class _Entry:
     dispatch: Dispatch
-    node: str
+    node: str  # "": given back to the gateway
     claim: str = ""
 
 
@@ -75,6 +77,21 @@ class Store:
         self.ended: set[str] = set()
         self.nodes: dict[str, VirtualNode] = {}
         self.away = False
+        self.generation = 1
+        self._saved: deque[bytes] = deque(maxlen=2)
+        self._save()
+
+    def _save(self) -> None:
+        """To its disk, once a second."""
+        self._saved.append(pickle.dumps((self.entries, self.attempts, self.ended)))
+        self.world.later(SAVED_S, self._save)
+
+    def restart(self, *, empty: bool) -> None:
+        """What was on its disk is there again, or nothing."""
+        self.generation += 1
+        saved = ({}, {}, set()) if empty else pickle.loads(self._saved[0])
+        self.entries, self.attempts, self.ended = saved
+        self.records = {}
 
     async def _round_trip(self) -> None:
         await asyncio.sleep(ROUND_TRIP_S)
@@ -89,6 +106,8 @@ class Store:
         if key in self.entries:
             return
         for choice in dispatch.choices:
+            if self.attempts.get((dispatch.request, choice), 0) > dispatch.attempt:
+                return
             self.attempts[dispatch.request, choice] = dispatch.attempt
         self.entries[key] = _Entry(dispatch, node, claimed_by)
         if node in self.nodes:
@@ -104,7 +123,9 @@ class Store:
             return Where(Place.UNKNOWN)
         if request in self.ended or self.attempts[request, choice] != attempt:
             return Where(Place.NOWHERE)
-        return Where(Place.CLAIMED, entry.claim) if entry.claim else Where(Place.QUEUED, entry.node)
+        if entry.claim:
+            return Where(Place.CLAIMED, entry.claim)
+        return Where(Place.QUEUED, entry.node) if entry.node else Where(Place.RETURNED)
 
     async def advance(self, stage: Stage) -> None: ...
 
@@ -125,7 +146,7 @@ class Store:
         if dispatch.request in self.ended:
             return False
         return any(
-            self.attempts[dispatch.request, choice] == dispatch.attempt
+            self.attempts.get((dispatch.request, choice)) == dispatch.attempt
             for choice in dispatch.choices
         )
 
@@ -134,7 +155,9 @@ class Store:
     async def watch(self, interval_s: float) -> AsyncIterator[Snapshot]:
         while True:
             if not self.away:
-                yield Snapshot(dict(self.records), dict.fromkeys(self.records, 0.0), "1")
+                yield Snapshot(
+                    dict(self.records), dict.fromkeys(self.records, 0.0), str(self.generation)
+                )
             await asyncio.sleep(interval_s)
 
     async def alone(self, incarnation: str) -> str | None:
@@ -150,10 +173,29 @@ class Store:
         if self.away:
             return []
         found = [e for e in self.entries.values() if e.node == node and not e.claim]
+        if not found and not self.nodes[node].sequences:
+            found = self._pull(node)
         wanted = [entry for entry in found if self.is_wanted(entry.dispatch)][:capacity]
         for entry in wanted:
             entry.claim = node
         return [entry.dispatch for entry in wanted]
+
+    def _pull(self, node: str) -> list[_Entry]:
+        """What waits, unread, at another node of its role."""
+        role = self.nodes[node].role
+        alike = {name for name, record in self.records.items() if record.role is role}
+        found = [e for e in self.entries.values() if e.node in alike - {node} and not e.claim]
+        for entry in found:
+            entry.node = node
+        return found
+
+    def leave(self, node: str) -> None:
+        """It gives back what it has not claimed, to another one or to the gateways."""
+        record = self.records.pop(node, None)
+        alike = [n for n, r in self.records.items() if record is not None and r.role is record.role]
+        for entry in self.entries.values():
+            if entry.node == node and not entry.claim:
+                entry.node = self.world.random.choice(["", *alike])
 
 
 @dataclasses.dataclass(slots=True)
@@ -212,6 +254,8 @@ class VirtualNode:
             for dispatch in claimed:
                 self._connect(dispatch.gateway, dispatch.gateway_endpoint)
                 for choice in dispatch.choices:
+                    if ChoiceKey(dispatch.request, dispatch.attempt, choice) in self.sequences:
+                        continue  # Redis lost it, and its gateway queued it again
                     sequence = _Sequence(dispatch, choice, len(dispatch.token_ids))
                     sequence.ready_at = self.world.now + PREFILL_S
                     self.sequences[sequence.key] = sequence
@@ -387,6 +431,7 @@ class VirtualGateway:
             metrics=GatewayMetrics(Metrics()),
         )  # fmt: skip
         self.links.inbox = self.dispatcher
+        self.links.on_redis_lost = self.dispatcher.reassert
         self._send, self.links.send = self.links.send, self._check_sent  # type: ignore[method-assign]
         self.asked: dict[str, Work] = {}
         self.got: dict[str, list[list[int]]] = {}
@@ -421,6 +466,10 @@ FAULTS = (
     "cut",
     "part",
     "kill",
+    "kill two",
+    "drain",
+    "empty Redis",
+    "older Redis",
     "forget link",
     "forget choice",
     "Redis",
@@ -513,6 +562,8 @@ class Schedule:
         lasting = self._lasting or random.choice(
             [0.5, 1.0, 2.9, 4.0, 5.0, 6.1, 7.0, 8.0, 12.0, 30.0]
         )
+        if not self.store.nodes:
+            return
         node = random.choice(list(self.store.nodes.values()))
         if kind.startswith("stop"):
             process = self.gateway.process if kind == "stop gateway" else node.process
@@ -531,11 +582,20 @@ class Schedule:
                 connection = random.choice(live)
                 connection.cut()
                 self._note(f"cut {connection.address!r}")
-        elif kind == "kill":
+        elif kind.startswith("kill"):
+            self._end(node, "is killed")
+            if kind == "kill two" and self.store.nodes:
+                self._end(random.choice(list(self.store.nodes.values())), "is killed with it")
+        elif kind == "drain":  # its grace period is over at once
             if not node.process.stopped:
-                node.process.kill()
-                del self.store.nodes[node.name]
-                self._until(1.0, f"{node.name} is killed", lambda: self._start_node(node.role))
+                node.bus.close()
+                if not self.store.away:
+                    self.store.leave(node.name)
+            self._end(node, "leaves")
+        elif kind.endswith(" Redis"):
+            self.store.restart(empty=kind == "empty Redis")
+            self._until(lasting, f"{kind}, and away", lambda: setattr(self.store, "away", False))
+            self.store.away = True
         elif kind == "Redis":
             self.store.away = True
             self._until(lasting, "Redis is away", lambda: setattr(self.store, "away", False))
@@ -549,6 +609,12 @@ class Schedule:
             key = random.choice(list(node.sequences))
             node.process.soon(lambda: node.sequences.pop(key, None))
             self._note(f"{node.name} forgets {key}")
+
+    def _end(self, node: VirtualNode, what: str) -> None:
+        if not node.process.stopped:
+            node.process.kill()
+            del self.store.nodes[node.name]
+            self._until(1.0, f"{node.name} {what}", lambda: self._start_node(node.role))
 
     def _until(self, lasting: float, what: str, healed: Callable[[], None]) -> None:
         self._note(f"{what} for {lasting} s")

@@ -240,6 +240,9 @@ class VirtualBus:
             self._links.tick(time.monotonic(), inbox_full=self._inbox.qsize() >= INBOX)
             await asyncio.sleep(SETTINGS.beat_interval_s)
 
+    def close(self) -> None:
+        self._links.close(goodbye=True)
+
     def connect(self, peer: str, endpoint: str) -> str:
         for link in self._links.with_peer(peer):
             if link.ours:

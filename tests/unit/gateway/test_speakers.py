@@ -154,3 +154,27 @@ async def test_an_entry_that_nobody_has_read_may_have_moved_to_a_node_of_the_sam
             dispatcher.on_message(node, LIES["Stage"](node, 1, 0))
             assert choice.holder == holder
         cluster.kill("u1")
+
+
+@pytest.mark.parametrize("end", ["request", "attempt"])
+async def test_who_was_not_heeded_is_told_when_that_is_over(cluster: FakeCluster, end: str) -> None:
+    """It may have spoken the truth, before the registry named it: its tokens would stay with it."""
+    other = "d2"
+
+    def then(now: Scene) -> None:
+        below = now.request.choices[0].stream.below
+        now.dispatcher.on_message(other, LIES["Tokens"](other, 1, below + 1))
+        assert not [ack for node, ack in cluster.acks if node == other]
+        if end == "attempt":
+            cluster.kill("d1")
+            assert told(1, (0,))
+
+    def told(attempt: int, choices: tuple[int, ...]) -> bool:
+        return any(
+            (node, word.attempt, word.choices) == (other, attempt, choices)
+            for node, word in cluster.cancelled
+        )
+
+    await scene(cluster, then)
+    if end == "request":
+        assert told(1, ())
