@@ -6,8 +6,9 @@ Owns: encoding without blocking the event loop. What the model's folder says is 
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from common.errors import CheckpointError, InvalidRequest
@@ -51,7 +52,10 @@ class Tokenizer:
         return self._chat_template is not None
 
     def encode_now(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        """Raises `InvalidRequest` for a text that the model's tokenizer fails on."""
+        with _failing_as("the model's tokenizer cannot encode this text"):
+            encoding = self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        ids: list[int] = encoding.ids
         return ids
 
     def least_tokens(self, text: str) -> int:
@@ -60,7 +64,9 @@ class Tokenizer:
         return len(text) // self._most_characters if self._most_characters else 0
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        text: str = self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        """Raises `InvalidRequest` for tokens that the model's decoder fails on."""
+        with _failing_as("the model's tokenizer cannot decode these tokens"):
+            text: str = self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return text
 
     def detokenizer(
@@ -109,6 +115,18 @@ class Tokenizer:
         known = 0 <= token_id < 2**32
         piece: str | None = self._tokenizer.id_to_token(token_id) if known else None
         return piece
+
+
+@contextlib.contextmanager
+def _failing_as(message: str) -> Iterator[None]:
+    """What the library raises over a text, for a tokenizer of parts that do not go together: bare
+    `Exception`, and for a panic not even that."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:
+        raise InvalidRequest(f"{message}: {error}") from error
 
 
 def most_characters(pipeline: dict[str, Any]) -> int:

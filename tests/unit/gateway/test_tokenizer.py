@@ -55,6 +55,28 @@ def test_a_template_for_something_else_is_none_for_chats(tmp_path: Path) -> None
         tokenizer.render_chat(SAY_HI)
 
 
+def tokenizer_with(folder: Path, **parts: Any) -> Tokenizer:
+    """Of the stories model, with other parts."""
+    content = json.loads((MODELS / "stories260K" / "tokenizer.json").read_text())
+    (folder / "tokenizer.json").write_text(json.dumps(content | parts))
+    return tokenizer_of(folder)
+
+
+def test_tokens_that_the_decoder_fails_on_are_a_bad_request(tmp_path: Path) -> None:
+    """The library panics over a text that is shorter than what is to be cut off."""
+    strip = {"type": "Strip", "content": "▁", "start": 1, "stop": 1}
+    tokenizer = tokenizer_with(tmp_path, decoder={"type": "Sequence", "decoders": [strip]})
+    with pytest.raises(InvalidRequest, match="cannot decode these tokens"):
+        tokenizer.decode(tokenizer.encode_now("  "))
+
+
+def test_a_text_that_the_tokenizer_fails_on_is_a_bad_request(tmp_path: Path) -> None:
+    model = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "<none>"}
+    tokenizer = tokenizer_with(tmp_path, model=model, added_tokens=[], post_processor=None)
+    with pytest.raises(InvalidRequest, match="cannot encode this text"):
+        tokenizer.encode_now("b")
+
+
 @pytest.mark.parametrize(
     "bomb", ["{{ 'a' * 9000000000000 }}", "{% set x = '%99999999999999d' % 1 %}"]
 )
