@@ -48,6 +48,8 @@ class Checkpoint:
             raise
 
     def _open(self, path: Path) -> None:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise CheckpointError(f"{path} is no regular file", param=str(path))
         try:
             file: Any = safe_open(path, framework="pt", device="cpu")
             file.__enter__()

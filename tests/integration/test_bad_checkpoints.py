@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,26 @@ def test_a_corrupt_header(folder: Path) -> None:
 def test_no_weights_at_all(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     assert "neither model.safetensors nor" in str(refused(folder, CheckpointError))
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device", "circle"])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_weights_that_are_no_file_are_not_waited_for(
+    folder: Path, kind: str, sharded: bool
+) -> None:
+    path = folder / "model.safetensors"
+    path.unlink()
+    if sharded:
+        index = {"weight_map": {"model.norm.weight": "a.safetensors"}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        path = folder / "a.safetensors"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to(path.name if kind == "circle" else "/dev/zero")
+    assert refused(folder, CheckpointError).param == str(path)
 
 
 def test_a_missing_tensor(folder: Path) -> None:
