@@ -191,8 +191,9 @@ class GatewaySettings:
         "", "JSON object of fields in place of those of config.json (not of further models)"
     )
     models: tuple[str, ...] = setting(
-        (), "further models to answer for, each a folder, a hub name, or NAME=one of these"
-    )
+        (), "further models to answer for, each a folder, a hub name, NAME=one of these, or a JSON "
+        "object with model and, each as it likes, name, revision and hf_overrides",
+    )  # fmt: skip
     api_keys: tuple[str, ...] = setting(
         (), "keys that clients must show, with commas (none: open)", secret=True,
         aliases=("api-key",),

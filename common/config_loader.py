@@ -20,7 +20,9 @@ beside a flag that nobody knows.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import json
 import math
 import tomllib
 import types
@@ -377,7 +379,7 @@ def _parse(text: str, annotation: Any, parse: Callable[[str], Any] | None) -> An
     if typing.get_origin(annotation) is tuple:
         if text.lower() == "none":
             return ()
-        parts = [part.strip() for part in text.split(",") if part.strip()]
+        parts = _items(text)
         if not parts:  # an empty list is "none"
             raise ValueError(text)
         item = typing.get_args(annotation)[0]
@@ -391,6 +393,19 @@ def _parse(text: str, annotation: Any, parse: Callable[[str], Any] | None) -> An
     if annotation is int:
         return int(text)
     return _typed(text, annotation)
+
+
+def _items(text: str) -> list[str]:
+    """What stands between commas; those inside a JSON object separate nothing."""
+    items = []
+    while text := text.lstrip(" ,"):
+        end = text.find(",") if "," in text else len(text)
+        if text.startswith("{"):
+            with contextlib.suppress(ValueError, RecursionError):
+                end = json.JSONDecoder().raw_decode(text)[1]
+        items.append(text[:end].strip())
+        text = text[end:]
+    return [item for item in items if item]
 
 
 def _typed(value: Any, annotation: Any) -> Any:

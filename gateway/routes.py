@@ -74,7 +74,7 @@ def _model(service: Service, model: ServedModel) -> dict[str, object]:
         "object": "model",
         "created": service.models.created,
         "owned_by": "pdq",
-        "max_model_len": model.max_model_len,
+        "max_model_len": service.context_length(model),
     }
 
 

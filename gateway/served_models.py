@@ -7,6 +7,7 @@ served wherever nodes run it; a node of a model that nobody serves is left alone
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -104,32 +105,62 @@ class ServedModels:
 
 def load_models(settings: GatewaySettings) -> ServedModels:
     """Every model that the settings name. Blocking: reads folders, downloads what is not here."""
-    overrides = parse_overrides(settings.hf_overrides)
-    name = settings.served_model_name
-    first = _load(settings, name, settings.model, settings.revision, overrides)
-    further = []
-    for entry in settings.models:
-        name, separator, where = entry.partition("=")
-        if separator and not (name and where):
-            raise ConfigError(f"{entry!r} is not NAME=MODEL", param="models")
-        further.append(_load(settings, *((name, where) if separator else ("", entry))))
-    return ServedModels([first, *further])
+    first = Source(
+        settings.model, settings.served_model_name, settings.revision,
+        parse_overrides(settings.hf_overrides),
+    )  # fmt: skip
+    further = map(parse_source, settings.models)
+    return ServedModels([_load(settings, source) for source in (first, *further)])
 
 
-def _load(
-    settings: GatewaySettings,
-    name: str,
-    model: str,
-    revision: str = "",
-    overrides: Mapping[str, Any] | None = None,
-) -> ServedModel:
-    folder: Path = resolve_model(model, revision)
+@dataclasses.dataclass(frozen=True, slots=True)
+class Source:
+    """Where a model's files are, and what is made of them: what a node of it is started with."""
+
+    model: str
+    name: str = ""
+    revision: str = ""
+    hf_overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def parse_source(entry: str) -> Source:
+    """One of `--models`: MODEL, NAME=MODEL, or a JSON object. Raises `ConfigError`."""
+    if entry.startswith("{"):
+        return _source_in(entry)
+    name, separator, model = entry.partition("=")
+    if not separator:
+        return Source(entry)
+    if not (name and model):
+        raise ConfigError(f"{entry!r} is not NAME=MODEL", param="models")
+    return Source(model, name)
+
+
+def _source_in(entry: str) -> Source:
+    try:
+        fields = json.loads(entry)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"models: {entry!r:.200} is not JSON: {error}", param="models") from error
+    kinds = {"model": str, "name": str, "revision": str, "hf_overrides": dict}
+    for field, value in fields.items():
+        if not isinstance(value, kinds.get(field, ())):
+            wanted = "unknown" if field not in kinds else f"no {kinds[field].__name__}"
+            raise ConfigError(
+                f"models: {field!r:.60} of {entry!r:.200} is {wanted}", param="models"
+            )
+    if not fields.get("model"):
+        raise ConfigError(f"models: {entry!r:.200} names no model", param="models")
+    return Source(**fields)
+
+
+def _load(settings: GatewaySettings, source: Source) -> ServedModel:
+    model, overrides = source.model, source.hf_overrides
+    folder: Path = resolve_model(model, source.revision)
     described = describe_model(
         folder, read_config(folder, overrides),
         with_sampling_defaults=settings.generation_config == "auto",
     )  # fmt: skip
     identity = ModelIdentity(
-        name or model_name(model, folder),
+        source.name or model_name(model, folder),
         model_revision(folder, overrides) if settings.load_format == "auto" else "",
         described.tokenizer_digest,
     )

@@ -74,6 +74,7 @@ class Service:
             max_prompts=min(self.limits.max_prompts, self.dispatcher.max_open),
             max_prompt_tokens=self.limits.max_prompt_tokens,
             refuse_unknown=self.unknown_fields.are_refused,
+            contexts={model.name: self.context_length(model) for model in self.models},
         )
         with self.bodies.share(client) as share:
             body = await read_body(request, self.limits.max_body_bytes, share)
@@ -108,7 +109,7 @@ class Service:
             )
         prompt_ids = self._truncated(model, prompt_ids, body)
         room = self._room(model, prompt_ids, param)
-        context = self._context(model)
+        context = self.context_length(model)
         if context is not None and (room := context - len(prompt_ids)) < 1:
             raise ContextLengthExceeded(
                 f"This model's maximum context length is {context} tokens. However, your {param} "
@@ -138,8 +139,9 @@ class Service:
             trace=request.headers.get("traceparent", "")[:128],
         )
 
-    def _context(self, model: ServedModel) -> int | None:
-        """Positions of the model's context, or of its nodes' where all have a shorter one."""
+    def context_length(self, model: ServedModel) -> int | None:
+        """Positions of the model's context, or of its nodes' where all have a shorter one; None
+        where nobody says."""
         known = (model.max_model_len, self.dispatcher.longest_context(model.identity))
         return min((length for length in known if length is not None), default=None)
 
@@ -149,12 +151,13 @@ class Service:
         if keep is None:
             return prompt_ids
         if keep == -1:
-            longest = model.longest_prompt(self.limits.max_prompt_tokens)
-            if longest is None:
-                return prompt_ids
             wanted = body.wanted_tokens[1] or 1
-            context = model.max_model_len or longest + wanted
-            keep = max(1, min(longest, context - wanted))
+            context = self.context_length(model)
+            limits = (self.limits.max_prompt_tokens, context and context - wanted)
+            known = [limit for limit in limits if limit is not None]
+            if not known:
+                return prompt_ids
+            keep = max(1, min(known))
         return prompt_ids[-keep:] if body.truncation_side == "left" else prompt_ids[:keep]
 
     def _room(self, model: ServedModel, prompt_ids: TokenIds, param: str) -> int:

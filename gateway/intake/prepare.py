@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import json
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from common.errors import InvalidRequest
@@ -55,6 +55,7 @@ class Question:
     max_prompt_tokens: int | None = None
     refuse_unknown: bool = False  # fields that nobody knows are an error
     in_place: bool = False  # on the event loop: no chat template
+    contexts: Mapping[str, int | None] = dataclasses.field(default_factory=dict)  # by model
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -168,7 +169,7 @@ def _tokenized(model: ServedModel, question: Question, body: TokenizeBody) -> by
         ids = _chat_prompt(model, question, body, "messages")
     answer: dict[str, object] = {
         "count": len(ids),
-        "max_model_len": model.max_model_len,
+        "max_model_len": question.contexts.get(model.name, model.max_model_len),
         "tokens": list(ids),
     }
     if body.return_token_strs:

@@ -12,11 +12,12 @@ from typing import Any
 import httpx
 import pytest
 
-from common.config import EngineSettings, GatewaySettings
+from common.config import EngineSettings, GatewaySettings, load
 from common.engine import Engine
 from common.errors import ConfigError
 from common.identity import ModelIdentity
 from common.model_files import model_revision
+from gateway import served_models
 from gateway.placement import Limits
 from gateway.served_models import ServedModel, load_models
 from tests.support.fake_cluster import FINGERPRINT, MODEL, FakeCluster
@@ -74,6 +75,28 @@ async def test_every_model_is_listed_and_can_be_looked_up(http: httpx.AsyncClien
     assert [model["id"] for model in listed] == ["stories", "llama"]
     assert [model["max_model_len"] for model in listed] == [512, 256]
     assert (await http.get("/v1/models/llama")).json() == listed[1]
+
+
+async def test_the_context_that_clients_see_is_the_longest_of_the_models_nodes(
+    served: Served, http: httpx.AsyncClient
+) -> None:
+    """Nodes may be started with a shorter one than the model has; the model's is a limit."""
+
+    async def shown() -> set[int]:
+        (listed, *_) = (await http.get("/v1/models")).json()["data"]
+        tokenized = await http.post("/tokenize", json={"model": "stories", "prompt": "a"})
+        return {listed["max_model_len"], tokenized.json()["max_model_len"]}
+
+    served.cluster.kill("stories-node")
+    served.cluster.add("short", max_model_len=64)
+    assert await shown() == {64}
+    served.cluster.add("shorter", max_model_len=32)
+    assert await shown() == {64}
+    body = {"model": "stories", "prompt": [5] * 90, "max_tokens": 4, "truncate_prompt_tokens": -1}
+    reply = await http.post("/v1/completions", json=body)
+    assert reply.json()["usage"]["prompt_tokens"] == 60
+    served.cluster.add("long", max_model_len=9999)
+    assert await shown() == {512}
 
 
 @pytest.mark.parametrize("name", ["gpt-5", "", "llama ", "x" * 100_000])
@@ -196,9 +219,41 @@ def test_models_are_named_by_the_settings() -> None:
     assert MODEL.name not in {model.name for model in loaded}
 
 
+def test_a_further_model_may_have_overrides_as_its_nodes_have() -> None:
+    stories, overrides = str(MODELS / "stories260K"), {"max_position_embeddings": 64}
+    entry = json.dumps({"name": "short", "model": stories, "hf_overrides": overrides})
+    settings = load(GatewaySettings, ["--models", f"a={stories},{entry},b={stories}"], {})
+    models = {model.name: model for model in load_models(settings)}
+    assert list(models)[1:] == ["a", "short", "b"]
+    assert (models["a"].max_model_len, models["short"].max_model_len) == (512, 64)
+    node = Engine.load(
+        stories, num_kv_blocks=8, served_model_name="short", hf_overrides=json.dumps(overrides)
+    )
+    assert models["short"].identity.mismatch(node.fingerprint) is None
+    assert models["a"].identity.mismatch(node.fingerprint) is not None
+
+
+def test_a_further_model_may_be_of_a_revision(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def resolve(model: str, revision: str) -> Path:
+        asked.append((model, revision))
+        return MODELS / "stories260K"
+
+    monkeypatch.setattr(served_models, "resolve_model", resolve)
+    load_models(GatewaySettings(models=('{"model": "org/x", "revision": "v2"}', "y=org/y")))
+    assert asked == [("", ""), ("org/x", "v2"), ("org/y", "")]
+
+
 @pytest.mark.parametrize(
     ("entry", "said"),
     [
+        ("{", "is not JSON"),
+        ('{"name": "a"}', "names no model"),
+        ('{"model": ""}', "names no model"),
+        ('{"model": 5}', "'model' of .* is no str"),
+        ('{"model": "x", "hf_overrides": "{}"}', "'hf_overrides' of .* is no dict"),
+        ('{"model": "x", "dtype": "auto"}', "'dtype' of .* is unknown"),
         (str(MODELS / "stories260K"), "two models have the name 'stories260K'"),
         ("=", "'=' is not NAME=MODEL"),
         ("name=", "'name=' is not NAME=MODEL"),
