@@ -251,6 +251,7 @@ class Dispatcher:
         choice.owing.clear()
         waited, old = dict(choice.unacknowledged), choice.stream.attempt
         choice.unacknowledged.clear()
+        self._speakers.unexplained(request, choice)
         request.attempt += 1
         choice.stream.begin(request.attempt)
         for other, below in waited.items():  # behind what is lost now
@@ -394,7 +395,10 @@ class Dispatcher:
                     self._stop_unknown(node, run.request, run.attempt)
                 continue
             choice = request.choices[run.choice]
-            if not self._speakers.heeds("Tokens", node, request, choice, run.attempt):
+            if not self._speakers.heeds(node, request, choice, run.attempt):
+                self._speakers.refuse(
+                    Tokens(message.node, (run,)), node, request, choice, run.attempt
+                )
                 if run.attempt < choice.stream.attempt:  # nobody will take it: so nobody keep it
                     end = run.position + len(run.token_ids)
                     acks.append((run.request, run.attempt, run.choice, end))
@@ -454,6 +458,7 @@ class Dispatcher:
         if not self._speakers.heeds_taking_over(
             node, message.node, request, choice, message.attempt
         ):
+            self._speakers.refuse(message, node, request, choice, message.attempt)
             return
         request.involved.add(message.node)
         if choice.done:
@@ -464,6 +469,7 @@ class Dispatcher:
             if message.position < choice.held_from:
                 if message.node != choice.holder:  # it owes what comes before the next one's
                     choice.owing.setdefault(message.node, choice.held_from)
+                    self._hear_again(choice)
                 return  # late: it has moved on since
             if choice.held_from and choice.holder:
                 self._metrics.moves.inc()
@@ -475,6 +481,7 @@ class Dispatcher:
             )
             self._ledger.stage(stage)
             self._hold(choice, message.node)
+            self._hear_again(choice)
         else:
             self._stop_old(message.node, request, message.attempt)
 
@@ -484,7 +491,8 @@ class Dispatcher:
             if message.state == "prefilling":  # it begins: later ones may come after a good end
                 self._stop_unknown(message.node, message.request, message.attempt)
             return
-        if not self._speakers.heeds("Stage", message.node, request, choice, message.attempt):
+        if not self._speakers.heeds(message.node, request, choice, message.attempt):
+            self._speakers.refuse(message, message.node, request, choice, message.attempt)
             return
         request.involved.add(message.node)
         if message.attempt < choice.stream.attempt:
@@ -503,7 +511,8 @@ class Dispatcher:
             return
         if message.attempt != choice.stream.attempt or choice.done or not choice.holder:
             return  # an attempt that was given up before, or its second message
-        if not self._speakers.heeds("Failed", message.node, request, choice, message.attempt):
+        if not self._speakers.heeds(message.node, request, choice, message.attempt):
+            self._speakers.refuse(message, message.node, request, choice, message.attempt)
             return
         expected = (choice.holder, *choice.owes())
         if (choice.heard or message.code == NotHeld.code) and message.node not in expected:
@@ -531,6 +540,12 @@ class Dispatcher:
         choice.holder, choice.heard, choice.stirred_at = node, True, time.monotonic()
         if self._directory.lost(node):
             self.on_node_lost(node, "gone before what it said arrived")
+
+    def _hear_again(self, choice: Choice) -> None:
+        """What was said too early, perhaps by the node that has the choice now."""
+        early, choice.early = choice.early, []
+        for node, message in early:
+            self.on_message(node, message)
 
     def _adopt(self, request: OpenRequest, index: int, node: str, claimed: bool) -> None:
         """`node` has the entry of this choice, and has said nothing of it yet."""
@@ -591,6 +606,8 @@ class Dispatcher:
             self._bus.send(node, Cancel(self._gateway, work.request, request.attempt, reason))
         if request.dispatches:
             self._end(request, state, reason, message)
+        for choice in request.choices:
+            self._speakers.unexplained(request, choice)
 
     def _end(self, request: OpenRequest, state: str, code: str, message: str) -> None:
         """Have Redis hear of it, however long that takes."""

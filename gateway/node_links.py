@@ -197,8 +197,11 @@ class NodeLinks:
         """Who has a record is a node, for as long as it has one or a link: Redis may forget."""
         linked = {name for name in self._met if self._bus.link(name) is not None}
         self._met = linked | self._records.keys()
-        for received in self._strangers.read(self._met.__contains__):
+        admitted = self._strangers.read(self._met.__contains__)
+        for received in admitted:
             self._take(received)
+        for peer in {received.peer for received in admitted}:
+            self.inbox.on_node_linked(peer)  # there was not room for all that it said
 
     def _forget_old_deaths(self) -> None:
         """An incarnation whose record is gone stays lost while anybody could still name it: the

@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator
 from common.errors import Overloaded, PdqError
 from common.identity import ModelIdentity
 from common.kv_layout import Fingerprint
-from common.messages import Dispatch
+from common.messages import Dispatch, Message
 from common.sampling import SamplingParams
 from gateway.streams import ChoiceStream, Token
 
@@ -56,6 +56,8 @@ class Choice:
     tries: int = 1
     unacknowledged: dict[str, int] = dataclasses.field(default_factory=dict)
     """Nodes whose tokens wait behind a gap: the position below which all of them have arrived."""
+    early: list[tuple[str, Message]] = dataclasses.field(default_factory=list)
+    """What nodes said that nobody has said yet to have it: who, what."""
     refusals: int = 0  # times that no node had room; up to 10
     done: bool = False  # finished, or stopped by us
     last_arrival: float = 0.0

@@ -17,6 +17,7 @@ from common.logs import get_logger
 log = get_logger("strangers")
 
 WAITING = 1024  # messages of all strangers together
+WAITING_OF_ONE = 128
 READINGS = 4  # of the registry, in which one that is a node is named
 
 
@@ -25,29 +26,35 @@ class Strangers:
 
     def __init__(self, disconnect: Callable[[str], None]) -> None:
         self.dropped = 0  # messages
+        self._waiting = 0
         self._disconnect = disconnect
         self._said: defaultdict[str, list[Received]] = defaultdict(list)
         self._readings: dict[str, int] = {}
 
     def heard(self, received: Received) -> None:
-        if sum(map(len, self._said.values())) >= WAITING:
+        self._readings.setdefault(received.peer, 0)
+        said = self._said[received.peer]
+        if len(said) >= WAITING_OF_ONE or self._waiting >= WAITING:
             self.dropped += 1
             return
-        self._readings.setdefault(received.peer, 0)
-        self._said[received.peer].append(received)
+        self._waiting += 1
+        said.append(received)
 
     def read(self, is_node: Callable[[str], bool]) -> list[Received]:
         """The registry was read: what those have said that turn out to be nodes."""
         admitted: list[Received] = []
         for peer in list(self._readings):
             self._readings[peer] += 1
-            if is_node(peer):
-                admitted += self._said[peer]
-            elif self._readings[peer] < READINGS:
+            named = is_node(peer)
+            if not named and self._readings[peer] < READINGS:
                 continue
+            said = self._said.pop(peer)
+            del self._readings[peer]
+            self._waiting -= len(said)
+            if named:
+                admitted += said
             else:
-                self.dropped += len(self._said[peer])
-                log.warning("stranger.refused", peer=peer, messages=len(self._said[peer]))
+                self.dropped += len(said)
+                log.warning("stranger.refused", peer=peer, messages=len(said))
                 self._disconnect(peer)
-            del self._readings[peer], self._said[peer]
         return admitted

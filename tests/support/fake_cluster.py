@@ -263,10 +263,10 @@ class FakeCluster:
         decoder.tasks[key] = task
         task.add_done_callback(lambda _: decoder.tasks.pop(key, None))
         name = decoder.view.incarnation
-        self.deliver(
-            name,
-            TookOver(name, dispatch.request, dispatch.attempt, choice, dispatch.prompt_len + index),
-        )
+        position = dispatch.prompt_len + index
+        for teller in (name, node.view.incarnation):
+            word = TookOver(name, dispatch.request, dispatch.attempt, choice, position)
+            self.deliver(teller, word)
         return decoder
 
     async def _held(self, node: FakeNode, index: int) -> None:

@@ -181,7 +181,7 @@ async def test_tokens_that_waited_for_the_first_are_acknowledged_when_it_comes(
         dispatcher.on_message(node, Tokens(node, (run_of,)))
 
     cluster.add("decode")
-    dispatcher.on_message("decode", TookOver("decode", "r1", 1, 0, first + 1))
+    dispatcher.on_message("u1", TookOver("decode", "r1", 1, 0, first + 1))
     tokens("decode", first + 1)
     assert ("decode", ("r1", 1, 0, first)) in cluster.acks
     tokens("u1", first)
@@ -690,7 +690,7 @@ async def test_who_handed_on_and_dies_is_missed_only_for_the_tokens_before(
             run = TokenRun("r1", 1, 0, len(PROMPT) + index, (ids[index],), (), "")
             dispatcher.on_message(node, Tokens(node, (run,)))
 
-        dispatcher.on_message("d1", TookOver("d1", "r1", 1, 0, len(PROMPT) + 3))
+        dispatcher.on_message("u1", TookOver("d1", "r1", 1, 0, len(PROMPT) + 3))
         tokens("d1", 3)
         if arrived:
             tokens("u1", 2)

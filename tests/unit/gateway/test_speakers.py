@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from common.messages import Failed, Message, Stage, TokenRun, Tokens, TookOver
+from common.messages import Cancel, Failed, Message, Stage, TokenRun, Tokens, TookOver
 from gateway.dispatch import Dispatcher
 from gateway.open_request import OpenRequest
 from gateway.ports import DECODE, PREFILL
+from gateway.speakers import MAX_EARLY
 from tests.support.fake_cluster import FINGERPRINT, FakeCluster, until
-from tests.unit.gateway.test_dispatch import WORK, collect, connect, expected
+from tests.unit.gateway.test_dispatch import TOKENS, WORK, collect, connect, expected
 
 Words = Callable[[str, int, int], Message]
 """By whom, of which attempt, at which position."""
@@ -124,17 +125,112 @@ async def test_nobody_speaks_of_an_attempt_that_was_never_made(
     await scene(cluster, then)
 
 
-@pytest.mark.parametrize("teller", ["d1", "d2"])
-async def test_a_node_that_is_handed_a_choice_is_heard_from_then_on(
-    cluster: FakeCluster, teller: str
+async def test_who_is_handed_a_choice_by_the_node_that_has_it_is_heard_from_then_on(
+    cluster: FakeCluster,
 ) -> None:
-    """By its own word, or by that of the node that had it."""
-
     def then(now: Scene) -> None:
         (choice,) = now.request.choices
-        now.dispatcher.on_message(teller, TookOver("d2", "r1", 1, 0, choice.stream.below))
+        now.dispatcher.on_message("d1", TookOver("d2", "r1", 1, 0, choice.stream.below))
         assert choice.holder == "d2"
         assert choice.speakers >= {"d1", "d2"}
+
+    await scene(cluster, then)
+
+
+def tokens(node: str, first: int, end: int = TOKENS) -> Tokens:
+    """The right ones from `first` to `end`, counted after the prompt."""
+    ids = tuple(expected()[0][first:end])
+    why = "length" if end == TOKENS else ""
+    return Tokens(node, (TokenRun("r1", 1, 0, len(WORK.prompt_ids) + first, ids, (), why),))
+
+
+async def test_the_decode_node_that_the_gateway_chose_takes_over_by_its_own_word() -> None:
+    """Its peer may die between its Ack and saying so."""
+    cluster = FakeCluster()
+    cluster.add("p1", PREFILL).hold_at = 0
+    cluster.add("d1", DECODE)
+    dispatcher = connect(cluster)
+    async with dispatcher.run(WORK) as request:
+        (choice,) = request.choices
+        await until(lambda: choice.heard)
+        dispatcher.on_message("p1", tokens("p1", 0, 1))
+        dispatcher.on_message("d1", TookOver("d1", "r1", 1, 0, choice.stream.below))
+        assert choice.holder == "d1"
+        cluster.kill("p1")
+        dispatcher.on_message("d1", tokens("d1", 1))
+        assert await collect(request) == expected()
+    assert len(cluster.dispatched) == 1
+
+
+async def test_a_choice_that_moved_elsewhere_is_not_taken_by_who_was_chosen_first() -> None:
+    cluster = FakeCluster()
+    cluster.add("p1", PREFILL).hold_at = 0
+    cluster.add("d1", DECODE)
+    dispatcher = connect(cluster)
+    async with dispatcher.run(WORK) as request:
+        (choice,) = request.choices
+        await until(lambda: choice.heard)
+        dispatcher.on_message("p1", tokens("p1", 0, 1))
+        cluster.add("d2", DECODE)
+        dispatcher.on_message("p1", TookOver("d2", "r1", 1, 0, choice.stream.below))
+        dispatcher.on_message("d1", TookOver("d1", "r1", 1, 0, choice.stream.below + 1))
+        assert choice.holder == "d2"
+        dispatcher.on_message("d2", tokens("d2", 1))
+        assert await collect(request) == expected()
+
+
+async def test_words_that_come_before_the_one_that_explains_them_count_as_soon_as_it_is_there(
+    cluster: FakeCluster,
+) -> None:
+    """Two moves, of which the links bring the latest words first; nobody is asked again."""
+    dispatcher = connect(cluster)
+    async with dispatcher.run(WORK) as request:
+        (choice,) = request.choices
+        first = len(WORK.prompt_ids) + 3
+        await until(lambda: choice.holder == "d1" and choice.stream.below == first)
+        cluster.add("d2", DECODE)
+        cluster.add("d3", DECODE)
+        words = [
+            ("d3", TookOver("d3", "r1", 1, 0, first + 2)),
+            ("d3", tokens("d3", 5)),
+            ("d2", TookOver("d2", "r1", 1, 0, first)),
+            ("d2", tokens("d2", 3, 5)),
+            ("d2", TookOver("d3", "r1", 1, 0, first + 2)),
+        ]
+        for node, word in words:
+            dispatcher.on_message(node, word)
+            assert (choice.holder, choice.stream.below) == ("d1", first)
+        dispatcher.on_message("d1", TookOver("d2", "r1", 1, 0, first))
+        assert await collect(request) == expected()
+    assert len(cluster.dispatched) == 1
+
+
+async def test_a_choice_is_not_taken_over_by_waiting_for_the_death_of_who_has_it(
+    cluster: FakeCluster,
+) -> None:
+    """It is retried; who said that it had it is told to stop."""
+    dispatcher = connect(cluster)
+    async with dispatcher.run(WORK) as request:
+        (choice,) = request.choices
+        await until(lambda: choice.stream.below == len(WORK.prompt_ids) + 3)
+        cluster.add("d2", DECODE)
+        dispatcher.on_message("d2", TookOver("d2", "r1", 1, 0, choice.stream.below))
+        lie = TokenRun("r1", 1, 0, choice.stream.below, (7, 7, 7), (), "")
+        dispatcher.on_message("d2", Tokens("d2", (lie,)))
+        cluster.kill("d1")
+        assert request.attempt == 2
+        assert choice.early == []
+        assert ("d2", Cancel("g1", "r1", 1, "superseded", (0,))) in cluster.cancelled
+        cluster.release()
+        assert await collect(request) == expected()
+
+
+async def test_words_that_nobody_explains_are_kept_up_to_a_bound(cluster: FakeCluster) -> None:
+    def then(now: Scene) -> None:
+        (choice,) = now.request.choices
+        for _ in range(3 * MAX_EARLY):
+            now.dispatcher.on_message("d2", LIES["Tokens"]("d2", 1, choice.stream.below))
+        assert len(choice.early) == MAX_EARLY
 
     await scene(cluster, then)
 
