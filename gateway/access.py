@@ -79,7 +79,13 @@ class Access:
 
     @staticmethod
     def check_json(request: Request) -> None:
-        """Whether the body says that it is JSON: `application/json`, or a type that ends in +json."""
+        """Whether the body says that it is JSON (`application/json`, or a type that ends in +json),
+        as it is and not compressed."""
+        encoding = request.headers.get("content-encoding", "identity").strip().lower()
+        if encoding != "identity":
+            raise UnsupportedMediaType(
+                "a body is taken as it is, without Content-Encoding", param="Content-Encoding"
+            )
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json" and not (
             kind.startswith("application/") and kind.endswith("+json")

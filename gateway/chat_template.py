@@ -111,6 +111,10 @@ class ChatTemplate:
             raise ModelError(f"the chat template does not compile: {error}") from error
         self._special_tokens = special_tokens
 
+    def reads(self, name: str) -> bool:
+        """Whether the template has a variable of this name."""
+        return name in self._read
+
     @functools.cached_property
     def _forms(self) -> MessageForms:
         # Found by rendering, which is done where a template may take long.

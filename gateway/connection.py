@@ -116,6 +116,12 @@ class Parser(h11.Connection):
             raise
         if isinstance(event, h11.Request):
             self._chunks = self._chunk_bytes = 0
+            names = {name for name, _ in event.headers}
+            if {b"content-length", b"transfer-encoding"} <= names:
+                # Whoever stands before us may have gone by the other one.
+                self._refuse(
+                    MalformedHTTP("Content-Length and Transfer-Encoding exclude each other")
+                )
             if len(event.target) > MAX_TARGET_BYTES:
                 self._refuse(URITooLong(f"the path is longer than {MAX_TARGET_BYTES} bytes"))
         elif isinstance(event, h11.Data) and event.chunk_end:
@@ -218,6 +224,9 @@ class Connection(H11Protocol):
     def handle_events(self) -> None:
         super().handle_events()
         self._note_phase()
+
+    def _should_upgrade(self) -> bool:
+        return False  # to nothing: a request to upgrade may be ignored, and is not worth a line
 
     def on_response_complete(self) -> None:
         super().on_response_complete()  # goes on with a request that is here already

@@ -51,6 +51,10 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return self._chat_template is not None
 
+    def template_reads(self, name: str) -> bool:
+        """Whether the chat template has a variable of this name."""
+        return self._chat_template is not None and self._chat_template.reads(name)
+
     def encode_now(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Raises `InvalidRequest` for a text that the model's tokenizer fails on."""
         with _failing_as("the model's tokenizer cannot encode this text"):

@@ -11,7 +11,7 @@ import dataclasses
 import itertools
 import json
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from common.errors import InvalidRequest
@@ -19,7 +19,9 @@ from gateway.schemas import (
     Body,
     ChatBody,
     CompletionBody,
+    ConversationFields,
     DetokenizeBody,
+    Fields,
     TokenizeBody,
     check_ids,
     parse,
@@ -73,11 +75,12 @@ class Prepared:
 def prepare(models: ServedModels, question: Question, data: bytes) -> Prepared:
     """Raises `InvalidRequest` and its kinds for what is wrong with the body in `data`."""
     body = parse(KINDS[question.kind], data)
-    unknown = tuple(name[:200] for name in itertools.islice(unknown_fields(body), MAX_UNKNOWN))
+    model = models.find(body.model)
+    names = itertools.chain(unknown_fields(body), _unread_variables(model, body))
+    unknown = tuple(name[:200] for name in itertools.islice(names, MAX_UNKNOWN))
     if unknown and question.refuse_unknown:
         name = shown(unknown[0])
         raise InvalidRequest(f"unknown field {name}", param=name)
-    model = models.find(body.model)
     match body:
         case CompletionBody():
             body.check(question.max_n)
@@ -101,6 +104,14 @@ def prepare(models: ServedModels, question: Question, data: bytes) -> Prepared:
             text = model.tokenizer.decode(body.tokens, skip_special_tokens=skip)
             return Prepared(unknown=unknown, answer=_answer({"prompt": text}))
     raise AssertionError(question.kind)
+
+
+def _unread_variables(model: ServedModel, body: Fields) -> Iterator[str]:
+    """The path of each variable for the chat template that it does not have."""
+    given = body.chat_template_kwargs if isinstance(body, ConversationFields) else None
+    for name in given or {}:
+        if not model.tokenizer.template_reads(name):
+            yield f"chat_template_kwargs.{name}"
 
 
 def _completion_prompt(

@@ -6,14 +6,14 @@ nothing here, which are not built yet, and the conversion to `SamplingParams`. N
 `InvalidRequest` that names the field; a field that nobody knows is named by `unknown_fields`.
 """
 
-from gateway.schemas.chat import ChatBody
+from gateway.schemas.chat import ChatBody, ConversationFields
 from gateway.schemas.completion import CompletionBody
-from gateway.schemas.fields import parse, unknown_fields
+from gateway.schemas.fields import Fields, parse, unknown_fields
 from gateway.schemas.generation import Body, StreamOptions, TextOptions
 from gateway.schemas.prompts import check_ids
 from gateway.schemas.tokens import DetokenizeBody, TokenizeBody
 
 __all__ = [
-    "Body", "ChatBody", "CompletionBody", "DetokenizeBody", "StreamOptions", "TextOptions",
-    "TokenizeBody", "check_ids", "parse", "unknown_fields",
+    "Body", "ChatBody", "CompletionBody", "ConversationFields", "DetokenizeBody", "Fields",
+    "StreamOptions", "TextOptions", "TokenizeBody", "check_ids", "parse", "unknown_fields",
 ]  # fmt: skip

@@ -17,6 +17,9 @@ from gateway.schemas.messages import ChatMessage
 Messages = Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
 
 
+OWN_FIELDS = frozenset({"messages", "add_generation_prompt", "continue_final_message"})
+
+
 class ConversationFields(Fields):
     """How messages go through the template."""
 
@@ -44,6 +47,10 @@ class ConversationFields(Fields):
                 "continue_final_message and add_generation_prompt exclude each other",
                 param="continue_final_message",
             )
+        for name in OWN_FIELDS & (self.chat_template_kwargs or {}).keys():
+            raise InvalidRequest(
+                f"chat_template_kwargs: {name} is a field of the body", param="chat_template_kwargs"
+            )
 
 
 CONVERSATION_NOT_BUILT: Mapping[str, tuple[object, ...]] = {
@@ -70,6 +77,8 @@ class ChatBody(Body, ConversationFields):
         "echo": (False,),
         "return_prompt_text": (False,),
     }
+
+    asks_even_empty: ClassVar[frozenset[str]] = Body.asks_even_empty | {"web_search_options"}
 
     messages: Messages
     max_completion_tokens: int | None = None

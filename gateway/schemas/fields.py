@@ -33,7 +33,9 @@ class Fields(BaseModel):
 
     not_built: ClassVar[Mapping[str, tuple[object, ...]]] = {}
     """Fields that we know and refuse, each with the values that ask for nothing. Null and what is
-    empty ask for nothing either."""
+    empty ask for nothing either, unless `asks_even_empty` names the field."""
+
+    asks_even_empty: ClassVar[frozenset[str]] = frozenset()
 
     @model_validator(mode="before")
     @classmethod
@@ -50,7 +52,7 @@ def parse(kind: type[Object], data: bytes) -> Object:
     except pydantic.ValidationError as error:
         raise _as_invalid(error.errors(include_url=False)[0]) from error
     for where, name, value, fields in _undeclared(body):
-        if name in fields.not_built and not _asks_for_nothing(value, fields.not_built[name]):
+        if name in fields.not_built and _asks(value, name, fields):
             raise InvalidRequest(f"{where} is not supported yet", param=where)
     return body
 
@@ -84,15 +86,19 @@ def _undeclared(fields: Fields, path: str = "") -> Iterator[tuple[str, str, Any,
                 yield from _undeclared(item, f"{path}{name}.{index}.")
 
 
-def _asks_for_nothing(value: object, unused: tuple[object, ...]) -> bool:
+def _asks(value: object, name: str, fields: type[Fields]) -> bool:
+    """Whether this value of a field that is not built asks for anything."""
     if isinstance(value, dict):
         value = {name: inner for name, inner in value.items() if inner is not None}
-    return value in ("", [], {}) or value in unused
+    if value in ("", [], {}):
+        return name in fields.asks_even_empty
+    return value not in fields.not_built[name]
 
 
 def _as_invalid(error: Any) -> InvalidRequest:
     if error["type"] == "json_invalid":
-        return InvalidRequest(f"the body is not JSON: {error['msg']}")
+        hint = " (half of a surrogate pair is no character)" if "hex escape" in error["msg"] else ""
+        return InvalidRequest(f"the body is not JSON: {error['msg']}{hint}")
     # The location of a union has the name of the alternative that was tried: no identifier.
     parts = [part for part in error["loc"] if isinstance(part, int) or part.isidentifier()]
     if error["type"] == ABSENT:

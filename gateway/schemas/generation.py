@@ -89,6 +89,9 @@ class Body(Fields):
         "routed_experts_prompt_start": (0,),
     }
 
+    # An empty schema is one that every JSON value fits.
+    asks_even_empty: ClassVar[frozenset[str]] = frozenset({"guided_json", "json_schema"})
+
     model: str | None = None
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
@@ -191,6 +194,8 @@ def _logit_bias(bias: dict[str, float] | None) -> tuple[tuple[int, float], ...]:
         if not (key.isascii() and key.isdigit() and len(key) <= 10):
             raise InvalidRequest(f"logit_bias: {key!r:.40} is no token id", param="logit_bias")
         entries.append((int(key), value))
+    if len(dict(entries)) < len(entries):
+        raise InvalidRequest("logit_bias names a token id twice", param="logit_bias")
     return tuple(sorted(entries))
 
 

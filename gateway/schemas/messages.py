@@ -61,7 +61,7 @@ class ContentPart(Fields):
 
 
 class FunctionCall(Fields):
-    name: str
+    name: Annotated[str, Field(min_length=1)]
     arguments: str | dict[str, Any] = ""
 
 
@@ -119,7 +119,12 @@ class ChatMessage(Fields):
 
     def _content(self) -> str | list[dict[str, str]] | None:
         if isinstance(self.content, list):
-            return [{"type": "text", "text": part.content} for part in self.content]
+            texts = [part.content for part in self.content]
+            if self.refusal:
+                texts.append(self.refusal)
+            return [{"type": "text", "text": text} for text in texts]
+        if self.content and self.refusal:
+            return f"{self.content}\n{self.refusal}"
         return self.content or self.refusal or self.content
 
 

@@ -172,7 +172,7 @@ async def test_every_field_of_the_official_client_and_of_vllm_is_known(
         {"verbosity": "low", "prompt_cache_retention": "24h", "tool_choice": "auto"},
         {"stream_options": None, "stream": False, "seed": None, "stop": None},
         {"stream_options": {"include_usage": False}},
-        {"use_beam_search": False, "length_penalty": 1.0, "bad_words": [], "guided_json": {}},
+        {"use_beam_search": False, "length_penalty": 1.0, "bad_words": [], "guided_json": None},
         {"include_reasoning": True, "echo": False, "structured_outputs": {}, "vllm_xargs": {}},
         {"response_format": {"type": "text", "json_schema": None}, "audio": {"voice": None}},
         {"thinking_token_budget": -1, "stop_token_ids": [], "tools": None, "documents": []},
@@ -194,6 +194,9 @@ async def test_what_asks_for_nothing_is_taken(
         ("/v1/chat/completions", {"modalities": ["text", "audio"]}, "modalities"),
         ("/v1/chat/completions", {"response_format": {"type": "json_object"}}, "response_format"),
         ("/v1/chat/completions", {"guided_json": {"type": "object"}}, "guided_json"),
+        ("/v1/chat/completions", {"guided_json": {}}, "guided_json"),  # any JSON value
+        ("/v1/completions", {"json_schema": {}}, "json_schema"),
+        ("/v1/chat/completions", {"web_search_options": {}}, "web_search_options"),  # with defaults
         ("/v1/chat/completions", {"structured_outputs": {"regex": "a"}}, "structured_outputs"),
         ("/v1/chat/completions", {"prompt_logprobs": 0}, "prompt_logprobs"),
         ("/v1/chat/completions", {"chat_template": "{{ 1 }}"}, "chat_template"),
@@ -226,6 +229,10 @@ UNKNOWN: list[tuple[str, dict[str, Any], str]] = [
      {"messages": [{"role": "assistant", "tool_calls": [
          {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}", "m": 1}}]}]},
      "messages.0.tool_calls.0.function.m"),
+    ("/v1/chat/completions", {"chat_template_kwargs": {"enable_thinking": False}},
+     "chat_template_kwargs.enable_thinking"),
+    ("/tokenize", {"prompt": None, "messages": [{"role": "user", "content": "x"}],
+                   "chat_template_kwargs": {"mood": 1}}, "chat_template_kwargs.mood"),
 ]  # fmt: skip
 
 
@@ -421,6 +428,7 @@ async def test_a_part_that_is_no_text_is_refused_by_name(
         ({"audio": {"id": "x"}}, "audio"),
         ({"tool_calls": [{"id": "c", "type": "custom", "custom": {}}]}, "tool_calls.0.type"),
         ({"tool_calls": [{"id": "c", "type": "function"}]}, "tool_calls.0.function"),
+        ({"tool_calls": [{"function": {"name": ""}}]}, "tool_calls.0.function.name"),
         ({"tool_calls": {}}, "tool_calls"),
         ({"name": 5}, "name"),
     ],
@@ -432,6 +440,41 @@ async def test_what_a_message_cannot_have_is_named(
     answer = await post(http, "/v1/chat/completions", messages=messages)
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == f"messages.0.{param}"
+
+
+@pytest.mark.parametrize("content", ["Of course.", [{"type": "text", "text": "Of course."}]])
+async def test_a_refusal_beside_an_answer_is_not_lost(model: str, content: Any) -> None:
+    cluster, http = await http_for(model=model)
+    message = {"role": "assistant", "content": content, "refusal": "Not that."}
+    async with http:
+        answer = await post(http, "/v1/chat/completions", messages=[message])
+    assert answer.status_code == 200, answer.text
+    prompt = QWEN.decode(cluster.dispatched[0][1].token_ids)
+    assert "Of course.\nNot that." in prompt
+
+
+@pytest.mark.parametrize("name", ["messages", "add_generation_prompt", "continue_final_message"])
+async def test_what_is_a_field_of_its_own_is_not_taken_as_a_variable_of_the_template(
+    http: httpx.AsyncClient, name: str
+) -> None:
+    answer = await post(http, "/v1/chat/completions", chat_template_kwargs={name: False})
+    assert answer.status_code == 400
+    assert name in answer.json()["error"]["message"]
+
+
+async def test_a_token_id_that_is_written_in_two_ways_has_no_two_biases(
+    http: httpx.AsyncClient,
+) -> None:
+    answer = await post(http, "/v1/completions", logit_bias={"7": 1, "007": 2})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "logit_bias")
+
+
+async def test_half_of_a_surrogate_pair_is_named_as_what_it_is(http: httpx.AsyncClient) -> None:
+    body = b'{"model": "stories", "prompt": "cut in two: \\ud83d"}'
+    json_type = {"content-type": "application/json"}
+    answer = await http.post("/v1/completions", content=body, headers=json_type)
+    assert answer.status_code == 400
+    assert "surrogate" in answer.json()["error"]["message"]
 
 
 # ── Answers ──────────────────────────────────────────────────────────────────────────────────────

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gzip
 import json
 import socket
 import struct
@@ -196,6 +197,11 @@ async def test_a_client_that_does_not_read_its_answer_is_cut_off() -> None:
             501, "not_implemented",
         ),
         (
+            b"POST /tokenize HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\n"
+            b"transfer-encoding: chunked\r\n\r\n0\r\n\r\n",
+            400, "malformed_http",  # two ends: whoever stands before us may see the other
+        ),
+        (
             b"POST /tokenize HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
             + b"1\r\n \r\n" * 5_000,
             400, "malformed_http",
@@ -303,7 +309,7 @@ async def test_a_list_of_prompts_is_opened_whole_or_not_at_all() -> None:
         served.cluster.members["u1"].hold_at = 1
         async with httpx.AsyncClient(base_url=served.url) as http:
             first = asyncio.create_task(http.post("/v1/completions", json=BODY))
-            await until(lambda: served.dispatcher.num_open == 1)
+            await until(lambda: len(served.cluster.dispatched) == 1)
             answer = await http.post("/v1/completions", json={**BODY, "prompt": ["a"] * 3})
             assert answer.status_code == 429
             assert len(served.cluster.dispatched) == 1
@@ -386,6 +392,27 @@ async def test_a_wrong_method_says_which_are_right() -> None:
         assert (head_.status_code, head_.content) == (200, b"")
         unknown = await http.get("/v2")
         assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "not_found")
+
+
+async def test_a_compressed_body_is_refused_as_that() -> None:
+    async with gateway() as served, httpx.AsyncClient(base_url=served.url) as http:
+        headers = {"content-type": "application/json", "content-encoding": "gzip"}
+        body = gzip.compress(json.dumps(BODY).encode())
+        answer = await http.post("/v1/completions", content=body, headers=headers)
+        assert answer.status_code == 415
+        assert answer.json()["error"]["param"] == "Content-Encoding"
+        headers["content-encoding"] = "identity"
+        answer = await http.post("/v1/completions", content=json.dumps(BODY), headers=headers)
+        assert answer.status_code == 200
+
+
+async def test_a_request_to_upgrade_is_answered_as_any_other_without_a_line_in_the_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async with gateway() as served, httpx.AsyncClient(base_url=served.url) as http:
+        headers = {"connection": "upgrade", "upgrade": "websocket"}
+        assert (await http.get("/health", headers=headers)).status_code == 200
+    assert caplog.records == []
 
 
 HUGE = "x" * 2_000_000

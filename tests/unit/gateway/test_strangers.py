@@ -1,4 +1,4 @@
-"""What a peer says before the registry names it waits for that, in order; who is never named is cut off."""
+"""What a peer says before the registry names it waits for that; who is never named is cut off."""
 
 from __future__ import annotations
 
