@@ -26,6 +26,7 @@ SHORT_BODY = 65_536  # bytes of the short lane
 MAX_WAITING = 64  # bodies in one lane
 IDLE_S = 60.0  # a worker that is not needed ends
 WALL_S = 60.0  # a worker that gives no answer for so long is killed
+SPARE_WALL_S = 300.0  # one that works in spare time
 
 log = get_logger("intake")
 
@@ -41,14 +42,18 @@ class _Job:
 class _Worker:
     """One connection to one process."""
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, in_spare_time: bool
+    ) -> None:
         self._reader, self._writer = reader, writer
+        self._in_spare_time = in_spare_time
         self._pidfd = -1
         self.is_over = False  # it answers no more
 
     @classmethod
-    async def start(cls, forker: Forker) -> _Worker:
-        worker = cls(*await asyncio.open_connection(sock=forker.worker()))
+    async def start(cls, forker: Forker, in_spare_time: bool) -> _Worker:
+        connection = forker.worker(in_spare_time=in_spare_time)
+        worker = cls(*await asyncio.open_connection(sock=connection), in_spare_time)
         try:
             async with asyncio.timeout(WALL_S):
                 head, _ = await worker._receive()
@@ -59,8 +64,9 @@ class _Worker:
         return worker
 
     async def prepare(self, question: Question, body: bytes) -> Prepared:
-        """Raises `EOFError` or `OSError` when the process ends instead of answering."""
-        async with asyncio.timeout(WALL_S):
+        """Raises `EOFError` or `OSError` when the process ends instead of answering, `TimeoutError`
+        when it does neither."""
+        async with asyncio.timeout(SPARE_WALL_S if self._in_spare_time else WALL_S):
             for part in question_frame(question, body):
                 self._writer.write(part)
             await self._writer.drain()
@@ -89,8 +95,8 @@ class _Worker:
 class _Lane:
     """Bodies of about one size, and the workers for them."""
 
-    def __init__(self, forker: Forker, processes: int) -> None:
-        self._forker, self._processes = forker, processes
+    def __init__(self, forker: Forker, processes: int, *, in_spare_time: bool) -> None:
+        self._forker, self._processes, self._in_spare_time = forker, processes, in_spare_time
         self._waiting: dict[str, deque[_Job]] = {}  # clients in the order of their turns
         self._running: Counter[str] = Counter()
         self._idle: list[tuple[_Worker, asyncio.TimerHandle]] = []
@@ -150,7 +156,9 @@ class _Lane:
             self._give_back(worker)
             if not job.answer.done():
                 job.answer.set_exception(error)
-        except (EOFError, OSError, TimeoutError):
+        except TimeoutError:  # one that works is ended by its own limit before
+            self._end(worker, job, Overloaded("no processor had time to work on the body"))
+        except (EOFError, OSError):
             self._end(
                 worker, job,
                 InvalidRequest("the body takes too much time or memory to work on"),
@@ -182,7 +190,7 @@ class _Lane:
             if not worker.has_ended:
                 return worker
             worker.kill()
-        return await _Worker.start(self._forker)
+        return await _Worker.start(self._forker, self._in_spare_time)
 
     def _give_back(self, worker: _Worker | None) -> None:
         if worker is None:
@@ -204,8 +212,8 @@ class Intake:
     def __init__(self, models: ServedModels, forker: Forker, processes: int) -> None:
         """`processes` for large bodies; one more takes the short ones."""
         self._models, self._forker = models, forker
-        self._short = _Lane(forker, 1)
-        self._long = _Lane(forker, processes)
+        self._short = _Lane(forker, 1, in_spare_time=False)
+        self._long = _Lane(forker, processes, in_spare_time=True)
 
     async def prepare(self, client: str, question: Question, body: bytes) -> Prepared:
         """Raises `InvalidRequest` for the body, `Overloaded` when too many wait."""

@@ -10,6 +10,7 @@ a body takes more processor time or memory than it may, and after a body that ma
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import os
 import resource
@@ -34,10 +35,12 @@ from gateway.intake.wire import (
 )
 from gateway.served_models import ServedModels
 
-NICE = 10  # serving goes before reading what comes next
+NICE, NICEST = 10, 19  # serving goes before reading what comes next
 PROCESSOR_S = 10.0  # processor time that one body may take
 MEMORY_BYTES = 2**30  # address space that a worker may have beyond what it begins with
 GROWTH_BYTES = 2**27  # a worker that has grown by so much makes way for a fresh one
+
+AT_ONCE, IN_SPARE_TIME = b"w", b"s"  # what the forking process is asked for
 
 log = get_logger("intake")
 
@@ -50,18 +53,22 @@ class Forker:
         self._models = models
         self._fork()
 
-    def worker(self) -> socket.socket:
-        """A connection to a new worker, which says who it is first. Raises `ResourceError`."""
+    def worker(self, *, in_spare_time: bool = False) -> socket.socket:
+        """A connection to a new worker, which says who it is first. Raises `ResourceError`.
+
+        One that works `in_spare_time` never takes a processor from anybody else who wants it.
+        """
+        kind = IN_SPARE_TIME if in_spare_time else AT_ONCE
         ours, theirs = socket.socketpair()
         with theirs:
             try:
-                self._ask(theirs)
+                self._ask(kind, theirs)
             except OSError:
                 log.warning("intake.forker_lost", pid=self.pid)
                 try:
                     self.close()
                     self._fork()
-                    self._ask(theirs)
+                    self._ask(kind, theirs)
                 except OSError as error:
                     ours.close()
                     raise ResourceError(f"no intake process can be started: {error}") from error
@@ -73,8 +80,8 @@ class Forker:
         with contextlib.suppress(ChildProcessError):
             os.waitpid(self.pid, 0)
 
-    def _ask(self, connection: socket.socket) -> None:
-        socket.send_fds(self._socket, [b"w"], [connection.fileno()])
+    def _ask(self, kind: bytes, connection: socket.socket) -> None:
+        socket.send_fds(self._socket, [kind], [connection.fileno()])
 
     def _fork(self) -> None:
         ours, theirs = socket.socketpair()
@@ -122,16 +129,28 @@ def _fork_workers(commands: socket.socket, models: ServedModels) -> None:
             if os.fork() == 0:
                 die()
                 commands.close()
-                _run(lambda: _work(connection, models), keep=connection)
+                main = functools.partial(_work, connection, models, command == IN_SPARE_TIME)
+                _run(main, keep=connection)
 
 
-def _work(connection: socket.socket, models: ServedModels) -> None:
-    """Answer one body after the other until the gateway hangs up."""
+def _stand_back(in_spare_time: bool) -> None:
+    """Let others go first. Between threads of a step that wait for each other, even a process of
+    little weight costs much; one of SCHED_IDLE leaves the processor as soon as anybody wants it."""
     os.nice(NICE)
+    if in_spare_time:
+        try:
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        except OSError:  # a sandbox may forbid it
+            os.nice(NICEST - NICE)
+
+
+def _work(connection: socket.socket, models: ServedModels, in_spare_time: bool) -> None:
+    """Answer one body after the other until the gateway hangs up."""
     begin = _address_space()
     resource.setrlimit(resource.RLIMIT_AS, (begin + MEMORY_BYTES,) * 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _send(connection, hello_frame(os.getpid()))
+    _stand_back(in_spare_time)
     last = False
     while not last and (received := _receive(connection, LENGTHS.size)):
         head_length, body_length, _ = lengths(received)

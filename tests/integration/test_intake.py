@@ -205,13 +205,27 @@ async def test_the_process_that_forks_is_replaced_too() -> None:
         await running.prepare("a", COMPLETIONS, padded(SHORT_BODY + 1, prompt="x"))
 
 
-async def test_a_worker_that_stops_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_long_bodies_are_worked_on_in_time_that_nobody_else_wants() -> None:
+    """A chat of some lines is not: it may not wait for a node that computes all the time."""
+    async with intake(models("tokenizers/qwen2")) as running:
+        await running.prepare("a", COMPLETIONS, padded(SHORT_BODY + 1, prompt="x"))
+        (long,) = workers(running)
+        await running.prepare("a", CHAT, chat())
+        (short,) = (worker for worker in workers(running) if worker != long)
+        assert os.sched_getscheduler(long.pid) == os.SCHED_IDLE
+        assert os.sched_getscheduler(short.pid) == os.SCHED_OTHER
+        assert short.nice() == min(os.nice(0) + process.NICE, 19)
+
+
+async def test_a_worker_that_gives_no_answer_is_killed_and_its_client_may_come_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     async with intake() as running:
         await running.prepare("a", COMPLETIONS, padded(SHORT_BODY + 1, prompt="x"))
         (worker,) = workers(running)
         worker.suspend()
-        monkeypatch.setattr(pool, "WALL_S", 0.1)
-        with pytest.raises(InvalidRequest, match="too much time"):
+        monkeypatch.setattr(pool, "SPARE_WALL_S", 0.1)
+        with pytest.raises(Overloaded, match="no processor"):
             await running.prepare("a", COMPLETIONS, padded(SHORT_BODY + 1, prompt="x"))
         await until(lambda: not worker.is_running())
 

@@ -84,11 +84,11 @@ class LazyForker(Forker):
         self._models = models
         self._started = False
 
-    def worker(self) -> socket.socket:
+    def worker(self, *, in_spare_time: bool = False) -> socket.socket:
         if not self._started:
             self._started = True
             self._fork()
-        return super().worker()
+        return super().worker(in_spare_time=in_spare_time)
 
     def close(self) -> None:
         if self._started:
