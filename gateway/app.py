@@ -26,7 +26,13 @@ _ROUTING_ERRORS: dict[int, type[InvalidRequest]] = {404: NotFound, 405: MethodNo
 
 def create_app(service: Service) -> FastAPI:
     """An ASGI app for `service`."""
-    app = FastAPI(title="pdq", docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(
+        title="pdq",
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        redirect_slashes=False,  # it would send the body to whatever place `Host` names
+    )
     app.include_router(build_router(service))
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _internal_error)

@@ -394,6 +394,17 @@ async def test_a_wrong_method_says_which_are_right() -> None:
         assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "not_found")
 
 
+@pytest.mark.parametrize("path", ["/v1/completions/", "/health/", "/v1/models//", "//health"])
+async def test_no_client_is_sent_elsewhere_by_what_it_calls_us(path: str) -> None:
+    async with gateway() as served, httpx.AsyncClient(base_url=served.url) as http:
+        answer = await http.get(served.url + path, headers={"host": "elsewhere.example"})
+        assert (answer.status_code, answer.json()["error"]["type"]) == (
+            404,
+            "invalid_request_error",
+        )
+        assert "location" not in answer.headers
+
+
 async def test_a_compressed_body_is_refused_as_that() -> None:
     async with gateway() as served, httpx.AsyncClient(base_url=served.url) as http:
         headers = {"content-type": "application/json", "content-encoding": "gzip"}
