@@ -161,8 +161,8 @@ def report(results: dict[str, Any]) -> None:
         for name, rate in transports["best_gb_per_s"].items():
             median = transports["median_gb_per_s"][name]
             print(f"  {name:24} {rate:6.2f} GB/s best {median:6.2f} median")
-        for name, goal in GOALS.items():
-            best, median = transports["share_best"][name], transports["share_median"][name]
+        for name, best in transports["share_best"].items():
+            median, goal = transports["share_median"][name], GOALS.get(name, "none")
             print(f"  {name:24} {best:6.2f} of best   {median:6.2f} median of pairs   goal {goal}")
     for name, result in results.get("latency", {}).items():
         print(f"{name} ({result['prompts']} prompts of {PROMPT} tokens)")

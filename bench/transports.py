@@ -8,7 +8,8 @@ limits take turns, so that both see the same machine.
     socket   the same pieces over one TCP connection of two processes, with the same copies:
              `sendall` out of the pool, `recv_into` into the pool             limits tcp
 
-`tcp, CURVE` is its encrypted wire, of which nothing is promised.
+`tcp, CURVE` is its encrypted wire, of which nothing is promised; `TLS` is what the bare socket has
+with TLS 1.3 on it (bench/tls.py), which a wire with TLS could have at most.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ import multiprocessing
 import random
 import socket
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
+from bench import tls
 from common.kv_layout import KVLayout
 from kv_transfer.lease import Leases
 from kv_transfer.pool_memory import PoolMemory, copy_bytes
@@ -77,11 +80,19 @@ def serve(pipe: Connection, blocks: int) -> None:
     pipe.send((proofs, generations, memory.digests, listener.getsockname()))
     connection, _ = listener.accept()
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    while connection.recv(1):
-        for block in range(blocks):
-            connection.sendall(memory.slab(block))
+    bare = threading.Thread(target=send_when_asked, args=(connection, memory))
+    bare.start()
+    send_when_asked(tls.accept(listener), memory)
+    bare.join()
     for source in sources.values():
         source.close()
+
+
+def send_when_asked(connection: socket.socket, memory: PoolMemory) -> None:
+    with connection:
+        while connection.recv(1):
+            for block in range(memory.num_blocks):
+                connection.sendall(memory.slab(block))
 
 
 def fill(memory: PoolMemory) -> None:
@@ -119,7 +130,8 @@ def measure_transports(blocks: int = 128, rounds: int = 7) -> dict[str, Any]:
     target = Target(own, LAYOUT)
     slab = LAYOUT.slab_bytes
     with _source(blocks) as (proofs, generations, digests, address):
-        bare = _Bare(address, own)
+        bare = _Bare(socket.create_connection(address), own)
+        encrypted = _Bare(tls.Reader(socket.create_connection(address)), own)
         readers = {name: opener(LINK, proofs[name], target) for name, opener in OPENERS.items()}
         plain = tuple(Piece(b, b, generations[b], b, 0, b"", SEED) for b in range(blocks))
         checked = tuple(Piece(b, b, generations[b], b, 0, digests[b], SEED) for b in range(blocks))
@@ -133,6 +145,7 @@ def measure_transports(blocks: int = 128, rounds: int = 7) -> dict[str, Any]:
                 target.check(piece)
 
         runs: dict[str, Callable[[], object]] = {"memcpy": memcpy, "socket": bare.pull}
+        runs["socket, TLS"] = encrypted.pull
         for name, reader in readers.items():
             runs[name] = functools.partial(pull, reader, plain)
             runs[f"{name}, digest"] = functools.partial(pull, reader, checked)
@@ -146,6 +159,7 @@ def measure_transports(blocks: int = 128, rounds: int = 7) -> dict[str, Any]:
         for reader in readers.values():
             reader.close()
         bare.close()
+        encrypted.close()
     volume = blocks * slab
     rates = {name: volume / min(seconds[1:]) / 1e9 for name, seconds in tries.items()}
     medians = {name: volume / statistics.median(s[1:]) / 1e9 for name, s in tries.items()}
@@ -155,7 +169,7 @@ def measure_transports(blocks: int = 128, rounds: int = 7) -> dict[str, Any]:
         )
         for name, limit in (
             ("shm", "memcpy"), ("shm, digest", "memcpy"), ("tcp", "socket"),
-            ("tcp, digest", "socket"),
+            ("tcp, digest", "socket"), ("socket, TLS", "socket"), ("tcp, CURVE", "socket"),
         )
     }  # fmt: skip
     best = {name: rates[name.split(" / ")[0]] / rates[name.split(" / ")[1]] for name in shares}
@@ -175,11 +189,10 @@ def pull(reader: Reader, pieces: tuple[Piece, ...]) -> None:
 
 
 class _Bare:
-    """The reading end of the bare socket."""
+    """The reading end of the bare socket, which may have TLS on it."""
 
-    def __init__(self, address: tuple[str, int], pool: PoolMemory) -> None:
-        self._socket = socket.create_connection(address)
-        self._pool = pool
+    def __init__(self, connection: socket.socket | tls.Reader, pool: PoolMemory) -> None:
+        self._socket, self._pool = connection, pool
 
     def pull(self) -> None:
         self._socket.send(b"x")

@@ -13,8 +13,7 @@ late by definition: it is counted and dropped.
     prefill ──Offer──▶ decode ──Grant | Deny──▶ prefill
     prefill ──Blocks…──▶ decode          (places, generations, digests: decode pulls the bytes)
     prefill ──Tail──▶ decode             (a prompt that ends inside a block)
-    decode ──Pull──▶ prefill ──Slabs──▶ decode ──(Arrived──▶) prefill ──Proved──▶ decode
-                                                                (tcp only, on a socket of their own)
+    decode ──Pull──▶ prefill ──Slabs, Proved──▶ decode    (tcp only, on a socket of their own)
     prefill ──Tokens (the first)──▶ gateway
     prefill ──Commit──▶ decode ──Ack──▶ prefill, both ──TookOver──▶ gateway
     decode ──Tokens──▶ gateway ──TokensAck──▶ decode
@@ -345,18 +344,6 @@ class Slabs(Message):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Arrived(Message):
-    """reader → source, over ZeroMQ: the slabs of Pull `number` are here, so that nothing of them is on
-    its way any more. Until then, or the end of the link, the source keeps them in place. Over a plain
-    connection the source knows by itself when they have left. Duplicate: ignored."""
-
-    kind: ClassVar[int] = 63
-    link: str
-    token: bytes
-    number: int
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
 class Proved(Message):
     """source → reader, when they have left: `unchanged` says that no generation of Pull `number`
     changed until then. Nothing counts as copied before."""
@@ -574,7 +561,7 @@ MESSAGES: dict[int, type[Message]] = {
     message.kind: message
     for message in (
         Dispatch, Hello, Welcome, Refuse, Closed, Offer, Grant, Deny, Blocks, Tail, Commit, Ack,
-        Abort, Release, Pull, Slabs, Arrived, Proved, Tokens, TookOver, Stage, Failed, CacheEvents,
+        Abort, Release, Pull, Slabs, Proved, Tokens, TookOver, Stage, Failed, CacheEvents,
         CacheContent, TokensAck, HoldsQuery, Cancel, CacheQuery, Open, Beat, Over, Goodbye,
     )
 }  # fmt: skip

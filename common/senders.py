@@ -14,7 +14,6 @@ from __future__ import annotations
 from common.messages import (
     Abort,
     Ack,
-    Arrived,
     Beat,
     Blocks,
     CacheContent,
@@ -56,7 +55,7 @@ BETWEEN_NODES: Kinds = (
 )  # fmt: skip
 ABOUT_LINKS: Kinds = (Open, Beat, Over, Goodbye)
 """Between any two ends; bus_links.py has their rules."""
-NOT_OVER_LINKS: Kinds = (Dispatch, Pull, Slabs, Arrived, Proved)
+NOT_OVER_LINKS: Kinds = (Dispatch, Pull, Slabs, Proved)
 """Through Redis, or over the sockets of tcp."""
 
 TO_GATEWAYS, TO_NODES = FROM_NODES, FROM_GATEWAYS + BETWEEN_NODES

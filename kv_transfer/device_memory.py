@@ -70,7 +70,7 @@ class DevicePoolMemory(PoolMemory):
 
 
 class Staging:
-    """A ring of `count` pinned host buffers of one slab each, and a stream that fills them."""
+    """`count` pinned host buffers of one slab each, and a stream that fills them."""
 
     def __init__(self, memory: DevicePoolMemory, count: int) -> None:
         self._cuda, self._device, self._slab_bytes = (
@@ -79,23 +79,12 @@ class Staging:
             memory.slab_bytes,
         )
         self.count = count
-        self._free = list(range(count))
         self._stream = self._cuda.stream(self._device)
         try:
             self._address = self._cuda.pinned(count * self._slab_bytes)
         except BaseException:
             self._cuda.destroy(self._device, self._stream)
             raise
-
-    def take(self, count: int) -> list[int] | None:
-        """As many buffers as asked for, or None now."""
-        if count > len(self._free):
-            return None
-        taken, self._free = self._free[:count], self._free[count:]
-        return taken
-
-    def give(self, buffers: Iterable[int]) -> None:
-        self._free.extend(buffers)
 
     def address(self, buffer: int) -> int:
         return self._address + buffer * self._slab_bytes

@@ -1,8 +1,8 @@
 """Leases of the sending side: who may touch which blocks, and when references go back.
 
 Invariant: a block's references are given back only when its lease has ended (a terminal answer of
-the peer, or its link torn down) AND nothing of this process touches it for that link any more (an
-unsent frame does). Nothing here knows time: no timer can end a lease.
+the peer, or its link torn down) AND no thread of a transport touches it for that link any more (it
+does while it sends). Nothing here knows time: no timer can end a lease.
 
 `touch` and `untouch` may be called from a transport's thread; all else belongs to the driver's.
 """

@@ -2,7 +2,7 @@
 
 The reader asks by `Pull`; the source answers `Slabs` and puts one send of all of it on its stream;
 the reader puts the receive on its own, straight into its pool; when the device has sent, comes
-`Proved`. The source knows that by itself: `Arrived` tells it nothing.
+`Proved`.
 
 Several communicators on one device must not wait for each other crosswise: a kernel of NCCL holds
 the device until the peer's runs. Hence turns, two for each device of a process, taken in one order
@@ -148,14 +148,13 @@ class NcclSource(tcp.TcpSource):
         return SendingFrames(self._host, self._secret_key), "zmq"
 
     def _serve(self, link: str, token: bytes, wire: SendingWire) -> tcp.Served:
-        assert isinstance(wire, SendingFrames)
         return _NcclServed(self, link, token, wire)
 
 
 class _NcclServed(tcp.Served):
     """One link: the thread of tcp.py, which sends by the communicator instead."""
 
-    def __init__(self, source: NcclSource, link: str, token: bytes, wire: SendingFrames) -> None:
+    def __init__(self, source: NcclSource, link: str, token: bytes, wire: SendingWire) -> None:
         memory = source.device_memory
         turn = source.turns.of(memory.device_index, "send")
         self._nccl, self._unique_id = source.nccl, b""
@@ -164,36 +163,40 @@ class _NcclServed(tcp.Served):
             memory, source.nccl, turn, sends=True, is_closing=lambda: self._closing
         )
         self._is_set_up = False
-        self._frames = wire
         try:
             super().__init__(source, link, token, wire)
         except BaseException:  # no thread
             self._channel.close()
             raise
 
-    def _ship(self, sent: tcp.Sent) -> bool:
+    def _ship(self, peer: bytes, pull: Pull) -> None:
         """A first pull of nothing gets the communicator's id, a second one waits for its setup.
 
-        Returns when the device has sent the slabs: whoever has a turn finishes it first.
+        Ends when the device has sent the slabs, or does nothing for this link any more.
         """
-        peer, pull = sent.peer, sent.pull
         header = encode(Slabs(self._link, pull.number, ""))
         if pull.slots:
-            self._channel.take_turn()
-            self._frames.send(peer, header)
-            self._channel.begin(self._ranges(pull))
-            while not self._channel.is_done():
-                self._channel.pause(math.inf)
+            self._send_ranges(peer, header, pull)
         elif not self._unique_id:
             self._unique_id = self._nccl.unique_id()
-            self._frames.send(peer, header, self._unique_id)
+            self._wire.send_slabs(peer, header, [[memoryview(self._unique_id)]])
         else:
-            self._frames.send(peer, header)
+            self._wire.send(peer, header)
             if not self._is_set_up:
                 self._channel.set_up(self._unique_id)
                 self._is_set_up = True
-        self._prove(sent)
-        return True
+
+    def _send_ranges(self, peer: bytes, header: bytes, pull: Pull) -> None:
+        self._channel.take_turn()
+        try:
+            self._wire.send(peer, header)
+            self._channel.begin(self._ranges(pull))
+            while not self._channel.is_done():
+                self._channel.pause(math.inf)
+        except BaseException:
+            self._channel.abort()  # before the blocks are let go
+            raise
+        self._channel.give_turn()
 
     def _ranges(self, pull: Pull) -> list[tuple[int, int]]:
         memory = self._device_memory
@@ -204,9 +207,6 @@ class _NcclServed(tcp.Served):
             for slot in pull.slots
             for offset, length in ranges
         ]
-
-    def _left(self, sent: tcp.Sent) -> None:
-        self._channel.give_turn()
 
     def _ended(self) -> None:
         self._channel.close()

@@ -1,23 +1,18 @@
 """Slabs over TCP: the reader asks (`Pull`), the source sends (`Slabs`), and when the bytes have left
-it says that they stood still until then (`Proved`).
+the pool it says whether they stood still until then (`Proved`).
 
 Two wires carry that. A link has a plain connection (tcp_stream.py), or, where its slabs are to be
-encrypted, ZeroMQ sockets with CURVE (tcp_frames.py), whose reader must say that slabs are here
-(`Arrived`). Either sends pool memory itself, without a copy (of a pool on a device, pinned copies out
-of a ring that is as large as the window). Until the bytes have left they touch the lease of their
-blocks, and only then is it looked up that no generation changed. The reader digests each slab while it
-is in cache. What is under way is bounded whatever the prompt: in frames by the reader's window, on a
-connection by the buffers of the kernel.
+encrypted, ZeroMQ sockets with CURVE (tcp_frames.py). The source answers one pull after the other, and
+the lease of a pull's blocks is touched while it does. Slabs of a pool on a device pass through a ring
+of pinned buffers. The reader digests each slab while it is in cache. What is under way is bounded
+whatever the prompt: by the buffers of the kernel, and in frames by the queue of their socket.
 
-Each link has sockets and a thread of its own: tearing a link down ends them, after which nothing of
-the pool is in any buffer of ours, whatever the peer does.
+Each link has sockets and a thread of its own: tearing a link down ends both, whatever the peer does.
 """
 
 from __future__ import annotations
 
-import collections
 import contextlib
-import dataclasses
 import hmac
 import itertools
 import secrets
@@ -35,7 +30,7 @@ from common.errors import (
     StaleBlock,
 )
 from common.kv_layout import KVLayout
-from common.messages import Arrived, Message, Proved, Pull, Slabs
+from common.messages import Message, Proved, Pull, Slabs
 from kv_transfer.device_memory import DevicePoolMemory, Staging
 from kv_transfer.lease import Leases
 from kv_transfer.pool_memory import PoolMemory
@@ -49,7 +44,6 @@ from kv_transfer.transports.wires import STALL_TIMEOUT, ReceivingWire, SendingWi
 WINDOW_BYTES = 8 << 20  # under way at once on a link, or two slabs where those are larger
 _MAX_SLOTS = 1024  # of one Pull, which is a short message
 _TOKEN_BYTES = 16
-_MAX_PENDING = 16  # pulls that a source has under way at once; more are refused
 _OPEN_TIMEOUT = 5.0
 
 
@@ -103,23 +97,13 @@ class TcpSource:
             self.close_link(link)
 
 
-@dataclasses.dataclass(slots=True, eq=False)
-class Sent:
-    """A Pull whose bytes may still be on their way out of the pool."""
-
-    peer: bytes
-    pull: Pull
-    buffers: Sequence[int] = ()  # of a ring, where the pool itself cannot be sent
-
-
 class Served:
     """One link of a source: a thread at its wire."""
 
     def __init__(self, source: TcpSource, link: str, token: bytes, wire: SendingWire) -> None:
         self._memory, self._layout, self._leases = source.memory, source._layout, source._leases
         self._link, self._token, self._wire = link, token, wire
-        self._sent: list[Sent] = []
-        self._waiting: collections.deque[tuple[bytes, Pull]] = collections.deque()  # to be sent
+        self._most_slots = slots_per_pull(wire, source.memory)
         self._closing = False
         self._thread = threading.Thread(
             target=self._run, args=(source.name,), name="tcp-source", daemon=True
@@ -137,81 +121,52 @@ class Served:
 
     def _serve(self) -> None:
         with contextlib.ExitStack() as ending:
-            ending.callback(self._let_go)
             ending.callback(self._ended)
-            ending.callback(self._wire.close)  # then no buffer of ours refers to the pool
+            ending.callback(self._wire.close)
             while (heard := self._wire.receive()) is not None:
                 self._heard(*heard)
-                self._ship_what_waits()
-
-    def _let_go(self) -> None:
-        for pull in [sent.pull for sent in self._sent] + [pull for _, pull in self._waiting]:
-            self._leases.untouch(self._link, pull.slots)
-
-    def _ship_what_waits(self) -> None:
-        while self._waiting:
-            sent = Sent(*self._waiting.popleft())
-            self._sent.append(sent)  # whatever happens now, its blocks are touched
-            if not self._ship(sent):
-                self._sent.remove(sent)
-                self._waiting.appendleft((sent.peer, sent.pull))
-                return
 
     def _heard(self, peer: bytes, said: bytes) -> None:
         try:
             message = decode(said)
         except MalformedMessage:
             return
-        if not isinstance(message, (Pull, Arrived)) or message.link != self._link:
+        if not isinstance(message, Pull) or message.link != self._link:
             return
         if not hmac.compare_digest(message.token, self._token):
             return
-        if isinstance(message, Pull):
-            self._pulled(peer, message)
-            return
-        for sent in self._sent:
-            if (sent.peer, sent.pull.number) == (peer, message.number):
-                self._prove(sent)
-                return
-
-    def _pulled(self, peer: bytes, pull: Pull) -> None:
-        """Take a pull that may be served; what is taken is touched until it is proved."""
-        if len(self._sent) + len(self._waiting) >= _MAX_PENDING:
-            self._send(peer, Slabs(self._link, pull.number, "too_many"))
-        elif not self._is_still(pull) or not self._leases.touch(self._link, pull.slots):
-            self._send(peer, Slabs(self._link, pull.number, "stale_block"))
+        if len(message.slots) > self._most_slots:
+            self._send(peer, Slabs(self._link, message.number, "too_many"))
+        elif not self._is_still(message) or not self._leases.touch(self._link, message.slots):
+            self._send(peer, Slabs(self._link, message.number, "stale_block"))
         else:
-            self._waiting.append((peer, pull))
+            self._answer(peer, message)
 
-    def _ship(self, sent: Sent) -> bool:
-        """Send what a pull asks for; False, and nothing done, if that has to wait."""
-        self._send_slabs(sent, [[self._memory.slab(slot) for slot in sent.pull.slots]])
-        return True
+    def _answer(self, peer: bytes, pull: Pull) -> None:
+        """Send the blocks of a pull, which are touched until they have left, then the proof."""
+        try:
+            self._ship(peer, pull)
+            unchanged = self._is_still(pull)
+        finally:
+            self._leases.untouch(self._link, pull.slots)
+        self._send(peer, Proved(self._link, pull.number, unchanged))
 
-    def _send_slabs(self, sent: Sent, batches: Iterable[Sequence[memoryview]]) -> None:
-        """Send slabs that lie in host memory as they lie there, of a tail its filled positions, and
-        prove them if they leave at once."""
-        if fill := sent.pull.fill:
-            ((slab,),) = batches
-            batches = [[slab[at : at + n] for at, n in self._layout.tail_ranges(fill)]]
-        header = encode(Slabs(self._link, sent.pull.number, ""))
-        self._wire.send_slabs(sent.peer, header, batches)
-        if self._wire.leaves_at_once or not sent.pull.slots:
-            self._prove(sent)
+    def _ship(self, peer: bytes, pull: Pull) -> None:
+        """Send what a pull asks for. Nothing refers to the pool any more when this ends."""
+        batches = self._batches(pull.slots)
+        if pull.fill:
+            ranges = self._layout.tail_ranges(pull.fill)
+            batches = (
+                [slab[at : at + n] for slab in batch for at, n in ranges] for batch in batches
+            )
+        self._wire.send_slabs(peer, encode(Slabs(self._link, pull.number, "")), batches)
+
+    def _batches(self, slots: Sequence[int]) -> Iterable[Sequence[memoryview]]:
+        """Slabs in host memory; each batch is taken when the one before it has left."""
+        return [[self._memory.slab(slot) for slot in slots]]
 
     def _ended(self) -> None:
         """The thread has ended, and nothing is on its way any more."""
-
-    def _prove(self, sent: Sent) -> None:
-        """Its bytes have left: say whether they stood still until now."""
-        self._sent.remove(sent)
-        proved = Proved(self._link, sent.pull.number, self._is_still(sent.pull))
-        self._leases.untouch(self._link, sent.pull.slots)
-        self._left(sent)
-        self._send(sent.peer, proved)
-
-    def _left(self, sent: Sent) -> None:
-        """What was sent has left this process."""
 
     def _is_still(self, pull: Pull) -> bool:
         if len(pull.slots) != len(pull.generations) or (pull.fill and len(pull.slots) != 1):
@@ -230,10 +185,7 @@ class Served:
 
 
 class _StagedServed(Served):
-    """A link of a pool on a device: slabs pass through a ring of pinned buffers of its own.
-
-    What does not fit now waits for what left, so that the ring bounds what is staged.
-    """
+    """A link of a pool on a device: slabs pass through a ring of pinned buffers of its own."""
 
     def __init__(
         self, source: TcpSource, link: str, token: bytes, wire: SendingWire,
@@ -243,44 +195,16 @@ class _StagedServed(Served):
         self._ring: Staging | None = None  # made for the first pull that wants a slab
         super().__init__(source, link, token, wire)
 
-    def _ship(self, sent: Sent) -> bool:
-        slots = sent.pull.slots
+    def _batches(self, slots: Sequence[int]) -> Iterator[list[memoryview]]:
         if not slots:
-            self._send_slabs(sent, ())
-            return True
+            return
+        memory = self._device_memory
         if self._ring is None:
-            slab_bytes = self._device_memory.slab_bytes
-            self._ring = Staging(self._device_memory, max(2, WINDOW_BYTES // slab_bytes))
-        if self._wire.leaves_at_once:
-            self._send_slabs(sent, self._through(self._ring, slots))
-            return True
-        if len(slots) > self._ring.count:  # no reader of ours asks for so many
-            self._sent.remove(sent)
-            self._leases.untouch(self._link, slots)
-            self._send(sent.peer, Slabs(self._link, sent.pull.number, "too_many"))
-            return True
-        buffers = self._ring.take(len(slots))
-        if buffers is None:
-            return False
-        sent.buffers = buffers
-        self._send_slabs(sent, [self._loaded(self._ring, buffers, slots)])
-        return True
-
-    def _through(self, ring: Staging, slots: Sequence[int]) -> Iterator[list[memoryview]]:
-        """A ring full at a time: when the next is asked for, the one before has left."""
-        for start in range(0, len(slots), ring.count):
-            some = slots[start : start + ring.count]
-            yield self._loaded(ring, range(len(some)), some)
-
-    def _loaded(
-        self, ring: Staging, buffers: Sequence[int], slots: Sequence[int]
-    ) -> list[memoryview]:
-        ring.load(buffers, [self._device_memory.slab_address(slot) for slot in slots])
-        return [ring.view(buffer) for buffer in buffers]
-
-    def _left(self, sent: Sent) -> None:
-        if self._ring is not None:
-            self._ring.give(sent.buffers)
+            self._ring = Staging(memory, max(2, WINDOW_BYTES // memory.slab_bytes))
+        for start in range(0, len(slots), self._ring.count):
+            some = slots[start : start + self._ring.count]
+            self._ring.load(range(len(some)), [memory.slab_address(slot) for slot in some])
+            yield [self._ring.view(buffer) for buffer in range(len(some))]
 
     def _ended(self) -> None:
         if self._ring is not None:
@@ -336,8 +260,7 @@ class TcpReader:
     def _requests(self, pieces: Sequence[Piece]) -> Iterator[tuple[Piece, ...]]:
         """The pieces in portions of a Pull each: whole slabs together, a tail alone."""
         full = [piece for piece in pieces if not piece.fill]
-        count = max(1, self._wire.request_bytes // self._target.memory.slab_bytes)
-        count = min(count, _MAX_SLOTS)
+        count = slots_per_pull(self._wire, self._target.memory)
         for start in range(0, len(full), count):
             yield tuple(full[start : start + count])
         for piece in pieces:
@@ -386,11 +309,7 @@ class TcpReader:
                 if pieces is not None:
                     failure = StaleBlock("a block is not leased to this link any more")
                 continue
-            if self._wire.says_arrived:
-                self._say(Arrived(self._link, self._token, message.number))
             if pieces is None:
-                if self._wire.says_arrived:
-                    continue
                 raise LinkLost("the source sends what nobody asked for")
             if failure is None:
                 proving.add(message.number)
@@ -446,6 +365,11 @@ class TcpReader:
 
     def _released(self) -> None:
         """The link has ended, and no pull runs."""
+
+
+def slots_per_pull(wire: SendingWire | ReceivingWire, memory: PoolMemory) -> int:
+    """How many slabs one Pull may ask for."""
+    return min(max(1, wire.request_bytes // memory.slab_bytes), _MAX_SLOTS)
 
 
 def split_proof(proof: bytes) -> tuple[bytes, str, str, int]:

@@ -1,9 +1,7 @@
 """A wire of ZeroMQ sockets, which encrypts where there is a key (CURVE): slabs are frames.
 
-The source sends pool memory itself as frames, without a copy: libzmq's constant messages, to whose
-memory it refers until their bytes have left, or the context has ended, and tells nobody which. (With
-pyzmq's own, a Python thread keeps each such frame until then: a tenth of the time that a slab takes.)
-Hence the reader has to say that they have arrived. It copies each frame once.
+Either end copies each slab once, between the pool and a frame; encryption takes far longer. The
+queues of the sockets bound the frames that wait.
 
 Reconnecting is off: a connection is a link. This file and common/bus.py are the only users of zmq.
 """
@@ -12,30 +10,26 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import ctypes
-import functools
 import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import zmq
-import zmq.backend.cython._zmq as _loaded  # the extension that libzmq is linked with
 import zmq.utils.monitor
 
 from common.errors import LinkLost, MalformedMessage
 from kv_transfer.pool_memory import PoolMemory
-from kv_transfer.transports.wires import MAX_PULL_BYTES, Stop
+from kv_transfer.transports.wires import LOOK_S, MAX_PULL_BYTES, Stop
 
-_MESSAGE_BYTES = 64  # zmq_msg_t, zmq.h
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
-_KEPT_BYTES = 32 << 20  # the most that M_MMAP_THRESHOLD takes
+REQUEST_BYTES = 2 << 20
+_QUEUE = 8  # messages that wait at either end; there are two for each Pull
 
 
 class SendingFrames:
     """The source's end: a ROUTER."""
 
-    leaves_at_once = False
+    request_bytes = REQUEST_BYTES
 
     def __init__(self, host: str, secret_key: str) -> None:
         """`LinkLost`, and nothing is left, where it cannot listen there."""
@@ -48,7 +42,10 @@ class SendingFrames:
                 self._socket = self._context.socket(zmq.ROUTER)
                 made.callback(self._socket.close)
                 self._socket.setsockopt(zmq.LINGER, 0)
-                self._socket.setsockopt(zmq.SNDHWM, 0)  # bounded by the pulls that are taken
+                self._socket.setsockopt(zmq.SNDHWM, _QUEUE)
+                self._socket.setsockopt(zmq.RCVHWM, _QUEUE)
+                self._socket.setsockopt(zmq.SNDTIMEO, round(LOOK_S * 1000))
+                self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # or it drops what has to wait
                 self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_PULL_BYTES)
                 if secret_key:
                     self._socket.curve_server = True
@@ -68,43 +65,51 @@ class SendingFrames:
                 return frames[0], frames[1]
         return None
 
-    def send(self, peer: bytes, message: bytes, *frames: bytes) -> None:
-        self._socket.send_multipart([peer, message, *frames])
+    def send(self, peer: bytes, message: bytes) -> None:
+        self.send_slabs(peer, message, ())
 
     def send_slabs(
         self, peer: bytes, header: bytes, batches: Iterable[Sequence[memoryview]]
     ) -> None:
-        pieces = [piece for batch in batches for piece in batch]
-        self._socket.send_multipart([peer, header], zmq.SNDMORE if pieces else 0)
-        library, handle = _libzmq(), self._socket.underlying
-        message = ctypes.create_string_buffer(_MESSAGE_BYTES)
-        last = len(pieces) - 1
-        for index, piece in enumerate(pieces):
-            address = np.frombuffer(piece, np.uint8).ctypes.data
-            library.zmq_msg_init_data(message, address, len(piece), None, None)
-            if library.zmq_msg_send(message, handle, zmq.SNDMORE if index < last else 0) < 0:
-                error = zmq.ZMQError(ctypes.get_errno())
-                library.zmq_msg_close(message)
-                raise error
+        """Wait while the queue to the reader is full. A reader that is gone is sent nothing."""
+        try:
+            self._send(peer, zmq.SNDMORE)
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
+            return
+        part: bytes | zmq.Frame = header
+        for batch in batches:
+            for piece in batch:
+                following = zmq.Frame(piece, copy=True)  # its batch may go before it is sent
+                self._send(part, zmq.SNDMORE)
+                part = following
+        self._send(part)
+
+    def _send(self, part: bytes | zmq.Frame, flags: int = 0) -> None:
+        while True:
+            with contextlib.suppress(zmq.Again):  # after LOOK_S
+                self._socket.send(part, flags, copy=False)
+                return
+            if self._stop.is_set:
+                raise LinkLost("the link was closed")
 
     def stop(self) -> None:
         self._stop.set()
 
     def close(self) -> None:
         self._socket.close()
-        self._context.term()  # from here on no buffer of ours refers to a piece
+        self._context.term()
         self._stop.close()
 
 
 class ReceivingFrames:
     """The reader's end: a DEALER, and what its monitor says of the connection."""
 
-    says_arrived = True
-    request_bytes = 2 << 20
+    request_bytes = REQUEST_BYTES
 
     def __init__(self, endpoint: str, secret_key: str, slab_bytes: int) -> None:
         """`MalformedMessage` for what is no endpoint; nothing is left then."""
-        keep_freed_pages()
         self._frames: collections.deque[Any] = collections.deque()  # behind the last message
         with contextlib.ExitStack() as made:
             self._stop = Stop()
@@ -130,7 +135,7 @@ class ReceivingFrames:
         """Set the socket's options; its monitor."""
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.RECONNECT_IVL, -1)
-        self._socket.setsockopt(zmq.RCVHWM, 0)  # bounded by the window
+        self._socket.setsockopt(zmq.RCVHWM, _QUEUE)
         self._socket.setsockopt(zmq.MAXMSGSIZE, slab_bytes + MAX_PULL_BYTES)
         if secret_key:
             public = zmq.curve_public(secret_key.encode())
@@ -191,27 +196,3 @@ class ReceivingFrames:
         self._socket.close()
         self._context.term()
         self._stop.close()
-
-
-@functools.cache
-def _libzmq() -> ctypes.CDLL:
-    library = ctypes.CDLL(_loaded.__file__, use_errno=True)  # finds what it is linked with, too
-    pointer, size = ctypes.c_void_p, ctypes.c_size_t
-    library.zmq_msg_init_data.argtypes = [pointer, pointer, size, pointer, pointer]
-    library.zmq_msg_send.argtypes = [pointer, pointer, ctypes.c_int]
-    library.zmq_msg_close.argtypes = [pointer]
-    return library
-
-
-@functools.cache
-def keep_freed_pages() -> None:
-    """Let malloc keep the memory of frames that are copied, for the frames that come next.
-
-    By default it returns what is free at the top of an arena to the system at once, and every slab
-    pays again for its page faults: a third of what receiving it costs. What is kept is bounded by
-    the window, and by `_KEPT_BYTES` per arena. A C library without `mallopt` has its own ways.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)  # setting one ends the automatic choice of both
-        mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)

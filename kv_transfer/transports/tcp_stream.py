@@ -22,20 +22,20 @@ import numpy as np
 from common.errors import LinkLost
 from kv_transfer.device_memory import DevicePoolMemory
 from kv_transfer.pool_memory import PoolMemory
-from kv_transfer.transports.wires import MAX_PULL_BYTES, STALL_TIMEOUT, Stop
+from kv_transfer.transports.wires import LOOK_S, MAX_PULL_BYTES, STALL_TIMEOUT, Stop
 
+REQUEST_BYTES = 64 << 20
 _MAX_CALLERS = 8  # who have not said the token yet; the oldest has to go
 _IOV_MAX = 1024  # pieces of one call, limits.h
 _CALL_BYTES = 256 << 10  # of small pieces; a call of many MiB keeps the kernel from its other end
 _ALIGN = 64  # of a stream: slabs that begin inside a line of cache are copied at half the speed
 _LENGTH = struct.Struct("!I")
-_LOOK_S = 0.05  # the longest wait in the kernel until it is looked whether the link goes on
 
 
 class SendingStream:
     """The source's end: hears one caller, the first that says the token."""
 
-    leaves_at_once = True
+    request_bytes = REQUEST_BYTES
 
     def __init__(self, host: str, token: bytes) -> None:
         """`LinkLost`, and nothing is left, where it cannot listen there."""
@@ -107,7 +107,7 @@ class SendingStream:
         except BlockingIOError:
             return
         except OSError:  # no descriptor is left: the caller goes on waiting, and the listener calls
-            time.sleep(_LOOK_S)
+            time.sleep(LOOK_S)
             return
         caller.setblocking(False)
         self._callers.append(caller)
@@ -186,8 +186,7 @@ class SendingStream:
 class ReceivingStream:
     """The reader's end."""
 
-    says_arrived = False
-    request_bytes = 64 << 20
+    request_bytes = REQUEST_BYTES
 
     def __init__(self, host: str, port: int, token: bytes, timeout: float) -> None:
         """Connect, say the token and hear it back: `LinkLost` if that takes over `timeout` s."""
@@ -285,9 +284,9 @@ def _one_call_of(pieces: Iterable[memoryview]) -> list[memoryview]:
 
 
 def _wait_in_the_kernel(connection: socket.socket) -> None:
-    """Calls wait there, and no longer than `_LOOK_S`: no poll before each."""
+    """Calls wait there, and no longer than `LOOK_S`: no poll before each."""
     connection.setblocking(True)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    look = struct.pack("@ll", 0, round(_LOOK_S * 1e6))  # struct timeval
+    look = struct.pack("@ll", 0, round(LOOK_S * 1e6))  # struct timeval
     for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
         connection.setsockopt(socket.SOL_SOCKET, option, look)

@@ -15,6 +15,7 @@ from typing import Protocol
 from kv_transfer.pool_memory import PoolMemory
 
 MAX_PULL_BYTES = 1 << 16  # of one message to a source
+LOOK_S = 0.05  # the longest wait in a call until it is looked whether the link goes on
 STALL_TIMEOUT = 20.0  # a transport of which nothing arrives for so long has lost its link
 
 
@@ -22,7 +23,7 @@ class SendingWire(Protocol):
     """The source's end. `peer` is who said something, for the answer to it."""
 
     port: int
-    leaves_at_once: bool  # whether bytes have left when `send_slabs` returns
+    request_bytes: int  # of slabs that one Pull asks for at most, or one slab
 
     def receive(self) -> tuple[bytes, bytes] | None:
         """Wait for a message: who said it, and the message. None when stopped; `LinkLost`."""
@@ -33,24 +34,19 @@ class SendingWire(Protocol):
     def send_slabs(
         self, peer: bytes, header: bytes, batches: Iterable[Sequence[memoryview]]
     ) -> None:
-        """Send a message and bytes behind it, which are not copied in this process.
-
-        Where they leave at once, each batch has left when the next is taken; elsewhere they must
-        stay until the reader says that they are there, or the wire is closed. `LinkLost`.
-        """
+        """Send a message and bytes behind it. Each batch has left its memory when the next is taken,
+        the last when this returns, and all of them when it raises. `LinkLost`."""
 
     def stop(self) -> None:
         """End whatever waits."""
 
-    def close(self) -> None:
-        """From here on nothing of this end refers to a piece."""
+    def close(self) -> None: ...
 
 
 class ReceivingWire(Protocol):
     """The reader's end."""
 
-    says_arrived: bool  # whether the source waits to be told that slabs have arrived
-    request_bytes: int  # of slabs that one Pull asks for best
+    request_bytes: int  # as the source's
 
     def say(self, message: bytes) -> None:
         """`LinkLost` if nobody can hear it."""

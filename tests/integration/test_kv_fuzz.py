@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from common.bus import new_secret_key
 from common.codec import decode, encode
 from common.errors import LinkLost, MalformedMessage, PdqError
-from common.messages import Arrived, Proved, Pull, Slabs
+from common.messages import Proved, Pull, Slabs
 from kv_transfer.device_memory import DevicePoolMemory
 from kv_transfer.lease import Leases
 from kv_transfer.pool_memory import PoolMemory
@@ -84,14 +84,8 @@ def pulls(token: bytes) -> st.SearchStrategy[Pull]:
     )  # fmt: skip
 
 
-def arrivals(token: bytes) -> st.SearchStrategy[Arrived]:
-    """Of pulls that were never asked for, or under way, or over."""
-    tokens = st.sampled_from([token, b"", b"x" * 16])
-    return st.builds(Arrived, st.sampled_from(["link", "other"]), tokens, st.integers(0, 9))
-
-
 def messages(token: bytes) -> st.SearchStrategy[bytes]:
-    return st.binary(max_size=40) | (pulls(token) | arrivals(token)).map(encode)
+    return st.binary(max_size=40) | pulls(token).map(encode)
 
 
 @given(data=st.data())
@@ -121,8 +115,6 @@ def test_a_source_gives_out_nothing_but_leased_blocks_whatever_it_is_sent(
             assert isinstance(message, (Slabs, Proved))
             assert all(len(slab) <= LAYOUT.slab_bytes for slab in slabs)
             assert SECRET not in b"".join(slabs)
-            if isinstance(message, Slabs) and not message.refused:
-                socket.send(encode(Arrived("link", token, message.number)))
             if isinstance(message, Proved) and message.number == last:
                 break
     finally:

@@ -10,6 +10,7 @@ stopped; everything else runs in this one.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import gc
 import importlib.util
@@ -30,7 +31,7 @@ import torch
 from common.bus import new_secret_key
 from common.errors import ConfigError, DigestMismatch, LinkLost, MalformedMessage, StaleBlock
 from common.kv_layout import KVLayout
-from common.messages import Arrived, Proved, Slabs
+from common.messages import Proved, Slabs
 from kv_transfer.device_memory import DevicePoolMemory
 from kv_transfer.digests import slab_digest, tail_seed
 from kv_transfer.lease import Leases
@@ -42,7 +43,7 @@ from kv_transfer.transports.cuda_ipc import CudaIpcReader, CudaIpcSource
 from kv_transfer.transports.nccl import NcclReader, NcclSource, Turns
 from kv_transfer.transports.nixl import NixlReader, NixlSource
 from kv_transfer.transports.shm import ShmReader, ShmSource
-from kv_transfer.transports.tcp import TcpReader, TcpSource, split_proof
+from kv_transfer.transports.tcp import TcpReader, TcpSource, slots_per_pull, split_proof
 from kv_transfer.transports.tcp_frames import ReceivingFrames
 from tests.support.fake_cuda import FakeCuda
 from tests.support.fake_nccl import FakeNccl, FakePair
@@ -508,9 +509,10 @@ def test_tcp_keeps_references_until_the_bytes_have_left(transport: str) -> None:
         end.leases.add(KEY, list(range(64)))
         reader = end.reader()
         assert isinstance(reader, TcpReader)
-        for start in range(0, 64, 32):  # asks for more than the sockets hold, and reads nothing
-            reader._ask(tuple(end.piece(b, b) for b in range(start, start + 32)))
-        wait_until(lambda: end.leases.count()["touched"] >= 32, "the source is sending")
+        at_once = min(32, slots_per_pull(reader._wire, end.memory))
+        for start in range(0, 64, at_once):  # more than the sockets hold, and reads nothing
+            reader._ask(tuple(end.piece(b, b) for b in range(start, start + at_once)))
+        wait_until(unchanged(lambda: dict(end.leases._touched)), "the source waits for its reader")
         end.leases.end(KEY)
         assert end.leases.count()["ending"] == 1
         assert end.pool.references[31] == 1
@@ -518,6 +520,33 @@ def test_tcp_keeps_references_until_the_bytes_have_left(transport: str) -> None:
         end.leases.collect()
         assert end.leases.count() == {"open": 0, "ending": 0, "touched": 0}
         assert set(end.pool.references.values()) == {0}
+
+
+def unchanged(look: Callable[[], object], seconds: float = 0.3) -> Callable[[], bool]:
+    """Whether what `look` finds is something, and has been the same for so long."""
+    last, since = None, 0.0
+
+    def condition() -> bool:
+        nonlocal last, since
+        found, now = copy.deepcopy(look()), time.monotonic()
+        if not found or found != last:
+            last, since = found, now
+        return bool(found) and now - since >= seconds
+
+    return condition
+
+
+@tcp_wires
+def test_tcp_refuses_a_pull_that_no_reader_of_ours_sends(transport: str) -> None:
+    """What one pull asks for is held in memory on its way."""
+    with both_ends(transport) as end:
+        end.fill(0)
+        end.leases.add(KEY, [0])
+        reader = end.reader()
+        assert isinstance(reader, TcpReader)
+        most = slots_per_pull(reader._wire, end.memory)
+        number = reader._ask((end.piece(0, 0),) * (most + 1))
+        assert reader._receive(10.0) == Slabs("link", number, "too_many")
 
 
 @tcp_wires
@@ -545,25 +574,9 @@ def test_tcp_lets_go_of_every_block_of_a_pull_that_failed(transport: str) -> Non
         assert set(end.pool.references.values()) == {0}
 
 
-def test_frames_touch_a_block_until_its_reader_says_that_it_has_arrived() -> None:
-    with both_ends("tcp+curve") as end:
-        end.fill(0)
-        end.leases.add(KEY, [0])
-        reader = end.reader()
-        assert isinstance(reader, TcpReader)
-        piece = end.piece(0, 0)
-        number = reader._ask((piece,))
-        assert reader._receive(10.0) == Slabs("link", number, "")
-        assert reader._arrived((piece,)) is None
-        assert end.leases.count()["touched"] == 1
-        end.fill(0)
-        reader._say(Arrived("link", reader._token, number))
-        assert reader._receive(10.0) == Proved("link", number, unchanged=False)
-        assert end.leases.count()["touched"] == 0
-
-
-def test_a_stream_lets_go_of_a_block_when_the_kernel_has_it() -> None:
-    with both_ends("tcp") as end:
+@tcp_wires
+def test_tcp_lets_go_of_a_block_when_its_bytes_have_left_the_pool(transport: str) -> None:
+    with both_ends(transport) as end:
         end.fill(0)
         sent = end.memory.slabs[0].clone()
         end.leases.add(KEY, [0])
@@ -572,7 +585,7 @@ def test_a_stream_lets_go_of_a_block_when_the_kernel_has_it() -> None:
         piece = end.piece(0, 0)
         number = reader._ask((piece,))
         assert reader._receive(10.0) == Slabs("link", number, "")
-        wait_until(lambda: end.leases.count()["touched"] == 0, "the kernel has the rest, too")
+        wait_until(lambda: end.leases.count()["touched"] == 0, "they have left")
         end.fill(0)
         assert reader._arrived((piece,)) is None
         assert torch.equal(end.target.memory.slabs[0], sent)
@@ -781,8 +794,8 @@ def test_staging_is_bounded_by_the_window_and_given_back(transport: str) -> None
 
 
 @staged
-def test_a_pull_that_the_ring_cannot_hold_waits_for_what_left(transport: str) -> None:
-    """Asked for faster than it is taken: the ring is full, and nothing is overwritten."""
+def test_nothing_that_is_staged_is_overwritten_before_it_has_left(transport: str) -> None:
+    """More is asked for than the ring holds, faster than it is taken."""
     with both_ends(transport, LARGE, blocks=48) as end:
         for block in range(48):
             end.fill(block)

@@ -16,7 +16,6 @@ from common.kv_layout import HASHED_AT_ONCE
 from common.messages import (
     Abort,
     Ack,
-    Arrived,
     Blocks,
     Commit,
     Deny,
@@ -319,7 +318,7 @@ EXAMPLES: list[Message] = [
     offer(), Grant(*KEY, (0, 1)), Deny(*KEY, "x"), blocks(0, 1),
     Tail(*KEY, 1, b"p", (3,), 1, 5, 2, b""), Commit(*KEY, 3, 9, None, 2), Ack(*KEY),
     Abort(*KEY, "x"), Release(*KEY), Pull("l", b"t", 0, (1, 2), (2, 2), 0), Slabs("l", 0, ""),
-    Arrived("l", b"t", 0), Proved("l", 0, True),
+    Proved("l", 0, True),
 ]  # fmt: skip
 
 
