@@ -6,13 +6,18 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 NIXL := $(VENV)/.nixl
 
-.PHONY: serve test lint bench bench-handoff proof fuzz chaos-handoff chaos-stops test-gpu bench-gpu bench-peers clean
+.PHONY: serve test test-all lint bench bench-handoff proof fuzz chaos-handoff chaos-stops test-gpu bench-gpu bench-peers clean
 
 serve: $(INSTALLED)
 	$(BIN)/pdq serve $(ARGS)
 
+# Two processes of tests, as many as the smallest machine has cores (tests/support/schedule.py).
 test: $(INSTALLED) $(NIXL) lint
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS)
+
+# The slow ones as well. What has its own command below stays with it: proof, fuzz, and all of chaos-*.
+test-all: $(INSTALLED) $(NIXL) lint
+	$(BIN)/python -m pytest -n 2 $(ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check
@@ -63,7 +68,9 @@ test-gpu:
 bench-gpu:
 	$(PYTHON) -m bench.engine --device cuda --threads 1 $(ARGS)
 
-# Modules are compiled when they are first imported: most never are.
+# Modules are compiled when they are first imported: most never are. Kept, or each process of the tests
+# would compile them anew.
+unexport PYTHONDONTWRITEBYTECODE
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt
 
 $(INSTALLED): pyproject.toml constraints.txt

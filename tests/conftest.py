@@ -6,16 +6,18 @@ The fixtures live in tests/support, one file per subject.
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
-from pathlib import Path
+from typing import Any
 
 import pytest
 
 from common.node.__main__ import OMP_SPIN
 from tests.support.docker import docker_ahead
 from tests.support.redis import redis_client, redis_server
+from tests.support.schedule import Schedule, arrange
 
 __all__ = ["docker_ahead", "redis_client", "redis_server"]
 
@@ -26,16 +28,25 @@ atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)
 # As in nodes, and before torch is imported: here, too, others have the cores.
 os.environ.setdefault("GOMP_SPINCOUNT", OMP_SPIN)
 
-# Those that keep one core busy come first: what takes the other one meanwhile is `docker_ahead`.
-# Whole systems, which need both, come when that is done.
-LAST = ("e2e", "docker", "faults")
-
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=_rank)
+    arrange(items)
 
 
-def _rank(item: pytest.Item) -> int:
-    folder = item.path.relative_to(Path(__file__).parent).parts[0]
-    kind = "docker" if item.get_closest_marker("docker") else folder
-    return LAST.index(kind) if kind in LAST else -1
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Schedule:
+    config.option.loadscopereorder = False
+    return Schedule(config, log)
+
+
+@pytest.fixture(autouse=True)
+def meanwhile(request: pytest.FixtureRequest) -> None:
+    """Beside the first test that leaves a core free, images are begun."""
+    if not request.node.get_closest_marker("system"):
+        request.getfixturevalue("docker_ahead")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_collection() -> None:
+    """Tests that collect garbage look through what their own module made, not through torch."""
+    gc.collect()
+    gc.freeze()

@@ -6,25 +6,15 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.support.serve_process import ROOT, ServeProcess, serving
+from tests.support.serve_process import ROOT, ServeProcess
 
 EXAMPLES = ROOT / "deploy" / "examples"
 RUN_HERE = {"complete_with_curl.sh", "complete_with_openai.py"}
 RUN_BY_COMPOSE = {"scale_and_watch.sh"}
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServeProcess]:
-    folder = tmp_path_factory.mktemp("serve")
-    with serving(folder, "--port", "0", "--num-kv-blocks", "256") as serve:
-        serve.url()
-        yield serve
-    serve.assert_nothing_left()
 
 
 def said(*command: str) -> str:

@@ -29,7 +29,7 @@ assert [name for _, name in socket.if_nameindex()] == ["lo"]
 serve = subprocess.Popen(
     [
         {unshare!r}, "--user", "--map-user={user}", sys.executable, "-m", "common.cli", "serve",
-        "--port", "0", "--num-kv-blocks", "256",
+        "--port", "0", "--num-kv-blocks", "256", "--unified", "1",
     ],
     stdout=subprocess.PIPE, text=True,
 )
@@ -71,6 +71,7 @@ def test_no_compiler_no_root_no_network_no_cache(tmp_path: Path) -> None:
     assert result["answer"]["usage"]["completion_tokens"] > 0
 
 
+@pytest.mark.slow  # `make test` is installed in the same way, and test_readme.py serves with it
 def test_it_installs_into_an_environment_that_is_there(tmp_path: Path) -> None:
     """`pip install -e .`, and both entry points work from anywhere."""
     source = tmp_path / "source"

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,14 +31,6 @@ def made(command: str) -> str:
     """`make …` without installing anything: this Python has it all."""
     installed = shlex.quote(str(BIN.parent / ".installed"))
     return command.replace("make ", f"make -o {installed} VENV={shlex.quote(str(BIN.parent))} ", 1)
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServeProcess]:
-    with serving(tmp_path_factory.mktemp("serve"), "--port", "0") as serve:
-        serve.url()
-        yield serve
-    serve.assert_nothing_left()
 
 
 def beside(served: ServeProcess, text: str) -> str:

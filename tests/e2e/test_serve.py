@@ -33,14 +33,6 @@ UNIFIED = (*SMALL, "--unified", "1")
 # ── One deployment for those that only look ──────────────────────────────────────────────────────
 
 
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServeProcess]:
-    with serving(tmp_path_factory.mktemp("serve"), *SMALL) as serve:
-        serve.url()
-        yield serve
-    serve.assert_nothing_left()
-
-
 def test_every_part_is_announced_with_its_state(served: ServeProcess) -> None:
     served.line(r"^redis +ready +(valkey|redis) \d+\S* (carried by|on the PATH)")
     for part in ("gateway-1", "prefill-1", "decode-1"):

@@ -58,6 +58,7 @@ def both(home: Path) -> list[str]:
     return [bits(process) for process in [start(home, "float32"), start(home, "bfloat16")]]
 
 
+@pytest.mark.slow
 def test_a_cold_and_a_warm_cache_give_the_same_bits(tmp_path: Path) -> None:
     """And so do two processes that fill one cache at the same time, with other kernels each."""
     cold = both(tmp_path)
@@ -115,6 +116,7 @@ def cold(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     folder = tmp_path / "kernels"
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(folder))
     monkeypatch.setattr(kernel_cache, "_warned", set())
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # of the module below: the disk is full
     (tmp_path / "one_kernel.py").write_text(KERNEL)
     return folder
 

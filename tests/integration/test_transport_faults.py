@@ -80,15 +80,6 @@ def held() -> Counter[str]:
     return holdings(os.getpid()).descriptors + Counter(fakes)
 
 
-@pytest.fixture(autouse=True)
-def _quick_collection() -> Iterator[None]:
-    """Only what a test makes is looked through, at each of its many collections."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 @contextlib.contextmanager
 def used_before(transport: str) -> Iterator[tuple[End, list[Piece], Callable[[str], None]]]:
     """Both ends, which have copied already: what is made once is there. What pieces to copy, and the

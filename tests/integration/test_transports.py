@@ -47,6 +47,7 @@ from kv_transfer.transports.tcp import TcpReader, TcpSource, slots_per_pull, spl
 from kv_transfer.transports.tcp_frames import ReceivingFrames
 from tests.support.fake_cuda import FakeCuda
 from tests.support.fake_nccl import FakeNccl, FakePair
+from tests.support.holdings import shared_files
 
 LAYOUT = KVLayout.paged_attention(
     num_layers=3, num_kv_heads=2, head_dim=8, block_size=4, dtype="float32"
@@ -235,13 +236,13 @@ def wait_until(condition: Callable[[], object], what: str, seconds: float = 20.0
 
 @pytest.fixture(autouse=True)
 def _nothing_is_left() -> Iterator[None]:
-    before, shared = descriptors(), set(os.listdir("/dev/shm"))
+    before, shared = descriptors(), shared_files()
     threads = threading.active_count()
     yield
     gc.collect()
     wait_until(lambda: descriptors() <= before, "descriptors back to the baseline")
     wait_until(lambda: threading.active_count() <= threads, "threads back to the baseline")
-    assert set(os.listdir("/dev/shm")) == shared
+    assert shared_files() <= shared
     assert os.listdir(FOLDER.name) == []
     assert (CUDA.left, NCCL.left) == (0, 0)
 

@@ -382,9 +382,9 @@ class Ahead:
         self._stack.close()
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="session")
 def docker_ahead(request: pytest.FixtureRequest) -> Iterator[Ahead | None]:
-    """Begun with the first test, whichever that is, if there will be docker tests."""
+    """None if there will be no docker tests."""
     if not any(item.get_closest_marker("docker") for item in request.session.items):
         yield None
         return

@@ -1,0 +1,45 @@
+"""Which tests run beside which: `make test` has two processes of tests, one for each of two cores.
+
+A file goes to one process as a whole, since its tests share what they start. Whole systems run one
+after the other, in the process that begins with them; containers come last, in the other one, which
+has made their images meanwhile (`docker_ahead`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from xdist.scheduler import LoadScopeScheduling
+
+SYSTEMS, CONTAINERS = "whole systems", "containers"
+
+
+def arrange(items: list[pytest.Item]) -> None:
+    """Mark what starts whole systems, and put all tests into the order above."""
+    places = {item: scope(item.nodeid) for item in items}
+    for item, place in places.items():
+        if place in (SYSTEMS, CONTAINERS):
+            item.add_marker("system")
+    items.sort(key=lambda item: {SYSTEMS: 0, CONTAINERS: 2}.get(places[item], 1))
+
+
+def scope(nodeid: str) -> str:
+    """What goes to one process with this test: its file, or a kind of system."""
+    file = nodeid.partition("::")[0]
+    if file == "tests/e2e/test_compose.py":
+        return CONTAINERS
+    return SYSTEMS if file.startswith(("tests/e2e/", "tests/faults/")) else file
+
+
+class Schedule(LoadScopeScheduling):  # type: ignore[misc]
+    """In the order of the tests."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return scope(nodeid)
+
+    def _reschedule(self, node: Any) -> None:
+        if list(self.workqueue) == [CONTAINERS] and SYSTEMS in self.assigned_work[node]:
+            node.shutdown()
+        else:
+            super()._reschedule(node)
