@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from common.errors import LinkLost, PdqError, TransportFailed
+from common.messages import Pull
 from kv_transfer.ports import Adopted, Ended, Outcome
 from kv_transfer.transports.base import Reader, Source
 from kv_transfer.transports.shm import ShmReader
@@ -285,11 +286,11 @@ def stalled(source: Source) -> Any:
     going_on, asked = threading.Event(), threading.Event()
     original = Served._ship
 
-    def ship(served: Served, sent: Any) -> bool:
-        if served._memory is source.memory and sent.pull.slots:  # type: ignore[attr-defined]
+    def ship(served: Served, peer: bytes, pull: Pull) -> None:
+        if served._memory is source.memory and pull.slots:  # type: ignore[attr-defined]
             asked.set()
             going_on.wait(60)
-        return original(served, sent)
+        original(served, peer, pull)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Served, "_ship", ship)
