@@ -13,17 +13,19 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import common.queue
+import gateway.holders
 import gateway.whereabouts
 from common.errors import ServiceUnavailable
 from common.redis_server import EmbeddedRedis
+from common.registry import Role
 from tests.support.redis import redis_server
 from tests.support.scripted_nodes import World, answer
 
 __all__ = ["redis_server"]
 
 STEPS = (
-    "ask", "take", "speak", "compute", "pull", "kill", "notice", "drain", "start", "break", "mend",
-    "look", "lose", "cancel", "late pull", "late read",
+    "ask", "take", "speak", "compute", "hand over", "pull", "kill", "notice", "drain", "start",
+    "break", "mend", "look", "lose", "cancel", "late pull", "late read",
 )  # fmt: skip
 Step = tuple[str, int, int]
 
@@ -33,6 +35,7 @@ def impatient() -> Iterator[None]:
     """What is done after a while is done at the next look."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gateway.whereabouts, "UNHEARD_S", 0.0)
+        patch.setattr(gateway.holders, "QUIET_S", 0.0)
         patch.setattr(common.queue, "STRAYS_INTERVAL_S", 0.0)
         yield
 
@@ -43,25 +46,27 @@ def impatient() -> Iterator[None]:
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )  # fmt: skip
 @given(
+    separate=st.booleans(),
     steps=st.lists(
         st.tuples(st.sampled_from(STEPS), st.integers(0, 7), st.integers(0, 7)),
         min_size=8,
         max_size=40,
-    )
+    ),
 )
 def test_whatever_happens_every_accepted_request_ends_and_nothing_is_left(
-    redis_server: EmbeddedRedis, steps: list[Step]
+    redis_server: EmbeddedRedis, separate: bool, steps: list[Step]
 ) -> None:
-    asyncio.run(_play(redis_server.url, steps))
+    roles = [Role.PREFILL, Role.DECODE] if separate else [Role.UNIFIED]
+    asyncio.run(_play(redis_server.url, roles, steps))
 
 
-async def _play(url: str, steps: list[Step]) -> None:
+async def _play(url: str, roles: list[Role], steps: list[Step]) -> None:
     async with World(url) as world:
-        for _ in range(2):
-            await world.start_node()
+        for role in 2 * roles:
+            await world.start_node(role)
         await world.ask()
         for step in steps:
-            await _do(world, *step)
+            await _do(world, roles, *step)
         await world.end()
         for task in world.asked:
             if task.cancelled():
@@ -70,22 +75,22 @@ async def _play(url: str, steps: list[Step]) -> None:
             # Only a request whose acceptance was never confirmed may fail.
             assert error is None or isinstance(error, ServiceUnavailable), error
             if error is None:
-                assert task.result() == answer()
+                assert task.result() == answer(len(task.result()))
         assert await world.left_behind() == []
 
 
-async def _do(world: World, step: str, first: int, second: int) -> None:
+async def _do(world: World, roles: list[Role], step: str, first: int, second: int) -> None:
     nodes = list(world.living.values())
     node = nodes[first % len(nodes)] if nodes else None
     everybody = [*world.living, *world.dead]
     if step == "ask" and len(world.asked) < 6:
-        await world.ask()
+        await world.ask(1 + first % 3)
     elif step == "look":
         await world.look()
     elif step == "notice":
         world.notice()
-    elif step == "start" and len(nodes) < 4:
-        await world.start_node()
+    elif step == "start" and len(nodes) < 4 * len(roles):
+        await world.start_node(roles[first % len(roles)])
     elif step == "cancel" and world.asked:
         world.asked[first % len(world.asked)].cancel()
     elif node is None:
@@ -96,6 +101,8 @@ async def _do(world: World, step: str, first: int, second: int) -> None:
         world.speak(node)
     elif step == "compute":
         await world.compute(node)
+    elif step == "hand over":
+        await world.hand_over(node, nodes[second % len(nodes)])
     elif step == "pull":
         await world.pull(node, everybody[second % len(everybody)])
     elif step == "late read":

@@ -15,8 +15,18 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from common.config import RedisSettings
-from common.errors import ServiceUnavailable
-from common.messages import Cancel, Dispatch, Message, Stage, TokenRun, Tokens
+from common.errors import NotHeld, ServiceUnavailable
+from common.messages import (
+    Cancel,
+    Dispatch,
+    Failed,
+    HoldsQuery,
+    Message,
+    Stage,
+    TokenRun,
+    Tokens,
+    TookOver,
+)
 from common.metrics import Metrics
 from common.queue import Entry, NodeQueue, move_unread
 from common.reaper import Reaper
@@ -29,7 +39,7 @@ from gateway.dispatch import Dispatcher
 from gateway.metrics import GatewayMetrics
 from gateway.open_request import Work
 from gateway.placement import Limits
-from gateway.ports import UNIFIED, NodeLoad, NodeView
+from gateway.ports import NodeLoad, NodeView
 from gateway.prefix_index import PrefixIndex
 from gateway.record_store import RecordStore
 from gateway.router import LeastLoadedRouter
@@ -54,15 +64,36 @@ class LossyClient(RedisClient):
         return result
 
 
-class ScriptedNode:
-    """One incarnation. It holds what it has claimed, and says so when the test wants it."""
+@dataclasses.dataclass(slots=True, eq=False)
+class Held:
+    """One choice of an attempt at a node. `entry` is None where it came by a handoff, at `since`."""
 
-    def __init__(self, name: str, client: LossyClient) -> None:
-        self.name = name
+    dispatch: Dispatch
+    choice: int
+    entry: Entry | None = None
+    since: int = 0
+    begun: bool = False  # a prefill node has sent the first token
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        return (self.dispatch.request, self.dispatch.attempt, self.choice)
+
+
+class ScriptedNode:
+    """One incarnation. It holds what it has claimed, or was handed; it speaks when the test says so."""
+
+    def __init__(self, name: str, role: Role, client: LossyClient) -> None:
+        self.name, self.role = name, role
         self.client = client
         self.queue = NodeQueue(client, name)
-        self.held: list[Entry] = []
+        self.held: list[Held] = []
         self.linked = True  # the gateway hears it
+
+    def drop(self, gone: Sequence[Held]) -> list[Entry]:
+        """Hold these no more; the entries of which nothing is left."""
+        self.held = [held for held in self.held if held not in gone]
+        kept = [held.entry for held in self.held]
+        return list({h.entry.id: h.entry for h in gone if h.entry and h.entry not in kept}.values())
 
 
 class World:
@@ -80,8 +111,9 @@ class World:
         self.living: dict[str, ScriptedNode] = {}
         self.dead: list[str] = []
         self._lost: set[str] = set()
+        self._roles: dict[str, Role] = {}  # of all there ever were
         self._names = 0
-        self.asked: list[asyncio.Task[list[int]]] = []
+        self.asked: list[asyncio.Task[list[list[int]]]] = []
         self.metrics = GatewayMetrics(Metrics())
         self.dispatcher = Dispatcher(
             gateway=GATEWAY, store=RecordStore(Requests(self.gateway)), bus=self,
@@ -109,25 +141,26 @@ class World:
 
     # ── What a test does ─────────────────────────────────────────────────────────────────────────
 
-    async def start_node(self) -> ScriptedNode:
+    async def start_node(self, role: Role = Role.UNIFIED) -> ScriptedNode:
         self._names += 1
-        node = ScriptedNode(f"node-{self._names}", self._client())
+        node = ScriptedNode(f"node-{self._names}", role, self._client())
+        self._roles[node.name] = role
         await node.queue.open()
-        record = NodeRecord(node.name, node.name, Role.UNIFIED, NodeState.READY)
+        record = NodeRecord(node.name, node.name, role, NodeState.READY)
         await Registry(node.client).announce(record)
         self.living[node.name] = node
         self.dispatcher.on_nodes_changed()
         return node
 
-    async def ask(self) -> None:
-        """One more client. Its request is accepted afterwards, unless there is no node for it."""
+    async def ask(self, n: int = 1) -> None:
+        """One more client. Its request is accepted afterwards, unless there is no way for it."""
         name = f"r-{len(self.asked)}"
-        self.asked.append(asyncio.create_task(self._ask(name)))
-        while self.nodes() and not self.asked[-1].done():
+        self.asked.append(asyncio.create_task(self._ask(name, n)))
+        while self.dispatcher.ready(MODEL) is None and not self.asked[-1].done():
             if await self.requests.get(name) is not None:
                 return
 
-    def ask_at_once(self, count: int) -> list[asyncio.Task[list[int]]]:
+    def ask_at_once(self, count: int) -> list[asyncio.Task[list[list[int]]]]:
         """Many more clients; nothing is waited for."""
         first = len(self.asked)
         self.asked += [asyncio.create_task(self._ask(f"r-{first + i}")) for i in range(count)]
@@ -136,33 +169,61 @@ class World:
     async def take(self, node: ScriptedNode, capacity: int = 2) -> None:
         """As a node does, or as far as it gets while answers are lost."""
         with contextlib.suppress(ServiceUnavailable):
-            node.held += await node.queue.take(capacity)
+            for entry in await node.queue.take(capacity):
+                choices = entry.dispatch.choices
+                node.held += [Held(entry.dispatch, choice, entry) for choice in choices]
 
     def speak(self, node: ScriptedNode) -> None:
         """Tell the gateway of everything that is held."""
-        for entry in node.held:
-            for choice in entry.dispatch.choices:
-                key = (entry.dispatch.request, entry.dispatch.attempt, choice)
-                self._deliver(node, Stage(node.name, *key, "prefilling", {}, 0))
+        for held in list(node.held):
+            self._say(node, held)
+
+    def _say(self, node: ScriptedNode, held: Held) -> None:
+        word: Message = Stage(node.name, *held.key, "prefilling", {}, 0)
+        if held.entry is None:
+            word = TookOver(node.name, *held.key, held.since)
+        self._deliver(node, word)
+        if held.begun:
+            self._deliver(node, Tokens(node.name, (_run(held, first=True),)))
 
     async def compute(self, node: ScriptedNode) -> None:
-        """Everything that is held, to its end; the gateway hears it if there is a link."""
-        held, node.held = node.held, []
-        for entry in held:
-            for choice in entry.dispatch.choices:
-                self._deliver(node, Tokens(node.name, (_run(entry.dispatch, choice),)))
+        """Everything that is held, to its end, or to its first token; the gateway hears it if there is
+        a link, and what it has not acknowledged is kept."""
+        over: list[Held] = []
+        for held in list(node.held):
+            if node.role is Role.PREFILL and not _ends_at_first(held):
+                held.begun = True
+                self._say(node, held)
+            else:
+                self._deliver(node, Tokens(node.name, (_run(held),)))
+                over.append(held)
+        if node.linked:
+            with contextlib.suppress(ServiceUnavailable):
+                await node.queue.done(node.drop(over))
+
+    async def hand_over(self, node: ScriptedNode, target: ScriptedNode) -> None:
+        """What a prefill node has computed, to a node that decodes."""
+        gone = [held for held in node.held if held.begun] if target.role is Role.DECODE else []
+        for held in gone:
+            since = len(held.dispatch.token_ids) + 1
+            moved = Held(held.dispatch, held.choice, None, since)
+            if held.key not in [there.key for there in target.held]:
+                target.held.append(moved)
+            self._say(target, moved)
+            self._deliver(node, TookOver(target.name, *held.key, since))
         with contextlib.suppress(ServiceUnavailable):
-            await node.queue.done(held)
-        if not node.linked:  # it keeps what nobody has acknowledged
-            node.held = held
+            await node.queue.done(node.drop(gone))
 
     async def pull(self, node: ScriptedNode, source: str) -> None:
-        with contextlib.suppress(ServiceUnavailable):
-            await move_unread(node.client, source, node.name, 2)
+        """As a node does, from one that does the same work."""
+        if self._roles[source] is node.role:
+            with contextlib.suppress(ServiceUnavailable):
+                await move_unread(node.client, source, node.name, 2)
 
     async def late_pull(self, gone: str, source: str) -> None:
         """A pull that Redis serves after its node has left or died."""
-        await move_unread(self.client, source, gone, 2)
+        if self._roles[source] is self._roles[gone]:
+            await move_unread(self.client, source, gone, 2)
 
     async def late_read(self, node: ScriptedNode) -> None:
         """A read that the node has given up, served after the next one."""
@@ -180,7 +241,7 @@ class World:
         node.linked = True
         self._lost.discard(node.name)
         self.speak(node)
-        self.dispatcher.on_nodes_changed()
+        self.dispatcher.on_node_linked(node.name)
 
     def kill(self, node: ScriptedNode) -> None:
         """kill -9; the gateway hears of it when `notice` is called."""
@@ -197,7 +258,8 @@ class World:
         """SIGTERM, with a grace period that is too short for what is held."""
         node.queue.stop()
         with contextlib.suppress(ServiceUnavailable):
-            await node.queue.give_back(target) or await node.queue.give_back("")
+            alike = self._roles[target] is node.role
+            await node.queue.give_back(target if alike else "") or await node.queue.give_back("")
         self.kill(node)
         self.notice()
         with contextlib.suppress(ServiceUnavailable):
@@ -205,17 +267,19 @@ class World:
 
     async def look(self) -> None:
         """What a gateway does twice a second."""
+        self.dispatcher.on_interval()
         self.dispatcher.on_nodes_changed()
         for _ in range(3):
             await self.client.command("PING")
 
     async def end(self) -> None:
-        """Whatever happened: one more node, and everything that was asked must come to its end."""
+        """Whatever happened: one more node of each role, and all that was asked must come to its end."""
         for client in self._clients:
             client.answers_to_lose = 0
             client.settings = dataclasses.replace(client.settings, retry_s=END_LIMIT_S)
         self.notice()
-        await self.start_node()
+        for role in set(self._roles.values()):
+            await self.start_node(role)
         for node in self.living.values():
             self.mend_link(node)
         async with asyncio.timeout(END_LIMIT_S):
@@ -225,12 +289,14 @@ class World:
                     await self.take(node, 16)
                     self.speak(node)
                     await self.compute(node)
+                    for decodes in [n for n in self.living.values() if n.role is Role.DECODE][-1:]:
+                        await self.hand_over(node, decodes)
             while await self.requests.open_requests(GATEWAY):
                 await self.look()
         await self.dispatcher.shut_down()
         for node in list(self.living.values()):
             await self.take(node, 16)  # what was superseded meanwhile
-            await node.queue.done(node.held)
+            await node.queue.done(node.drop(node.held))
 
     async def left_behind(self) -> list[str]:
         """What should not be in Redis any more, once the living have left and the dead are reaped."""
@@ -254,7 +320,15 @@ class World:
     def nodes(self) -> Sequence[NodeView]:
         known = [*self.living, *(name for name in self.dead if name not in self._lost)]
         return [
-            NodeView(name, UNIFIED, name, FINGERPRINT, 512, 64, load=NodeLoad(free_blocks=64))
+            NodeView(
+                name,
+                self._roles[name].value,
+                name,
+                FINGERPRINT,
+                512,
+                64,
+                load=NodeLoad(free_blocks=64),
+            )
             for name in known
             if name not in self._lost
         ]
@@ -266,25 +340,39 @@ class World:
         return node in self.living or node in self.dead
 
     def send(self, node: str, message: Message) -> None:
-        if isinstance(message, Cancel) and (there := self.living.get(node)):
+        there = self.living.get(node)
+        if there is None or not there.linked:
+            return
+        if isinstance(message, Cancel):
             mine = [
-                entry
-                for entry in there.held
-                if entry.dispatch.request == message.request
-                and entry.dispatch.attempt <= message.attempt
-            ]
-            there.held = [entry for entry in there.held if entry not in mine]
-            for entry in mine:
+                held
+                for held in there.held
+                if held.key[0] == message.request and held.key[1] <= message.attempt
+                and (not message.choices or held.choice in message.choices)
+            ]  # fmt: skip
+            for entry in there.drop(mine):
                 there.queue.over(entry)
+        elif isinstance(message, HoldsQuery):
+            asyncio.get_running_loop().call_soon(self._answer, there, message)
 
     # ── Parts ────────────────────────────────────────────────────────────────────────────────────
 
-    async def _ask(self, name: str) -> list[int]:
-        work = Work(name, PROMPT, SamplingParams(max_tokens=TOKENS, seed=7), MODEL)
-        tokens: list[int] = []
+    def _answer(self, node: ScriptedNode, query: HoldsQuery) -> None:
+        """As node/gateways.py does."""
+        here = {held.key: held for held in node.held}
+        for request, attempt, choice, _ in query.choices:
+            key = (request, attempt, choice)
+            if key in here:
+                self._say(node, here[key])
+            else:
+                self._deliver(node, Failed(node.name, *key, NotHeld.code, "nothing of it", True))
+
+    async def _ask(self, name: str, n: int = 1) -> list[list[int]]:
+        work = Work(name, PROMPT, SamplingParams(max_tokens=TOKENS, seed=7), MODEL, n=n)
+        tokens: list[list[int]] = [[] for _ in range(n)]
         async with self.dispatcher.run(work) as request:
             async for update in request.updates():
-                tokens += [token.token_id for token in update.tokens]
+                tokens[update.choice] += [token.token_id for token in update.tokens]
         return tokens
 
     def _deliver(self, node: ScriptedNode, message: Message) -> None:
@@ -296,17 +384,22 @@ class World:
         self.dispatcher.on_node_lost(name, "the test says so")
 
 
-def _run(dispatch: Dispatch, choice: int) -> TokenRun:
-    delivered = len(dispatch.token_ids) - dispatch.prompt_len
-    ids = endless(dispatch, choice)[delivered:TOKENS]
-    position = len(dispatch.token_ids)
-    return TokenRun(dispatch.request, dispatch.attempt, choice, position, tuple(ids), (), "length")
+def _ends_at_first(held: Held) -> bool:
+    return len(held.dispatch.token_ids) + 1 >= held.dispatch.prompt_len + TOKENS
 
 
-def answer() -> list[int]:
-    """What every client must get."""
+def _run(held: Held, *, first: bool = False) -> TokenRun:
+    """All tokens that a node has to send, or the first."""
+    position = held.since or len(held.dispatch.token_ids)
+    index = position - held.dispatch.prompt_len
+    ids = endless(held.dispatch, held.choice)[index : index + 1 if first else TOKENS]
+    return TokenRun(*held.key, position, tuple(ids), (), "" if first else "length")
+
+
+def answer(n: int = 1) -> list[list[int]]:
+    """What every client must get, by choice."""
     params = SamplingParams(max_tokens=TOKENS, seed=7)
     dispatch = Dispatch(
         "", 1, (0,), PROMPT, len(PROMPT), params, "", "", "", "", "", 0, 0, "", MODEL
     )
-    return endless(dispatch, 0)[:TOKENS]
+    return [endless(dispatch, choice)[:TOKENS] for choice in range(n)]
