@@ -69,6 +69,7 @@ class Dispatch(Message):
     trace: str  # W3C traceparent, "" when absent
     model: ModelIdentity
     alone: bool = False  # suspected of a node's death: to be computed in steps of its own at first
+    node: str = ""  # the incarnation that a person wants it computed by; it moves to no other
 
 
 # ── Between two nodes: opening a link ────────────────────────────────────────────────────────────

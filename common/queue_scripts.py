@@ -33,6 +33,8 @@ local function wanted(stem, stream, entry)
   end
 end
 
+local function is_pinned(record) return (get(record, 'pinned') or '') ~= '' end
+
 -- To the end of an open stream, load included.
 local function move_entry(from, entry, to, node, record, attempt, load_stem)
   local prefix = 'a' .. attempt .. '.'
@@ -65,7 +67,7 @@ local function give_back(stream, stem, load_stem, to, node)
       local record, attempt = wanted(stem, stream, entry)
       if record then
         count = count + 1
-        if node == '' then
+        if node == '' or is_pinned(record) then
           return_entry(record, attempt, load_stem)
         else
           move_entry(stream, entry, to, node, record, attempt, load_stem)
@@ -78,8 +80,9 @@ end
 )
 
 # KEYS: stream to take from, stream to add to. ARGV: count, node to add to, record stem, load stem.
-# The oldest unread entries go first; those no longer wanted are deleted on the way. A stream that is
-# not open gets nothing: its node has left, and this call is late. Returns the number moved.
+# The oldest unread entries go first; on the way those no longer wanted are deleted, and those that are
+# for one node only stay. A stream that is not open gets nothing: its node has left, and this call is
+# late. Returns the number moved.
 MOVE_UNREAD = Script(
     _STREAMS
     + """
@@ -97,7 +100,9 @@ while moved < count do
   if #page == 0 then break end
   for _, entry in ipairs(page) do
     local record, attempt = wanted(ARGV[3], from, entry)
-    if record then
+    if record and is_pinned(record) then
+      after = entry[1]
+    elseif record then
       move_entry(from, entry, to, ARGV[2], record, attempt, ARGV[4])
       moved = moved + 1
     else

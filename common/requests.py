@@ -155,6 +155,7 @@ class Requests:
             "prompt_len": dispatch.prompt_len,
             "priority": dispatch.priority,
             "deadline_ms": dispatch.deadline_ms,
+            "pinned": dispatch.node,
         }
         reply = await self._client.call(
             scripts.ACCEPT,
@@ -266,13 +267,16 @@ class Requests:
         )
         return [_dead_letter(text(entry_id), fields) for entry_id, fields in entries]
 
-    async def requeue(self, name: str) -> str:
+    async def requeue(self, name: str, node: str = "") -> str:
         """Have a gateway compute the prompt of a dead letter once more; `name` is the letter's id or
-        the request's. The new request's id. `InvalidRequest` if there is no such letter."""
+        the request's, `node` the incarnation that shall do it (any). The new request's id.
+        `InvalidRequest` if there is no such letter."""
         for letter in await self.dead_letters(DEAD_LETTERS):
             if name in (letter.id, letter.request) and letter.dispatch is not None:
                 replay = f"{letter.request}-again-{secrets.token_hex(3)}"
-                dispatch = dataclasses.replace(letter.dispatch, request=replay, attempt=1)
+                dispatch = dataclasses.replace(
+                    letter.dispatch, request=replay, attempt=1, node=node
+                )
                 key = self._keys.requeued()
                 await self._client.pipeline(
                     ("RPUSH", key, encode(dispatch)), ("EXPIRE", key, WORK_TTL_S)

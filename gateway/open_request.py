@@ -33,6 +33,7 @@ class Work:
     priority: int = 0
     trace: str = ""
     suspected: bool = False  # of what nodes die of
+    node: str = ""  # the incarnation that shall compute it
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -96,6 +96,7 @@ class Placement:
             cache_salt=work.cache_salt,
             fingerprint=request.fingerprint,
             avoid=avoid,
+            only=work.node,
         )
         decision = await self._decide(question)
         node = decision.prefill.incarnation
@@ -119,6 +120,7 @@ class Placement:
             trace=work.trace,
             model=work.model,
             alone=alone,
+            node=work.node,
         )
         request.dispatches[attempt] = (node, dispatch)
         self._in_flight[node] += len(token_ids)
@@ -167,7 +169,10 @@ class Placement:
                     await self._nodes_changed.wait()
         except TimeoutError as error:
             nodes = self._directory.nodes()
-            here = "; ".join(filter(None, (_roles(nodes), self.ready(question.model))))
+            lacks = self.ready(question.model)
+            if question.only and not any(node.incarnation == question.only for node in nodes):
+                lacks = f"{question.only}, which it is for, is not there"
+            here = "; ".join(filter(None, (_roles(nodes), lacks)))
             raise ServiceUnavailable(
                 f"no node could take the request within {self._limits.placement_timeout_s:g} s: {here}"
             ) from error

@@ -51,6 +51,7 @@ class Replays:
             priority=dispatch.priority,
             trace=dispatch.trace,
             suspected=True,
+            node=dispatch.node,
         )
         while True:
             try:

@@ -41,6 +41,7 @@ class RouteQuestion:
     cache_salt: str = ""
     fingerprint: Fingerprint | None = None
     avoid: frozenset[str] = frozenset()  # incarnations that just failed this request
+    only: str = ""  # the incarnation that must take part in it
     _chains: dict[Fingerprint, HashChain] = dataclasses.field(
         default_factory=dict, init=False, repr=False, compare=False
     )
@@ -118,6 +119,8 @@ class LeastLoadedRouter:
         usable = [node for node in of_model(question.model, nodes) if node.usable]
         if question.fingerprint is not None:
             usable = [n for n in usable if n.fingerprint.mismatch(question.fingerprint) is None]
+        if question.only:
+            usable = _around(question.only, usable)
         check_fits(question, usable)
         usable = [node for node in usable if fits(question, node)]
         decoders = [node for node in usable if node.role == DECODE]
@@ -180,6 +183,13 @@ class LeastLoadedRouter:
                 blocks * fingerprint.block_size, len(question.token_ids) - 1
             )
         return held
+
+
+def _around(only: str, nodes: Sequence[NodeView]) -> list[NodeView]:
+    """This node, and those that it needs beside it."""
+    named = [node for node in nodes if node.incarnation == only]
+    beside = {PREFILL: DECODE, DECODE: PREFILL}.get(named[0].role) if named else None
+    return named + [node for node in nodes if node.role == beside]
 
 
 def of_model(model: ModelIdentity, nodes: Sequence[NodeView]) -> list[NodeView]:

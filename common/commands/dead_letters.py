@@ -23,6 +23,8 @@ from common.commands.inspect import (
 )
 from common.commands.settings import DeadSettings, RequeueSettings, load
 from common.errors import InvalidRequest
+from common.redis_client import RedisClient
+from common.registry import Registry, Role
 from common.requests import DeadLetter, RequestRecord, Requests
 
 LOOK_S = 0.2
@@ -63,7 +65,8 @@ def requeue(argv: Sequence[str]) -> int:
     async def run() -> RequestRecord | str:
         async with redis_of(settings.redis) as client:
             requests = Requests(client)
-            replay = await requests.requeue(name)
+            node = await _incarnation(client, settings.node) if settings.node else ""
+            replay = await requests.requeue(name, node)
             try:
                 async with asyncio.timeout(settings.wait_s):
                     while True:
@@ -84,6 +87,17 @@ def requeue(argv: Sequence[str]) -> int:
     for choice in outcome.choices:
         table.add_row(*request_row(outcome, choice, time.time() * 1000))
     return print_table(table, "")
+
+
+async def _incarnation(client: RedisClient, name: str) -> str:
+    """Of the node that is called so. `InvalidRequest` if there is none, or more than one."""
+    snapshot = await Registry(client).snapshot()
+    workers = snapshot.of_role(Role.PREFILL, Role.DECODE, Role.UNIFIED)
+    found = [r.incarnation for r in workers if name in (r.incarnation, r.name)]
+    if len(found) == 1:
+        return found[0]
+    which = f"is {' and '.join(found)}" if found else "is not there; `pdq nodes` lists them"
+    raise InvalidRequest(f"node {name!r:.200} {which}", param="node")
 
 
 COMMANDS = {"dead": dead, "requeue": requeue}

@@ -65,6 +65,7 @@ class RequeueSettings:
     or of the request. A gateway takes it over; what becomes of it is shown, and in its record."""
 
     json: bool = setting(False, "print JSON")
+    node: str = setting("", "the node that shall compute it, by name or incarnation (any)")
     wait_s: float = setting(60.0, "how long to wait for its end (0: not)", at_least=0)
     redis: RedisSettings = field(default_factory=RedisSettings)
 

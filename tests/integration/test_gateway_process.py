@@ -382,6 +382,12 @@ async def test_a_dead_letter_is_shown_and_computed_once_more_alone(
         assert record["choices"][0]["generated"] == BODY["max_tokens"]
         replay = node.taken[-1]
         assert replay.alone
+        name = node.incarnation
+        code, outcome = await pdq(url, "queue", "requeue", letter["id"], "--node", name, "--json")
+        assert code == 0, outcome
+        assert node.taken[-1].node == name
+        code, error = await pdq(url, "queue", "requeue", letter["id"], "--node", "p-9")
+        assert (code, error) == (1, "pdq queue: node 'p-9' is not there; `pdq nodes` lists them\n")
         assert (replay.token_ids, replay.params) == (dispatch.token_ids, dispatch.params)
     code, error = await pdq(url, "queue", "requeue", "nothing")
     assert (code, error) == (1, "pdq queue: no dead letter 'nothing' that can be read\n")

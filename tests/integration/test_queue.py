@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 
 import pytest
 
@@ -257,6 +258,17 @@ async def test_a_node_gives_back_what_it_has_not_claimed_to_another(
     assert await requests.loads(["p-1", "p-2"]) == {"p-1": Load(1, 5), "p-2": Load(3, 15)}
     assert await queue_lengths(redis_client, ["p-1"]) == [QueueLength(waiting=0, at_work=1)]
     await leaving.done([at_work])
+
+
+async def test_what_is_for_one_node_only_moves_to_no_other(redis_client: RedisClient) -> None:
+    requests = Requests(redis_client)
+    queue, other = await a_queue(redis_client, "p-1"), await a_queue(redis_client, "p-2")
+    await requests.accept(dataclasses.replace(a_dispatch("r-0"), node="p-1"), "p-1")
+    await fill(redis_client, "p-1", 2, first=1)
+    assert await move_unread(redis_client, "p-1", "p-2", 9) == 2
+    assert await queue.give_back("p-2") == 1
+    assert await requests.locate([("r-0", 1, 0)]) == [Where(Place.RETURNED)]
+    assert [e.dispatch.request for e in await other.take(9)] == ["r-1", "r-2"]
 
 
 async def test_what_a_node_gives_back_to_nobody_is_known_to_wait_for_its_gateway(

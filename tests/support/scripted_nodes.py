@@ -87,6 +87,7 @@ class ScriptedNode:
         self.client = client
         self.queue = NodeQueue(client, name)
         self.held: list[Held] = []
+        self.words: list[TookOver] = []  # not said yet
         self.linked = True  # the gateway hears it
 
     def drop(self, gone: Sequence[Held]) -> list[Entry]:
@@ -174,9 +175,12 @@ class World:
                 node.held += [Held(entry.dispatch, choice, entry) for choice in choices]
 
     def speak(self, node: ScriptedNode) -> None:
-        """Tell the gateway of everything that is held."""
+        """Tell the gateway of everything that is held, and who has what was handed over."""
         for held in list(node.held):
             self._say(node, held)
+        words, node.words = node.words, []
+        for word in words:
+            self._deliver(node, word)
 
     def _say(self, node: ScriptedNode, held: Held) -> None:
         word: Message = Stage(node.name, *held.key, "prefilling", {}, 0)
@@ -210,7 +214,7 @@ class World:
             if held.key not in [there.key for there in target.held]:
                 target.held.append(moved)
             self._say(target, moved)
-            self._deliver(node, TookOver(target.name, *held.key, since))
+            node.words.append(TookOver(target.name, *held.key, since))
         with contextlib.suppress(ServiceUnavailable):
             await node.queue.done(node.drop(gone))
 

@@ -257,3 +257,17 @@ def test_what_keeps_requests_from_being_placed_says_what_to_do(
 ) -> None:
     assert route(nodes) is None
     assert said in what_lacks(MODEL, nodes)
+
+
+@pytest.mark.parametrize("only", ["p2", "d2", "u2"])
+def test_a_request_for_one_node_goes_to_no_other_however_busy_it_is(only: str) -> None:
+    names = {"p": "prefill", "d": "decode", "u": "unified"}
+    nodes = [
+        node(f"{letter}{number}", role, waiting=900 * number, running=9 * number)
+        for letter, role in names.items()
+        for number in (1, 2)
+    ]
+    decision = route(nodes, question(only=only))
+    assert decision is not None
+    assert only in (decision.prefill.incarnation, decision.decode and decision.decode.incarnation)
+    assert route([one for one in nodes if one.incarnation != only], question(only=only)) is None
