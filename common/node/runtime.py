@@ -214,6 +214,7 @@ class Node:
         stack.callback(self._end_engine)
         stack.push_async_callback(self.redis.close)
         await self.redis.open()
+        stack.push_async_callback(self._leave)
         stack.push_async_callback(self._settle)
         stack.push_async_callback(self.bus.close)
         await self.bus.start()
@@ -224,7 +225,6 @@ class Node:
         await asyncio.get_running_loop().run_in_executor(self._thread, self.engine.warm_up)
         loading.give_back_memory()
         # Not before: the reaper takes what has a queue and no beat for dead, and a start may take long.
-        stack.push_async_callback(self._leave)
         await self.entries.open()
         self.state = NodeState.READY
         await self.registry.announce(self.record(), self.links.describe())
