@@ -7,6 +7,7 @@ Knows no particular field.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import json
 import math
@@ -83,8 +84,8 @@ def read_object(
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+        counts = collections.Counter(key for key, _ in pairs)
+        twice = next(key for key, count in counts.items() if count > 1)
         raise ValueError(f"the key {twice!r:.100} stands twice in one object")
     return value
 

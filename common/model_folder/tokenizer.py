@@ -95,6 +95,15 @@ def parse_tokenizer(text: str, file: str) -> tokenizers.Tokenizer:
         raise
     except BaseException as error:  # bare Exception, and a panic is not even that
         raise CheckpointError(f"{file} is no tokenizer: {error}", param=file) from error
+    for token in json.loads(text).get("added_tokens") or ():
+        found = tokenizer.token_to_id(token["content"])
+        if found != token["id"] and token["content"]:
+            # The library gives another one by itself, and prints a warning.
+            raise CheckpointError(
+                f"{file} gives the token {token['content']!r:.60} the id {token['id']}, but there "
+                f"it can only have {found}",
+                param=file,
+            )
     return tokenizer
 
 

@@ -236,6 +236,14 @@ def test_a_broken_file_is_one_error_that_names_it(tmp_path: Path, name: str, bro
     assert "\n" not in str(caught.value)
 
 
+def test_the_key_that_stands_twice_is_found_among_many(tmp_path: Path) -> None:
+    """With a search of all keys for each of them this takes half an hour."""
+    keys = ",".join(f'"{number}":0' for number in range(300_000))
+    write(tmp_path, vocab_json=f'{{{keys},"299999":0}}', merges_txt="")
+    with pytest.raises(CheckpointError, match=r"vocab\.json .* the key '299999' stands twice"):
+        describe_model(tmp_path)
+
+
 def test_a_byte_order_mark_is_no_fault(tmp_path: Path) -> None:
     text = "\ufeff" + json.dumps(LLAMA)
     assert described(tmp_path, config_json=text).context_length == 512

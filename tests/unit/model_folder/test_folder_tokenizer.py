@@ -131,6 +131,17 @@ def test_a_token_of_added_tokens_json_has_the_flags_of_its_name(tmp_path: Path) 
     assert (added.content, added.special, added.lstrip) == ("<mask>", True, True)
 
 
+@pytest.mark.parametrize("said", [600, 5, 1])
+def test_an_id_that_the_library_would_change_is_an_error(tmp_path: Path, said: int) -> None:
+    token = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+
+    def add(content: dict[str, Any]) -> None:
+        content["added_tokens"].append({"id": said, "content": "<x>", "special": True, **token})
+
+    with pytest.raises(CheckpointError, match=f"'<x>' the id {said}, but .* 512"):
+        describe_model(changed(tmp_path, add))
+
+
 def test_a_token_without_text_is_none(tmp_path: Path) -> None:
     decoder = {"512": {"content": ""}, "513": {"content": "<x>"}}
     config = {"tokenizer_config_json": {"eos_token": {"content": ""}}}
