@@ -129,7 +129,8 @@ class Engine:
             revision=model_revision(self.folder, overrides)
             if settings.load_format != "dummy"
             else f"dummy-{settings.seed}",
-            layout=self.layout.describe(), numerics=self.backend.numerics_class,
+            layout=self.layout.describe(),
+            numerics=self.backend.numerics_class + self.config.rope.numerics(self.max_model_len),
             block_size=settings.block_size, tokenizer=self.description.tokenizer_digest,
         )  # fmt: skip
         if poison_freed_blocks:

@@ -5,7 +5,7 @@ how long a sequence has become, because cached keys are rotated once and shared.
 
 Sources: RoFormer (arXiv:2104.09864); position interpolation for `linear` (arXiv:2306.15595);
 NTK-by-parts and its attention factor for `yarn` (arXiv:2309.00071); `llama3` as published with
-Llama 3.1. Agreement with transformers is tested.
+Llama 3.1; LongRoPE (arXiv:2402.13753) for `longrope`. Agreement with transformers is tested.
 """
 
 from __future__ import annotations
@@ -33,12 +33,14 @@ def rope_table(config: ModelConfig, max_positions: int) -> tuple[torch.Tensor, t
             f"set max_model_len to at most {rope.positions}",
             param="rope_parameters.rope_type",
         )
-    inverse, scale = _inverse_frequencies(rope, config.head_dim)
+    inverse, scale = _inverse_frequencies(rope, config.head_dim, max_positions)
     angles = torch.outer(torch.arange(max_positions, dtype=torch.float32), inverse)
     return (angles.cos() * scale).contiguous(), (angles.sin() * scale).contiguous()
 
 
-def _inverse_frequencies(rope: RopeConfig, dim: int) -> tuple[torch.Tensor, float]:
+def _inverse_frequencies(
+    rope: RopeConfig, dim: int, max_positions: int
+) -> tuple[torch.Tensor, float]:
     """Radians per position `[head_dim / 2]`, and the factor on cosines and sines."""
     exponents = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim
     inverse = 1.0 / (rope.theta**exponents)
@@ -48,6 +50,8 @@ def _inverse_frequencies(rope: RopeConfig, dim: int) -> tuple[torch.Tensor, floa
         return _llama3(inverse, rope), 1.0
     if rope.kind == "yarn":
         return _yarn(rope, dim)
+    if rope.kind == "longrope":
+        return _longrope(rope, exponents, max_positions)
     return inverse, 1.0
 
 
@@ -65,6 +69,20 @@ def _llama3(inverse: torch.Tensor, rope: RopeConfig) -> torch.Tensor:
     scaled = torch.where(wavelength > original / low, inverse / factor, inverse)
     medium = (wavelength <= original / low) & (wavelength >= original / high)
     return torch.where(medium, blended, scaled)
+
+
+def _longrope(
+    rope: RopeConfig, exponents: torch.Tensor, max_positions: int
+) -> tuple[torch.Tensor, float]:
+    """One set of divisors for all positions of a node; transformers changes from the short set to
+    the long one, within a sequence, which leaves the keys that it has cached turned otherwise."""
+    divisors = torch.tensor(rope.factors(max_positions, len(exponents)), dtype=torch.float32)
+    scale = 1.0
+    if rope.parameters.get("attention_factor") is not None:
+        scale = rope.number("attention_factor")
+    elif rope.factor > 1:
+        scale = math.sqrt(1 + math.log(rope.factor) / math.log(rope.original))
+    return 1.0 / (divisors * rope.theta**exponents), scale
 
 
 def _yarn(rope: RopeConfig, dim: int) -> tuple[torch.Tensor, float]:

@@ -14,7 +14,7 @@ from typing import Any
 from common.errors import UnsupportedModel
 from common.model_folder.reading import integer, number, section, wrong
 
-ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
+ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 FILE = "config.json"
 LARGEST = 1e12  # of any parameter: the formulas take logarithms and powers of them
 
@@ -41,6 +41,29 @@ class RopeConfig:
         if value is None or not 1 / LARGEST <= value <= LARGEST:
             raise wrong(FILE, path, f"a positive number, {LARGEST:.0e} at most", value)
         return value
+
+    def factors(self, max_positions: int, count: int) -> list[float]:
+        """The `count` divisors of a `longrope`, for a node that serves `max_positions`; raises
+        `UnsupportedModel` where they are not so many positive numbers."""
+        name = "long_factor" if max_positions > self.original else "short_factor"
+        values = self.parameters.get(name)
+        found = [
+            number({name: value}, name, FILE, f"rope_parameters.{name}")
+            for value in (values if isinstance(values, list) else ())
+        ]
+        usable = [value for value in found if value is not None and 1 / LARGEST <= value <= LARGEST]
+        if len(found) != count or len(usable) != count:
+            raise wrong(
+                FILE, f"rope_parameters.{name}", f"a list of {count} positive numbers", values
+            )
+        return usable
+
+    def numerics(self, max_positions: int) -> str:
+        """What to add to the numerics class of a node that serves `max_positions`: nodes that turn
+        by other factors compute other keys. Empty where the positions served change nothing."""
+        if self.kind != "longrope":
+            return ""
+        return " longrope-long" if max_positions > self.original else " longrope-short"
 
 
 def parse_rope(config: Mapping[str, Any], max_position_embeddings: int) -> RopeConfig:
@@ -82,14 +105,16 @@ def parse_rope(config: Mapping[str, Any], max_position_embeddings: int) -> RopeC
     if not 1.0 < theta <= LARGEST:
         raise wrong(FILE, "rope_theta", f"above 1, {LARGEST:.0e} at most", theta)
     original = max_position_embeddings
-    if kind in ("llama3", "yarn"):
+    if kind in ("llama3", "yarn", "longrope"):
         name = "original_max_position_embeddings"
         # The one at the top level wins, as in transformers.
         original = integer(config, name, FILE) or integer(parameters, name, FILE) or original
     rope = RopeConfig(theta, kind, 1.0, original, max_position_embeddings, parameters)
     if kind == "default":
         return rope
-    written = max_position_embeddings / original if kind == "yarn" else None
+    if kind == "longrope" and original < 2:  # its logarithm divides
+        raise wrong(FILE, "original_max_position_embeddings", "at least 2", original)
+    written = max_position_embeddings / original if kind in ("yarn", "longrope") else None
     rope = dataclasses.replace(rope, factor=rope.number("factor", written))
     return dataclasses.replace(rope, positions=_positions(rope))
 
@@ -97,9 +122,9 @@ def parse_rope(config: Mapping[str, Any], max_position_embeddings: int) -> RopeC
 def _positions(rope: RopeConfig) -> int:
     """How many positions the model serves, as vLLM derives it (`_get_and_verify_max_len`).
 
-    `linear` and `yarn` reach `factor` times as far as without; the authors of a `llama3` model
-    have written the length it reaches into `max_position_embeddings`; and `dynamic` cannot go
-    beyond that with cached keys (see the engine's rope.py).
+    `linear` and `yarn` reach `factor` times as far as without. The authors of a `llama3` or a
+    `longrope` model have written the length it reaches into `max_position_embeddings`. `dynamic`
+    cannot go beyond that with cached keys (see the engine's rope.py).
     """
     if rope.kind not in ("linear", "yarn"):
         return rope.positions

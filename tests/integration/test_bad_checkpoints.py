@@ -187,7 +187,7 @@ def test_an_index_that_is_none(folder: Path, text: str) -> None:
         ({"num_key_value_heads": 3}, "num_key_value_heads"),
         ({"num_hidden_layers": "five"}, "num_hidden_layers"),
         ({"vocab_size": 0}, "vocab_size"),
-        ({"rope_scaling": {"rope_type": "longrope"}}, "rope_parameters.rope_type"),
+        ({"rope_scaling": {"rope_type": "proportional"}}, "rope_parameters.rope_type"),
         ({"rope_scaling": {"rope_type": "linear"}}, "rope_parameters.factor"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": "x"}}, "rope_parameters.factor"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from common.engine import Engine, SamplingParams
-from common.errors import ConfigError
+from common.errors import ConfigError, UnsupportedModel
 from common.model_files import SHIPPED_DRAFT, SHIPPED_MODEL
 from common.model_folder.model_config import load_model_config
 from tests.support.checkpoints import (
@@ -195,6 +195,60 @@ def test_rope_reaches_and_turns_as_its_spelling_says(name: str, tmp_path: Path) 
     assert load_model_config(folder).rope.positions == context
     token_ids = np.random.default_rng(1).integers(0, 97, min(context - 1, 600)).tolist()
     assert_same_logits(folder, token_ids, max_num_batched_tokens=64, max_num_seqs=1)
+
+
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64,
+    "short_factor": [1.0, 1.1, 1.3, 2.0], "long_factor": [1.0, 2.5, 6.0, 16.0],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+@pytest.mark.parametrize("more", [{}, {"factor": 8.0}, {"attention_factor": 1.3}])
+def test_longrope_turns_by_the_set_for_the_positions_that_are_served(
+    model_type: str, more: dict[str, Any], tmp_path: Path
+) -> None:
+    """Each set where transformers uses it: the long one for sequences beyond what was trained."""
+    folder = save_random_model(tmp_path, model_type, 7, **TINY, rope_parameters=LONGROPE | more)
+    assert load_model_config(folder).rope.positions == 256
+    token_ids = np.random.default_rng(1).integers(0, 97, 200).tolist()
+    assert_same_logits(folder, token_ids)
+    assert_same_logits(folder, token_ids[:63], max_model_len=64)
+
+
+def test_nodes_with_other_sets_of_longrope_do_not_go_together(tmp_path: Path) -> None:
+    """Their keys are turned otherwise, so a handoff would be of another model's."""
+    folder = save_random_model(tmp_path, "llama", 7, **TINY, rope_parameters=LONGROPE)
+    short, middle, long = (
+        Engine.load(folder, max_model_len=length, num_kv_blocks=8).fingerprint
+        for length in (64, 65, 256)
+    )
+    assert middle.mismatch(long) is None
+    differs = short.mismatch(long)
+    assert differs is not None
+    assert differs.field == "numerics"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"long_factor": None}, "rope_parameters.long_factor"),
+        ({"long_factor": [1.0] * 3}, "rope_parameters.long_factor"),
+        ({"long_factor": [1.0, 1.0, 1.0, 0]}, "rope_parameters.long_factor"),
+        ({"long_factor": [1.0, 1.0, 1.0, None]}, "rope_parameters.long_factor"),
+        ({"long_factor": [1.0, 1.0, 1.0, "2"]}, "rope_parameters.long_factor"),
+        ({"attention_factor": -1.0}, "rope_parameters.attention_factor"),
+        ({"original_max_position_embeddings": 1}, "original_max_position_embeddings"),
+    ],
+)
+def test_a_longrope_that_cannot_be_computed_is_refused_by_name(
+    fields: dict[str, Any], param: str, tmp_path: Path
+) -> None:
+    folder = save_random_model(tmp_path, "llama", 7, **TINY)
+    change_config(folder, [], rope_parameters=LONGROPE | fields)
+    with pytest.raises(UnsupportedModel) as caught:
+        Engine.load(folder, num_kv_blocks=8)
+    assert caught.value.param == param
 
 
 def test_a_scaling_without_a_base_has_the_base_of_the_model(tmp_path: Path) -> None:

@@ -281,7 +281,7 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
         ({"rope_scaling": "yarn"}, "rope_scaling"),
         ({"rope_scaling": {"factor": 4.0}}, "rope_scaling"),
         ({"rope_scaling": {"full_attention": {}}}, "rope_scaling"),
-        ({"rope_scaling": {"type": "longrope"}}, "rope_parameters.rope_type"),
+        ({"rope_scaling": {"type": "proportional"}}, "rope_parameters.rope_type"),
         ({"rope_scaling": {"type": ["yarn"]}}, "rope_parameters.rope_type"),
         ({"rope_scaling": {"type": "linear"}}, "rope_parameters.factor"),
         ({"rope_scaling": {"type": "linear", "factor": 0}}, "rope_parameters.factor"),
