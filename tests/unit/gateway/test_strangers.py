@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+
 import pytest
 
-from common.bus import Received
-from common.messages import Stage
+from common.bus import LinkEvent, Received
+from common.messages import Message, Stage
+from common.registry import NodeRecord, Role, Snapshot
+from common.requests import Load
+from gateway.node_links import NodeLinks
+from gateway.prefix_index import PrefixIndex
 from gateway.strangers import READINGS, WAITING, WAITING_OF_ONE, Strangers
+from tests.support.fake_cluster import until
 
 
 class Scene:
@@ -112,3 +121,68 @@ def test_all_of_them_together_are_bounded_and_who_found_no_room_is_cut_off_too(
     for _ in range(READINGS):
         scene.read()
     assert sorted(scene.cut) == sorted(crowd)
+
+
+class Gateway:
+    """The bus, the registry and the inbox of a `NodeLinks`."""
+
+    incarnation = "g1"
+
+    def __init__(self) -> None:
+        self.said: asyncio.Queue[Received] = asyncio.Queue()
+        self.named: asyncio.Queue[Snapshot] = asyncio.Queue()
+        self.happened: list[str] = []
+
+    async def receive(self) -> Received:
+        return await self.said.get()
+
+    async def next_event(self) -> LinkEvent:
+        return await asyncio.Event().wait()  # type: ignore[return-value]
+
+    async def watch(self, interval_s: float) -> AsyncIterator[Snapshot]:
+        while True:
+            yield await self.named.get()
+
+    async def loads(self, nodes: list[str]) -> dict[str, Load]:
+        return {}
+
+    def peers(self) -> list[str]:
+        return ["n1"]
+
+    def link(self, peer: str) -> str:
+        return "link"
+
+    def disconnect(self, peer: str) -> None:
+        raise AssertionError(f"{peer} was cut off")
+
+    def on_message(self, node: str, message: Message) -> None:
+        self.happened.append(f"heard {message.request}")  # type: ignore[attr-defined]
+
+    def on_node_linked(self, node: str) -> None:
+        self.happened.append(f"asked {node}")
+
+    def on_nodes_changed(self) -> None:
+        self.happened.append("nodes")
+
+    def on_interval(self) -> None: ...
+
+
+async def test_a_node_that_spoke_before_it_was_named_is_asked_for_what_there_was_no_room_for() -> (
+    None
+):
+    gateway = Gateway()
+    links = NodeLinks(gateway, gateway, gateway, PrefixIndex())  # type: ignore[arg-type]
+    links.inbox = gateway  # type: ignore[assignment]
+    running = asyncio.create_task(links.run())
+    for number in range(WAITING_OF_ONE + 1):
+        word = Stage("n1", f"r{number}", 1, 0, "decoding", {}, 0)
+        gateway.said.put_nowait(Received("n1", "link", word, ()))
+    await until(gateway.said.empty)
+    record = NodeRecord(incarnation="n1", name="n1", role=Role.UNIFIED)
+    gateway.named.put_nowait(Snapshot({"n1": record}, {"n1": 0.0}, "generation"))
+    await until(lambda: "nodes" in gateway.happened)
+    running.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await running
+    heard = [f"heard r{number}" for number in range(WAITING_OF_ONE)]
+    assert gateway.happened == [*heard, "asked n1", "nodes"]
