@@ -17,6 +17,7 @@ import resource
 import signal
 import socket
 import sys
+import time
 import warnings
 from typing import NoReturn
 
@@ -39,6 +40,8 @@ NICE, NICEST = 10, 19  # serving goes before reading what comes next
 PROCESSOR_S = 10.0  # processor time that one body may take
 MEMORY_BYTES = 2**30  # address space that a worker may have beyond what it begins with
 GROWTH_BYTES = 2**27  # a worker that has grown by so much makes way for a fresh one
+
+AUTOGROUP_TRIES, AUTOGROUP_PAUSE_S = 3, 0.11  # the system takes one such change in 0.1 s
 
 AT_ONCE, IN_SPARE_TIME = b"w", b"s"  # what the forking process is asked for
 
@@ -134,14 +137,30 @@ def _fork_workers(commands: socket.socket, models: ServedModels) -> None:
 
 
 def _stand_back(in_spare_time: bool) -> None:
-    """Let others go first. Between threads of a step that wait for each other, even a process of
-    little weight costs much; one of SCHED_IDLE leaves the processor as soon as anybody wants it."""
-    os.nice(NICE)
+    """Let others go first. Linux shares processors among sessions before it looks at the processes of
+    one (sched(7), autogroup): so this is a session of its own, and its share is small. Threads of a
+    step wait for each other: who takes one of their processors costs them far more than its share."""
+    os.setsid()
+    _shrink_session(NICEST if in_spare_time else NICE)
+    os.nice(NICE)  # where there are no such groups: in a container
     if in_spare_time:
         try:
             os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
         except OSError:  # a sandbox may forbid it
             os.nice(NICEST - NICE)
+
+
+def _shrink_session(niceness: int) -> None:
+    for _ in range(AUTOGROUP_TRIES):
+        try:
+            with open("/proc/self/autogroup", "w") as file:
+                file.write(str(niceness))
+        except BlockingIOError:  # somebody on this machine has just done the same
+            time.sleep(AUTOGROUP_PAUSE_S)
+        except OSError:
+            return
+        else:
+            return
 
 
 def _work(connection: socket.socket, models: ServedModels, in_spare_time: bool) -> None:

@@ -9,6 +9,7 @@ import os
 import signal
 import unicodedata
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -215,6 +216,17 @@ async def test_long_bodies_are_worked_on_in_time_that_nobody_else_wants() -> Non
         assert os.sched_getscheduler(long.pid) == os.SCHED_IDLE
         assert os.sched_getscheduler(short.pid) == os.SCHED_OTHER
         assert short.nice() == min(os.nice(0) + process.NICE, 19)
+        assert (os.getsid(long.pid), os.getsid(short.pid)) == (long.pid, short.pid)
+        assert share(long.pid) in (process.NICEST, None)
+        assert share(short.pid) in (process.NICE, None)
+
+
+def share(pid: int) -> int | None:
+    """The niceness of a session; None where the system does not share by sessions."""
+    try:
+        return int(Path(f"/proc/{pid}/autogroup").read_text().split()[-1])
+    except OSError:
+        return None
 
 
 async def test_a_worker_that_gives_no_answer_is_killed_and_its_client_may_come_back(
