@@ -44,7 +44,8 @@ async def gateway_of(
 ) -> AsyncIterator[tuple[httpx.AsyncClient, FakeCluster]]:
     (model,) = load_models(GatewaySettings(model=str(folder), **settings))
     cluster = FakeCluster()
-    cluster.add("node", fingerprint=dataclasses.replace(FINGERPRINT, model=MODEL.name))
+    fingerprint = dataclasses.replace(FINGERPRINT, model=MODEL.name)
+    cluster.add("node", fingerprint=fingerprint, max_model_len=4096)
     further = (dataclasses.replace(model, identity=MODEL),)
     async with (
         serving(cluster, further=further) as served,
