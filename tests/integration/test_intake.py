@@ -47,9 +47,11 @@ def template(source: str) -> Any:
 
 
 @contextlib.asynccontextmanager
-async def intake(served: ServedModels | None = None, processes: int = 2) -> AsyncIterator[Intake]:
+async def intake(
+    served: ServedModels | None = None, processes: int = 2, *, has_spare_time: bool = False
+) -> AsyncIterator[Intake]:
     made = served or models()
-    running = Intake(made, LazyForker(made), processes)
+    running = Intake(made, LazyForker(made, has_spare_time=has_spare_time), processes)
     with contextlib.closing(running):
         yield running
 
@@ -208,7 +210,7 @@ async def test_the_process_that_forks_is_replaced_too() -> None:
 
 async def test_long_bodies_are_worked_on_in_time_that_nobody_else_wants() -> None:
     """A chat of some lines is not: it may not wait for a node that computes all the time."""
-    async with intake(models("tokenizers/qwen2")) as running:
+    async with intake(models("tokenizers/qwen2"), has_spare_time=True) as running:
         await running.prepare("a", COMPLETIONS, padded(SHORT_BODY + 1, prompt="x"))
         (long,) = workers(running)
         await running.prepare("a", CHAT, chat())

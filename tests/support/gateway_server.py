@@ -78,17 +78,18 @@ def make_service(
 
 
 class LazyForker(Forker):
-    """Forks when the first worker is wanted: most tests want none."""
+    """Forks when the first worker is wanted: most tests want none. Its workers do not wait for spare
+    time, of which there is little where tests run, unless that is what is tested."""
 
-    def __init__(self, models: ServedModels) -> None:
-        self._models = models
+    def __init__(self, models: ServedModels, *, has_spare_time: bool = False) -> None:
+        self._models, self._has_spare_time = models, has_spare_time
         self._started = False
 
     def worker(self, *, in_spare_time: bool = False) -> socket.socket:
         if not self._started:
             self._started = True
             self._fork()
-        return super().worker(in_spare_time=in_spare_time)
+        return super().worker(in_spare_time=in_spare_time and self._has_spare_time)
 
     def close(self) -> None:
         if self._started:
