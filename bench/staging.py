@@ -14,7 +14,7 @@ from pathlib import Path
 
 from bench.transports import HELD, LAYOUT, LINK, OPENERS, SEED, SOURCES, fill, pull
 from kv_transfer.lease import Leases
-from kv_transfer.pool_memory import PoolMemory
+from kv_transfer.pool_memory import HostPoolMemory
 from kv_transfer.ports import Key, Piece
 from kv_transfer.transports.base import Target
 from kv_transfer.transports.shm import ShmReader
@@ -41,7 +41,7 @@ def _bytes(field: str) -> int:
 
 def serve(pipe: Connection, transport: str, blocks: int) -> None:
     """The source: sends what a reader needs, then what it staged."""
-    memory = PoolMemory(blocks, LAYOUT.slab_bytes)
+    memory = HostPoolMemory(blocks, LAYOUT.slab_bytes)
     leases = Leases(HELD)
     source = SOURCES[transport](memory, leases)
     fill(memory)
@@ -55,7 +55,7 @@ def serve(pipe: Connection, transport: str, blocks: int) -> None:
 
 def read(pipe: Connection, transport: str, blocks: int, offered: Connection) -> None:
     """The receiver."""
-    memory = PoolMemory(blocks, LAYOUT.slab_bytes)
+    memory = HostPoolMemory(blocks, LAYOUT.slab_bytes)
     proof, generations, digests = offered.recv()
     reader = OPENERS[transport](LINK, proof, Target(memory, LAYOUT))
     pieces = tuple(

@@ -29,7 +29,7 @@ from typing import Any
 from bench import tls
 from common.kv_layout import KVLayout
 from kv_transfer.lease import Leases
-from kv_transfer.pool_memory import PoolMemory, copy_bytes
+from kv_transfer.pool_memory import HostPoolMemory, PoolMemory, copy_bytes
 from kv_transfer.ports import Key, Piece, TransferSettings
 from kv_transfer.transports.base import Opener, Reader, Source, Target
 from kv_transfer.transports.shm import ShmReader, ShmSource
@@ -69,7 +69,7 @@ HELD = _Held()
 
 def serve(pipe: Connection, blocks: int) -> None:
     """The source's process: a filled, sealed, leased pool; its links, and the bare socket."""
-    memory = PoolMemory(blocks, LAYOUT.slab_bytes)
+    memory = HostPoolMemory(blocks, LAYOUT.slab_bytes)
     leases = Leases(HELD)
     sources = {name: make(memory, leases) for name, make in SOURCES.items()}
     fill(memory)
@@ -88,7 +88,7 @@ def serve(pipe: Connection, blocks: int) -> None:
         source.close()
 
 
-def send_when_asked(connection: socket.socket, memory: PoolMemory) -> None:
+def send_when_asked(connection: socket.socket, memory: HostPoolMemory) -> None:
     with connection:
         while connection.recv(1):
             for block in range(memory.num_blocks):
@@ -125,8 +125,8 @@ def _seconds(run: Callable[[], object]) -> float:
 
 def measure_transports(blocks: int = 128, rounds: int = 7) -> dict[str, Any]:
     """GB/s of each, and the shares of their limits. A prompt of `blocks` slabs per round."""
-    own = PoolMemory(blocks, LAYOUT.slab_bytes)
-    other = PoolMemory(blocks, LAYOUT.slab_bytes)
+    own = HostPoolMemory(blocks, LAYOUT.slab_bytes)
+    other = HostPoolMemory(blocks, LAYOUT.slab_bytes)
     target = Target(own, LAYOUT)
     slab = LAYOUT.slab_bytes
     with _source(blocks) as (proofs, generations, digests, address):
@@ -138,7 +138,7 @@ def measure_transports(blocks: int = 128, rounds: int = 7) -> dict[str, Any]:
 
         def memcpy() -> None:
             for block in range(blocks):
-                copy_bytes(own.slab_address(block), other.slab_address(block), slab)
+                copy_bytes(own.address(block), other.address(block), slab)
 
         def digest() -> None:
             for piece in checked:
@@ -191,7 +191,7 @@ def pull(reader: Reader, pieces: tuple[Piece, ...]) -> None:
 class _Bare:
     """The reading end of the bare socket, which may have TLS on it."""
 
-    def __init__(self, connection: socket.socket | tls.Reader, pool: PoolMemory) -> None:
+    def __init__(self, connection: socket.socket | tls.Reader, pool: HostPoolMemory) -> None:
         self._socket, self._pool = connection, pool
 
     def pull(self) -> None:

@@ -1,13 +1,16 @@
-"""The few calls of the CUDA runtime that torch does not offer. The only user of libcudart.
+"""One CUDA device, as pools and transports use it. The only user of libcudart.
 
-A pool that another process may map must be one plain `cudaMalloc`: torch's allocator hands out
-parts of larger pieces, and expandable segments have no IPC handle at all. The library is the one
-that torch has loaded, found by its name; nothing is compiled and nothing more is installed.
+Torch does all but this: a pool that another process may map must be one plain `cudaMalloc`, for torch's
+allocator hands out parts of larger pieces, and expandable segments have no IPC handle at all. The
+library is the one that torch has loaded, found by its name; nothing is compiled and nothing more is
+installed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
@@ -16,53 +19,59 @@ from torch import Tensor
 from common.errors import ConfigError, InsufficientMemory, LinkLost, PdqError
 
 HANDLE_BYTES = 64
-_DEFAULT_KIND = 4  # cudaMemcpyDefault: the addresses say where they lie
-_NON_BLOCKING = 1  # cudaStreamNonBlocking: does not wait for the default stream
 _LAZY_PEER_ACCESS = 1  # cudaIpcMemLazyEnablePeerAccess: the handle may be of another device
-_NOT_READY = 600  # cudaErrorNotReady
+
+
+class Stream(Protocol):
+    """Copies in a row. `LinkLost` where the device fails."""
+
+    @property
+    def handle(self) -> int:
+        """The cudaStream_t, for other libraries."""
+
+    def copy(self, into: Tensor, source: Tensor) -> None:
+        """Asynchronous; both tensors must stay until `synchronize`."""
+
+    def synchronize(self) -> None:
+        """Wait until all work of the stream has ended; releases the GIL."""
+
+    def is_done(self) -> bool:
+        """Whether all work of the stream has ended."""
 
 
 class Cuda(Protocol):
-    """What is used of a device. Addresses and streams are numbers; every copy is asynchronous."""
+    """One device. Addresses are numbers."""
 
-    def malloc(self, device: int, length: int) -> int:
+    index: int
+
+    def malloc(self, length: int) -> int:
         """Zeroed device memory that has an IPC handle; `InsufficientMemory`."""
 
-    def free(self, device: int, address: int) -> None: ...
+    def free(self, address: int) -> None: ...
 
-    def tensor(self, device: int, address: int, shape: tuple[int, int]) -> Tensor:
+    def tensor(self, address: int, shape: tuple[int, int]) -> Tensor:
         """Device memory as uint8; whoever holds the tensor keeps the memory."""
 
-    def ipc_handle(self, device: int, address: int) -> bytes:
+    def ipc_handle(self, address: int) -> bytes:
         """64 bytes with which another process maps what `malloc` gave."""
 
-    def open_ipc(self, device: int, handle: bytes) -> int:
+    def open_ipc(self, handle: bytes) -> int:
         """Map another process's memory; `LinkLost`."""
 
-    def close_ipc(self, device: int, address: int) -> None: ...
+    def close_ipc(self, address: int) -> None: ...
 
-    def pinned(self, length: int) -> int:
-        """Host memory that a device copies at full speed; `InsufficientMemory`."""
+    def pinned(self, length: int) -> Tensor:
+        """Host bytes that a device copies at full speed; `InsufficientMemory`."""
 
-    def free_pinned(self, address: int) -> None: ...
-
-    def stream(self, device: int) -> int: ...
-
-    def destroy(self, device: int, stream: int) -> None: ...
-
-    def copy(self, device: int, stream: int, target: int, source: int, length: int) -> None: ...
-
-    def synchronize(self, device: int, stream: int) -> None:
-        """Wait until all copies of the stream have ended; releases the GIL. `LinkLost`."""
-
-    def is_done(self, device: int, stream: int) -> bool:
-        """Whether all work of the stream has ended; `LinkLost` if it failed."""
+    def stream(self) -> Stream: ...
 
 
 class CudaRuntime:
-    """`Cuda` by libcudart. `ConfigError` where there is no such library or no device."""
+    """`Cuda` by torch and libcudart. `ConfigError` where there is no such library or no device."""
 
-    def __init__(self) -> None:
+    def __init__(self, index: int = 0) -> None:
+        self.index = index
+        self._device = torch.device("cuda", index)
         major = (torch.version.cuda or "").partition(".")[0]
         name = f"libcudart.so.{major}" if major else "libcudart.so"
         try:
@@ -76,20 +85,17 @@ class CudaRuntime:
         self._call(ConfigError, "cudaGetDeviceCount", ctypes.byref(count))
 
     def _call(self, error: type[PdqError], function: str, *arguments: Any) -> None:
-        self._check(error, function, getattr(self._library, function)(*arguments))
-
-    def _check(self, error: type[PdqError], function: str, status: int) -> None:
-        if status:
+        if status := getattr(self._library, function)(*arguments):
             said = self._library.cudaGetErrorString(status).decode()
             self._library.cudaGetLastError()  # or the next caller gets it
             raise error(f"{function}: {said} ({status})")
 
-    def _use(self, device: int) -> None:
+    def _use(self) -> None:
         """Choose the device of this thread's next call."""
-        self._call(LinkLost, "cudaSetDevice", device)
+        self._call(LinkLost, "cudaSetDevice", self.index)
 
-    def malloc(self, device: int, length: int) -> int:
-        self._use(device)
+    def malloc(self, length: int) -> int:
+        self._use()
         address = ctypes.c_void_p()
         size = ctypes.c_size_t(length)
         self._call(InsufficientMemory, "cudaMalloc", ctypes.byref(address), size)
@@ -98,23 +104,23 @@ class CudaRuntime:
         self._call(InsufficientMemory, "cudaDeviceSynchronize")
         return address.value
 
-    def free(self, device: int, address: int) -> None:
-        self._use(device)
+    def free(self, address: int) -> None:
+        self._use()
         self._call(LinkLost, "cudaFree", ctypes.c_void_p(address))
 
-    def tensor(self, device: int, address: int, shape: tuple[int, int]) -> Tensor:
-        return torch.as_tensor(_DeviceArray(address, shape), device=f"cuda:{device}")
+    def tensor(self, address: int, shape: tuple[int, int]) -> Tensor:
+        return torch.as_tensor(_DeviceArray(address, shape), device=self._device)
 
-    def ipc_handle(self, device: int, address: int) -> bytes:
-        self._use(device)
+    def ipc_handle(self, address: int) -> bytes:
+        self._use()
         handle = _Handle()
         self._call(
             ConfigError, "cudaIpcGetMemHandle", ctypes.byref(handle), ctypes.c_void_p(address)
         )
         return bytes(handle)
 
-    def open_ipc(self, device: int, handle: bytes) -> int:
-        self._use(device)
+    def open_ipc(self, handle: bytes) -> int:
+        self._use()
         address = ctypes.c_void_p()
         self._call(
             LinkLost, "cudaIpcOpenMemHandle", ctypes.byref(address),
@@ -123,52 +129,47 @@ class CudaRuntime:
         assert address.value is not None
         return address.value
 
-    def close_ipc(self, device: int, address: int) -> None:
-        self._use(device)
+    def close_ipc(self, address: int) -> None:
+        self._use()
         self._call(LinkLost, "cudaIpcCloseMemHandle", ctypes.c_void_p(address))
 
-    def pinned(self, length: int) -> int:
-        address = ctypes.c_void_p()
-        self._call(
-            InsufficientMemory, "cudaHostAlloc", ctypes.byref(address), ctypes.c_size_t(length), 0
-        )
-        assert address.value is not None
-        return address.value
+    def pinned(self, length: int) -> Tensor:
+        with _translated(InsufficientMemory):
+            return torch.empty(length, dtype=torch.uint8, pin_memory=True)
 
-    def free_pinned(self, address: int) -> None:
-        self._call(LinkLost, "cudaFreeHost", ctypes.c_void_p(address))
+    def stream(self) -> Stream:
+        return _TorchStream(self._device)
 
-    def stream(self, device: int) -> int:
-        self._use(device)
-        stream = ctypes.c_void_p()
-        self._call(
-            InsufficientMemory, "cudaStreamCreateWithFlags", ctypes.byref(stream), _NON_BLOCKING
-        )
-        assert stream.value is not None
-        return stream.value
 
-    def destroy(self, device: int, stream: int) -> None:
-        self._use(device)
-        self._call(LinkLost, "cudaStreamDestroy", ctypes.c_void_p(stream))
+class _TorchStream:
+    def __init__(self, device: torch.device) -> None:
+        with _translated(LinkLost):
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
-    def copy(self, device: int, stream: int, target: int, source: int, length: int) -> None:
-        self._use(device)
-        self._call(
-            LinkLost, "cudaMemcpyAsync", ctypes.c_void_p(target), ctypes.c_void_p(source),
-            ctypes.c_size_t(length), _DEFAULT_KIND, ctypes.c_void_p(stream),
-        )  # fmt: skip
+    @property
+    def handle(self) -> int:
+        return int(self._stream.cuda_stream)
 
-    def synchronize(self, device: int, stream: int) -> None:
-        self._use(device)
-        self._call(LinkLost, "cudaStreamSynchronize", ctypes.c_void_p(stream))
+    def copy(self, into: Tensor, source: Tensor) -> None:
+        with _translated(LinkLost), torch.cuda.stream(self._stream):
+            into.copy_(source, non_blocking=True)
 
-    def is_done(self, device: int, stream: int) -> bool:
-        self._use(device)
-        status = self._library.cudaStreamQuery(ctypes.c_void_p(stream))
-        if status == _NOT_READY:
-            return False
-        self._check(LinkLost, "cudaStreamQuery", status)
-        return True
+    def synchronize(self) -> None:
+        with _translated(LinkLost):
+            self._stream.synchronize()
+
+    def is_done(self) -> bool:
+        with _translated(LinkLost):
+            return bool(self._stream.query())
+
+
+@contextlib.contextmanager
+def _translated(error: type[PdqError]) -> Iterator[None]:
+    """Torch's errors as ours."""
+    try:
+        yield
+    except RuntimeError as failure:
+        raise error(f"cuda: {failure}") from failure
 
 
 class _Handle(ctypes.Structure):

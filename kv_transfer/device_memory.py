@@ -1,118 +1,102 @@
 """A block pool on a GPU, as peers read it: slabs in device memory, generations in host memory.
 
-Owns the device allocation, the way of its bytes to and from host memory, and nothing else; the
-generations are a `PoolMemory` without slabs, whose file a peer maps as it does for `shm`. Digests
-are not computed here (README, decisions): a block must be sealed only after the step that wrote it
-has ended on the device.
+Owns the device allocation and the way of its bytes to and from host memory, which is pinned. Digests
+are not computed here (README, decisions). A block must be sealed only after the step that wrote it has
+ended on the device.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
+from common.kv_layout import KVLayout
 from kv_transfer.cuda_runtime import Cuda
-from kv_transfer.pool_memory import PoolMemory, copy_bytes
+from kv_transfer.generations import Generations
+from kv_transfer.pool_memory import PoolMemory, Ranges, position_views
+from kv_transfer.ports import Span
+
+STAGED_BYTES = 8 << 20  # of slabs that are in host memory at once, or one slab
 
 
-class DevicePoolMemory(PoolMemory):
+class DevicePoolMemory:
     """`num_blocks` slabs in one plain allocation on a device."""
 
-    def __init__(self, num_blocks: int, slab_bytes: int, device: int, cuda: Cuda) -> None:
-        super().__init__(num_blocks, 0)  # the file: generations only
-        self.slab_bytes, self.device, self.cuda = slab_bytes, device, cuda
-        self.device_index = device
-        self._bounce: Staging | None = None
-        self._lock = threading.Lock()  # of the bounce buffer
+    def __init__(self, num_blocks: int, slab_bytes: int, cuda: Cuda) -> None:
+        self.num_blocks, self.slab_bytes = num_blocks, slab_bytes
+        self.cuda = cuda
         with contextlib.ExitStack() as made:
-            made.callback(super().close)
-            self.address = cuda.malloc(device, num_blocks * slab_bytes)
-            made.callback(cuda.free, device, self.address)
-            self.slabs = cuda.tensor(device, self.address, (num_blocks, slab_bytes))
+            self._counters = Generations(num_blocks)
+            made.callback(self._counters.close)
+            self._base = cuda.malloc(num_blocks * slab_bytes)
+            made.callback(cuda.free, self._base)
+            self.slabs = cuda.tensor(self._base, (num_blocks, slab_bytes))
             made.pop_all()
+        self.fd, self.generations = self._counters.fd, self._counters.numbers
+        self.digests = [b""] * num_blocks
+
+    def address(self, block: int) -> int:
+        return self._base + block * self.slab_bytes
+
+    def begin_write(self, block: int) -> None:
+        self._counters.begin_write(block)
 
     def seal(
         self, block: int, seed: bytes = b"", fill_ranges: Sequence[tuple[int, int]] = ()
     ) -> int:
         """As for host memory, without a digest."""
-        return super().seal(block)
+        return self._counters.seal(block)
 
-    def slab(self, block: int) -> memoryview:
-        """A copy of one slab in host memory."""
-        with self._lock:
-            staging = self._staging()
-            staging.load([0], [self.slab_address(block)])
-            return memoryview(bytes(staging.view(0)))
+    def to_host(self, blocks: Sequence[int]) -> Iterator[list[memoryview]]:
+        if not blocks:
+            return
+        count = min(len(blocks), max(1, STAGED_BYTES // self.slab_bytes))
+        staged = self.cuda.pinned(count * self.slab_bytes).view(count, self.slab_bytes)
+        stream = self.cuda.stream()
+        for start in range(0, len(blocks), count):
+            some = blocks[start : start + count]
+            try:
+                for row, block in zip(staged, some, strict=False):
+                    stream.copy(row, self.slabs[block])
+            finally:  # also of a failure, no copy outlives it
+                stream.synchronize()
+            yield [row.numpy().data for row in staged[: len(some)]]
 
-    def put(self, block: int, ranges: Iterable[tuple[int, int]], source: int) -> None:
-        """Copy host bytes to a slab, through pinned memory; done when this returns."""
+    @contextlib.contextmanager
+    def from_host(self, block: int, ranges: Ranges) -> Iterator[list[memoryview]]:
         ranges = list(ranges)
-        with self._lock:
-            staging = self._staging()
-            copy_bytes(staging.address(0), source, sum(length for _, length in ranges))
-            staging.store(self.slab_address(block), ranges)
-
-    def _staging(self) -> Staging:
-        if self._bounce is None:
-            self._bounce = Staging(self, 1)
-        return self._bounce
-
-    def close(self) -> None:
-        """Give everything back; no tensor over `slabs` may be used after this."""
-        if self._bounce is not None:
-            self._bounce.close()
-            self._bounce = None
-        del self.slabs
-        self.cuda.free(self.device_index, self.address)
-        super().close()
-
-
-class Staging:
-    """`count` pinned host buffers of one slab each, and a stream that fills them."""
-
-    def __init__(self, memory: DevicePoolMemory, count: int) -> None:
-        self._cuda, self._device, self._slab_bytes = (
-            memory.cuda,
-            memory.device_index,
-            memory.slab_bytes,
-        )
-        self.count = count
-        self._stream = self._cuda.stream(self._device)
+        lengths = [length for _, length in ranges]
+        staged = self.cuda.pinned(sum(lengths)).split_with_sizes(lengths)
+        yield [piece.numpy().data for piece in staged]
+        stream = self.cuda.stream()
         try:
-            self._address = self._cuda.pinned(count * self._slab_bytes)
-        except BaseException:
-            self._cuda.destroy(self._device, self._stream)
-            raise
-
-    def address(self, buffer: int) -> int:
-        return self._address + buffer * self._slab_bytes
-
-    def view(self, buffer: int) -> memoryview:
-        """The bytes of one buffer, in place."""
-        content = (ctypes.c_uint8 * self._slab_bytes).from_address(self.address(buffer))
-        return memoryview(content).cast("B")
-
-    def load(self, buffers: Sequence[int], slabs: Sequence[int]) -> None:
-        """Fill buffers with the slabs at these device addresses; done when this returns."""
-        for buffer, slab in zip(buffers, slabs, strict=True):
-            self._cuda.copy(
-                self._device, self._stream, self.address(buffer), slab, self._slab_bytes
-            )
-        self._cuda.synchronize(self._device, self._stream)
-
-    def store(self, slab: int, ranges: Iterable[tuple[int, int]]) -> None:
-        """Copy the first buffer, which holds the ranges in one piece, to their places in a slab."""
-        source = self._address
-        for offset, length in ranges:
-            self._cuda.copy(self._device, self._stream, slab + offset, source, length)
-            source += length
-        self._cuda.synchronize(self._device, self._stream)
-
-    def close(self) -> None:
-        """Give the memory back; no view may be used after this."""
-        try:
-            self._cuda.destroy(self._device, self._stream)
+            for (offset, length), piece in zip(ranges, staged, strict=True):
+                stream.copy(self.slabs[block, offset : offset + length], piece)
         finally:
-            self._cuda.free_pinned(self._address)
+            stream.synchronize()
+
+    def beside(self, num_blocks: int, slab_bytes: int) -> PoolMemory:
+        return DevicePoolMemory(num_blocks, slab_bytes, self.cuda)
+
+    def copy_positions(
+        self, layout: KVLayout, source: PoolMemory, source_layout: KVLayout,
+        spans: Iterable[tuple[int, Span]],
+    ) -> None:  # fmt: skip
+        views = list(zip(
+            position_views(source.slabs, source_layout), position_views(self.slabs, layout),
+            strict=True,
+        ))  # fmt: skip
+        stream = self.cuda.stream()
+        try:
+            for slab, (block, at, start, length) in spans:
+                for theirs, ours in views:
+                    stream.copy(
+                        ours[block, :, at : at + length], theirs[slab, :, start : start + length]
+                    )
+        finally:
+            stream.synchronize()
+
+    def close(self) -> None:
+        del self.slabs
+        self.cuda.free(self._base)
+        self._counters.close()

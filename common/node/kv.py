@@ -25,7 +25,7 @@ from common.messages import Offer
 from kv_transfer.cuda_runtime import CudaRuntime
 from kv_transfer.device_memory import DevicePoolMemory
 from kv_transfer.digests import tail_seed
-from kv_transfer.pool_memory import PoolMemory
+from kv_transfer.pool_memory import HostPoolMemory, PoolMemory
 from kv_transfer.ports import Key, Piece, ReadyBlock, Reservation
 
 WARM_BYTES = 128 << 20  # of the pool, touched at the start
@@ -43,12 +43,12 @@ class SharedMemory:
         that a pool which is larger than what is asked of it does not fill the machine."""
         if self._device.type == "cuda":
             index = self._device.index or 0
-            self.memory = DevicePoolMemory(num_blocks, slab_bytes, index, CudaRuntime())
+            self.memory = DevicePoolMemory(num_blocks, slab_bytes, CudaRuntime(index))
             return self.memory.slabs
-        self.memory = PoolMemory(num_blocks, slab_bytes, warm=False)
-        warm = functools.partial(self.memory.warm, WARM_BYTES)
+        memory = self.memory = HostPoolMemory(num_blocks, slab_bytes, warm=False)
+        warm = functools.partial(memory.warm, WARM_BYTES)
         threading.Thread(target=warm, name="kv-warm", daemon=True).start()
-        return self.memory.slabs
+        return memory.slabs
 
     def freed(self, block_ids: AnySequence[int]) -> None:
         """The content of these blocks is garbage from now on: a copy under way will be stale."""

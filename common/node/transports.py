@@ -14,7 +14,6 @@ from common.config import NodeSettings
 from common.errors import ConfigError, PdqError
 from common.kv_layout import KVLayout
 from common.logs import get_logger
-from kv_transfer.device_memory import DevicePoolMemory
 from kv_transfer.lease import Leases
 from kv_transfer.nccl_library import NcclLibrary
 from kv_transfer.pool_memory import PoolMemory
@@ -39,7 +38,7 @@ def make_transports(
     found: list[tuple[str, Ends]] = []
     with contextlib.ExitStack() as made:
         for name in settings.transports:
-            if not _suits(name, memory):
+            if not _reads(name, memory):
                 continue
             try:
                 ends = guarded(name, _make, name, settings, memory, layout, leases)
@@ -52,7 +51,7 @@ def make_transports(
             found.append((name, ends))
         made.pop_all()
     if settings.transports and not found:
-        place = "host memory" if memory.device is None else "a CUDA device"
+        place = "host memory" if memory.cuda is None else "a CUDA device"
         raise ConfigError(
             f"none of the transports {', '.join(settings.transports)} reads a pool on {place}; "
             "add tcp (--transports)",
@@ -62,8 +61,8 @@ def make_transports(
     return [source for _, (source, _) in found], {name: opener for name, (_, opener) in found}
 
 
-def _suits(name: str, memory: PoolMemory) -> bool:
-    on_device = isinstance(memory, DevicePoolMemory)
+def _reads(name: str, memory: PoolMemory) -> bool:
+    on_device = memory.cuda is not None
     return {"shm": not on_device, "cuda_ipc": on_device, "nccl": on_device}.get(name, True)
 
 
@@ -84,13 +83,15 @@ def _make(
         return source, functools.partial(
             TcpReader.open, secret_key=bus.secret_key, encrypts=encrypts
         )
-    assert isinstance(memory, DevicePoolMemory)
+    cuda = memory.cuda
+    assert cuda is not None, "they read a pool on a device"
     if name == "cuda_ipc":
-        return CudaIpcSource(memory, folder), functools.partial(CudaIpcReader.open, folder=folder)
+        opener = functools.partial(CudaIpcReader.open, cuda=cuda, folder=folder)
+        return CudaIpcSource(memory, cuda, folder), opener
     nccl, turns = NcclLibrary(), Turns()
     return (
-        NcclSource(memory, layout, leases, nccl, turns, **network),
+        NcclSource(memory, layout, leases, cuda, nccl, turns, **network),
         functools.partial(
-            NcclReader.connect, nccl=nccl, turns=turns, secret_key=bus.secret_key
+            NcclReader.connect, cuda=cuda, nccl=nccl, turns=turns, secret_key=bus.secret_key
         ),
     )  # fmt: skip

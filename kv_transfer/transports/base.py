@@ -79,7 +79,7 @@ class Target:
         """Compare a copied piece's digest with the promised one; `DigestMismatch`."""
         if not piece.digest:
             return
-        slab = self.memory.slab(piece.block)
+        [[slab]] = self.memory.to_host([piece.block])
         if piece.fill:
             found = ranges_digest(slab, self.layout.tail_ranges(piece.fill), piece.seed)
         else:

@@ -13,17 +13,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import threading
-from collections.abc import Iterator, Sequence
-
-import numpy as np
-import numpy.typing as npt
+from collections.abc import Sequence
 
 from common.errors import LinkLost
-from common.kv_layout import KVLayout
-from kv_transfer.device_memory import DevicePoolMemory
-from kv_transfer.pool_memory import PoolMemory
 from kv_transfer.ports import Piece
 from kv_transfer.transports.base import Opener, Reader, Target
 
@@ -35,15 +28,10 @@ class ConvertingReader:
 
     def __init__(self, reader: Reader, scratch: Target, target: Target) -> None:
         """Takes over `reader`, which writes to `scratch`, and the memory of that."""
-        self._reader, self._scratch = reader, scratch
+        self._reader, self._scratch, self._target = reader, scratch, target
         self.remark = reader.remark
         self._lock = threading.Lock()  # held by whoever uses the scratch slabs
         self._closed = False
-        self._spread: _SpreadOnDevice | _SpreadInHost
-        if isinstance(target.memory, DevicePoolMemory):
-            self._spread = _SpreadOnDevice(scratch, target, target.memory)
-        else:
-            self._spread = _SpreadInHost(scratch, target)
 
     @classmethod
     def open(
@@ -53,7 +41,7 @@ class ConvertingReader:
         layout = target.layout.with_block_size(block_size)
         count = max(1, SCRATCH_BYTES // layout.slab_bytes)
         with contextlib.ExitStack() as made:
-            memory = _memory_beside(target.memory, count, layout.slab_bytes)
+            memory = target.memory.beside(count, layout.slab_bytes)
             made.callback(memory.close)
             scratch = Target(memory, layout)
             reader = opener(link, proof, scratch)
@@ -72,7 +60,13 @@ class ConvertingReader:
                 self._reader.pull(
                     [dataclasses.replace(piece, block=slab) for slab, piece in enumerate(batch)]
                 )
-                self._spread.spread(batch)
+                self._spread(batch)
+
+    def _spread(self, pieces: Sequence[Piece]) -> None:
+        """Copy positions on from scratch slab i, of the i-th piece, to where its spans say."""
+        ours, scratch = self._target, self._scratch
+        spans = [(slab, span) for slab, piece in enumerate(pieces) for span in piece.spans]
+        ours.memory.copy_positions(ours.layout, scratch.memory, scratch.layout, spans)
 
     def close(self) -> None:
         try:
@@ -81,84 +75,4 @@ class ConvertingReader:
             with self._lock:
                 if not self._closed:
                     self._closed = True
-                    self._spread.close()
                     self._scratch.memory.close()
-
-
-class _SpreadInHost:
-    """Copies positions from scratch slab i, of the i-th piece, to where its spans say."""
-
-    def __init__(self, scratch: Target, target: Target) -> None:
-        self._views = [
-            (_positions(scratch, first, count), _positions(target, first, count))
-            for first, count in _alike(target.layout)
-        ]
-
-    def spread(self, pieces: Sequence[Piece]) -> None:
-        for slab, piece in enumerate(pieces):
-            for block, at, start, length in piece.spans:
-                for source, into in self._views:
-                    into[block, :, at : at + length] = source[slab, :, start : start + length]
-
-    def close(self) -> None:
-        """Let go of the memory."""
-        self._views.clear()
-
-
-class _SpreadOnDevice:
-    """The same on a CUDA device, on a stream of its own, which is waited for."""
-
-    def __init__(self, scratch: Target, target: Target, memory: DevicePoolMemory) -> None:
-        self._cuda, self._device = memory.cuda, memory.device_index
-        self._scratch, self._target = scratch, target
-        self._stream: int | None = None  # made for the first piece
-
-    def spread(self, pieces: Sequence[Piece]) -> None:
-        ours = self._target.layout
-        pairs = list(zip(self._scratch.layout.segments, ours.segments, strict=True))
-        if self._stream is None:
-            self._stream = self._cuda.stream(self._device)
-        try:
-            for slab, piece in enumerate(pieces):
-                source = self._scratch.memory.slab_address(slab)
-                for block, at, start, length in piece.spans:
-                    into = self._target.memory.slab_address(block)
-                    for their, our in pairs:
-                        row = our.num_bytes // ours.block_size
-                        self._cuda.copy(
-                            self._device, self._stream, into + our.offset + at * row,
-                            source + their.offset + start * row, length * row,
-                        )  # fmt: skip
-        finally:  # also of a pull that fails, no copy outlives it
-            self._cuda.synchronize(self._device, self._stream)
-
-    def close(self) -> None:
-        if self._stream is not None:
-            self._cuda.destroy(self._device, self._stream)
-
-
-def _memory_beside(memory: PoolMemory, count: int, slab_bytes: int) -> PoolMemory:
-    """Slabs of another size where those of `memory` lie; `InsufficientMemory`."""
-    if isinstance(memory, DevicePoolMemory):
-        return DevicePoolMemory(count, slab_bytes, memory.device_index, memory.cuda)
-    return PoolMemory(count, slab_bytes, warm=False)
-
-
-def _alike(layout: KVLayout) -> Iterator[tuple[int, int]]:
-    """(first, count) of segments in a row whose positions have equally many bytes."""
-    first = 0
-    for _, segments in itertools.groupby(layout.segments, lambda segment: segment.num_bytes):
-        count = len(list(segments))
-        yield first, count
-        first += count
-
-
-def _positions(target: Target, first: int, count: int) -> npt.NDArray[np.uint8]:
-    """View `[slabs, count, block_size, bytes of a position]` of `count` segments in a row."""
-    layout, memory = target.layout, target.memory
-    segments = layout.segments[first : first + count]
-    row = segments[0].num_bytes // layout.block_size
-    length = sum(segment.num_bytes for segment in segments)
-    slabs: npt.NDArray[np.uint8] = memory.slabs.numpy()
-    view = slabs[:, segments[0].offset :][:, :length]
-    return view.reshape(memory.num_blocks, count, layout.block_size, row)

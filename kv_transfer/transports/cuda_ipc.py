@@ -15,8 +15,8 @@ from collections.abc import Sequence
 
 from common.errors import LinkLost, MalformedMessage
 from kv_transfer.cuda_runtime import HANDLE_BYTES, Cuda
-from kv_transfer.device_memory import DevicePoolMemory
-from kv_transfer.pool_memory import MappedPool
+from kv_transfer.generations import MappedGenerations
+from kv_transfer.pool_memory import PoolMemory
 from kv_transfer.ports import Piece
 from kv_transfer.transports.base import Target, require_still
 from kv_transfer.transports.same_host import Passer, receive
@@ -29,9 +29,9 @@ class CudaIpcSource(Passer):
 
     name = "cuda_ipc"
 
-    def __init__(self, memory: DevicePoolMemory, folder: str = "") -> None:
+    def __init__(self, memory: PoolMemory, cuda: Cuda, folder: str = "") -> None:
         """`ConfigError` where the platform has no IPC handles."""
-        handle = memory.cuda.ipc_handle(memory.device_index, memory.address)
+        handle = cuda.ipc_handle(memory.address(0))
         super().__init__(memory.fd, folder, _PAYLOAD.pack(memory.slab_bytes, handle))
 
 
@@ -40,33 +40,30 @@ class CudaIpcReader:
 
     remark = ""
 
-    def __init__(self, mapped: MappedPool, base: int, target: Target, cuda: Cuda) -> None:
-        memory = target.memory
-        assert memory.device is not None
-        self._mapped, self._base, self._target = mapped, base, target
-        self._cuda, self._device = cuda, memory.device
+    def __init__(self, mapped: MappedGenerations, base: int, target: Target, cuda: Cuda) -> None:
+        self._mapped, self._base, self._target, self._cuda = mapped, base, target, cuda
         self._lock = threading.Lock()  # held while copying: close waits
         self._closed = False
-        self._stream = cuda.stream(memory.device)
+        self._slabs = cuda.tensor(base, (mapped.num_blocks, target.memory.slab_bytes))
+        self._stream = cuda.stream()
 
     @classmethod
-    def open(cls, link: str, proof: bytes, target: Target, *, folder: str = "") -> CudaIpcReader:
+    def open(
+        cls, link: str, proof: bytes, target: Target, *, cuda: Cuda, folder: str = ""
+    ) -> CudaIpcReader:
         """Prove that the other end is on this host and of this user, and map its pool."""
-        own = target.memory
-        if not isinstance(own, DevicePoolMemory):
-            raise LinkLost("this node's pool is not on a CUDA device")
         with receive(proof, folder) as (fd, payload):
             if len(payload) != _PAYLOAD.size:
                 raise MalformedMessage("not the memory of a device pool", param="proofs")
             slab_bytes, handle = _PAYLOAD.unpack(payload)
-            if slab_bytes != own.slab_bytes:
+            if slab_bytes != target.memory.slab_bytes:
                 raise MalformedMessage("the peer's slabs have another size", param="slab_bytes")
-            mapped = MappedPool(fd)
+            mapped = MappedGenerations(fd)
         with contextlib.ExitStack() as made:
             made.callback(mapped.close)
-            base = own.cuda.open_ipc(own.device_index, handle)
-            made.callback(own.cuda.close_ipc, own.device_index, base)
-            reader = cls(mapped, base, target, own.cuda)
+            base = cuda.open_ipc(handle)
+            made.callback(cuda.close_ipc, base)
+            reader = cls(mapped, base, target, cuda)
             made.pop_all()
         return reader
 
@@ -84,24 +81,22 @@ class CudaIpcReader:
                 for piece in pieces:
                     self._enqueue(piece)
             finally:  # also of a pull that fails, no copy outlives it
-                self._cuda.synchronize(self._device, self._stream)
+                self._stream.synchronize()
             for piece in pieces:
                 require_still(self._mapped, piece)
         for piece in pieces:
             target.check(piece)
 
     def _enqueue(self, piece: Piece) -> None:
-        memory = self._target.memory
-        source = self._base + piece.slot * memory.slab_bytes
-        into = memory.slab_address(piece.block)
+        source, into = self._slabs[piece.slot], self._target.memory.slabs[piece.block]
         for offset, length in self._target.ranges(piece):
-            self._cuda.copy(self._device, self._stream, into + offset, source + offset, length)
+            self._stream.copy(into[offset : offset + length], source[offset : offset + length])
 
     def close(self) -> None:
         with self._lock:
             if not self._closed:
                 self._closed = True
+                del self._slabs
                 with contextlib.ExitStack() as ending:
                     ending.callback(self._mapped.close)
-                    ending.callback(self._cuda.close_ipc, self._device, self._base)
-                    ending.callback(self._cuda.destroy, self._device, self._stream)
+                    ending.callback(self._cuda.close_ipc, self._base)

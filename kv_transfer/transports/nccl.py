@@ -25,17 +25,18 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from common.codec import encode
-from common.errors import DigestMismatch, LinkLost, MalformedMessage, PdqError
+from common.errors import DigestMismatch, LinkLost, PdqError
 from common.kv_layout import KVLayout
 from common.messages import Pull, Slabs
-from kv_transfer.device_memory import DevicePoolMemory
+from kv_transfer.cuda_runtime import Cuda
 from kv_transfer.lease import Leases
 from kv_transfer.nccl_library import ID_BYTES, Communicator, Nccl, Ranges
+from kv_transfer.pool_memory import PoolMemory
 from kv_transfer.ports import Piece
 from kv_transfer.transports import tcp
 from kv_transfer.transports.base import Target
 from kv_transfer.transports.tcp_frames import ReceivingFrames, SendingFrames
-from kv_transfer.transports.wires import STALL_TIMEOUT, SendingWire
+from kv_transfer.transports.wires import STALL_TIMEOUT, ReceivingWire, SendingWire
 
 _SETUP_TIMEOUT = 30.0  # for both ends to set a communicator up
 _POLL = 0.0002
@@ -57,13 +58,13 @@ class _Channel:
     """One end of a pair: its communicator, its stream, and the turn that it works in."""
 
     def __init__(
-        self, memory: DevicePoolMemory, nccl: Nccl, turn: threading.Lock, *, sends: bool,
+        self, cuda: Cuda, nccl: Nccl, turn: threading.Lock, *, sends: bool,
         is_closing: Callable[[], bool],
     ) -> None:  # fmt: skip
-        self._cuda, self._device, self._nccl = memory.cuda, memory.device_index, nccl
+        self._device, self._nccl = cuda.index, nccl
         self._turn, self._sends, self._is_closing = turn, sends, is_closing
         self._pair: Communicator | None = None
-        self._stream = self._cuda.stream(self._device)
+        self._stream = cuda.stream()
         self._has_turn = False
 
     def take_turn(self) -> None:
@@ -90,11 +91,11 @@ class _Channel:
         """Put one exchange on the stream."""
         if self._pair is None:
             raise LinkLost("the communicator was aborted")
-        self._pair.exchange(ranges, self._stream, send=self._sends)
+        self._pair.exchange(ranges, self._stream.handle, send=self._sends)
         self._wait_ready(STALL_TIMEOUT)
 
     def is_done(self) -> bool:
-        return self._cuda.is_done(self._device, self._stream)
+        return self._stream.is_done()
 
     def _wait_ready(self, timeout: float) -> None:
         deadline = time.monotonic() + timeout
@@ -122,12 +123,6 @@ class _Channel:
         finally:
             self.give_turn()
 
-    def close(self) -> None:
-        try:
-            self.abort()
-        finally:
-            self._cuda.destroy(self._device, self._stream)
-
 
 class NcclSource(tcp.TcpSource):
     """Serves leased blocks of a device pool."""
@@ -135,14 +130,14 @@ class NcclSource(tcp.TcpSource):
     name = "nccl"
 
     def __init__(
-        self, memory: DevicePoolMemory, layout: KVLayout, leases: Leases, nccl: Nccl,
+        self, memory: PoolMemory, layout: KVLayout, leases: Leases, cuda: Cuda, nccl: Nccl,
         turns: Turns, *, host: str = "127.0.0.1", advertise_host: str = "", secret_key: str = "",
     ) -> None:  # fmt: skip
         super().__init__(
             memory, layout, leases, host=host, advertise_host=advertise_host,
             secret_key=secret_key,
         )  # fmt: skip
-        self.device_memory, self.nccl, self.turns = memory, nccl, turns
+        self.cuda, self.nccl, self.turns = cuda, nccl, turns
 
     def _wire(self, token: bytes) -> tuple[SendingWire, str]:
         return SendingFrames(self._host, self._secret_key), "zmq"
@@ -155,18 +150,16 @@ class _NcclServed(tcp.Served):
     """One link: the thread of tcp.py, which sends by the communicator instead."""
 
     def __init__(self, source: NcclSource, link: str, token: bytes, wire: SendingWire) -> None:
-        memory = source.device_memory
-        turn = source.turns.of(memory.device_index, "send")
+        turn = source.turns.of(source.cuda.index, "send")
         self._nccl, self._unique_id = source.nccl, b""
-        self._device_memory = memory
         self._channel = _Channel(
-            memory, source.nccl, turn, sends=True, is_closing=lambda: self._closing
+            source.cuda, source.nccl, turn, sends=True, is_closing=lambda: self._closing
         )
         self._is_set_up = False
         try:
             super().__init__(source, link, token, wire)
         except BaseException:  # no thread
-            self._channel.close()
+            self._channel.abort()
             raise
 
     def _ship(self, peer: bytes, pull: Pull) -> None:
@@ -199,56 +192,50 @@ class _NcclServed(tcp.Served):
         self._channel.give_turn()
 
     def _ranges(self, pull: Pull) -> list[tuple[int, int]]:
-        memory = self._device_memory
+        memory = self._memory
         whole = [(0, memory.slab_bytes)]
         ranges = list(self._layout.tail_ranges(pull.fill)) if pull.fill else whole
         return [
-            (memory.slab_address(slot) + offset, length)
+            (memory.address(slot) + offset, length)
             for slot in pull.slots
             for offset, length in ranges
         ]
 
     def _ended(self) -> None:
-        self._channel.close()
+        self._channel.abort()
 
 
 class NcclReader(tcp.TcpReader):
     """The asking end of one link."""
 
     def __init__(
-        self, link: str, token: bytes, target: Target, wire: ReceivingFrames,
-        memory: DevicePoolMemory, nccl: Nccl, turns: Turns,
+        self, link: str, token: bytes, target: Target, wire: ReceivingWire,
+        cuda: Cuda, nccl: Nccl, turns: Turns,
     ) -> None:  # fmt: skip
-        turn = turns.of(memory.device_index, "receive")
-        self._channel = _Channel(memory, nccl, turn, sends=False, is_closing=lambda: self._closed)
+        turn = turns.of(cuda.index, "receive")
+        self._channel = _Channel(cuda, nccl, turn, sends=False, is_closing=lambda: self._closed)
         self._unique_id = b""
         self._pulling = threading.Lock()  # one pull at a time: it has the turn
-        self._frames = wire
         try:
             super().__init__(link, token, target, wire)
         except BaseException:
-            self._channel.close()
+            self._channel.abort()
             raise
 
     @classmethod
     def connect(
-        cls, link: str, proof: bytes, target: Target, nccl: Nccl, turns: Turns,
+        cls, link: str, proof: bytes, target: Target, cuda: Cuda, nccl: Nccl, turns: Turns,
         secret_key: str = "",
     ) -> NcclReader:  # fmt: skip
         """Ask for the communicator's id, which proves the token, then meet the source in it."""
-        memory = target.memory
-        if not isinstance(memory, DevicePoolMemory):
-            raise LinkLost("this node's pool is not on a CUDA device")
         token, _, host, port = tcp.split_proof(proof)
         wire = ReceivingFrames(f"tcp://{host}:{port}", secret_key, 0)
         with contextlib.ExitStack() as made:
             made.callback(wire.close)
-            reader = cls(link, token, target, wire, memory, nccl, turns)
+            reader = cls(link, token, target, wire, cuda, nccl, turns)
             made.pop_all()
             made.callback(reader.close)  # which closes its wire
             reader._greet()  # the first pull of nothing
-            if len(reader._unique_id) != ID_BYTES:
-                raise MalformedMessage("not an id of a communicator", param="proofs")
             reader._pull([()], _SETUP_TIMEOUT)
             made.pop_all()
         return reader
@@ -273,15 +260,17 @@ class NcclReader(tcp.TcpReader):
         if pieces:
             return self._exchanged(pieces)
         if not self._unique_id:
-            self._unique_id = bytes(self._frames.next_frame())
-        elif len(self._unique_id) == ID_BYTES:
+            unique_id = bytearray(ID_BYTES)
+            self._wire.read_into(memoryview(unique_id))
+            self._unique_id = bytes(unique_id)
+        else:
             self._channel.set_up(self._unique_id)
         return None
 
     def _exchanged(self, pieces: tuple[Piece, ...]) -> PdqError | None:
         target = self._target
         ranges = [
-            (target.memory.slab_address(piece.block) + offset, length)
+            (target.memory.address(piece.block) + offset, length)
             for piece in pieces
             for offset, length in target.ranges(piece)
         ]
@@ -301,4 +290,4 @@ class NcclReader(tcp.TcpReader):
         return None
 
     def _released(self) -> None:
-        self._channel.close()
+        self._channel.abort()

@@ -80,11 +80,10 @@ class _Memory:
             raise
 
     def _register(self, memory: PoolMemory, own: Bytes) -> None:
-        self.kind = "DRAM" if memory.device is None else "VRAM"
-        device = memory.device or 0
+        self.kind, device = _place(memory)
         host = [(own.ctypes.data, own.nbytes, 0, ""),
                 (memory.generations.ctypes.data, memory.generations.nbytes, 0, "")]  # fmt: skip
-        pool = (memory.address, memory.num_blocks * memory.slab_bytes, device, "")
+        pool = (memory.address(0), memory.num_blocks * memory.slab_bytes, device, "")
         if self.kind == "DRAM":
             self._registered += [self.agent.register_memory([*host, pool], "DRAM")]
         else:
@@ -130,8 +129,8 @@ class NixlSource:
         self._links[link] = registered, lies
         head = _PROOF.pack(
             _MAGIC, nonce, lies.ctypes.data, memory.num_blocks, memory.slab_bytes,
-            memory.generations.ctypes.data, memory.address,
-            -1 if memory.device is None else memory.device,
+            memory.generations.ctypes.data, memory.address(0),
+            -1 if memory.cuda is None else memory.cuda.index,
         )  # fmt: skip
         return _sealed(head + metadata)
 
@@ -200,7 +199,7 @@ class NixlReader:
             with self._lock:
                 self._require_still(batch)
                 local, remote = self._places(batch)
-                kind = "DRAM" if self._target.memory.device is None else "VRAM"
+                kind, _ = _place(self._target.memory)
                 self._read(local, remote, kind, self._kind, STALL_TIMEOUT)
                 self._require_still(batch)
             for piece in batch:
@@ -211,7 +210,7 @@ class NixlReader:
         local: Ranges = []
         remote: Ranges = []
         for piece in pieces:
-            into = memory.slab_address(piece.block)
+            into = memory.address(piece.block)
             source = self._slabs_at + piece.slot * memory.slab_bytes
             for offset, length in self._target.ranges(piece):
                 local.append((into + offset, length))
@@ -236,7 +235,7 @@ class NixlReader:
         if self._stop.is_set() or self._memory is None:
             raise LinkLost("the link was closed")
         agent = self._memory.agent
-        device = self._target.memory.device or 0
+        _, device = _place(self._target.memory)
         handle = None
         try:
             with _as_link_lost():
@@ -285,6 +284,11 @@ class NixlReader:
         self._stop.set()
         with self._lock:
             self._end()
+
+
+def _place(memory: PoolMemory) -> tuple[str, int]:
+    """The kind and the device of a pool's slabs, as nixl names them."""
+    return ("DRAM", 0) if memory.cuda is None else ("VRAM", memory.cuda.index)
 
 
 def _on(ranges: Ranges, kind: str, device: int) -> list[tuple[int, int, int]]:

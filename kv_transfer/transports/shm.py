@@ -13,7 +13,8 @@ import threading
 from collections.abc import Sequence
 
 from common.errors import LinkLost, MalformedMessage
-from kv_transfer.pool_memory import MappedPool, PoolMemory, copy_bytes, copy_ranges
+from kv_transfer.generations import MappedGenerations
+from kv_transfer.pool_memory import PoolMemory, copy_bytes, copy_ranges
 from kv_transfer.ports import Piece
 from kv_transfer.transports.base import Target, require_still
 from kv_transfer.transports.same_host import Passer, receive
@@ -33,7 +34,7 @@ class ShmReader:
 
     remark = ""
 
-    def __init__(self, mapped: MappedPool, target: Target) -> None:
+    def __init__(self, mapped: MappedGenerations, target: Target) -> None:
         self._mapped, self._target = mapped, target
         self._idle = threading.Condition()  # notified when the last pull has ended
         self._pulls = 0  # that run: close waits for them
@@ -43,8 +44,8 @@ class ShmReader:
     def open(cls, link: str, proof: bytes, target: Target, *, folder: str = "") -> ShmReader:
         """Prove that the other end is on this host and of this user, and map its pool."""
         with receive(proof, folder) as (fd, _):
-            mapped = MappedPool(fd)
-        if mapped.slab_bytes != target.memory.slab_bytes:
+            mapped = MappedGenerations(fd)
+        if mapped.content_bytes != mapped.num_blocks * target.memory.slab_bytes:
             mapped.close()
             raise MalformedMessage("the peer's slabs have another size", param="slab_bytes")
         return cls(mapped, target)
@@ -72,7 +73,8 @@ class ShmReader:
         for piece in pieces:
             require_still(mapped, piece)
         for piece in pieces:
-            source, into = mapped.slab_address(piece.slot), memory.slab_address(piece.block)
+            source = mapped.content + piece.slot * memory.slab_bytes
+            into = memory.address(piece.block)
             if piece.fill:
                 copy_ranges(into, source, target.layout.tail_ranges(piece.fill))
             else:

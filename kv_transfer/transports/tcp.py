@@ -3,8 +3,8 @@ the pool it says whether they stood still until then (`Proved`).
 
 Two wires carry that. A link has a plain connection (tcp_stream.py), or, where its slabs are to be
 encrypted, ZeroMQ sockets with CURVE (tcp_frames.py). The source answers one pull after the other, and
-the lease of a pull's blocks is touched while it does. Slabs of a pool on a device pass through a ring
-of pinned buffers. The reader digests each slab while it is in cache. What is under way is bounded
+the lease of a pull's blocks is touched while it does. Slabs of a pool on a device pass through host
+memory, some at a time. The reader digests each slab while it is in cache. What is under way is bounded
 whatever the prompt: by the buffers of the kernel, and in frames by the queue of their socket.
 
 Each link has sockets and a thread of its own: tearing a link down ends both, whatever the peer does.
@@ -31,7 +31,6 @@ from common.errors import (
 )
 from common.kv_layout import KVLayout
 from common.messages import Message, Proved, Pull, Slabs
-from kv_transfer.device_memory import DevicePoolMemory, Staging
 from kv_transfer.lease import Leases
 from kv_transfer.pool_memory import PoolMemory
 from kv_transfer.ports import Piece
@@ -82,8 +81,6 @@ class TcpSource:
         return SendingStream(self._host, token), "tcp"
 
     def _serve(self, link: str, token: bytes, wire: SendingWire) -> Served:
-        if isinstance(self.memory, DevicePoolMemory):
-            return _StagedServed(self, link, token, wire, self.memory)
         return Served(self, link, token, wire)
 
     def close_link(self, link: str) -> None:
@@ -153,17 +150,13 @@ class Served:
 
     def _ship(self, peer: bytes, pull: Pull) -> None:
         """Send what a pull asks for. Nothing refers to the pool any more when this ends."""
-        batches = self._batches(pull.slots)
+        batches = self._memory.to_host(pull.slots)
         if pull.fill:
             ranges = self._layout.tail_ranges(pull.fill)
             batches = (
                 [slab[at : at + n] for slab in batch for at, n in ranges] for batch in batches
             )
         self._wire.send_slabs(peer, encode(Slabs(self._link, pull.number, "")), batches)
-
-    def _batches(self, slots: Sequence[int]) -> Iterable[Sequence[memoryview]]:
-        """Slabs in host memory; each batch is taken when the one before it has left."""
-        return [[self._memory.slab(slot) for slot in slots]]
 
     def _ended(self) -> None:
         """The thread has ended, and nothing is on its way any more."""
@@ -182,33 +175,6 @@ class Served:
 
     def _send(self, peer: bytes, message: Message) -> None:
         self._wire.send(peer, encode(message))
-
-
-class _StagedServed(Served):
-    """A link of a pool on a device: slabs pass through a ring of pinned buffers of its own."""
-
-    def __init__(
-        self, source: TcpSource, link: str, token: bytes, wire: SendingWire,
-        memory: DevicePoolMemory,
-    ) -> None:  # fmt: skip
-        self._device_memory = memory
-        self._ring: Staging | None = None  # made for the first pull that wants a slab
-        super().__init__(source, link, token, wire)
-
-    def _batches(self, slots: Sequence[int]) -> Iterator[list[memoryview]]:
-        if not slots:
-            return
-        memory = self._device_memory
-        if self._ring is None:
-            self._ring = Staging(memory, max(2, WINDOW_BYTES // memory.slab_bytes))
-        for start in range(0, len(slots), self._ring.count):
-            some = slots[start : start + self._ring.count]
-            self._ring.load(range(len(some)), [memory.slab_address(slot) for slot in some])
-            yield [self._ring.view(buffer) for buffer in range(len(some))]
-
-    def _ended(self) -> None:
-        if self._ring is not None:
-            self._ring.close()
 
 
 class TcpReader:
@@ -346,7 +312,9 @@ class TcpReader:
         target, failure = self._target, None
         for piece in pieces:
             try:
-                self._wire.place(target.memory, piece.block, target.ranges(piece))
+                with target.memory.from_host(piece.block, target.ranges(piece)) as views:
+                    for view in views:
+                        self._wire.read_into(view)
                 target.check(piece)
             except (DigestMismatch, MalformedMessage) as error:
                 failure = failure or error

@@ -19,7 +19,7 @@ import zmq
 import zmq.utils.monitor
 
 from common.errors import LinkLost, MalformedMessage
-from kv_transfer.pool_memory import PoolMemory
+from kv_transfer.pool_memory import copy_bytes
 from kv_transfer.transports.wires import LOOK_S, MAX_PULL_BYTES, Stop
 
 REQUEST_BYTES = 2 << 20
@@ -173,18 +173,14 @@ class ReceivingFrames:
             if left == 0.0:
                 raise LinkLost("the source sends nothing")
 
-    def next_frame(self) -> memoryview:
-        """Of those behind the last message; `MalformedMessage` if there is none."""
+    def read_into(self, view: memoryview) -> None:
         if not self._frames:
             raise MalformedMessage("fewer slabs than were asked for")
-        return memoryview(self._frames.popleft().buffer)
-
-    def place(self, memory: PoolMemory, block: int, ranges: Sequence[tuple[int, int]]) -> None:
-        for offset, length in ranges:
-            frame = self.next_frame()
-            if len(frame) != length:
-                raise MalformedMessage(f"{len(frame)} bytes instead of {length}")
-            memory.put(block, [(offset, length)], np.frombuffer(frame, np.uint8).ctypes.data)
+        frame = memoryview(self._frames.popleft().buffer)
+        if len(frame) != len(view):
+            raise MalformedMessage(f"{len(frame)} bytes instead of {len(view)}")
+        target, source = (np.frombuffer(one, np.uint8).ctypes.data for one in (view, frame))
+        copy_bytes(target, source, len(view))
 
     def stop(self) -> None:
         self._stop.set()

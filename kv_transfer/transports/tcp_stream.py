@@ -17,11 +17,7 @@ import struct
 import time
 from collections.abc import Iterable, Sequence
 
-import numpy as np
-
 from common.errors import LinkLost
-from kv_transfer.device_memory import DevicePoolMemory
-from kv_transfer.pool_memory import PoolMemory
 from kv_transfer.transports.wires import LOOK_S, MAX_PULL_BYTES, STALL_TIMEOUT, Stop
 
 REQUEST_BYTES = 64 << 20
@@ -227,15 +223,8 @@ class ReceivingStream:
         self._fill(memoryview(message), timeout)
         return bytes(message[:length])
 
-    def place(self, memory: PoolMemory, block: int, ranges: Sequence[tuple[int, int]]) -> None:
-        if isinstance(memory, DevicePoolMemory):
-            staged = np.empty(sum(length for _, length in ranges), np.uint8)
-            self._fill(memoryview(staged.data), STALL_TIMEOUT)
-            memory.put(block, ranges, staged.ctypes.data)
-            return
-        slab = memory.slab(block)
-        for offset, length in ranges:
-            self._fill(slab[offset : offset + length], STALL_TIMEOUT)
+    def read_into(self, view: memoryview) -> None:
+        self._fill(view, STALL_TIMEOUT)
 
     def _fill(self, into: memoryview, timeout: float) -> None:
         deadline = time.monotonic() + timeout

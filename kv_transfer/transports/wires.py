@@ -12,8 +12,6 @@ import threading
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 
-from kv_transfer.pool_memory import PoolMemory
-
 MAX_PULL_BYTES = 1 << 16  # of one message to a source
 LOOK_S = 0.05  # the longest wait in a call until it is looked whether the link goes on
 STALL_TIMEOUT = 20.0  # a transport of which nothing arrives for so long has lost its link
@@ -54,11 +52,9 @@ class ReceivingWire(Protocol):
     def receive(self, timeout: float) -> bytes:
         """The next message. `LinkLost` if none comes for `timeout` seconds, or none can."""
 
-    def place(self, memory: PoolMemory, block: int, ranges: Sequence[tuple[int, int]]) -> None:
-        """The next slab behind the last message, to the (offset, length) of a block.
-
-        `LinkLost`, or `MalformedMessage` if it is none, or of another length.
-        """
+    def read_into(self, view: memoryview) -> None:
+        """The next bytes behind the last message. `LinkLost`, or `MalformedMessage` if there are
+        others."""
 
     def stop(self) -> None:
         """End whatever waits, with `LinkLost`."""

@@ -36,11 +36,12 @@ from common.messages import (
 )
 from common.redis_client import text
 from common.sampling import SamplingParams
-from kv_transfer import handshake, pool_memory
+from kv_transfer import generations, handshake
+from kv_transfer.generations import MappedGenerations
 from kv_transfer.handoff import Handoff
 from kv_transfer.intake import Intake
 from kv_transfer.lease import Leases
-from kv_transfer.pool_memory import MappedPool, PoolMemory
+from kv_transfer.pool_memory import HostPoolMemory
 from kv_transfer.ports import Adopted, Copy, Key, Piece, ReadyBlock, Reservation, TransferSettings
 from kv_transfer.transports import same_host
 from kv_transfer.transports.base import Target
@@ -140,7 +141,7 @@ def hello(data: bytes) -> None:
     elif source.byte() % 2:
         fields["fingerprint"] = dataclasses.replace(FINGERPRINT, block_size=source.number())
     asked = dataclasses.replace(own, **fields)  # type: ignore[arg-type]
-    memory = PoolMemory(1, LAYOUT.slab_bytes)
+    memory = HostPoolMemory(1, LAYOUT.slab_bytes)
     try:
         answer, reader = handshake.answer(
             asked, "me", FINGERPRINT, Target(memory, LAYOUT), {"shm": ShmReader.open}, credits=1
@@ -278,18 +279,18 @@ def pool_file(data: bytes) -> None:
     pages = source.byte() % 5
     header = source.take(40)
     if source.byte() % 4:
-        header = b"pdqpool1" + header
+        header = generations._MAGIC + header
     fd = os.memfd_create("fuzz", os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(fd, pages * 4096)
         if pages:
             os.pwrite(fd, header, 0)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, pool_memory._SEALS)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, generations._SEALS)
         try:
-            mapped = MappedPool(fd)
+            mapped = MappedGenerations(fd)
         except MalformedMessage:
             return
-        assert mapped.num_blocks * (mapped.slab_bytes + 8) <= pages * 4096
+        assert mapped.num_blocks * 8 + mapped.content_bytes <= pages * 4096
         assert len(mapped.generations) == mapped.num_blocks
         mapped.close()
     finally:

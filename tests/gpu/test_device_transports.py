@@ -19,10 +19,11 @@ import torch
 
 from common.errors import LinkLost, StaleBlock
 from common.kv_layout import KVLayout
+from kv_transfer import device_memory
 from kv_transfer.cuda_runtime import CudaRuntime
-from kv_transfer.device_memory import DevicePoolMemory, Staging
+from kv_transfer.device_memory import DevicePoolMemory
 from kv_transfer.nccl_library import NcclLibrary
-from kv_transfer.ports import Piece
+from kv_transfer.ports import Piece, Span
 from kv_transfer.transports.base import Target
 from kv_transfer.transports.cuda_ipc import CudaIpcReader
 
@@ -42,14 +43,15 @@ from kv_transfer.cuda_runtime import CudaRuntime
 from kv_transfer.device_memory import DevicePoolMemory
 from kv_transfer.transports.cuda_ipc import CudaIpcSource
 import torch
-memory = DevicePoolMemory(int(sys.argv[1]), int(sys.argv[2]), 0, CudaRuntime())
+cuda = CudaRuntime()
+memory = DevicePoolMemory(int(sys.argv[1]), int(sys.argv[2]), cuda)
 for block in range(memory.num_blocks):
     memory.begin_write(block)
     memory.slabs[block] = block % 251
 torch.cuda.synchronize()
 for block in range(memory.num_blocks):
     memory.seal(block)
-source = CudaIpcSource(memory)
+source = CudaIpcSource(memory, cuda)
 print("proof", source.open_link("link").hex(), flush=True)
 for line in sys.stdin:
     block = int(line)
@@ -108,7 +110,7 @@ def answer(process: subprocess.Popen[str], word: str) -> str:
 
 @contextlib.contextmanager
 def pool(blocks: int = BLOCKS) -> Iterator[DevicePoolMemory]:
-    memory = DevicePoolMemory(blocks, LAYOUT.slab_bytes, 0, CudaRuntime())
+    memory = DevicePoolMemory(blocks, LAYOUT.slab_bytes, CudaRuntime())
     try:
         yield memory
     finally:
@@ -121,7 +123,7 @@ def another_process() -> Iterator[tuple[subprocess.Popen[str], CudaIpcReader, De
     arguments = (str(BLOCKS), str(LAYOUT.slab_bytes))
     with python(OWNER, *arguments) as process, pool() as memory:
         proof = bytes.fromhex(answer(process, "proof"))
-        reader = CudaIpcReader.open("link", proof, Target(memory, LAYOUT))
+        reader = CudaIpcReader.open("link", proof, Target(memory, LAYOUT), cuda=memory.cuda)
         try:
             yield process, reader, memory
         finally:
@@ -135,27 +137,45 @@ def pieces(fill: int = 0) -> list[Piece]:
 def test_a_pool_lies_on_the_device_and_its_generations_do_not() -> None:
     with pool(4) as memory:
         assert memory.slabs.is_cuda
-        assert memory.slabs.data_ptr() == memory.address
+        assert memory.slabs.data_ptr() == memory.address(0)
         assert int(memory.slabs.max()) == 0
         memory.slabs[2] = 9
         torch.cuda.synchronize()
-        assert set(bytes(memory.slab(2))) == {9}
+        assert in_host(memory, [2]) == [bytes([9]) * LAYOUT.slab_bytes]
         content = bytes(range(256)) * (LAYOUT.slab_bytes // 256)
-        host = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-        memory.put(1, [(0, LAYOUT.slab_bytes)], host.data_ptr())
-        assert bytes(memory.slab(1)) == content
+        half = LAYOUT.slab_bytes // 2
+        with memory.from_host(1, [(0, half), (half, half)]) as views:
+            views[0][:], views[1][:] = content[:half], content[half:]
+        assert in_host(memory, [1]) == [content]
         assert memory.generations.tolist() == [0, 0, 0, 0]
 
 
-def test_staging_takes_slabs_through_pinned_memory() -> None:
+def in_host(memory: DevicePoolMemory, blocks: list[int]) -> list[bytes]:
+    return [bytes(slab) for batch in memory.to_host(blocks) for slab in batch]
+
+
+def test_slabs_come_to_the_host_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_memory, "STAGED_BYTES", 2 * LAYOUT.slab_bytes)
+    with pool(5) as memory:
+        for block in range(5):
+            memory.slabs[block] = block + 1
+        torch.cuda.synchronize()
+        assert [set(slab) for slab in in_host(memory, [3, 0, 4, 1, 2])] == [{4}, {1}, {5}, {2}, {3}]
+
+
+def test_positions_are_copied_on_the_device() -> None:
+    whole = LAYOUT.with_block_size(4 * LAYOUT.block_size)
     with pool(4) as memory:
+        other = memory.beside(1, whole.slab_bytes)
         for block in range(4):
             memory.slabs[block] = block + 1
         torch.cuda.synchronize()
-        ring = Staging(memory, 2)
-        ring.load([0, 1], [memory.slab_address(3), memory.slab_address(0)])
-        assert [set(bytes(ring.view(buffer))) for buffer in (0, 1)] == [{4}, {1}]
-        ring.close()
+        spans = [(b, Span(0, b * LAYOUT.block_size, 0, LAYOUT.block_size)) for b in range(4)]
+        other.copy_positions(whole, memory, LAYOUT, spans)
+        (slab,) = in_host(other, [0])
+        row = LAYOUT.block_size * (whole.bytes_per_token // len(whole.segments))
+        assert slab == b"".join(bytes([b + 1]) * row for b in range(4)) * len(whole.segments)
+        other.close()
 
 
 def test_two_processes_on_one_device() -> None:

@@ -24,7 +24,7 @@ from common.errors import LinkLost, MalformedMessage, PdqError
 from common.messages import Proved, Pull, Slabs
 from kv_transfer.device_memory import DevicePoolMemory
 from kv_transfer.lease import Leases
-from kv_transfer.pool_memory import PoolMemory
+from kv_transfer.pool_memory import HostPoolMemory, PoolMemory
 from kv_transfer.ports import Key, Piece
 from kv_transfer.transports import same_host, tcp_stream
 from kv_transfer.transports.base import Target
@@ -56,7 +56,7 @@ def served(secret_key: str = "") -> Iterator[tuple[TcpSource, PoolMemory, bytes]
 
         def release(self, blocks: object) -> None: ...
 
-    memory, leases = PoolMemory(4, LAYOUT.slab_bytes), Leases(Held())
+    memory, leases = HostPoolMemory(4, LAYOUT.slab_bytes), Leases(Held())
     source = TcpSource(memory, LAYOUT, leases, secret_key=secret_key)
     for block in range(4):
         memory.begin_write(block)
@@ -148,7 +148,7 @@ def test_a_stream_gives_out_nothing_but_leased_blocks_whatever_it_is_sent(
         again.close()
 
 
-def ends_typed(reader: TcpReader, memory: PoolMemory) -> None:
+def ends_typed(reader: TcpReader, memory: HostPoolMemory) -> None:
     """Or with success, where the source did answer what was asked."""
     before = bytes(memory.slab(1))
     with contextlib.suppress(PdqError):
@@ -170,7 +170,7 @@ def test_a_reader_ends_with_a_typed_error_whatever_a_source_sends(data: st.DataO
     router = context.socket(zmq.ROUTER)
     router.setsockopt(zmq.LINGER, 0)
     port = router.bind_to_random_port("tcp://127.0.0.1")
-    memory = PoolMemory(2, LAYOUT.slab_bytes)
+    memory = HostPoolMemory(2, LAYOUT.slab_bytes)
     wire = ReceivingFrames(f"tcp://127.0.0.1:{port}", "", LAYOUT.slab_bytes)
     reader = TcpReader("link", b"t" * 16, Target(memory, LAYOUT), wire)
     try:
@@ -207,7 +207,7 @@ def test_a_reader_of_a_stream_ends_with_a_typed_error_whatever_a_source_sends(
                 caller.recv(1 << 16)  # what it is asked, until it gives up
                 caller.recv(1)
 
-    memory = PoolMemory(2, LAYOUT.slab_bytes)
+    memory = HostPoolMemory(2, LAYOUT.slab_bytes)
     with (
         contextlib.closing(memory),
         socket.create_server(("127.0.0.1", 0)) as listener,
@@ -235,7 +235,7 @@ def test_a_reader_of_a_stream_ends_with_a_typed_error_whatever_a_source_sends(
 @few
 def test_a_source_on_this_host_goes_on_whatever_it_is_shown(payload: bytes) -> None:
     """And gives its descriptor to nobody who does not know the link's nonce."""
-    memory = PoolMemory(1, LAYOUT.slab_bytes)
+    memory = HostPoolMemory(1, LAYOUT.slab_bytes)
     source = ShmSource(memory)
     try:
         proof = source.open_link("link")
@@ -257,7 +257,7 @@ def nixl_proof() -> Iterator[bytes]:
     pytest.importorskip("nixl", reason="pip install pdq[nixl]")
     from kv_transfer.transports.nixl import NixlSource
 
-    memory = PoolMemory(2, LAYOUT.slab_bytes)
+    memory = HostPoolMemory(2, LAYOUT.slab_bytes)
     source = NixlSource(memory)
     try:
         yield source.open_link("link")
@@ -284,7 +284,7 @@ def test_a_damaged_proof_of_nixl_is_refused_before_nixl_sees_it(
         "number": nixl_proof[:at] + struct.pack("<Q", number) + nixl_proof[at + 8 :],
     }[damage]
     assume(damaged != nixl_proof)
-    memory = PoolMemory(2, LAYOUT.slab_bytes)
+    memory = HostPoolMemory(2, LAYOUT.slab_bytes)
     try:
         with pytest.raises(MalformedMessage):
             NixlReader.open("link", damaged, Target(memory, LAYOUT))
@@ -304,9 +304,9 @@ def test_a_reader_of_nccl_ends_with_a_typed_error_whatever_a_source_answers(
     port = router.bind_to_random_port("tcp://127.0.0.1")
     cuda = FakeCuda()
     nccl = FakeNccl(cuda, peer_comes=False)
-    memory = DevicePoolMemory(2, LAYOUT.slab_bytes, 0, cuda)
+    memory = DevicePoolMemory(2, LAYOUT.slab_bytes, cuda)
     wire = ReceivingFrames(f"tcp://127.0.0.1:{port}", "", 0)
-    reader = NcclReader("link", b"t" * 16, Target(memory, LAYOUT), wire, memory, nccl, Turns())
+    reader = NcclReader("link", b"t" * 16, Target(memory, LAYOUT), wire, cuda, nccl, Turns())
     try:
         wire.say(b"hello")
         routing_id = router.recv_multipart()[0]

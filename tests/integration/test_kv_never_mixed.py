@@ -39,9 +39,10 @@ from common.sampling import SamplingParams
 from kv_transfer import pool_memory
 from kv_transfer.conversion import Conversion
 from kv_transfer.digests import tail_seed
+from kv_transfer.generations import MappedGenerations
 from kv_transfer.lease import Leases
 from kv_transfer.link import Links
-from kv_transfer.pool_memory import PoolMemory
+from kv_transfer.pool_memory import HostPoolMemory, PoolMemory
 from kv_transfer.ports import (
     Adopted,
     Ended,
@@ -258,7 +259,7 @@ class Node:
     def __init__(self, air: Air, name: str, transport: str, size: int, digests: bool) -> None:
         self.air, self.name, self.size, self.digests = air, name, size, digests
         layout = LAYOUT.with_block_size(size)
-        self.memory = PoolMemory(POSITIONS // size, layout.slab_bytes)
+        self.memory = HostPoolMemory(POSITIONS // size, layout.slab_bytes)
         self.pool = Pool(self.memory, layout)
         self.leases = Leases(self.pool)
         self.ended: dict[Key, asyncio.Future[Ended]] = {}
@@ -483,22 +484,18 @@ def rough_copies(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
         if rng.random() < rough["flips"]:
             ctypes.c_uint8.from_address(target).value ^= 0xFF
 
-    receive = ReceivingStream.place
+    read_into = ReceivingStream.read_into
 
-    def place(
-        stream: ReceivingStream, memory: PoolMemory, block: int, ranges: list[tuple[int, int]]
-    ) -> None:
-        halves = [(at, n // 2) for at, n in ranges], [(at + n // 2, n - n // 2) for at, n in ranges]
-        if len(ranges) > 1:  # a tail's come one after the other
-            halves = ranges[:1], ranges[1:]
-        receive(stream, memory, block, halves[0])
+    def read_in_halves(stream: ReceivingStream, view: memoryview) -> None:
+        half = len(view) // 2
+        read_into(stream, view[:half])
         dawdle()
-        receive(stream, memory, block, halves[1])
+        read_into(stream, view[half:])
         if rng.random() < rough["flips"]:
-            memory.slab(block)[ranges[0][0]] ^= 0xFF
+            view[0] ^= 0xFF
 
     monkeypatch.setattr(pool_memory, "_copy", copy)
-    monkeypatch.setattr(ReceivingStream, "place", place)
+    monkeypatch.setattr(ReceivingStream, "read_into", read_in_halves)
     return rough
 
 
@@ -545,7 +542,7 @@ def no_second_look(patch: pytest.MonkeyPatch) -> None:
     """The seqlock without its end: a copy may tear."""
     look, looked = shm.require_still, set()
 
-    def first_only(pool: pool_memory.MappedPool, piece: Piece) -> None:
+    def first_only(pool: MappedGenerations, piece: Piece) -> None:
         if id(piece) in looked:
             looked.discard(id(piece))
             return
@@ -608,7 +605,7 @@ def what_failed_its_proof_is_converted(patch: pytest.MonkeyPatch) -> None:
         with contextlib.suppress(StaleBlock, DigestMismatch):
             pull(self, pieces)
             return
-        self._spread.spread(pieces)
+        self._spread(pieces)
 
     patch.setattr(ConvertingReader, "pull", careless)
 

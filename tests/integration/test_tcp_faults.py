@@ -21,7 +21,7 @@ from common.codec import encode
 from common.errors import InsufficientMemory, LinkLost, MalformedMessage, PdqError
 from common.messages import Proved, Pull, Slabs
 from kv_transfer.lease import Leases
-from kv_transfer.pool_memory import PoolMemory
+from kv_transfer.pool_memory import HostPoolMemory
 from kv_transfer.ports import Piece
 from kv_transfer.transports import tcp
 from kv_transfer.transports.base import Target
@@ -41,6 +41,7 @@ from tests.integration.test_transports import (
     tcp_wires,
     wait_until,
 )
+from tests.support.fake_cuda import FakeStream
 from tests.unit.kv_transfer.test_kv_links import two_nodes
 
 
@@ -99,7 +100,10 @@ def test_a_pull_that_found_no_pinned_memory_leaves_its_link_in_step_or_lost(tran
         reader = end.reader()
         pieces = [end.piece(b, b, index=b) for b in range(8)]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(end.target.memory, "_staging", no_memory)
+            pinned = CUDA.pinned  # by the reader, a slab at a time
+            patch.setattr(
+                CUDA, "pinned", lambda n: no_memory() if n == LAYOUT.slab_bytes else pinned(n)
+            )
             with pytest.raises(PdqError):
                 reader.pull(pieces)
         try:
@@ -109,7 +113,7 @@ def test_a_pull_that_found_no_pinned_memory_leaves_its_link_in_step_or_lost(tran
         assert end.all_same()
 
 
-def no_memory(*_: object) -> int:
+def no_memory(*_: object) -> torch.Tensor:
     raise InsufficientMemory("no pinned memory")
 
 
@@ -117,7 +121,6 @@ def no_memory(*_: object) -> int:
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("what", ["pinned", "copy"])
 def test_a_pull_that_cannot_be_staged_lets_go_of_its_blocks(transport: str, what: str) -> None:
-    """The pull is in neither list while it is being shipped."""
     with both_ends(transport) as end:
         end.fill(0)
         end.leases.add(KEY, [0])
@@ -128,7 +131,7 @@ def test_a_pull_that_cannot_be_staged_lets_go_of_its_blocks(transport: str, what
             raise failure
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(CUDA, what, fails)
+            patch.setattr(CUDA if what == "pinned" else FakeStream, what, fails)
             with pytest.raises(PdqError):
                 reader.pull([end.piece(0, 0)])
         end.leases.end(KEY)
@@ -179,7 +182,7 @@ def test_closing_a_link_does_not_wait_for_a_reader_that_reads_slowly() -> None:
 
 def test_closing_a_reader_does_not_wait_for_a_source_that_sends_slowly() -> None:
     """A byte every 30 ms: no call says EAGAIN, the deadline moves on, nobody looks at the stop."""
-    target = Target(PoolMemory(1, LAYOUT.slab_bytes), LAYOUT)
+    target = Target(HostPoolMemory(1, LAYOUT.slab_bytes), LAYOUT)
     listener = socket.create_server(("127.0.0.1", 0))
     token, ended, begun = bytes(16), threading.Event(), threading.Event()
 
@@ -231,7 +234,7 @@ def test_closing_a_reader_does_not_wait_for_a_source_that_sends_slowly() -> None
 @pytest.mark.parametrize("scheme", ["tcp", "zmq"])
 def test_a_proof_with_a_host_that_is_no_name_is_an_error_of_ours(scheme: str, host: str) -> None:
     """handshake.answer catches PdqError and goes on to the next transport; else nobody answers."""
-    target = Target(PoolMemory(1, LAYOUT.slab_bytes), LAYOUT)
+    target = Target(HostPoolMemory(1, LAYOUT.slab_bytes), LAYOUT)
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(tcp, "_OPEN_TIMEOUT", 0.5)
@@ -248,7 +251,7 @@ def test_an_nccl_reader_that_gets_no_stream_leaves_no_sockets() -> None:
             patch.setattr(CUDA, "stream", no_memory)
             for _ in range(3):
                 with pytest.raises(InsufficientMemory):
-                    NcclReader.connect("link", proof, end.target, NCCL, Turns())
+                    NcclReader.connect("link", proof, end.target, CUDA, NCCL, Turns())
 
 
 def test_an_nccl_source_that_gets_no_stream_leaves_no_sockets() -> None:
@@ -330,7 +333,7 @@ async def test_a_link_whose_source_cannot_be_opened_holds_up_no_later_one() -> N
 
 @tcp_wires
 def test_a_place_at_which_a_source_cannot_listen_is_an_error_of_ours(transport: str) -> None:
-    memory, leases = PoolMemory(1, LAYOUT.slab_bytes), Leases(CountingPool())
+    memory, leases = HostPoolMemory(1, LAYOUT.slab_bytes), Leases(CountingPool())
     key = KEY_PAIR if "curve" in transport else ""
     source = TcpSource(memory, LAYOUT, leases, host="192.0.2.1", secret_key=key)
     try:

@@ -18,7 +18,7 @@ from common.node.transports import make_transports
 from kv_transfer import handshake
 from kv_transfer.device_memory import DevicePoolMemory
 from kv_transfer.lease import Leases
-from kv_transfer.pool_memory import PoolMemory
+from kv_transfer.pool_memory import HostPoolMemory, PoolMemory
 from kv_transfer.transports.base import Source, Target
 from tests.support.fake_cuda import FakeCuda
 
@@ -46,7 +46,7 @@ class Nodes:
     def memory(self, *, device: bool) -> PoolMemory:
         slab_bytes = LAYOUT.slab_bytes
         made = (
-            DevicePoolMemory(2, slab_bytes, 0, self.cuda) if device else PoolMemory(2, slab_bytes)
+            DevicePoolMemory(2, slab_bytes, self.cuda) if device else HostPoolMemory(2, slab_bytes)
         )
         self.memories.append(made)
         return made
@@ -154,7 +154,7 @@ def test_one_that_is_named_and_cannot_be_had_is_an_error(
 def test_a_device_without_handles_for_its_memory_has_the_others(
     nodes: Nodes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def not_supported(device: int, address: int) -> bytes:
+    def not_supported(address: int) -> bytes:
         raise ConfigError("not supported")
 
     monkeypatch.setattr(nodes.cuda, "ipc_handle", not_supported)
@@ -207,4 +207,5 @@ def test_device_memory_keeps_generations_in_host_memory_and_no_digests(nodes: No
     assert memory.seal(1, b"a block's hash..") == 2
     assert memory.generations.tolist() == [0, 2]
     assert memory.digests == [b"", b""]
-    assert bytes(memory.slab(1)) == bytes(memory.slabs[1].numpy())
+    [[slab]] = memory.to_host([1])
+    assert bytes(slab) == bytes(memory.slabs[1].numpy())

@@ -15,7 +15,7 @@ from common.node.kv import NodeKV
 from common.node.token_stream import ChoiceKey
 from common.queue import Entry
 from decode_node.role import DecodeRole
-from kv_transfer.pool_memory import PoolMemory
+from kv_transfer.pool_memory import HostPoolMemory
 from kv_transfer.ports import Adopted, Key, Reservation
 from tests.support.engines import poisoned_engine
 from tests.support.redis import a_dispatch
@@ -29,7 +29,7 @@ PROMPT = tuple(range(20))
 def a_node(slots: int) -> ScriptedNode:
     node = ScriptedNode(poisoned_engine(max_num_seqs=slots))
     engine = node.engine
-    memory = PoolMemory(engine.pool.num_blocks, engine.layout.slab_bytes, warm=False)
+    memory = HostPoolMemory(engine.pool.num_blocks, engine.layout.slab_bytes, warm=False)
     node.kv = NodeKV(engine, memory, digests=False)  # no block is sent from here
     node.links.role = DecodeRole(node)  # type: ignore[arg-type]
     return node

@@ -18,7 +18,7 @@ from common.node.kv import NodeKV
 from common.queue import Entry
 from decode_node import moves
 from decode_node.role import DecodeRole
-from kv_transfer.pool_memory import PoolMemory
+from kv_transfer.pool_memory import HostPoolMemory
 from kv_transfer.ports import Granted, Outcome
 from tests.support.checkpoints import STORIES
 from tests.support.redis import a_dispatch
@@ -146,7 +146,7 @@ async def test_a_node_that_cannot_be_reached_costs_no_pause(
     assert tokens(node) == expected
 
 
-class Sealing(PoolMemory):
+class Sealing(HostPoolMemory):
     """Notes which blocks get a digest, in which thread, and how full they are."""
 
     def __init__(self, num_blocks: int, slab_bytes: int) -> None:

@@ -21,7 +21,7 @@ from common.messages import Ack, Blocks, Commit, Deny, Grant, Offer, Tail
 from common.sampling import SamplingParams
 from kv_transfer.digests import tail_seed
 from kv_transfer.intake import Intake
-from kv_transfer.pool_memory import PoolMemory
+from kv_transfer.pool_memory import HostPoolMemory, PoolMemory
 from kv_transfer.ports import (
     Adopted,
     Copy,
@@ -81,7 +81,7 @@ class Receiver:
     def __init__(self, block_size: int, chance: random.Random) -> None:
         self.layout, self.chance = layout(block_size), chance
         count = -(-POSITIONS // block_size)
-        self.memory = PoolMemory(count, self.layout.slab_bytes, warm=False)
+        self.memory = HostPoolMemory(count, self.layout.slab_bytes, warm=False)
         self.target = Target(self.memory, self.layout)
         self.free = list(range(count))
         self.fingerprint = Fingerprint("m", "r", self.layout.describe(), "n", block_size)
@@ -147,7 +147,9 @@ class Sender:
 
     def __init__(self, block_size: int, chance: random.Random) -> None:
         self.layout, self.chance = layout(block_size), chance
-        self.memory = PoolMemory(-(-POSITIONS // block_size), self.layout.slab_bytes, warm=False)
+        self.memory = HostPoolMemory(
+            -(-POSITIONS // block_size), self.layout.slab_bytes, warm=False
+        )
         self.source = ShmSource(self.memory)
 
     def fill(self, offer: Offer, root: bytes) -> tuple[list[int], list[bytes]]:

@@ -17,7 +17,7 @@ from common.sampling import SamplingParams
 from kv_transfer.digests import tail_seed
 from kv_transfer.lease import Leases
 from kv_transfer.link import Links
-from kv_transfer.pool_memory import PoolMemory
+from kv_transfer.pool_memory import HostPoolMemory, PoolMemory
 from kv_transfer.ports import (
     Adopted,
     Ended,
@@ -140,7 +140,7 @@ class Node:
         settings: TransferSettings = SETTINGS,
     ) -> None:  # fmt: skip
         self.layout = LAYOUT.with_block_size(fingerprint.block_size)
-        self.memory = PoolMemory(BLOCKS, self.layout.slab_bytes)
+        self.memory = HostPoolMemory(BLOCKS, self.layout.slab_bytes)
         self.pool = Pool(self.memory, fingerprint.block_size)
         self.leases = Leases(self.pool)
         self.sent: list[Granted | Ended] = []

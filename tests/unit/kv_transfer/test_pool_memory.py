@@ -1,13 +1,30 @@
-"""The pool's memory: which pages are touched when."""
+"""The pool's memory: what either kind of it promises, and which pages are touched when.
+
+The device is one that is not there (tests/support/fake_cuda.py): what is proven is everything but the
+calls of torch and CUDA.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 import torch
 
-from kv_transfer.pool_memory import PoolMemory
+from common.errors import LinkLost
+from common.kv_layout import KVLayout
+from kv_transfer import device_memory
+from kv_transfer.device_memory import DevicePoolMemory
+from kv_transfer.pool_memory import HostPoolMemory, PoolMemory
+from kv_transfer.ports import Span
+from tests.support.fake_cuda import FakeCuda
+
+LAYOUT = KVLayout.paged_attention(
+    num_layers=2, num_kv_heads=1, head_dim=4, block_size=4, dtype="float32"
+)
 
 
 def resident_bytes() -> int:
@@ -19,7 +36,7 @@ def resident_bytes() -> int:
 
 def test_a_pool_is_warmed_as_far_as_asked_and_keeps_its_content() -> None:
     before = resident_bytes()
-    memory = PoolMemory(64, 1 << 20, warm=False)
+    memory = HostPoolMemory(64, 1 << 20, warm=False)
     try:
         memory.slabs[3] = 7
         memory.warm(16 << 20)
@@ -30,3 +47,68 @@ def test_a_pool_is_warmed_as_far_as_asked_and_keeps_its_content() -> None:
         assert resident_bytes() - before >= 64 << 20
     finally:
         memory.close()
+
+
+@pytest.fixture(params=["host", "device"])
+def memory(request: pytest.FixtureRequest) -> Iterator[PoolMemory]:
+    cuda = FakeCuda()
+    on_host = request.param == "host"
+    made: PoolMemory = (
+        HostPoolMemory(5, LAYOUT.slab_bytes)
+        if on_host
+        else DevicePoolMemory(5, LAYOUT.slab_bytes, cuda)
+    )
+    made.slabs[:] = torch.arange(5 * LAYOUT.slab_bytes).view(5, -1).remainder(251)
+    assert (made.cuda is None) == on_host
+    yield made
+    made.close()
+    assert cuda.left == 0
+
+
+def test_slabs_come_to_host_memory_in_the_order_asked_for(
+    memory: PoolMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_memory, "STAGED_BYTES", 2 * LAYOUT.slab_bytes)
+    blocks = [3, 0, 4, 4, 1]
+    came = [bytes(slab) for batch in memory.to_host(blocks) for slab in batch]
+    assert came == [bytes(memory.slabs[block].numpy()) for block in blocks]
+    assert list(memory.to_host([])) in ([], [[]])
+
+
+def test_a_slab_has_what_was_filled_in_once_the_context_ends(memory: PoolMemory) -> None:
+    before = memory.slabs.clone()
+    with memory.from_host(2, [(3, 5), (20, 2)]) as views:
+        views[0][:], views[1][:] = b"abcde", b"xy"
+    before[2, 3:8] = torch.tensor(list(b"abcde"))
+    before[2, 20:22] = torch.tensor(list(b"xy"))
+    assert torch.equal(memory.slabs, before)
+
+
+def test_an_error_while_a_slab_is_filled_reaches_the_caller(memory: PoolMemory) -> None:
+    with pytest.raises(LinkLost), memory.from_host(2, [(0, 4)]):
+        raise LinkLost("gone")
+
+
+def test_positions_go_to_blocks_of_another_size(memory: PoolMemory) -> None:
+    """Four positions of each of five blocks become the twenty of one."""
+    whole = LAYOUT.with_block_size(20)
+    with contextlib.closing(memory.beside(1, whole.slab_bytes)) as other:
+        spans = [(block, Span(0, 4 * block, 0, 4)) for block in range(5)]
+        other.copy_positions(whole, memory, LAYOUT, spans)
+        [[slab]] = other.to_host([0])
+        content = bytes(slab)
+    for theirs, ours in zip(LAYOUT.segments, whole.segments, strict=True):
+        rows = [memory.slabs[b, theirs.offset :][: theirs.num_bytes] for b in range(5)]
+        expected = bytes(torch.cat(rows).numpy())
+        assert content[ours.offset :][: ours.num_bytes] == expected
+
+
+def test_a_block_is_odd_while_it_is_written_and_never_gets_a_number_again(
+    memory: PoolMemory,
+) -> None:
+    seen = [int(memory.generations[1])]
+    for change in (memory.begin_write, memory.begin_write, memory.seal, memory.seal):
+        change(1)
+        seen.append(int(memory.generations[1]))
+    assert seen == [0, 1, 3, 4, 4]
+    assert memory.address(1) - memory.address(0) == LAYOUT.slab_bytes
