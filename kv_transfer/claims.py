@@ -1,8 +1,8 @@
-"""What the sending end says about its prompt, held against what its offer must mean here.
+"""Checks of what the sending end claims about its prompt.
 
-Owns the checks of Offer, Blocks, Tail and Commit that need no more than these and the sender's
-fingerprint: the intake believes no hash, index, or count that it does not compute itself. Knows no
-state of a handoff: that is intake.py.
+Owns the checks of Offer, Blocks, Tail and Commit that need only these messages and the sender's
+fingerprint. The intake believes no hash, index or count that it does not compute itself. The state
+of a handoff is in intake.py.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from kv_transfer.digests import DIGEST_BYTES, tail_seed
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Announced:
-    """A computed block of the sender's, as a `Piece` names it, but for where it goes here."""
+    """A computed block of the sender: a `Piece` without its place in this node's pool."""
 
     index: int
     slot: int
@@ -41,7 +41,7 @@ class Check:
         self._shaped = False
 
     def advance(self) -> bool:
-        """Check the next piece; True when all is well. `ProtocolError` for what is not as it must be."""
+        """Check the next piece; True when the whole offer is right. `ProtocolError` if it is not."""
         if not self._shaped:
             self._check_shape()
         start = len(self._chain.hashes)
@@ -58,7 +58,8 @@ class Check:
 
     @property
     def converted(self) -> list[bytes] | None:
-        """Hashes of the prompt in blocks of this node, once all is checked; None: the offer's."""
+        """Hashes of the prompt in blocks of this node, once the offer is checked. None means that the
+        offer's own hashes hold here."""
         return None if self._converted is None else self._converted.hashes
 
     def _check_shape(self) -> None:
@@ -72,7 +73,7 @@ class Check:
             and 0 <= offer.prompt_len <= len(offer.token_ids)
             and all(0 <= token < 2**32 for token in tail)
         ):
-            raise ProtocolError("an Offer whose parts do not fit each other")
+            raise ProtocolError("the parts of an Offer do not fit each other")
         self._shaped = True
 
 
@@ -90,7 +91,7 @@ def full_blocks(offer: Offer, blocks: Blocks) -> list[Announced]:
         and all(0 <= index < len(hashes) for index in blocks.indexes)
         and all(len(digest) == DIGEST_BYTES for digest in blocks.digests)
     ):
-        raise ProtocolError("Blocks that the offer has not")
+        raise ProtocolError("Blocks name what the offer does not have")
     return [
         Announced(index, slot, generation, 0, digest, hashes[index])
         for index, slot, generation, digest in zip(
@@ -109,12 +110,12 @@ def tail_block(offer: Offer, tail: Tail, fingerprint: Fingerprint) -> Announced:
         and tail.token_ids == offer.token_ids[-tail.fill :]
         and len(tail.digest) in (0, DIGEST_BYTES)
     ):
-        raise ProtocolError("a Tail that the offer has not")
+        raise ProtocolError("a Tail names what the offer does not have")
     seed = tail_seed(parent or root_hash(fingerprint, offer.cache_salt), tail.token_ids)
     return Announced(tail.index, tail.slot, tail.generation, tail.fill, tail.digest, seed)
 
 
 def commits_all(offer: Offer, commit: Commit) -> bool:
-    """Whether a Commit is of the whole prompt."""
+    """Whether a Commit covers the whole prompt."""
     count = len(offer.block_hashes) + (offer.tail_fill > 0)
     return commit.blocks == count and commit.position == len(offer.token_ids)

@@ -1,12 +1,12 @@
 """Where the blocks of an offered prompt go in this node's pool: block by block, or position by position.
 
-Owns the arithmetic of a link whose ends have other block sizes (`Conversion`), beside that of one
-whose ends agree (`SameBlocks`). The sender's blocks are numbered, announced, hashed and proven in
-its size; this node's pool is reserved, filled and published in its own. Positions of the prompt
-are what both have in common. Knows no bytes: those are moved by transports/converting.py.
+Owns the arithmetic of links whose ends have different block sizes (`Conversion`) and of links whose
+ends agree (`SameBlocks`). The sender numbers, announces, hashes and proves blocks of its own size;
+this node reserves, fills and publishes blocks of its own. Both have the positions of the prompt in
+common. transports/converting.py moves the bytes.
 
-Delta is off where blocks are converted. The sender's hashes name no block of this node, so every
-block is reserved new and wanted. The hashes of what lands are computed here, from the token ids.
+Delta is off where blocks are converted: the sender's hashes name no block of this node, so this node
+reserves and wants every block. It computes the hashes of what lands from the token ids.
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ from kv_transfer.ports import Piece, Reservation, Span
 
 
 class Placement(Protocol):
-    """One prompt. Indexes are the sender's, except where it says otherwise."""
+    """Places of one prompt. Indexes count the sender's blocks unless a method says otherwise."""
 
     @property
     def offer(self) -> Offer:
         """The offer in blocks of this node, to reserve room for."""
 
     def adopted(self) -> Offer:
-        """The offer in blocks of this node, with the hashes under which the full ones were
-        published: all are here."""
+        """The offer in blocks of this node, all of which have landed, with the hashes under which the
+        full ones were published."""
 
     def wanted(self, reservation: Reservation) -> set[int]:
-        """Indexes that must come."""
+        """Indexes of the blocks that the sender must send."""
 
     def place(self, index: int, reservation: Reservation) -> tuple[int, tuple[Span, ...]]:
         """`Piece.block` and `Piece.spans` of an index."""
 
     def landed(self, piece: Piece) -> Iterator[Piece]:
-        """The blocks of this node that are whole now that this piece is here: each as the piece
-        that made it whole, with index, block, fill and hash of ours. A piece lands once."""
+        """Blocks of this node that this piece completes, each as a piece with this node's index,
+        block, fill and hash. Each piece lands once."""
 
 
 class SameBlocks:
-    """Both ends have blocks of one size."""
+    """Both ends have the same block size."""
 
     def __init__(self, offer: Offer) -> None:
         self.offer = offer
@@ -61,16 +61,16 @@ class SameBlocks:
 
 
 class Conversion:
-    """The sender has blocks of another size."""
+    """The sender has another block size."""
 
     def __init__(self, offer: Offer, theirs: int, ours: int, hashes: Sequence[bytes]) -> None:
-        """`theirs`, `ours`: positions in a block of the sender, of this node; `hashes` of the prompt's
-        full blocks in ours."""
+        """`theirs` and `ours` are the positions in a block of the sender and of this node; `hashes` are
+        those of the prompt's full blocks of this node."""
         length = len(offer.token_ids)
         self._theirs, self._ours, self._length = theirs, ours, length
         self._hashes = hashes
         self._lacking = [min(ours, length - first) for first in range(0, length, ours)]
-        # A hash in an offer is a block that the pool may take from its cache: here, none.
+        # The pool may take from its cache what an offer has hashes of: here, nothing.
         self.offer = dataclasses.replace(offer, block_hashes=(), tail_fill=length % ours)
 
     def adopted(self) -> Offer:

@@ -1,8 +1,8 @@
-"""Digests of slabs: xxh3-128, seeded with what the content is for. The only user of xxhash.
+"""Digests of slabs: xxh3-128, seeded with the identity of the content. The only user of xxhash.
 
-The seed is the block hash (for a tail: parent and token ids), so that the digest of a block that
-was reused for another prompt differs from the promised one even when the bytes were equal. A
-digest finds mistakes and corruption; it is no defence against a peer that lies on purpose.
+The seed is the block hash (of a tail: parent and token ids). So the digest of a block that was reused
+for another prompt differs from the promised one even where the bytes are equal. A digest finds
+mistakes and corruption; it does not protect against a peer that lies on purpose.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ def ranges_digest(slab: memoryview, ranges: Iterable[tuple[int, int]], seed: byt
 
 
 def tail_seed(parent: bytes, token_ids: Sequence[int]) -> bytes:
-    """What a tail's digest is seeded with, in place of the block hash that it does not have.
+    """Seed of a tail's digest, in place of a block hash, which a tail does not have.
 
-    `parent` is the hash of the block before it, or the root (`kv_layout.root_hash`) without one.
+    `parent` is the hash of the block before it, or the root (`kv_layout.root_hash`) if there is none.
     """
     data = struct.pack(f"<{len(token_ids)}I", *token_ids)
     return hashlib.blake2b(parent + data, digest_size=HASH_BYTES, person=b"pdq-tail").digest()

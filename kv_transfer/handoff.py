@@ -1,8 +1,8 @@
-"""The sending end of the conversation; read it side by side with intake.py. Rules: README.md.
+"""The sending end of a handoff. Read it side by side with intake.py; README.md has the rules.
 
-Owns: what was offered, announced and committed on each link, the credits of each link, and the
-leases on the blocks that the peer may read. Has no I/O, clock or tensor of its own: calls and
-messages in, effects out (ports.py); `now` is any monotonic time in seconds.
+Owns what was offered, announced and committed on each link, the credits of each link, and the
+leases on the blocks that the peer may read. It has no I/O, clock or tensor of its own: calls and
+messages go in, effects come out (ports.py). `now` is any monotonic time in seconds.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from kv_transfer.ports import (
 class State(enum.Enum):
     WAITING = "waiting"  # for a credit; the peer knows nothing yet
     OFFERED = "offered"  # Offer is out
-    SENDING = "sending"  # granted: computed blocks are announced, the peer reads them
+    SENDING = "sending"  # granted: we announce computed blocks, the peer reads them
     COMMITTED = "committed"  # Commit is out
     WITHDRAWING = "withdrawing"  # Abort is out before anything was announced
     ABORTING = "aborting"  # Abort is out; the peer may still be reading
@@ -53,7 +53,7 @@ class State(enum.Enum):
 class Event(enum.Enum):
     CREDIT = "credit"
     READY = "ready"  # blocks were computed
-    FINISHED = "finished"  # all were, and the first token is there
+    FINISHED = "finished"  # all blocks were computed, and the first token is sampled
     CANCEL = "cancel"
     REPEAT = "repeat"  # no answer for a while
     GRANT = "Grant"
@@ -66,7 +66,8 @@ class Event(enum.Enum):
 
 S, E = State, Event
 
-# (state, event) → (next state, action). What is not here is late or a duplicate: counted, ignored.
+# (state, event) → (next state, action). An event without an entry is late or a duplicate: it is
+# counted and ignored.
 TABLE: dict[tuple[State, Event], tuple[State, str]] = {
     (S.WAITING, E.CREDIT): (S.OFFERED, "send_offer"),
     (S.WAITING, E.READY): (S.WAITING, "keep_blocks"),
@@ -137,7 +138,7 @@ class _Entry:
 
     @property
     def num_blocks(self) -> int:
-        """Of the whole prompt, tail included."""
+        """Number of blocks of the whole prompt, tail included."""
         return len(self.offer.block_hashes) + (self.offer.tail_fill > 0)
 
 
@@ -150,7 +151,7 @@ class _Link:
 
 
 class Handoff:
-    """All handoffs that a node sends. Every public call returns the effects to perform, in order."""
+    """All handoffs that a node sends. Each public method returns the effects to perform, in order."""
 
     def __init__(self, leases: Leases, settings: TransferSettings) -> None:
         self.counts: collections.Counter[str] = collections.Counter()  # of what changed nothing
@@ -167,10 +168,10 @@ class Handoff:
         self._links[link] = _Link(credits)
 
     def offer(self, offer: Offer, *, now: float, waited: float = 0.0) -> list[Effect]:
-        """Offer a prompt on `offer.link`; `waited`: seconds since it was accepted. `KeyError` if
-        that link is not open any more.
+        """Offer a prompt on `offer.link`. `waited` is the time in seconds since it was accepted.
 
-        Under way at once are as many as the link has credits; the others wait, oldest first.
+        A link carries as many handoffs at once as it has credits; the others wait, oldest first.
+        Raises `KeyError` if the link is not open any more.
         """
         self._now = now
         link = self._links[offer.link]
@@ -183,7 +184,8 @@ class Handoff:
         return self._take()
 
     def ready(self, key: Key, blocks: Sequence[ReadyBlock], *, now: float) -> list[Effect]:
-        """Blocks (or the tail) are computed and lie still; from here on the lease holds them.
+        """Report blocks (or the tail) that are computed and do not change any more. The lease holds
+        them from now on.
 
         Does nothing for a handoff that has ended: the caller learns that from `Ended`.
         """
@@ -198,18 +200,18 @@ class Handoff:
         logprobs: TokenLogprobs | None,
         now: float,
     ) -> list[Effect]:
-        """Every block was reported `ready` and the first token, at `position`, is sampled."""
+        """Report that every block was `ready`, and that the first token was sampled at `position`."""
         entry = self._entry(key)
         blocks = 0 if entry is None else entry.num_blocks
         commit = Commit(*key, position, first_token, logprobs, blocks)
         return self._call(key, E.FINISHED, commit, now)
 
     def cancel(self, key: Key, reason: str, *, now: float) -> list[Effect]:
-        """Give a handoff up. Its blocks stay leased until the peer has said that it reads no more."""
+        """Give up a handoff. Its blocks stay leased until the peer says that it has stopped reading."""
         return self._call(key, E.CANCEL, reason, now)
 
     def receive(self, message: Message, *, now: float) -> list[Effect]:
-        """A Grant, Deny, Ack, Abort or Release from the peer of `message.link`."""
+        """Handle a Grant, Deny, Ack, Abort or Release from the peer of `message.link`."""
         assert isinstance(message, (Grant, Deny, Ack, Abort, Release))
         self._now = now
         key = Key.of(message)
@@ -225,7 +227,7 @@ class Handoff:
         return self._take()
 
     def tick(self, now: float) -> list[Effect]:
-        """Repeat what is unanswered; ask for the teardown of links that answer nothing for long."""
+        """Repeat unanswered messages. Ask for the teardown of links that have been silent too long."""
         self._now = now
         for name, link in self._links.items():
             for entry in list(link.entries.values()):
@@ -239,7 +241,8 @@ class Handoff:
         return self._take()
 
     def link_lost(self, link: str, *, now: float) -> list[Effect]:
-        """The link is torn down: nobody reads over it any more, or proves that it read in time."""
+        """End every handoff of a link that is torn down: the peer can read nothing over it any more,
+        or cannot prove what it reads."""
         self._now = now
         lost = self._links.pop(link, None)
         if lost is not None:
@@ -249,7 +252,7 @@ class Handoff:
         return self._take()
 
     def states(self) -> dict[Key, State]:
-        """What is under way, for `pdq` and tests."""
+        """State of each open handoff, for `pdq` and tests."""
         return {key: e.state for link in self._links.values() for key, e in link.entries.items()}
 
     # The table's driver
@@ -291,7 +294,7 @@ class Handoff:
                 entry.has_credit = True
                 self._step(entry, E.CREDIT)
 
-    # Actions: what is said
+    # Actions: messages
 
     def _send_offer(self, entry: _Entry, _: object) -> None:
         entry.repeat_at = self._now + self._settings.repeat
@@ -344,7 +347,7 @@ class Handoff:
         self._announce(entry, entry.wanted.intersection(grant.missing))
 
     def _announce(self, entry: _Entry, indexes: Iterable[int]) -> None:
-        """Say where those of `indexes` lie that are computed."""
+        """Send the places of the blocks of `indexes` that are computed."""
         ready, offer = entry.ready, entry.offer
         tail_index = len(offer.block_hashes)
         places = [ready[index] for index in sorted(indexes) if index in ready]
@@ -365,7 +368,7 @@ class Handoff:
                 tail.generation, tail.digest,
             ))  # fmt: skip
 
-    # Actions: the end. Each is reached by a terminal answer of the peer, or by the link's teardown
+    # Actions: the end. A terminal answer of the peer, or the teardown of the link, leads to each
 
     def _adopted(self, entry: _Entry, _: object) -> None:
         self._end(entry, Outcome.ADOPTED, "")

@@ -1,13 +1,12 @@
-"""Opening a link: do both ends serve the same thing, and by which transport can bytes travel?
+"""Opening a link: whether both ends serve the same model, and which transport carries the bytes.
 
-Owns the comparison of fingerprints and the choice of a transport. The choice goes by what is proven
-at that moment: a transport is chosen because its reading end has just been opened with the proof
-in Hello (shm: the descriptor came through a socket of this host and user, with the nonce; tcp: an
-empty pull was answered), never by host names. The hello side opens one at a time, and tries the next
-when that is refused; why each earlier one was not taken is kept for `pdq nodes`.
+Owns the comparison of fingerprints and the choice of a transport. A transport is chosen because its
+reading end has just been opened with the proof in Hello (shm: the descriptor came through a socket of
+this host and user, with the nonce; tcp: the source answered an empty pull), never by host names. The
+hello side opens one transport at a time, and tries the next when the peer refuses it. `pdq nodes` shows
+why each earlier one was not taken.
 
-Block sizes may differ: then the reader converts (transports/converting.py), and the reason of the
-link says so.
+Where block sizes differ, the reader converts (transports/converting.py), and the link's reason says so.
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ def hello(
     link: str, node: str, fingerprint: Fingerprint, slab_bytes: int, proofs: Mapping[str, bytes],
     *, then: Sequence[str] = (), tried: Sequence[str] = (),
 ) -> Hello:  # fmt: skip
-    """What the sending node says first. `proofs` by transport; `then`: what is tried after it;
-    `tried`: what came of those before."""
+    """The sending node's first message. `proofs` are by transport; `then` names the transports to try
+    after it, `tried` says why earlier ones failed."""
     why = tuple(reason[:_LONGEST_VALUE] for reason in tried)
     return Hello(link, node, fingerprint, slab_bytes, (*proofs, *then), dict(proofs), why)
 
@@ -44,7 +43,7 @@ def answer(
 ) -> tuple[Welcome | Refuse, Reader | None]:  # fmt: skip
     """The receiving node's answer, with the open reader of the chosen transport. Blocking.
 
-    `failed`: transports that failed with this peer of late, and how; they are taken only where
+    `failed` names transports that failed with this peer recently, and how. They are chosen only where
     there is no other.
     """
     if differs := _compare(hello, fingerprint, target):
@@ -86,7 +85,7 @@ def _open(opener: Opener, hello: Hello, transport: str, target: Target, converts
 
 
 def _has_another(hello: Hello, openers: Mapping[str, Opener], failed: Mapping[str, str]) -> bool:
-    """Whether some transport that the peer has not tried yet may do better."""
+    """Whether the peer has an untried transport that may work."""
     return any(
         name in openers and name not in failed
         for name in hello.transports
@@ -95,13 +94,13 @@ def _has_another(hello: Hello, openers: Mapping[str, Opener], failed: Mapping[st
 
 
 def no_transport(hello: Hello, node: str, mine: str, why: str) -> Refuse:
-    """`mine`: the transports of this end; `why` none of them does."""
+    """Refuse the link: none of this end's transports (`mine`) works, and `why`."""
     why = why or "none offered"
     return Refuse(hello.link, node, "transport", mine[:_LONGEST_VALUE], why[:_LONGEST_VALUE])
 
 
 def converts_from(hello: Hello, mine: Fingerprint) -> str:
-    """What is said of a link whose blocks are converted on their way in; "" of any other."""
+    """The remark on a link that converts blocks; "" for any other link."""
     if hello.fingerprint.block_size == mine.block_size:
         return ""
     return (
@@ -111,7 +110,7 @@ def converts_from(hello: Hello, mine: Fingerprint) -> str:
 
 
 def _compare(hello: Hello, mine: Fingerprint, target: Target) -> Mismatch | None:
-    """Why KV of the hello side cannot be read here."""
+    """Why this node cannot read the hello side's KV."""
     block_size = hello.fingerprint.block_size
     if differs := mine.mismatch(hello.fingerprint):
         return differs
@@ -124,7 +123,7 @@ def _compare(hello: Hello, mine: Fingerprint, target: Target) -> Mismatch | None
 
 
 def mismatch(refuse: Refuse) -> FingerprintMismatch:
-    """A Refuse as the error that the sending node raises."""
+    """The error that the sending node raises for a Refuse."""
     return FingerprintMismatch(
         f"{refuse.node} refuses the link: {refuse.field} is {refuse.mine!r} there and "
         f"{refuse.yours!r} here; start both with the same model, version and settings",

@@ -1,10 +1,10 @@
-"""The receiving end of the conversation; read it side by side with handoff.py. Rules: README.md.
+"""The receiving end of a handoff. Read it side by side with handoff.py; README.md has the rules.
 
-Owns: which offers wait, which reservations are held and for whom, what is announced, being copied
-and landed, and the terminal answers of each link. Has no I/O, clock or tensor of its own: calls
-and messages in, effects out (ports.py); `now` is any monotonic time in seconds.
+Owns the offers that wait, the reservations, the blocks that are announced, being copied or landed,
+and the terminal answers of each link. It has no I/O, clock or tensor of its own: calls and messages
+go in, effects come out (ports.py). `now` is any monotonic time in seconds.
 
-A reservation is this end's lease: it is adopted whole, or discarded when no copy into it runs.
+A reservation is this end's lease: it is adopted as a whole, or discarded when no copy into it runs.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ from kv_transfer.ports import (
 class State(enum.Enum):
     WAITING = "waiting"  # offered; holds nothing until there is room for all of it
     RECEIVING = "receiving"  # granted: room is reserved, announced blocks are copied
-    COMMITTING = "committing"  # Commit is here, blocks are not all here yet
+    COMMITTING = "committing"  # Commit has arrived, some blocks have not
     STOPPING = "stopping"  # given up; a copy may still run into the reserved blocks
     ENDED = "ended"  # holds nothing; the terminal answer is remembered
 
@@ -63,16 +63,17 @@ class Event(enum.Enum):
     DENY = "deny"  # never fits, malformed, draining, over the credits, or waited too long
     COPIED = "copied"  # one copy ended well
     FAIL = "fail"  # a copy ended badly, or the peer broke a rule
-    COMPLETE = "complete"  # committed, and every block is here
+    COMPLETE = "complete"  # committed, and every block has landed
     IDLE = "idle"  # stopping, and no copy runs
-    QUIET = "quiet"  # not heard of for a while
+    QUIET = "quiet"  # no message for a while
     CANCEL = "cancel"
     LINK_LOST = "link lost"
 
 
 S, E = State, Event
 
-# (state, event) → (next state, action). What is not here is late or a duplicate: counted, ignored.
+# (state, event) → (next state, action). An event without an entry is late or a duplicate: it is
+# counted and ignored.
 TABLE: dict[tuple[State, Event], tuple[State, str]] = {
     (S.WAITING, E.ROOM): (S.RECEIVING, "send_grant"),
     (S.WAITING, E.DENY): (S.ENDED, "deny"),
@@ -127,11 +128,11 @@ class _Entry:
     deadline: float  # until when it may wait
     heard_at: float
     state: State = State.WAITING
-    check: claims.Check | None = None  # of what it claims, while that is under way
+    check: claims.Check | None = None  # of the offer, until it is complete
     reservation: Reservation | None = None
     unannounced: set[int] = dataclasses.field(default_factory=set)
     pieces: collections.deque[Piece] = dataclasses.field(default_factory=collections.deque)
-    copy: Copy | None = None  # the one that runs; no other runs into this reservation
+    copy: Copy | None = None  # the only copy that runs into this reservation
     commit: Commit | None = None
     committed_at: float = 0.0
     outcome: Outcome = Outcome.FAILED
@@ -150,7 +151,8 @@ class _Link:
 
 
 class Intake:
-    """All handoffs that a node receives. Public calls return the effects to perform, in order."""
+    """All handoffs that a node receives. Each public method returns the effects to perform, in
+    order."""
 
     def __init__(
         self, pool: IntakePool, fingerprint: Fingerprint, settings: TransferSettings
@@ -171,13 +173,13 @@ class Intake:
     # What the node does
 
     def open_link(self, link: str, credits: int, block_size: int | None = None) -> None:
-        """`block_size`: of the peer's blocks; None: as ours."""
+        """`block_size` is that of the peer's blocks; None means the same as ours."""
         mine = self._fingerprint
         theirs = dataclasses.replace(mine, block_size=block_size or mine.block_size)
         self._links[link] = _Link(credits, theirs)
 
     def receive(self, message: Message, *, now: float) -> list[Effect]:
-        """An Offer, Blocks, Tail, Commit or Abort from the peer of `message.link`."""
+        """Handle an Offer, Blocks, Tail, Commit or Abort from the peer of `message.link`."""
         assert isinstance(message, (Offer, Blocks, Tail, Commit, Abort))
         self._now = now
         link = self._links.get(message.link)
@@ -200,9 +202,10 @@ class Intake:
         return self._take()
 
     def copied(self, number: int, error: str, *, now: float) -> list[Effect]:
-        """Copy `number` ended: every piece is here and checked, or `error` is the code of why not.
+        """Report the end of copy `number`. `error` is "" if every piece has arrived and is checked,
+        else the error's code.
 
-        Every Copy effect is reported exactly once, also after its link was lost.
+        The driver reports each Copy effect exactly once, even after its link was lost.
         """
         self._now = now
         entry = self._copying.pop(number)
@@ -211,13 +214,13 @@ class Intake:
         return self._take()
 
     def room_changed(self, now: float) -> list[Effect]:
-        """The pool has more room than before: grant the oldest offers that wait."""
+        """Grant the oldest waiting offers: the pool has more room than before."""
         self._now = now
         self._admit()
         return self._take()
 
     def go_on(self, now: float) -> list[Effect]:
-        """The check of the oldest offer that is not checked yet, as `Again` asks for it."""
+        """Check the next piece of the oldest unchecked offer. The effect `Again` asks for this."""
         self._now = now
         for entry in self._waiting.values():
             link = self._links.get(entry.key.link)
@@ -227,7 +230,7 @@ class Intake:
         return self._take()
 
     def cancel(self, key: Key, reason: str, *, now: float) -> list[Effect]:
-        """Give a handoff up that is not adopted yet; its reservation ends when no copy runs."""
+        """Give up a handoff that is not adopted yet. Its reservation ends when no copy runs."""
         self._now = now
         link = self._links.get(key.link)
         if link is not None and (entry := link.entries.get(key)) is not None:
@@ -235,7 +238,7 @@ class Intake:
         return self._take()
 
     def drain(self, now: float) -> list[Effect]:
-        """From here on every new offer is denied; those granted go on."""
+        """Deny every new offer from now on. Granted handoffs go on."""
         self._now = now
         self._draining = True
         for entry in list(self._waiting.values()):
@@ -243,7 +246,7 @@ class Intake:
         return self._take()
 
     def tick(self, now: float) -> list[Effect]:
-        """Deny what waited too long; ask about what was granted and went quiet."""
+        """Deny offers that waited too long. Ask about granted handoffs that went quiet."""
         self._now = now
         for entry in [entry for entry in self._waiting.values() if now >= entry.deadline]:
             self._step(entry, E.DENY, "out_of_blocks")
@@ -257,7 +260,7 @@ class Intake:
         return self._take()
 
     def link_lost(self, link: str, *, now: float) -> list[Effect]:
-        """The link is down: nothing more comes, and no answer is possible."""
+        """End every handoff of a link that is down: nothing more arrives, and no answer is possible."""
         self._now = now
         lost = self._links.pop(link, None)
         if lost is not None:
@@ -268,12 +271,13 @@ class Intake:
         return self._take()
 
     def states(self) -> dict[Key, State]:
-        """What is under way, for `pdq` and tests; with what lost links still hold."""
+        """State of each open handoff, including those that a lost link left behind, for `pdq` and
+        tests."""
         live = {key: e.state for link in self._links.values() for key, e in link.entries.items()}
         return live | {key: entry.state for key, entry in self._orphans.items()}
 
     def offered(self) -> dict[Key, Offer]:
-        """What is under way, but what lost links still hold."""
+        """Offer of each open handoff, except those that a lost link left behind."""
         return {key: e.offer for link in self._links.values() for key, e in link.entries.items()}
 
     # The table's driver
@@ -291,7 +295,7 @@ class Intake:
             self._go_on(entry)
 
     def _go_on(self, entry: _Entry) -> None:
-        """What follows by itself from where an entry stands."""
+        """Take the steps that follow from an entry's state without any further message."""
         if entry.state is S.STOPPING and entry.copy is None:
             self._step(entry, E.IDLE)
         elif entry.state in (S.RECEIVING, S.COMMITTING) and entry.copy is None:
@@ -308,7 +312,7 @@ class Intake:
         self._effects.append(Send(key.link, message))
 
     def _answer(self, key: Key, message: Message) -> None:
-        """A terminal answer: said now, and again to everything about this handoff that comes later."""
+        """Send a terminal answer now, and again to every later message about this handoff."""
         link = self._links.get(key.link)
         if link is None:
             return
@@ -328,7 +332,7 @@ class Intake:
     # Offers and room
 
     def _consider(self, link: _Link, key: Key, offer: Offer) -> None:
-        """A new offer: deny what cannot be, let the rest wait for room in its order."""
+        """Deny a new offer that can have no room, or let it wait for its turn."""
         self._number += 1
         order = (offer.priority, self._now - offer.waited_ms / 1000, self._number)
         deadline = self._now + self._settings.patience
@@ -342,7 +346,7 @@ class Intake:
             self._check(entry, link)
 
     def _check(self, entry: _Entry, link: _Link) -> None:
-        """The next piece of it; until all is checked, an offer gets no room."""
+        """Check the next piece of an offer. An offer gets no room until it is checked to its end."""
         assert entry.check is not None
         try:
             done = entry.check.advance()
@@ -359,8 +363,8 @@ class Intake:
         self._admit()
 
     def _admit(self) -> None:
-        """Reserve all or nothing, first for whom it is the turn; who does not fit holds up the rest,
-        so that a large prompt is not passed by small ones for ever."""
+        """Reserve all or nothing for the waiting offers, in their order. An offer that does not fit
+        holds up the rest, so that small prompts cannot overtake a large one for ever."""
         while self._waiting:
             entry = min(self._waiting.values(), key=lambda waiting: waiting.order)
             if entry.check is not None:
@@ -376,7 +380,7 @@ class Intake:
             entry.unannounced = entry.placement.wanted(entry.reservation)
             self._step(entry, E.ROOM)
 
-    # Actions: what is said
+    # Actions: messages
 
     def _send_grant(self, entry: _Entry, _: object) -> None:
         self._send(entry.key, Grant(*entry.key, tuple(sorted(entry.unannounced))))

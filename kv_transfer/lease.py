@@ -1,10 +1,10 @@
-"""Leases of the sending side: who may touch which blocks, and when references go back.
+"""Leases of the sending side: which blocks a peer may read, and when their references go back.
 
-Invariant: a block's references are given back only when its lease has ended (a terminal answer of
-the peer, or its link torn down) AND no thread of a transport touches it for that link any more (it
+Invariant: a block's references go back only when its lease has ended (by a terminal answer of the
+peer, or the teardown of its link) AND no thread of a transport touches it for that link any more (it
 does while it sends). Nothing here knows time: no timer can end a lease.
 
-`touch` and `untouch` may be called from a transport's thread; all else belongs to the driver's.
+A transport's thread may call `touch` and `untouch`; the rest belongs to the driver's thread.
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ class Leases:
             self._leased.setdefault(key.link, collections.Counter()).update(blocks)
 
     def end(self, key: Key) -> None:
-        """The peer's terminal answer is here, or its link is down; a second end does nothing."""
+        """End a lease: the peer gave its terminal answer, or its link is down. Ending it twice does
+        nothing."""
         with self._lock:
             lease = self._open.pop(key, None)
             if lease is None:
@@ -67,8 +68,8 @@ class Leases:
         self.collect()
 
     def touch(self, link: str, blocks: Sequence[int]) -> bool:
-        """Keep `blocks` in place until `untouch`; False, and nothing kept, unless all are leased
-        to this link."""
+        """Keep `blocks` in place until `untouch`. Returns False, and keeps none, unless all of them are
+        leased to this link."""
         if not blocks:
             return True
         with self._lock:
@@ -94,7 +95,7 @@ class Leases:
             self.wake()
 
     def collect(self) -> None:
-        """Give back the references of leases that ended and that nothing touches."""
+        """Give back the references of ended leases that nothing touches."""
         with self._lock:
             free = [lease for lease in self._ending if not self._is_touched(lease)]
             self._ending = [lease for lease in self._ending if lease not in free]

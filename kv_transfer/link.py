@@ -64,7 +64,7 @@ FAILED_S = 60.0  # so long a transport that failed with a peer is taken only whe
 
 
 class MessageBus(Protocol):
-    """What is used of common/bus.py: its links are connections that never come back."""
+    """The part of common/bus.py that links need. Its links are connections that never come back."""
 
     def send(
         self, peer: str, message: Message, frames: Sequence[bytes] = (), *, link: str | None = None
@@ -109,8 +109,8 @@ class Links:
         on_received: Callable[[Adopted | Ended], None],
         settings: TransferSettings, clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
-        """`sources` and `openers`: fastest first. `on_sent` hears of handoffs, `on_received` of
-        intakes; both are called on the event loop, and may call back into this object."""
+        """`sources` and `openers` come fastest first. `on_sent` gets the news of handoffs, `on_received`
+        that of intakes; both run on the event loop, and may call back into this object."""
         self.handoff = Handoff(leases, settings)
         self.intake = Intake(pool, fingerprint, settings)
         self.counts: collections.Counter[str] = collections.Counter()
@@ -139,8 +139,8 @@ class Links:
         self._timer = loop.create_task(self._timers(), name="kv-timers")
 
     async def close(self) -> None:
-        """Tear every link down, wait for copies to end, and stop. The sources are closed, too.
-        What ends by that finds nobody else to go to: no link opens any more."""
+        """Tear down every link, wait for copies to end, and close the sources. No link opens after
+        this, so a handoff that ends here is not offered to another node."""
         self._closed = True
         for link in list(self._links):
             self._down(link)
@@ -252,12 +252,12 @@ class Links:
         ]  # fmt: skip
 
     def connection_lost(self, connection: str) -> None:
-        """The bus's link of this id is down: so is every KV link over it."""
+        """Tear down every KV link over the bus's link of this id, which is down."""
         for name in [name for name, link in self._links.items() if link.connection == connection]:
             self._down(name)
 
     def _down(self, name: str) -> None:
-        """Tear a link down: leases end as soon as nothing here touches their blocks."""
+        """Tear down a link. Its leases end as soon as nothing here touches their blocks."""
         link = self._links.pop(name, None)
         if link is None:
             return
@@ -271,7 +271,7 @@ class Links:
             self.perform(self.intake.link_lost(name, now=self._clock()))
 
     async def _end(self, name: str, link: _Link) -> None:
-        """Close this end of a link that is down, once nobody opens it any more."""
+        """Close this end of a link that is down, after any call that opens it has ended."""
         if link.busy is not None:
             await asyncio.wait({link.busy})
         reader, link.reader = link.reader, None
@@ -283,7 +283,7 @@ class Links:
     # Messages
 
     def receive(self, peer: str, connection: str, message: Message) -> None:
-        """One of BETWEEN_NODES, from the bus. One of a link that is not `peer`'s is late."""
+        """Handle one of BETWEEN_NODES from the bus. It is late if its link is not `peer`'s."""
         name: str = getattr(message, "link")  # noqa: B009  (all of these have it)
         link = self._links.get(name)
         if isinstance(message, Hello) and link is None:
@@ -305,7 +305,7 @@ class Links:
             self.counts["wrong_side"] += 1
 
     def _greeted(self, peer: str, connection: str, hello: Hello) -> None:
-        """A new link from `peer`; the link that it used before is over."""
+        """Open a new link from `peer`, and end the link that it used before."""
         if self._closed:
             return
         before = [name for name, link in self._links.items() if link.peer == peer]
@@ -315,7 +315,7 @@ class Links:
         self._spawn(self._answer(link, hello))
 
     async def _answer(self, link: _Link, hello: Hello) -> None:
-        """Open our end, one at a time for each peer; whatever comes of it, the peer hears of it."""
+        """Open our end, one link at a time for each peer. The peer always gets an answer."""
         async with self._turns.setdefault(link.peer, asyncio.Lock()):
             if self._links.get(hello.link) is not link:
                 return
@@ -343,7 +343,7 @@ class Links:
         self._send(hello.link, answer)
 
     def _failed_with(self, peer: str) -> dict[str, str]:
-        """The transports that failed with this peer of late, and how."""
+        """Transports that failed with this peer recently, and how."""
         now = self._clock()
         for key in [key for key, (until, _) in self._failed.items() if until <= now]:
             del self._failed[key]
@@ -370,7 +370,7 @@ class Links:
     # Effects
 
     def perform(self, effects: list[Effect]) -> None:
-        """Do what an end asks for; call it with what any of their public methods returns."""
+        """Perform the effects that a public method of either end returned."""
         for effect in effects:
             if isinstance(effect, Send):
                 self._send(effect.link, effect.message)
@@ -394,7 +394,7 @@ class Links:
         self.perform(self.intake.go_on(self._clock()))
 
     async def _copy(self, copy: Copy) -> None:
-        """Pull in a thread; whatever comes of it is reported, also when the link is gone.
+        """Pull in a thread, and report the result even when the link is gone.
 
         A reader that has lost its source while the bus still has its peer finds it no more: the
         link is torn down, so that the next handoff opens another one.
@@ -423,7 +423,7 @@ class Links:
                 self.perform([Teardown(copy.key.link, error)])
 
     async def _pull(self, link: _Link, reader: Reader, copy: Copy) -> None:
-        """A pull that takes too long, however little stands still of it, is ended with its link."""
+        """Run a pull. One that takes too long ends with its link, even if bytes still arrive."""
         pulling = self._threads.pull(link.transport, reader, copy.pieces)
         done, _ = await asyncio.wait({pulling}, timeout=self._settings.copy)
         if not done:
@@ -439,7 +439,7 @@ class Links:
         return task
 
     def _settled(self, task: asyncio.Task[Any]) -> None:
-        """What nobody may wait for is heard here."""
+        """Log the error of a task that nobody awaits."""
         self._tasks.discard(task)
         if task.cancelled():
             return
@@ -449,4 +449,4 @@ class Links:
 
 
 class _CannotOpen(Exception):
-    """This end of a transport; the next one may do."""
+    """This end of a transport cannot be opened; the next transport may work."""

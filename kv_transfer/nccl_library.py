@@ -1,8 +1,8 @@
 """Communicators of two ranks that never block. The only user of libnccl.
 
-The library is the one that torch has loaded, found by its name. A communicator is made without
-waiting for its peer (`blocking=0`), asked whether it is ready, and can be aborted at any moment:
-after `abort` no kernel of it runs, and what it was receiving into may be used again.
+The library is the one that torch has loaded, found by its name. Making a communicator does not wait for
+the peer (`blocking=0`): callers ask whether it is ready, and may abort it at any moment. After `abort`
+none of its kernels runs, and the memory that it was receiving into is free again.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ class Communicator(Protocol):
     """One end of a pair. Methods belong to one thread; all return at once."""
 
     def is_ready(self) -> bool:
-        """Whether what was asked last has been set up; `LinkLost` if it failed."""
+        """Whether the last call has been set up; `LinkLost` if it failed."""
 
     def exchange(self, ranges: Ranges, stream: int, *, send: bool) -> None:
         """Put one send or receive of all ranges on a stream; `is_ready` says when it is there."""
 
     def abort(self) -> None:
-        """End everything that is under way, and the communicator. May be called twice."""
+        """End the communicator and whatever it has under way. May be called twice."""
 
 
 class Nccl(Protocol):

@@ -1,7 +1,7 @@
-"""What both ends of a handoff share: its key, its settings, what they ask for, and of whom.
+"""What both ends of a handoff share: its key, its settings, their effects, and the pools they need.
 
 Owns the effects that the sans-io ends (handoff.py, intake.py) hand to their driver, and the
-protocols that a node's block pool must offer to them. Knows no pool, no socket, no tensor.
+protocols that a node's block pool implements for them. Knows no pool, socket or tensor.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ HandoffMessage = Offer | Grant | Deny | Blocks | Tail | Commit | Ack | Abort | R
 
 
 class Key(NamedTuple):
-    """One handoff. A new link is a new handoff, even of the same attempt, and so is a new ask."""
+    """Names one handoff. The same attempt on a new link, or with a new ask, is another handoff."""
 
     link: str
     request: str
@@ -43,19 +43,19 @@ class Key(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TransferSettings:
-    """Times in seconds. A timer repeats a message or starts a teardown; it never ends a lease."""
+    """Times are in seconds. A timer repeats a message or starts a teardown; it never ends a lease."""
 
     credits: int = 16  # prompts that may be under way at once on one link
     repeat: float = 0.25  # an unanswered message is sent again after this long
     answer: float = 20.0  # silence about a handoff for this long tears the link down
-    patience: float = 5.0  # an offer waits this long for room, then it is denied; below `answer`
-    quiet: float = 2.0  # a granted prompt not heard of for this long is asked about
+    patience: float = 5.0  # an offer waits this long for room before it is denied; below `answer`
+    quiet: float = 2.0  # the intake asks about a granted prompt after this much silence
     remembered: int = 4096  # terminal answers kept per link
-    copy_blocks: int = 64  # blocks in one copy: what an abort waits for at most
-    copy: float = 60.0  # a copy that takes longer has lost its link
-    copies: int = 32  # that run at once, over all links
-    copies_per_link: int = 2  # of these; a peer that stands still holds up no other
-    transport: str = ""  # "": the fastest that both ends can prove; or force one by name
+    copy_blocks: int = 64  # blocks in one copy: an abort waits for so many at most
+    copy: float = 60.0  # a copy that takes longer loses its link
+    copies: int = 32  # copies at once, over all links
+    copies_per_link: int = 2  # copies at once of one link, so that a stopped peer holds up no other
+    transport: str = ""  # "" takes the fastest that both ends can prove; a name forces that one
     digests: bool = True  # generations are always checked
 
 
@@ -73,7 +73,7 @@ class ReadyBlock:
 
 
 class Span(NamedTuple):
-    """Positions in a row of one block of the peer's, and where they belong in one of ours."""
+    """Consecutive positions in one block of the peer, and their place in one block of ours."""
 
     block: int  # of our own pool
     at: int  # position in that block
@@ -83,8 +83,8 @@ class Span(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Piece:
-    """One block to copy: from `slot` of the peer's pool into `block` of our own; where blocks of
-    the peer have another size, to the places that `spans` names, the first of them in `block`."""
+    """One block to copy, from `slot` of the peer's pool into `block` of our own. Where the peer's
+    blocks have another size, `spans` names the places, and `block` is the first of them."""
 
     index: int
     slot: int
@@ -117,29 +117,29 @@ class IntakePool(Protocol):
     """The receiving node's pool, called on the driver's thread only."""
 
     def reserve(self, offer: Offer, /) -> Reservation | None:
-        """Room for all of the prompt, or None if there is none now; `NeverFits` if there never is.
+        """Reserve room for the whole prompt. None if there is none now, `NeverFits` if there never is.
 
-        Of the cache only blocks that `offer.block_hashes` names may be taken: the offer of a peer
-        with another block size comes without any. Missing blocks are the caller's alone until
-        discarded, and nobody reads them. Asked about the first offer that waits, again and again:
-        that one stands in the node's line for room until it has some or is withdrawn.
+        The pool may take only those blocks from its cache that `offer.block_hashes` names; the offer
+        of a peer with another block size has none. Missing blocks belong to the caller alone until
+        they are discarded, and nobody reads them. The intake asks again and again about the first
+        offer that waits, which stands in the node's line for room until it has room or is withdrawn.
         """
 
     def withdraw(self, offer: Offer, /) -> None:
-        """An offer that has no room, and perhaps was never asked about, waits no more."""
+        """Take an offer without room out of the line. It may never have been asked about."""
 
     def landed(self, reservation: Reservation, piece: Piece, /) -> None:
-        """`piece.block` holds its checked content: a full one may be published as prefix cache,
+        """`piece.block` holds its checked content. The pool may publish a full block as prefix cache,
         under `piece.seed`."""
 
     def adopt(self, reservation: Reservation, /) -> None:
-        """All is here: the references now belong to the sequence that decodes it."""
+        """Everything has landed: the references now belong to the sequence that decodes it."""
 
     def discard(self, reservation: Reservation, /) -> None:
         """The handoff failed and no copy runs: all references go back."""
 
 
-# ── Effects: what an end wants done ──────────────────────────────────────────────────────────────
+# ── Effects: what an end asks of its driver ──────────────────────────────────────────────────────
 
 
 class Outcome(enum.Enum):

@@ -1,8 +1,8 @@
-"""Where calls into transports wait: threads, so that the event loop never does.
+"""Threads for calls into transports, so that the event loop never waits.
 
-Opening and copying may wait for a peer, and closing is what ends such a wait: each has threads of its
-own. Of one link's copies a few run at once, of all links' many: a peer that stands still holds up
-nobody but itself. The threads are made as they are needed.
+Opening and copying may wait for a peer, and closing ends such a wait, so each has threads of its own.
+A few copies of one link run at once, and many of all links together, so that a stopped peer holds up
+only itself. Threads start as they are needed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 class Threads:
-    """Of all links of one node. Foreign errors come out as `TransportFailed`."""
+    """Threads for all links of one node. Foreign errors come out as `TransportFailed`."""
 
     def __init__(self, copies: int) -> None:
         """`copies`: pulls that run at once, over all links."""
@@ -39,12 +39,12 @@ class Threads:
         return loop.run_in_executor(self._opening, lambda: guarded(transport, call, *arguments))
 
     def pull(self, transport: str, reader: Reader, pieces: Sequence[Piece]) -> asyncio.Future[None]:
-        """For whoever holds one of `copies`: it begins at once."""
+        """The caller holds one of `copies`, so the pull begins at once."""
         loop = asyncio.get_running_loop()
         return loop.run_in_executor(self._copying, lambda: guarded(transport, reader.pull, pieces))
 
     async def close(self, transport: str, call: Callable[..., None], *arguments: object) -> None:
-        """What cannot be closed is tried again, and then left to the log."""
+        """Try again what fails to close, and then leave it to the log."""
         loop = asyncio.get_running_loop()
         for _ in range(TRIES):
             try:
@@ -56,6 +56,6 @@ class Threads:
             return
 
     def end(self) -> None:
-        """Nothing runs any more."""
+        """Wait for all calls to end, and stop the threads."""
         for executor in (self._opening, self._copying, self._closing):
             executor.shutdown()

@@ -9,10 +9,10 @@ The same rules hold for each, and one suite of tests checks them (tests/integrat
 
 - The reader pulls. Nobody writes into another process's pool.
 - A piece counts as copied only if its generation was the announced, even one before AND after the
-  bytes were read (`StaleBlock`), and its digest, where there is one, is right (`DigestMismatch`).
-- Nothing staged grows with the prompt.
-- After `close_link` returns, the source's memory is read over that link by nobody, or what is read
-  cannot be proven (a mapping that cannot be revoked).
+  bytes were read (`StaleBlock`), and its digest, if it has one, is right (`DigestMismatch`).
+- Staged memory does not grow with the prompt.
+- After `close_link` returns, nobody reads the source's memory over that link, or nobody can prove what
+  they read (a mapping cannot be revoked).
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ class Source(Protocol):
     def name(self) -> str: ...
 
     def open_link(self, link: str) -> bytes:
-        """Make this node's pool readable over a new link; returns what proves it, for Hello."""
+        """Make this node's pool readable over a new link. Returns the proof for Hello."""
 
     def close_link(self, link: str) -> None:
-        """Tear the link down; may be called for a link that was never opened or used."""
+        """Tear down the link, which may never have been opened or used."""
 
     def close(self) -> None:
-        """Tear every link down and end all threads."""
+        """Tear down every link and end all threads."""
 
 
 class Reader(Protocol):
@@ -59,24 +59,24 @@ class Reader(Protocol):
         """
 
     def close(self) -> None:
-        """End the link from this side; a pull that runs in another thread ends with `LinkLost`,
-        or, where nothing can make it wait, by itself."""
+        """End the link from this side. A pull that runs in another thread ends with `LinkLost`, or by
+        itself where nothing can make it wait."""
 
 
 class Target:
-    """The receiving node's own pool, as readers write to it."""
+    """The receiving node's own pool, which readers write to."""
 
     def __init__(self, memory: PoolMemory, layout: KVLayout) -> None:
         self.memory, self.layout = memory, layout
 
     def ranges(self, piece: Piece) -> list[tuple[int, int]]:
-        """What of a slab is copied, as (offset, length): all, or a tail's filled positions."""
+        """The (offset, length) parts of a slab to copy: all of it, or a tail's filled positions."""
         if piece.fill:
             return list(self.layout.tail_ranges(piece.fill))
         return [(0, self.memory.slab_bytes)]
 
     def check(self, piece: Piece) -> None:
-        """Compare a copied piece's digest with the promised one; `DigestMismatch`."""
+        """Compare the digest of a copied piece with the promised one; `DigestMismatch`."""
         if not piece.digest:
             return
         [[slab]] = self.memory.to_host([piece.block])
@@ -89,7 +89,7 @@ class Target:
 
 
 class Counted(Protocol):
-    """A pool whose generations can be looked at: our own, or a peer's mapping."""
+    """A pool whose generations can be read: our own, or a peer's mapping."""
 
     @property
     def generations(self) -> npt.NDArray[np.int64]: ...
@@ -101,6 +101,6 @@ def require_still(pool: Counted, piece: Piece) -> None:
         raise StaleBlock(f"block {piece.index} was reused while it was being copied")
 
 
-# Opens the reading end of a link from a Hello's proof: `LinkLost` or `MalformedMessage` says why it
-# cannot be proven. Blocking.
+# Opens the reading end of a link with the proof of a Hello. Blocking. `LinkLost` or `MalformedMessage`
+# says why the proof fails.
 Opener = Callable[[str, bytes, Target], Reader]

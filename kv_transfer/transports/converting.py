@@ -1,12 +1,12 @@
-"""A reader of a pool whose blocks have another size than ours: it wraps a reader of any transport.
+"""A reader of a pool with another block size than ours. It wraps a reader of any transport.
 
-The wrapped reader pulls the sender's slabs, as they are, into a few scratch slabs of the sender's
-size, and proves each there: generation before and after, digest over the whole. Only then are the
-positions copied on to the blocks of ours that they belong to. So conversion costs one more copy in
-memory, no transport knows of it, and what failed its proof reaches no block of ours.
+The wrapped reader pulls the sender's slabs unchanged into a few scratch slabs of the sender's size,
+and proves each there: the generation before and after, the digest over the whole slab. Only then are
+the positions copied to our blocks. So conversion costs one more copy in memory, no transport knows of
+it, and a slab that fails its proof reaches no block of ours.
 
-Scratch memory lies where our pool does, and is bounded by `SCRATCH_BYTES` for each link, or one
-slab where that is larger, whatever the prompt.
+Scratch memory lies where our pool lies. Each link has `SCRATCH_BYTES` of it at most, or one slab
+where that is larger.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class ConvertingReader:
     """Slabs of a peer's size into blocks of ours."""
 
     def __init__(self, reader: Reader, scratch: Target, target: Target) -> None:
-        """Takes over `reader`, which writes to `scratch`, and the memory of that."""
+        """Takes over `reader`, which writes to `scratch`, and the memory of `scratch`."""
         self._reader, self._scratch, self._target = reader, scratch, target
         self.remark = reader.remark
         self._lock = threading.Lock()  # held by whoever uses the scratch slabs
@@ -37,7 +37,7 @@ class ConvertingReader:
     def open(
         cls, opener: Opener, link: str, proof: bytes, target: Target, block_size: int
     ) -> ConvertingReader:
-        """Open the reading end as `opener` does, of a pool with blocks of `block_size` positions."""
+        """Open the reading end with `opener`, for a pool with blocks of `block_size` positions."""
         layout = target.layout.with_block_size(block_size)
         count = max(1, SCRATCH_BYTES // layout.slab_bytes)
         with contextlib.ExitStack() as made:
@@ -63,7 +63,7 @@ class ConvertingReader:
                 self._spread(batch)
 
     def _spread(self, pieces: Sequence[Piece]) -> None:
-        """Copy positions on from scratch slab i, of the i-th piece, to where its spans say."""
+        """Copy the positions of each piece from its scratch slab to the places that its spans name."""
         ours, scratch = self._target, self._scratch
         spans = [(slab, span) for slab, piece in enumerate(pieces) for span in piece.spans]
         ours.memory.copy_positions(ours.layout, scratch.memory, scratch.layout, spans)

@@ -1,9 +1,9 @@
 """CUDA IPC: the reader maps the source's device memory and copies slabs from device to device.
 
-As `shm`, one step on: same_host.py passes the descriptor of the generations, which live in host
-memory, and the handle of the slabs. Copies run on a stream of the reader's own, which is
-synchronised before the second look at the generations: a copy that is still under way proves
-nothing. The mapping cannot be revoked, so closing a link only stops new mappings.
+same_host.py passes the descriptor of the generations, which lie in host memory, and the handle of the
+slabs. Copies run on a stream of the reader, which waits for the stream before its second look at the
+generations: a copy that still runs proves nothing. The mapping cannot be revoked, so closing a link only
+stops new mappings.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class CudaIpcReader:
             try:
                 for piece in pieces:
                     self._enqueue(piece)
-            finally:  # also of a pull that fails, no copy outlives it
+            finally:  # no copy outlives its pull, even one that fails
                 self._stream.synchronize()
             for piece in pieces:
                 require_still(self._mapped, piece)

@@ -4,12 +4,12 @@ The reader asks by `Pull`; the source answers `Slabs` and puts one send of all o
 the reader puts the receive on its own, straight into its pool; when the device has sent, comes
 `Proved`.
 
-Several communicators on one device must not wait for each other crosswise: a kernel of NCCL holds
-the device until the peer's runs. Hence turns, two for each device of a process, taken in one order
-everywhere: a reader takes its device's turn to receive, and only then asks; the source takes its
-device's turn to send, and only then answers. Who has the turn to send waits for nobody: the reader
-that asked holds its own already. So no circle of waits can close, and each device runs at most one
-send and one receive at a time. A peer that stands still keeps a turn until its link is torn down.
+Several communicators on one device must not wait for each other crosswise, because a kernel of NCCL
+holds the device until the peer's kernel runs. So each device of a process has two turns, which all take
+in the same order: a reader takes its device's turn to receive before it asks, and the source takes its
+device's turn to send before it answers. A holder of the turn to send waits for nobody, since the reader
+that asked already holds its own turn. So no circle of waits can close, and each device runs at most one
+send and one receive at a time. A stopped peer keeps a turn until its link is torn down.
 
 A communicator is set up when a reader asks for it, and without blocking. It is aborted before a
 failed pull reports, that is, before the blocks that it was receiving into can be given back; on the
@@ -78,7 +78,7 @@ class _Channel:
             self._turn.release()
 
     def set_up(self, unique_id: bytes) -> None:
-        """Meet the peer; returns when both are there. `LinkLost`, and nothing is left."""
+        """Wait until both ends are in the communicator. `LinkLost`, and nothing is left."""
         rank = 0 if self._sends else 1
         try:
             self._pair = self._nccl.communicator(self._device, unique_id, rank)
@@ -104,7 +104,7 @@ class _Channel:
             self.pause(deadline)
 
     def pause(self, deadline: float) -> None:
-        """A moment; `LinkLost` when the link is closing or the deadline is over."""
+        """Sleep for a moment. `LinkLost` when the link closes or the deadline has passed."""
         self._require_open()
         if time.monotonic() > deadline:
             raise LinkLost("the peer's end of the communicator does not answer")
@@ -115,7 +115,7 @@ class _Channel:
             raise LinkLost("the link was closed")
 
     def abort(self) -> None:
-        """From here on the device does nothing for this link."""
+        """End the communicator: the device does nothing more for this link."""
         try:
             if self._pair is not None:
                 self._pair.abort()
@@ -147,7 +147,7 @@ class NcclSource(tcp.TcpSource):
 
 
 class _NcclServed(tcp.Served):
-    """One link: the thread of tcp.py, which sends by the communicator instead."""
+    """One link: the thread of tcp.py, but it sends by the communicator."""
 
     def __init__(self, source: NcclSource, link: str, token: bytes, wire: SendingWire) -> None:
         turn = source.turns.of(source.cuda.index, "send")
@@ -163,10 +163,8 @@ class _NcclServed(tcp.Served):
             raise
 
     def _ship(self, peer: bytes, pull: Pull) -> None:
-        """A first pull of nothing gets the communicator's id, a second one waits for its setup.
-
-        Ends when the device has sent the slabs, or does nothing for this link any more.
-        """
+        """Answer the first empty pull with the communicator's id, and set the communicator up at the
+        second one. Returns when the device has sent the slabs; raises when it does nothing more."""
         header = encode(Slabs(self._link, pull.number, ""))
         if pull.slots:
             self._send_ranges(peer, header, pull)

@@ -1,14 +1,13 @@
 """Slabs by NIXL READ (UCX: RDMA where there is any, else shared memory or TCP). The only user of nixl.
 
-The reader's network reads the source's registered pool straight into the reader's, no code of the
-source takes part, and no byte is staged: only the generations come into a small buffer of their
-own. They are read by the same means, in a transfer that has ended before the slabs' begins, and
-again in one that begins after it ended.
+The reader's network reads the source's registered pool straight into the reader's pool. No code of the
+source takes part, and no byte of a slab is staged. The generations go to a small buffer of the reader,
+in one transfer that ends before that of the slabs begins, and in another that begins after it has ended.
 
-Each link has an agent of its own at both ends: tearing a link down deregisters the memory and ends
-the agent, and its remote keys with it. The proof is a nonce in the source's registered memory: who
-can read it there reads the right process. Proofs travel in Hello; UCX itself neither encrypts nor
-asks who connects, which is why this transport is taken only where a setting names it.
+Each link has an agent of its own at both ends. Tearing down a link deregisters the memory and ends the
+agent, and with it the remote keys. The proof is a nonce in the source's registered memory: a reader
+that finds it there reads the right process. Proofs travel in Hello. UCX neither encrypts nor checks who
+connects, so a node has this transport only where a setting names it.
 """
 
 from __future__ import annotations
@@ -45,8 +44,8 @@ Bytes = npt.NDArray[np.uint8]
 
 
 def _agent(*, serves: bool) -> Any:
-    """A new agent with UCX; one that `serves` has a thread that answers. `ConfigError` without nixl,
-    `LinkLost` where it cannot make one."""
+    """Make an agent with UCX, with a thread that answers if it `serves`. `ConfigError` without nixl,
+    `LinkLost` where nixl cannot make an agent."""
     try:
         import nixl
     except ImportError as error:
@@ -60,16 +59,16 @@ def _agent(*, serves: bool) -> Any:
 
 
 def _sealed(body: bytes) -> bytes:
-    """With its checksum: against damage, not against a peer that lies (no defence has nixl there)."""
+    """Append a checksum, which finds damage. Nothing in nixl protects against a peer that lies."""
     return body + hashlib.blake2b(body, digest_size=_SUM_BYTES).digest()
 
 
 class _Memory:
-    """What an agent has registered: the agent and its memory go together."""
+    """An agent and the memory that it has registered, which end together."""
 
     def __init__(self, memory: PoolMemory, own: Bytes, *, serves: bool) -> None:
-        """`own`: a small array of this link, registered besides the pool. `LinkLost`, and nothing
-        is left, where it cannot be registered."""
+        """Registers the pool, and `own`, a small array of this link. `LinkLost`, and nothing is left,
+        where nixl cannot register them."""
         self.agent = _agent(serves=serves)
         self._registered: list[Any] = []
         try:
@@ -91,12 +90,12 @@ class _Memory:
             self._registered += [self.agent.register_memory([pool], "VRAM")]
 
     def metadata(self) -> bytes:
-        """What a reader's agent needs to connect."""
+        """The metadata that a reader's agent needs to connect."""
         with _as_link_lost():
             return bytes(self.agent.get_agent_metadata())
 
     def close(self) -> None:
-        """Whatever cannot be deregistered ends with the agent."""
+        """Deregister the memory and end the agent, which ends whatever could not be deregistered."""
         for registered in self._registered:
             with contextlib.suppress(LinkLost), _as_link_lost():
                 self.agent.deregister_memory(registered)
@@ -150,7 +149,7 @@ class NixlReader:
     remark = ""
 
     def __init__(self, proof: bytes, target: Target) -> None:
-        """Connects to nobody yet. `MalformedMessage` if the proof is none of ours."""
+        """Does not connect yet. `MalformedMessage` if the proof is not one of ours."""
         body = proof[:-_SUM_BYTES]
         if len(body) <= _PROOF.size or not body.startswith(_MAGIC) or _sealed(body) != proof:
             raise MalformedMessage("not a proof of this nixl transport", param="proofs")
@@ -231,7 +230,7 @@ class NixlReader:
     def _read(
         self, local: Ranges, remote: Ranges, local_kind: str, remote_kind: str, timeout: float
     ) -> None:
-        """One READ, ended when this returns; when it raises, nothing more is written here."""
+        """Run one READ to its end. When this raises, nothing more is written to our memory."""
         if self._stop.is_set() or self._memory is None:
             raise LinkLost("the link was closed")
         agent = self._memory.agent
@@ -272,7 +271,7 @@ class NixlReader:
             raise LinkLost("the source's memory cannot be read any more")
 
     def _end(self) -> None:
-        """End the agent: from here on nobody writes into our pool over this link."""
+        """End the agent: nothing writes to our pool over this link any more."""
         memory, self._memory = self._memory, None
         if memory is not None:
             if self._peer:
@@ -292,13 +291,13 @@ def _place(memory: PoolMemory) -> tuple[str, int]:
 
 
 def _on(ranges: Ranges, kind: str, device: int) -> list[tuple[int, int, int]]:
-    """Ranges with the device that they lie on, as nixl wants them."""
+    """Ranges with their device, in nixl's form."""
     return [(*place, device if kind == "VRAM" else 0) for place in ranges]
 
 
 @contextlib.contextmanager
 def _as_link_lost() -> Iterator[None]:
-    """Whatever nixl raises means that the other end cannot be read."""
+    """Turn whatever nixl raises into `LinkLost`: the other end cannot be read."""
     try:
         yield
     except PdqError:

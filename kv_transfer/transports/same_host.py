@@ -1,13 +1,12 @@
-"""How two processes of one host and user find each other: a descriptor over a unix socket.
+"""Pass a descriptor between two processes of one host and user, over a unix socket.
 
-That the connection works, and that both halves of the link's nonce match, proves that both ends are
-on one host; host names prove nothing and are not looked at. `shm` and `cuda_ipc` pass a pool's
-descriptor this way, and a few bytes with it. The socket is one of two kinds, and everything else is
-the same for both:
+A connection that works, and a nonce whose halves both match, prove that both ends are on one host.
+Host names prove nothing, and nobody looks at them. `shm` and `cuda_ipc` pass a pool's descriptor this
+way, with a few bytes of payload. There are two kinds of socket, which differ in nothing else:
 
-    abstract          no file, nothing left behind; ends at the border of a network namespace
-    in a folder       `--shm-dir`, for containers, which have a network namespace each and can have
-                      a folder in common; what a killed process left there, the next source removes
+    abstract          needs no file and leaves nothing behind; ends at the border of a network namespace
+    in a folder       `--shm-dir`, for containers, which have a network namespace each but can share a
+                      folder; the next source removes what a killed process left there
 """
 
 from __future__ import annotations
@@ -34,16 +33,16 @@ _TIMEOUT = 2.0  # seconds for one exchange on the socket
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 _MAX_PAYLOAD = 256
 _BACKLOG = 64
-_MAX_CALLERS = 64  # who have said nothing yet; the oldest has to go
-_LOOK_S = 0.05  # until it is looked again whether a descriptor is free
+_MAX_CALLERS = 64  # that have sent nothing yet; beyond these the oldest is closed
+_LOOK_S = 0.05  # between two looks for a free descriptor
 
 
 class Passer:
-    """Hands `fd` and `payload` to readers that can prove a link. One thread, mostly asleep, which
-    waits for no single one of them."""
+    """Hands `fd` and `payload` to readers that prove a link. One thread serves all of them, and waits
+    for none in particular."""
 
     def __init__(self, fd: int, folder: str = "", payload: bytes = b"") -> None:
-        """`folder`: where the socket is to lie; empty: an abstract one. `ConfigError` if it cannot."""
+        """`folder` is the socket's place; "" makes an abstract one. `ConfigError` if neither can be."""
         self._fd, self._payload = fd, payload
         self._name = secrets.token_bytes(_NAME_BYTES // 2).hex().encode()
         self._nonces: dict[bytes, bytes] = {}  # first half → second half
@@ -126,10 +125,11 @@ class Passer:
 
 @contextlib.contextmanager
 def receive(proof: bytes, folder: str = "") -> Iterator[tuple[int, bytes]]:
-    """The descriptor and payload of the source that made `proof`; the descriptor is closed at the end.
+    """Yield the descriptor and payload of the source that made `proof`. The descriptor is closed at
+    the end.
 
-    A source is looked for in `folder`, where there is one, and among the abstract sockets.
-    `LinkLost` if it is not on this host, of another user, or does not know the nonce.
+    Looks for the source in `folder`, if there is one, and among the abstract sockets. `LinkLost` if it
+    is not on this host, belongs to another user, or does not know the nonce.
     """
     if len(proof) != _NAME_BYTES + 2 * _HALF:
         raise MalformedMessage("a proof of one host has a name and a nonce", param="proofs")
@@ -162,7 +162,7 @@ def _path(folder: str, name: bytes) -> Path:
 
 
 def _listener(name: bytes, folder: str) -> socket.socket:
-    """Of a source: abstract, or in `folder`; `ConfigError` where it cannot be."""
+    """A source's socket: abstract, or in `folder`. `ConfigError` where it cannot be made."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         listener.setblocking(False)
@@ -184,7 +184,7 @@ def _listener(name: bytes, folder: str) -> socket.socket:
 
 
 def _listen(listener: socket.socket, path: Path) -> None:
-    """Listen at `path`, which appears only then; and remove those that nobody listens at any more."""
+    """Listen at `path`, which appears only when it is ready. Remove sockets that nobody listens at."""
     unfinished = path.with_suffix(".new")
     listener.bind(str(unfinished))
     listener.listen(_BACKLOG)

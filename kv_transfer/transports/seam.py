@@ -1,8 +1,8 @@
-"""The seam between a transport and the rest: what is not an error of ours becomes one here.
+"""The seam between a transport and the rest: foreign errors become ours here.
 
-A transport calls the system and libraries, which raise what they like. Whoever calls a transport does
-it through `guarded`, once around each of its calls, and knows `PdqError` alone. So one that fails in a
-way that nobody thought of costs its link, and the next transport is tried.
+A transport calls the system and libraries, which may raise anything. Every call of a transport goes
+through `guarded`, so that callers know `PdqError` alone. A transport that fails in an unforeseen way
+costs its link, and the next transport is tried.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ T = TypeVar("T")
 
 
 def guarded(transport: str, call: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
-    """The result of a transport's `call`; `PdqError`: its own, or `TransportFailed` for anything
-    else, with the traceback in the log. In a thread nothing but a transport raises: not even a
-    `CancelledError` is a cancel of ours there."""
+    """Return the result of a transport's `call`. Its `PdqError`s pass; anything else becomes
+    `TransportFailed`, with the traceback in the log. Even a `CancelledError` is the transport's: it
+    runs in a thread, where we cancel nothing."""
     try:
         return call(*arguments, **named)
     except PdqError:

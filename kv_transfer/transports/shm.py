@@ -1,9 +1,9 @@
 """Shared memory: the reader maps the source's pool read-only and copies slabs straight out of it.
 
-One memcpy per slab, no message, no staging. The pool's descriptor comes by same_host.py, which
+A slab costs one memcpy, without a message or staging. same_host.py passes the pool's descriptor, and
 proves that both ends are processes of one user on one host.
 
-A mapping cannot be revoked, so closing a link only stops new mappings; readers prove afterwards
+A mapping cannot be revoked, so closing a link only stops new mappings. Readers prove after each copy
 that no generation changed while they copied (seqlock).
 """
 
@@ -66,8 +66,9 @@ class ShmReader:
                 self._idle.notify_all()
 
     def _copy(self, pieces: Sequence[Piece]) -> None:
-        """A slab is digested right after its copy, while it is in cache; without digests one copy
-        follows the other, for what Python does between two of them finds its own data evicted."""
+        """Copy and prove the pieces. A slab is digested right after its copy, while it is in cache.
+        Without digests one copy directly follows the other, because a copy evicts what Python needs
+        between two of them."""
         mapped, target = self._mapped, self._target
         memory = target.memory
         for piece in pieces:
@@ -80,7 +81,7 @@ class ShmReader:
             else:
                 copy_bytes(into, source, memory.slab_bytes)
             if piece.digest:
-                require_still(mapped, piece)  # first: what was torn is stale, not corrupt
+                require_still(mapped, piece)  # first: a torn copy is stale, not corrupt
                 target.check(piece)
         for piece in pieces:
             if not piece.digest:

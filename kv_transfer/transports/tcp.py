@@ -1,11 +1,11 @@
-"""Slabs over TCP: the reader asks (`Pull`), the source sends (`Slabs`), and when the bytes have left
-the pool it says whether they stood still until then (`Proved`).
+"""Slabs over TCP: the reader asks (`Pull`), the source sends (`Slabs`), and once the bytes have left
+the pool, the source says whether the blocks were unchanged until then (`Proved`).
 
-Two wires carry that. A link has a plain connection (tcp_stream.py), or, where its slabs are to be
-encrypted, ZeroMQ sockets with CURVE (tcp_frames.py). The source answers one pull after the other, and
-the lease of a pull's blocks is touched while it does. Slabs of a pool on a device pass through host
-memory, some at a time. The reader digests each slab while it is in cache. What is under way is bounded
-whatever the prompt: by the buffers of the kernel, and in frames by the queue of their socket.
+A link has a plain connection (tcp_stream.py), or ZeroMQ sockets with CURVE where its slabs must be
+encrypted (tcp_frames.py). The source answers one pull after the other, and touches the lease of the
+pull's blocks meanwhile. Slabs of a pool on a device pass through host memory, some at a time. The
+reader digests each slab while it is in cache. The buffers of the kernel, and the queues of ZeroMQ's
+sockets, bound the bytes under way.
 
 Each link has sockets and a thread of its own: tearing a link down ends both, whatever the peer does.
 """
@@ -55,9 +55,9 @@ class TcpSource:
         self, memory: PoolMemory, layout: KVLayout, leases: Leases, *, host: str = "127.0.0.1",
         advertise_host: str = "", secret_key: str = "", encrypts: bool | None = True,
     ) -> None:  # fmt: skip
-        """`host`: where to listen; `advertise_host`: what peers connect to, if that differs. Without
-        a `secret_key`, or where it does not `encrypts` (None: but on loopback), slabs go as they
-        are."""
+        """`host` is where to listen, `advertise_host` what peers connect to if that differs. Slabs are
+        encrypted with `secret_key`, if there is one, where `encrypts` says so; None means everywhere but
+        on loopback."""
         self.memory, self._layout, self._leases = memory, layout, leases
         self._host, self._advertise = host, advertise_host or host
         encrypts = not is_loopback(self._advertise) if encrypts is None else encrypts
@@ -159,7 +159,7 @@ class Served:
         self._wire.send_slabs(peer, encode(Slabs(self._link, pull.number, "")), batches)
 
     def _ended(self) -> None:
-        """The thread has ended, and nothing is on its way any more."""
+        """Called when the thread ends and the wire is closed."""
 
     def _is_still(self, pull: Pull) -> bool:
         if len(pull.slots) != len(pull.generations) or (pull.fill and len(pull.slots) != 1):
@@ -194,8 +194,8 @@ class TcpReader:
         cls, link: str, proof: bytes, target: Target, secret_key: str = "",
         encrypts: bool | None = True,
     ) -> TcpReader:  # fmt: skip
-        """Connect, and prove by an empty pull that the source is there and knows the token. One that
-        `encrypts` (None: but on loopback) takes no plain text."""
+        """Connect, and prove by an empty pull that the source answers and knows the token. A reader that
+        `encrypts` (None means everywhere but on loopback) refuses plain text."""
         token, scheme, host, port = split_proof(proof)
         encrypts = not is_loopback(host) if encrypts is None else encrypts
         wire: ReceivingWire
@@ -224,7 +224,7 @@ class TcpReader:
         self._pull(self._requests(pieces), STALL_TIMEOUT)
 
     def _requests(self, pieces: Sequence[Piece]) -> Iterator[tuple[Piece, ...]]:
-        """The pieces in portions of a Pull each: whole slabs together, a tail alone."""
+        """Split the pieces into one portion for each Pull: whole slabs together, a tail alone."""
         full = [piece for piece in pieces if not piece.fill]
         count = slots_per_pull(self._wire, self._target.memory)
         for start in range(0, len(full), count):
@@ -234,16 +234,15 @@ class TcpReader:
                 yield (piece,)
 
     def _window(self) -> int:
-        """How many requests may be under way at once."""
+        """Number of requests that may be under way at once."""
         slab_bytes = self._target.memory.slab_bytes
         return max(2, WINDOW_BYTES // max(self._wire.request_bytes, slab_bytes))
 
     def _pull(self, requests: Iterable[tuple[Piece, ...]], timeout: float) -> None:
         """Keep the window full until every request is copied, checked and proved.
 
-        After a failure nothing more is asked for, and what is on its way is received: the source
-        lets go of it then, and the next pull finds the link empty. Where it cannot be received, the
-        link is lost, for all pulls that come.
+        After a failure the reader asks for nothing more, but still receives what is on its way, so
+        that the next pull finds the link empty. If that fails, the link is lost for all later pulls.
         """
         with self._lock:
             if self._out_of_step:
@@ -307,8 +306,8 @@ class TcpReader:
         return decode(self._wire.receive(timeout))
 
     def _arrived(self, pieces: tuple[Piece, ...]) -> PdqError | None:
-        """Bring slabs to their blocks, all of them, also behind one that is wrong; the first error.
-        `LinkLost`."""
+        """Receive the slabs of one request into their blocks, even those behind a wrong one. Returns
+        the first error; raises `LinkLost`."""
         target, failure = self._target, None
         for piece in pieces:
             try:
@@ -332,16 +331,16 @@ class TcpReader:
                 self._released()
 
     def _released(self) -> None:
-        """The link has ended, and no pull runs."""
+        """Called when the link has ended and no pull runs."""
 
 
 def slots_per_pull(wire: SendingWire | ReceivingWire, memory: PoolMemory) -> int:
-    """How many slabs one Pull may ask for."""
+    """Number of slabs that one Pull may ask for."""
     return min(max(1, wire.request_bytes // memory.slab_bytes), _MAX_SLOTS)
 
 
 def split_proof(proof: bytes) -> tuple[bytes, str, str, int]:
-    """The token that the source knows a reader by, and its scheme, host and port."""
+    """Take apart a proof: the link's token, and the source's scheme, host and port."""
     try:
         scheme, _, address = proof[_TOKEN_BYTES:].decode("ascii").partition("://")
         host, _, port = address.rpartition(":")

@@ -1,9 +1,8 @@
-"""A wire that is one TCP connection: messages with their length before them, slabs as they are.
+"""A wire that is one TCP connection: messages after their length, slabs as plain bytes.
 
-The kernel copies slabs out of the sender's pool, and straight into the reader's: nothing lies in
-between, and one thread at each end does it all. What was sent has left when the call returns. A
-stream neither encrypts nor proves more than that its reader knows the link's token, which it says
-first and hears back.
+The kernel copies slabs out of the sender's pool and straight into the reader's; one thread at each end
+does all of it. Bytes have left the pool when the call that sends them returns. Nothing is encrypted.
+A stream proves only that its reader knows the link's token, which the reader sends first and gets back.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from common.errors import LinkLost
 from kv_transfer.transports.wires import LOOK_S, MAX_PULL_BYTES, STALL_TIMEOUT, Stop
 
 REQUEST_BYTES = 64 << 20
-_MAX_CALLERS = 8  # who have not said the token yet; the oldest has to go
+_MAX_CALLERS = 8  # that have not sent the token yet; beyond these the oldest is closed
 _IOV_MAX = 1024  # pieces of one call, limits.h
 _CALL_BYTES = 256 << 10  # of small pieces; a call of many MiB keeps the kernel from its other end
 _ALIGN = 64  # of a stream: slabs that begin inside a line of cache are copied at half the speed
@@ -29,7 +28,7 @@ _LENGTH = struct.Struct("!I")
 
 
 class SendingStream:
-    """The source's end: hears one caller, the first that says the token."""
+    """The source's end. It serves one caller, the first that sends the token."""
 
     request_bytes = REQUEST_BYTES
 
@@ -112,7 +111,7 @@ class SendingStream:
             self._hang_up(self._callers[0])
 
     def _answer(self, caller: socket.socket) -> None:
-        """Hear the token, in one piece, and say it back; else end the call."""
+        """Read the token, which must come in one piece, and send it back; or hang up."""
         said = b""
         with contextlib.suppress(OSError):
             said = caller.recv(len(self._token))
@@ -185,7 +184,7 @@ class ReceivingStream:
     request_bytes = REQUEST_BYTES
 
     def __init__(self, host: str, port: int, token: bytes, timeout: float) -> None:
-        """Connect, say the token and hear it back: `LinkLost` if that takes over `timeout` s."""
+        """Connect, send the token and get it back; `LinkLost` if that takes over `timeout` seconds."""
         self._stopped = False
         try:
             self._connection = socket.create_connection((host.strip("[]"), port), timeout)
@@ -251,7 +250,7 @@ class ReceivingStream:
 
 
 def record(message: bytes) -> bytes:
-    """A message with its length before it, and with zeros behind it."""
+    """A message after its length, with zeros up to the next multiple of 64 bytes."""
     length = _LENGTH.size + len(message)
     return _LENGTH.pack(len(message)) + message + bytes(_padding(length))
 
@@ -261,7 +260,7 @@ def _padding(length: int) -> int:
 
 
 def _one_call_of(pieces: Iterable[memoryview]) -> list[memoryview]:
-    """The first one, and small ones behind it."""
+    """The first piece, and small ones that follow it."""
     some: list[memoryview] = []
     size = 0
     for piece in pieces:
@@ -273,7 +272,7 @@ def _one_call_of(pieces: Iterable[memoryview]) -> list[memoryview]:
 
 
 def _wait_in_the_kernel(connection: socket.socket) -> None:
-    """Calls wait there, and no longer than `LOOK_S`: no poll before each."""
+    """Let calls wait in the kernel, for `LOOK_S` at most, so that none needs a poll before it."""
     connection.setblocking(True)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     look = struct.pack("@ll", 0, round(LOOK_S * 1e6))  # struct timeval

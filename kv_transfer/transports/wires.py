@@ -1,7 +1,7 @@
-"""What carries the conversation of one tcp link, and the bytes of its slabs.
+"""Wires: what carries the messages of one tcp link, and the bytes of its slabs.
 
-Two wires do: `tcp_stream.py`, a plain connection, and `tcp_frames.py`, ZeroMQ with CURVE. tcp.py says
-which a link has. An end is used by one thread at a time, except that any may call `stop`, also after
+There are two, between which tcp.py chooses: `tcp_stream.py`, a plain connection, and `tcp_frames.py`,
+ZeroMQ with CURVE. One thread at a time uses an end, except that any thread may call `stop`, even after
 `close`.
 """
 
@@ -14,17 +14,17 @@ from typing import Protocol
 
 MAX_PULL_BYTES = 1 << 16  # of one message to a source
 LOOK_S = 0.05  # the longest wait in a call until it is looked whether the link goes on
-STALL_TIMEOUT = 20.0  # a transport of which nothing arrives for so long has lost its link
+STALL_TIMEOUT = 20.0  # a transport that receives nothing for so long loses its link
 
 
 class SendingWire(Protocol):
-    """The source's end. `peer` is who said something, for the answer to it."""
+    """The source's end. `peer` names the sender of a message, for the answer."""
 
     port: int
     request_bytes: int  # of slabs that one Pull asks for at most, or one slab
 
     def receive(self) -> tuple[bytes, bytes] | None:
-        """Wait for a message: who said it, and the message. None when stopped; `LinkLost`."""
+        """Wait for a message; returns its peer and its bytes, None when stopped. `LinkLost`."""
 
     def send(self, peer: bytes, message: bytes) -> None:
         """Queue or send a message; `LinkLost`."""
@@ -32,7 +32,7 @@ class SendingWire(Protocol):
     def send_slabs(
         self, peer: bytes, header: bytes, batches: Iterable[Sequence[memoryview]]
     ) -> None:
-        """Send a message and bytes behind it. Each batch has left its memory when the next is taken,
+        """Send a message and slabs behind it. Each batch has left its memory when the next is taken,
         the last when this returns, and all of them when it raises. `LinkLost`."""
 
     def stop(self) -> None:
@@ -47,14 +47,14 @@ class ReceivingWire(Protocol):
     request_bytes: int  # as the source's
 
     def say(self, message: bytes) -> None:
-        """`LinkLost` if nobody can hear it."""
+        """Send a message; `LinkLost` if it cannot reach anybody."""
 
     def receive(self, timeout: float) -> bytes:
-        """The next message. `LinkLost` if none comes for `timeout` seconds, or none can."""
+        """Wait for the next message. `LinkLost` after `timeout` seconds, or when none can arrive."""
 
     def read_into(self, view: memoryview) -> None:
-        """The next bytes behind the last message. `LinkLost`, or `MalformedMessage` if there are
-        others."""
+        """Fill `view` with the next bytes behind the last message. `LinkLost`, or `MalformedMessage`
+        if the next bytes do not have this length."""
 
     def stop(self) -> None:
         """End whatever waits, with `LinkLost`."""
@@ -63,7 +63,7 @@ class ReceivingWire(Protocol):
 
 
 class Stop:
-    """What a thread that waits at a wire is woken by: readable from `set` on."""
+    """A descriptor that wakes a thread: readable from `set` on."""
 
     def __init__(self) -> None:
         self.fd = os.eventfd(0, os.EFD_CLOEXEC)
