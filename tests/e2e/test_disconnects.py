@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import time
 from collections.abc import Iterator
 
 import pytest
@@ -15,10 +14,7 @@ from tests.support.deployment import Deployment
 from tests.support.load import Load, bodies
 from tests.support.redis import wait_until
 
-LIMIT_S = 1.0
-RECORD_AGE_S = 1.0  # what is seen of a node is as old as its last record, on a busy machine
-
-# Far more work than can be done within the limits.
+# Far more work than can be done before somebody looks.
 ENDLESS = [
     body | {"n": 16, "max_tokens": 400, "ignore_eos": True, "logprobs": 5}
     for body in bodies(12, prompt=(60, 100))
@@ -41,9 +37,9 @@ async def any_is(system: Deployment, state: State) -> bool:
     return state in states
 
 
-async def assert_free(system: Deployment, left_at: float) -> None:
+async def assert_free(system: Deployment) -> None:
+    """Before it could have been done: the records name the reason."""
     await system.assert_idle()
-    assert time.monotonic() < left_at + LIMIT_S + RECORD_AGE_S
 
     async def closed() -> bool:
         states = {record.state for record in await the_records(system)}
@@ -57,7 +53,7 @@ async def assert_free(system: Deployment, left_at: float) -> None:
 async def test_while_tokens_are_decoded(system: Deployment, stream: bool) -> None:
     async with Load(system.url, ENDLESS, streams=stream):
         await wait_until(lambda: any_is(system, State.DECODING), "decode has taken over")
-    await assert_free(system, time.monotonic())
+    await assert_free(system)
 
 
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
@@ -65,7 +61,7 @@ async def test_while_prompts_are_computed(system: Deployment, stream: bool) -> N
     asked = bodies(40, prompt=(400, 440), max_tokens=(60, 60), seed=31 + stream)
     async with Load(system.url, asked, streams=stream):
         await wait_until(lambda: any_is(system, State.PREFILLING), "a prompt was claimed")
-    await assert_free(system, time.monotonic())
+    await assert_free(system)
 
 
 @pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
@@ -76,4 +72,4 @@ async def test_while_prompts_are_handed_over(system: Deployment, stream: bool) -
             await wait_until(lambda: any_is(system, State.HANDING_OFF), "a prompt is computed")
     finally:
         system.signal("decode-1", signal.SIGCONT)
-    await assert_free(system, time.monotonic())
+    await assert_free(system)

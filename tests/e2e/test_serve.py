@@ -24,6 +24,7 @@ from common.config import RedisSettings
 from common.errors import ConfigError
 from common.redis_client import RedisClient
 from common.redis_server import EmbeddedRedis
+from tests.support.redis import HANGS_S
 from tests.support.serve_process import ServeProcess, serving, wait_until
 
 SMALL = ("--port", "0", "--num-kv-blocks", "256")
@@ -166,8 +167,8 @@ def test_a_second_ctrl_c_ends_it_at_once(tmp_path: Path) -> None:
         serve.signal(signal.SIGINT)
         serve.line("^pdq +stopping ")
         serve.signal(signal.SIGINT)
-        assert serve.end(limit_s=5.0) == 130
-        stream.join(10)
+        assert serve.end(limit_s=20.0) == 130  # a drain would take 30
+        stream.join(HANGS_S)
         assert not stream.is_alive()
     serve.assert_nothing_left()
 
@@ -177,7 +178,7 @@ def test_kill_9_of_the_command_leaves_no_process(tmp_path: Path) -> None:
         serve.url()
         serve.signal(signal.SIGKILL)
         assert serve.end() == -signal.SIGKILL
-        _, alive = psutil.wait_procs(list(serve.children.values()), timeout=10)
+        _, alive = psutil.wait_procs(list(serve.children.values()), timeout=HANGS_S)
         assert not alive
     # Its note stays behind, and counts for nothing.
     found = subprocess.run(

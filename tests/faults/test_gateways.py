@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 
 import httpx
 
@@ -15,7 +14,6 @@ from tests.support.load import Load, bodies, truth
 from tests.support.redis import wait_until
 
 LOAD = bodies(20, seed=7)
-NODES_FREE_S = 10.0  # a gateway is given up after missed beats and a while to come back
 
 
 async def test_a_gateway_that_is_told_to_end_serves_its_clients_first(
@@ -50,11 +48,9 @@ async def test_the_death_of_a_gateway_ends_its_requests_everywhere(
     async with Load(system.url, endless) as load:
         await wait_until(lambda: load.num_begun >= 2, "some streams run")
         system.kill("gateway")
-        killed_at = time.monotonic()
         for outcome in await asyncio.gather(*load.tasks, return_exceptions=True):
             assert isinstance(outcome, httpx.TransportError)
     await system.assert_idle()
-    assert time.monotonic() < killed_at + NODES_FREE_S
     async with Load(system.urls["other"], LOAD) as load:
         await load.finish(expected)
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from common import cli
+from tests.support.redis import HANGS_S
 
 Answering = Callable[["StubServer", asyncio.StreamWriter], Awaitable[None]]
 
@@ -110,7 +111,7 @@ async def test_the_open_loop_waits_for_no_answer(tmp_path: Path) -> None:
         stream(writer)
 
     server = StubServer(once_all_have_arrived)
-    async with server.listening() as url, asyncio.timeout(20):
+    async with server.listening() as url, asyncio.timeout(HANGS_S):
         code, report = await bench(url, tmp_path / "b.json", "--requests", "10", "--rate", "100")
     assert code == 0
     assert server.most_open == 10
@@ -128,7 +129,7 @@ async def test_the_closed_loop_keeps_so_many_open(tmp_path: Path) -> None:
         stream(writer)
 
     server = StubServer(in_threes)
-    async with server.listening() as url, asyncio.timeout(20):
+    async with server.listening() as url, asyncio.timeout(HANGS_S):
         flags = ("--requests", "9", "--concurrency", "3")
         code, report = await bench(url, tmp_path / "b.json", *flags)
     assert code == 0
@@ -143,7 +144,7 @@ async def test_the_same_seed_sends_the_same_requests(tmp_path: Path) -> None:
     sent = []
     for seed in ("1", "1", "2"):
         server = StubServer(at_once)
-        async with server.listening() as url, asyncio.timeout(20):
+        async with server.listening() as url, asyncio.timeout(HANGS_S):
             flags = ("--requests", "4", "--concurrency", "1", "--seed", seed, "--ignore-eos")
             await bench(url, tmp_path / "b.json", *flags)
         sent.append(server.bodies)
@@ -161,7 +162,7 @@ async def test_failures_are_counted_and_a_run_of_nothing_else_fails(
         writer.write(b"HTTP/1.1 429 No\r\ncontent-length: %d\r\n\r\n%s" % (len(body), body))
 
     server = StubServer(refuse)
-    async with server.listening() as url, asyncio.timeout(20):
+    async with server.listening() as url, asyncio.timeout(HANGS_S):
         code, report = await bench(url, tmp_path / "b.json", "--requests", "3", "--rate", "500")
     assert code == 1
     assert report["summary"]["errors"] == {"overloaded": 3}
@@ -175,7 +176,7 @@ async def test_an_answer_that_never_comes_is_a_timeout(tmp_path: Path) -> None:
         await server.until(10**6)
 
     server = StubServer(never)
-    async with asyncio.timeout(20), server.listening() as url:
+    async with asyncio.timeout(HANGS_S), server.listening() as url:
         flags = ("--requests", "2", "--rate", "100", "--timeout", "0.2")
         code, report = await bench(url, tmp_path / "b.json", *flags)
     assert code == 1
@@ -192,6 +193,6 @@ async def test_secrets_are_in_no_report(
     monkeypatch.setenv("PDQ_API_KEY", "hunter2")
     monkeypatch.setattr("sys.argv", ["pdq", "bench", *flags])
     server = StubServer(at_once)
-    async with server.listening() as url, asyncio.timeout(20):
+    async with server.listening() as url, asyncio.timeout(HANGS_S):
         await bench(url, tmp_path / "b.json", *flags)
     assert "hunter2" not in (tmp_path / "b.json").read_text() + capsys.readouterr().out

@@ -22,7 +22,7 @@ from common.errors import ConfigError, LinkLost, ResourceError
 from common.messages import Abort, Beat, Cancel, Open, Over, Release
 from tests.support.bus_key import bus_settings, lock
 from tests.support.holdings import holdings
-from tests.support.redis import wait_until
+from tests.support.redis import HANGS_S, wait_until
 
 FAST = bus_settings(beat_interval_s=0.02, missed_beats=25, stall_limit_s=0.5)  # to see a death
 CALM = bus_settings(beat_interval_s=60.0)  # however busy the machine is, nobody is taken for dead
@@ -47,21 +47,21 @@ async def buses(
 
 
 async def until_down(bus: Bus) -> LinkEvent:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(HANGS_S):
         while (event := await bus.next_event()).up:
             pass
     return event
 
 
 async def until_up(bus: Bus) -> LinkEvent:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(HANGS_S):
         while not (event := await bus.next_event()).up:
             pass
     return event
 
 
 async def received(bus: Bus) -> tuple[str, object, tuple[bytes, ...]]:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(HANGS_S):
         got = await bus.receive()
     return got.peer, got.message, got.frames
 

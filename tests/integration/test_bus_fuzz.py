@@ -20,6 +20,7 @@ from common.bus import Bus
 from common.codec import encode
 from common.messages import Abort, Beat, Goodbye, Open, Over
 from tests.support.bus_key import bus_settings, lock
+from tests.support.redis import HANGS_S
 from tests.unit.test_codec import MESSAGE
 
 CALM = bus_settings(beat_interval_s=60.0, max_message_bytes=4096)
@@ -32,6 +33,7 @@ FRAME = st.one_of(
     st.sampled_from([encode(Beat("b-1", 0, False)), encode(Goodbye("b-1")), b"", bytes(5000)]),
     st.sampled_from([encode(Open("b-2", "a-1")), encode(Open("s-1", "")), encode(Over("", ""))]),
 )
+
 TALK = st.lists(st.lists(FRAME, min_size=1, max_size=4), max_size=5)
 ROUTING_ID = st.one_of(
     st.binary(min_size=1, max_size=40).filter(lambda name: name[0] != 0),  # that is ZeroMQ's own
@@ -43,7 +45,7 @@ ROUTING_ID = st.one_of(
 async def hear(bus: Bus, peer: str) -> str:
     """Until the last message of `peer` is here; what others said before it is theirs to say. The
     link that it came over: a stranger may have another under the same name."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(HANGS_S):
         while True:
             got = await bus.receive()
             if got.peer == peer and got.message == LAST:
@@ -97,7 +99,7 @@ def test_a_bus_hears_its_peers_whatever_it_is_connected_to(talk: Sequence[Sequen
         ):  # fmt: skip
             port = stranger.bind_to_random_port("tcp://127.0.0.1")
             bus.connect("s-1", f"tcp://127.0.0.1:{port}")
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(HANGS_S):
                 routing_id = (await stranger.recv_multipart())[0]
             for frames in talk:
                 await stranger.send_multipart([routing_id, *frames])

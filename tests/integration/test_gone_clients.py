@@ -16,6 +16,7 @@ from common.config import HTTPSettings
 from gateway.server import Server
 from gateway.sse import EventStream, JSONAnswer
 from tests.support.fake_cluster import until
+from tests.support.redis import HANGS_S
 
 REQUEST = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
 EVENTS = 500
@@ -87,7 +88,7 @@ async def test_nothing_more_is_written_to_a_connection_that_is_lost(
     async with answering(app) as client:
         app.client = client
         client.sendall(REQUEST)
-        await asyncio.wait_for(app.ended.wait(), 10)
+        await asyncio.wait_for(app.ended.wait(), HANGS_S)
     assert [record.getMessage() for record in caplog.records if record.name == "asyncio"] == []
     assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
 
@@ -97,7 +98,7 @@ async def test_events_are_not_made_for_a_client_that_is_gone() -> None:
     async with answering(app) as client:
         app.client = client
         client.sendall(REQUEST)
-        await asyncio.wait_for(app.ended.wait(), 10)
+        await asyncio.wait_for(app.ended.wait(), HANGS_S)
     assert app.made < 20
 
 

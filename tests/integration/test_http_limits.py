@@ -19,6 +19,7 @@ from gateway.placement import Limits
 from gateway.service import ServiceLimits
 from tests.support.fake_cluster import FakeCluster, until
 from tests.support.gateway_server import Served, serving
+from tests.support.redis import HANGS_S
 
 SHORT, LONG = 0.1, 30.0
 BODY = {"model": "stories", "prompt": "Once upon a time", "max_tokens": 8}
@@ -56,12 +57,12 @@ class Client:
 
     async def rest(self) -> bytes:
         """Everything until the gateway ends the connection."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(HANGS_S):
             return await self.reader.read()
 
     async def answer(self) -> tuple[int, dict[str, str], bytes]:
         """Status, headers and body of the next final answer that has a length."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(HANGS_S):
             while True:
                 head = (await self.reader.readuntil(b"\r\n\r\n")).decode("latin-1")
                 status = int(head.split()[1])

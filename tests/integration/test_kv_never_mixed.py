@@ -61,6 +61,7 @@ from kv_transfer.transports.shm import ShmReader, ShmSource
 from kv_transfer.transports.tcp import TcpReader, TcpSource
 from kv_transfer.transports.tcp_stream import ReceivingStream
 from tests.support.protocol import mutations
+from tests.support.redis import HANGS_S
 
 HANDOFFS = int(os.environ.get("PDQ_HANDOFFS", "3000"))
 BLOCK = 4
@@ -74,9 +75,10 @@ ALIKE, CONVERTING = (BLOCK, BLOCK, BLOCK), (4, 6, 3)  # block sizes of the three
 SETTINGS = TransferSettings(
     credits=4, repeat=0.03, answer=3.0, patience=0.2, quiet=0.2, copy_blocks=3
 )
+
 KEY_PAIR = new_secret_key()
 POISON = 0xA5
-NEVER = 15.0  # seconds
+NEVER = HANGS_S
 
 
 class Mixed(AssertionError):

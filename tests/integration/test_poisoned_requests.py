@@ -28,7 +28,7 @@ from common.queue import Entry
 from common.redis_client import RedisClient
 from decode_node.role import DecodeRole
 from tests.support.engines import poisoned_engine
-from tests.support.redis import a_dispatch
+from tests.support.redis import HANGS_S, a_dispatch
 from tests.support.scripted_node import ScriptedNode
 
 MARK = 499  # the token that the engine cannot compute
@@ -288,7 +288,7 @@ async def test_a_node_that_has_nothing_to_compute_speaks_against_nobody() -> Non
     params = dataclasses.replace(PARAMS, max_tokens=ALONE_TOKENS)  # alone to its end
     running.node.role.accept(a_request(0, prompt(0), alone=True, params=params))
     steps = asyncio.create_task(running.node.steps.run())
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(HANGS_S):
         while running.node.role.num_open or running.node.steps.computing:  # noqa: ASYNC110
             await asyncio.sleep(0)
     assert [said.partition("@")[0] for said in running.node.alone] == ["r-0/1"] * 4 + [""]

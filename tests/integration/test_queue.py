@@ -13,7 +13,7 @@ from common.redis_client import RedisClient
 from common.registry import Registry
 from common.requests import Load, Place, Requests, Where
 from common.sampling import SamplingParams
-from tests.support.redis import Traffic, a_dispatch, wait_until
+from tests.support.redis import HANGS_S, Traffic, a_dispatch, wait_until
 
 
 async def a_queue(client: RedisClient, incarnation: str) -> NodeQueue:
@@ -224,7 +224,7 @@ async def test_reading_and_moving_at_once_give_each_entry_to_one_node(
             for source, target in (("p-0", "p-1"), ("p-1", "p-2"), ("p-2", "p-0")):
                 await move_unread(redis_client, source, target, 2)
 
-    await asyncio.wait_for(asyncio.gather(*map(work, queues), move()), 30)
+    await asyncio.wait_for(asyncio.gather(*map(work, queues), move()), HANGS_S)
     assert sorted(taken) == sorted(names)
     assert sum(queue.dropped for queue in queues) == 0
     assert await queue_lengths(redis_client, ["p-0", "p-1", "p-2"]) == [QueueLength(0, 0)] * 3

@@ -49,6 +49,7 @@ from kv_transfer.transports.tcp_frames import ReceivingFrames
 from tests.support.fake_cuda import FakeCuda, FakeStream
 from tests.support.fake_nccl import FakeNccl, FakePair
 from tests.support.holdings import shared_files
+from tests.support.redis import HANGS_S
 
 LAYOUT = KVLayout.paged_attention(
     num_layers=3, num_kv_heads=2, head_dim=8, block_size=4, dtype="float32"
@@ -225,7 +226,7 @@ def descriptors() -> set[str]:
     return {name for name in found if "memfd" in name or "eventfd" in name or "socket" in name}
 
 
-def wait_until(condition: Callable[[], object], what: str, seconds: float = 20.0) -> None:
+def wait_until(condition: Callable[[], object], what: str, seconds: float = HANGS_S) -> None:
     """Look again until it holds; only for what another thread or process does."""
     deadline = time.monotonic() + seconds
     tick = threading.Event()

@@ -28,11 +28,11 @@ from common.queue import queue_lengths
 from common.redis_client import RedisClient
 from common.redis_server import EmbeddedRedis
 from common.registry import KVLink, NodeRecord, NodeState, Registry, Role
-from tests.support.redis import leaked_keys
+from tests.support.redis import HANGS_S, leaked_keys
 
 ROOT = Path(__file__).resolve().parents[2]
 START_LIMIT_S = 120.0
-IDLE_LIMIT_S = 10.0
+IDLE_LIMIT_S = HANGS_S
 
 
 class Deployment:
@@ -120,7 +120,7 @@ class Deployment:
     def signal(self, name: str, number: signal.Signals) -> None:
         self.processes[name].send_signal(number)
 
-    async def terminate(self, name: str, limit_s: float = 20.0) -> int:
+    async def terminate(self, name: str, limit_s: float = HANGS_S) -> int:
         """SIGTERM, and the exit code once it has ended by itself."""
         process = self.processes.pop(name)
         process.terminate()
@@ -137,7 +137,7 @@ class Deployment:
             process.terminate()
         for process in self.processes.values():
             try:
-                process.wait(20)
+                process.wait(HANGS_S)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()

@@ -31,6 +31,7 @@ from common.messages import (
 )
 from common.requests import Place, Where
 from gateway.ports import DECODE, PREFILL, UNIFIED, Ending, Inbox, NodeLoad, NodeView
+from tests.support.redis import HANGS_S
 
 UNKNOWN = Where(Place.UNKNOWN)
 FINGERPRINT = Fingerprint("stories", "main", "layout", "cpu-fp32", 16, tokenizer="letters")
@@ -52,7 +53,7 @@ def endless(dispatch: Dispatch, choice: int) -> list[int]:
 
 async def until(condition: Callable[[], object], what: str = "") -> None:
     """Wait for something that other tasks bring about."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(HANGS_S):
         while not condition():  # noqa: ASYNC110  (the conditions are of many kinds)
             await asyncio.sleep(0.001)
 

@@ -16,6 +16,10 @@ from common.redis_client import RedisClient, text
 from common.redis_server import EmbeddedRedis
 from common.sampling import SamplingParams
 
+# For whatever a test waits for: it comes in moments, or never. Long, so that it says nothing of how
+# busy the machine is.
+HANGS_S = 60.0
+
 
 @pytest.fixture(scope="session")
 def redis_server() -> Iterator[EmbeddedRedis]:
@@ -68,7 +72,7 @@ class Traffic:
 
 
 async def wait_until(
-    condition: Callable[[], Awaitable[bool] | bool], what: str, limit_s: float = 10.0
+    condition: Callable[[], Awaitable[bool] | bool], what: str, limit_s: float = HANGS_S
 ) -> None:
     """Return as soon as `condition` holds; fail with `what` if it does not come about."""
     deadline = asyncio.get_running_loop().time() + limit_s

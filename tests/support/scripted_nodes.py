@@ -44,11 +44,12 @@ from gateway.prefix_index import PrefixIndex
 from gateway.record_store import RecordStore
 from gateway.router import LeastLoadedRouter
 from tests.support.fake_cluster import FINGERPRINT, MODEL, endless
+from tests.support.redis import HANGS_S
 
 GATEWAY = "gateway-1"
 PROMPT = (1, 2, 3)
 TOKENS = 4
-END_LIMIT_S = 20.0
+END_LIMIT_S = HANGS_S
 
 
 class LossyClient(RedisClient):

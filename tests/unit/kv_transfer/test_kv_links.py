@@ -32,10 +32,12 @@ from kv_transfer.ports import (
 from kv_transfer.transports.base import Source, Target
 from kv_transfer.transports.shm import ShmReader, ShmSource
 from kv_transfer.transports.tcp import TcpReader, TcpSource
+from tests.support.redis import HANGS_S
 
 LAYOUT = KVLayout.paged_attention(
     num_layers=2, num_kv_heads=2, head_dim=8, block_size=4, dtype="float32"
 )
+
 FINGERPRINT = Fingerprint("model", "rev", LAYOUT.describe(), "numerics", 4)
 OPENERS = {"shm": ShmReader.open, "tcp": TcpReader.open}
 SETTINGS = TransferSettings(repeat=0.05, answer=5.0, patience=0.3, quiet=0.5, copy_blocks=3)
@@ -167,20 +169,20 @@ class Node:
         return on
 
     async def until(self, condition: Callable[[], object]) -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(HANGS_S):
             while not condition():
                 self.happened.clear()
                 await self.happened.wait()
 
     async def until_settled(self) -> None:
         """Nothing is being opened or closed."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(HANGS_S):
             while self.links._tasks:
                 await asyncio.wait(self.links._tasks)
 
     async def quiet(self) -> None:
         """No lease, no reservation: what ends them runs on the loop, so turns of it do."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(HANGS_S):
             while any(self.leases.count().values()) or self.links.intake.states():  # noqa: ASYNC110
                 await asyncio.sleep(0)
 
@@ -418,7 +420,7 @@ async def test_a_reader_that_has_lost_its_source_ends_the_link(
         monkeypatch.setattr(type(d.links._links[link].reader), "pull", lost)
         prompt = Prompt(p, "r", 30)
         prompt.compute(prompt.offer(link), 0, 6)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(HANGS_S):
             while d.links.describe() or p.links.describe():  # noqa: ASYNC110 (nobody says so)
                 await asyncio.sleep(0.01)
         await p.quiet()
