@@ -21,7 +21,11 @@ from tests.support.load import Load, bodies, truth
 from tests.support.redis import wait_until
 
 # transport, block size of the prefill node, and of the decode node
-FLEETS = [("shm", 16, 32), ("tcp", 16, 32), ("tcp", 48, 8)]
+FLEETS = [
+    pytest.param(("shm", 16, 32)),
+    pytest.param(("tcp", 16, 32), marks=pytest.mark.slow),  # the others have both halves of it
+    pytest.param(("tcp", 48, 8)),
+]
 POSITIONS = 8192  # of each pool: several choices need room for a prompt each, where delta is off
 BODIES = bodies(24, max_tokens=(1, 60), prompt=(1, 200), seed=7)
 

@@ -62,7 +62,11 @@ def truth() -> list[list[Completion]]:
     return [expected(engine, body) for body in requests()]
 
 
-@pytest.fixture(scope="module", params=SHAPES, ids=list(SHAPES))
+# 2P3D has all that 1P1D has.
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param("1P1D", marks=pytest.mark.slow), "2P3D", "unified"],
+)
 def system(request: pytest.FixtureRequest) -> Iterator[Deployment]:
     with Deployment(STORIES, **SHAPES[request.param]) as deployment:
         yield deployment

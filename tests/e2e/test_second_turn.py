@@ -18,7 +18,7 @@ from tests.support.engines import poisoned_engine
 
 BLOCK = 16
 
-
+TCP = pytest.param("tcp", marks=pytest.mark.slow)  # test_block_sizes.py counts its blocks
 NIXL = pytest.param(
     "nixl",
     marks=pytest.mark.skipif(
@@ -28,7 +28,7 @@ NIXL = pytest.param(
 )
 
 
-@pytest.fixture(scope="module", params=["shm", "tcp", NIXL])
+@pytest.fixture(scope="module", params=["shm", TCP, NIXL])
 def system(request: pytest.FixtureRequest) -> Iterator[Deployment]:
     flags = ("--transports", request.param)
     with Deployment(STORIES, prefill=1, decode=1, flags=flags) as deployment:

@@ -178,8 +178,7 @@ POINTS = [
     ("send Blocks", "truncate"), ("send Ack", "truncate"), ("send Commit", "duplicate"),
 ]  # fmt: skip
 SAMPLE = [
-    ("take Blocks", "kill"), ("send Ack", "kill"), ("send Blocks", "kill"), ("take Ack", "kill"),
-    ("take Offer", "stop"), ("send Ack", "lose"),
+    ("send Ack", "kill"), ("send Blocks", "kill"), ("take Offer", "stop"), ("send Ack", "lose"),
 ]  # fmt: skip
 
 
