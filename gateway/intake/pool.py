@@ -113,6 +113,10 @@ class _Lane:
             job.answer.cancel()  # nobody waits for it any more
 
     def close(self) -> None:
+        for job in (job for jobs in self._waiting.values() for job in jobs):
+            if not job.answer.done():
+                job.answer.set_exception(Overloaded("this gateway ends"))
+        self._waiting.clear()  # so that no worker is started for them
         for task in self._tasks:
             task.cancel()
         for worker, timer in self._idle:

@@ -286,6 +286,17 @@ async def stopped(running: Intake, count: int = 1) -> AsyncIterator[None]:
         worker.resume()
 
 
+async def test_bodies_that_wait_when_a_gateway_ends_are_refused_and_start_no_worker() -> None:
+    async with intake() as running, stopped(running):
+        data = padded(SHORT_BODY + 1, prompt="x")
+        asked = [asyncio.create_task(running.prepare("a", COMPLETIONS, data)) for _ in range(3)]
+        await until(lambda: any(running._long._waiting.values()))
+        running.close()
+        outcomes = await asyncio.gather(*asked, return_exceptions=True)
+        assert [type(outcome) for outcome in outcomes] == [Overloaded] * 3
+        assert not running._long._tasks
+
+
 async def test_clients_take_turns() -> None:
     order: list[str] = []
 
