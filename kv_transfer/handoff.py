@@ -143,7 +143,7 @@ class _Entry:
 
 
 @dataclasses.dataclass(slots=True, eq=False)
-class _Link:
+class _SendingLink:
     credits: int  # free ones
     entries: dict[Key, _Entry] = dataclasses.field(default_factory=dict)
     queue: list[tuple[int, float, int, Key]] = dataclasses.field(default_factory=list)
@@ -157,7 +157,7 @@ class Handoff:
         self.counts: collections.Counter[str] = collections.Counter()  # of what changed nothing
         self._leases = leases
         self._settings = settings
-        self._links: dict[str, _Link] = {}
+        self._links: dict[str, _SendingLink] = {}
         self._effects: list[Effect] = []
         self._number = 0
         self._now = 0.0
@@ -165,7 +165,7 @@ class Handoff:
     # What the node does
 
     def open_link(self, link: str, credits: int) -> None:
-        self._links[link] = _Link(credits)
+        self._links[link] = _SendingLink(credits)
 
     def offer(self, offer: Offer, *, now: float, waited: float = 0.0) -> list[Effect]:
         """Offer a prompt on `offer.link`. `waited` is the time in seconds since it was accepted.
@@ -286,7 +286,7 @@ class Handoff:
     def _send(self, key: Key, message: Message) -> None:
         self._effects.append(Send(key.link, message))
 
-    def _use_credits(self, link: _Link) -> None:
+    def _use_credits(self, link: _SendingLink) -> None:
         while link.credits and link.queue:
             entry = link.entries.get(heapq.heappop(link.queue)[-1])
             if entry is not None and entry.state is S.WAITING:

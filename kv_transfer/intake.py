@@ -31,7 +31,7 @@ from kv_transfer import claims
 from kv_transfer.conversion import Conversion, Placement, SameBlocks
 from kv_transfer.ports import (
     Adopted,
-    Again,
+    ContinueCheck,
     Copy,
     Effect,
     Ended,
@@ -141,7 +141,7 @@ class _Entry:
 
 
 @dataclasses.dataclass(slots=True, eq=False)
-class _Link:
+class _ReceivingLink:
     credits: int  # in all
     fingerprint: Fingerprint  # the peer's: ours, but for the block size
     entries: dict[Key, _Entry] = dataclasses.field(default_factory=dict)
@@ -161,7 +161,7 @@ class Intake:
         self._pool = pool
         self._fingerprint = fingerprint
         self._settings = settings
-        self._links: dict[str, _Link] = {}
+        self._links: dict[str, _ReceivingLink] = {}
         self._orphans: dict[Key, _Entry] = {}  # their link is gone, a copy still runs
         self._waiting: dict[Key, _Entry] = {}
         self._copying: dict[int, _Entry] = {}
@@ -176,7 +176,7 @@ class Intake:
         """`block_size` is that of the peer's blocks; None means the same as ours."""
         mine = self._fingerprint
         theirs = dataclasses.replace(mine, block_size=block_size or mine.block_size)
-        self._links[link] = _Link(credits, theirs)
+        self._links[link] = _ReceivingLink(credits, theirs)
 
     def receive(self, message: Message, *, now: float) -> list[Effect]:
         """Handle an Offer, Blocks, Tail, Commit or Abort from the peer of `message.link`."""
@@ -219,8 +219,8 @@ class Intake:
         self._admit()
         return self._take()
 
-    def go_on(self, now: float) -> list[Effect]:
-        """Check the next piece of the oldest unchecked offer. The effect `Again` asks for this."""
+    def continue_check(self, now: float) -> list[Effect]:
+        """Check the next piece of the oldest unchecked offer, as `ContinueCheck` asks for."""
         self._now = now
         for entry in self._waiting.values():
             link = self._links.get(entry.key.link)
@@ -292,9 +292,9 @@ class Intake:
         if entry.state is S.ENDED:
             self._forget(entry)
         else:
-            self._go_on(entry)
+            self._follow_up(entry)
 
-    def _go_on(self, entry: _Entry) -> None:
+    def _follow_up(self, entry: _Entry) -> None:
         """Take the steps that follow from an entry's state without any further message."""
         if entry.state is S.STOPPING and entry.copy is None:
             self._step(entry, E.IDLE)
@@ -331,7 +331,7 @@ class Intake:
 
     # Offers and room
 
-    def _consider(self, link: _Link, key: Key, offer: Offer) -> None:
+    def _consider(self, link: _ReceivingLink, key: Key, offer: Offer) -> None:
         """Deny a new offer that can have no room, or let it wait for its turn."""
         self._number += 1
         order = (offer.priority, self._now - offer.waited_ms / 1000, self._number)
@@ -345,7 +345,7 @@ class Intake:
             entry.check = claims.Check(offer, link.fingerprint, self._fingerprint)
             self._check(entry, link)
 
-    def _check(self, entry: _Entry, link: _Link) -> None:
+    def _check(self, entry: _Entry, link: _ReceivingLink) -> None:
         """Check the next piece of an offer. An offer gets no room until it is checked to its end."""
         assert entry.check is not None
         try:
@@ -354,7 +354,7 @@ class Intake:
             self._step(entry, E.DENY, "malformed")
             return
         if not done:
-            self._effects.append(Again())
+            self._effects.append(ContinueCheck())
             return
         if entry.check.converted is not None:
             theirs, ours = link.fingerprint.block_size, self._fingerprint.block_size

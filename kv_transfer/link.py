@@ -45,7 +45,7 @@ from kv_transfer.intake import Intake
 from kv_transfer.lease import Leases
 from kv_transfer.ports import (
     Adopted,
-    Again,
+    ContinueCheck,
     Copy,
     Effect,
     Ended,
@@ -376,8 +376,8 @@ class Links:
                 self._send(effect.link, effect.message)
             elif isinstance(effect, Copy):
                 self._spawn(self._copy(effect))
-            elif isinstance(effect, Again):
-                asyncio.get_running_loop().call_soon(self._go_on)
+            elif isinstance(effect, ContinueCheck):
+                asyncio.get_running_loop().call_soon(self._continue_check)
             elif isinstance(effect, Teardown):
                 self.counts["teardown"] += 1
                 if (link := self._links.get(effect.link)) is not None:
@@ -390,8 +390,8 @@ class Links:
             else:
                 (self._on_sent if effect.sending else self._on_received)(effect)
 
-    def _go_on(self) -> None:
-        self.perform(self.intake.go_on(self._clock()))
+    def _continue_check(self) -> None:
+        self.perform(self.intake.continue_check(self._clock()))
 
     async def _copy(self, copy: Copy) -> None:
         """Pull in a thread, and report the result even when the link is gone.

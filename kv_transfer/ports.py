@@ -208,8 +208,8 @@ class Teardown:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Again:
-    """Call `Intake.go_on` soon, after whatever else waits: the check of a long offer goes on."""
+class ContinueCheck:
+    """Call `Intake.continue_check` soon, but after other work: a long offer is checked in pieces."""
 
 
-Effect = Send | Copy | Granted | Adopted | Ended | Teardown | Again
+Effect = Send | Copy | Granted | Adopted | Ended | Teardown | ContinueCheck

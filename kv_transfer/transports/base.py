@@ -95,7 +95,7 @@ class Counted(Protocol):
     def generations(self) -> npt.NDArray[np.int64]: ...
 
 
-def require_still(pool: Counted, piece: Piece) -> None:
+def require_unchanged(pool: Counted, piece: Piece) -> None:
     """`StaleBlock` unless the piece's block has the announced, even generation now."""
     if pool.generations[piece.slot] != piece.generation or piece.generation % 2:
         raise StaleBlock(f"block {piece.index} was reused while it was being copied")

@@ -18,13 +18,13 @@ from kv_transfer.cuda_runtime import HANDLE_BYTES, Cuda
 from kv_transfer.generations import MappedGenerations
 from kv_transfer.pool_memory import PoolMemory
 from kv_transfer.ports import Piece
-from kv_transfer.transports.base import Target, require_still
-from kv_transfer.transports.same_host import Passer, receive
+from kv_transfer.transports.base import Target, require_unchanged
+from kv_transfer.transports.same_host import DescriptorServer, receive
 
 _PAYLOAD = struct.Struct(f"<Q{HANDLE_BYTES}s")  # bytes of a slab, handle of the allocation
 
 
-class CudaIpcSource(Passer):
+class CudaIpcSource(DescriptorServer):
     """Hands the generations' descriptor and the slabs' handle to readers that prove a link."""
 
     name = "cuda_ipc"
@@ -76,14 +76,14 @@ class CudaIpcReader:
             if self._closed:
                 raise LinkLost("the link was closed")
             for piece in pieces:
-                require_still(self._mapped, piece)
+                require_unchanged(self._mapped, piece)
             try:
                 for piece in pieces:
                     self._enqueue(piece)
             finally:  # no copy outlives its pull, even one that fails
                 self._stream.synchronize()
             for piece in pieces:
-                require_still(self._mapped, piece)
+                require_unchanged(self._mapped, piece)
         for piece in pieces:
             target.check(piece)
 

@@ -142,11 +142,11 @@ class NcclSource(tcp.TcpSource):
     def _wire(self, token: bytes) -> tuple[SendingWire, str]:
         return SendingFrames(self._host, self._secret_key), "zmq"
 
-    def _serve(self, link: str, token: bytes, wire: SendingWire) -> tcp.Served:
-        return _NcclServed(self, link, token, wire)
+    def _serve(self, link: str, token: bytes, wire: SendingWire) -> tcp.ServedLink:
+        return _ServedNcclLink(self, link, token, wire)
 
 
-class _NcclServed(tcp.Served):
+class _ServedNcclLink(tcp.ServedLink):
     """One link: the thread of tcp.py, but it sends by the communicator."""
 
     def __init__(self, source: NcclSource, link: str, token: bytes, wire: SendingWire) -> None:
@@ -162,7 +162,7 @@ class _NcclServed(tcp.Served):
             self._channel.abort()
             raise
 
-    def _ship(self, peer: bytes, pull: Pull) -> None:
+    def _send_slabs(self, peer: bytes, pull: Pull) -> None:
         """Answer the first empty pull with the communicator's id, and set the communicator up at the
         second one. Returns when the device has sent the slabs; raises when it does nothing more."""
         header = encode(Slabs(self._link, pull.number, ""))
@@ -199,7 +199,7 @@ class _NcclServed(tcp.Served):
             for offset, length in ranges
         ]
 
-    def _ended(self) -> None:
+    def _on_ended(self) -> None:
         self._channel.abort()
 
 
@@ -233,7 +233,7 @@ class NcclReader(tcp.TcpReader):
             reader = cls(link, token, target, wire, cuda, nccl, turns)
             made.pop_all()
             made.callback(reader.close)  # which closes its wire
-            reader._greet()  # the first pull of nothing
+            reader._prove_link()  # the first pull of nothing
             reader._pull([()], _SETUP_TIMEOUT)
             made.pop_all()
         return reader
@@ -254,7 +254,7 @@ class NcclReader(tcp.TcpReader):
     def _window(self) -> int:
         return 1
 
-    def _arrived(self, pieces: tuple[Piece, ...]) -> PdqError | None:
+    def _receive_slabs(self, pieces: tuple[Piece, ...]) -> PdqError | None:
         if pieces:
             return self._exchanged(pieces)
         if not self._unique_id:
@@ -287,5 +287,5 @@ class NcclReader(tcp.TcpReader):
             return error
         return None
 
-    def _released(self) -> None:
+    def _on_closed(self) -> None:
         self._channel.abort()

@@ -196,11 +196,11 @@ class NixlReader:
         for start in range(0, len(pieces), _BATCH):
             batch = pieces[start : start + _BATCH]
             with self._lock:
-                self._require_still(batch)
+                self._require_unchanged(batch)
                 local, remote = self._places(batch)
                 kind, _ = _place(self._target.memory)
                 self._read(local, remote, kind, self._kind, STALL_TIMEOUT)
-                self._require_still(batch)
+                self._require_unchanged(batch)
             for piece in batch:
                 self._target.check(piece)
 
@@ -216,7 +216,7 @@ class NixlReader:
                 remote.append((source + offset, length))
         return local, remote
 
-    def _require_still(self, pieces: Sequence[Piece]) -> None:
+    def _require_unchanged(self, pieces: Sequence[Piece]) -> None:
         """Read the pieces' generations out of the source's memory, and compare."""
         here = self._generations.ctypes.data
         local = [(here + 8 * i, 8) for i in range(len(pieces))]

@@ -37,7 +37,7 @@ _MAX_CALLERS = 64  # that have sent nothing yet; beyond these the oldest is clos
 _LOOK_S = 0.05  # between two looks for a free descriptor
 
 
-class Passer:
+class DescriptorServer:
     """Hands `fd` and `payload` to readers that prove a link. One thread serves all of them, and waits
     for none in particular."""
 

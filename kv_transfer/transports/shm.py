@@ -16,11 +16,11 @@ from common.errors import LinkLost, MalformedMessage
 from kv_transfer.generations import MappedGenerations
 from kv_transfer.pool_memory import PoolMemory, copy_bytes, copy_ranges
 from kv_transfer.ports import Piece
-from kv_transfer.transports.base import Target, require_still
-from kv_transfer.transports.same_host import Passer, receive
+from kv_transfer.transports.base import Target, require_unchanged
+from kv_transfer.transports.same_host import DescriptorServer, receive
 
 
-class ShmSource(Passer):
+class ShmSource(DescriptorServer):
     """Hands the descriptor of `memory` to readers that can prove a link."""
 
     name = "shm"
@@ -72,7 +72,7 @@ class ShmReader:
         mapped, target = self._mapped, self._target
         memory = target.memory
         for piece in pieces:
-            require_still(mapped, piece)
+            require_unchanged(mapped, piece)
         for piece in pieces:
             source = mapped.content + piece.slot * memory.slab_bytes
             into = memory.address(piece.block)
@@ -81,11 +81,11 @@ class ShmReader:
             else:
                 copy_bytes(into, source, memory.slab_bytes)
             if piece.digest:
-                require_still(mapped, piece)  # first: a torn copy is stale, not corrupt
+                require_unchanged(mapped, piece)  # first: a torn copy is stale, not corrupt
                 target.check(piece)
         for piece in pieces:
             if not piece.digest:
-                require_still(mapped, piece)
+                require_unchanged(mapped, piece)
 
     def close(self) -> None:
         with self._idle:

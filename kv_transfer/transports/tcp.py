@@ -62,7 +62,7 @@ class TcpSource:
         self._host, self._advertise = host, advertise_host or host
         encrypts = not is_loopback(self._advertise) if encrypts is None else encrypts
         self._secret_key = secret_key if encrypts else ""
-        self._served: dict[str, Served] = {}
+        self._served: dict[str, ServedLink] = {}
 
     def open_link(self, link: str) -> bytes:
         token = secrets.token_bytes(_TOKEN_BYTES)
@@ -80,8 +80,8 @@ class TcpSource:
             return SendingFrames(self._host, self._secret_key), "zmq"
         return SendingStream(self._host, token), "tcp"
 
-    def _serve(self, link: str, token: bytes, wire: SendingWire) -> Served:
-        return Served(self, link, token, wire)
+    def _serve(self, link: str, token: bytes, wire: SendingWire) -> ServedLink:
+        return ServedLink(self, link, token, wire)
 
     def close_link(self, link: str) -> None:
         served = self._served.get(link)
@@ -94,7 +94,7 @@ class TcpSource:
             self.close_link(link)
 
 
-class Served:
+class ServedLink:
     """One link of a source: a thread at its wire."""
 
     def __init__(self, source: TcpSource, link: str, token: bytes, wire: SendingWire) -> None:
@@ -118,12 +118,12 @@ class Served:
 
     def _serve(self) -> None:
         with contextlib.ExitStack() as ending:
-            ending.callback(self._ended)
+            ending.callback(self._on_ended)
             ending.callback(self._wire.close)
             while (heard := self._wire.receive()) is not None:
-                self._heard(*heard)
+                self._handle(*heard)
 
-    def _heard(self, peer: bytes, said: bytes) -> None:
+    def _handle(self, peer: bytes, said: bytes) -> None:
         try:
             message = decode(said)
         except MalformedMessage:
@@ -134,7 +134,7 @@ class Served:
             return
         if len(message.slots) > self._most_slots:
             self._send(peer, Slabs(self._link, message.number, "too_many"))
-        elif not self._is_still(message) or not self._leases.touch(self._link, message.slots):
+        elif not self._is_unchanged(message) or not self._leases.touch(self._link, message.slots):
             self._send(peer, Slabs(self._link, message.number, "stale_block"))
         else:
             self._answer(peer, message)
@@ -142,13 +142,13 @@ class Served:
     def _answer(self, peer: bytes, pull: Pull) -> None:
         """Send the blocks of a pull, which are touched until they have left, then the proof."""
         try:
-            self._ship(peer, pull)
-            unchanged = self._is_still(pull)
+            self._send_slabs(peer, pull)
+            unchanged = self._is_unchanged(pull)
         finally:
             self._leases.untouch(self._link, pull.slots)
         self._send(peer, Proved(self._link, pull.number, unchanged))
 
-    def _ship(self, peer: bytes, pull: Pull) -> None:
+    def _send_slabs(self, peer: bytes, pull: Pull) -> None:
         """Send what a pull asks for. Nothing refers to the pool any more when this ends."""
         batches = self._memory.to_host(pull.slots)
         if pull.fill:
@@ -158,10 +158,10 @@ class Served:
             )
         self._wire.send_slabs(peer, encode(Slabs(self._link, pull.number, "")), batches)
 
-    def _ended(self) -> None:
+    def _on_ended(self) -> None:
         """Called when the thread ends and the wire is closed."""
 
-    def _is_still(self, pull: Pull) -> bool:
+    def _is_unchanged(self, pull: Pull) -> bool:
         if len(pull.slots) != len(pull.generations) or (pull.fill and len(pull.slots) != 1):
             return False
         if pull.fill and not 0 < pull.fill < self._layout.block_size:
@@ -213,17 +213,17 @@ class TcpReader:
             made.callback(reader.close)  # which closes its wire
             if secret_key:
                 reader.remark = f"blocks are {'encrypted' if scheme == 'zmq' else 'in plain text'}"
-            reader._greet()
+            reader._prove_link()
             made.pop_all()
         return reader
 
-    def _greet(self) -> None:
+    def _prove_link(self) -> None:
         self._pull([()], _OPEN_TIMEOUT)
 
     def pull(self, pieces: Sequence[Piece]) -> None:
-        self._pull(self._requests(pieces), STALL_TIMEOUT)
+        self._pull(self._portions(pieces), STALL_TIMEOUT)
 
-    def _requests(self, pieces: Sequence[Piece]) -> Iterator[tuple[Piece, ...]]:
+    def _portions(self, pieces: Sequence[Piece]) -> Iterator[tuple[Piece, ...]]:
         """Split the pieces into one portion for each Pull: whole slabs together, a tail alone."""
         full = [piece for piece in pieces if not piece.fill]
         count = slots_per_pull(self._wire, self._target.memory)
@@ -249,18 +249,18 @@ class TcpReader:
                 raise LinkLost("an earlier pull has lost the link")
             self._out_of_step = True  # unless it is received to its end
             try:
-                failure = self._pulled(iter(requests), timeout)
+                failure = self._run_pull(iter(requests), timeout)
             except InsufficientMemory as error:
                 raise LinkLost(f"what is on its way cannot be received: {error}") from error
             self._out_of_step = False
         if failure is not None:
             raise failure
 
-    def _pulled(self, waiting: Iterator[tuple[Piece, ...]], timeout: float) -> PdqError | None:
+    def _run_pull(self, waiting: Iterator[tuple[Piece, ...]], timeout: float) -> PdqError | None:
         arriving: dict[int, tuple[Piece, ...]] = {}  # asked for
         proving: set[int] = set()  # arrived, not proved
         failure: PdqError | None = None
-        self._ask_for(waiting, arriving)
+        self._fill_window(waiting, arriving)
         while arriving or (proving and failure is None):
             message = self._receive(timeout)
             if isinstance(message, Proved) and message.number in proving:
@@ -278,34 +278,34 @@ class TcpReader:
                 raise LinkLost("the source sends what nobody asked for")
             if failure is None:
                 proving.add(message.number)
-                self._ask_for(waiting, arriving)
-            failure = self._arrived(pieces) or failure
+                self._fill_window(waiting, arriving)
+            failure = self._receive_slabs(pieces) or failure
         return failure
 
-    def _ask_for(
+    def _fill_window(
         self, waiting: Iterator[tuple[Piece, ...]], arriving: dict[int, tuple[Piece, ...]]
     ) -> None:
         """Fill the window."""
         for pieces in itertools.islice(waiting, self._window() - len(arriving)):
-            arriving[self._ask(pieces)] = pieces
+            arriving[self._request(pieces)] = pieces
 
-    def _ask(self, pieces: tuple[Piece, ...]) -> int:
+    def _request(self, pieces: tuple[Piece, ...]) -> int:
         number, self._number = self._number, self._number + 1
         fill = pieces[0].fill if pieces else 0
         slots = tuple(piece.slot for piece in pieces)
         generations = tuple(piece.generation for piece in pieces)
-        self._say(Pull(self._link, self._token, number, slots, generations, fill))
+        self._send(Pull(self._link, self._token, number, slots, generations, fill))
         return number
 
-    def _say(self, message: Message) -> None:
+    def _send(self, message: Message) -> None:
         if self._closed:
             raise LinkLost("the link was closed")
-        self._wire.say(encode(message))
+        self._wire.send(encode(message))
 
     def _receive(self, timeout: float) -> Message:
         return decode(self._wire.receive(timeout))
 
-    def _arrived(self, pieces: tuple[Piece, ...]) -> PdqError | None:
+    def _receive_slabs(self, pieces: tuple[Piece, ...]) -> PdqError | None:
         """Receive the slabs of one request into their blocks, even those behind a wrong one. Returns
         the first error; raises `LinkLost`."""
         target, failure = self._target, None
@@ -328,9 +328,9 @@ class TcpReader:
             try:
                 self._wire.close()
             finally:
-                self._released()
+                self._on_closed()
 
-    def _released(self) -> None:
+    def _on_closed(self) -> None:
         """Called when the link has ended and no pull runs."""
 
 

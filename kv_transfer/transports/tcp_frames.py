@@ -146,7 +146,7 @@ class ReceivingFrames:
             | zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
         )  # fmt: skip
 
-    def say(self, message: bytes) -> None:
+    def send(self, message: bytes) -> None:
         if self._stop.is_set:
             raise LinkLost("the link was closed")
         try:  # without a peer, it would wait for ever

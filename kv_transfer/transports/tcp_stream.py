@@ -201,7 +201,7 @@ class ReceivingStream:
                 raise LinkLost(f"the source does not answer: {error}") from error
             raise
 
-    def say(self, message: bytes) -> None:
+    def send(self, message: bytes) -> None:
         left, deadline = record(message), time.monotonic() + STALL_TIMEOUT
         while left:
             try:

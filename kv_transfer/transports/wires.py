@@ -46,7 +46,7 @@ class ReceivingWire(Protocol):
 
     request_bytes: int  # as the source's
 
-    def say(self, message: bytes) -> None:
+    def send(self, message: bytes) -> None:
         """Send a message; `LinkLost` if it cannot reach anybody."""
 
     def receive(self, timeout: float) -> bytes:

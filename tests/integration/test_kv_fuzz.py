@@ -174,7 +174,7 @@ def test_a_reader_ends_with_a_typed_error_whatever_a_source_sends(data: st.DataO
     wire = ReceivingFrames(f"tcp://127.0.0.1:{port}", "", LAYOUT.slab_bytes)
     reader = TcpReader("link", b"t" * 16, Target(memory, LAYOUT), wire)
     try:
-        wire.say(b"hello")
+        wire.send(b"hello")
         routing_id = router.recv_multipart()[0]
         for _ in range(data.draw(st.integers(0, 3))):
             header = data.draw(answers | st.binary(max_size=20))
@@ -308,7 +308,7 @@ def test_a_reader_of_nccl_ends_with_a_typed_error_whatever_a_source_answers(
     wire = ReceivingFrames(f"tcp://127.0.0.1:{port}", "", 0)
     reader = NcclReader("link", b"t" * 16, Target(memory, LAYOUT), wire, cuda, nccl, Turns())
     try:
-        wire.say(b"hello")
+        wire.send(b"hello")
         routing_id = router.recv_multipart()[0]
         frames = st.lists(st.binary(max_size=200) | st.just(bytes(128)), max_size=2)
         for _ in range(data.draw(st.integers(0, 3))):

@@ -537,12 +537,12 @@ async def test_a_leased_block_is_never_stale(transport: str) -> None:
 
 
 def no_generation_check(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(shm, "require_still", lambda *_: None)
+    patch.setattr(shm, "require_unchanged", lambda *_: None)
 
 
 def no_second_look(patch: pytest.MonkeyPatch) -> None:
     """The seqlock without its end: a copy may tear."""
-    look, looked = shm.require_still, set()
+    look, looked = shm.require_unchanged, set()
 
     def first_only(pool: MappedGenerations, piece: Piece) -> None:
         if id(piece) in looked:
@@ -551,7 +551,7 @@ def no_second_look(patch: pytest.MonkeyPatch) -> None:
         look(pool, piece)
         looked.add(id(piece))
 
-    patch.setattr(shm, "require_still", first_only)
+    patch.setattr(shm, "require_unchanged", first_only)
 
 
 def no_digest_check(patch: pytest.MonkeyPatch) -> None:
@@ -563,7 +563,7 @@ def lease_holds_no_reference(patch: pytest.MonkeyPatch) -> None:
     mutations.lease_holds_no_reference(patch)
     patch.setattr(Leases, "touch", lambda *_: True)
     patch.setattr(Leases, "untouch", lambda *_: None)
-    patch.setattr(tcp.Served, "_is_still", lambda *_: True)
+    patch.setattr(tcp.ServedLink, "_is_unchanged", lambda *_: True)
 
 
 def lease_outlives_its_link(patch: pytest.MonkeyPatch) -> None:

@@ -513,7 +513,7 @@ def test_tcp_keeps_references_until_the_bytes_have_left(transport: str) -> None:
         assert isinstance(reader, TcpReader)
         at_once = min(32, slots_per_pull(reader._wire, end.memory))
         for start in range(0, 64, at_once):  # more than the sockets hold, and reads nothing
-            reader._ask(tuple(end.piece(b, b) for b in range(start, start + at_once)))
+            reader._request(tuple(end.piece(b, b) for b in range(start, start + at_once)))
         wait_until(unchanged(lambda: dict(end.leases._touched)), "the source waits for its reader")
         end.leases.end(KEY)
         assert end.leases.count()["ending"] == 1
@@ -547,7 +547,7 @@ def test_tcp_refuses_a_pull_that_no_reader_of_ours_sends(transport: str) -> None
         reader = end.reader()
         assert isinstance(reader, TcpReader)
         most = slots_per_pull(reader._wire, end.memory)
-        number = reader._ask((end.piece(0, 0),) * (most + 1))
+        number = reader._request((end.piece(0, 0),) * (most + 1))
         assert reader._receive(10.0) == Slabs("link", number, "too_many")
 
 
@@ -585,11 +585,11 @@ def test_tcp_lets_go_of_a_block_when_its_bytes_have_left_the_pool(transport: str
         reader = end.reader()
         assert isinstance(reader, TcpReader)
         piece = end.piece(0, 0)
-        number = reader._ask((piece,))
+        number = reader._request((piece,))
         assert reader._receive(10.0) == Slabs("link", number, "")
         wait_until(lambda: end.leases.count()["touched"] == 0, "they have left")
         end.fill(0)
-        assert reader._arrived((piece,)) is None
+        assert reader._receive_slabs((piece,)) is None
         assert torch.equal(end.target.memory.slabs[0], sent)
         assert reader._receive(10.0) == Proved("link", number, unchanged=True)
 

@@ -410,7 +410,8 @@ keep_by_number(
 )  # fmt: skip
 keep_by_code(
     [System, Node, Pool, Prefill, Running, Reservation, Adopted, Lease, Leases, lease_module._nothing,
-     handoff.Handoff, handoff._Link, handoff._Entry, intake.Intake, intake._Link, intake._Entry,
+     handoff.Handoff, handoff._SendingLink, handoff._Entry,
+     intake.Intake, intake._ReceivingLink, intake._Entry,
      collections.Counter, collections.OrderedDict, collections.deque]
 )  # fmt: skip
 assert Reservation.__eq__ is object.__eq__, "a reservation is one of a kind: copies keep that"

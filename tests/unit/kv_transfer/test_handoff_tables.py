@@ -32,7 +32,7 @@ from kv_transfer import handoff, intake
 from kv_transfer.handoff import Handoff
 from kv_transfer.intake import Intake
 from kv_transfer.lease import Leases
-from kv_transfer.ports import Again, Copy, Ended, Key, Piece, ReadyBlock, Reservation, Send
+from kv_transfer.ports import ContinueCheck, Copy, Ended, Key, Piece, ReadyBlock, Reservation, Send
 from tests.support.protocol.model import FINGERPRINT, PARAMS, ROOT, offer_of
 from tests.support.protocol.world import SETTINGS
 
@@ -192,14 +192,14 @@ LONG = tuple(range(2 * HASHED_AT_ONCE + 3))
 
 def test_a_long_offer_is_checked_a_piece_at_a_time_before_it_gets_room() -> None:
     end, pool = an_intake(limit=len(LONG))
-    assert end.receive(offer(LONG), now=0) == [Again()]
+    assert end.receive(offer(LONG), now=0) == [ContinueCheck()]
     assert end.room_changed(0) == []
     assert end.tick(0) == []
-    assert end.go_on(0) == [Again()]
+    assert end.continue_check(0) == [ContinueCheck()]
     assert pool.taken == 0
-    (grant,) = said(end.go_on(0))
+    (grant,) = said(end.continue_check(0))
     assert isinstance(grant, Grant)
-    assert end.go_on(0) == []
+    assert end.continue_check(0) == []
 
 
 @pytest.mark.parametrize("block", [0, HASHED_AT_ONCE // FINGERPRINT.block_size, -1])
@@ -208,8 +208,8 @@ def test_a_long_offer_with_one_wrong_hash_gets_no_room(block: int) -> None:
     hashes = list(offer(LONG).block_hashes)
     hashes[block] = ROOT
     effects = end.receive(dataclasses.replace(offer(LONG), block_hashes=tuple(hashes)), now=0)
-    while effects == [Again()]:
-        effects = end.go_on(0)
+    while effects == [ContinueCheck()]:
+        effects = end.continue_check(0)
     assert said(effects) == [Deny(*KEY, "malformed")]
     assert pool.taken == 0
 
@@ -217,14 +217,14 @@ def test_a_long_offer_with_one_wrong_hash_gets_no_room(block: int) -> None:
 @pytest.mark.parametrize("end_of_it", ["abort", "link lost", "drain"])
 def test_a_long_offer_that_ends_while_it_is_checked_is_checked_no_further(end_of_it: str) -> None:
     end, pool = an_intake(limit=len(LONG))
-    assert end.receive(offer(LONG), now=0) == [Again()]
+    assert end.receive(offer(LONG), now=0) == [ContinueCheck()]
     if end_of_it == "abort":
         assert said(end.receive(Abort(*KEY, "gone"), now=0)) == [Release(*KEY)]
     elif end_of_it == "drain":
         assert said(end.drain(0)) == [Deny(*KEY, "draining")]
     else:
         end.link_lost("l", now=0)
-    assert end.go_on(0) == []
+    assert end.continue_check(0) == []
     assert pool.taken == 0
     assert end.states() == {}
 

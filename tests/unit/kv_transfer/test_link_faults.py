@@ -18,7 +18,7 @@ from common.messages import Pull
 from kv_transfer.ports import Adopted, Ended, Outcome
 from kv_transfer.transports.base import Reader, Source
 from kv_transfer.transports.shm import ShmReader
-from kv_transfer.transports.tcp import Served, TcpReader, TcpSource
+from kv_transfer.transports.tcp import ServedLink, TcpReader, TcpSource
 from tests.support.holdings import holdings
 from tests.support.redis import wait_until
 from tests.unit.kv_transfer.test_kv_links import SETTINGS, Node, Prompt, Wires
@@ -284,16 +284,16 @@ async def test_whoever_opens_at_the_same_time_gets_the_same_link_and_may_go_away
 def stalled(source: Source) -> Any:
     """The source hears what it is asked for, and sends nothing until the end."""
     going_on, asked = threading.Event(), threading.Event()
-    original = Served._ship
+    original = ServedLink._send_slabs
 
-    def ship(served: Served, peer: bytes, pull: Pull) -> None:
+    def ship(served: ServedLink, peer: bytes, pull: Pull) -> None:
         if served._memory is source.memory and pull.slots:  # type: ignore[attr-defined]
             asked.set()
             going_on.wait(60)
         original(served, peer, pull)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Served, "_ship", ship)
+        patch.setattr(ServedLink, "_send_slabs", ship)
         try:
             yield asked
         finally:
