@@ -1,11 +1,11 @@
-"""The driver: runs both sans-io ends over a bus, copies in threads, and feeds results back.
+"""The driver of both ends: runs them over a bus, copies in threads, and reports the results to them.
 
-Owns the links (which peer, which connection of the bus, which transport, which reader) and their
-teardown. Decides nothing about a handoff: that is handoff.py and intake.py. All methods belong to
-the event loop's thread; only transports are called in threads (threads.py).
+Owns the links (peer, connection of the bus, transport, reader) and their teardown. Decides nothing about
+a handoff: handoff.py and intake.py do. All methods belong to the event loop's thread; threads call only
+transports (threads.py).
 
-A link is for one transport, which is opened when its turn has come: to open a link to a peer is to
-open one after the other, until the peer welcomes one. What was refused is closed at once.
+A link has one transport. Opening a link to a peer tries one transport after the other until the peer
+welcomes one, and closes a refused one at once.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ class Links:
         this, so a handoff that ends here is not offered to another node."""
         self._closed = True
         for link in list(self._links):
-            self._down(link)
+            self._tear_down(link)
         if self._timer is not None:
             self._timer.cancel()
             await asyncio.gather(self._timer, return_exceptions=True)
@@ -163,7 +163,7 @@ class Links:
     # Links
 
     async def open(self, peer: str) -> str:
-        """A link on which this node can offer to `peer`, which the bus is connected with; its id.
+        """Return the id of a link on which this node can offer to `peer`, a peer of the bus.
 
         `FingerprintMismatch` if the peer serves something else, or has no transport in common,
         `LinkLost` if it does not answer or none can be opened. A caller that is cancelled leaves the
@@ -190,21 +190,21 @@ class Links:
         refusal: Refuse | None = None
         for index, source in enumerate(sources):
             name = secrets.token_hex(8)
-            link = self._links[name] = _Link(peer, connection, self._some_copies(), source)
+            link = self._links[name] = _Link(peer, connection, self._copy_permits(), source)
             then = [other.name for other in sources[index + 1 :]]
             try:
-                answer = await self._greet(name, link, source, then, tried)
+                answer = await self._say_hello(name, link, source, then, tried)
             except _CannotOpen as failure:
                 tried.append(f"{source.name}: {failure}")
-                self._down(name)
+                self._tear_down(name)
                 continue
             except BaseException:  # whatever it is, nobody may wait for this link, at either end
                 self._send(name, Closed(name))
-                self._down(name)
+                self._tear_down(name)
                 raise
             if isinstance(answer, Welcome):
                 return name
-            self._down(name)
+            self._tear_down(name)
             if answer.field != "transport":
                 raise handshake.mismatch(answer)
             refusal = answer
@@ -214,7 +214,7 @@ class Links:
             raise handshake.mismatch(dataclasses.replace(refusal, yours=why))
         raise LinkLost(f"no transport to {peer} can be opened: {why}", param=peer)
 
-    async def _greet(
+    async def _say_hello(
         self, name: str, link: _Link, source: Source, then: Sequence[str], tried: Sequence[str]
     ) -> Welcome | Refuse:
         """Open our end of one transport, and ask the peer to open its own. `_CannotOpen` if ours
@@ -224,9 +224,9 @@ class Links:
         try:
             proof = await opening
         except PdqError as error:
-            self._require(name, link)
+            self._require_open(name, link)
             raise _CannotOpen(str(error)) from error
-        self._require(name, link)
+        self._require_open(name, link)
         self._send(name, handshake.hello(
             name, self._node, self._fingerprint, self._target.memory.slab_bytes,
             {source.name: proof}, then=then, tried=tried,
@@ -236,11 +236,11 @@ class Links:
         except TimeoutError as error:
             raise LinkLost(f"{link.peer} does not answer", param=link.peer) from error
 
-    def _require(self, name: str, link: _Link) -> None:
+    def _require_open(self, name: str, link: _Link) -> None:
         if self._links.get(name) is not link:
             raise LinkLost(f"the link with {link.peer} is down", param=link.peer)
 
-    def _some_copies(self) -> asyncio.Semaphore:
+    def _copy_permits(self) -> asyncio.Semaphore:
         return asyncio.Semaphore(self._settings.copies_per_link)
 
     def describe(self) -> list[dict[str, str]]:
@@ -254,9 +254,9 @@ class Links:
     def connection_lost(self, connection: str) -> None:
         """Tear down every KV link over the bus's link of this id, which is down."""
         for name in [name for name, link in self._links.items() if link.connection == connection]:
-            self._down(name)
+            self._tear_down(name)
 
-    def _down(self, name: str) -> None:
+    def _tear_down(self, name: str) -> None:
         """Tear down a link. Its leases end as soon as nothing here touches their blocks."""
         link = self._links.pop(name, None)
         if link is None:
@@ -264,13 +264,13 @@ class Links:
         if link.answered is not None and not link.answered.done():
             link.answered.set_exception(LinkLost(f"the link with {link.peer} is down"))
             link.answered.exception()  # somebody may have stopped waiting
-        self._spawn(self._end(name, link))
+        self._spawn(self._close_end(name, link))
         if link.sending:
             self.perform(self.handoff.link_lost(name, now=self._clock()))
         else:
             self.perform(self.intake.link_lost(name, now=self._clock()))
 
-    async def _end(self, name: str, link: _Link) -> None:
+    async def _close_end(self, name: str, link: _Link) -> None:
         """Close this end of a link that is down, after any call that opens it has ended."""
         if link.busy is not None:
             await asyncio.wait({link.busy})
@@ -287,16 +287,16 @@ class Links:
         name: str = getattr(message, "link")  # noqa: B009  (all of these have it)
         link = self._links.get(name)
         if isinstance(message, Hello) and link is None:
-            self._greeted(peer, connection, message)
+            self._receive_hello(peer, connection, message)
         elif link is None or (link.peer, link.connection) != (peer, connection):
             self.counts["late_link"] += 1
         elif isinstance(message, Hello):
             if link.answer is not None:
                 self._send(name, link.answer)
         elif isinstance(message, (Welcome, Refuse)):
-            self._answered(name, link, message)
+            self._receive_answer(name, link, message)
         elif not link.sending and isinstance(message, Closed):
-            self._down(name)
+            self._tear_down(name)
         elif link.sending and isinstance(message, (Grant, Deny, Ack, Abort, Release)):
             self.perform(self.handoff.receive(message, now=self._clock()))
         elif not link.sending and isinstance(message, (Offer, Blocks, Tail, Commit, Abort)):
@@ -304,17 +304,17 @@ class Links:
         else:
             self.counts["wrong_side"] += 1
 
-    def _greeted(self, peer: str, connection: str, hello: Hello) -> None:
+    def _receive_hello(self, peer: str, connection: str, hello: Hello) -> None:
         """Open a new link from `peer`, and end the link that it used before."""
         if self._closed:
             return
         before = [name for name, link in self._links.items() if link.peer == peer]
         for name in [name for name in before if not self._links[name].sending]:
-            self._down(name)
-        link = self._links[hello.link] = _Link(peer, connection, self._some_copies())
-        self._spawn(self._answer(link, hello))
+            self._tear_down(name)
+        link = self._links[hello.link] = _Link(peer, connection, self._copy_permits())
+        self._spawn(self._answer_hello(link, hello))
 
-    async def _answer(self, link: _Link, hello: Hello) -> None:
+    async def _answer_hello(self, link: _Link, hello: Hello) -> None:
         """Open our end, one link at a time for each peer. The peer always gets an answer."""
         async with self._turns.setdefault(link.peer, asyncio.Lock()):
             if self._links.get(hello.link) is not link:
@@ -322,7 +322,7 @@ class Links:
             answering = functools.partial(
                 handshake.answer, hello, self._node, self._fingerprint, self._target,
                 self._openers, credits=self._settings.credits, forced=self._settings.transport,
-                failed=self._failed_with(link.peer),
+                failed=self._recent_failures(link.peer),
             )  # fmt: skip
             link.busy = self._threads.open("handshake", answering)
             try:
@@ -333,7 +333,7 @@ class Links:
         if isinstance(answer, Welcome):
             link.transport, link.reason = answer.transport, answer.reason
         if self._links.get(hello.link) is not link:
-            await self._end(hello.link, link)
+            await self._close_end(hello.link, link)
             return
         link.answer = answer
         if isinstance(answer, Welcome):
@@ -342,14 +342,14 @@ class Links:
                 log.info("link.converts", peer=link.peer, link=hello.link, reason=converts)
         self._send(hello.link, answer)
 
-    def _failed_with(self, peer: str) -> dict[str, str]:
+    def _recent_failures(self, peer: str) -> dict[str, str]:
         """Transports that failed with this peer recently, and how."""
         now = self._clock()
         for key in [key for key, (until, _) in self._failed.items() if until <= now]:
             del self._failed[key]
         return {name: why for (whose, name), (_, why) in self._failed.items() if whose == peer}
 
-    def _answered(self, name: str, link: _Link, answer: Welcome | Refuse) -> None:
+    def _receive_answer(self, name: str, link: _Link, answer: Welcome | Refuse) -> None:
         if link.answered is None or link.answered.done():
             self.counts["late"] += 1
             return
@@ -365,7 +365,7 @@ class Links:
         try:
             self._bus.send(link.peer, message, link=link.connection)
         except LinkLost:
-            self._down(name)
+            self._tear_down(name)
 
     # Effects
 
@@ -382,7 +382,7 @@ class Links:
                 self.counts["teardown"] += 1
                 if (link := self._links.get(effect.link)) is not None:
                     self._bus.disconnect(link.peer)
-                    self._down(effect.link)
+                    self._tear_down(effect.link)
             elif isinstance(effect, Granted):
                 self._on_sent(effect)
             elif isinstance(effect, Adopted):
@@ -435,10 +435,10 @@ class Links:
     def _spawn(self, coroutine: Coroutine[object, object, T]) -> asyncio.Task[T]:
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
-        task.add_done_callback(self._settled)
+        task.add_done_callback(self._log_failure)
         return task
 
-    def _settled(self, task: asyncio.Task[Any]) -> None:
+    def _log_failure(self, task: asyncio.Task[Any]) -> None:
         """Log the error of a task that nobody awaits."""
         self._tasks.discard(task)
         if task.cancelled():

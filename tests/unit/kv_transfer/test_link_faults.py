@@ -122,7 +122,7 @@ async def test_a_link_that_nobody_waits_for_any_more_is_closed_at_both_ends(
 
             patch.setitem(d.links._openers, "shm", slow)
             if when == "just welcomed":  # and Welcome is on its way
-                patch.setattr(p.links, "_answered", lambda *_: None)
+                patch.setattr(p.links, "_receive_answer", lambda *_: None)
             with pytest.raises(LinkLost, match="does not answer"):
                 await p.links.open("d")
             given_up.set()
@@ -260,11 +260,11 @@ async def test_transports_are_opened_and_closed_off_the_event_loop(
         source = p.links._sources[1]
         for name in ("open_link", "close_link"):
             noted(source, name)
-        noted(TcpReader, "_greet")
+        noted(TcpReader, "_prove_link")
         noted(TcpReader, "pull")
         await arrives(p, d, await p.links.open("d"), "r")
     assert {name: thread.partition("_")[0] for name, thread in called.items()} == {
-        "open_link": "kv-open", "_greet": "kv-open", "pull": "kv-copy", "close_link": "kv-close",
+        "open_link": "kv-open", "_prove_link": "kv-open", "pull": "kv-copy", "close_link": "kv-close",
     }  # fmt: skip
 
 
