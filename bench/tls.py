@@ -54,7 +54,9 @@ class Reader:
         self.cipher = self._tls.cipher()
 
     def _receive(self) -> None:
-        self._received.write(self._buffer[: self._socket.recv_into(self._buffer)])
+        if not (length := self._socket.recv_into(self._buffer)):
+            raise EOFError("the source is gone")
+        self._received.write(self._buffer[:length])
 
     def send(self, message: bytes) -> None:
         self._tls.write(message)
