@@ -53,12 +53,14 @@ def run_prefill(engine: Engine, prompt: int, tries: int) -> dict[str, float]:
 
 def prompt_ids(engine: Engine, length: int, seed: int) -> list[int]:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, engine.config.vocab_size, (length,), generator=generator).tolist()
+    return torch.randint(
+        0, engine.runner.config.vocab_size, (length,), generator=generator
+    ).tolist()
 
 
 def measure(engine: Engine, limits: Limits, quick: bool) -> dict[str, Any]:
-    weights = engine.config.num_linear_parameters
-    weight_bytes = weights * engine.backend.dtype.itemsize
+    weights = engine.runner.config.num_linear_parameters
+    weight_bytes = weights * engine.runner.backend.dtype.itemsize
     results: dict[str, Any] = {}
     for batch in (1, 16, 32):
         result = run_decode(engine, batch, prompt=128, tokens=16 if quick else 64)
@@ -94,8 +96,8 @@ def main() -> None:
     results = measure(engine, before, arguments.quick)
     after = measure_limits()
     report = {
-        "numerics_class": engine.backend.numerics_class,
-        "parameters": engine.config.num_parameters,
+        "numerics_class": engine.runner.backend.numerics_class,
+        "parameters": engine.runner.config.num_parameters,
         "matmul_gflops": [before.matmul_flops / 1e9, after.matmul_flops / 1e9],
         "read_gb_per_s": [before.read_bytes / 1e9, after.read_bytes / 1e9],
         "results": results,

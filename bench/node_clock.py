@@ -1,8 +1,8 @@
 """A real node that also writes down when things happened: `python -m bench.node_clock … FILE`.
 
 What comes before FILE are the flags of a node. One JSON line per happening, with the machine's monotonic
-clock, which all processes of a host share. The node's code is not changed: its role, its engine's
-`compute`, and the readers of its transports are wrapped.
+clock, which all processes of a host share. The node's code is not changed: its role, its
+runner, and the readers of its transports are wrapped.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from typing import Any
 
 from common.bus_setup import with_bus
 from common.config import NodeSettings, load
-from common.engine.engine import ComputedStep, Engine, PlannedStep, StepOutput
+from common.engine import StepOutput
+from common.engine.core.step import Step
+from common.engine.interface import StepResult
 from common.node.runtime import Node
 from kv_transfer.ports import Adopted, Ended, Granted, Piece
 from kv_transfer.transports.nixl import NixlReader
@@ -39,28 +41,28 @@ class ClockedRole:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._role, name)
 
-    def clock_steps(self, engine: Engine) -> None:
-        compute = engine.compute
+    def clock_steps(self, engine: Any) -> None:
+        run = engine.runner.inner.run
 
-        def clocked(*arguments: Any) -> ComputedStep:
-            computed = compute(*arguments)
+        def clocked(*arguments: Any) -> StepResult:
+            result = run(*arguments)
             self._computed_at = time.monotonic()
-            return computed
+            return result
 
-        engine.compute = clocked  # type: ignore[method-assign]
+        engine.runner.inner.run = clocked
 
-    def step_begins(self, planned: PlannedStep) -> None:
+    def step_begins(self, step: Step) -> None:
         now = time.monotonic()
-        for chunk in planned.step.chunks:
+        for chunk in step.chunks:
             name = chunk.sequence.request_id
             if not chunk.is_prompt and name not in self._decoding:
                 self._decoding.add(name)
                 self._note("first step", now, request=name)
-        self._role.step_begins(planned)
+        self._role.step_begins(step)
 
-    def step_ended(self, planned: PlannedStep, outputs: list[StepOutput]) -> None:
-        self._role.step_ended(planned, outputs)
-        for chunk in planned.step.chunks:
+    def step_ended(self, step: Step, outputs: list[StepOutput]) -> None:
+        self._role.step_ended(step, outputs)
+        for chunk in step.chunks:
             if chunk.is_prompt:
                 name, end = chunk.sequence.request_id, chunk.end
                 self._note("chunk", self._computed_at, request=name, end=end)

@@ -16,7 +16,7 @@ import torch
 
 from bench.engine import BODY, run_decode, run_prefill
 from common.engine import Engine
-from common.engine.backends.base import RowPlan
+from common.engine.runner.batch import RowPlan
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ def main() -> None:
         load_format="dummy", num_kv_blocks=1024, enable_prefix_caching=False,
     )  # fmt: skip
     engine.warm_up()
-    ruled = engine.backend.row_plan
+    ruled = engine.runner.backend.row_plan
     free = FreeRowPlan(
         ruled.prompt_rows, ruled.generated_rows, ruled.generated_multiple, ruled.query_tile
     )
@@ -53,13 +53,13 @@ def main() -> None:
         **{f"decode, batch {n}": ("decode", n) for n in (1, 3, 16, 32, 48)},
         **{f"prefill, {n} tokens": ("prefill", n) for n in (16, 100, 256, 1000, 2048)},
     }
-    print(engine.backend.numerics_class)
+    print(engine.runner.backend.numerics_class)
     print(f"{'case':22} {'with the rule':>14} {'without':>10} {'time ratio':>11}")
     for name, (kind, size) in cases.items():
         seconds: dict[bool, list[float]] = {True: [], False: []}
         for _ in range(arguments.rounds):
             for rule in (True, False):
-                engine.backend.row_plan = ruled if rule else free
+                engine.runner.backend.row_plan = ruled if rule else free
                 if kind == "decode":
                     seconds[rule].append(run_decode(engine, size, prompt=64, tokens=24)["step_s"])
                 else:

@@ -10,9 +10,9 @@ import argparse
 import statistics
 import time
 
-from common.engine.block_pool import BlockPool
-from common.engine.scheduler import Scheduler
-from common.engine.sequence import Sequence
+from common.engine.core.block_pool import BlockPool
+from common.engine.core.scheduler import Scheduler
+from common.engine.core.sequence import Sequence
 from common.sampling import SamplingParams
 
 

@@ -130,9 +130,11 @@ def main() -> None:
                     rounds.append((report["summary"]["output_tokens_per_s"], alone))
             held = memory(system)
         pool = 1024 * engine.layout.slab_bytes / 1e6
-    weights = engine.config.num_parameters * 2 / 1e6
+    weights = engine.runner.config.num_parameters * 2 / 1e6
     ratios = [http / alone for http, alone in rounds]
-    print(f"{engine.backend.numerics_class}; {OPEN} open, {PROMPT} in, {OUTPUT} out, fresh prompts")
+    print(
+        f"{engine.runner.backend.numerics_class}; {OPEN} open, {PROMPT} in, {OUTPUT} out, fresh prompts"
+    )
     for http, alone in rounds:
         print(f"over HTTP {http:7.1f} tok/s   bare {alone:7.1f} tok/s   ratio {http / alone:.3f}")
     print(f"ratio, median of {len(ratios)}: {statistics.median(ratios):.3f}")

@@ -21,7 +21,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 
-from common.engine.sequence import Sequence, SequenceStatus
+from common.engine.core.sequence import Sequence, SequenceStatus
 from common.errors import PdqError, TransferError
 from common.logs import get_logger
 from common.node.attempt import Attempt

@@ -11,9 +11,8 @@ from __future__ import annotations
 import time
 from collections.abc import Set as AbstractSet
 
-from common.engine.engine import PlannedStep
-from common.engine.output import StepOutput
-from common.engine.step import Chunk
+from common.engine.core.output import StepOutput
+from common.engine.core.step import Chunk, Step
 from common.errors import PdqError
 from common.messages import TokenRun, TookOver
 from common.node.attempt import Attempt
@@ -98,20 +97,20 @@ class DecodeRole:
             return
         node.send(attempt.gateway, TookOver(node.incarnation, *key, attempt.arrived[choice]))
 
-    def step_begins(self, planned: PlannedStep) -> None:
-        for chunk in planned.step.chunks:
+    def step_begins(self, step: Step) -> None:
+        for chunk in step.chunks:
             attempt = self._attempts.get(chunk.sequence.request_id)
             if attempt is not None and attempt.entry is not None:
                 self._node.prompt_begins(attempt, chunk)
 
-    def handed_over(self, planned: PlannedStep) -> list[Chunk]:
+    def handed_over(self, step: Step) -> list[Chunk]:
         """This role hands nothing over."""
         return []
 
     def step_filled(self, chunks: list[Chunk]) -> None:
         """This role hands nothing over."""
 
-    def step_ended(self, planned: PlannedStep, outputs: list[StepOutput]) -> None:
+    def step_ended(self, step: Step, outputs: list[StepOutput]) -> None:
         runs: list[tuple[str, TokenRun]] = []
         ended: list[tuple[Attempt, StepOutput]] = []
         for output in outputs:

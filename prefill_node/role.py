@@ -22,9 +22,8 @@ import dataclasses
 import time
 from collections.abc import Set as AbstractSet
 
-from common.engine.engine import PlannedStep
-from common.engine.output import StepOutput
-from common.engine.step import Chunk
+from common.engine.core.output import StepOutput
+from common.engine.core.step import Chunk, Step
 from common.errors import OutOfBlocks, PdqError, ServiceUnavailable, TransferError
 from common.messages import Dispatch, TokenRun
 from common.node.attempt import Attempt
@@ -83,9 +82,9 @@ class PrefillRole:
             self._handovers[attempt.engine_id, choice] = handover
             node.stage(attempt.gateway, attempt.key(choice), "prefilling", {})
 
-    def step_begins(self, planned: PlannedStep) -> None:
+    def step_begins(self, step: Step) -> None:
         """A prompt whose first chunk begins is offered: the room is asked for meanwhile."""
-        for chunk in planned.step.chunks:
+        for chunk in step.chunks:
             handover = self._handovers.get((chunk.sequence.request_id, chunk.sequence.choice))
             if handover is None or handover.is_complete:
                 continue
@@ -93,10 +92,10 @@ class PrefillRole:
             if not handover.peer:
                 self._offer(handover)
 
-    def handed_over(self, planned: PlannedStep) -> list[Chunk]:
+    def handed_over(self, step: Step) -> list[Chunk]:
         return [
             chunk
-            for chunk in planned.step.chunks
+            for chunk in step.chunks
             if (handover := self._computing(chunk)) is not None
             and not _ends_at_first(handover.attempt)
         ]
@@ -114,14 +113,14 @@ class PrefillRole:
             return None
         return handover
 
-    def step_ended(self, planned: PlannedStep, outputs: list[StepOutput]) -> None:
+    def step_ended(self, step: Step, outputs: list[StepOutput]) -> None:
         first_runs: list[tuple[str, TokenRun]] = []
         for output in outputs:
             handover = self._handovers.get((output.request_id, output.choice))
             if handover is not None:
                 first_runs += self._first_token(handover, output)
         self._node.push_tokens(first_runs)
-        for chunk in planned.step.chunks:  # of a link that has opened since they were filled
+        for chunk in step.chunks:  # of a link that has opened since they were filled
             if (handover := self._computing(chunk)) is not None:
                 self._sending.announce(handover, handover.sequence.num_computed)
 

@@ -3,8 +3,9 @@
 from common.engine import Engine, SamplingParams
 """
 
+from common.engine.core.output import Completion, StepOutput
 from common.engine.engine import Engine
-from common.engine.output import Completion, StepOutput, TokenLogprob
+from common.engine.sampler_io import TokenLogprob
 from common.sampling import FinishReason, SamplingParams
 
 __all__ = ["Completion", "Engine", "FinishReason", "SamplingParams", "StepOutput", "TokenLogprob"]

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.engine.backends.base import Backend, HeadShape, Linear, Rows
-from common.engine.kv_cache import KVCache
 from common.engine.rope import rope_table
+from common.engine.runner.kv_cache import KVCache
 from common.engine.weights import TensorSource
 from common.model_folder.model_config import ModelConfig
 

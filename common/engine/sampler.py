@@ -1,9 +1,8 @@
 """The sampler: which token comes next, for every row of a step.
 
-    sampler.add(slot, params, choice, stop_ids, prompt_ids)      when a sequence enters
-    output = sampler.sample(logits, SampleRows(slots, positions))       at every step
-    sampler.append(slots, token_ids)                             what was accepted
-    sampler.remove(slot)                                         when it leaves
+    sampler.change(step.slots)                      who enters, who has left
+    output = sampler.sample(logits, step.sampled)
+    kept = sampler.accept(step.sampled, output)     which drafts were right; the tokens count from now on
 
 **The rule.** The token of a row is a pure function of its logits, its parameters, the tokens
 before it, and (seed, choice, position). Other rows, their order, and threads have no influence.
@@ -35,6 +34,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from common.engine.interface import SlotChanges
 from common.engine.sampler_io import Logprobs, RowFault, SampleOutput, SampleRows
 from common.engine.sampler_slots import SlotTable
 from common.errors import TokenOutOfRange
@@ -88,23 +88,40 @@ class Sampler:
     def vocab_size(self) -> int:
         return self._table.vocab_size
 
+    def change(self, changes: SlotChanges) -> None:
+        """Before a step: a reset, slots that close, slots that open, in this order."""
+        if changes.reset:
+            for slot in np.flatnonzero(self._table.records["live"]).tolist():
+                self.remove(slot)
+        for slot in changes.closed:
+            self.remove(slot)
+        for opening in changes.opened:
+            self.add(
+                opening.slot, opening.params, opening.choice, opening.stop_ids, opening.prompt_ids,
+                opening.generated_ids, prompt_len=opening.prompt_len,
+            )  # fmt: skip
+
     def add(
         self,
         slot: int,
         params: SamplingParams,
         choice: int,
         stop_ids: Sequence[int],
-        prompt_ids: Sequence[int],
-        generated_ids: Sequence[int] = (),
+        prompt_ids: Sequence[int] | NDArray[np.int64],
+        generated_ids: Sequence[int] | NDArray[np.int64] = (),
+        *,
+        prompt_len: int | None = None,
     ) -> None:
         """Fill a free slot. `stop_ids`: the model's; those of `params` are added to them.
-        `generated_ids`: tokens delivered by an earlier attempt. Raises `InvalidRequest`."""
+        `generated_ids`: tokens delivered by an earlier attempt. Without penalties `prompt_len` will
+        do in place of both. Raises `InvalidRequest`."""
+        length = len(prompt_ids) if prompt_len is None else prompt_len
         counts = -1
-        if _has_penalties(params):
+        if params.has_penalties:
             prompt, generated = self._tokens(prompt_ids), self._tokens(generated_ids)
             counts = self._implementation.open_counts(prompt, generated)
         try:
-            self._table.add(slot, params, choice, stop_ids, len(prompt_ids), counts)
+            self._table.add(slot, params, choice, stop_ids, length, counts)
         except BaseException:
             if counts >= 0:
                 self._implementation.close_counts(counts)
@@ -138,6 +155,32 @@ class Sampler:
             assert (known == before).all(), "a position does not follow the tokens appended"
         return self._implementation.sample(logits, rows, self._table)
 
+    def accept(self, rows: SampleRows, output: SampleOutput) -> NDArray[np.int64]:
+        """How many tokens each run of rows gives its slot, `[runs]`: drafts while they equal the sampled
+        tokens, then one more; none where its first row has a fault. They are appended.
+
+        A run is the rows of one slot: one, or 1 + k that verify k drafts.
+        """
+        sound = output.faults == RowFault.NONE
+        kept: NDArray[np.int64] = sound.astype(np.int64)
+        taken = sound
+        if rows.drafted is not None and len(rows.drafted):
+            assert rows.draft_start is not None
+            assert rows.draft_length is not None
+            starts = np.flatnonzero(rows.draft_length == 0)
+            ends = np.append(starts[1:], len(sound))
+            kept = sound[starts].astype(np.int64)
+            for run in np.flatnonzero((ends - starts > 1) & sound[starts]):
+                first, end = starts[run], ends[run]
+                at = rows.draft_start[first]
+                drafts = rows.drafted[at : at + end - first - 1]
+                # A fault after a good token shows when its own turn comes.
+                right = (output.token_ids[first : end - 1] == drafts) & sound[first + 1 : end]
+                kept[run] += right.cumprod().sum()
+            taken = rows.draft_length < np.repeat(kept, ends - starts)
+        self.append(rows.slots[taken], output.token_ids[taken])
+        return kept
+
     def logprobs(
         self, logits: Tensor, targets: NDArray[np.int64], top: NDArray[np.int64]
     ) -> tuple[Logprobs, NDArray[np.uint8]]:
@@ -146,7 +189,7 @@ class Sampler:
         assert len(targets) == len(top) <= logits.shape[0]
         return self._implementation.logprobs(logits, targets, top)
 
-    def _tokens(self, token_ids: Sequence[int]) -> NDArray[np.int64]:
+    def _tokens(self, token_ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
         tokens = np.asarray(token_ids, np.int64)
         outside = (tokens < 0) | (tokens >= self.vocab_size)
         if outside.any():
@@ -155,11 +198,3 @@ class Sampler:
                 param="prompt",
             )
         return tokens
-
-
-def _has_penalties(params: SamplingParams) -> bool:
-    return (
-        params.repetition_penalty != 1.0
-        or params.presence_penalty != 0.0
-        or params.frequency_penalty != 0.0
-    )

@@ -66,6 +66,27 @@ class Logprobs:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Log probabilities at one position: `top` are (token id, logprob), the most likely first."""
+
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...]
+
+    @classmethod
+    def of(cls, scores: Logprobs, row: int, top: int) -> TokenLogprob:
+        """Of one row that asked for `top`; a small vocabulary has fewer."""
+        ids = scores.top_ids[row, :top]
+        ids = ids[ids >= 0]
+        logprobs = scores.top[row, : len(ids)]
+        return cls(
+            float(scores.chosen[row]),
+            int(scores.ranks[row]),
+            tuple(zip(ids.tolist(), logprobs.tolist(), strict=True)),
+        )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class SampleOutput:
     token_ids: NDArray[np.int64]  # [rows]; -1 where there is a fault
     faults: NDArray[np.uint8]  # [rows], of RowFault

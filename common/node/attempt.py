@@ -7,8 +7,8 @@ import dataclasses
 import time
 from typing import TYPE_CHECKING
 
-from common.engine.output import StepOutput
-from common.engine.sequence import Sequence
+from common.engine.core.output import StepOutput
+from common.engine.core.sequence import Sequence
 from common.errors import InvalidRequest, PdqError
 from common.messages import Dispatch, Offer, TokenLogprobs, TokenRun
 from common.node.token_stream import ChoiceKey

@@ -5,7 +5,7 @@ Owns the numbers. Knows nothing of who listens: a gateway that misses a number a
 
 from __future__ import annotations
 
-from common.engine.block_pool import BlockPool, CacheEventKind
+from common.engine.core.block_pool import BlockPool, CacheEventKind
 from common.messages import CacheContent, CacheEvents
 
 

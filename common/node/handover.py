@@ -18,7 +18,7 @@ import dataclasses
 import time
 from typing import TYPE_CHECKING, Protocol
 
-from common.engine.sequence import Sequence
+from common.engine.core.sequence import Sequence
 from common.errors import DigestMismatch, MalformedMessage, PdqError, StaleBlock
 from common.logs import get_logger
 from common.messages import Offer, TokenLogprobs, TookOver

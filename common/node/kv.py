@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from common.engine import Engine
-from common.engine.admission import ExpectedPrompt, Room
-from common.engine.sequence import Sequence
-from common.engine.step import Chunk
+from common.engine.core.admission import ExpectedPrompt, Room
+from common.engine.core.sequence import Sequence
+from common.engine.core.step import Chunk
 from common.errors import InvalidRequest, NeverFits
 from common.messages import Offer
 from kv_transfer.cuda_runtime import CudaRuntime

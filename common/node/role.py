@@ -11,9 +11,8 @@ import importlib
 from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Protocol
 
-from common.engine.engine import PlannedStep
-from common.engine.output import StepOutput
-from common.engine.step import Chunk
+from common.engine.core.output import StepOutput
+from common.engine.core.step import Chunk, Step
 from common.errors import PdqError
 from common.node.token_stream import ChoiceKey
 from common.queue import Entry
@@ -40,9 +39,9 @@ class NodeRole(Protocol):
         """A claimed attempt. Whatever is wrong with it is told to its gateway, never raised."""
         ...
 
-    def step_begins(self, planned: PlannedStep) -> None: ...
+    def step_begins(self, step: Step) -> None: ...
 
-    def handed_over(self, planned: PlannedStep) -> list[Chunk]:
+    def handed_over(self, step: Step) -> list[Chunk]:
         """The chunks of the step whose blocks go to another node: they are sealed at once."""
         ...
 
@@ -51,7 +50,7 @@ class NodeRole(Protocol):
         step goes on to choose tokens, and may yet fail."""
         ...
 
-    def step_ended(self, planned: PlannedStep, outputs: list[StepOutput]) -> None: ...
+    def step_ended(self, step: Step, outputs: list[StepOutput]) -> None: ...
 
     def sent(self, effect: Granted | Ended) -> None:
         """News of a handoff that this node sends."""

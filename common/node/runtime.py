@@ -2,7 +2,7 @@
 
 Owns the process's parts and their order of start and stop: memory, engine, Redis, bus, KV links,
 role. Read `run` from top to bottom. Blocks, sequences and leases belong to the event loop's
-thread; only `Engine.compute` and copies run elsewhere.
+thread; only the runner and copies run elsewhere.
 
     take      queue entries, when the role has capacity → role.accept; at the end, give them back
     delete    queue entries that are over
@@ -21,13 +21,14 @@ import os
 import socket
 import time
 from collections.abc import Callable, Coroutine, Iterable
-from concurrent.futures import ThreadPoolExecutor
 
 from common.bus import Bus, Down
 from common.config import NodeSettings
-from common.engine import Engine, loading
-from common.engine.engine import PlannedStep
-from common.engine.step import Chunk
+from common.engine import Engine
+from common.engine.core.step import Chunk, Step
+from common.engine.runner import loading
+from common.engine.runner.model_runner import ModelRunner
+from common.engine.runner.thread_runner import ThreadRunner
 from common.errors import PdqError, ServiceUnavailable
 from common.logs import get_logger
 from common.messages import (
@@ -41,7 +42,6 @@ from common.messages import (
     TokensAck,
     TookOver,
 )
-from common.model_folder.config_fields import unknown_fields
 from common.node.attempt import Attempt
 from common.node.cache_feed import CacheFeed
 from common.node.entries import Entries
@@ -80,21 +80,19 @@ class Node:
         self.entries = Entries(self)
         self.bus = Bus(self.incarnation, settings.bus, progress=self._progress, hears=TO_NODES)
         shared = SharedMemory(loading.choose_device(settings.engine.device))
-        # Made in the thread that will compute: OpenMP keeps a team for each thread that ever ran a
-        # parallel region, and with two of them it waits at every barrier asleep, not spinning.
-        self._thread = ThreadPoolExecutor(1, "engine")
+        runner: ThreadRunner | None = None
         try:
-            self.engine = self._thread.submit(
-                Engine, settings.engine, storage=shared.allocate, on_free=shared.freed
-            ).result()
+            runner = ThreadRunner(lambda: ModelRunner(settings.engine, storage=shared.allocate))
+            self.engine = Engine(settings.engine, runner, on_free=shared.freed)
         except BaseException:
-            self._thread.shutdown()
+            if runner is not None:
+                runner.close()
             if shared.memory is not None:
                 shared.memory.close()
             raise
         assert shared.memory is not None
         self.memory = shared.memory
-        if unread := unknown_fields(self.engine.description.config):
+        if unread := self.engine.facts.unread_fields:
             log.warning("node.fields_not_read", file="config.json", fields=",".join(unread))
         self.kv = NodeKV(self.engine, self.memory, digests=settings.engine.kv_digests)
         self.leases = Leases(self.engine.pool)
@@ -105,7 +103,7 @@ class Node:
         self.gateways = Gateways(self.incarnation, self.bus, self.role)
         self.state = NodeState.STARTING
         self.peers: Snapshot | None = None
-        self.steps = Steps(self, self._thread, settings.bus.stall_limit_s)
+        self.steps = Steps(self, settings.bus.stall_limit_s)
         self._stopping = asyncio.Event()
         self._lost: dict[str, int] = {}  # peer → beats in its record then
         self._started_at = int(time.time() * 1000)
@@ -222,7 +220,7 @@ class Node:
         stack.push_async_callback(self.links.close)
         self.links.start()
         stack.callback(self.gateways.close)
-        await asyncio.get_running_loop().run_in_executor(self._thread, self.engine.warm_up)
+        await asyncio.to_thread(self.engine.warm_up)
         loading.give_back_memory()
         # Not before: the reaper takes what has a queue and no beat for dead, and a start may take long.
         await self.entries.open()
@@ -233,7 +231,7 @@ class Node:
     def _end_engine(self) -> None:
         """A thread that hangs cannot be waited for, and may still write: the process ends with it."""
         if not self.steps.hangs:
-            self._thread.shutdown()
+            self.engine.runner.close()
             self.memory.close()
 
     async def _leave(self) -> None:
@@ -339,11 +337,11 @@ class Node:
 
     # Parts.
 
-    def when_filled(self, planned: PlannedStep) -> Callable[[frozenset[int]], None] | None:
+    def when_filled(self, step: Step) -> Callable[[frozenset[int]], None] | None:
         """What the engine's thread does once the blocks of a step hold their KV: seal those that
         go to another node, and have the role say so while the step's tokens are chosen."""
         seals = {chunk.sequence.sequence_id: (chunk, self.kv.seals(chunk))
-                 for chunk in self.role.handed_over(planned)}  # fmt: skip
+                 for chunk in self.role.handed_over(step)}  # fmt: skip
         if not any(of_one for _, of_one in seals.values()):
             return None
         loop = asyncio.get_running_loop()
@@ -395,7 +393,7 @@ class Node:
             adapter=mine.adapter, tokenizer=mine.tokenizer, transports=self.transports,
             block_size=mine.block_size, slab_bytes=engine.layout.slab_bytes,
             num_blocks=engine.pool.num_blocks, max_num_seqs=engine.settings.max_num_seqs,
-            max_model_len=engine.max_model_len, waiting=engine.scheduler.num_waiting,
+            max_model_len=engine.facts.max_model_len, waiting=engine.scheduler.num_waiting,
             running=engine.scheduler.num_running, free_blocks=engine.pool.num_free,
             open_attempts=self.role.num_open, leases=sum(self.leases.count().values()),
             reserved=self.kv.num_reserved, unacknowledged=self.gateways.tokens.num_unacknowledged,

@@ -1,6 +1,6 @@
 """The steps of a node's engine, one after the other, and what follows one that fails.
 
-Owns: when a step is made and of whom, the thread that computes it, and the conclusion that the engine
+Owns: when a step is made and of whom, and the conclusion that the engine
 is broken. Which requests are suspected of a failure is suspects.py's.
 
 A step that fails takes nobody with it: its sequences are computed again, from then on each request by
@@ -17,12 +17,12 @@ import contextlib
 import itertools
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import Executor
 from typing import TYPE_CHECKING, NoReturn
 
-from common.engine.engine import ComputedStep, PlannedStep, StepNotBuilt
-from common.engine.sequence import Sequence
-from common.engine.step import Step
+from common.engine.core.engine_core import StepNotBuilt
+from common.engine.core.sequence import Sequence
+from common.engine.core.step import Step
+from common.engine.interface import StepResult
 from common.errors import EngineBroken, OutOfBlocks, PoisonedRequest
 from common.logs import get_logger
 from common.node.suspects import Suspects
@@ -39,12 +39,12 @@ BLOCKED_WAIT_S = 0.005  # until the engine looks again whether a lease has ended
 class Steps:
     """`run` it; `wake` it when there may be work. `stall_limit_s` bounds one step."""
 
-    def __init__(self, node: Node, thread: Executor, stall_limit_s: float) -> None:
+    def __init__(self, node: Node, stall_limit_s: float) -> None:
         self.suspects = Suspects()
         self.computing = False
         self.hangs = False  # a step does not come back: the thread can never be waited for
         self.alone = ""  # as `NodeRecord.alone`
-        self._node, self._engine, self._thread = node, node.engine, thread
+        self._node, self._engine = node, node.engine
         self._stall_limit_s = stall_limit_s
         self._work = asyncio.Event()
 
@@ -57,8 +57,8 @@ class Steps:
         while True:
             self._work.clear()
             node.links.perform(node.links.intake.room_changed(time.monotonic()))
-            alone, planned = await self._plan() if engine.has_work else ("", None)
-            if planned is None:
+            alone, step = await self._plan() if engine.has_work else ("", None)
+            if step is None:
                 self.computing = False
                 await self._announce("")
                 timeout = BLOCKED_WAIT_S if engine.has_work else None
@@ -67,20 +67,20 @@ class Steps:
                         await self._work.wait()
                 continue
             self.computing = True
-            await self._announce(alone and f"{alone}@{_reached(planned.step, max)[alone]}")
-            node.role.step_begins(planned)
+            await self._announce(alone and f"{alone}@{_reached(step, max)[alone]}")
+            node.role.step_begins(step)
             try:
-                computed = await self._compute(planned)
+                result = await self._compute(step)
             except Exception as error:
-                engine.fail_step(planned)
-                await self._failed(alone, planned.step, error)
+                engine.fail(step)
+                await self._failed(alone, step, error)
                 continue
             try:
-                node.role.step_ended(planned, engine.end_step(planned, computed))
+                node.role.step_ended(step, engine.commit(step, result))
             except Exception as error:  # what is half taken in cannot be computed again
                 log.error("step.not_taken_in", error=repr(error), alone=alone, exc_info=error)
-                self._end(alone, planned.step, error)
-            self.suspects.passed(alone, _reached(planned.step, min))
+                self._end(alone, step, error)
+            self.suspects.passed(alone, _reached(step, min))
             for request in self.suspects:
                 if not engine.scheduler.is_open(request):
                     self.suspects.forget(request)
@@ -93,16 +93,16 @@ class Steps:
             self.alone = alone
             await self._node.say_alone()
 
-    async def _plan(self) -> tuple[str, PlannedStep | None]:
+    async def _plan(self) -> tuple[str, Step | None]:
         """The next step that can be made, if any can, and whose own it is."""
         for alone in self.suspects.turns():
             try:
-                planned = self._engine.begin_step(self._members(alone))
+                step = self._engine.plan(self._members(alone))
             except StepNotBuilt as error:
                 await self._failed(alone, error.step, error.__cause__ or error)
                 break
-            if planned is not None:
-                return alone, planned
+            if step is not None:
+                return alone, step
         return "", None
 
     def _members(self, alone: str) -> Callable[[Sequence], bool] | None:
@@ -111,10 +111,9 @@ class Steps:
             return lambda sequence: sequence.request_id == alone
         return (lambda sequence: sequence.request_id not in suspects) if suspects else None
 
-    async def _compute(self, planned: PlannedStep) -> ComputedStep:
-        filled = self._node.when_filled(planned)
-        loop = asyncio.get_running_loop()
-        computing = loop.run_in_executor(self._thread, self._engine.compute, planned, filled)
+    async def _compute(self, step: Step) -> StepResult:
+        filled = self._node.when_filled(step)
+        computing = asyncio.wrap_future(self._engine.runner.submit(step.input, filled))
         for _ in range(LOOKS):  # of a process that was stopped, one look only passes meanwhile
             await asyncio.wait((computing,), timeout=self._stall_limit_s / LOOKS)
             if computing.done():
@@ -127,7 +126,7 @@ class Steps:
         log.error(
             "step.failed", error=repr(error), requests=len(members), alone=alone, exc_info=error
         )
-        lost = self.hangs or self._engine.backend.is_lost(error)
+        lost = self.hangs or self._engine.runner.is_lost(error)
         if not lost and await self._computes():
             guilty = self.suspects.failed(alone, members)
             if guilty:
@@ -160,16 +159,16 @@ class Steps:
     async def _computes(self) -> bool:
         """Whether the engine can compute a token of nobody."""
         try:
-            planned = self._engine.begin_probe()
+            step = self._engine.plan_probe()
         except OutOfBlocks:
             return True  # there is no room to find out: the next steps will tell
         try:
-            await self._compute(planned)
+            await self._compute(step)
         except Exception as error:
             log.error("probe.failed", error=repr(error))
             return False
         finally:
-            self._engine.end_probe(planned)
+            self._engine.end_probe(step)
         return True
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import httpx
 import pytest
 
-from common.config import EngineSettings
 from common.engine import Completion, Engine
 from tests.support.docker import ROOT, Ahead, Compose, NoEngine
 from tests.support.load import Load, bodies, truth
@@ -39,7 +38,7 @@ def system(docker_ahead: Ahead) -> Iterator[Compose]:
 
 @pytest.fixture(scope="module")
 def engine() -> Engine:
-    return Engine(EngineSettings(threads=1, num_kv_blocks=1024))
+    return Engine.load(threads=1, num_kv_blocks=1024)
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from common.config import EngineSettings
 from common.engine import Engine, SamplingParams
 from common.model_files import SHIPPED_MODEL
 from tests.support.checkpoints import save_random_model, transformers_model
-from tests.support.engines import prompt_logits
+from tests.support.engines import prompt_logits, with_poison
 
 DEVICES = [
     "cpu",
@@ -33,7 +33,7 @@ def reference_engine(folder: Path, device: str, dtype: str = "float32", **fields
         "model": str(folder), "device": device, "dtype": dtype, "kernels": "reference",
         "num_kv_blocks": 256, "max_num_seqs": 8, "max_num_batched_tokens": 96,
     }  # fmt: skip
-    return Engine(EngineSettings(**(settings | fields)), poison_freed_blocks=True)  # type: ignore[arg-type]
+    return with_poison(EngineSettings(**(settings | fields)))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -166,7 +166,7 @@ def test_a_replay_goes_on_with_the_same_tokens() -> None:
 
 def test_any_stop_id_of_the_list_ends_a_sequence() -> None:
     engine = poisoned_engine()
-    assert engine.description.stop_token_ids == (2, 1)
+    assert engine.facts.stop_token_ids == (2, 1)
     (free,) = engine.generate([[1, 403]], SamplingParams(max_tokens=490, temperature=0.0))
     assert free.finish_reason is FinishReason.STOP
     assert free.token_ids[-1] in (1, 2)
@@ -197,14 +197,14 @@ def test_a_failed_step_is_computed_again() -> None:
     engine = poisoned_engine()
     engine.add("r", PROMPTS[0], sampled(10))
     tokens: list[int] = []
-    original, failures = engine.model.forward, iter([False, True, False, True, True])
+    original, failures = engine.runner.model.forward, iter([False, True, False, True, True])
 
     def forward(*arguments: object) -> Tensor:
         if next(failures, False):
             raise RuntimeError("a kernel crashed")
         return original(*arguments)  # type: ignore[arg-type]
 
-    engine.model.forward = forward  # type: ignore[method-assign, assignment]
+    engine.runner.model.forward = forward  # type: ignore[method-assign, assignment]
     crashes = 0
     while engine.has_work:
         try:
@@ -280,7 +280,7 @@ def test_the_pool_has_the_size_that_was_asked_for() -> None:
 def test_weights_that_do_not_fit_are_refused_before_they_are_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("common.engine.loading.free_memory", lambda device: 1 << 19)
+    monkeypatch.setattr("common.engine.runner.loading.free_memory", lambda device: 1 << 19)
     with pytest.raises(InsufficientMemory, match=r"the weights take \d+ MiB as float32.*smaller"):
         Engine.load(STORIES, dtype="float32")
 

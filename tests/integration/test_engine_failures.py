@@ -12,8 +12,9 @@ from torch import Tensor
 from common.engine import Engine, FinishReason, SamplingParams, StepOutput
 from common.engine.backends.base import Rows
 from common.engine.backends.reference import ReferenceBackend
-from common.engine.engine import StepNotBuilt
-from common.engine.kv_cache import KVCache
+from common.engine.core.engine_core import StepNotBuilt
+from common.engine.runner.kv_cache import KVCache
+from common.engine.runner.soundness import filled_blocks
 from common.errors import (
     CheckpointError,
     ConfigError,
@@ -91,19 +92,22 @@ def test_parameters_that_leave_no_token_are_refused_when_they_are_made() -> None
         SamplingParams(allowed_token_ids=(5, 6), banned_token_ids=(6, 5))
 
 
-def test_a_step_that_cannot_be_built_is_built_again() -> None:
+def test_a_step_that_cannot_be_built_is_built_again(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = poisoned_engine()
-    (expected,) = poisoned_engine().generate([PROMPT], greedy(5))
-    engine.add("r", PROMPT, greedy(5))
-    add = engine._sampler.add
+    (expected,) = poisoned_engine().generate([PROMPT], greedy(5, presence_penalty=1.0))
+    engine.add("r", PROMPT, greedy(5, presence_penalty=1.0))
 
-    def fail(*arguments: object) -> None:
+    def fail(*arguments: object, **fields: object) -> None:
         raise MemoryError
 
-    engine._sampler.add = fail  # type: ignore[method-assign, assignment]
-    with pytest.raises(StepNotBuilt, match="MemoryError"):
-        engine.step()
-    engine._sampler.add = add  # type: ignore[method-assign]
+    for owner, name, error in (
+        (engine._slots, "take", StepNotBuilt),
+        (engine.runner.sampler, "add", MemoryError),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, fail)
+            with pytest.raises(error):
+                engine.step()
     tokens = [token for output in run(engine) for token in output.token_ids]
     assert tuple(tokens) == expected.token_ids
 
@@ -149,9 +153,9 @@ def test_what_is_not_finite_fails_its_request_and_is_in_no_cache(at: int, choice
     (expected,) = poisoned_engine().generate([LONG], greedy(5))
     prompt = [*LONG[:at], 499, *LONG[at + 1 :]]
     (right,) = poisoned_engine().generate([prompt], greedy(5))
-    embedding = engine.model._embedding
-    engine.model._embedding = embedding.clone()
-    engine.model._embedding[499] = float("inf")
+    embedding = engine.runner.model._embedding
+    engine.runner.model._embedding = embedding.clone()
+    engine.runner.model._embedding[499] = float("inf")
     engine.add("bad", prompt, greedy(5), choices=range(choices))
     engine.add("good", LONG, greedy(5))
     outputs = run(engine)
@@ -161,7 +165,7 @@ def test_what_is_not_finite_fails_its_request_and_is_in_no_cache(at: int, choice
     ]
     tokens = [t for output in outputs if output.request_id == "good" for t in output.token_ids]
     assert tuple(tokens) == expected.token_ids
-    engine.model._embedding = embedding
+    engine.runner.model._embedding = embedding
     (again,) = engine.generate([prompt], greedy(5))
     assert again.token_ids == right.token_ids
 
@@ -174,19 +178,19 @@ def test_an_infinite_key_that_nobody_has_looked_at_is_in_no_cache(fills: str, ch
     size = engine.layout.block_size
     prompt = LONG[: 3 * size - (2 if fills == "generated" else 0)]
     (expected,) = engine.generate([LONG], greedy(5))
-    forward, damaged = engine.model.forward, []
+    forward, damaged = engine.runner.model.forward, []
 
     def forward_and_damage(rows: Rows, cache: KVCache) -> Tensor:
         hidden = forward(rows, cache)
         for sequence in engine.scheduler.running:
-            planned = engine._planned
+            planned = engine._step
             if sequence.request_id == "bad" and planned is not None and not damaged:
-                for block in planned.filled.get(sequence.sequence_id, []):
+                for block in filled_blocks(planned.input, size).get(sequence.sequence_id, []):
                     damaged.append(block)
                     cache.elements[block, -1] = float("inf")
         return hidden
 
-    engine.model.forward = forward_and_damage  # type: ignore[method-assign]
+    engine.runner.model.forward = forward_and_damage  # type: ignore[method-assign]
     engine.add("bad", prompt, greedy(8), choices=range(choices), cache_salt="its own")
     outputs = run(engine)
     assert damaged
@@ -202,7 +206,7 @@ def test_a_block_that_spoils_who_reads_it_leaves_the_cache_with_them() -> None:
     """However that came about: the next request computes it."""
     engine = poisoned_engine()
     (expected,) = engine.generate([LONG], greedy(5))
-    engine.cache.poison(engine.pool.lookup(engine.pool.snapshot().block_hashes))
+    engine.runner.cache.poison(engine.pool.lookup(engine.pool.snapshot().block_hashes))
     with pytest.raises(NotFiniteLogits):
         engine.generate([LONG], greedy(5))
     (again,) = engine.generate([LONG], greedy(5))
@@ -219,11 +223,11 @@ def test_an_aborted_request_hears_nothing_of_its_fault() -> None:
 
     engine.add("r", PROMPT, greedy(5))
     with watched_hidden_states(engine, damage):
-        planned = engine.begin_step()
+        planned = engine.plan()
         assert planned is not None
-        computed = engine.compute(planned)
+        computed = engine.runner.run(planned.input)
         engine.abort("r")
-        assert engine.end_step(planned, computed) == []
+        assert engine.commit(planned, computed) == []
     engine.check_idle()
 
 
@@ -240,17 +244,17 @@ def test_an_abort_inside_a_step_frees_everything(choices: int, moment: str, cras
         engine.add("other", PROMPT, greedy(6))
         for _ in range(steps):
             engine.step()
-        planned = engine.begin_step()
+        planned = engine.plan()
         assert planned is not None
         if moment == "planned":
             engine.abort("r")
         if crash:
-            engine.fail_step(planned)
+            engine.fail(planned)
             engine.abort("r")
         else:
-            computed = engine.compute(planned)
+            computed = engine.runner.run(planned.input)
             engine.abort("r")
-            assert all(o.request_id == "other" for o in engine.end_step(planned, computed))
+            assert all(o.request_id == "other" for o in engine.commit(planned, computed))
         assert all(output.request_id == "other" for output in run(engine))
 
 
@@ -342,7 +346,7 @@ def test_each_engine_computes_with_its_own_threads() -> None:
             engine.generate([PROMPT], greedy(2))
         assert set(seen) == {(threads, threads)}
         seen.clear()
-    one.backend.enter_thread()
+    one.runner.backend.enter_thread()
 
 
 def test_errors_have_a_code_and_a_place_in_the_tree() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
-from common.config import EngineSettings, GatewaySettings, load
+from common.config import GatewaySettings, load
 from common.engine import Engine
 from common.errors import ConfigError
 from common.identity import ModelIdentity
@@ -148,7 +148,7 @@ async def test_the_gateway_is_ready_while_some_model_has_nodes(
 
 @pytest.mark.parametrize("name", ["stories260K", "babyllama361"])
 def test_gateway_and_node_read_the_same_identity_from_the_same_folder(name: str) -> None:
-    engine = Engine(EngineSettings(model=str(MODELS / name), dtype="float32", num_kv_blocks=32))
+    engine = Engine.load(MODELS / name, dtype="float32", num_kv_blocks=32)
     (served,) = load_models(GatewaySettings(model=str(MODELS / name)))
     assert served.identity.mismatch(engine.fingerprint) is None
     assert all(dataclasses.astuple(served.identity))

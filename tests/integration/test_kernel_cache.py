@@ -28,12 +28,12 @@ from common.engine import Engine, SamplingParams
 digest = hashlib.blake2b(digest_size=16)
 for dtype in sys.argv[1:]:
     engine = Engine.load(dtype=dtype, threads=1, num_kv_blocks=32)
-    original = engine.model.logits
+    original = engine.runner.model.logits
     def logits(hidden):
         rows = original(hidden)
         digest.update(rows.contiguous().view(torch.uint8).numpy().tobytes())
         return rows
-    engine.model.logits = logits
+    engine.runner.model.logits = logits
     params = SamplingParams(max_tokens=30, seed=3, ignore_eos=True, prompt_logprobs=0)
     engine.generate([list(range(7, 157))], params)
 print(digest.hexdigest())

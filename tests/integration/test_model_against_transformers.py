@@ -263,7 +263,7 @@ def test_a_scaling_without_a_base_has_the_base_of_the_model(tmp_path: Path) -> N
 def test_a_length_beyond_what_the_rope_reaches_is_refused(tmp_path: Path) -> None:
     folder = save_random_model(tmp_path, "llama", 7, **TINY)
     change_config(folder, ["rope_parameters"], rope_scaling=YARN)
-    assert Engine.load(folder, max_model_len=1024, num_kv_blocks=8).max_model_len == 1024
+    assert Engine.load(folder, max_model_len=1024, num_kv_blocks=8).facts.max_model_len == 1024
     with pytest.raises(ConfigError, match=r"1025.*1024"):
         Engine.load(folder, max_model_len=1025, num_kv_blocks=8)
 

@@ -9,13 +9,14 @@ import torch
 
 from common.config import EngineSettings
 from common.engine import Engine, SamplingParams
-from common.engine.output import TokenLogprob
-from common.engine.sequence import Sequence
+from common.engine.core.sequence import Sequence
+from common.engine.sampler_io import TokenLogprob
 from common.messages import Offer
 from common.node.kv import NodeKV, SharedMemory
 from common.sampling import FinishReason
 from kv_transfer.ports import Piece
 from tests.support.checkpoints import STORIES
+from tests.support.engines import with_poison
 
 PROMPT = list(range(3, 44))
 LENGTH = 60
@@ -37,9 +38,7 @@ class EngineWithMemory:
         settings = EngineSettings(
             model=str(STORIES), dtype="float32", threads=1, num_kv_blocks=64, max_num_seqs=8
         )
-        self.engine = Engine(
-            settings, storage=shared.allocate, on_free=shared.freed, poison_freed_blocks=True
-        )
+        self.engine = with_poison(settings, storage=shared.allocate, on_free=shared.freed)
         assert shared.memory is not None
         self.memory = shared.memory
         self.kv = NodeKV(self.engine, shared.memory, digests=True)
@@ -49,11 +48,11 @@ class EngineWithMemory:
 
     def steps(self, count: int = 1000) -> None:
         while self.engine.has_work and count:
-            planned = self.engine.begin_step()
-            assert planned is not None
-            for chunk in planned.step.chunks:
+            step = self.engine.plan()
+            assert step is not None
+            for chunk in step.chunks:
                 self.num_computed[chunk.is_prompt] += chunk.length
-            for output in self.engine.end_step(planned, self.engine.compute(planned)):
+            for output in self.engine.commit(step, self.engine.runner.run(step.input)):
                 self.tokens += output.token_ids
                 self.logprobs += output.logprobs
             count -= 1

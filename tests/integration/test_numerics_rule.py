@@ -19,6 +19,7 @@ from common.config import EngineSettings
 from common.engine import Engine, SamplingParams
 from common.engine.backends.cpu import CpuBackend
 from tests.support.checkpoints import save_random_model
+from tests.support.engines import with_poison
 from tests.support.logit_record import RandomProposer, Run, run_recorded
 
 VOCAB = 512
@@ -83,15 +84,15 @@ def requests(seed: int) -> tuple[dict[str, list[int]], dict[str, SamplingParams]
 def run(
     folder: Path, regime: Regime, dtype: str, threads: int, seed: int, truth: Run | None
 ) -> Run:
-    engine = Engine(
+    engine = with_poison(
         EngineSettings(
             model=str(folder), dtype=dtype, threads=threads, max_num_seqs=regime.max_num_seqs,
             max_num_batched_tokens=regime.max_num_batched_tokens,
             num_kv_blocks=regime.num_kv_blocks, enable_prefix_caching=regime.prefix_caching,
-        ),
-        proposer=RandomProposer(truth.tokens, VOCAB, seed) if regime.drafts and truth else None,
-        poison_freed_blocks=True,
+        )
     )  # fmt: skip
+    if regime.drafts and truth:
+        engine.proposer = RandomProposer(truth.tokens, VOCAB, seed)
     prompts, params = requests(seed)
     order = [name for name in prompts if regime.longest or name != "longest"]
     np.random.default_rng(seed + regime.max_num_seqs).shuffle(order)

@@ -7,18 +7,20 @@ import contextlib
 import dataclasses
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
+from typing import Any
 
-import numpy as np
 import pytest
-from numpy.typing import NDArray
 from torch import Tensor
 
 from common.config import RedisSettings
-from common.engine import Engine, SamplingParams
+from common.engine import SamplingParams
 from common.engine.backends.base import Rows
-from common.engine.kv_cache import KVCache
+from common.engine.core.sequence import Sequence
+from common.engine.core.step import Step
+from common.engine.runner.kv_cache import KVCache
+from common.engine.runner.model_runner import ModelRunner
+from common.engine.runner.thread_runner import ThreadRunner
 from common.errors import EngineBroken
 from common.messages import Failed
 from common.node.attempt import ALONE_TOKENS
@@ -47,19 +49,19 @@ def a_request(number: int, token_ids: tuple[int, ...], **fields: object) -> Entr
 
 
 @contextlib.contextmanager
-def faulty(engine: Engine, fault: Fault) -> Iterator[None]:
+def faulty(runner: ModelRunner, fault: Fault) -> Iterator[None]:
     """`fault` looks at the rows of each step before they are computed."""
-    original = engine.model.forward
+    original = runner.model.forward
 
     def forward(rows: Rows, cache: KVCache) -> Tensor:
         fault(rows)
         return original(rows, cache)
 
-    engine.model.forward = forward  # type: ignore[method-assign]
+    runner.model.forward = forward  # type: ignore[method-assign]
     try:
         yield
     finally:
-        engine.model.forward = original  # type: ignore[method-assign]
+        runner.model.forward = original  # type: ignore[method-assign]
 
 
 def refuse_mark(rows: Rows) -> None:
@@ -73,8 +75,9 @@ class Running:
     def __init__(self, stall_limit_s: float = 60.0, **settings: object) -> None:
         self.node = ScriptedNode(poisoned_engine(num_kv_blocks=512, **settings))
         self.node.links.role = DecodeRole(self.node)  # type: ignore[arg-type]
-        self.thread = ThreadPoolExecutor(1)
-        self.node.steps = Steps(self.node, self.thread, stall_limit_s)  # type: ignore[arg-type]
+        self.runner: Any = self.node.engine.runner
+        self.node.engine.runner = ThreadRunner(lambda: self.runner)
+        self.node.steps = Steps(self.node, stall_limit_s)  # type: ignore[arg-type]
 
     async def until_idle(self) -> None:
         """All that was accepted has ended, or the engine is broken, which is raised."""
@@ -106,7 +109,7 @@ async def test_one_of_64_fails_and_the_others_get_the_tokens_they_would_have_had
         for number, token_ids in prompts.items()
     }
     prompts[40] = (*prompts[40][:20], MARK, *prompts[40][20:])
-    with faulty(running.node.engine, refuse_mark):
+    with faulty(running.runner, refuse_mark):
         for number, token_ids in prompts.items():
             running.node.role.accept(a_request(number, token_ids))
         await running.until_idle()
@@ -126,7 +129,7 @@ async def test_a_poison_among_the_generated_tokens_is_found_too() -> None:
         if (rows.positions[: rows.num_generated] == len(prompts[5]) + 3).any():
             raise RuntimeError("a kernel failed")
 
-    with faulty(running.node.engine, fault):
+    with faulty(running.runner, fault):
         for number, token_ids in enumerate(prompts):
             running.node.role.accept(a_request(number, token_ids, prompt_len=len(token_ids)))
         await running.until_idle()
@@ -138,7 +141,7 @@ async def test_a_poison_among_the_generated_tokens_is_found_too() -> None:
 async def test_a_request_whose_choices_share_the_poison_ends_with_all_of_them() -> None:
     running = Running(max_num_seqs=8)
     poison = (*prompt(1), MARK)
-    with faulty(running.node.engine, refuse_mark):
+    with faulty(running.runner, refuse_mark):
         running.node.role.accept(a_request(0, prompt(0)))
         running.node.role.accept(a_request(1, poison, choices=(0, 1, 2), prompt_len=len(poison)))
         await running.until_idle()
@@ -146,16 +149,27 @@ async def test_a_request_whose_choices_share_the_poison_ends_with_all_of_them() 
     assert len(running.tokens("r-0")) == PARAMS.max_tokens
 
 
-async def test_a_step_that_cannot_be_laid_out_is_a_step_that_fails() -> None:
+@pytest.mark.parametrize("where", ["core", "runner"])
+async def test_a_step_that_cannot_be_laid_out_is_a_step_that_fails(
+    monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
     running = Running(max_num_seqs=8)
-    engine, add = running.node.engine, running.node.engine._sampler.add
+    take, add = running.node.engine._slots.take, running.runner.sampler.add
 
-    def fail(slot: int, params: SamplingParams, *rest: object) -> None:
+    def refuse(sequence: Sequence) -> int:
+        if sequence.params.seed == 666:
+            raise MemoryError
+        return take(sequence)
+
+    def fail(slot: int, params: SamplingParams, *rest: Any, **fields: Any) -> None:
         if params.seed == 666:
             raise MemoryError
-        add(slot, params, *rest)  # type: ignore[arg-type]
+        add(slot, params, *rest, **fields)
 
-    engine._sampler.add = fail  # type: ignore[method-assign, assignment]
+    if where == "core":
+        monkeypatch.setattr(running.node.engine._slots, "take", refuse)
+    else:
+        monkeypatch.setattr(running.runner.sampler, "add", fail)
     running.node.role.accept(a_request(0, prompt(0)))
     bad = SamplingParams(max_tokens=6, ignore_eos=True, seed=666)
     running.node.role.accept(a_request(1, prompt(1), params=bad))
@@ -177,7 +191,7 @@ async def test_a_failure_that_does_not_come_again_fails_nobody() -> None:
             next_failure = next(times, 0)
             raise RuntimeError("once")
 
-    with faulty(running.node.engine, fault):
+    with faulty(running.runner, fault):
         for number in range(8):
             running.node.role.accept(a_request(number, prompt(number)))
         await running.until_idle()
@@ -191,7 +205,7 @@ async def test_an_engine_that_computes_nothing_any_more_blames_nobody() -> None:
     def fault(rows: Rows) -> None:
         raise RuntimeError("everything fails")
 
-    with faulty(running.node.engine, fault):
+    with faulty(running.runner, fault):
         for number in range(3):
             running.node.role.accept(a_request(number, prompt(number)))
         with pytest.raises(EngineBroken):
@@ -206,8 +220,8 @@ async def test_a_device_that_is_lost_ends_the_node_at_once(
     """As after an illegal access on a GPU: nothing can be computed to see whose fault it was. One
     that was computed by itself, since it was suspected before, is guilty."""
     running = Running()
-    monkeypatch.setattr(running.node.engine.backend, "is_lost", lambda error: True)
-    with faulty(running.node.engine, refuse_mark):
+    monkeypatch.setattr(running.runner.backend, "is_lost", lambda error: True)
+    with faulty(running.runner, refuse_mark):
         running.node.role.accept(a_request(0, prompt(0)))
         running.node.role.accept(a_request(1, (*prompt(1), MARK), alone=alone))
         with pytest.raises(EngineBroken):
@@ -222,14 +236,15 @@ async def test_a_device_that_is_lost_ends_the_node_at_once(
 async def test_a_step_whose_outcome_cannot_be_taken_in_ends_the_node(alone: bool) -> None:
     """No kernel has failed, but what was computed is half in the books."""
     running = Running()
-    append = running.node.engine._sampler.append
+    scheduler: Any = running.node.engine.scheduler
+    postprocess = scheduler.postprocess
 
-    def fail(slots: NDArray[np.int64], tokens: NDArray[np.int64]) -> None:
-        if alone == (len(slots) == 1):
-            raise IndexError("a slot that there is not")
-        append(slots, tokens)
+    def fail(step: Step, accepted: object) -> object:
+        if accepted and alone == (len(step.chunks) == 1):
+            raise IndexError("a block that there is not")
+        return postprocess(step, accepted)
 
-    running.node.engine._sampler.append = fail  # type: ignore[method-assign]
+    scheduler.postprocess = fail
     running.node.role.accept(a_request(0, prompt(0)))
     running.node.role.accept(a_request(1, prompt(1), alone=alone))
     steps = asyncio.create_task(running.node.steps.run())
@@ -249,12 +264,12 @@ async def test_a_step_that_hangs_ends_the_node_and_names_who_was_in_it() -> None
         if (rows.token_ids == MARK).any():
             released.wait()
 
-    with faulty(running.node.engine, fault):
+    with faulty(running.runner, fault):
         running.node.role.accept(a_request(0, (*prompt(1), MARK)))
         with pytest.raises(EngineBroken):
             await running.until_idle()
         released.set()
-        running.thread.shutdown()
+        running.node.engine.runner.close()
     assert running.failures == [("r-0", "engine_broken", True)]
     assert running.node.steps.hangs
 
@@ -265,7 +280,7 @@ async def test_a_suspect_of_another_node_is_computed_in_steps_of_its_own() -> No
     begins = running.node.role.step_begins
 
     def note(planned: object) -> None:
-        together.append({chunk.sequence.request_id for chunk in planned.step.chunks})  # type: ignore[attr-defined]
+        together.append({chunk.sequence.request_id for chunk in planned.chunks})  # type: ignore[attr-defined]
         begins(planned)
 
     running.node.role.step_begins = note

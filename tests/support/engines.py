@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,34 +12,36 @@ from torch import Tensor
 from common.config import EngineSettings
 from common.engine import Engine, SamplingParams
 from common.engine.backends.base import Rows
-from common.engine.kv_cache import KVCache
+from common.engine.runner.kv_cache import KVCache
+from common.engine.runner.model_runner import ModelRunner
+from common.engine.speculation import DeviceProposer
 from tests.support.checkpoints import STORIES
 
 
 @contextmanager
 def watched_hidden_states(engine: Engine, watch: Callable[[Rows, Tensor], None]) -> Iterator[None]:
     """Call `watch` with the rows and hidden states of every step."""
-    original = engine.model.forward
+    original = engine.runner.model.forward
 
     def forward(rows: Rows, cache: KVCache) -> Tensor:
         hidden = original(rows, cache)
         watch(rows, hidden)
         return hidden
 
-    engine.model.forward = forward  # type: ignore[method-assign]
+    engine.runner.model.forward = forward  # type: ignore[method-assign]
     try:
         yield
     finally:
-        engine.model.forward = original  # type: ignore[method-assign]
+        engine.runner.model.forward = original  # type: ignore[method-assign]
 
 
 def prompt_logits(engine: Engine, token_ids: list[int]) -> Tensor:
     """Logits of every position of a prompt, float32 `[len(token_ids), vocab]`, by a real run."""
-    logits = torch.full((len(token_ids), engine.config.vocab_size), float("nan"))
+    logits = torch.full((len(token_ids), engine.runner.config.vocab_size), float("nan"))
 
     def watch(rows: Rows, hidden: Tensor) -> None:
         for first_row, count, position in rows.prompt_chunks:
-            logits[position : position + count] = engine.model.logits(
+            logits[position : position + count] = engine.runner.model.logits(
                 hidden[first_row : first_row + count]
             ).float()
 
@@ -55,4 +57,24 @@ def poisoned_engine(**settings: Any) -> Engine:
         "model": str(STORIES), "dtype": "float32", "threads": 1, "num_kv_blocks": 256,
         "max_num_seqs": 8, "max_num_batched_tokens": 256,
     }  # fmt: skip
-    return Engine(EngineSettings(**(fields | settings)), poison_freed_blocks=True)
+    return with_poison(EngineSettings(**(fields | settings)))
+
+
+def with_poison(
+    settings: EngineSettings,
+    *,
+    storage: Callable[[int, int], Tensor] | None = None,
+    on_free: Callable[[Sequence[int]], None] | None = None,
+    proposer: DeviceProposer | None = None,
+) -> Engine:
+    """An engine that computes in the thread that calls it, with NaN in every block that nobody holds;
+    `on_free` hears of those first."""
+    runner = ModelRunner(settings, storage=storage, proposer=proposer)
+    runner.cache.poison(range(runner.facts.num_blocks))
+
+    def freed(block_ids: Sequence[int]) -> None:
+        if on_free is not None:
+            on_free(block_ids)
+        runner.cache.poison(block_ids)
+
+    return Engine(settings, runner, on_free=freed)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from common.engine import Engine, SamplingParams, StepOutput
 from common.engine.backends.base import Rows
-from common.engine.sequence import Sequence
+from common.engine.core.sequence import Sequence
 
 
 @dataclasses.dataclass
@@ -51,7 +51,7 @@ def run_recorded(
     """Add the requests in `order`, run to the end, keep the logits of all accepted positions."""
     tokens = {name: list(prompts[name]) for name in order}
     rows_seen: list[tuple[str, int, tuple[int, ...], Tensor]] = []
-    original = engine.model.forward
+    original = engine.runner.model.forward
 
     def forward(rows: Rows, cache: object) -> Tensor:
         hidden = original(rows, cache)  # type: ignore[arg-type]
@@ -61,7 +61,7 @@ def run_recorded(
         for chunk in step.chunks:
             if chunk.is_prompt and row < rows.padded_generated:
                 row = rows.padded_generated
-            logits = engine.model.logits(hidden[row : row + chunk.length])
+            logits = engine.runner.model.logits(hidden[row : row + chunk.length])
             first_draft = chunk.end - chunk.num_drafted
             for index in range(chunk.length):
                 position = chunk.start + index
@@ -72,7 +72,7 @@ def run_recorded(
             row += chunk.length
         return hidden
 
-    engine.model.forward = forward  # type: ignore[method-assign, assignment]
+    engine.runner.model.forward = forward  # type: ignore[method-assign, assignment]
     try:
         for name in order:
             engine.add(name, prompts[name], params[name])
@@ -80,7 +80,7 @@ def run_recorded(
         while engine.has_work:
             outputs += engine.step()
     finally:
-        engine.model.forward = original  # type: ignore[method-assign]
+        engine.runner.model.forward = original  # type: ignore[method-assign]
     for output in outputs:
         assert output.error is None
         assert output.position == len(tokens[output.request_id])

@@ -9,28 +9,25 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
 
 import common.node.runtime as runtime
-from common.engine import Engine
-from common.engine.engine import ComputedStep, PlannedStep
+from common.engine.interface import Filled, StepInput, StepResult
+from common.engine.runner.model_runner import ModelRunner
 from common.node.__main__ import main
 
 KILLS, HANGS = ([1, *[mark] * 20] for mark in (7, 8))
 
 
-class PoisonedEngine(Engine):
-    def compute(
-        self, planned: PlannedStep, filled: Callable[[frozenset[int]], None] | None = None
-    ) -> ComputedStep:
-        token_ids = planned.batch.rows.token_ids
+class PoisonedRunner(ModelRunner):
+    def run(self, step: StepInput, filled: Filled | None = None) -> StepResult:
+        token_ids = step.token_ids
         if (token_ids == KILLS[-1]).sum() >= 16:
             os.kill(os.getpid(), signal.SIGKILL)
         if (token_ids == HANGS[-1]).sum() >= 16:
             threading.Event().wait()
-        return super().compute(planned, filled)
+        return super().run(step, filled)
 
 
 if __name__ == "__main__":
-    runtime.Engine = PoisonedEngine  # type: ignore[misc]
+    runtime.ModelRunner = PoisonedRunner  # type: ignore[misc]
     sys.exit(main())

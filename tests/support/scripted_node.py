@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 
 from common.engine import Engine
-from common.engine.engine import PlannedStep
-from common.engine.step import Chunk
+from common.engine.core.step import Chunk, Step
 from common.messages import Failed, Message, Offer, TokenRun
 from common.node.runtime import Node
 from common.node.steps import Steps
@@ -89,7 +87,7 @@ class ScriptedNode:
         self.tasks: list[asyncio.Task[None]] = []
         self.lost: set[str] = set()
         self.sealed: list[Chunk] = []
-        self.steps = Steps(self, ThreadPoolExecutor(1), 60.0)  # type: ignore[arg-type]
+        self.steps = Steps(self, 60.0)  # type: ignore[arg-type]
         self.redis: Any = None
         self.alone: list[str] = []  # whose steps of their own were announced, "" between them
 
@@ -140,17 +138,18 @@ class ScriptedNode:
         self.end_step(role, await self.begin_step(role))
         await self.opened()
 
-    async def begin_step(self, role: Any) -> PlannedStep:
+    async def begin_step(self, role: Any) -> Step:
         """A step that has begun and is not computed yet; its links are open."""
-        planned = self.engine.begin_step()
-        assert planned is not None
-        role.step_begins(planned)
+        step = self.engine.plan()
+        assert step is not None
+        role.step_begins(step)
         await self.opened()
-        return planned
+        return step
 
-    def end_step(self, role: Any, planned: PlannedStep) -> None:
+    def end_step(self, role: Any, step: Step) -> None:
         """Compute it; the role does what it does at its end."""
-        role.step_ended(planned, self.engine.end_step(planned, self.engine.compute(planned)))
+        result = self.engine.runner.submit(step.input).result()
+        role.step_ended(step, self.engine.commit(step, result))
 
     def connect(self, peer: str, endpoint: str) -> None: ...
 

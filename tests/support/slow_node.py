@@ -7,24 +7,21 @@ still there when it looks.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
 import common.node.runtime as runtime
-from common.engine import Engine
-from common.engine.engine import ComputedStep, PlannedStep
+from common.engine.interface import Filled, StepInput, StepResult
+from common.engine.runner.model_runner import ModelRunner
 from tests.support.chaotic_node import main
 
 STEP_S = 0.01
 
 
-class SlowEngine(Engine):
-    def compute(
-        self, planned: PlannedStep, filled: Callable[[frozenset[int]], None] | None = None
-    ) -> ComputedStep:
+class SlowRunner(ModelRunner):
+    def run(self, step: StepInput, filled: Filled | None = None) -> StepResult:
         time.sleep(STEP_S)
-        return super().compute(planned, filled)
+        return super().run(step, filled)
 
 
 if __name__ == "__main__":
-    runtime.Engine = SlowEngine  # type: ignore[misc]
+    runtime.ModelRunner = SlowRunner  # type: ignore[misc]
     main()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from common.engine.block_pool import BlockPool
+from common.engine.core.block_pool import BlockPool
 from common.errors import OutOfBlocks
 from common.node.cache_feed import CacheFeed
 from gateway.prefix_index import CacheEvent, PrefixIndex

@@ -11,47 +11,22 @@ generated, never on how the step was batched. A backend that promises it says so
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from common.engine.kv_cache import KVCache
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class RowPlan:
-    """How many rows one matrix product takes, so that its kernel never depends on the batch.
-
-    Prompt rows go in calls of exactly `prompt_rows` (the last one filled up); generated rows in
-    calls of at most `generated_rows`, each a multiple of `generated_multiple`.
-    """
-
-    prompt_rows: int
-    generated_rows: int
-    generated_multiple: int
-    query_tile: int  # positions per unit of prompt attention; leaves no trace in the bits
-
-    def slices(self, rows: int, padded_generated: int) -> Iterator[slice]:
-        """The calls that `rows` rows take: half-open, in order, all of them."""
-        for start in range(0, padded_generated, self.generated_rows):
-            yield slice(start, min(start + self.generated_rows, padded_generated))
-        for start in range(padded_generated, rows, self.prompt_rows):
-            yield slice(start, start + self.prompt_rows)
-
-    def padded_generated(self, rows: int) -> int:
-        return -(-rows // self.generated_multiple) * self.generated_multiple
-
-    def padded_prompt(self, rows: int) -> int:
-        return -(-rows // self.prompt_rows) * self.prompt_rows
+from common.engine.runner.batch import Batch, RowPlan
+from common.engine.runner.kv_cache import KVCache
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Rows:
     """The rows of one step as the operations see them: `[generated, padding, prompt, padding]`.
 
-    Built once a step by batch.py; every tensor lies on the backend's device.
+    Made once a step by `Backend.prepare`; every tensor lies on the backend's device.
     """
 
     token_ids: Tensor  # int64 [rows]; 0 in padding
@@ -68,6 +43,21 @@ class Rows:
     @property
     def num_rows(self) -> int:
         return self.token_ids.shape[0]
+
+    @classmethod
+    def on(cls, device: torch.device, batch: Batch) -> Rows:
+        """Without a copy where the device is the host."""
+
+        def put(array: NDArray[np.generic]) -> Tensor:
+            return torch.from_numpy(array).to(device)
+
+        return cls(
+            token_ids=put(batch.token_ids), positions=put(batch.positions), slots=put(batch.slots),
+            num_generated=batch.num_generated, padded_generated=batch.padded_generated,
+            generated_tables=put(batch.generated_tables),
+            generated_lengths=put(batch.generated_lengths), prompt_chunks=batch.prompt_chunks,
+            prompt_tiles=put(batch.prompt_tiles), prompt_tables=put(batch.prompt_tables),
+        )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -115,6 +105,10 @@ class Backend(Protocol):
 
     def tied_linear(self, embedding: Tensor) -> Linear:
         """A head on the embedding `[vocab, hidden]` that stays in use as such: no copy."""
+        ...
+
+    def prepare(self, batch: Batch) -> Rows:
+        """Called once a step, before its operations: what all layers need of its rows, in place."""
         ...
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...

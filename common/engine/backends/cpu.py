@@ -22,8 +22,9 @@ from torch import Tensor
 
 from common.engine import cpu_kernels as kernels
 from common.engine import numba_runtime
-from common.engine.backends.base import HeadShape, Linear, RowPlan, Rows
-from common.engine.kv_cache import KVCache
+from common.engine.backends.base import HeadShape, Linear, Rows
+from common.engine.runner.batch import Batch, RowPlan
+from common.engine.runner.kv_cache import KVCache
 from common.errors import ConfigError, UnsupportedModel
 
 KERNELS_VERSION = 1  # raise it when a change of cpu_kernels.py changes bits
@@ -202,6 +203,9 @@ class CpuBackend:
         if padded_generated:
             return rows == padded_generated <= plan.generated_rows
         return rows == plan.prompt_rows
+
+    def prepare(self, batch: Batch) -> Rows:
+        return Rows.on(self.device, batch)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         out = torch.empty_like(x)

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.engine.backends.base import HeadShape, Linear, RowPlan, Rows
-from common.engine.kv_cache import KVCache
+from common.engine.backends.base import HeadShape, Linear, Rows
+from common.engine.runner.batch import Batch, RowPlan
+from common.engine.runner.kv_cache import KVCache
 
 
 class _PlainLinear:
@@ -52,6 +53,9 @@ class ReferenceBackend:
 
     def tied_linear(self, embedding: Tensor) -> Linear:
         return _PlainLinear(embedding, None)
+
+    def prepare(self, batch: Batch) -> Rows:
+        return Rows.on(self.device, batch)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = x.float()

@@ -1,19 +1,41 @@
 """What a proposer is: something that guesses the next tokens of sequences before a step.
 
 A guess never changes the output: the engine samples every position with the noise of that
-position and keeps a drafted token only where it equals the sampled one.
+position and keeps a drafted token only where it equals the sampled one. There are two places for it:
+
+- on the host, between the end of one step and the plan of the next (`HostProposer`): looking things up;
+- on the device, within a step, after its tokens were sampled (`DeviceProposer`): computing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as AnySequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from common.engine.sequence import Sequence
+import numpy as np
+from numpy.typing import NDArray
+
+from common.engine.core.sequence import Sequence
+from common.engine.interface import StepInput
+from common.engine.sampler_io import SampleOutput
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-class Proposer(Protocol):
+class HostProposer(Protocol):
     def propose(self, sequences: AnySequence[Sequence]) -> None:
         """Set `draft_token_ids` of sequences that are decoding; leave it empty where no guess
         pays. Token ids must be in the vocabulary; the scheduler drops what does not fit."""
+        ...
+
+
+class DeviceProposer(Protocol):
+    def propose(
+        self, step: StepInput, hidden: Tensor, sampled: SampleOutput, accepted: NDArray[np.int64]
+    ) -> Mapping[int, tuple[int, ...]]:
+        """By sequence id, what follows the last token that the step gives a sequence: the first
+        `accepted` of its rows count. `hidden` `[rows, hidden]` are the states of the sampled rows. In
+        the runner's thread."""
         ...

@@ -69,7 +69,7 @@ async def test_a_prompt_that_was_granted_room_is_taken_whatever_came_meanwhile(
     assert reservation is not None
     entry = Entry("1-0", dataclasses.replace(a_dispatch("queued"), params=PARAMS))
     small.role.accept(entry)
-    assert small.engine.begin_step() is None, "the only slot is promised"
+    assert small.engine.plan() is None, "the only slot is promised"
     arrives(small, offer, reservation)
     assert small.said == [TookOver("self", "moved", 1, 0, len(PROMPT) + 1)]
     small.role.cancel("gateway-1", "moved", 1, "")
@@ -154,10 +154,10 @@ async def test_a_choice_that_is_cancelled_ends_at_once_and_its_siblings_go_on(
     role.accept(entry)
     await node.step(role)
     assert node.engine.scheduler.num_running == 3
-    planned = await node.begin_step(role) if in_step else None
+    step = await node.begin_step(role) if in_step else None
     role.cancel("gateway-1", "r", 1, "stopped", frozenset({stopped}))
-    if planned is not None:
-        node.end_step(role, planned)
+    if step is not None:
+        node.end_step(role, step)
     assert node.engine.scheduler.num_running == 2
     assert role.holds(ChoiceKey("r", 1, (stopped + 1) % 3))
     assert not role.holds(ChoiceKey("r", 1, stopped))

@@ -21,6 +21,7 @@ from decode_node.role import DecodeRole
 from kv_transfer.pool_memory import HostPoolMemory
 from kv_transfer.ports import Granted, Outcome
 from tests.support.checkpoints import STORIES
+from tests.support.engines import with_poison
 from tests.support.redis import a_dispatch
 from tests.support.scripted_node import ScriptedNode, ended, key
 
@@ -88,11 +89,11 @@ async def test_a_step_that_runs_is_waited_for(node: ScriptedNode, role: DecodeRo
     node.decode_nodes("d1")
     role.accept(an_entry())
     await node.step(role)
-    planned = await node.begin_step(role)
+    step = await node.begin_step(role)
     role.drain()
     await node.opened()
     assert node.links.offers == []
-    node.end_step(role, planned)
+    node.end_step(role, step)
     assert node.links.next_tokens == [(PROMPT + 1, expected[1])]
     role.sent(ended("d1", Outcome.ADOPTED))
 
@@ -180,7 +181,7 @@ def sealing() -> Iterator[tuple[ScriptedNode, Sealing]]:
         for block in blocks:
             memories[0].begin_write(block)
 
-    engine = Engine(settings, storage=storage, on_free=freed, poison_freed_blocks=True)
+    engine = with_poison(settings, storage=storage, on_free=freed)
     (memory,) = memories
     node = ScriptedNode(engine)
     node.kv = NodeKV(engine, memory, digests=True)
@@ -223,9 +224,9 @@ async def test_blocks_that_are_being_sealed_stay_where_they_are(
         role.cancel("gateway-1", "r-1", 1, "client went away")
     else:
         while node.engine.has_work:  # it runs meanwhile
-            planned = node.engine.begin_step()
-            assert planned is not None
-            role.step_ended(planned, node.engine.end_step(planned, node.engine.compute(planned)))
+            step = node.engine.plan()
+            assert step is not None
+            role.step_ended(step, node.engine.commit(step, node.engine.runner.run(step.input)))
     assert all(node.engine.pool.references(block) == 1 for block in blocks)
     memory.may_seal.set()
     await node.opened()

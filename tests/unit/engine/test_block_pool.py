@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from common.engine.block_pool import BlockPool, CacheEventKind
+from common.engine.core.block_pool import BlockPool, CacheEventKind
 from common.errors import ConfigError, OutOfBlocks
 
 

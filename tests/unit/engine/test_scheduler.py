@@ -17,11 +17,11 @@ import pytest
 from hypothesis import Phase, event, given, settings
 from hypothesis import strategies as st
 
-from common.engine.admission import ExpectedPrompt, Room
-from common.engine.block_pool import BlockPool
-from common.engine.scheduler import Scheduler
-from common.engine.sequence import Sequence, SequenceStatus
-from common.engine.step import Chunk, Delivery, Step
+from common.engine.core.admission import ExpectedPrompt, Room
+from common.engine.core.block_pool import BlockPool
+from common.engine.core.scheduler import Scheduler
+from common.engine.core.sequence import Sequence, SequenceStatus
+from common.engine.core.step import Chunk, Delivery, Step
 from common.errors import (
     ConfigError,
     ContextLengthExceeded,

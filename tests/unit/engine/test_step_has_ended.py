@@ -13,11 +13,11 @@ def test_the_device_is_waited_for_also_by_a_step_that_samples_nothing(
 ) -> None:
     engine = poisoned_engine(max_num_batched_tokens=16)
     waits: list[int] = []
-    monkeypatch.setattr(engine.backend, "synchronize", lambda: waits.append(1))
+    monkeypatch.setattr(engine.runner.backend, "synchronize", lambda: waits.append(1))
     engine.add("request", list(range(3, 51)), SamplingParams(max_tokens=1, temperature=0.0))
-    planned = engine.begin_step()
-    assert planned is not None
-    assert not len(planned.batch.sampled), "the first chunk of three"
-    computed = engine.compute(planned)
+    step = engine.plan()
+    assert step is not None
+    assert not len(step.sampling), "the first chunk of three"
+    computed = engine.runner.run(step.input)
     assert waits == [1]
-    engine.end_step(planned, computed)
+    engine.commit(step, computed)

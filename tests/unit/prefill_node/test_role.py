@@ -7,7 +7,7 @@ import dataclasses
 
 import pytest
 
-import common.engine.sequence
+import common.engine.core.sequence
 from common.errors import LinkLost
 from common.kv_layout import chain_hashes, root_hash
 from common.messages import Failed, TookOver
@@ -62,7 +62,7 @@ async def test_a_prompt_whose_blocks_are_named_already_is_not_hashed_again(
     node.decode_nodes("d1")
     entry, mine = an_entry(), node.engine.fingerprint
     hashes = chain_hashes(root_hash(mine), entry.dispatch.token_ids, mine.block_size, 20)
-    monkeypatch.setattr(common.engine.sequence, "block_hash", None)
+    monkeypatch.setattr(common.engine.core.sequence, "block_hash", None)
     role.accept(dataclasses.replace(entry, block_hashes=tuple(hashes)))
     await node.step(role)
     (offer,) = node.links.offers
@@ -76,14 +76,16 @@ async def test_the_last_blocks_are_announced_before_the_first_token_is_there(
 ) -> None:
     node.decode_nodes("d1")
     role.accept(an_entry())
-    planned = await node.begin_step(role)
+    step = await node.begin_step(role)
     blocks = node.engine.pool.blocks_for(20)
     assert 20 % node.engine.layout.block_size, "the prompt has a tail"
 
-    computed = node.engine.compute(planned, lambda _: role.step_filled(role.handed_over(planned)))
+    computed = node.engine.runner.run(
+        step.input, lambda _: role.step_filled(role.handed_over(step))
+    )
     assert node.links.announced == list(range(blocks))
     assert node.links.committed == []
-    role.step_ended(planned, node.engine.end_step(planned, computed))
+    role.step_ended(step, node.engine.commit(step, computed))
     assert node.links.announced == list(range(blocks)), "no block is announced twice"
     assert node.links.committed == [key("d1")]
     role.sent(ended("d1", Outcome.ADOPTED))
@@ -96,21 +98,21 @@ async def test_blocks_of_a_step_that_is_not_finite_are_sealed_and_announced_to_n
     """The other node would find them in its cache."""
     node.decode_nodes("d1")
     role.accept(an_entry())
-    planned = node.engine.begin_step()
-    assert planned is not None
-    role.step_begins(planned)
+    step = node.engine.plan()
+    assert step is not None
+    role.step_begins(step)
     await node.opened()
     before = list(node.links.announced)
     if broken:
-        embedding = node.engine.model._embedding.clone()
+        embedding = node.engine.runner.model._embedding.clone()
         embedding[17] = float("nan")
-        monkeypatch.setattr(node.engine.model, "_embedding", embedding)
-    filled = node.when_filled(planned)  # type: ignore[misc]
-    computed = await asyncio.to_thread(node.engine.compute, planned, filled)
+        monkeypatch.setattr(node.engine.runner.model, "_embedding", embedding)
+    filled = node.when_filled(step)  # type: ignore[misc]
+    computed = await asyncio.to_thread(node.engine.runner.run, step.input, filled)
     await asyncio.sleep(0)
     announced = node.links.announced[len(before) :]
     assert (not node.sealed, not announced) == (broken, broken)
-    role.step_ended(planned, node.engine.end_step(planned, computed))
+    role.step_ended(step, node.engine.commit(step, computed))
     if broken:
         assert node.links.announced == before
         assert node.links.cancelled == [key("d1")]
@@ -140,13 +142,13 @@ async def test_of_a_request_that_is_cancelled_meanwhile_nothing_more_is_announce
 ) -> None:
     node.decode_nodes("d1")
     role.accept(an_entry())
-    planned = await node.begin_step(role)
-    chunks = role.handed_over(planned)
+    step = await node.begin_step(role)
+    chunks = role.handed_over(step)
     announced = list(node.links.announced)  # what the prefix cache had
     role.cancel("gateway-1", "r-1", 1, "the client went away")
     role.step_filled(chunks)
     assert node.links.announced == announced
-    node.end_step(role, planned)
+    node.end_step(role, step)
     role.sent(ended("d1", Outcome.CANCELLED))
     assert role.num_open == 0
 
@@ -156,10 +158,10 @@ async def test_a_link_that_is_found_down_by_sending_over_it_is_no_crash(
 ) -> None:
     node.decode_nodes("d1", "d2")
     role.accept(an_entry())
-    planned = await node.begin_step(role)
+    step = await node.begin_step(role)
     (first,) = node.links.offers
     node.links.ended = [Ended(Key(first.link, "r-1", 1, 0), True, Outcome.LINK_LOST, "link_lost")]
-    node.end_step(role, planned)
+    node.end_step(role, step)
     await node.opened()
     assert {offer.link for offer in node.links.offers} == {"link-d1", "link-d2"}
     (committed,) = node.links.committed
@@ -232,13 +234,13 @@ async def test_an_attempt_that_is_cancelled_while_a_link_fails_to_open_ends(
     node.decode_nodes("d1")
     node.links.unreachable = {"d1": RuntimeError}
     role.accept(an_entry())
-    planned = node.engine.begin_step()
-    assert planned is not None
-    role.step_begins(planned)
+    step = node.engine.plan()
+    assert step is not None
+    role.step_begins(step)
     role.cancel("gateway-1", "r-1", 1, "closed")
     await node.opened()
     assert role.num_open == 0
-    node.end_step(role, planned)
+    node.end_step(role, step)
 
 
 async def test_a_node_that_failed_it_is_asked_again_when_there_is_no_other(

@@ -23,7 +23,7 @@ from __future__ import annotations
 import collections.abc
 import dataclasses
 
-from common.engine.block_pool import BlockPool
+from common.engine.core.block_pool import BlockPool
 
 
 @dataclasses.dataclass(slots=True, eq=False)

@@ -1,7 +1,7 @@
 """Which sequence has which slot of the sampler: from its first sampled token, while it runs.
 
-Owns the slots, and how a step's sampled rows look to the sampler. Knows nothing of logits or of
-when a sequence ends.
+Owns the slots, what the sampler has to hear about them before the next step, and how a step's sampled
+rows look to it. Knows nothing of logits or of when a sequence ends.
 """
 
 from __future__ import annotations
@@ -10,49 +10,63 @@ from collections.abc import Sequence as AnySequence
 
 import numpy as np
 
-from common.engine.sampler import Sampler, SampleRows
-from common.engine.sequence import Sequence
-from common.engine.step import Chunk, Delivery
+from common.engine.core.sequence import Sequence
+from common.engine.core.step import Chunk
+from common.engine.interface import SlotChanges, SlotOpening
+from common.engine.sampler_io import SampleRows
+
+_NOTHING = np.empty(0, np.int64)
 
 
 class SequenceSlots:
     """`len()` is the number of slots that are held."""
 
-    def __init__(self, sampler: Sampler, count: int) -> None:
-        self._sampler = sampler
+    def __init__(self, count: int) -> None:
+        self._count = count
         self._free = list(range(count - 1, -1, -1))
         self._held: dict[int, int] = {}  # sequence id → slot
+        self._reset = False
+        self._closed: list[int] = []
+        self._opened: list[SlotOpening] = []
 
     def __len__(self) -> int:
         return len(self._held)
+
+    def changes(self) -> SlotChanges:
+        """What the sampler has not heard of yet, for the next step."""
+        changes = SlotChanges(self._reset, tuple(self._closed), tuple(self._opened))
+        self._forget_changes(reset=False)
+        return changes
+
+    def reset(self) -> None:
+        """A step has failed, and how much of its changes was made is unknown: every slot is given
+        back, and filled anew from its sequence's tokens when that samples next."""
+        self._free = list(range(self._count - 1, -1, -1))
+        self._held.clear()
+        self._forget_changes(reset=True)
 
     def take(self, sequence: Sequence) -> int:
         """The sequence's slot, filled when it had none."""
         slot = self._held.get(sequence.sequence_id)
         if slot is None:
-            slot = self._free[-1]
-            self._sampler.add(
-                slot, sequence.params, sequence.choice, sorted(sequence.stop_ids),
-                sequence.token_ids[: sequence.prompt_len],
-                sequence.token_ids[sequence.prompt_len :],
+            slot = self._held[sequence.sequence_id] = self._free.pop()
+            prompt = generated = _NOTHING
+            if sequence.params.has_penalties:
+                tokens = np.array(sequence.token_ids, np.int64)
+                prompt, generated = np.split(tokens, [sequence.prompt_len])
+            opening = SlotOpening(
+                slot, sequence.params, sequence.choice, tuple(sorted(sequence.stop_ids)),
+                sequence.prompt_len, prompt, generated,
             )  # fmt: skip
-            self._held[sequence.sequence_id] = self._free.pop()
+            self._opened.append(opening)
         return slot
 
     def give_back(self, sequence: Sequence) -> None:
         """Free the sequence's slot, if it has one."""
         slot = self._held.pop(sequence.sequence_id, None)
         if slot is not None:
-            self._sampler.remove(slot)
+            self._closed.append(slot)
             self._free.append(slot)
-
-    def append(self, deliveries: AnySequence[Delivery]) -> None:
-        """Tell the sampler what was accepted, for penalties."""
-        slots = [self._held[delivery.sequence.sequence_id] for delivery in deliveries]
-        counts = [len(delivery.token_ids) for delivery in deliveries]
-        tokens = [token for delivery in deliveries for token in delivery.token_ids]
-        if tokens:
-            self._sampler.append(np.repeat(np.array(slots), counts), np.array(tokens))
 
     def rows(self, chunks: AnySequence[Chunk], sources: AnySequence[int]) -> SampleRows:
         """The last 1 + num_drafted rows of each chunk; `sources` are the rows of their logits."""
@@ -69,3 +83,7 @@ class SequenceSlots:
             draft_length=offsets,
             sources=np.array(sources, np.int64),
         )
+
+    def _forget_changes(self, *, reset: bool) -> None:
+        self._reset = reset
+        self._closed, self._opened = [], []

@@ -15,41 +15,41 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from common.engine.batch import Batch
-from common.engine.step import Step
+from common.engine.interface import StepInput
+from common.engine.runner.batch import Batch
 
 
-def sound_rows(step: Step, hidden: Tensor) -> Tensor | None:
+def sound_rows(step: StepInput, hidden: Tensor) -> Tensor | None:
     """Which of the rows `[rows, hidden]` are finite, bool `[rows]`; None where the sampler looks at
     every one. Does not wait for the device."""
-    if all(
-        not chunk.is_prompt and chunk.samples and chunk.length == 1 + chunk.num_drafted
-        for chunk in step.chunks
-    ):
+    is_decoding = step.samples & (step.lengths == 1 + step.num_drafted)
+    if step.num_generated == step.num_chunks and is_decoding.all():
         return None
     return torch.isfinite(hidden.sum(-1, dtype=torch.float32))
 
 
-def spoiled(step: Step, batch: Batch, sound: Tensor | None) -> frozenset[int]:
+def spoiled(step: StepInput, batch: Batch, sound: Tensor | None) -> frozenset[int]:
     """The ids of sequences of which a row is not sound; what was drafted may yet be rejected."""
     if sound is None:
         return frozenset()
     is_sound = sound.cpu().numpy()
+    ends = batch.first_rows + step.lengths - step.num_drafted
     return frozenset(
-        chunk.sequence.sequence_id
-        for chunk, row in zip(step.chunks, batch.first_rows, strict=True)
-        if not is_sound[row : row + chunk.length - chunk.num_drafted].all()
+        int(sequence_id)
+        for sequence_id, row, end in zip(step.sequence_ids, batch.first_rows, ends, strict=True)
+        if not is_sound[row:end].all()
     )
 
 
-def filled_blocks(step: Step, block_size: int) -> dict[int, list[int]]:
+def filled_blocks(step: StepInput, block_size: int) -> dict[int, list[int]]:
     """By id of their sequence, the blocks that a step fills to their end."""
-    filled = {}
-    for chunk in step.chunks:
-        first, end = chunk.start // block_size, (chunk.end - chunk.num_drafted) // block_size
-        if first < end:
-            filled[chunk.sequence.sequence_id] = chunk.sequence.block_table[first:end]
-    return filled
+    firsts = (step.starts // block_size).tolist()
+    ends = ((step.starts + step.lengths - step.num_drafted) // block_size).tolist()
+    return {
+        int(step.sequence_ids[chunk]): step.blocks(chunk, first, end)
+        for chunk, (first, end) in enumerate(zip(firsts, ends, strict=True))
+        if first < end
+    }
 
 
 def infinite(blocks: Mapping[int, Sequence[int]], elements: Tensor) -> frozenset[int]:

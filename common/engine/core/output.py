@@ -1,37 +1,16 @@
 """What comes out of an engine: per step, or of a whole request.
 
-Owns the records only; engine.py fills them. Positions are absolute.
+Owns the records only; engine_core.py fills them. Positions are absolute.
 """
 
 from __future__ import annotations
 
 import dataclasses
 
-from common.engine.sampler_io import Logprobs
-from common.engine.sequence import Sequence
+from common.engine.core.sequence import Sequence
+from common.engine.sampler_io import TokenLogprob
 from common.errors import PdqError
 from common.sampling import FinishReason
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class TokenLogprob:
-    """Log probabilities at one position: `top` are (token id, logprob), the most likely first."""
-
-    logprob: float
-    rank: int
-    top: tuple[tuple[int, float], ...]
-
-    @classmethod
-    def of(cls, scores: Logprobs, row: int, top: int) -> TokenLogprob:
-        """Of one row that asked for `top`; a small vocabulary has fewer."""
-        ids = scores.top_ids[row, :top]
-        ids = ids[ids >= 0]
-        logprobs = scores.top[row, : len(ids)]
-        return cls(
-            float(scores.chosen[row]),
-            int(scores.ranks[row]),
-            tuple(zip(ids.tolist(), logprobs.tolist(), strict=True)),
-        )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

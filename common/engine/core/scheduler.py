@@ -28,10 +28,10 @@ from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from operator import attrgetter
 
-from common.engine.admission import Admission, ExpectedPrompt, Room
-from common.engine.block_pool import BlockPool
-from common.engine.sequence import Sequence, SequenceStatus
-from common.engine.step import Chunk, Delivery, Step
+from common.engine.core.admission import Admission, ExpectedPrompt, Room
+from common.engine.core.block_pool import BlockPool
+from common.engine.core.sequence import Sequence, SequenceStatus
+from common.engine.core.step import Chunk, Delivery, Step
 from common.errors import (
     ConfigError,
     ContextLengthExceeded,
@@ -192,6 +192,7 @@ class Scheduler:
             self._register(child)
             child.block_hashes = list(parent.block_hashes)
             self._step.forked.append(dataclasses.replace(chunk, sequence=child))
+            self._step.parents.append(chunk)
             if not self.num_free_slots:
                 insort(self._waiting, child, key=_order)
                 continue

@@ -1,0 +1,1 @@
+"""The engine's host side: decides, keeps the books, computes nothing."""

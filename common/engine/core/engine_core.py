@@ -1,0 +1,395 @@
+"""The engine's host side: requests in, steps out, results in, tokens out.
+
+Owns the sequences and what is kept beside them: the scheduler's order and budget, the blocks of the
+pool, the sampler's slots, prompt logprobs. Decides everything and computes nothing: what a step needs
+to know goes to a runner as plain data (interface.py). Not thread-safe: one thread calls it, and may
+do so while a runner computes.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from collections.abc import Sequence as AnySequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.config import EngineSettings
+from common.engine.core.admission import ExpectedPrompt
+from common.engine.core.block_pool import BlockPool
+from common.engine.core.output import StepOutput
+from common.engine.core.scheduler import Scheduler
+from common.engine.core.sequence import Sequence, SequenceStatus
+from common.engine.core.sequence_slots import SequenceSlots
+from common.engine.core.step import Chunk, Delivery, Step
+from common.engine.core.step_input import step_input
+from common.engine.interface import (
+    MAX_CHOICES,
+    EngineFacts,
+    StepResult,
+    num_sampler_slots,
+)
+from common.engine.sampler_io import RowFault, SampleOutput, TokenLogprob
+from common.engine.speculation import HostProposer
+from common.errors import InvalidRequest, NotFiniteLogits, TokenOutOfRange
+from common.kv_layout import Fingerprint, KVLayout, root_hash
+from common.sampling import FinishReason, SamplingParams
+
+NOT_FINITE = "NaN or infinity"
+
+
+class StepNotBuilt(Exception):
+    """The step could not be laid out, and its sequences wait again; `__cause__` says why."""
+
+    def __init__(self, step: Step, cause: Exception) -> None:
+        super().__init__(repr(cause))
+        self.step = step
+
+
+class EngineCore:
+    """`facts` are those of the runner that computes its steps."""
+
+    def __init__(
+        self,
+        facts: EngineFacts,
+        settings: EngineSettings,
+        *,
+        proposer: HostProposer | None = None,
+        on_free: Callable[[AnySequence[int]], None] | None = None,
+    ) -> None:
+        """`on_free(block_ids)` hears of every block whose content is garbage from then on. Raises
+        `ConfigError`."""
+        self.facts = facts
+        self.settings = settings
+        self.pool = BlockPool(
+            facts.num_blocks, facts.layout.block_size,
+            enable_prefix_cache=settings.enable_prefix_caching, on_free=on_free,
+        )  # fmt: skip
+        self.scheduler = Scheduler(
+            self.pool, max_num_seqs=settings.max_num_seqs,
+            max_num_batched_tokens=settings.max_num_batched_tokens,
+            max_model_len=facts.max_model_len,
+        )  # fmt: skip
+        self.proposer = proposer
+        self.num_steps = 0
+        self._slots = SequenceSlots(num_sampler_slots(settings))
+        self._children: dict[int, list[Sequence]] = {}  # parent's id → choices that wait for it
+        self._prompt_logprobs: dict[int, list[TokenLogprob | None]] = {}
+        self._sequence_ids = itertools.count()
+        self._step: Step | None = None  # under way
+        self._ended: list[Sequence] = []  # while a step was under way
+
+    @property
+    def layout(self) -> KVLayout:
+        return self.facts.layout
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        return self.facts.fingerprint
+
+    # Requests come and go.
+
+    def add(
+        self,
+        request_id: str,
+        token_ids: AnySequence[int],
+        params: SamplingParams,
+        *,
+        choices: AnySequence[int] = (0,),
+        prompt_len: int | None = None,
+        priority: int = 0,
+        cache_salt: str = "",
+        block_hashes: AnySequence[bytes] = (),
+    ) -> list[Sequence]:
+        """Queue a request: one sequence per choice. Raises `InvalidRequest` before any is queued.
+
+        `block_hashes`: of its full blocks, from the first on, as far as they are computed already.
+
+        `prompt_len` below `len(token_ids)` replays tokens delivered by an earlier attempt; then
+        there is one choice only.
+        """
+        if not 1 <= len(choices) <= MAX_CHOICES:
+            raise InvalidRequest(f"n must be between 1 and {MAX_CHOICES}", param="n")
+        if min(choices) < 0 or len(set(choices)) < len(choices):
+            raise InvalidRequest(f"choices must be different numbers, got {choices}", param="n")
+        sequences = [
+            self.make_sequence(
+                request_id, token_ids, params, choice=choice, prompt_len=prompt_len,
+                priority=priority, cache_salt=cache_salt,
+            )
+            for choice in choices
+        ]  # fmt: skip
+        parent, *children = sequences
+        if children and parent.prompt_len != len(parent.token_ids):
+            raise InvalidRequest("delivered tokens belong to one choice", param="choices")
+        parent.block_hashes = list(block_hashes)
+        self.scheduler.add(parent)
+        if children:
+            self._children[parent.sequence_id] = children
+        return sequences
+
+    def make_sequence(
+        self,
+        request_id: str,
+        token_ids: AnySequence[int],
+        params: SamplingParams,
+        *,
+        choice: int = 0,
+        prompt_len: int | None = None,
+        priority: int = 0,
+        cache_salt: str = "",
+    ) -> Sequence:
+        """A checked sequence that nothing runs yet (`scheduler.adopt` takes one into held room)."""
+        vocab_size = self.facts.vocab_size
+        tokens = np.asarray(token_ids) if len(token_ids) else np.empty(0, np.int64)
+        if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+            raise InvalidRequest("a prompt must be a list of token ids", param="prompt")
+        if tokens.size and (tokens.min() < 0 or tokens.max() >= vocab_size):
+            raise TokenOutOfRange(
+                f"token ids must be in [0, {vocab_size}), got "
+                f"{tokens[(tokens < 0) | (tokens >= vocab_size)][0]}",
+                param="prompt",
+            )
+        params.check_vocabulary(vocab_size)
+        number = next(self._sequence_ids)
+        return Sequence(
+            sequence_id=number, request_id=request_id, choice=choice,
+            prompt_len=len(token_ids) if prompt_len is None else prompt_len,
+            token_ids=tokens.tolist(), params=params,
+            stop_ids=frozenset(self.facts.stop_token_ids), priority=priority, arrival=number,
+            cache_root=root_hash(self.fingerprint, cache_salt),
+        )  # fmt: skip
+
+    def expect(
+        self,
+        num_positions: int,
+        prompt_len: int,
+        params: SamplingParams,
+        *,
+        block_hashes: AnySequence[bytes],
+        priority: int = 0,
+        arrival: int | None = None,
+    ) -> ExpectedPrompt:
+        """A prompt whose first `num_positions` another node computes, for `scheduler.hold`.
+
+        `arrival`: whose place in line it takes. Raises the `InvalidRequest` that says why it can
+        never run here.
+        """
+        params.check_vocabulary(self.facts.vocab_size)
+        self.scheduler.check_length(prompt_len, params.max_tokens)
+        number = next(self._sequence_ids)
+        order = (priority, number if arrival is None else arrival, number)
+        return ExpectedPrompt(order, block_hashes, num_positions)
+
+    def finish(self, sequence: Sequence, reason: FinishReason) -> list[int]:
+        """End a sequence that is paused, or between steps; its blocks and their references go to
+        the caller.
+
+        Choices that still wait for its prompt go with it.
+        """
+        self._children.pop(sequence.sequence_id, None)
+        kept = self.scheduler.finish(sequence, reason, keep_blocks=True)
+        self._forget(sequence)
+        return kept
+
+    def abort(self, request_id: str) -> None:
+        """Free everything of a request, also while a step runs; an unknown one is ignored."""
+        for sequence in self.scheduler.abort(request_id):
+            self._children.pop(sequence.sequence_id, None)
+            self._forget(sequence)
+
+    def abort_choice(self, request_id: str, choice: int) -> bool:
+        """Free everything of one choice, also while a step runs. False, and nothing is done, for one
+        that is not there, or whose prompt others wait for."""
+        sequence = self.scheduler.sequence(request_id, choice)
+        if sequence is None or self._children.get(sequence.sequence_id):
+            return False
+        self.scheduler.finish(sequence, FinishReason.CANCELLED)
+        self._forget(sequence)
+        return True
+
+    @property
+    def has_work(self) -> bool:
+        return self.scheduler.has_work
+
+    def check_idle(self) -> None:
+        """Prove that nothing is held while nothing runs; raises AssertionError."""
+        self.scheduler.check()
+        assert not self.has_work, "there is work"
+        assert not self.scheduler.num_paused, "sequences are paused"
+        assert not self.scheduler.num_held, "room is held for prompts on their way"
+        assert self.pool.num_used == 0, f"{self.pool.num_used} blocks are held"
+        assert not self._slots, f"{len(self._slots)} sampler slots are held"
+        assert not self._children, "choices wait for a parent that is gone"
+        assert not self._prompt_logprobs, "prompt logprobs were kept"
+
+    # A step. Between `plan` and `commit` requests may come and go.
+
+    def plan(self, only: Callable[[Sequence], bool] | None = None) -> Step | None:
+        """Decide what the next step computes, of these sequences `only`; None when nothing can run.
+
+        Until `commit` or `fail`, aborted sequences keep their blocks and slots. Raises
+        `StepNotBuilt` when the step cannot be laid out; then it has failed.
+        """
+        assert self._step is None, "the last step has not ended"
+        if self.proposer is not None:
+            self.proposer.propose([s for s in self.scheduler.running if s.is_decoding])
+        step = self.scheduler.schedule(only)
+        for sequence in step.preempted:
+            self._slots.give_back(sequence)
+        if not step.chunks:
+            return None
+        self._step = step
+        try:
+            for chunk in step.sampling:
+                if children := self._children.pop(chunk.sequence.sequence_id, None):
+                    self.scheduler.fork(chunk.sequence, children)
+            step.input = step_input(step, self._slots)
+        except BaseException as error:
+            self.fail(step)
+            if isinstance(error, Exception):
+                raise StepNotBuilt(step, error) from error
+            raise
+        return step
+
+    def commit(self, step: Step, result: StepResult) -> list[StepOutput]:
+        """Take in what was computed: accept tokens, publish blocks, end sequences."""
+        assert step is self._step, "not the step under way"
+        self._step = None
+        for scored, entries in zip(step.input.scored, result.scored, strict=True):
+            chunk = step.chunks[scored.chunk]
+            known = self._prompt_logprobs.setdefault(chunk.sequence.sequence_id, [None])
+            known[chunk.start + 1 :] = entries  # a run before a preemption knew more
+        outputs = self._fail_spoiled(step, result.spoiled)
+        if result.sampled is None:
+            self.scheduler.postprocess(step, {})
+        else:
+            outputs += self._accept(step, result.sampled, result.accepted)
+        for chunk in step.sampling:
+            drafts = result.drafts.get(chunk.sequence.sequence_id)
+            if drafts and chunk.sequence.status is SequenceStatus.RUNNING:
+                chunk.sequence.draft_token_ids = list(drafts)
+        self._forget_ended()
+        self.num_steps += 1
+        return outputs
+
+    def fail(self, step: Step) -> None:
+        """The step could not be computed: its sequences wait, and are computed again."""
+        assert step is self._step, "not the step under way"
+        self._step = None
+        self.scheduler.abandon(step)
+        self._slots.reset()
+        self._forget_ended()
+
+    def plan_probe(self) -> Step:
+        """A step that computes one token of no request, to see whether anything can be computed: for
+        a runner, then `end_probe`, between two other steps. `OutOfBlocks` if there is no room."""
+        sequence = self.make_sequence("probe", [0], SamplingParams(max_tokens=1))
+        sequence.block_table = self.pool.allocate(1)
+        step = Step()
+        step.append(Chunk(sequence, 0, 1, 0, is_prompt=True, samples=False))
+        step.input = step_input(step, self._slots)
+        return step
+
+    def end_probe(self, step: Step) -> None:
+        """Whatever came of it."""
+        self.pool.release(step.chunks[0].sequence.block_table)
+
+    def _accept(
+        self, step: Step, sampled: SampleOutput, kept: NDArray[np.int64]
+    ) -> list[StepOutput]:
+        """Deliver the tokens that are kept of each chunk's."""
+        accepted: dict[int, list[int]] = {}
+        first: dict[int, int] = {}
+        outputs: list[StepOutput] = []
+        tokens = sampled.token_ids.tolist()
+        for chunk, start, count in zip(
+            step.sampling, step.sampled_rows(), kept.tolist(), strict=True
+        ):
+            sequence = chunk.sequence
+            if sequence.status is SequenceStatus.FINISHED:  # aborted meanwhile
+                continue
+            if not count:
+                if sampled.faults[start] == RowFault.NOT_FINITE:
+                    outputs.append(self._fail_not_finite(sequence))
+                else:
+                    outputs.append(self._fail(sequence, "no token that is allowed"))
+                continue
+            accepted[sequence.sequence_id] = tokens[start : start + count]
+            first[sequence.sequence_id] = start
+        deliveries = self.scheduler.postprocess(step, accepted)
+        for delivery in deliveries:
+            if delivery.sequence.status is not SequenceStatus.RUNNING:
+                self._slots.give_back(delivery.sequence)
+        outputs += [self._output(d, sampled, first[d.sequence.sequence_id]) for d in deliveries]
+        return outputs
+
+    def _output(self, delivery: Delivery, sampled: SampleOutput, start: int) -> StepOutput:
+        sequence = delivery.sequence
+        logprobs: tuple[TokenLogprob, ...] = ()
+        top = sequence.params.logprobs
+        if top is not None:
+            assert sampled.logprobs is not None
+            rows = range(start, start + len(delivery.token_ids))
+            logprobs = tuple(TokenLogprob.of(sampled.logprobs, row, top) for row in rows)
+        prompt_logprobs = self._prompt_logprobs.pop(sequence.sequence_id, None)
+        return StepOutput(
+            sequence.request_id, sequence.choice, delivery.position, tuple(delivery.token_ids),
+            logprobs, delivery.finish_reason, sequence,
+            None if prompt_logprobs is None else tuple(prompt_logprobs),
+        )  # fmt: skip
+
+    # Sequences end.
+
+    def _fail_spoiled(self, step: Step, ids: frozenset[int]) -> list[StepOutput]:
+        """End these sequences, and the choices that share their prompt."""
+        outputs: list[StepOutput] = []
+        for sequence in [chunk.sequence for chunk in step.chunks]:
+            if sequence.sequence_id not in ids:
+                continue
+            if sequence.status is SequenceStatus.FINISHED:  # aborted meanwhile
+                continue
+            outputs.append(self._fail_not_finite(sequence))
+            for forked in [chunk.sequence for chunk in step.forked]:
+                if forked.request_id == sequence.request_id:
+                    outputs.append(self._fail_not_finite(forked))
+            for child in self._children.pop(sequence.sequence_id, []):  # nothing runs it yet
+                child.move_to(SequenceStatus.FINISHED)
+                child.finish_reason = FinishReason.ERROR
+                outputs.append(_error_of(child, NOT_FINITE))
+        return outputs
+
+    def _fail_not_finite(self, sequence: Sequence) -> StepOutput:
+        """What it has read may be what spoils it: nobody else is to find that in the cache."""
+        self.pool.forget(sequence.block_table)
+        return self._fail(sequence, NOT_FINITE)
+
+    def _fail(self, sequence: Sequence, what: str) -> StepOutput:
+        """End one sequence whose row has no token; the others of the step go on."""
+        self.scheduler.finish(sequence, FinishReason.ERROR)
+        self._forget(sequence)
+        return _error_of(sequence, what)
+
+    def _forget(self, sequence: Sequence) -> None:
+        """Drop what is kept for a sequence that has ended: now, or when the step ends that may
+        be sampling for it."""
+        if self._step is not None:
+            self._ended.append(sequence)
+            return
+        self._slots.give_back(sequence)
+        self._prompt_logprobs.pop(sequence.sequence_id, None)
+
+    def _forget_ended(self) -> None:
+        ended, self._ended = self._ended, []
+        for sequence in ended:
+            self._forget(sequence)
+
+
+def _error_of(sequence: Sequence, what: str) -> StepOutput:
+    position = len(sequence.token_ids)
+    error = NotFiniteLogits(f"the model gave {what} at position {position}")
+    return StepOutput(
+        sequence.request_id, sequence.choice, position, (), (), FinishReason.ERROR, sequence,
+        error=error,
+    )  # fmt: skip

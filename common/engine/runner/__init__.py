@@ -1,0 +1,1 @@
+"""The engine's device side: computes what it is told."""

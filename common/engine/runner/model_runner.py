@@ -1,0 +1,151 @@
+"""The engine's device side: a model and its KV pool, and one step after the other of what it is told.
+
+Owns weights, KV memory, the sampler's state, and the order of a step's parts. Knows nothing of requests,
+of who holds which block, or of why a step is as it is: everything comes in a `StepInput`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.config import EngineSettings
+from common.engine.interface import (
+    EngineFacts,
+    Filled,
+    StepInput,
+    StepResult,
+    num_sampler_slots,
+)
+from common.engine.runner import loading
+from common.engine.runner.batch import Batch, lay_out
+from common.engine.runner.kv_cache import KVCache
+from common.engine.runner.soundness import filled_blocks, infinite, sound_rows, spoiled
+from common.engine.sampler import Sampler
+from common.engine.sampler_io import TokenLogprob
+from common.engine.speculation import DeviceProposer
+from common.kv_layout import Fingerprint, KVLayout
+from common.model_files import model_name, model_revision, resolve_model
+from common.model_folder.config_fields import unknown_fields
+from common.model_folder.description import describe_model, parse_overrides, read_config
+from common.model_folder.model_config import parse_model_config
+
+SCORED_AT_ONCE = 64  # positions of a prompt: their logits are large
+
+
+class ModelRunner:
+    """Implements `Runner`: `submit` computes at once, in the thread that calls it."""
+
+    def __init__(
+        self,
+        settings: EngineSettings,
+        *,
+        storage: Callable[[int, int], Tensor] | None = None,
+        proposer: DeviceProposer | None = None,
+    ) -> None:
+        """Load the model and reserve the pool.
+
+        `storage(num_blocks, slab_bytes)` gives the pool's memory when it is to be shared with
+        other processes. Raises `ModelError`, `ConfigError` or `InsufficientMemory`.
+        """
+        overrides = parse_overrides(settings.hf_overrides)
+        folder = resolve_model(
+            settings.model, settings.revision,
+            weights=settings.load_format == "auto", overrides=overrides,
+        )  # fmt: skip
+        config = read_config(folder, overrides, required=True)
+        self.config = parse_model_config(config)
+        description = describe_model(folder, config, with_sampling_defaults=False)
+        length = loading.context_length(settings, self.config)
+        device = loading.choose_device(settings.device)
+        dtype = loading.choose_dtype(settings.dtype, self.config.dtype, device)
+        self.backend = loading.make_backend(settings, device, dtype)
+        self.model = loading.load_model(settings, folder, self.config, self.backend, length)
+
+        layout = KVLayout.paged_attention(
+            num_layers=self.config.num_layers, num_kv_heads=self.config.num_kv_heads,
+            head_dim=self.config.head_dim, block_size=settings.block_size,
+            dtype=loading.dtype_name(dtype),
+        )  # fmt: skip
+        num_blocks = loading.pool_size(settings, layout, length, device)
+        memory = storage(num_blocks, layout.slab_bytes) if storage else None
+        self.cache = KVCache(layout, num_blocks, device, memory)
+        self.sampler = Sampler(self.config.vocab_size, num_sampler_slots(settings), device)
+        self._proposer = proposer
+        self.facts = EngineFacts(
+            fingerprint=Fingerprint(
+                model=settings.served_model_name or model_name(settings.model, folder),
+                revision=model_revision(folder, overrides)
+                if settings.load_format != "dummy"
+                else f"dummy-{settings.seed}",
+                layout=layout.describe(),
+                numerics=self.backend.numerics_class + self.config.rope.numerics(length),
+                block_size=settings.block_size, tokenizer=description.tokenizer_digest,
+            ),
+            layout=layout, num_blocks=num_blocks, vocab_size=self.config.vocab_size,
+            max_model_len=length, stop_token_ids=tuple(description.stop_token_ids), folder=folder,
+            unread_fields=tuple(unknown_fields(description.config)),
+        )  # fmt: skip
+
+    def submit(self, step: StepInput, filled: Filled | None = None, /) -> Future[StepResult]:
+        future: Future[StepResult] = Future()
+        try:
+            future.set_result(self.run(step, filled))
+        except BaseException as error:
+            future.set_exception(error)
+        return future
+
+    def run(self, step: StepInput, filled: Filled | None = None) -> StepResult:
+        """Copies, forward, logits, sampling."""
+        self.backend.enter_thread()
+        self.sampler.change(step.slots)
+        self.cache.copy_blocks(step.copies)
+        batch = lay_out(step, self.facts.layout.block_size, self.backend.row_plan)
+        hidden = self.model.forward(self.backend.prepare(batch), self.cache)
+        sound = sound_rows(step, hidden)
+        ids: frozenset[int] | None = None
+        if filled is not None:
+            self.backend.synchronize()
+            ids = self._spoiled(step, batch, sound)
+            filled(ids)
+        scored = self._score_prompts(step, batch, hidden)
+        sampled, accepted = None, np.empty(0, np.int64)
+        drafts: Mapping[int, tuple[int, ...]] = {}
+        if len(batch.sampled):
+            states = hidden[torch.from_numpy(batch.sampled).to(hidden.device)]
+            sampled = self.sampler.sample(self.model.logits(states), step.sampled)
+            accepted = self.sampler.accept(step.sampled, sampled)
+            if self._proposer is not None:
+                drafts = self._proposer.propose(step, states, sampled, accepted)
+        self.backend.synchronize()  # a step that samples nothing has not waited for anything
+        if ids is None:
+            ids = self._spoiled(step, batch, sound)
+        return StepResult(sampled, accepted, scored, ids, drafts)
+
+    def is_lost(self, error: BaseException, /) -> bool:
+        return self.backend.is_lost(error)
+
+    def close(self) -> None:
+        """Nothing is under way; memory goes with the object."""
+
+    def _spoiled(self, step: StepInput, batch: Batch, sound: Tensor | None) -> frozenset[int]:
+        filled = filled_blocks(step, self.facts.layout.block_size)
+        return spoiled(step, batch, sound) | infinite(filled, self.cache.elements)
+
+    def _score_prompts(
+        self, step: StepInput, batch: Batch, hidden: Tensor
+    ) -> tuple[tuple[TokenLogprob, ...], ...]:
+        scored = []
+        for chunk in step.scored:
+            row, entries = batch.first_rows[chunk.chunk], []
+            for begin in range(0, len(chunk.targets), SCORED_AT_ONCE):
+                part = chunk.targets[begin : begin + SCORED_AT_ONCE]
+                logits = self.model.logits(hidden[row + begin : row + begin + len(part)])
+                found, _ = self.sampler.logprobs(logits, part, np.full(len(part), chunk.top))
+                entries += [TokenLogprob.of(found, i, chunk.top) for i in range(len(part))]
+            scored.append(tuple(entries))
+        return tuple(scored)
