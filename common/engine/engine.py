@@ -13,15 +13,18 @@ what a node does before it serves. Not thread-safe.
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as AnySequence
+from concurrent.futures import Future, wait
 from pathlib import Path
 
 from common import config_loader
 from common.config import EngineSettings
 from common.engine.core.engine_core import EngineCore
 from common.engine.core.output import Completion, StepOutput
-from common.engine.interface import Runner
+from common.engine.core.step import Step
+from common.engine.interface import Runner, StepResult
 from common.engine.runner.model_runner import ModelRunner
 from common.engine.speculation import HostProposer
 from common.engine.text import decode, encode
@@ -44,6 +47,8 @@ class Engine(EngineCore):
     ) -> None:
         super().__init__(runner.facts, settings, proposer=proposer, on_free=on_free)
         self.runner = runner
+        self.steps_ahead = 0  # that are planned and submitted while one is computed: 0 or 1
+        self._submitted: deque[tuple[Step, Future[StepResult]]] = deque()
 
     @classmethod
     def load(cls, model: str | Path = "", **settings: object) -> Engine:
@@ -54,15 +59,28 @@ class Engine(EngineCore):
 
     def step(self) -> list[StepOutput]:
         """Run one step; [] when nothing can run now."""
-        step = self.plan()
-        if step is None:
+        submitted = self._submitted
+        while len(submitted) <= self.steps_ahead and (step := self.plan()) is not None:
+            try:
+                submitted.append((step, self.runner.submit(step.input)))
+            except BaseException:
+                self.fail(step)
+                raise
+        if not submitted:
             return []
+        step, future = submitted.popleft()
         try:
-            result = self.runner.submit(step.input).result()
+            result = future.result()
         except BaseException:
+            wait(later for _, later in submitted)
+            submitted.clear()
             self.fail(step)
             raise
         return self.commit(step, result)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._submitted) or super().has_work
 
     def warm_up(self) -> None:
         """Compile and touch what a first request would wait for: one token, then two."""

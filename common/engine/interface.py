@@ -93,6 +93,7 @@ class StepInput:
     choose a token each.
     """
 
+    number: int  # one more than the step before had
     copies: tuple[tuple[int, int], ...]  # of whole blocks (from, to), before all else
     slots: SlotChanges
     sequence_ids: NDArray[np.int64]  # [chunks]
@@ -101,7 +102,9 @@ class StepInput:
     lengths: NDArray[np.int64]  # [chunks]
     num_drafted: NDArray[np.int64]  # [chunks]
     samples: NDArray[np.bool_]  # [chunks]
-    token_ids: NDArray[np.int64]  # [sum of lengths], chunk by chunk
+    token_ids: NDArray[
+        np.int64
+    ]  # [sum of lengths], chunk by chunk; -1 - r: what the step before gave its row r
     generated_tables: NDArray[np.int32]  # [num_generated, blocks], filled up with 0
     prompt_tables: NDArray[np.int32]  # [chunks - num_generated, blocks], filled up with 0
     sampled: SampleRows  # its `sources` count the sampled positions of all chunks, in order

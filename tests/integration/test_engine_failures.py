@@ -183,7 +183,7 @@ def test_an_infinite_key_that_nobody_has_looked_at_is_in_no_cache(fills: str, ch
     def forward_and_damage(rows: Rows, cache: KVCache) -> Tensor:
         hidden = forward(rows, cache)
         for sequence in engine.scheduler.running:
-            planned = engine._step
+            planned = engine._steps[0] if engine._steps else None
             if sequence.request_id == "bad" and planned is not None and not damaged:
                 for block in filled_blocks(planned.input, size).get(sequence.sequence_id, []):
                     damaged.append(block)

@@ -80,14 +80,24 @@ def by_choice(seen: list[tuple[object, ...]]) -> dict[tuple[str, int], list[int]
     return tokens
 
 
-def test_a_runner_in_another_process_computes_the_same_bits(apart: Engine) -> None:
+@pytest.fixture(params=[0, 1], ids=["one step", "a step ahead"])
+def steps_ahead(request: pytest.FixtureRequest, apart: Engine) -> Iterator[int]:
+    """How many steps are planned before the one that is computed has ended."""
+    apart.steps_ahead = request.param
+    yield request.param
+    apart.steps_ahead = 0
+
+
+def test_a_runner_in_another_process_computes_the_same_bits(
+    apart: Engine, steps_ahead: int
+) -> None:
     here = poisoned_engine(**SETTINGS)
     expected = run(here)
     assert here.scheduler.num_preemptions, "the pool was too large for this test"
     assert run(apart) == expected
 
 
-def test_drafts_cross_and_change_nothing(apart: Engine) -> None:
+def test_drafts_cross_and_change_nothing(apart: Engine, steps_ahead: int) -> None:
     here = poisoned_engine(**SETTINGS)
     tokens = by_choice(run(here))
     prompts = {"warm": LONG, "edited": PROMPT, "greedy": LONG[:50], "gone": []}
@@ -101,7 +111,7 @@ def test_drafts_cross_and_change_nothing(apart: Engine) -> None:
 
 
 def test_a_step_that_fails_in_another_process_is_computed_again(
-    apart: Engine, monkeypatch: pytest.MonkeyPatch
+    apart: Engine, steps_ahead: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Penalties count the same tokens afterwards, although the runner has forgotten its slots."""
     expected = by_choice(run(poisoned_engine(**SETTINGS)))
@@ -110,11 +120,9 @@ def test_a_step_that_fails_in_another_process_is_computed_again(
     def fail_some(step: object, *rest: object) -> object:
         nonlocal steps
         steps += 1
-        if (
-            steps % 6 == 0
-        ):  # the runner has made the changes to its slots, and the core does not know
-            submit(step).result()  # type: ignore[arg-type]
-        if steps % 3 == 0:
+        if steps % 11 == 0:
+            if steps % 2 == 0:  # the runner has changed its slots, and the core does not know
+                submit(step).result()  # type: ignore[arg-type]
             raise RuntimeError("the step failed")
         return submit(step, *rest)  # type: ignore[arg-type]
 

@@ -55,8 +55,7 @@ def run_recorded(
 
     def forward(rows: Rows, cache: object) -> Tensor:
         hidden = original(rows, cache)  # type: ignore[arg-type]
-        step = engine.scheduler._step
-        assert step is not None
+        (step,) = engine.scheduler._steps
         row = 0
         for chunk in step.chunks:
             if chunk.is_prompt and row < rows.padded_generated:

@@ -77,8 +77,9 @@ class EngineCore:
         self._children: dict[int, list[Sequence]] = {}  # parent's id → choices that wait for it
         self._prompt_logprobs: dict[int, list[TokenLogprob | None]] = {}
         self._sequence_ids = itertools.count()
-        self._step: Step | None = None  # under way
-        self._ended: list[Sequence] = []  # while a step was under way
+        self._steps: list[Step] = []  # under way, the older first
+        self._numbers = itertools.count(1)  # of steps
+        self._must_settle = False  # nothing is planned before the steps under way have ended
 
     @property
     def layout(self) -> KVLayout:
@@ -217,6 +218,7 @@ class EngineCore:
         """Prove that nothing is held while nothing runs; raises AssertionError."""
         self.scheduler.check()
         assert not self.has_work, "there is work"
+        assert not self._steps, "a step is under way"
         assert not self.scheduler.num_paused, "sequences are paused"
         assert not self.scheduler.num_held, "room is held for prompts on their way"
         assert self.pool.num_used == 0, f"{self.pool.num_used} blocks are held"
@@ -224,28 +226,35 @@ class EngineCore:
         assert not self._children, "choices wait for a parent that is gone"
         assert not self._prompt_logprobs, "prompt logprobs were kept"
 
-    # A step. Between `plan` and `commit` requests may come and go.
+    # A step. Between `plan` and `commit` requests may come and go, and one more step be planned: that
+    # goes on from whatever this one samples.
 
     def plan(self, only: Callable[[Sequence], bool] | None = None) -> Step | None:
-        """Decide what the next step computes, of these sequences `only`; None when nothing can run.
+        """Decide what the next step computes, of these sequences `only`; None when nothing can run,
+        or nothing that does not depend on how the step under way ends.
 
-        Until `commit` or `fail`, aborted sequences keep their blocks and slots. Raises
-        `StepNotBuilt` when the step cannot be laid out; then it has failed.
+        Until `commit` or `fail`, aborted sequences keep their blocks. Raises `StepNotBuilt` when the
+        step cannot be laid out; then it has failed.
         """
-        assert self._step is None, "the last step has not ended"
+        before = self._steps[-1] if self._steps else None
+        if before is None:
+            self._must_settle = False
+        elif self._must_settle:
+            return None
         if self.proposer is not None:
-            self.proposer.propose([s for s in self.scheduler.running if s.is_decoding])
+            running = self.scheduler.running
+            self.proposer.propose([s for s in running if s.is_decoding and not s.in_flight])
         step = self.scheduler.schedule(only)
         for sequence in step.preempted:
             self._slots.give_back(sequence)
         if not step.chunks:
             return None
-        self._step = step
+        self._steps.append(step)
         try:
             for chunk in step.sampling:
                 if children := self._children.pop(chunk.sequence.sequence_id, None):
                     self.scheduler.fork(chunk.sequence, children)
-            step.input = step_input(step, self._slots)
+            step.input = step_input(step, self._slots, next(self._numbers), before)
         except BaseException as error:
             self.fail(step)
             if isinstance(error, Exception):
@@ -255,12 +264,13 @@ class EngineCore:
 
     def commit(self, step: Step, result: StepResult) -> list[StepOutput]:
         """Take in what was computed: accept tokens, publish blocks, end sequences."""
-        assert step is self._step, "not the step under way"
-        self._step = None
+        assert step is self._steps[0], "an older step has not ended"
+        del self._steps[0]
         for scored, entries in zip(step.input.scored, result.scored, strict=True):
             chunk = step.chunks[scored.chunk]
-            known = self._prompt_logprobs.setdefault(chunk.sequence.sequence_id, [None])
-            known[chunk.start + 1 :] = entries  # a run before a preemption knew more
+            if chunk.sequence.status is not SequenceStatus.FINISHED:
+                known = self._prompt_logprobs.setdefault(chunk.sequence.sequence_id, [None])
+                known[chunk.start + 1 :] = entries  # a run before a preemption knew more
         outputs = self._fail_spoiled(step, result.spoiled)
         if result.sampled is None:
             self.scheduler.postprocess(step, {})
@@ -270,17 +280,18 @@ class EngineCore:
             drafts = result.drafts.get(chunk.sequence.sequence_id)
             if drafts and chunk.sequence.status is SequenceStatus.RUNNING:
                 chunk.sequence.draft_token_ids = list(drafts)
-        self._forget_ended()
         self.num_steps += 1
         return outputs
 
     def fail(self, step: Step) -> None:
-        """The step could not be computed: its sequences wait, and are computed again."""
-        assert step is self._step, "not the step under way"
-        self._step = None
-        self.scheduler.abandon(step)
+        """The step could not be computed, nor can a younger one that goes on from it: their sequences
+        wait, and are computed again. The runner must be done with all of them."""
+        failed = self._steps[self._steps.index(step) :]
+        for one in reversed(failed):
+            self._steps.remove(one)
+            self.scheduler.abandon(one)
         self._slots.reset()
-        self._forget_ended()
+        self._must_settle = bool(self._steps)
 
     def plan_probe(self) -> Step:
         """A step that computes one token of no request, to see whether anything can be computed: for
@@ -289,7 +300,7 @@ class EngineCore:
         sequence.block_table = self.pool.allocate(1)
         step = Step()
         step.append(Chunk(sequence, 0, 1, 0, is_prompt=True, samples=False))
-        step.input = step_input(step, self._slots)
+        step.input = step_input(step, self._slots, next(self._numbers))
         return step
 
     def end_probe(self, step: Step) -> None:
@@ -351,7 +362,7 @@ class EngineCore:
             if sequence.status is SequenceStatus.FINISHED:  # aborted meanwhile
                 continue
             outputs.append(self._fail_not_finite(sequence))
-            for forked in [chunk.sequence for chunk in step.forked]:
+            for forked in [c.sequence for one in (step, *self._steps) for c in one.forked]:
                 if forked.request_id == sequence.request_id:
                     outputs.append(self._fail_not_finite(forked))
             for child in self._children.pop(sequence.sequence_id, []):  # nothing runs it yet
@@ -372,18 +383,10 @@ class EngineCore:
         return _error_of(sequence, what)
 
     def _forget(self, sequence: Sequence) -> None:
-        """Drop what is kept for a sequence that has ended: now, or when the step ends that may
-        be sampling for it."""
-        if self._step is not None:
-            self._ended.append(sequence)
-            return
+        """Drop what is kept for a sequence that has ended. Its slot changes hands between two steps of
+        the runner, whatever is under way now."""
         self._slots.give_back(sequence)
         self._prompt_logprobs.pop(sequence.sequence_id, None)
-
-    def _forget_ended(self) -> None:
-        ended, self._ended = self._ended, []
-        for sequence in ended:
-            self._forget(sequence)
 
 
 def _error_of(sequence: Sequence, what: str) -> StepOutput:

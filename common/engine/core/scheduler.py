@@ -8,9 +8,14 @@ a sequence. Knows nothing of tensors or roles; the engine runs
     ... copy step.copies, run step.chunks, sample; fork before the first token ...
     deliveries = scheduler.postprocess(step, accepted)     # or abandon(step) when it failed
 
-`add`, `hold`, `adopt`, `finish`, `abort` and `resume` may be called at any time, `pause` and, for a
-running sequence, `finish(keep_blocks=True)` between steps: the blocks of a running sequence that
-ends while a step is under way are released when that ends.
+Two steps may be under way: the second is planned as if the first had ended well, with one token more
+for each sequence that samples in it, whatever that is. What depends on more than that waits for the
+first to end: a sequence that has drafts in it, or completes its prompt, or is at its length limit;
+whoever needs another's blocks. A sequence that turns out to have ended gets nothing from the second.
+
+`add`, `hold`, `adopt`, `finish`, `abort` and `resume` may be called at any time, `pause` and
+`finish(keep_blocks=True)` for a sequence that is in no step: the blocks of one that ends while it is in
+one are released when that step ends.
 
 Why it cannot deadlock: a sequence is admitted only when all it knows fits; a running one that
 lacks a block takes it from the least important one; the least important one, lacking a block
@@ -39,6 +44,8 @@ from common.errors import (
     NeverFits,
 )
 from common.sampling import FinishReason
+
+MAX_STEPS = 2  # under way at once
 
 _order = attrgetter("order")
 
@@ -77,8 +84,7 @@ class Scheduler:
         self._paused: set[Sequence] = set()
         self._admission = Admission(pool)
         self._requests: dict[str, dict[int, Sequence]] = {}
-        self._step: Step | None = None  # under way
-        self._step_holds: list[list[int]] = []  # references that end with the step
+        self._steps: list[Step] = []  # under way, the older first
 
     @property
     def running(self) -> collections.abc.Sequence[Sequence]:
@@ -116,7 +122,7 @@ class Scheduler:
     @property
     def is_stepping(self) -> bool:
         """Whether a step is under way."""
-        return self._step is not None
+        return bool(self._steps)
 
     @property
     def has_work(self) -> bool:
@@ -177,8 +183,8 @@ class Scheduler:
         until they write. A child that finds no slot waits, with its first token, and finds the
         prompt in the prefix cache.
         """
-        assert self._step is not None, "fork within a step"
-        chunk = next(c for c in self._step.chunks if c.sequence is parent)
+        step = self._steps[-1]
+        chunk = next(c for c in step.chunks if c.sequence is parent)
         at_end_of_prompt = chunk.is_prompt and chunk.samples
         assert at_end_of_prompt
         children = list(children)
@@ -191,20 +197,21 @@ class Scheduler:
         for child in children:
             self._register(child)
             child.block_hashes = list(parent.block_hashes)
-            self._step.forked.append(dataclasses.replace(chunk, sequence=child))
-            self._step.parents.append(chunk)
+            step.forked.append(dataclasses.replace(chunk, sequence=child))
+            step.parents.append(chunk)
+            child.pending = 1
             if not self.num_free_slots:
                 insort(self._waiting, child, key=_order)
                 continue
             self.pool.acquire(parent.block_table)
             child.block_table = list(parent.block_table)
-            child.num_computed = parent.num_computed
+            child.num_computed, child.in_flight = chunk.start, chunk.length
             child.num_published = parent.num_published
             self._run(child)
 
     def pause(self, sequence: Sequence) -> None:
         """Leave a running sequence out of the next steps; its blocks and its slot stay its own."""
-        assert self._step is None, "pause between steps"
+        assert not sequence.in_flight, "a step under way has it"
         _remove(self._running, sequence)
         sequence.draft_token_ids = []
         sequence.move_to(SequenceStatus.PAUSED)
@@ -232,16 +239,15 @@ class Scheduler:
         if sequence.status is SequenceStatus.WAITING:
             _remove(self._waiting, sequence)
         else:
-            in_step = self._step is not None and sequence.status is SequenceStatus.RUNNING
             if sequence.status is SequenceStatus.PAUSED:
                 self._paused.remove(sequence)
             else:
                 _remove(self._running, sequence)
             if keep_blocks:
-                assert not in_step, "keep blocks between steps"
+                assert not sequence.in_flight, "a step under way has it"
                 kept, sequence.block_table = sequence.block_table, []
-            elif in_step:
-                self._step_holds.append(sequence.block_table)
+            elif sequence.in_flight:
+                self._steps[-1].holds.append(sequence.block_table)
                 sequence.block_table = []
             else:
                 self._release_blocks(sequence)
@@ -267,12 +273,15 @@ class Scheduler:
     # A step.
 
     def schedule(self, only: Callable[[Sequence], bool] | None = None) -> Step:
-        """Plan the next step. Without chunks it is no step: nothing can run just now.
+        """Plan the next step. Without chunks it is no step: nothing can run just now, or, while
+        another is under way, nothing that does not depend on how that ends.
 
         `only` those sequences have chunks in it, and all others stay as they are; admission is as
         ever, so that nobody loses its place in line.
         """
-        assert self._step is None, "the last step was neither postprocessed nor abandoned"
+        assert len(self._steps) < MAX_STEPS, (
+            "so many steps were neither postprocessed nor abandoned"
+        )
         step = Step()
         plan = self._plan(only)
         stalled = self._secure_blocks(plan, step)
@@ -282,7 +291,8 @@ class Scheduler:
         if not stalled and not step.preempted:
             self._admit(step, only)
         if step.chunks:
-            self._step = step
+            self._steps.append(step)
+            _count_in(step)
         return step
 
     def postprocess(
@@ -311,16 +321,18 @@ class Scheduler:
                 self._publish(sequence)
             if reason is not None:
                 self.finish(sequence, reason)
-        self._release_step_holds()
+        self._release_holds(step)
         return deliveries
 
     def abandon(self, step: Step) -> None:
-        """The step failed, and what it wrote is unknown: its sequences wait and recompute."""
+        """The step failed, and what it wrote is unknown: its sequences wait and recompute. Nothing may
+        be computing it any more, nor may there be a younger one."""
+        assert step is self._steps[-1]
         self._end_step(step)
         for chunk in chain(step.chunks, step.forked):
             if chunk.sequence.status is SequenceStatus.RUNNING:
                 self._preempt(chunk.sequence)
-        self._release_step_holds()
+        self._release_holds(step)
 
     def check(self) -> None:
         """Prove the invariants of scheduler and pool; for idle moments and tests."""
@@ -354,7 +366,11 @@ class Scheduler:
         """
         running = self._running
         plan = [(0, 0)] * len(running)
-        members = [i for i, sequence in enumerate(running) if only is None or only(sequence)]
+        members = [
+            i
+            for i, sequence in enumerate(running)
+            if (only is None or only(sequence)) and self._may_go_on(sequence)
+        ]
         decoding = [index for index in members if running[index].is_decoding]
         spare = self.max_num_batched_tokens - len(decoding)
         reserve = 1 if len(decoding) < len(members) else 0
@@ -372,11 +388,23 @@ class Scheduler:
                     plan[index] = (known, 0)
         return plan
 
+    def _may_go_on(self, sequence: Sequence) -> bool:
+        """Whether what it computes next is known: always, between steps."""
+        if not sequence.in_flight:
+            return True
+        if sequence.num_known >= sequence.length_limit:
+            return False  # it ends
+        chunk = next((c for c in self._steps[-1].chunks if c.sequence is sequence), None)
+        return (
+            chunk is not None and not chunk.num_drafted and not (chunk.is_prompt and chunk.samples)
+        )
+
     def _secure_blocks(self, plan: list[tuple[int, int]], step: Step) -> bool:
         """Give each planned sequence the blocks its known tokens write, most important first.
 
-        Victims come from the other end of the order, so that none has been secured yet. Returns
-        whether the least important sequence has to stall for lack of a block.
+        Victims come from the other end of the order, so that none has been secured yet; while a step
+        is under way there are none. Returns whether a sequence has to stall for lack of a block: the
+        least important one, between steps.
         """
         running, pool = self._running, self.pool
         block_size = pool.block_size
@@ -387,13 +415,13 @@ class Scheduler:
                 index += 1
                 continue
             table = sequence.block_table
-            first = sequence.num_computed // block_size
+            first = sequence.next_position // block_size
             shared = first < len(table) and pool.is_shared(table[first])
-            end = sequence.num_computed + known
+            end = sequence.next_position + known
             lacking = max(0, -(-end // block_size) - len(table))
             if lacking + shared > pool.num_free:
-                if running[-1] is sequence:
-                    plan[index] = (0, 0)
+                if running[-1] is sequence or self._steps:
+                    plan[index:] = [(0, 0)] * (len(running) - index)
                     return True
                 victim = running[-1]
                 self._preempt(victim)
@@ -404,7 +432,7 @@ class Scheduler:
             if shared:
                 (copy,) = pool.allocate(1)
                 step.copies.append((table[first], copy))
-                self._step_holds.append([table[first]])  # intact until it was copied
+                step.holds.append([table[first]])  # intact until it was copied
                 table[first] = copy
             index += 1
         return False
@@ -430,6 +458,8 @@ class Scheduler:
             is_member = only is None or only(sequence)
             if (is_member and not spare) or self._admission.goes_before(sequence.order):
                 return
+            if sequence.in_flight or sequence.pending:  # a step under way gives it a token
+                return
             known = len(sequence.token_ids)
             hashes: list[bytes] = []
             scores = sequence.params.prompt_logprobs is not None and not sequence.num_generated
@@ -450,14 +480,14 @@ class Scheduler:
                 step.append(self._chunk(sequence, length, 0))
 
     def _chunk(self, sequence: Sequence, known: int, drafted: int) -> Chunk:
-        start = sequence.num_computed
+        start = sequence.next_position
         return Chunk(
             sequence,
             start,
             known + drafted,
             drafted,
             start < sequence.prompt_len,
-            start + known == len(sequence.token_ids),
+            start + known == sequence.num_known,
         )
 
     # Inside `postprocess`.
@@ -494,13 +524,18 @@ class Scheduler:
         sequence.num_published = full
 
     def _end_step(self, step: Step) -> None:
-        assert step is self._step or not step.chunks, "not the step under way"
-        self._step = None
+        if step.chunks:
+            self._steps.remove(step)
+        for chunk in step.chunks:
+            chunk.sequence.in_flight -= chunk.length
+            chunk.sequence.pending -= chunk.samples
+        for chunk in step.forked:  # in no younger one
+            chunk.sequence.in_flight = chunk.sequence.pending = 0
 
-    def _release_step_holds(self) -> None:
-        for block_ids in self._step_holds:
+    def _release_holds(self, step: Step) -> None:
+        for block_ids in step.holds:
             self.pool.release(block_ids)
-        self._step_holds.clear()
+        step.holds.clear()
 
     # States.
 
@@ -539,9 +574,14 @@ class Scheduler:
         insort(self._running, sequence, key=_order)
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Back to its place among the waiting, to recompute; full blocks remain as cache."""
+        """Back to its place among the waiting, to recompute; full blocks remain as cache. A step that
+        has it still gives it its token."""
         _remove(self._running, sequence)
-        self._release_blocks(sequence)
+        if sequence.in_flight:
+            self._steps[-1].holds.append(sequence.block_table)
+            sequence.block_table = []
+        else:
+            self._release_blocks(sequence)
         sequence.num_computed = sequence.num_published = 0
         sequence.draft_token_ids = []
         sequence.move_to(SequenceStatus.WAITING)
@@ -551,6 +591,13 @@ class Scheduler:
     def _release_blocks(self, sequence: Sequence) -> None:
         self.pool.release(sequence.block_table)
         sequence.block_table = []
+
+
+def _count_in(step: Step) -> None:
+    """What its sequences compute and get in it is under way."""
+    for chunk in step.chunks:
+        chunk.sequence.in_flight += chunk.length
+        chunk.sequence.pending += chunk.samples
 
 
 def _remove(ordered: list[Sequence], sequence: Sequence) -> None:

@@ -56,6 +56,8 @@ class Sequence:
     cache_root: bytes = b""  # parent of the first block's hash
 
     num_computed: int = 0
+    in_flight: int = 0  # positions after these that steps under way compute
+    pending: int = 0  # tokens that steps under way append
     block_table: list[int] = dataclasses.field(default_factory=list)
     block_hashes: list[bytes] = dataclasses.field(default_factory=list)  # full, accepted blocks
     num_published: int = 0  # leading blocks that were offered to the prefix cache
@@ -77,17 +79,26 @@ class Sequence:
         return self.prompt_len + self.params.max_tokens
 
     @property
+    def next_position(self) -> int:
+        """The first position that no step computes yet."""
+        return self.num_computed + self.in_flight
+
+    @property
+    def num_known(self) -> int:
+        """How many tokens it has once the steps under way have ended."""
+        return len(self.token_ids) + self.pending
+
+    @property
     def is_decoding(self) -> bool:
         """Past its prompt, and lacks the KV of its newest token only."""
-        num_computed = self.num_computed
-        return num_computed >= self.prompt_len and num_computed + 1 == len(self.token_ids)
+        position = self.next_position
+        return position >= self.prompt_len and position + 1 == self.num_known
 
     @property
     def num_computable(self) -> int:
         """Known positions one chunk may compute next: it never straddles the prompt border."""
-        border = self.prompt_len
-        end = border if self.num_computed < border else len(self.token_ids)
-        return end - self.num_computed
+        border, position = self.prompt_len, self.next_position
+        return (border if position < border else self.num_known) - position
 
     @property
     def max_drafted(self) -> int:

@@ -30,7 +30,7 @@ class Chunk:
         return self.start + self.length
 
 
-@dataclasses.dataclass(slots=True)
+@dataclasses.dataclass(slots=True, eq=False)
 class Step:
     """What the engine runs at once: at most one chunk of a sequence, generated ones first."""
 
@@ -39,10 +39,13 @@ class Step:
     parents: list[Chunk] = dataclasses.field(default_factory=list)  # of each of `forked`
     copies: list[tuple[int, int]] = dataclasses.field(default_factory=list)  # before all else
     preempted: list[Sequence] = dataclasses.field(default_factory=list)
+    holds: list[list[int]] = dataclasses.field(default_factory=list)  # references that end with it
     num_generated_chunks: int = 0
     num_generated_tokens: int = 0  # drafted ones included
     num_prompt_tokens: int = 0
-    input: StepInput = dataclasses.field(init=False)  # what the runner gets; made by the core
+    input: StepInput = dataclasses.field(
+        init=False, repr=False
+    )  # what the runner gets; made by the core
 
     @property
     def num_tokens(self) -> int:
@@ -52,6 +55,11 @@ class Step:
     def sampling(self) -> list[Chunk]:
         """The chunks of which tokens are chosen, in the order of their rows."""
         return [chunk for chunk in self.chunks if chunk.samples] + self.forked
+
+    def row_of(self, sequence: Sequence) -> int:
+        """Where the rows begin that are sampled for a sequence."""
+        sequences = [chunk.sequence for chunk in self.sampling]
+        return self.sampled_rows()[sequences.index(sequence)]
 
     def sampled_rows(self) -> list[int]:
         """Where the rows of each of `sampling` begin."""

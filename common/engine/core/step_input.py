@@ -17,11 +17,15 @@ from common.engine.core.step import Chunk, Step
 from common.engine.interface import ScoredChunk, StepInput
 
 
-def step_input(step: Step, slots: SequenceSlots) -> StepInput:
-    """Takes a sampler slot for each sequence that samples its first token."""
+def step_input(
+    step: Step, slots: SequenceSlots, number: int, before: Step | None = None
+) -> StepInput:
+    """Takes a sampler slot for each sequence that samples its first token. `before`: the step under way,
+    whose tokens this one goes on from."""
     chunks, num_generated = step.chunks, step.num_generated_chunks
     sampled = slots.rows(step.sampling, step.sampled_sources())
     return StepInput(
+        number=number,
         copies=tuple(step.copies),
         slots=slots.changes(),
         sequence_ids=_numbers(chunk.sequence.sequence_id for chunk in chunks),
@@ -31,7 +35,9 @@ def step_input(step: Step, slots: SequenceSlots) -> StepInput:
         num_drafted=_numbers(chunk.num_drafted for chunk in chunks),
         samples=np.array([chunk.samples for chunk in chunks], np.bool_),
         token_ids=np.fromiter(
-            chain.from_iterable(_tokens(chunk) for chunk in chunks), np.int64, step.num_tokens
+            chain.from_iterable(_tokens(chunk, before) for chunk in chunks),
+            np.int64,
+            step.num_tokens,
         ),
         generated_tables=_tables(chunks[:num_generated]),
         prompt_tables=_tables(chunks[num_generated:]),
@@ -44,9 +50,12 @@ def _numbers(values: Iterable[int]) -> NDArray[np.int64]:
     return np.array(list(values), np.int64)
 
 
-def _tokens(chunk: Chunk) -> list[int]:
+def _tokens(chunk: Chunk, before: Step | None) -> list[int]:
     sequence = chunk.sequence
     known = sequence.token_ids[chunk.start : chunk.end]
+    if len(known) < chunk.length - chunk.num_drafted:
+        assert before is not None
+        known.append(-1 - before.row_of(sequence))
     return known + sequence.draft_token_ids[: chunk.num_drafted] if chunk.num_drafted else known
 
 

@@ -6,11 +6,13 @@ of who holds which block, or of why a step is as it is: everything comes in a `S
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from common.config import EngineSettings
@@ -76,6 +78,10 @@ class ModelRunner:
         self.cache = KVCache(layout, num_blocks, device, memory)
         self.sampler = Sampler(self.config.vocab_size, num_sampler_slots(settings), device)
         self._proposer = proposer
+        self._last: tuple[int, NDArray[np.int64]] = (
+            -1,
+            np.empty(0, np.int64),
+        )  # its number, its tokens
         self.facts = EngineFacts(
             fingerprint=Fingerprint(
                 model=settings.served_model_name or model_name(settings.model, folder),
@@ -104,6 +110,7 @@ class ModelRunner:
         self.backend.enter_thread()
         self.sampler.change(step.slots)
         self.cache.copy_blocks(step.copies)
+        step = dataclasses.replace(step, token_ids=self._known(step))
         batch = lay_out(step, self.facts.layout.block_size, self.backend.row_plan)
         hidden = self.model.forward(self.backend.prepare(batch), self.cache)
         sound = sound_rows(step, hidden)
@@ -119,6 +126,7 @@ class ModelRunner:
             states = hidden[torch.from_numpy(batch.sampled).to(hidden.device)]
             sampled = self.sampler.sample(self.model.logits(states), step.sampled)
             accepted = self.sampler.accept(step.sampled, sampled)
+            self._last = step.number, sampled.token_ids
             if self._proposer is not None:
                 drafts = self._proposer.propose(step, states, sampled, accepted)
         self.backend.synchronize()  # a step that samples nothing has not waited for anything
@@ -131,6 +139,19 @@ class ModelRunner:
 
     def close(self) -> None:
         """Nothing is under way; memory goes with the object."""
+
+    def _known(self, step: StepInput) -> NDArray[np.int64]:
+        """A step's tokens, with those of the step before where they were not known when it was planned.
+        One that has a fault ends with that; what is computed of it here counts for nothing."""
+        unknown = step.token_ids < 0
+        if not unknown.any():
+            return step.token_ids
+        number, sampled = self._last
+        if number != step.number - 1:
+            raise RuntimeError("the step that this one goes on from was not computed")
+        tokens = step.token_ids.copy()
+        tokens[unknown] = np.maximum(sampled[-1 - tokens[unknown]], 0)
+        return tokens
 
     def _spoiled(self, step: StepInput, batch: Batch, sound: Tensor | None) -> frozenset[int]:
         filled = filled_blocks(step, self.facts.layout.block_size)

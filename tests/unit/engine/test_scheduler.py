@@ -89,6 +89,7 @@ class Machine:
         self.unforked: dict[Sequence, list[Sequence]] = {}
         self.outputs: dict[Sequence, list[int]] = {}
         self.num_sequences = 0
+        self.tables: dict[int, list[int]] = {}  # by id of a chunk that was handed over
 
     def spoil(self, block_ids: AbstractSequence[int]) -> None:
         for block_id in block_ids:
@@ -151,6 +152,10 @@ class Machine:
         return step
 
     def finish_step(self, step: Step) -> list[Delivery]:
+        self.begin(step)
+        return self.end_step(step)
+
+    def end_step(self, step: Step) -> list[Delivery]:
         accepted = self.run(step)
         deliveries = self.scheduler.postprocess(step, accepted)
         for delivery in deliveries:
@@ -162,33 +167,42 @@ class Machine:
         self.assert_published()
         return deliveries
 
-    def run(self, step: Step) -> dict[int, list[int]]:
+    def begin(self, step: Step) -> None:
+        """What is settled when a step is handed over: the choices that take part, the block tables."""
         self.assert_legal(step)
+        for chunk in list(step.chunks):
+            children = self.unforked.get(chunk.sequence)
+            if children and chunk.samples and chunk.sequence.status is not SequenceStatus.FINISHED:
+                del self.unforked[chunk.sequence]
+                self.scheduler.fork(chunk.sequence, children)
+        self.tables |= {id(chunk): list(chunk.sequence.block_table) for chunk in step.chunks}
+
+    def run(self, step: Step) -> dict[int, list[int]]:
         for source, target in step.copies:
             self.cells[target] = list(self.cells[source])
         accepted: dict[int, list[int]] = {}
         for chunk in step.chunks:
             self.compute(chunk)
-            if chunk.samples:
+            if chunk.samples and chunk.sequence.status is not SequenceStatus.FINISHED:
                 accepted[chunk.sequence.sequence_id] = self.sample(chunk, chunk.sequence.choice)
-            children = self.unforked.get(chunk.sequence)
-            aborted = chunk.sequence.status is SequenceStatus.FINISHED
-            if children and chunk.samples and not aborted:
-                del self.unforked[chunk.sequence]
-                self.scheduler.fork(chunk.sequence, children)
-                for child in children:
-                    accepted[child.sequence_id] = self.sample(chunk, child.choice)
+        for parent, forked in zip(step.parents, step.forked, strict=True):
+            if forked.sequence.status is not SequenceStatus.FINISHED:
+                accepted[forked.sequence.sequence_id] = self.sample(parent, forked.sequence.choice)
         return accepted
 
     def compute(self, chunk: Chunk) -> None:
-        sequence = chunk.sequence
-        if sequence.status is SequenceStatus.FINISHED:
-            return  # aborted under way: its table was taken from it
+        """Writes into the blocks that the sequence had when the step was handed over, even if it has
+        ended: whoever has them by now finds garbage."""
+        sequence, table = chunk.sequence, self.tables.pop(id(chunk))
         block_size = self.pool.block_size
+        if sequence.status is SequenceStatus.FINISHED:
+            for position in range(chunk.start, min(chunk.end, len(table) * block_size)):
+                self.cells[table[position // block_size]][position % block_size] = None
+            return
         tokens = sequence.token_ids + sequence.draft_token_ids
         truth = digests(tokens, sequence.prompt_len)
         for position in range(chunk.end):
-            cells = self.cells[sequence.block_table[position // block_size]]
+            cells = self.cells[table[position // block_size]]
             if position >= chunk.start:
                 cells[position % block_size] = truth[position]
             assert cells[position % block_size] == truth[position], f"wrong KV at {position}"
@@ -217,9 +231,9 @@ class Machine:
             sequence = chunk.sequence
             if sequence.status is SequenceStatus.FINISHED:
                 continue
-            known = len(sequence.token_ids)
+            known = sequence.num_known - chunk.samples
             assert chunk.length > 0
-            assert chunk.start == sequence.num_computed
+            assert chunk.end == sequence.next_position
             assert chunk.num_drafted == len(sequence.draft_token_ids)
             assert chunk.is_prompt == (chunk.start < sequence.prompt_len)
             if chunk.is_prompt:
@@ -742,7 +756,8 @@ class Storm:
 
     def run(self, num_events: int) -> None:
         events = {
-            self.add: 6, self.step: 20, self.step_with_abort: 2, self.step_that_crashes: 1,
+            self.add: 6, self.step: 15, self.step_with_abort: 2, self.step_that_crashes: 1,
+            self.step_ahead: 10,
             self.abort: 1, self.lease: 2, self.take: 1, self.release_lease: 4, self.offer: 3,
             self.ask: 4, self.land: 4, self.give_up: 1, self.pause: 2, self.resume: 3,
         }  # fmt: skip
@@ -804,17 +819,63 @@ class Storm:
 
     def step_with_abort(self) -> None:
         step = self.schedule()
+        if step.chunks:
+            self.machine.begin(step)
         self.abort()
         self.resume()
         if step.chunks:
-            self.machine.finish_step(step)
+            self.machine.end_step(step)
 
     def step_that_crashes(self) -> None:
         step = self.schedule()
         if step.chunks:
+            self.machine.begin(step)
             if self.chance.random() < 0.5:
                 self.machine.run(step)
             self.scheduler.abandon(step)
+
+    def step_ahead(self) -> None:
+        """A step is planned while another is under way; one of them may crash, or both."""
+        first = self.schedule()
+        if not first.chunks:
+            return
+        self.machine.begin(first)
+        self.meanwhile()
+        second = self.scheduler.schedule()
+        assert not second.preempted
+        if not second.chunks:
+            self.machine.end_step(first)
+            return
+        event("ahead")
+        fate = self.chance.choices(["well", "not built", "both crash", "crashes"], [8, 1, 1, 1])[0]
+        if fate == "not built":
+            self.scheduler.abandon(second)
+            self.meanwhile()
+            self.machine.end_step(first)
+            return
+        self.machine.begin(second)
+        self.meanwhile()
+        if fate == "both crash":
+            self.scheduler.abandon(second)
+            self.scheduler.abandon(first)
+            return
+        self.machine.end_step(first)
+        self.meanwhile()
+        if fate == "crashes":
+            self.machine.run(second)
+            self.scheduler.abandon(second)
+        else:
+            self.machine.end_step(second)
+
+    def meanwhile(self) -> None:
+        """What may happen while a step is under way."""
+        events = {self.abort: 2, self.take: 1, self.release_lease: 2, self.offer: 1, self.ask: 3,
+                  self.land: 3, self.resume: 1}  # fmt: skip
+        for act in self.chance.choices(
+            list(events), list(events.values()), k=self.chance.randrange(6)
+        ):
+            act()
+            self.assert_references_equal_holders()
 
     def schedule(self) -> Step:
         scheduler = self.scheduler
@@ -950,6 +1011,8 @@ class Storm:
         held.update(block_id for _, room in self.granted for block_id in room.blocks)
         for sequence in (*self.scheduler.running, *self.paused):
             held.update(sequence.block_table)
+        for step in self.scheduler._steps:
+            held.update(block_id for block_ids in step.holds for block_id in block_ids)
         for block_id in range(self.pool.num_blocks):
             assert self.pool.references(block_id) == held[block_id]
 
