@@ -16,6 +16,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import zmq
 
 from common.codec import encode
 from common.errors import InsufficientMemory, LinkLost, MalformedMessage, PdqError
@@ -27,6 +28,7 @@ from kv_transfer.transports import tcp
 from kv_transfer.transports.base import Target
 from kv_transfer.transports.nccl import NcclReader, Turns
 from kv_transfer.transports.tcp import TcpReader, TcpSource, split_proof
+from kv_transfer.transports.tcp_frames import ReceivingFrames
 from kv_transfer.transports.tcp_stream import SendingStream, record
 from tests.integration.test_transports import (
     CUDA,
@@ -228,6 +230,25 @@ def test_closing_a_reader_does_not_wait_for_a_source_that_sends_slowly() -> None
         ended.set()
         listener.close()
         target.memory.close()
+
+
+def test_a_reader_of_frames_holds_no_more_than_its_queue_of_what_nobody_asked_for() -> None:
+    slab = bytes(1 << 20)
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as source:
+        source.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        source.setsockopt(zmq.SNDHWM, 1)
+        source.setsockopt(zmq.SNDTIMEO, 500)
+        source.setsockopt(zmq.LINGER, 0)
+        port = source.bind_to_random_port("tcp://127.0.0.1")
+        reader = ReceivingFrames(f"tcp://127.0.0.1:{port}", "", len(slab))
+        try:
+            reader.send(b"hello")
+            peer = source.recv_multipart()[0]
+            flood = (source.send_multipart([peer, b"", slab]) for _ in range(256))
+            with pytest.raises(zmq.Again):  # the source waits, for nobody takes more
+                list(flood)
+        finally:
+            reader.close()
 
 
 @pytest.mark.parametrize("host", ["a" * 64, "a..b", "nul\0host", ".leading"])
