@@ -276,10 +276,10 @@ class EngineCore:
             self.scheduler.postprocess(step, {})
         else:
             outputs += self._accept(step, result.sampled, result.accepted)
-        for chunk in step.sampling:
-            drafts = result.drafts.get(chunk.sequence.sequence_id)
-            if drafts and chunk.sequence.status is SequenceStatus.RUNNING:
-                chunk.sequence.draft_token_ids = list(drafts)
+        for sequence in [chunk.sequence for chunk in step.sampling] if result.drafts else ():
+            drafts = result.drafts.get(sequence.sequence_id)
+            if drafts and sequence.status is SequenceStatus.RUNNING:
+                sequence.draft_token_ids = list(drafts)
         self.num_steps += 1
         return outputs
 

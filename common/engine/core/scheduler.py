@@ -366,10 +366,11 @@ class Scheduler:
         """
         running = self._running
         plan = [(0, 0)] * len(running)
+        going_on = self._going_on()
         members = [
             i
             for i, sequence in enumerate(running)
-            if (only is None or only(sequence)) and self._may_go_on(sequence)
+            if (only is None or only(sequence)) and (not sequence.in_flight or sequence in going_on)
         ]
         decoding = [index for index in members if running[index].is_decoding]
         spare = self.max_num_batched_tokens - len(decoding)
@@ -388,16 +389,15 @@ class Scheduler:
                     plan[index] = (known, 0)
         return plan
 
-    def _may_go_on(self, sequence: Sequence) -> bool:
-        """Whether what it computes next is known: always, between steps."""
-        if not sequence.in_flight:
-            return True
-        if sequence.num_known >= sequence.length_limit:
-            return False  # it ends
-        chunk = next((c for c in self._steps[-1].chunks if c.sequence is sequence), None)
-        return (
-            chunk is not None and not chunk.num_drafted and not (chunk.is_prompt and chunk.samples)
-        )
+    def _going_on(self) -> set[Sequence]:
+        """Those of the step under way of which it is known what they compute next."""
+        return {
+            chunk.sequence
+            for chunk in (self._steps[-1].chunks if self._steps else ())
+            if not chunk.num_drafted
+            and not (chunk.is_prompt and chunk.samples)
+            and chunk.sequence.num_known < chunk.sequence.length_limit
+        }
 
     def _secure_blocks(self, plan: list[tuple[int, int]], step: Step) -> bool:
         """Give each planned sequence the blocks its known tokens write, most important first.

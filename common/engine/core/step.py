@@ -56,11 +56,6 @@ class Step:
         """The chunks of which tokens are chosen, in the order of their rows."""
         return [chunk for chunk in self.chunks if chunk.samples] + self.forked
 
-    def row_of(self, sequence: Sequence) -> int:
-        """Where the rows begin that are sampled for a sequence."""
-        sequences = [chunk.sequence for chunk in self.sampling]
-        return self.sampled_rows()[sequences.index(sequence)]
-
     def sampled_rows(self) -> list[int]:
         """Where the rows of each of `sampling` begin."""
         ends = accumulate((1 + chunk.num_drafted for chunk in self.sampling), initial=0)

@@ -5,13 +5,14 @@ Knows nothing of why the scheduler chose these chunks, or of what a device makes
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as AnySequence
 from itertools import chain, repeat
 
 import numpy as np
 from numpy.typing import NDArray
 
+from common.engine.core.sequence import Sequence
 from common.engine.core.sequence_slots import SequenceSlots
 from common.engine.core.step import Chunk, Step
 from common.engine.interface import ScoredChunk, StepInput
@@ -23,6 +24,10 @@ def step_input(
     """Takes a sampler slot for each sequence that samples its first token. `before`: the step under way,
     whose tokens this one goes on from."""
     chunks, num_generated = step.chunks, step.num_generated_chunks
+    rows = {}  # of `before`, by the sequence that they are sampled for
+    if before is not None:
+        sequences = (chunk.sequence for chunk in before.sampling)
+        rows = dict(zip(sequences, before.sampled_rows(), strict=True))
     sampled = slots.rows(step.sampling, step.sampled_sources())
     return StepInput(
         number=number,
@@ -35,7 +40,7 @@ def step_input(
         num_drafted=_numbers(chunk.num_drafted for chunk in chunks),
         samples=np.array([chunk.samples for chunk in chunks], np.bool_),
         token_ids=np.fromiter(
-            chain.from_iterable(_tokens(chunk, before) for chunk in chunks),
+            chain.from_iterable(_tokens(chunk, rows) for chunk in chunks),
             np.int64,
             step.num_tokens,
         ),
@@ -50,12 +55,11 @@ def _numbers(values: Iterable[int]) -> NDArray[np.int64]:
     return np.array(list(values), np.int64)
 
 
-def _tokens(chunk: Chunk, before: Step | None) -> list[int]:
+def _tokens(chunk: Chunk, rows: Mapping[Sequence, int]) -> list[int]:
     sequence = chunk.sequence
     known = sequence.token_ids[chunk.start : chunk.end]
     if len(known) < chunk.length - chunk.num_drafted:
-        assert before is not None
-        known.append(-1 - before.row_of(sequence))
+        known.append(-1 - rows[sequence])
     return known + sequence.draft_token_ids[: chunk.num_drafted] if chunk.num_drafted else known
 
 

@@ -110,7 +110,7 @@ class ModelRunner:
         self.backend.enter_thread()
         self.sampler.change(step.slots)
         self.cache.copy_blocks(step.copies)
-        step = dataclasses.replace(step, token_ids=self._known(step))
+        step = self._resolved(step)
         batch = lay_out(step, self.facts.layout.block_size, self.backend.row_plan)
         hidden = self.model.forward(self.backend.prepare(batch), self.cache)
         sound = sound_rows(step, hidden)
@@ -140,18 +140,18 @@ class ModelRunner:
     def close(self) -> None:
         """Nothing is under way; memory goes with the object."""
 
-    def _known(self, step: StepInput) -> NDArray[np.int64]:
-        """A step's tokens, with those of the step before where they were not known when it was planned.
-        One that has a fault ends with that; what is computed of it here counts for nothing."""
+    def _resolved(self, step: StepInput) -> StepInput:
+        """A step with the tokens of the step before where they were not known when it was planned. A
+        sequence that had a fault ends with that; what is computed of it here counts for nothing."""
         unknown = step.token_ids < 0
         if not unknown.any():
-            return step.token_ids
+            return step
         number, sampled = self._last
         if number != step.number - 1:
             raise RuntimeError("the step that this one goes on from was not computed")
         tokens = step.token_ids.copy()
         tokens[unknown] = np.maximum(sampled[-1 - tokens[unknown]], 0)
-        return tokens
+        return dataclasses.replace(step, token_ids=tokens)
 
     def _spoiled(self, step: StepInput, batch: Batch, sound: Tensor | None) -> frozenset[int]:
         filled = filled_blocks(step, self.facts.layout.block_size)
