@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
@@ -144,16 +145,24 @@ def tokens(node: str, first: int, end: int = TOKENS) -> Tokens:
     return Tokens(node, (TokenRun("r1", 1, 0, len(WORK.prompt_ids) + first, ids, (), why),))
 
 
-async def test_the_decode_node_that_the_gateway_chose_takes_over_by_its_own_word() -> None:
-    """Its peer may die between its Ack and saying so."""
+@contextlib.asynccontextmanager
+async def first_token_is_there() -> AsyncIterator[Scene]:
+    """`p1` has prefilled, and has the choice; `d1` was chosen to decode, and has said nothing."""
     cluster = FakeCluster()
     cluster.add("p1", PREFILL).hold_at = 0
     cluster.add("d1", DECODE)
     dispatcher = connect(cluster)
     async with dispatcher.run(WORK) as request:
-        (choice,) = request.choices
-        await until(lambda: choice.heard)
+        await until(lambda: request.choices[0].heard)
         dispatcher.on_message("p1", tokens("p1", 0, 1))
+        yield Scene(cluster, dispatcher, request)
+
+
+async def test_the_decode_node_that_the_gateway_chose_takes_over_by_its_own_word() -> None:
+    """Its peer may die between its Ack and saying so."""
+    async with first_token_is_there() as begun:
+        cluster, dispatcher, request = begun.cluster, begun.dispatcher, begun.request
+        (choice,) = request.choices
         dispatcher.on_message("d1", TookOver("d1", "r1", 1, 0, choice.stream.below))
         assert choice.holder == "d1"
         cluster.kill("p1")
@@ -163,14 +172,9 @@ async def test_the_decode_node_that_the_gateway_chose_takes_over_by_its_own_word
 
 
 async def test_a_choice_that_moved_elsewhere_is_not_taken_by_who_was_chosen_first() -> None:
-    cluster = FakeCluster()
-    cluster.add("p1", PREFILL).hold_at = 0
-    cluster.add("d1", DECODE)
-    dispatcher = connect(cluster)
-    async with dispatcher.run(WORK) as request:
+    async with first_token_is_there() as begun:
+        cluster, dispatcher, request = begun.cluster, begun.dispatcher, begun.request
         (choice,) = request.choices
-        await until(lambda: choice.heard)
-        dispatcher.on_message("p1", tokens("p1", 0, 1))
         cluster.add("d2", DECODE)
         dispatcher.on_message("p1", TookOver("d2", "r1", 1, 0, choice.stream.below))
         dispatcher.on_message("d1", TookOver("d1", "r1", 1, 0, choice.stream.below + 1))
