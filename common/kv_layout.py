@@ -247,5 +247,5 @@ def chain_hashes(
 ) -> list[bytes]:
     """`HashChain` at once."""
     chain = HashChain(root, token_ids, block_size, prompt_len)
-    chain.advance(max(1, len(token_ids)))
+    chain.advance(len(token_ids))
     return chain.hashes
