@@ -5,7 +5,7 @@
 Owns: which file says what, and what holds where several speak or none does. Two processes that
 read the same folder with the same settings have the same description, and `tokenizer_digest`
 shows it where folders are two. Knows nothing of weights: what the decoder computes is read from
-`config` by the engine (common/engine/model_config.py).
+`config` by the engine (common/model_folder/model_config.py).
 """
 
 from __future__ import annotations

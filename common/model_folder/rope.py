@@ -2,7 +2,7 @@
 
 Owns: the spellings of `rope_parameters` (transformers 5), `rope_scaling` and `rope_theta` (before),
 and which of them holds; and the context length that follows. The formulas are the engine's
-(common/engine/rope.py). Knows nothing of layers.
+(common/engine/model/rope.py). Knows nothing of layers.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def _positions(rope: RopeConfig) -> int:
 
     `linear` and `yarn` reach `factor` times as far as without. The authors of a `llama3` or a
     `longrope` model have written the length it reaches into `max_position_embeddings`. `dynamic`
-    cannot go beyond that with cached keys (see the engine's rope.py).
+    cannot go beyond that with cached keys (see common/engine/model/rope.py).
     """
     if rope.kind not in ("linear", "yarn"):
         return rope.positions

@@ -22,7 +22,7 @@ DOORS = {
     "xxhash": {"kv_transfer/digests.py"},
     "nixl": {"kv_transfer/transports/nixl.py"},
     "huggingface_hub": {"common/model_files.py"},
-    "safetensors": {"common/engine/weights.py"},
+    "safetensors": {"common/engine/model/weights.py"},
     "prometheus_client": {"common/metrics.py"},
     "pickle": set(),
     "marshal": set(),

@@ -1,6 +1,6 @@
 """The seam between the model and a device: a handful of operations, and nothing else.
 
-`model.py` is written against `Backend` alone. A backend owns its kernels, how weights are laid
+The decoder (model/) is written against `Backend` alone. A backend owns its kernels, how weights are laid
 out for them, and its numerics class; it knows nothing of layers, sequences or scheduling.
 
 **The numerics rule.** What computes a position depends on whether the position is prompt or

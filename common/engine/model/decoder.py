@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.engine.backends.base import Backend, HeadShape, Linear, Rows
-from common.engine.rope import rope_table
+from common.engine.model.rope import rope_table
+from common.engine.model.weights import TensorSource
 from common.engine.runner.kv_cache import KVCache
-from common.engine.weights import TensorSource
 from common.model_folder.model_config import ModelConfig
 
 
