@@ -19,7 +19,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from common.engine.numba_runtime import set_num_threads
+from common.engine.devices.cpu.numba_runtime import set_num_threads
 from common.engine.sampler import Sampler, SampleRows
 from common.sampling import SamplingParams
 

@@ -1,7 +1,7 @@
 """Counter-based noise: the exponential race behind Gumbel-max, at random access.
 
 Owns: Philox 4x32-10 on torch tensors, and the definition of the noise of one token. The numba
-twin is `philox_cpu`; both give the same integers (`tests/unit/engine/test_sampler.py`).
+twin is `devices/cpu/philox.py`; both give the same integers (`tests/unit/engine/test_sampler.py`).
 
 Philox: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 

@@ -76,11 +76,11 @@ class Sampler:
         self._generated = np.zeros(slots, np.int64)  # tokens appended
         self._implementation: Implementation
         if implementation == "numba" or (implementation is None and device.type == "cpu"):
-            from common.engine.sampler_cpu import NumbaSampling
+            from common.engine.devices.cpu.sampling import NumbaSampling
 
             self._implementation = NumbaSampling(vocab_size)
         else:
-            from common.engine.sampler_torch import TorchSampling
+            from common.engine.devices.reference.sampling import TorchSampling
 
             self._implementation = TorchSampling(vocab_size, device)
 

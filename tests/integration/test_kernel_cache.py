@@ -3,6 +3,7 @@ stale, or impossible."""
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import os
 import pwd
@@ -11,15 +12,17 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numba
 import pytest
 
-from common.engine import kernel_cache, numba_runtime
+from common.engine.devices.cpu import kernel_cache, numba_runtime
 
 ROOT = Path(__file__).resolve().parents[2]
+DECORATORS = {"kernel", "inline", "exact", "exact_kernel", "intrinsic", "overload"}
 
 PROGRAM = """
 import hashlib, sys
@@ -78,6 +81,43 @@ def test_a_change_of_any_kernel_source_has_a_cache_of_its_own(
     assert kernel_cache.directory(sources[1:]) != now
 
 
+def compiled_from() -> set[Path]:
+    """The engine's files that have a compiled function, or a constant or function that one uses."""
+    found: set[Path] = set()
+    for path in sorted((ROOT / "common" / "engine").rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        compiled = [
+            node
+            for node in tree.body
+            if isinstance(node, ast.FunctionDef) and names(node.decorator_list) & DECORATORS
+        ]
+        constants = [
+            node
+            for node in tree.body
+            if isinstance(node, ast.Assign) and not isinstance(node.targets[0], ast.Attribute)
+        ]
+        if not compiled:
+            continue
+        found.add(path)
+        used = names(node for part in compiled + constants for node in ast.walk(part))
+        for node in tree.body:
+            if isinstance(node, ast.ImportFrom) and used & {alias.name for alias in node.names}:
+                module = ROOT / f"{str(node.module).replace('.', '/')}.py"
+                found |= {module} if module.is_relative_to(ROOT / "common" / "engine") else set()
+    return found
+
+
+def names(nodes: Iterable[ast.AST]) -> set[str]:
+    """`f` of `f`, `f(…)`."""
+    called = (node.func if isinstance(node, ast.Call) else node for node in nodes)
+    return {node.id for node in called if isinstance(node, ast.Name)}
+
+
+def test_the_cache_is_keyed_by_all_that_is_compiled_and_by_how_it_is_kept() -> None:
+    """And by nothing else: what is changed elsewhere compiles nothing anew."""
+    assert set(numba_runtime.kernel_sources()) == compiled_from() | {Path(kernel_cache.__file__)}
+
+
 def test_without_a_home_the_cache_is_a_private_temporary_folder(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -103,7 +143,7 @@ def test_where_nothing_can_be_written_kernels_are_compiled_anew(
 
 
 KERNEL = """
-from common.engine.numba_runtime import exact
+from common.engine.devices.cpu.numba_runtime import exact
 @exact
 def double(x):
     return x + x

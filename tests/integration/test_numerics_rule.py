@@ -17,7 +17,7 @@ import torch
 
 from common.config import EngineSettings
 from common.engine import Engine, SamplingParams
-from common.engine.backends.cpu import CpuBackend
+from common.engine.devices.cpu.backend import CpuBackend
 from tests.support.checkpoints import save_random_model
 from tests.support.engines import with_poison
 from tests.support.logit_record import RandomProposer, Run, run_recorded

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from common.config import RedisSettings
 from common.engine import SamplingParams
-from common.engine.backends.base import Rows
 from common.engine.core.sequence import Sequence
 from common.engine.core.step import Step
+from common.engine.devices.device import Rows
 from common.engine.runner.kv_cache import KVCache
 from common.engine.runner.model_runner import ModelRunner
 from common.engine.runner.thread_runner import ThreadRunner

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from common.config import EngineSettings
 from common.engine import Engine, SamplingParams
-from common.engine.backends.base import Rows
+from common.engine.devices.device import Rows
 from common.engine.runner.kv_cache import KVCache
 from common.engine.runner.model_runner import ModelRunner
 from common.engine.speculation import DeviceProposer

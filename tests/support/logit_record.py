@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from common.engine import Engine, SamplingParams, StepOutput
-from common.engine.backends.base import Rows
 from common.engine.core.sequence import Sequence
+from common.engine.devices.device import Rows
 
 
 @dataclasses.dataclass

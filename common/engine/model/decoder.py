@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.engine.backends.base import Backend, HeadShape, Linear, Rows
+from common.engine.devices.device import Backend, HeadShape, Linear, Rows
 from common.engine.model.rope import rope_table
 from common.engine.model.weights import TensorSource
 from common.engine.runner.kv_cache import KVCache

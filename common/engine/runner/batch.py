@@ -47,7 +47,7 @@ class RowPlan:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Batch:
-    """The rows of a step. `backends.base.Rows` has them as a device wants them."""
+    """The rows of a step. `devices.device.Rows` has them as a device wants them."""
 
     token_ids: NDArray[np.int64]  # [rows]; 0 in padding
     positions: NDArray[np.int64]  # [rows], absolute; 0 in padding

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from common.config import EngineSettings
-from common.engine.backends.base import Backend
+from common.engine.devices.device import Backend
 from common.engine.model.decoder import Model, tensor_shapes
 from common.engine.model.weights import Checkpoint, RandomWeights
 from common.engine.runner.kv_cache import TORCH_DTYPES, blocks_for_memory, free_memory
@@ -49,11 +49,11 @@ def choose_dtype(wanted: str, stored: str, device: torch.device) -> torch.dtype:
 
 def make_backend(settings: EngineSettings, device: torch.device, dtype: torch.dtype) -> Backend:
     if device.type == "cpu" and settings.kernels == "auto":
-        from common.engine.backends.cpu import CpuBackend
+        from common.engine.devices.cpu.backend import CpuBackend
 
         threads = settings.threads or len(settings.cores) or torch.get_num_threads()
         return CpuBackend(dtype, threads)
-    from common.engine.backends.reference import ReferenceBackend
+    from common.engine.devices.reference.backend import ReferenceBackend
 
     return ReferenceBackend(device, dtype)
 

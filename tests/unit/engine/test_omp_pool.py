@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 PROGRAM = """
 import numba, numpy as np
-from common.engine.numba_runtime import kernel
+from common.engine.devices.cpu.numba_runtime import kernel
 
 @kernel
 def total(values):

@@ -14,7 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from common.engine import philox, philox_cpu, sampler_cpu, sampler_cpu_select, softmax_mass
+from common.engine import philox, softmax_mass
+from common.engine.devices.cpu import philox as philox_cpu
+from common.engine.devices.cpu import sampling as sampling_cpu
+from common.engine.devices.cpu import selection
 from common.engine.sampler import RowFault, Sampler, SampleRows
 from common.engine.sampler_slots import SLOT, RaggedLists
 from common.errors import InvalidRequest, TokenOutOfRange
@@ -337,14 +340,14 @@ def test_cuts_equal_those_of_a_full_sort(decimals):
     values = np.round(shaped_logits("normal", vocab, decimals), decimals).astype(np.float32)
     order = np.lexsort((np.arange(vocab), -values))
     peaks = np.empty(-(-vocab // 256), np.float32)
-    assert sampler_cpu_select.find_peaks(values.view(np.int32), peaks)
-    scratch = sampler_cpu.make_scratch(vocab, 1)
+    assert selection.find_peaks(values.view(np.int32), peaks)
+    scratch = sampling_cpu.make_scratch(vocab, 1)
     peak, one = values.max(), np.float32(1.0)
     masses = softmax_mass.mass(torch.from_numpy(values[order]), torch.tensor(peak), torch.ones(()))
     running = masses.numpy().cumsum()
 
     def cut(top_k, top_p):
-        return sampler_cpu_select.cut_of(
+        return selection.cut_of(
             values, peaks, peak, 1.0, one, top_k, top_p, -math.inf,
             scratch.near[0], scratch.near_ids[0], scratch.bins[0], scratch.keys[0],
         )  # fmt: skip

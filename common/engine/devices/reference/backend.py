@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.engine.backends.base import HeadShape, Linear, Rows
+from common.engine.devices.device import HeadShape, Linear, Rows
 from common.engine.runner.batch import Batch, RowPlan
 from common.engine.runner.kv_cache import KVCache
 

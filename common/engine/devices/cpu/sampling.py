@@ -17,9 +17,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from common.engine.numba_runtime import exact, exact_kernel
-from common.engine.philox import GROUP
-from common.engine.sampler_cpu_select import (
+from common.engine.devices.cpu.numba_runtime import exact, exact_kernel
+from common.engine.devices.cpu.selection import (
     BINS,
     argmax,
     cut_of,
@@ -30,6 +29,7 @@ from common.engine.sampler_cpu_select import (
     sort_key,
     total_mass,
 )
+from common.engine.philox import GROUP
 from common.engine.sampler_io import Logprobs, SampleOutput, SampleRows
 from common.engine.sampler_slots import SlotTable
 from common.engine.softmax_mass import MASS_BITS

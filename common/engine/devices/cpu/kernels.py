@@ -16,7 +16,15 @@ import numba
 import numpy as np
 from numba import carray, prange
 
-from common.engine.numba_runtime import fast_exp, inline, kernel, narrow, pointer, size_of, widen
+from common.engine.devices.cpu.numba_runtime import (
+    fast_exp,
+    inline,
+    kernel,
+    narrow,
+    pointer,
+    size_of,
+    widen,
+)
 
 NEGATIVE_INFINITY = np.float32(-np.inf)
 KEY_BLOCK = 64  # keys per pass of attend_prompt, aligned to absolute position

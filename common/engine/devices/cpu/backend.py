@@ -1,7 +1,7 @@
 """The CPU backend: oneDNN products on reordered weights, fused kernels for all that lies between.
 
 Owns how weights lie (blocked for oneDNN, once, the plain copy dropped), how many rows a product
-takes, and the numerics class of this machine. The kernels are in cpu_kernels.py.
+takes, and the numerics class of this machine. The kernels are in kernels.py.
 
 Why the rule holds: oneDNN may choose another kernel, with another order of summation, for another
 number of rows; so prompt rows always go in calls of exactly `prompt_rows`, and generated rows in
@@ -20,14 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.engine import cpu_kernels as kernels
-from common.engine import numba_runtime
-from common.engine.backends.base import HeadShape, Linear, Rows
+from common.engine.devices.cpu import kernels, numba_runtime
+from common.engine.devices.device import HeadShape, Linear, Rows
 from common.engine.runner.batch import Batch, RowPlan
 from common.engine.runner.kv_cache import KVCache
 from common.errors import ConfigError, UnsupportedModel
 
-KERNELS_VERSION = 1  # raise it when a change of cpu_kernels.py changes bits
+KERNELS_VERSION = 1  # raise it when a change of kernels.py changes bits
 
 # The overload itself: looking it up costs microseconds at each of hundreds of calls a step.
 _PRODUCT = torch.ops.mkldnn._linear_pointwise.default

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from common.engine.numba_runtime import exact
+from common.engine.devices.cpu.numba_runtime import exact
 from common.engine.philox import (
     GROUP,
     GROUP_DOMAIN,

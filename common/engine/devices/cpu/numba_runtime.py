@@ -25,7 +25,7 @@ from numba import types
 from numba.core.codegen import CPUCodeLibrary
 from numba.extending import intrinsic, overload
 
-from common.engine import kernel_cache, omp_pool
+from common.engine.devices.cpu import kernel_cache, omp_pool
 from common.errors import ConfigError
 
 numba.config.THREADING_LAYER = "omp"
@@ -33,13 +33,15 @@ omp_pool.bind_to_torch()
 
 FAST_MATH = {"reassoc", "contract", "nsz", "arcp"}
 
-KERNEL_SOURCES = (
-    "numba_runtime.py",
-    "kernel_cache.py",
-    "*_kernels.py",
-    "sampler_cpu*.py",
-    "philox*.py",
-    "softmax*.py",
+KERNEL_SOURCES = (  # of the engine; what the CPU does without compiling it is not among them
+    "devices/cpu/kernel_cache.py",
+    "devices/cpu/kernels.py",
+    "devices/cpu/numba_runtime.py",
+    "devices/cpu/philox.py",
+    "devices/cpu/sampling.py",
+    "devices/cpu/selection.py",
+    "philox.py",
+    "softmax_mass.py",
 )
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -54,8 +56,8 @@ def target() -> str:
 
 def kernel_sources() -> list[Path]:
     """The files of which any change is another machine code."""
-    here = Path(__file__).parent
-    return [path for pattern in KERNEL_SOURCES for path in sorted(here.glob(pattern))]
+    engine = Path(__file__).parents[2]
+    return [engine / name for name in KERNEL_SOURCES]
 
 
 numba.config.CACHE_DIR = kernel_cache.directory(kernel_sources())

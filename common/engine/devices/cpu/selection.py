@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from common.engine.numba_runtime import exact
+from common.engine.devices.cpu.numba_runtime import exact
+from common.engine.devices.cpu.philox import group_noise, token_noise
 from common.engine.philox import GROUP, LOG_LEAST
-from common.engine.philox_cpu import group_noise, token_noise
 from common.engine.softmax_mass import (
     FLOOR,
     LN2_HIGH,

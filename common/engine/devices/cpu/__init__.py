@@ -1,0 +1,1 @@
+"""The CPU: oneDNN products, kernels of our own in numba, on torch's threads."""

@@ -1,0 +1,1 @@
+"""Plain torch, on any device: what the fast ones are compared with."""
