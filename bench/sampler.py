@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from common.engine.devices.cpu.numba_runtime import set_num_threads
-from common.engine.sampler import Sampler, SampleRows
+from common.engine.runner.sampler import Sampler, SampleRows
 from common.sampling import SamplingParams
 
 WARM = SamplingParams(temperature=0.8)

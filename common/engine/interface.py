@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.config import EngineSettings
-from common.engine.sampler_io import SampleOutput, SampleRows, TokenLogprob
+from common.engine.sampling.records import SampleOutput, SampleRows, TokenLogprob
 from common.kv_layout import Fingerprint, KVLayout
 from common.sampling import SamplingParams
 

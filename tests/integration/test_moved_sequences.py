@@ -10,7 +10,7 @@ import torch
 from common.config import EngineSettings
 from common.engine import Engine, SamplingParams
 from common.engine.core.sequence import Sequence
-from common.engine.sampler_io import TokenLogprob
+from common.engine.sampling.records import TokenLogprob
 from common.messages import Offer
 from common.node.kv import NodeKV, SharedMemory
 from common.sampling import FinishReason

@@ -28,7 +28,7 @@ PLAIN = {
     "common.engine.interface": {
         "EngineFacts", "ScoredChunk", "SlotChanges", "SlotOpening", "StepInput", "StepResult",
     },
-    "common.engine.sampler_io": {"Logprobs", "SampleOutput", "SampleRows", "TokenLogprob"},
+    "common.engine.sampling.records": {"Logprobs", "SampleOutput", "SampleRows", "TokenLogprob"},
     "common.kv_layout": {"Fingerprint", "KVLayout", "Segment"},
     "common.sampling": {"SamplingParams"},
 }  # fmt: skip

@@ -30,7 +30,7 @@ from common.engine.interface import (
     StepResult,
     num_sampler_slots,
 )
-from common.engine.sampler_io import RowFault, SampleOutput, TokenLogprob
+from common.engine.sampling.records import RowFault, SampleOutput, TokenLogprob
 from common.engine.speculation import HostProposer
 from common.errors import InvalidRequest, NotFiniteLogits, TokenOutOfRange
 from common.kv_layout import Fingerprint, KVLayout, root_hash

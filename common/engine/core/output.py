@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 
 from common.engine.core.sequence import Sequence
-from common.engine.sampler_io import TokenLogprob
+from common.engine.sampling.records import TokenLogprob
 from common.errors import PdqError
 from common.sampling import FinishReason
 

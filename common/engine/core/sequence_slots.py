@@ -13,7 +13,7 @@ import numpy as np
 from common.engine.core.sequence import Sequence
 from common.engine.core.step import Chunk
 from common.engine.interface import SlotChanges, SlotOpening
-from common.engine.sampler_io import SampleRows
+from common.engine.sampling.records import SampleRows
 
 _NOTHING = np.empty(0, np.int64)
 

@@ -26,9 +26,9 @@ from common.engine.interface import (
 from common.engine.runner import loading
 from common.engine.runner.batch import Batch, lay_out
 from common.engine.runner.kv_cache import KVCache
+from common.engine.runner.sampler import Sampler
 from common.engine.runner.soundness import filled_blocks, infinite, sound_rows, spoiled
-from common.engine.sampler import Sampler
-from common.engine.sampler_io import TokenLogprob
+from common.engine.sampling.records import TokenLogprob
 from common.engine.speculation import DeviceProposer
 from common.kv_layout import Fingerprint, KVLayout
 from common.model_files import model_name, model_revision, resolve_model

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from common.engine.core.sequence import Sequence
 from common.engine.interface import StepInput
-from common.engine.sampler_io import SampleOutput
+from common.engine.sampling.records import SampleOutput
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -14,12 +14,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from common.engine import philox, softmax_mass
 from common.engine.devices.cpu import philox as philox_cpu
 from common.engine.devices.cpu import sampling as sampling_cpu
 from common.engine.devices.cpu import selection
-from common.engine.sampler import RowFault, Sampler, SampleRows
-from common.engine.sampler_slots import SLOT, RaggedLists
+from common.engine.devices.reference import philox
+from common.engine.devices.reference import sampling as sampling_torch
+from common.engine.runner.sampler import RowFault, Sampler, SampleRows
+from common.engine.sampling.slots import SLOT, RaggedLists
 from common.errors import InvalidRequest, TokenOutOfRange
 from common.sampling import SamplingParams
 
@@ -93,7 +94,7 @@ def reference_kept(values, params):
         order = order[: params.top_k]
     if params.top_p < 1:
         inverse = min(1.0 / params.temperature, float(np.finfo(np.float32).max))
-        masses = softmax_mass.mass(
+        masses = sampling_torch.mass(
             torch.from_numpy(values[order]), torch.tensor(peak), torch.tensor(inverse).float()
         ).tolist()
         target = math.ceil(params.top_p * float(sum(masses)))
@@ -198,10 +199,10 @@ def test_noise_depends_on_seed_choice_and_position_and_not_on_the_vocabulary():
 def test_mass_is_an_accurate_exponential():
     x = torch.linspace(-31, 0, 100_001)
     exact = np.exp(x.double().numpy()) * 2.0**40
-    mass = softmax_mass.mass(x, torch.zeros(()), torch.ones(())).numpy()
+    mass = sampling_torch.mass(x, torch.zeros(()), torch.ones(())).numpy()
     assert (np.abs(mass - exact) <= 3e-7 * exact + 1).all()
     assert mass[-1] == 2**40
-    assert softmax_mass.mass(torch.tensor(-math.inf), torch.zeros(()), torch.ones(())) == 0
+    assert sampling_torch.mass(torch.tensor(-math.inf), torch.zeros(()), torch.ones(())) == 0
 
 
 # ---------------------------------------------------------------- distribution
@@ -343,7 +344,9 @@ def test_cuts_equal_those_of_a_full_sort(decimals):
     assert selection.find_peaks(values.view(np.int32), peaks)
     scratch = sampling_cpu.make_scratch(vocab, 1)
     peak, one = values.max(), np.float32(1.0)
-    masses = softmax_mass.mass(torch.from_numpy(values[order]), torch.tensor(peak), torch.ones(()))
+    masses = sampling_torch.mass(
+        torch.from_numpy(values[order]), torch.tensor(peak), torch.ones(())
+    )
     running = masses.numpy().cumsum()
 
     def cut(top_k, top_p):

@@ -40,8 +40,8 @@ KERNEL_SOURCES = (  # of the engine; what the CPU does without compiling it is n
     "devices/cpu/philox.py",
     "devices/cpu/sampling.py",
     "devices/cpu/selection.py",
-    "philox.py",
-    "softmax_mass.py",
+    "sampling/noise.py",
+    "sampling/softmax_mass.py",
 )
 
 F = TypeVar("F", bound=Callable[..., Any])

@@ -1,4 +1,4 @@
-"""The numba twin of `philox`: the same integers, by scalar code for kernels to call."""
+"""The noise of `sampling.noise`, by scalar code for kernels to call."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from common.engine.devices.cpu.numba_runtime import exact
-from common.engine.philox import (
+from common.engine.sampling.noise import (
     GROUP,
     GROUP_DOMAIN,
     GROUP_SHIFT,

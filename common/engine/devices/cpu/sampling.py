@@ -29,10 +29,10 @@ from common.engine.devices.cpu.selection import (
     sort_key,
     total_mass,
 )
-from common.engine.philox import GROUP
-from common.engine.sampler_io import Logprobs, SampleOutput, SampleRows
-from common.engine.sampler_slots import SlotTable
-from common.engine.softmax_mass import MASS_BITS
+from common.engine.sampling.noise import GROUP
+from common.engine.sampling.records import Logprobs, SampleOutput, SampleRows
+from common.engine.sampling.slots import SlotTable
+from common.engine.sampling.softmax_mass import MASS_BITS
 
 _OK, _NOT_FINITE, _NO_TOKEN_LEFT = np.uint8(0), np.uint8(1), np.uint8(2)
 _NEGATIVE_INFINITY = np.float32(-np.inf)

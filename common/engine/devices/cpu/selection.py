@@ -17,15 +17,14 @@ import numpy as np
 
 from common.engine.devices.cpu.numba_runtime import exact
 from common.engine.devices.cpu.philox import group_noise, token_noise
-from common.engine.philox import GROUP, LOG_LEAST
-from common.engine.softmax_mass import (
+from common.engine.sampling.noise import GROUP, LOG_LEAST
+from common.engine.sampling.softmax_mass import (
     FLOOR,
     LN2_HIGH,
     LN2_LOW,
     LOG2_E,
     MASS_BITS,
     POLYNOMIAL,
-    REACHES,
 )
 
 _P0, _P1, _P2, _P3, _P4, _P5, _P6 = (np.float32(c) for c in POLYNOMIAL)
@@ -35,11 +34,14 @@ _ROUND = np.float32(1.5 * 2**23)  # added and subtracted: to the nearest integer
 _EXPONENT = np.int32(127 + MASS_BITS)
 _23, _31 = np.int32(23), np.int32(31)
 _32, _MASK = np.uint64(32), np.uint64(0xFFFFFFFF)
-_REACH_NEAR, _REACH_FAR = REACHES
 _NEGATIVE_INFINITY = np.float32(-np.inf)
 _ABSOLUTE, _INFINITY_BITS = np.int32(0x7FFFFFFF), np.int32(0x7F800000)
 _LEAST = np.int32(-(2**31))
 _NEGATIVE_INFINITY_BITS, _ZERO = np.int32(0x7F800000 - 2**31), np.int32(0)
+
+# How far below the largest logit (in temperatures) a nucleus is looked for, before the whole row is
+# taken. Changes the cost only.
+_REACH_NEAR, _REACH_FAR = 4.0, 10.0
 
 BINS = 1024
 STRIP = 32  # ids that are searched at once
@@ -48,7 +50,7 @@ _SORTABLE = 1024  # at most so many candidates are sorted
 
 @exact
 def mass(value: Any, peak: Any, inverse_temperature: Any) -> Any:
-    """`floor(2**40 * exp((value - peak) * inverse_temperature))`, see `softmax_mass`."""
+    """`floor(2**40 * exp((value - peak) * inverse_temperature))`, see `sampling.softmax_mass`."""
     x = max((value - peak) * inverse_temperature, _FLOOR)
     n = (x * _LOG2_E + _ROUND) - _ROUND
     f = (x - n * _LN2_HIGH) - n * _LN2_LOW

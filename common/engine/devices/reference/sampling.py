@@ -15,10 +15,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from common.engine.philox import GROUP, NoiseKey, group_noise, token_noise
-from common.engine.sampler_io import Logprobs, RowFault, SampleOutput, SampleRows
-from common.engine.sampler_slots import RaggedLists, Records, SlotTable, ragged_index
-from common.engine.softmax_mass import MASS_BITS, mass
+from common.engine.devices.reference.philox import NoiseKey, group_noise, token_noise
+from common.engine.sampling.noise import GROUP
+from common.engine.sampling.records import Logprobs, RowFault, SampleOutput, SampleRows
+from common.engine.sampling.slots import RaggedLists, Records, SlotTable, ragged_index
+from common.engine.sampling.softmax_mass import (
+    FLOOR,
+    LN2_HIGH,
+    LN2_LOW,
+    LOG2_E,
+    MASS_BITS,
+    POLYNOMIAL,
+)
 
 _KEY_BITS = 32
 _INFINITY = math.inf
@@ -202,7 +210,7 @@ class TorchSampling:
         records: Records,
         positions: NDArray[np.int64],
     ) -> Tensor:
-        """The winners `[rows]` of Gumbel-max; see `philox` for the noise and its bound."""
+        """The winners `[rows]` of Gumbel-max; see `sampling.noise` for the noise and its bound."""
         rows, vocab = values.shape
         temperature = self._send(records["temperature"])
         cut, last = self._cut(values, peaks, temperature, records)
@@ -265,6 +273,23 @@ class TorchSampling:
         asked = (np.arange(most) < counts[:, None]) & (top > -_INFINITY).cpu().numpy()
         into.top_ids[at, :most] = np.where(asked, top_ids.cpu().numpy(), -1)
         into.top[at, :most] = np.where(asked, top.float().cpu().numpy(), np.nan)
+
+
+def mass(values: Tensor, peak: Tensor, inverse_temperature: Tensor) -> Tensor:
+    """Masses (int64) of float32 logits; `peak` and `inverse_temperature` float32, broadcast."""
+    x = ((values - peak) * inverse_temperature).clamp_min(FLOOR)
+    n = torch.round(x * _float32(LOG2_E, x))
+    f = (x - n * _float32(LN2_HIGH, x)) - n * _float32(LN2_LOW, x)
+    p = torch.full_like(f, POLYNOMIAL[-1])
+    for coefficient in reversed(POLYNOMIAL[:-1]):
+        p = p * f + _float32(coefficient, f)
+    power = ((n.to(torch.int32) + (127 + MASS_BITS)) << 23).view(torch.float32)
+    return (p * power).long()
+
+
+def _float32(constant: float, like: Tensor) -> Tensor:
+    # A Python scalar may be applied in another precision on some devices; a tensor is not.
+    return torch.full((), constant, dtype=torch.float32, device=like.device)
 
 
 def _kept(values: Tensor, cut: Tensor, last: Tensor, ids: Tensor) -> Tensor:

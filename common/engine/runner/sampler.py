@@ -4,22 +4,7 @@
     output = sampler.sample(logits, step.sampled)
     kept = sampler.accept(step.sampled, output)     which drafts were right; the tokens count from now on
 
-**The rule.** The token of a row is a pure function of its logits, its parameters, the tokens
-before it, and (seed, choice, position). Other rows, their order, and threads have no influence.
-Numba and torch implementations agree, except where two scores differ by an ulp of a logarithm.
-
-**Order of application**, as in vLLM; each stage sees what the one before it left:
-
-1. logit_bias is added; banned ids, ids outside allowed ids, and, until min_tokens were
-   generated, stop ids become -inf.
-2. Penalties: repetition (divides positive, multiplies other logits) over prompt and generated
-   tokens; frequency (times the count) and presence over generated tokens.
-3. Temperature 0: the largest logit, of equal ones the lowest id. Done.
-4. min_p keeps logits of at least `largest + temperature * log(min_p)`, rounded to float32.
-5. top_k keeps exactly the k first by (larger logit, lower id).
-6. top_p keeps the shortest such prefix whose mass reaches `top_p` times the mass that steps 4
-   and 5 left; masses are the integers of `softmax_mass`.
-7. Gumbel-max over the kept ones, with the noise of `philox`; equal scores: the lowest id.
+The rule by which a token is chosen is written in `common.engine.sampling`.
 
 Owns the slots and the choice of implementation. Knows nothing of sequences, steps or stop rules.
 """
@@ -35,8 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from common.engine.interface import SlotChanges
-from common.engine.sampler_io import Logprobs, RowFault, SampleOutput, SampleRows
-from common.engine.sampler_slots import SlotTable
+from common.engine.sampling.records import Logprobs, RowFault, SampleOutput, SampleRows
+from common.engine.sampling.slots import SlotTable
 from common.errors import TokenOutOfRange
 from common.sampling import SamplingParams
 

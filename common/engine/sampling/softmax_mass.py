@@ -19,33 +19,9 @@ from __future__ import annotations
 
 import math
 
-import torch
-from torch import Tensor
-
 MASS_BITS = 40
 FLOOR = -30.0  # exp(-30) * 2**40 is below 1
 LOG2_E = math.log2(math.e)
 LN2_HIGH = 355.0 / 512.0  # 9 bits: n * LN2_HIGH is exact for |n| < 2**15
 LN2_LOW = math.log(2.0) - LN2_HIGH
 POLYNOMIAL = tuple(1.0 / math.factorial(i) for i in range(7))
-
-# How far below the largest logit (in temperatures) the CPU sampler looks for a nucleus, before
-# it takes the whole row. Changes the cost only.
-REACHES = (4.0, 10.0)
-
-
-def mass(values: Tensor, peak: Tensor, inverse_temperature: Tensor) -> Tensor:
-    """Masses (int64) of float32 logits; `peak` and `inverse_temperature` float32, broadcast."""
-    x = ((values - peak) * inverse_temperature).clamp_min(FLOOR)
-    n = torch.round(x * _float32(LOG2_E, x))
-    f = (x - n * _float32(LN2_HIGH, x)) - n * _float32(LN2_LOW, x)
-    p = torch.full_like(f, POLYNOMIAL[-1])
-    for coefficient in reversed(POLYNOMIAL[:-1]):
-        p = p * f + _float32(coefficient, f)
-    power = ((n.to(torch.int32) + (127 + MASS_BITS)) << 23).view(torch.float32)
-    return (p * power).long()
-
-
-def _float32(constant: float, like: Tensor) -> Tensor:
-    # A Python scalar may be applied in another precision on some devices; a tensor is not.
-    return torch.full((), constant, dtype=torch.float32, device=like.device)

@@ -2,7 +2,7 @@
 
 Owns: the slot table and the ragged lists of token ids behind it (biased and banned, allowed,
 stop ids held back by min_tokens). Knows nothing of logits or devices; the token counts for
-penalties, which live on the device, are `TokenCounts` in `sampler`.
+penalties live on the device (`devices.device.Sampling`).
 """
 
 from __future__ import annotations
