@@ -22,7 +22,7 @@ from common.logs import get_logger
 from common.messages import Dispatch
 from common.redis_client import RedisClient, reply_code, text
 from common.redis_keys import WORK_TTL_S
-from common.redis_scripts import GROUP
+from common.redis_records import GROUP
 from common.requests import Claim, Requests
 
 log = get_logger("queue")
@@ -135,11 +135,13 @@ class NodeQueue:
         their gateways. The number given back; 0 if there is none, or `target` has left. Call it
         once `stop` was called and no `take` is under way."""
         keys = self._client.keys
-        return int(
-            await self._client.call(
-                scripts.GIVE_BACK,
-                [self._stream, keys.stream(target)],
-                [target, keys.request(""), keys.load("")],
+        return await self._client.call(
+            scripts.GiveBack(
+                stream=self._stream,
+                target=keys.stream(target),
+                node=target,
+                record_stem=keys.request(""),
+                load_stem=keys.load(""),
             )
         )
 
@@ -205,7 +207,12 @@ class NodeQueue:
     async def _drop(self, entry_id: str) -> None:
         keys = self._client.keys
         await self._client.call(
-            scripts.DROP, [self._stream], [keys.request(""), keys.load(""), entry_id]
+            scripts.DropEntries(
+                stream=self._stream,
+                record_stem=keys.request(""),
+                load_stem=keys.load(""),
+                ids=[entry_id],
+            )
         )
 
     async def _delete(self, ids: Sequence[str]) -> None:
@@ -221,11 +228,14 @@ async def move_unread(client: RedisClient, source: str, target: str, count: int)
     Atomic: an entry is read by `source` or moved, never both; and the record names its new node.
     Nothing is moved to a node that has not opened its queue, or has left."""
     keys = client.keys
-    return int(
-        await client.call(
-            scripts.MOVE_UNREAD,
-            [keys.stream(source), keys.stream(target)],
-            [count, target, keys.request(""), keys.load("")],
+    return await client.call(
+        scripts.MoveUnread(
+            source=keys.stream(source),
+            target=keys.stream(target),
+            count=count,
+            node=target,
+            record_stem=keys.request(""),
+            load_stem=keys.load(""),
         )
     )
 
@@ -235,5 +245,5 @@ async def queue_lengths(client: RedisClient, incarnations: Sequence[str]) -> lis
     if not incarnations:
         return []
     streams = [client.keys.stream(incarnation) for incarnation in incarnations]
-    reply = await client.call(scripts.QUEUE_LENGTHS, streams, [])
-    return [QueueLength(max(0, total - at_work), at_work) for total, at_work in reply]
+    lengths = await client.call(scripts.QueueLengths(streams=streams))
+    return [QueueLength(max(0, total - at_work), at_work) for total, at_work in lengths]

@@ -1,23 +1,25 @@
-"""The Lua scripts that go through a whole stream: moving, giving back, dropping, leaving.
+"""The Lua scripts that go through a whole stream: moving, giving back, dropping.
 
 Owns: what may happen to an entry that nobody has claimed. One rule holds in all of them: an entry
 counts only while the record of its attempt names it (`a<attempt>.stream` and `.entry`), and whoever
 moves or deletes such an entry says so in the record, in the same script. So whoever reads the record
-knows whom an attempt waits for, or that it waits for nobody. queue.py, registry.py and reaper.py
-give the typed functions. All are idempotent.
+knows whom an attempt waits for, or that it waits for nobody. All are idempotent.
 
 Entry of a stream: request, attempt, dispatch (the encoded message).
 """
 
 from __future__ import annotations
 
-from common.redis_client import Script
-from common.redis_scripts import PRELUDE
+from collections.abc import Sequence
+
+from common.redis_keys import Key
+from common.redis_lua import Script
+from common.redis_records import RECORDS
 
 PAGE = 16  # entries in hand at once: a long prompt's takes half a megabyte
 
-_STREAMS = (
-    PRELUDE
+STREAMS = (
+    RECORDS
     + f"""
 local PAGE = {PAGE}
 """
@@ -79,91 +81,97 @@ end
 """
 )
 
-# KEYS: stream to take from, stream to add to. ARGV: count, node to add to, record stem, load stem.
-# The oldest unread entries go first; on the way those no longer wanted are deleted, and those that are
-# for one node only stay. A stream that is not open gets nothing: its node has left, and this call is
-# late. Returns the number moved.
-MOVE_UNREAD = Script(
-    _STREAMS
-    + """
-local from, to, count = KEYS[1], KEYS[2], tonumber(ARGV[1])
-if from == to or redis.call('EXISTS', from) == 0 or not is_open(to) then return 0 end
+
+class MoveUnread(Script[int], library=STREAMS):
+    """Moves up to `count` entries from one stream to another, the oldest unread first; the number moved.
+    On the way those no longer wanted are deleted, and those that are for one node only stay. A stream
+    that is not open gets nothing: its node has left, and this call is late."""
+
+    source: Key
+    target: Key
+    count: int
+    node: str
+    record_stem: Key
+    load_stem: Key
+
+    LUA = """
+if source == target or redis.call('EXISTS', source) == 0 or not is_open(target) then return 0 end
 local after = '0-0'
-for _, group in ipairs(redis.call('XINFO', 'GROUPS', from)) do
+for _, group in ipairs(redis.call('XINFO', 'GROUPS', source)) do
   local fields = {}
   for i = 1, #group, 2 do fields[group[i]] = group[i + 1] end
   if fields['name'] == GROUP then after = fields['last-delivered-id'] end
 end
 local moved = 0
 while moved < count do
-  local page = redis.call('XRANGE', from, '(' .. after, '+', 'COUNT', math.min(PAGE, count - moved))
+  local most = math.min(PAGE, count - moved)
+  local page = redis.call('XRANGE', source, '(' .. after, '+', 'COUNT', most)
   if #page == 0 then break end
   for _, entry in ipairs(page) do
-    local record, attempt = wanted(ARGV[3], from, entry)
+    local record, attempt = wanted(record_stem, source, entry)
     if record and is_pinned(record) then
       after = entry[1]
     elseif record then
-      move_entry(from, entry, to, ARGV[2], record, attempt, ARGV[4])
+      move_entry(source, entry, target, node, record, attempt, load_stem)
       moved = moved + 1
     else
-      delete_entry(from, entry[1])
+      delete_entry(source, entry[1])
     end
   end
 end
 return moved
 """
-)
 
-# KEYS: stream, stream to add to. ARGV: node to add to ("" : to the gateways), record stem, load stem.
-# What was claimed stays. Returns the number given back, 0 if the other stream is not open.
-GIVE_BACK = Script(
-    _STREAMS
-    + """
-if ARGV[1] ~= '' and (KEYS[1] == KEYS[2] or not is_open(KEYS[2])) then return 0 end
-return give_back(KEYS[1], ARGV[2], ARGV[3], KEYS[2], ARGV[1])
+
+class GiveBack(Script[int], library=STREAMS):
+    """Moves every entry that nobody has claimed to the stream `target` of `node`, or gives it back to
+    its gateway where `node` is ""; the number given back, 0 if that stream is not open."""
+
+    stream: Key
+    target: Key
+    node: str
+    record_stem: Key
+    load_stem: Key
+
+    LUA = """
+if node ~= '' and (stream == target or not is_open(target)) then return 0 end
+return give_back(stream, record_stem, load_stem, target, node)
 """
-)
 
-# KEYS: stream. ARGV: record stem, load stem, ids. Entries that their reader cannot or need not compute.
-DROP = Script(
-    _STREAMS
-    + """
-for i = 3, #ARGV do
-  for _, entry in ipairs(redis.call('XRANGE', KEYS[1], ARGV[i], ARGV[i])) do
-    local record, attempt = wanted(ARGV[1], KEYS[1], entry)
+
+class DropEntries(Script[int], library=STREAMS):
+    """Deletes entries that their reader cannot or need not compute; the number of them."""
+
+    stream: Key
+    record_stem: Key
+    load_stem: Key
+    ids: Sequence[str]
+
+    LUA = """
+for _, id in ipairs(ids) do
+  for _, entry in ipairs(redis.call('XRANGE', stream, id, id)) do
+    local record, attempt = wanted(record_stem, stream, entry)
     if record then
-      drop_attempt_load(record, ARGV[2], attempt)
+      drop_attempt_load(record, load_stem, attempt)
       drop_entry(record, attempt)
     end
   end
-  delete_entry(KEYS[1], ARGV[i])
+  delete_entry(stream, id)
 end
-return 1
+return #ids
 """
-)
 
-# KEYS: record of a node, index, stream, load. ARGV: incarnation, record stem, load stem.
-# It is gone, or wants to be: what nobody has claimed goes to the gateways, the rest is deleted.
-# Returns the number given back.
-LEAVE = Script(
-    _STREAMS
-    + """
-local count = give_back(KEYS[3], ARGV[2], ARGV[3], '', '')
-redis.call('DEL', KEYS[1], KEYS[3], KEYS[4])
-redis.call('ZREM', KEYS[2], ARGV[1])
-return count
-"""
-)
 
-# KEYS: streams. Returns {entries, of these at work} of each.
-QUEUE_LENGTHS = Script(
-    PRELUDE
-    + """
+class QueueLengths(Script[list[tuple[int, int]]], library=RECORDS):
+    """Of each stream the number of entries, and of those at work."""
+
+    streams: Sequence[Key]
+
+    LUA = """
 local lengths = {}
-for i, stream in ipairs(KEYS) do
+for i, stream in ipairs(streams) do
   local pending = redis.pcall('XPENDING', stream, GROUP)  -- an error where there is no group
   lengths[i] = {redis.call('XLEN', stream), pending.err and 0 or pending[1]}
 end
 return lengths
 """
-)

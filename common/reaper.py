@@ -23,12 +23,13 @@ import dataclasses
 import time
 from collections.abc import Callable
 
-from common import redis_scripts as scripts
+from common import registry_scripts as scripts
 from common.errors import ServiceUnavailable
 from common.logs import get_logger
 from common.redis_client import RedisClient, scores, text
 from common.redis_keys import REAPER_LOCK_TTL_S
 from common.registry import Registry
+from common.request_scripts import RecountLoads
 from common.requests import Requests
 
 log = get_logger("reaper")
@@ -103,7 +104,9 @@ class Reaper:
                     await self._recount()
                 return reaped
             finally:
-                await self._client.call(scripts.UNLOCK, [self._keys.reaper_lock()], [self._name])
+                await self._client.call(
+                    scripts.ReleaseLock(lock=self._keys.reaper_lock(), name=self._name)
+                )
         except ServiceUnavailable:
             self._seen.clear()
             raise
@@ -134,9 +137,10 @@ class Reaper:
                 return names
 
     async def _lock(self) -> bool:
-        lock_ms = REAPER_LOCK_TTL_S * 1000
-        return bool(
-            await self._client.call(scripts.LOCK, [self._keys.reaper_lock()], [self._name, lock_ms])
+        return await self._client.call(
+            scripts.TakeLock(
+                lock=self._keys.reaper_lock(), name=self._name, ttl_ms=REAPER_LOCK_TTL_S * 1000
+            )
         )
 
     async def _reap(self, dead: list[str]) -> Reaped:
@@ -163,12 +167,16 @@ class Reaper:
         if not loads:
             return
         wrong = await self._client.call(
-            scripts.RECOUNT,
-            [*sets, *loads],
-            [len(sets), keys.request(""), keys.load(""), RECOUNTED_AT_MOST],
+            RecountLoads(
+                open_requests=sets,
+                loads=loads,
+                record_stem=keys.request(""),
+                load_stem=keys.load(""),
+                most=RECOUNTED_AT_MOST,
+            )
         )
-        if int(wrong) > 0:
-            log.warning("reaper.recounted", loads=int(wrong))
+        if wrong > 0:
+            log.warning("reaper.recounted", loads=wrong)
 
     async def _forget_expired(self) -> None:
         """Drop the oldest ids of the list of recent requests whose record has expired."""

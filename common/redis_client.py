@@ -28,6 +28,7 @@ from redis.backoff import NoBackoff
 from common.config import RedisSettings
 from common.errors import ConfigError, PdqError, ServiceUnavailable
 from common.redis_keys import SCHEMA, Keys
+from common.redis_lua import Result, Script
 
 OLDEST = (6, 2)
 FIRST_PAUSE_S = 0.02
@@ -35,13 +36,6 @@ LONGEST_PAUSE_S = 0.5
 TRANSIENT_REPLY = re.compile(r"\b(LOADING|READONLY|BUSY|CLUSTERDOWN|TRYAGAIN|MASTERDOWN)\b")
 
 Command = Sequence[str | bytes | int | float]
-
-
-class Script:
-    """A Lua script; `call` runs it by its digest and loads it where Redis does not know it."""
-
-    def __init__(self, text: str) -> None:
-        self.text = text
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -63,7 +57,6 @@ class RedisClient:
             raise ConfigError("the address of Redis is needed: --redis-url or PDQ_REDIS_URL")
         self.keys = Keys(settings.prefix)
         self.settings = settings
-        self._digests: dict[Script, str] = {}
         try:
             pool = redis.asyncio.BlockingConnectionPool.from_url(
                 settings.url,
@@ -121,22 +114,17 @@ class RedisClient:
         replies: list[Any] = await self._guarded(run, True)
         return replies
 
-    async def call(
-        self, script: Script, keys: Sequence[str], arguments: Sequence[str | bytes | int | float]
-    ) -> Any:
-        """Run `script`, atomically; its raw reply."""
+    async def call(self, script: Script[Result]) -> Result:
+        """Run `script`, atomically, by its digest; with its text where Redis does not know it yet."""
+        keys, arguments = script.encoded()
 
         async def run() -> Any:
-            digest = self._digests.get(script)
-            if digest is not None:
-                try:
-                    return await self._redis.evalsha(digest, len(keys), *keys, *arguments)
-                except exceptions.NoScriptError:  # a restart, or SCRIPT FLUSH
-                    pass
-            self._digests[script] = text(await self._redis.script_load(script.text))
-            return await self._redis.eval(script.text, len(keys), *keys, *arguments)
+            try:
+                return await self._redis.evalsha(script.digest, len(keys), *keys, *arguments)
+            except exceptions.NoScriptError:
+                return await self._redis.eval(script.text, len(keys), *keys, *arguments)
 
-        return await self._guarded(run, True)
+        return script.result(await self._guarded(run, True))
 
     async def server_info(self) -> ServerInfo:
         reply: dict[str, Any] = await self.command("INFO")

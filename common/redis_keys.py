@@ -9,6 +9,11 @@ means to conclude anything. The permanent keys are few, and bounded in size.
 
 from __future__ import annotations
 
+from typing import NewType
+
+Key = NewType("Key", str)
+"""A key, or the stem of a family: nothing but `Keys` makes one."""
+
 SCHEMA = "1"
 """Version of names and contents; a Redis that carries another one is refused."""
 
@@ -28,70 +33,73 @@ class Keys:
     def __init__(self, prefix: str = "pdq") -> None:
         self.prefix = prefix
 
-    def node(self, incarnation: str) -> str:
+    def node(self, incarnation: str) -> Key:
         """Record of a node or gateway, and its KV links. Hash; NODE_TTL_S, renewed by every beat.
         Writer: its own incarnation; deleted by it or by the reaper. Readers: everyone."""
-        return f"{self.prefix}:node:{incarnation}"
+        return self._key("node", incarnation)
 
-    def nodes(self) -> str:
+    def nodes(self) -> Key:
         """Incarnation → unix ms of its last beat. Sorted set; permanent, one entry per record.
         Writer: each incarnation; the reaper removes the dead. Readers: everyone."""
-        return f"{self.prefix}:nodes"
+        return self._key("nodes")
 
-    def stream(self, incarnation: str) -> str:
+    def stream(self, incarnation: str) -> Key:
         """Attempts that wait for one incarnation. Stream with the group "node"; WORK_TTL_S, renewed
         by every write. Writer: gateways; whoever moves unread entries. Reader: that incarnation,
         which deletes what is done; the reaper deletes the stream of a dead one."""
-        return f"{self.prefix}:stream:{incarnation}"
+        return self._key("stream", incarnation)
 
-    def request(self, request: str) -> str:
+    def request(self, request: str) -> Key:
         """Record of one request. Hash; WORK_TTL_S while open, INSPECT_TTL_S once closed.
         Writer: its gateway; a claim by a node; the reaper. Readers: everyone."""
-        return f"{self.prefix}:request:{request}"
+        return self._key("request", request)
 
-    def requests(self) -> str:
+    def requests(self) -> Key:
         """Ids of the latest RECENT_REQUESTS requests → unix ms of acceptance, for people. Sorted
         set; permanent. Writer: gateways; the reaper drops ids without a record. Reader: `pdq`."""
-        return f"{self.prefix}:requests"
+        return self._key("requests")
 
-    def open_requests(self, gateway: str) -> str:
+    def open_requests(self, gateway: str) -> Key:
         """Ids of the requests a gateway incarnation has to answer. Set; WORK_TTL_S, renewed by
         every write. Writer: that gateway. Readers: it, and the reaper when it is dead."""
-        return f"{self.prefix}:open:{gateway}"
+        return self._key("open", gateway)
 
-    def load(self, incarnation: str) -> str:
+    def load(self, incarnation: str) -> Key:
         """Work given to one incarnation and not finished: `requests`, `prompt_tokens`. Hash;
         WORK_TTL_S, renewed by every write; absent when idle. Writer: gateways, by the scripts that
         write the record too. Readers: routers."""
-        return f"{self.prefix}:load:{incarnation}"
+        return self._key("load", incarnation)
 
-    def dead_letters(self) -> str:
+    def dead_letters(self) -> Key:
         """Requests that brought a node down while alone. Stream of at most DEAD_LETTERS entries;
         permanent. Writer: gateways. Reader: people."""
-        return f"{self.prefix}:dead_letters"
+        return self._key("dead_letters")
 
-    def requeued(self) -> str:
+    def requeued(self) -> Key:
         """Dead letters to compute once more: encoded dispatches. List; WORK_TTL_S, renewed by every
         write. Writer: `pdq queue requeue`. Readers: gateways, each takes what it runs."""
-        return f"{self.prefix}:requeued"
+        return self._key("requeued")
 
-    def reaper_lock(self) -> str:
+    def reaper_lock(self) -> Key:
         """Name of the one reaper at work. String; REAPER_LOCK_TTL_S.
         Writer and reader: reapers."""
-        return f"{self.prefix}:reaper"
+        return self._key("reaper")
 
-    def schema(self) -> str:
+    def schema(self) -> Key:
         """SCHEMA of whoever came first. String; permanent. Writer and reader: every client."""
-        return f"{self.prefix}:schema"
+        return self._key("schema")
 
-    def epoch(self) -> str:
+    def epoch(self) -> Key:
         """A random name of this content's life: gone with the content, after FLUSHALL or a restart
         without persistence. String; permanent. Writer: whoever finds it absent. Readers: gateways,
         which then assert their open requests again."""
-        return f"{self.prefix}:epoch"
+        return self._key("epoch")
 
-    def permanent(self) -> frozenset[str]:
+    def permanent(self) -> frozenset[Key]:
         """The only keys that may lack a time to live."""
         return frozenset(
             {self.nodes(), self.requests(), self.dead_letters(), self.schema(), self.epoch()}
         )
+
+    def _key(self, *parts: str) -> Key:
+        return Key(":".join((self.prefix, *parts)))

@@ -23,8 +23,7 @@ import typing
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from typing import Any
 
-from common import queue_scripts
-from common import redis_scripts as scripts
+from common import registry_scripts as scripts
 from common.errors import ConfigError, ServiceUnavailable
 from common.kv_layout import Fingerprint
 from common.logs import get_logger
@@ -167,14 +166,16 @@ class Registry:
 
     async def _write(self, incarnation: str, fields: Mapping[str, str], *, whole: bool) -> bool:
         """False, and nothing written, for a part of a record that is not there any more."""
-        return bool(
-            await self._client.call(
-                scripts.ANNOUNCE,
-                [self._keys.node(incarnation), self._keys.nodes()],
-                [incarnation, NODE_TTL_S, int(whole),
-                 *(part for pair in fields.items() for part in pair)],
+        return await self._client.call(
+            scripts.AnnounceNode(
+                record=self._keys.node(incarnation),
+                nodes=self._keys.nodes(),
+                incarnation=incarnation,
+                ttl_s=NODE_TTL_S,
+                whole=whole,
+                fields=fields,
             )
-        )  # fmt: skip
+        )
 
     async def say_alone(self, incarnation: str, alone: str) -> None:
         """Write `NodeRecord.alone`, and nothing else, before the next beat does: which writes it, too,
@@ -194,14 +195,17 @@ class Registry:
         Entries that nobody has claimed are given back to their gateways; the number of them."""
         self._written.pop(incarnation, None)
         keys = self._keys
-        return int(
-            await self._client.call(
-                queue_scripts.LEAVE,
-                [keys.node(incarnation), keys.nodes(), keys.stream(incarnation),
-                 keys.load(incarnation)],
-                [incarnation, keys.request(""), keys.load("")],
+        return await self._client.call(
+            scripts.RemoveNode(
+                node=keys.node(incarnation),
+                nodes=keys.nodes(),
+                stream=keys.stream(incarnation),
+                load=keys.load(incarnation),
+                incarnation=incarnation,
+                record_stem=keys.request(""),
+                load_stem=keys.load(""),
             )
-        )  # fmt: skip
+        )
 
     async def snapshot(self) -> Snapshot:
         """All records and their ages. A record of a newer version that cannot be read is left out

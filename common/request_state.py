@@ -1,6 +1,7 @@
 """The states of a request, which may follow which, and how concurrent writes are merged.
 
-Owns: the two tables below. Knows nothing of Redis: redis_scripts.py carries `RANK` into Lua.
+Owns: the two tables below, and what may be answered about an attempt. Knows nothing of Redis:
+redis_records.py carries `RANK` into Lua.
 
 States belong to one choice of one attempt; what a request as a whole is in, is the least advanced
 state of its choices. `NEXT` says what one writer may write after what. Writes of several writers
@@ -30,6 +31,26 @@ class State(enum.StrEnum):
     @property
     def rank(self) -> int:
         return RANK[self]
+
+
+class Claim(enum.StrEnum):
+    """Answer to a claim."""
+
+    WON = "won"
+    HELD = "held"  # this incarnation has it already; an answer may have been lost
+    LOST = "lost"  # another incarnation has it
+    SUPERSEDED = "superseded"  # a newer attempt, or the request has ended
+    UNKNOWN = "unknown"  # no such attempt: closed long ago, or Redis lost its content
+
+
+class Place(enum.StrEnum):
+    """Where a choice's attempt is, as long as nobody decodes it."""
+
+    QUEUED = "queued"  # in a node's stream, or read and not claimed
+    CLAIMED = "claimed"  # by a node that computes it, or is about to
+    RETURNED = "returned"  # given back unclaimed by a node that left
+    NOWHERE = "nowhere"  # nobody will compute it: its entry was dropped or lost, or it was ended
+    UNKNOWN = "unknown"  # no such attempt: Redis lost its content, perhaps
 
 
 _ENDS = frozenset({State.FINISHED, State.FAILED, State.CANCELLED})

@@ -1,7 +1,7 @@
 """Requests as Redis knows them: accepted once, claimed once, merged forward, closed once.
 
 Owns: the record of a request and every write to it. Knows nothing of HTTP, of sockets, or of what
-computes. The fields are listed in redis_scripts.py, the states in request_state.py.
+computes. The fields are listed in redis_records.py, the states in request_state.py.
 
     gateway   accept ──▶ record, queue entry and load, in one atomic write; only now it is accepted
     node      claim  ──▶ exactly one incarnation wins an attempt, and with it state `prefilling`
@@ -16,48 +16,24 @@ happened, and the caller repeats it or gives up, both without harm.
 from __future__ import annotations
 
 import dataclasses
-import enum
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
-from common import redis_scripts as scripts
+from common import request_scripts as scripts
 from common.codec import decode, encode
 from common.errors import InvalidRequest, MalformedMessage
 from common.logs import get_logger
 from common.messages import Dispatch
 from common.redis_client import RedisClient, text
 from common.redis_keys import DEAD_LETTERS, WORK_TTL_S
-from common.request_state import State
+from common.request_record import RequestRecord, record_of
+from common.request_state import Claim, Place, State
 
-__all__ = [
-    "AttemptRecord", "ChoiceRecord", "Claim", "DeadLetter", "Load", "Place", "RequestRecord",
-    "Requests", "State", "Where",
-]  # fmt: skip
+__all__ = ["Claim", "DeadLetter", "Load", "Place", "Requests", "State", "Where"]
 
 log = get_logger("requests")
 
 LOCATED_AT_ONCE = 512
-
-
-class Claim(enum.StrEnum):
-    """Answer to a claim."""
-
-    WON = "won"
-    HELD = "held"  # this incarnation has it already; an answer may have been lost
-    LOST = "lost"  # another incarnation has it
-    SUPERSEDED = "superseded"  # a newer attempt, or the request has ended
-    UNKNOWN = "unknown"  # no such attempt: closed long ago, or Redis lost its content
-
-
-class Place(enum.StrEnum):
-    """Where a choice's attempt is, as long as nobody decodes it."""
-
-    QUEUED = "queued"  # in a node's stream, or read and not claimed
-    CLAIMED = "claimed"  # by a node that computes it, or is about to
-    RETURNED = "returned"  # given back unclaimed by a node that left
-    NOWHERE = "nowhere"  # nobody will compute it: its entry was dropped or lost, or it was ended
-    UNKNOWN = "unknown"  # no such attempt: Redis lost its content, perhaps
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -74,52 +50,6 @@ class Load:
 
     requests: int = 0
     prompt_tokens: int = 0  # of attempts whose prompt is not computed yet
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class ChoiceRecord:
-    """One choice in its current attempt. `at` is unix ms by state, `seconds` durations by stage."""
-
-    choice: int
-    state: State
-    attempt: int
-    prefill_node: str
-    decode_node: str
-    generated: int
-    cached_tokens: int
-    finish_reason: str
-    error: str
-    message: str
-    at: dict[str, int]
-    seconds: dict[str, float]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class AttemptRecord:
-    """One attempt: in whose stream it was put, and who won it."""
-
-    attempt: int
-    choices: tuple[int, ...]
-    node: str
-    claim: str
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class RequestRecord:
-    """All that Redis knows of a request; times are unix ms, 0 where something has not happened."""
-
-    request: str
-    state: State
-    attempt: int
-    gateway: str
-    model: str
-    prompt_len: int
-    priority: int
-    deadline_ms: int
-    accepted_at: int
-    ended_at: int
-    choices: tuple[ChoiceRecord, ...]
-    attempts: tuple[AttemptRecord, ...]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -148,35 +78,45 @@ class Requests:
         With `claimed_by` nothing is queued: that is how a gateway asserts an attempt that a node
         works on already, after Redis lost its content; `advance` then restores its state.
         """
-        attempt, keys = dispatch.attempt, self._keys
-        fields: dict[str, str | int] = {
-            "gateway": dispatch.gateway,
-            "model": dispatch.model.name,
-            "prompt_len": dispatch.prompt_len,
-            "priority": dispatch.priority,
-            "deadline_ms": dispatch.deadline_ms,
-            "pinned": dispatch.node,
-        }
-        reply = await self._client.call(
-            scripts.ACCEPT,
-            [keys.request(dispatch.request), keys.stream(node), keys.requests()],
-            [
-                keys.load(""), keys.open_requests(""), dispatch.request, attempt,
-                _joined(dispatch.choices), node, len(dispatch.token_ids),
-                b"" if claimed_by else encode(dispatch), claimed_by, *_pairs(fields),
-            ],
-        )  # fmt: skip
-        return bool(reply)
+        keys = self._keys
+        return await self._client.call(
+            scripts.AcceptAttempt(
+                record=keys.request(dispatch.request),
+                stream=keys.stream(node),
+                recent=keys.requests(),
+                load_stem=keys.load(""),
+                open_stem=keys.open_requests(""),
+                request=dispatch.request,
+                attempt=dispatch.attempt,
+                choices=dispatch.choices,
+                node=node,
+                tokens=len(dispatch.token_ids),
+                dispatch=b"" if claimed_by else encode(dispatch),
+                claimed_by=claimed_by,
+                fields={
+                    "gateway": dispatch.gateway,
+                    "model": dispatch.model.name,
+                    "prompt_len": dispatch.prompt_len,
+                    "priority": dispatch.priority,
+                    "deadline_ms": dispatch.deadline_ms,
+                    "pinned": dispatch.node,
+                },
+            )
+        )
 
     async def claim(self, request: str, attempt: int, incarnation: str) -> Claim:
         """Try to become the one that computes this attempt. Only WON, or HELD by a caller that
         does not compute it yet, gives the right to."""
-        reply = await self._client.call(
-            scripts.CLAIM,
-            [self._keys.request(request)],
-            [*self._stems(), request, attempt, incarnation],
+        return await self._client.call(
+            scripts.ClaimAttempt(
+                record=self._keys.request(request),
+                load_stem=self._keys.load(""),
+                open_stem=self._keys.open_requests(""),
+                request=request,
+                attempt=attempt,
+                incarnation=incarnation,
+            )
         )
-        return Claim(text(reply))
 
     async def locate(self, choices: Sequence[tuple[str, int, int]]) -> list[Where]:
         """For each (request, attempt, choice): who has it. A round trip for LOCATED_AT_ONCE of them.
@@ -184,12 +124,14 @@ class Requests:
         found: list[Where] = []
         for start in range(0, len(choices), LOCATED_AT_ONCE):
             page = choices[start : start + LOCATED_AT_ONCE]
-            reply = await self._client.call(
-                scripts.LOCATE,
-                [self._keys.request(request) for request, _, _ in page],
-                [number for _, attempt, choice in page for number in (attempt, choice)],
+            places = await self._client.call(
+                scripts.LocateChoices(
+                    records=[self._keys.request(request) for request, _, _ in page],
+                    attempts=[attempt for _, attempt, _ in page],
+                    choices=[choice for _, _, choice in page],
+                )
             )
-            found += [Where(Place(text(place)), text(node)) for place, node in reply]
+            found += [Where(place, node) for place, node in places]
         return found
 
     async def advance(
@@ -211,7 +153,7 @@ class Requests:
         are merged even where the state itself comes late.
         """
         raised = await self._merge(
-            request, str(attempt), choices, state, node=node, seconds=seconds,
+            request, attempt, choices, state, node=node, seconds=seconds,
             generated=generated, cached_tokens=cached_tokens,
         )  # fmt: skip
         return raised > 0
@@ -237,7 +179,7 @@ class Requests:
         """
         assert state.terminal, state
         raised = await self._merge(
-            request, str(attempt), choices, state, seconds=seconds, generated=generated,
+            request, attempt, choices, state, seconds=seconds, generated=generated,
             cached_tokens=cached_tokens,
             ending={"finish_reason": finish_reason, "error": error, "message": message},
         )  # fmt: skip
@@ -254,11 +196,17 @@ class Requests:
 
     async def dead_letter(self, dispatch: Dispatch, reason: str) -> None:
         """Keep a request that brought a node down while alone, for a person to look at."""
-        fields = {
-            "request": dispatch.request, "attempt": dispatch.attempt, "reason": reason,
-            "dispatch": encode(dispatch),
-        }  # fmt: skip
-        await self._client.call(scripts.DEAD_LETTER, [self._keys.dead_letters()], _pairs(fields))
+        await self._client.call(
+            scripts.AddDeadLetter(
+                dead_letters=self._keys.dead_letters(),
+                fields={
+                    "request": dispatch.request,
+                    "attempt": dispatch.attempt,
+                    "reason": reason,
+                    "dispatch": encode(dispatch),
+                },
+            )
+        )
 
     async def dead_letters(self, limit: int = 100) -> list[DeadLetter]:
         """The latest, newest first. One that another version wrote has no dispatch."""
@@ -337,12 +285,12 @@ class Requests:
 
     async def _end_all(self, request: str, state: State, error: str, message: str) -> bool:
         ending = {"error": error, "message": message}
-        return await self._merge(request, "", (), state, ending=ending) > 0
+        return await self._merge(request, None, (), state, ending=ending) > 0
 
     async def _merge(
         self,
         request: str,
-        attempt: str,
+        attempt: int | None,
         choices: Sequence[int],
         state: State,
         *,
@@ -359,27 +307,20 @@ class Requests:
             maxima["generated"] = generated
         if cached_tokens:
             maxima["cached_tokens"] = cached_tokens
-        reply = await self._client.call(
-            scripts.MERGE,
-            [self._keys.request(request)],
-            [
-                *self._stems(), request, attempt, _joined(choices), state.value, node,
-                len(maxima), *_pairs(maxima),
-                *_pairs({name: value for name, value in (ending or {}).items() if value}),
-            ],
-        )  # fmt: skip
-        return int(reply)
-
-    def _stems(self) -> tuple[str, str]:
-        return self._keys.load(""), self._keys.open_requests("")
-
-
-def _joined(numbers: Iterable[int]) -> str:
-    return ",".join(map(str, numbers))
-
-
-def _pairs(fields: Mapping[str, Any]) -> list[Any]:
-    return [part for pair in fields.items() for part in pair]
+        return await self._client.call(
+            scripts.MergeChoices(
+                record=self._keys.request(request),
+                load_stem=self._keys.load(""),
+                open_stem=self._keys.open_requests(""),
+                request=request,
+                attempt=attempt,
+                choices=choices,
+                state=state,
+                node=node,
+                maxima=maxima,
+                ending={name: value for name, value in (ending or {}).items() if value},
+            )
+        )
 
 
 def _dead_letter(entry_id: str, reply: Mapping[bytes, bytes]) -> DeadLetter:
@@ -403,64 +344,3 @@ def load_of(reply: Mapping[bytes, bytes]) -> Load:
     except ValueError as error:
         log.warning("requests.unreadable_load", error=error)
         return Load()
-
-
-def record_of(request: str, reply: Mapping[bytes, bytes]) -> RequestRecord | None:
-    """The record in a reply to HGETALL; None, and logged, if it is not one of this version."""
-    fields = {text(name): text(value) for name, value in reply.items()}
-    try:
-        return _record(request, fields)
-    except (ValueError, KeyError) as error:
-        log.warning("requests.unreadable", request=request, error=repr(error))
-        return None
-
-
-def _record(request: str, fields: Mapping[str, str]) -> RequestRecord:
-    attempts = sorted(
-        int(name[1:-8]) for name in fields if name[:1] == "a" and name.endswith(".choices")
-    )
-    return RequestRecord(
-        request=request,
-        state=State(fields["state"]),
-        attempt=int(fields["attempt"]),
-        gateway=fields["gateway"],
-        model=fields["model"],
-        prompt_len=int(fields["prompt_len"]),
-        priority=int(fields["priority"]),
-        deadline_ms=int(fields["deadline_ms"]),
-        accepted_at=int(fields["accepted_at"]),
-        ended_at=int(fields.get("ended_at", 0)),
-        choices=tuple(_choice(int(choice), fields) for choice in fields["choices"].split(",")),
-        attempts=tuple(
-            AttemptRecord(
-                attempt=attempt,
-                choices=tuple(int(c) for c in fields[f"a{attempt}.choices"].split(",")),
-                node=fields[f"a{attempt}.node"],
-                claim=fields.get(f"a{attempt}.claim", ""),
-            )
-            for attempt in attempts
-        ),
-    )
-
-
-def _choice(choice: int, fields: Mapping[str, str]) -> ChoiceRecord:
-    prefix = f"c{choice}."
-    mine = {name.removeprefix(prefix): v for name, v in fields.items() if name.startswith(prefix)}
-    return ChoiceRecord(
-        choice=choice,
-        state=State(mine["state"]),
-        attempt=int(mine["attempt"]),
-        prefill_node=mine.get("prefill_node", ""),
-        decode_node=mine.get("decode_node", ""),
-        generated=int(mine.get("generated", 0)),
-        cached_tokens=int(mine.get("cached_tokens", 0)),
-        finish_reason=mine.get("finish_reason", ""),
-        error=mine.get("error", ""),
-        message=mine.get("message", ""),
-        at={name[:-3]: int(value) for name, value in mine.items() if name.endswith("_at")},
-        seconds={
-            name.removeprefix("seconds."): float(value)
-            for name, value in mine.items()
-            if name.startswith("seconds.")
-        },
-    )

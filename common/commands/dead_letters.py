@@ -25,7 +25,8 @@ from common.commands.settings import DeadSettings, RequeueSettings, load
 from common.errors import InvalidRequest
 from common.redis_client import RedisClient
 from common.registry import Registry, Role
-from common.requests import DeadLetter, RequestRecord, Requests
+from common.request_record import RequestRecord
+from common.requests import DeadLetter, Requests
 
 LOOK_S = 0.2
 

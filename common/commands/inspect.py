@@ -25,7 +25,8 @@ from common.config import RedisSettings
 from common.queue import QueueLength, queue_lengths
 from common.redis_client import RedisClient
 from common.registry import KVLink, NodeRecord, Registry, Role, Snapshot
-from common.requests import ChoiceRecord, Load, RequestRecord, Requests
+from common.request_record import ChoiceRecord, RequestRecord
+from common.requests import Load, Requests
 
 REQUEST_COLUMNS = (
     "REQUEST", "STATE", "AGE", ">TRY", "PREFILL", "DECODE", ">PROMPT", ">CACHED", ">OUT", ">TOTAL",

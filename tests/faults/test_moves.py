@@ -22,8 +22,9 @@ import pytest
 import pytest_asyncio
 
 from common.engine import Engine
+from common.request_record import ChoiceRecord
 from common.request_state import State
-from common.requests import ChoiceRecord, Requests
+from common.requests import Requests
 from tests.support.checkpoints import STORIES
 from tests.support.deployment import Deployment
 from tests.support.load import Body, Load, bodies, truth

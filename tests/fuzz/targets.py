@@ -16,7 +16,7 @@ import typing
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from common import registry, requests
+from common import registry, request_record, requests
 from common.codec import VERSION, decode, encode
 from common.errors import LinkLost, MalformedMessage
 from common.kv_layout import Fingerprint, KVLayout, chain_hashes, root_hash
@@ -328,7 +328,7 @@ KNOWN_VALUES = (
 )  # fmt: skip
 _NODE_FIELDS = [field.name for field in dataclasses.fields(registry.NodeRecord)]
 _REQUEST_FIELDS = [
-    *(field.name for field in dataclasses.fields(requests.RequestRecord)),
+    *(field.name for field in dataclasses.fields(request_record.RequestRecord)),
     *(f"c{choice}.{name}" for choice in (0, 1) for name in (
         "state", "attempt", "prefill_node", "generated", "cached_tokens", "queued_at",
         "seconds.prefill")),
@@ -346,7 +346,7 @@ def node_record(data: bytes) -> None:
 
 def request_record(data: bytes) -> None:
     """A record of a request is one, or is left out."""
-    record = requests.record_of("r", _fields(Source(data), _REQUEST_FIELDS))
+    record = request_record.record_of("r", _fields(Source(data), _REQUEST_FIELDS))
     assert record is None or isinstance(record.state, requests.State)
 
 

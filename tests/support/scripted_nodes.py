@@ -31,7 +31,7 @@ from common.metrics import Metrics
 from common.queue import Entry, NodeQueue, move_unread
 from common.reaper import Reaper
 from common.redis_client import RedisClient, text
-from common.redis_scripts import GROUP
+from common.redis_records import GROUP
 from common.registry import NodeRecord, NodeState, Registry, Role
 from common.requests import Load, Requests
 from common.sampling import SamplingParams

@@ -20,7 +20,8 @@ from common.commands.serve import curl_line
 from common.commands.settings import ServeSettings, load_deployment
 from common.config import GatewaySettings, NodeSettings, RedisSettings, child_environment, describe
 from common.errors import ConfigError
-from common.requests import ChoiceRecord, State
+from common.request_record import ChoiceRecord
+from common.request_state import State
 
 ROOT = Path(__file__).parents[2]
 
