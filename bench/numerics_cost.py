@@ -16,7 +16,7 @@ import torch
 
 from bench.engine import BODY, run_decode, run_prefill
 from common.engine import Engine
-from common.engine.runner.batch import RowPlan
+from common.engine.devices.rows import RowPlan
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

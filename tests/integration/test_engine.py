@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from common.engine import Engine, FinishReason, SamplingParams
-from common.engine.devices.device import Rows
+from common.engine.devices.rows import Rows
 from common.errors import (
     ConfigError,
     ContextLengthExceeded,

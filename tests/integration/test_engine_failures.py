@@ -11,9 +11,9 @@ from torch import Tensor
 
 from common.engine import Engine, FinishReason, SamplingParams, StepOutput
 from common.engine.core.engine_core import StepNotBuilt
-from common.engine.devices.device import Rows
+from common.engine.devices.kv_cache import KVCache
 from common.engine.devices.reference.backend import ReferenceBackend
-from common.engine.runner.kv_cache import KVCache
+from common.engine.devices.rows import Rows
 from common.engine.runner.soundness import filled_blocks
 from common.errors import (
     CheckpointError,

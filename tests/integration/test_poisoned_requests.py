@@ -17,8 +17,8 @@ from common.config import RedisSettings
 from common.engine import SamplingParams
 from common.engine.core.sequence import Sequence
 from common.engine.core.step import Step
-from common.engine.devices.device import Rows
-from common.engine.runner.kv_cache import KVCache
+from common.engine.devices.kv_cache import KVCache
+from common.engine.devices.rows import Rows
 from common.engine.runner.model_runner import ModelRunner
 from common.engine.runner.thread_runner import ThreadRunner
 from common.errors import EngineBroken

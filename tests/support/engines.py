@@ -11,8 +11,8 @@ from torch import Tensor
 
 from common.config import EngineSettings
 from common.engine import Engine, SamplingParams
-from common.engine.devices.device import Rows
-from common.engine.runner.kv_cache import KVCache
+from common.engine.devices.kv_cache import KVCache
+from common.engine.devices.rows import Rows
 from common.engine.runner.model_runner import ModelRunner
 from common.engine.speculation import DeviceProposer
 from tests.support.checkpoints import STORIES

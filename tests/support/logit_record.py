@@ -10,7 +10,7 @@ from torch import Tensor
 
 from common.engine import Engine, SamplingParams, StepOutput
 from common.engine.core.sequence import Sequence
-from common.engine.devices.device import Rows
+from common.engine.devices.rows import Rows
 
 
 @dataclasses.dataclass

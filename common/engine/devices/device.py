@@ -13,51 +13,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from common.engine.runner.batch import Batch, RowPlan
-from common.engine.runner.kv_cache import KVCache
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Rows:
-    """The rows of one step as the operations see them: `[generated, padding, prompt, padding]`.
-
-    Made once a step by `Backend.prepare`; every tensor lies on the backend's device.
-    """
-
-    token_ids: Tensor  # int64 [rows]; 0 in padding
-    positions: Tensor  # int64 [rows], absolute; 0 in padding
-    slots: Tensor  # int64 [rows]: block * block_size + offset; -1 in padding
-    num_generated: int  # without padding
-    padded_generated: int  # where the prompt rows begin
-    generated_tables: Tensor  # int32 [num_generated, blocks]: block ids of each row's sequence
-    generated_lengths: Tensor  # int32 [num_generated]: positions each row sees, its own included
-    prompt_chunks: tuple[tuple[int, int, int], ...]  # first row, rows, first position
-    prompt_tiles: Tensor  # int32 [tiles, 4]: first row, rows, first position, row of prompt_tables
-    prompt_tables: Tensor  # int32 [chunks, blocks]
-
-    @property
-    def num_rows(self) -> int:
-        return self.token_ids.shape[0]
-
-    @classmethod
-    def on(cls, device: torch.device, batch: Batch) -> Rows:
-        """Without a copy where the device is the host."""
-
-        def put(array: NDArray[np.generic]) -> Tensor:
-            return torch.from_numpy(array).to(device)
-
-        return cls(
-            token_ids=put(batch.token_ids), positions=put(batch.positions), slots=put(batch.slots),
-            num_generated=batch.num_generated, padded_generated=batch.padded_generated,
-            generated_tables=put(batch.generated_tables),
-            generated_lengths=put(batch.generated_lengths), prompt_chunks=batch.prompt_chunks,
-            prompt_tiles=put(batch.prompt_tiles), prompt_tables=put(batch.prompt_tables),
-        )  # fmt: skip
+from common.engine.devices.kv_cache import KVCache
+from common.engine.devices.rows import RowPlan, Rows
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -107,8 +67,9 @@ class Backend(Protocol):
         """A head on the embedding `[vocab, hidden]` that stays in use as such: no copy."""
         ...
 
-    def prepare(self, batch: Batch) -> Rows:
-        """Called once a step, before its operations: what all layers need of its rows, in place."""
+    def prepare(self, rows: Rows) -> Rows:
+        """Called once a step, before its operations, with rows on the host: the same rows where the
+        operations want them, and whatever else all layers need of them."""
         ...
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...

@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.engine.devices.device import Backend, HeadShape, Linear, Rows
+from common.engine.devices.device import Backend, HeadShape, Linear
+from common.engine.devices.kv_cache import KVCache
+from common.engine.devices.rows import Rows
 from common.engine.model.rope import rope_table
 from common.engine.model.weights import TensorSource
-from common.engine.runner.kv_cache import KVCache
 from common.model_folder.model_config import ModelConfig
 
 

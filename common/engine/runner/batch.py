@@ -10,55 +10,20 @@ the scheduler chose these chunks, or of what a device makes of the rows.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
+from common.engine.devices.rows import RowPlan, Rows
 from common.engine.interface import StepInput
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class RowPlan:
-    """How many rows one matrix product takes, so that its kernel never depends on the batch.
-
-    Prompt rows go in calls of exactly `prompt_rows` (the last one filled up); generated rows in
-    calls of at most `generated_rows`, each a multiple of `generated_multiple`.
-    """
-
-    prompt_rows: int
-    generated_rows: int
-    generated_multiple: int
-    query_tile: int  # positions per unit of prompt attention; leaves no trace in the bits
-
-    def slices(self, rows: int, padded_generated: int) -> Iterator[slice]:
-        """The calls that `rows` rows take: half-open, in order, all of them."""
-        for start in range(0, padded_generated, self.generated_rows):
-            yield slice(start, min(start + self.generated_rows, padded_generated))
-        for start in range(padded_generated, rows, self.prompt_rows):
-            yield slice(start, start + self.prompt_rows)
-
-    def padded_generated(self, rows: int) -> int:
-        return -(-rows // self.generated_multiple) * self.generated_multiple
-
-    def padded_prompt(self, rows: int) -> int:
-        return -(-rows // self.prompt_rows) * self.prompt_rows
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
 class Batch:
-    """The rows of a step. `devices.device.Rows` has them as a device wants them."""
+    """The rows of a step, on the host, and where the runner finds a chunk's among them."""
 
-    token_ids: NDArray[np.int64]  # [rows]; 0 in padding
-    positions: NDArray[np.int64]  # [rows], absolute; 0 in padding
-    slots: NDArray[np.int64]  # [rows]: block * block_size + offset; -1 in padding
-    num_generated: int  # rows, without padding
-    padded_generated: int  # where the prompt rows begin
-    generated_tables: NDArray[np.int32]  # [num_generated, blocks]
-    generated_lengths: NDArray[np.int32]  # [num_generated]: positions that each row sees
-    prompt_chunks: tuple[tuple[int, int, int], ...]  # first row, rows, first position
-    prompt_tiles: NDArray[np.int32]  # [tiles, 4]: first row, rows, first position, prompt chunk
-    prompt_tables: NDArray[np.int32]  # [prompt chunks, blocks]
+    rows: Rows
     first_rows: NDArray[np.int64]  # [chunks]
     sampled: NDArray[np.int64]  # rows whose logits choose a token, in the order of chunks
 
@@ -106,21 +71,19 @@ def lay_out(step: StepInput, block_size: int, plan: RowPlan) -> Batch:
     counts = np.where(step.samples, 1 + step.num_drafted, 0)
     sampled_before = np.repeat(np.cumsum(counts) - counts, counts)
     sampled_from = np.repeat(first_rows + lengths - counts, counts)
-    return Batch(
-        token_ids=token_ids,
-        positions=positions,
-        slots=slots,
+    tables = step.generated_tables
+    if num_generated != generated:
+        tables = np.repeat(tables, lengths[:generated], axis=0)
+    rows = Rows(
+        token_ids=torch.from_numpy(token_ids),
+        positions=torch.from_numpy(positions),
+        slots=torch.from_numpy(slots),
         num_generated=num_generated,
         padded_generated=border,
-        generated_tables=(
-            np.repeat(step.generated_tables, lengths[:generated], axis=0)
-            if num_generated != generated
-            else step.generated_tables
-        ),
-        generated_lengths=(here[:num_generated] + 1).astype(np.int32),
+        generated_tables=torch.from_numpy(tables),
+        generated_lengths=torch.from_numpy((here[:num_generated] + 1).astype(np.int32)),
         prompt_chunks=prompt_chunks,
-        prompt_tiles=np.array(tiles, np.int32).reshape(len(tiles), 4),
-        prompt_tables=step.prompt_tables,
-        first_rows=first_rows,
-        sampled=sampled_from + np.arange(counts.sum()) - sampled_before,
+        prompt_tiles=torch.from_numpy(np.array(tiles, np.int32).reshape(len(tiles), 4)),
+        prompt_tables=torch.from_numpy(step.prompt_tables),
     )
+    return Batch(rows, first_rows, sampled_from + np.arange(counts.sum()) - sampled_before)

@@ -14,9 +14,9 @@ import torch
 
 from common.config import EngineSettings
 from common.engine.devices.device import Backend
+from common.engine.devices.kv_cache import TORCH_DTYPES, blocks_for_memory, free_memory
 from common.engine.model.decoder import Model, tensor_shapes
 from common.engine.model.weights import Checkpoint, RandomWeights
-from common.engine.runner.kv_cache import TORCH_DTYPES, blocks_for_memory, free_memory
 from common.errors import ConfigError, InsufficientMemory
 from common.kv_layout import KVLayout
 from common.model_folder.model_config import ModelConfig

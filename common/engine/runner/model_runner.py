@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from common.config import EngineSettings
+from common.engine.devices.kv_cache import KVCache
 from common.engine.interface import (
     EngineFacts,
     Filled,
@@ -25,7 +26,6 @@ from common.engine.interface import (
 )
 from common.engine.runner import loading
 from common.engine.runner.batch import Batch, lay_out
-from common.engine.runner.kv_cache import KVCache
 from common.engine.runner.sampler import Sampler
 from common.engine.runner.soundness import filled_blocks, infinite, sound_rows, spoiled
 from common.engine.sampling.records import TokenLogprob
@@ -112,7 +112,7 @@ class ModelRunner:
         self.cache.copy_blocks(step.copies)
         step = self._resolved(step)
         batch = lay_out(step, self.facts.layout.block_size, self.backend.row_plan)
-        hidden = self.model.forward(self.backend.prepare(batch), self.cache)
+        hidden = self.model.forward(self.backend.prepare(batch.rows), self.cache)
         sound = sound_rows(step, hidden)
         ids: frozenset[int] | None = None
         if filled is not None:

@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.engine.devices.cpu import kernels, numba_runtime
-from common.engine.devices.device import HeadShape, Linear, Rows
-from common.engine.runner.batch import Batch, RowPlan
-from common.engine.runner.kv_cache import KVCache
+from common.engine.devices.device import HeadShape, Linear
+from common.engine.devices.kv_cache import KVCache
+from common.engine.devices.rows import RowPlan, Rows
 from common.errors import ConfigError, UnsupportedModel
 
 KERNELS_VERSION = 1  # raise it when a change of kernels.py changes bits
@@ -203,8 +203,8 @@ class CpuBackend:
             return rows == padded_generated <= plan.generated_rows
         return rows == plan.prompt_rows
 
-    def prepare(self, batch: Batch) -> Rows:
-        return Rows.on(self.device, batch)
+    def prepare(self, rows: Rows) -> Rows:
+        return rows
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         out = torch.empty_like(x)

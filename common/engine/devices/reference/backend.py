@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.engine.devices.device import HeadShape, Linear, Rows
-from common.engine.runner.batch import Batch, RowPlan
-from common.engine.runner.kv_cache import KVCache
+from common.engine.devices.device import HeadShape, Linear
+from common.engine.devices.kv_cache import KVCache
+from common.engine.devices.rows import RowPlan, Rows
 
 
 class _PlainLinear:
@@ -54,8 +54,8 @@ class ReferenceBackend:
     def tied_linear(self, embedding: Tensor) -> Linear:
         return _PlainLinear(embedding, None)
 
-    def prepare(self, batch: Batch) -> Rows:
-        return Rows.on(self.device, batch)
+    def prepare(self, rows: Rows) -> Rows:
+        return rows.to(self.device)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = x.float()
