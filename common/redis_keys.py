@@ -14,7 +14,7 @@ from typing import NewType
 Key = NewType("Key", str)
 """A key, or the stem of a family: nothing but `Keys` makes one."""
 
-SCHEMA = "1"
+SCHEMA = "2"
 """Version of names and contents; a Redis that carries another one is refused."""
 
 WORK_TTL_S = 24 * 3600
@@ -34,12 +34,21 @@ class Keys:
         self.prefix = prefix
 
     def node(self, incarnation: str) -> Key:
-        """Record of a node or gateway, and its KV links. Hash; NODE_TTL_S, renewed by every beat.
-        Writer: its own incarnation; deleted by it or by the reaper. Readers: everyone."""
+        """Who a node or gateway is, and its KV links. Hash; NODE_TTL_S, renewed by every beat. Written
+        at the start and where something of it changes. Writer: its own incarnation; deleted by it or
+        by the reaper. Readers: everyone, once. Where it is missing, those who know it go on with what
+        they know, others do not see the incarnation, and its next beat writes all of it."""
         return self._key("node", incarnation)
 
+    def beat(self, incarnation: str) -> Key:
+        """Its numbers of the moment, and the digest of the identity that they belong to. Hash;
+        NODE_TTL_S, renewed by every beat. Writer: its own incarnation; deleted with the identity.
+        Readers: everyone, at each beat of their own. Where it is missing and `node` is there, the
+        incarnation counts as starting, and its age (`nodes`) says whether it is dead."""
+        return self._key("beat", incarnation)
+
     def nodes(self) -> Key:
-        """Incarnation → unix ms of its last beat. Sorted set; permanent, one entry per record.
+        """Incarnation → unix ms of its last beat. Sorted set; permanent, one entry each.
         Writer: each incarnation; the reaper removes the dead. Readers: everyone."""
         return self._key("nodes")
 

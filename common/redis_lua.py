@@ -188,6 +188,8 @@ def _check_text(script: type[Script[Any]], library: str) -> None:
     for field in script._fields:
         if field.name in taken or field.name.startswith("_"):
             raise TypeError(f"{script.__name__}.{field.name}: the Lua text has this name already")
+        if hasattr(Script, field.name) or field.name in Script.__annotations__:
+            raise TypeError(f"{script.__name__}.{field.name}: every script has this name already")
         if not re.search(rf"\b{field.name}\b", body):
             raise TypeError(f"{script.__name__}.{field.name}: the Lua text does not use it")
 

@@ -2,33 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+from common.node_record import BEAT
 from common.queue_scripts import STREAMS
-from common.redis_keys import Key
+from common.redis_keys import NODE_TTL_S, Key
 from common.redis_lua import Script
 from common.redis_records import RECORDS
 
+BEAT_FIELDS = ", ".join(f"'{name}'" for name in ("identity", *BEAT))
+
 
 class AnnounceNode(Script[bool], library=RECORDS):
-    """Writes fields of a node's record and its beat. False, and nothing written, if they are not `whole`
-    and the record is gone."""
+    """Writes a beat of the numbers BEAT, and `fields` of an identity with the digest `identity`. False,
+    and nothing written, if they are not the `whole` of it and there is none."""
 
-    record: Key
+    node: Key
+    beat: Key
     nodes: Key
     incarnation: str
-    ttl_s: int
     whole: bool
     fields: Mapping[str, str]
+    identity: str
+    numbers: Sequence[str]
 
-    LUA = """
-if not whole and redis.call('EXISTS', record) == 0 then return false end
-local now = now_ms()
-write_though_full(record)
-redis.call('HSET', record, 'beat_at', now, unpack(fields))
-redis.call('EXPIRE', record, ttl_s)
+    LUA = f"""
+if not whole and redis.call('EXISTS', node) == 0 then return false end
+local now, names, values = now_ms(), {{{BEAT_FIELDS}}}, {{identity, unpack(numbers)}}
+local written = {{'at', now}}
+for i, name in ipairs(names) do
+  written[#written + 1] = name
+  written[#written + 1] = values[i]
+end
+write_though_full(beat)
+if #fields > 0 then redis.call('HSET', node, unpack(fields)) end
+redis.call('HSET', beat, unpack(written))
+redis.call('EXPIRE', node, {NODE_TTL_S})
+redis.call('EXPIRE', beat, {NODE_TTL_S})
 redis.call('ZADD', nodes, now, incarnation)
 return true
+"""
+
+
+class ReadBeats(Script[str], library=RECORDS):
+    """All beats as JSON: [incarnation, ms since its last beat, [identity, number, …]] of each, `false`
+    for what is not there. One text, because a client takes its time over lists."""
+
+    nodes: Key
+    beat_stem: Key
+
+    LUA = f"""
+local now, found = tonumber(now_ms()), {{}}
+local index = redis.call('ZRANGE', nodes, 0, -1, 'WITHSCORES')
+for i = 1, #index, 2 do
+  local values = redis.call('HMGET', beat_stem .. index[i], {BEAT_FIELDS})
+  found[#found + 1] = {{index[i], now - tonumber(index[i + 1]), values}}
+end
+return cjson.encode(found)
 """
 
 
@@ -37,6 +67,7 @@ class RemoveNode(Script[int], library=STREAMS):
     to the gateways; the number of these entries."""
 
     node: Key
+    beat: Key
     nodes: Key
     stream: Key
     load: Key
@@ -46,7 +77,7 @@ class RemoveNode(Script[int], library=STREAMS):
 
     LUA = """
 local count = give_back(stream, record_stem, load_stem, '', '')
-redis.call('DEL', node, stream, load)
+redis.call('DEL', node, beat, stream, load)
 redis.call('ZREM', nodes, incarnation)
 return count
 """

@@ -16,7 +16,7 @@ import typing
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from common import registry, request_record, requests
+from common import requests
 from common.codec import VERSION, decode, encode
 from common.errors import LinkLost, MalformedMessage
 from common.kv_layout import Fingerprint, KVLayout, chain_hashes, root_hash
@@ -34,7 +34,9 @@ from common.messages import (
     Release,
     Tail,
 )
+from common.node_record import BEAT, NodeRecord, Role, identity_from, joined
 from common.redis_client import text
+from common.request_record import RequestRecord, record_of
 from common.sampling import SamplingParams
 from kv_transfer import generations, handshake
 from kv_transfer.generations import MappedGenerations
@@ -326,9 +328,9 @@ KNOWN_VALUES = (
     b"", b"0", b"1", b"0,1", b"queued", b"finished", b"prefill", b"ready", b"1.5", b"nan", b"inf",
     b"\xff", b"9" * 5000, b"tcp://127.0.0.1:1",
 )  # fmt: skip
-_NODE_FIELDS = [field.name for field in dataclasses.fields(registry.NodeRecord)]
+_NODE_FIELDS = [field.name for field in dataclasses.fields(NodeRecord)]
 _REQUEST_FIELDS = [
-    *(field.name for field in dataclasses.fields(request_record.RequestRecord)),
+    *(field.name for field in dataclasses.fields(RequestRecord)),
     *(f"c{choice}.{name}" for choice in (0, 1) for name in (
         "state", "attempt", "prefill_node", "generated", "cached_tokens", "queued_at",
         "seconds.prefill")),
@@ -340,13 +342,16 @@ def node_record(data: bytes) -> None:
     """A record of a node is one, or is left out."""
     stored = {text(name): text(value) for name, value in
               _fields(Source(data), _NODE_FIELDS).items()}  # fmt: skip
-    record = registry.record_of(stored)
-    assert record is None or isinstance(record.role, registry.Role)
+    record = identity_from(stored)
+    assert record is None or isinstance(record.role, Role)
+    known = record or NodeRecord("n-1", "n", Role.DECODE)
+    record = joined(known, [stored.get(name, False) for name in BEAT])
+    assert record is None or isinstance(record.running, int)
 
 
 def request_record(data: bytes) -> None:
     """A record of a request is one, or is left out."""
-    record = request_record.record_of("r", _fields(Source(data), _REQUEST_FIELDS))
+    record = record_of("r", _fields(Source(data), _REQUEST_FIELDS))
     assert record is None or isinstance(record.state, requests.State)
 
 

@@ -67,9 +67,10 @@ async def test_the_next_beat_says_who_is_alone_if_nobody_could_be_told_at_once(
     assert await registry.alone("p-1") == ""
 
 
-async def test_a_beat_writes_and_reads_what_changes_and_no_links(redis_client: RedisClient) -> None:
-    """Every node reads every record twice a second: one of few bytes, however much it has to say
-    of itself and of its links."""
+async def test_a_beat_writes_and_reads_ten_numbers_whatever_the_node_has_to_say_of_itself(
+    redis_client: RedisClient,
+) -> None:
+    """Every node reads every other twice a second."""
     count, most_bytes = 50, 200
     writer, reader = Registry(redis_client), Registry(redis_client)
     links = [{"link": f"{n:016}", "peer": "p" * 60, "transport": "shm"} for n in range(count)]
@@ -77,18 +78,74 @@ async def test_a_beat_writes_and_reads_what_changes_and_no_links(redis_client: R
     for node in nodes:
         await writer.announce(node, links)
     assert (await reader.snapshot()).records == {node.incarnation: node for node in nodes}
-    nodes = [replace(node, running=1, beats=2) for node in nodes]
+    nodes = [replace(node, running=1, steps=10**9, beats=2) for node in nodes]
     traffic = Traffic(redis_client)
     async with traffic:
         for node in nodes:
             await writer.announce(node, links)
     assert traffic.received < count * 2 * most_bytes  # a script's digest and its keys are said, too
+    assert traffic.commands["evalsha"] == traffic.commands["hset"] == count
     async with traffic:
         snapshot = await reader.snapshot()
     assert snapshot.records == {node.incarnation: node for node in nodes}
     assert traffic.sent < count * most_bytes
-    assert traffic.commands["hmget"] == count
-    assert traffic.commands["exec"] <= 3  # each a round trip
+    assert (traffic.commands["exec"], traffic.commands["evalsha"]) == (1, 1)  # each a round trip
+
+
+async def test_an_identity_is_written_when_it_changes_and_links_when_they_do(
+    redis_client: RedisClient,
+) -> None:
+    registry, key = Registry(redis_client), redis_client.keys.node("p-1")
+    links = [{"link": "1", "peer": "d-1", "transport": "shm"}]
+    await registry.announce(a_node(), links)
+    await redis_client.command("HSET", key, "host", "unwritten", "kv_links", "[]")
+    await registry.announce(replace(a_node(), beats=2), links)
+    assert await redis_client.command("HMGET", key, "host", "kv_links") == [b"unwritten", b"[]"]
+    await registry.announce(a_node(), [])
+    await registry.announce(a_node(), links)
+    assert await registry.kv_links(["p-1"]) == {"p-1": links}
+    assert await redis_client.command("HGET", key, "host") == b"unwritten"
+    await registry.announce(replace(a_node(), state=NodeState.DRAINING), links)
+    assert await redis_client.command("HGET", key, "host") == b""
+
+
+async def test_both_live_as_long_as_somebody_beats(redis_client: RedisClient) -> None:
+    registry, keys = Registry(redis_client), redis_client.keys
+    await registry.announce(a_node())
+    for key in (keys.node("p-1"), keys.beat("p-1")):
+        await redis_client.command("EXPIRE", key, 5)
+    await registry.announce(a_node())
+    for key in (keys.node("p-1"), keys.beat("p-1")):
+        assert NODE_TTL_S - 5 < await redis_client.command("TTL", key) <= NODE_TTL_S
+
+
+async def test_an_identity_without_a_beat_is_of_a_node_that_starts_or_is_dead(
+    redis_client: RedisClient,
+) -> None:
+    registry = Registry(redis_client)
+    await registry.announce(replace(a_node(), running=3))
+    await redis_client.command("DEL", redis_client.keys.beat("p-1"))
+    snapshot = await Registry(redis_client).snapshot()
+    assert snapshot.records == {"p-1": replace(a_node(), state=NodeState.STARTING)}
+    assert snapshot.standing("p-1") == "starting"
+    assert await registry.alone("p-1") is None
+    await redis_client.command("ZINCRBY", redis_client.keys.nodes(), -3_600_000, "p-1")
+    assert (await registry.snapshot()).standing("p-1") == "lost"
+    await registry.announce(a_node())
+    assert (await registry.snapshot()).records == {"p-1": a_node()}
+
+
+async def test_a_beat_without_an_identity_is_of_a_node_that_only_those_see_who_know_it(
+    redis_client: RedisClient,
+) -> None:
+    writer, reader, newcomer = (Registry(redis_client) for _ in range(3))
+    await writer.announce(a_node())
+    await reader.snapshot()
+    await redis_client.command("DEL", redis_client.keys.node("p-1"))
+    assert (await reader.snapshot()).records == {"p-1": a_node()}
+    assert (await newcomer.snapshot()).records == {}
+    await writer.announce(a_node())
+    assert (await newcomer.snapshot()).records == {"p-1": a_node()}
 
 
 async def test_links_are_read_by_those_who_ask_for_them(redis_client: RedisClient) -> None:
@@ -140,7 +197,6 @@ async def test_a_beat_whose_answer_was_lost_is_followed_by_a_whole_record(
             await writer.announce(replace(a_node(), beats=2))
     finally:
         await asyncio.to_thread(redis_server.start)
-    await redis_client.command("HSET", redis_client.keys.node("p-1"), "beats", "2")  # it arrived
     await writer.announce(a_node())
     assert (await Registry(redis_client).snapshot()).records == {"p-1": a_node()}
     await impatient.close()
@@ -155,12 +211,12 @@ async def test_an_old_or_missing_record_is_shown_with_its_age_and_nothing_is_con
     snapshot = await registry.snapshot()
     assert snapshot.records["p-1"].state is NodeState.READY
     assert 3600 <= snapshot.ages["p-1"] < 3700
-    await redis_client.command("DEL", redis_client.keys.node("p-1"))
-    snapshot = await registry.snapshot()
+    await redis_client.command("DEL", redis_client.keys.node("p-1"), redis_client.keys.beat("p-1"))
+    snapshot = await Registry(redis_client).snapshot()
     assert "p-1" not in snapshot.records
     assert "p-1" in snapshot.ages
     await registry.announce(a_node())
-    assert (await registry.snapshot()).records == {"p-1": a_node()}
+    assert (await Registry(redis_client).snapshot()).records == {"p-1": a_node()}
 
 
 async def test_leaving_removes_every_trace(redis_client: RedisClient) -> None:
@@ -176,14 +232,23 @@ async def test_leaving_removes_every_trace(redis_client: RedisClient) -> None:
 async def test_fields_of_another_version_are_no_obstacle(redis_client: RedisClient) -> None:
     registry = Registry(redis_client)
     await registry.announce(a_node())
-    key = redis_client.keys.node("p-1")
-    await redis_client.command("HSET", key, "from_the_future", "1")
-    await redis_client.command("HDEL", key, "running", "identity")
-    assert (await registry.snapshot()).records == {"p-1": a_node()}
-    await redis_client.command("HSET", key, "role", "conductor")
-    assert (await registry.snapshot()).records == {}
-    await redis_client.command("HSET", key, "role", "prefill", "state", "tired")
-    assert (await registry.snapshot()).records == {}
+    keys = redis_client.keys
+
+    async def found() -> dict[str, NodeRecord]:
+        return (await Registry(redis_client).snapshot()).records
+
+    for key in (keys.node("p-1"), keys.beat("p-1")):
+        await redis_client.command("HSET", key, "from_the_future", "1")
+    await redis_client.command("HDEL", keys.node("p-1"), "max_model_len", "identity")
+    await redis_client.command("HDEL", keys.beat("p-1"), "running")
+    assert await found() == {"p-1": a_node()}
+    await redis_client.command("HSET", keys.beat("p-1"), "running", b"\xff\x00")
+    assert await found() == {}
+    await redis_client.command("HSET", keys.beat("p-1"), "running", "0")
+    await redis_client.command("HSET", keys.node("p-1"), "role", "conductor")
+    assert await found() == {}
+    await redis_client.command("HSET", keys.node("p-1"), "role", "prefill", "state", "tired")
+    assert await found() == {}
 
 
 async def test_watching_goes_on_through_an_outage(

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 
+from common.node_record import BEAT
 from common.queue import NodeQueue, QueueLength, queue_lengths
 from common.queue_scripts import DropEntries, GiveBack, MoveUnread, QueueLengths
 from common.redis_client import RedisClient
 from common.redis_keys import Key, Keys
 from common.redis_lua import Script
-from common.registry_scripts import AnnounceNode, ReleaseLock, RemoveNode, TakeLock
+from common.registry_scripts import AnnounceNode, ReadBeats, ReleaseLock, RemoveNode, TakeLock
 from common.request_scripts import (
     AcceptAttempt,
     AddDeadLetter,
@@ -75,15 +76,17 @@ EXAMPLES: list[tuple[Script[Any], Any]] = [
     (ReleaseLock(lock=KEYS.reaper_lock(), name="x"), False),
     (
         AnnounceNode(
-            record=KEYS.node("a"), nodes=KEYS.nodes(), incarnation="a", ttl_s=9, whole=True,
-            fields={"name": "a"},
+            node=KEYS.node("a"), beat=KEYS.beat("a"), nodes=KEYS.nodes(), incarnation="a",
+            whole=True, fields={"name": "a"}, identity="d", numbers=["1"] * len(BEAT),
         ),
         True,
     ),
+    (ReadBeats(nodes=KEYS.nodes(), beat_stem=KEYS.beat("")), "{}"),
     (
         RemoveNode(
-            node=KEYS.node("a"), nodes=KEYS.nodes(), stream=KEYS.stream("a"), load=KEYS.load("a"),
-            incarnation="a", record_stem=RECORD, load_stem=LOAD,
+            node=KEYS.node("a"), beat=KEYS.beat("a"), nodes=KEYS.nodes(),
+            stream=KEYS.stream("a"), load=KEYS.load("a"), incarnation="a", record_stem=RECORD,
+            load_stem=LOAD,
         ),
         1,
     ),

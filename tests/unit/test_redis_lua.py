@@ -82,6 +82,12 @@ def a_field_named_as_a_word_of_lua() -> None:
         LUA = "return end"
 
 
+def a_field_named_as_an_attribute_of_every_script() -> None:
+    class Named(Script[int]):
+        digest: str  # type: ignore[misc]
+        LUA = "return digest"
+
+
 def a_field_of_another_type() -> None:
     class Other(Script[int]):
         lock: Key
@@ -109,6 +115,7 @@ def a_result_of_another_type() -> None:
         a_field_declared_again,
         a_field_named_as_a_shared_function,
         a_field_named_as_a_word_of_lua,
+        a_field_named_as_an_attribute_of_every_script,
         a_field_of_another_type,
         a_list_of_either,
         a_result_of_another_type,
