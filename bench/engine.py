@@ -26,7 +26,7 @@ def run_decode(engine: Engine, batch: int, prompt: int, tokens: int) -> dict[str
     """Seconds of a decode step with `batch` sequences, median over `tokens` steps."""
     params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
     for index in range(batch):
-        engine.add(f"decode-{index}", prompt_ids(engine, prompt, seed=index), params)
+        engine.add_prompt(f"decode-{index}", prompt_ids(engine, prompt, seed=index), params)
     seconds = []
     while engine.has_work:
         start = time.perf_counter()
@@ -42,7 +42,7 @@ def run_prefill(engine: Engine, prompt: int, tries: int) -> dict[str, float]:
     params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
     seconds = []
     for index in range(tries + 1):
-        engine.add(f"prefill-{index}", prompt_ids(engine, prompt, seed=1000 + index), params)
+        engine.add_prompt(f"prefill-{index}", prompt_ids(engine, prompt, seed=1000 + index), params)
         start = time.perf_counter()
         while engine.has_work:
             engine.step()

@@ -74,7 +74,7 @@ class ClockedRole:
 
     def received(self, effect: Adopted | Ended) -> None:
         if isinstance(effect, Adopted):
-            self._note("adopted", request=f"{effect.offer.request}/{effect.offer.attempt}")
+            self._note("adopted", request=f"{effect.offer.key.request}/{effect.offer.key.attempt}")
         self._role.received(effect)
 
 

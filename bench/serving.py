@@ -63,7 +63,7 @@ def bare(engine: Engine, requests: int, seed: int) -> float:
     def add() -> None:
         number = next(names)
         if number < requests:
-            engine.add(
+            engine.add_prompt(
                 f"{seed}-{number}", prompt_ids(engine, PROMPT, seed * 10_000 + number), params
             )
 

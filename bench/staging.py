@@ -13,9 +13,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from bench.transports import HELD, LAYOUT, LINK, OPENERS, SEED, SOURCES, fill, pull
+from common.messages import HandoffKey
 from kv_transfer.lease import Leases
 from kv_transfer.pool_memory import HostPoolMemory
-from kv_transfer.ports import Key, Piece
+from kv_transfer.ports import Piece
 from kv_transfer.transports.base import Target
 from kv_transfer.transports.shm import ShmReader
 
@@ -45,7 +46,7 @@ def serve(pipe: Connection, transport: str, blocks: int) -> None:
     leases = Leases(HELD)
     source = SOURCES[transport](memory, leases)
     fill(memory)
-    leases.add(Key(LINK, "r", 1, 0), range(blocks))
+    leases.add(HandoffKey(LINK, "r", 1, 0), range(blocks))
     peak = Peak()
     pipe.send((source.open_link(LINK), [int(n) for n in memory.generations], memory.digests))
     pipe.recv()

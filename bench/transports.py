@@ -28,9 +28,10 @@ from typing import Any
 
 from bench import tls
 from common.kv_layout import KVLayout
+from common.messages import HandoffKey
 from kv_transfer.lease import Leases
 from kv_transfer.pool_memory import HostPoolMemory, PoolMemory, copy_bytes
-from kv_transfer.ports import Key, Piece, TransferSettings
+from kv_transfer.ports import Piece, TransferSettings
 from kv_transfer.transports.base import Opener, Reader, Source, Target
 from kv_transfer.transports.shm import ShmReader, ShmSource
 from kv_transfer.transports.tcp import TcpReader, TcpSource
@@ -73,7 +74,7 @@ def serve(pipe: Connection, blocks: int) -> None:
     leases = Leases(HELD)
     sources = {name: make(memory, leases) for name, make in SOURCES.items()}
     fill(memory)
-    leases.add(Key(LINK, "r", 1, 0), list(range(blocks)))
+    leases.add(HandoffKey(LINK, "r", 1, 0), list(range(blocks)))
     listener = socket.create_server(("127.0.0.1", 0))
     proofs = {name: source.open_link(LINK) for name, source in sources.items()}
     generations = [int(number) for number in memory.generations]

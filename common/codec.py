@@ -21,7 +21,7 @@ import msgpack  # type: ignore[import-untyped]
 from common.errors import InvalidRequest, MalformedMessage
 from common.messages import MESSAGES, Message
 
-VERSION = 1
+VERSION = 2
 _PREFIX = bytes([VERSION])
 
 _Check = Callable[[Any, str], Any]

@@ -24,6 +24,11 @@ class ModelIdentity:
     revision: str
     tokenizer: str
 
+    @classmethod
+    def of(cls, node: Fingerprint) -> ModelIdentity:
+        """What a node with this fingerprint runs."""
+        return cls(node.model, node.revision, node.tokenizer)
+
     def mismatch(self, node: Fingerprint) -> Mismatch | None:
         """The first part in which a node with this fingerprint runs another model, with both
         values; None if its tokens answer a prompt of this model. An unknown revision fits any."""

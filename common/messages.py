@@ -28,9 +28,8 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-from common.identity import ModelIdentity
 from common.kv_layout import Fingerprint
-from common.sampling import SamplingParams
+from common.request import Request
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -47,27 +46,16 @@ class Message:
 class Dispatch(Message):
     """gateway → prefill or unified node, through the node's Redis stream. One attempt of a request.
 
-    `token_ids` are prompt and tokens already delivered to the client, `prompt_len` the border
-    between them; the delivered ones are per choice, so a retry dispatches each choice by itself
+    Tokens already delivered to the client are per choice, so a retry dispatches each choice by itself
     (`choices` lists which choices this attempt computes). Duplicate: `claim` lets one win.
     """
 
     kind: ClassVar[int] = 1
-    request: str
+    request: Request
     attempt: int
     choices: tuple[int, ...]
-    token_ids: tuple[int, ...]
-    prompt_len: int
-    params: SamplingParams
-    gateway: str  # incarnation of the gateway that holds the client
-    gateway_endpoint: str  # where its token socket is bound
     decode_node: str  # provisional choice, an incarnation; "" when the node decides or decodes
     decode_endpoint: str
-    cache_salt: str
-    priority: int
-    deadline_ms: int  # budget from acceptance, 0: none
-    trace: str  # W3C traceparent, "" when absent
-    model: ModelIdentity
     alone: bool = False  # suspected of a node's death: to be computed in steps of its own at first
     node: str = ""  # the incarnation that a person wants it computed by; it moves to no other
 
@@ -76,12 +64,18 @@ class Dispatch(Message):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Hello(Message):
+class LinkMessage(Message):
+    """Between two nodes, about the link that it names; its number is new at each reconnect."""
+
+    link: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Hello(LinkMessage):
     """handoff side → intake side, first on a new link, which is for one transport. Duplicate:
     answered again, same answer."""
 
     kind: ClassVar[int] = 10
-    link: str
     node: str  # incarnation
     fingerprint: Fingerprint
     slab_bytes: int
@@ -91,11 +85,10 @@ class Hello(Message):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Welcome(Message):
+class Welcome(LinkMessage):
     """intake → handoff: the link is open, over `transport`. Late: dropped."""
 
     kind: ClassVar[int] = 11
-    link: str
     node: str
     transport: str
     reason: str  # why this transport and not a faster one, for `pdq nodes`
@@ -103,12 +96,11 @@ class Welcome(Message):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Refuse(Message):
+class Refuse(LinkMessage):
     """intake → handoff: not compatible; `field` says which part of the fingerprint differs, or
     "transport": then the next may be tried, on another link."""
 
     kind: ClassVar[int] = 12
-    link: str
     node: str
     field: str
     mine: str
@@ -116,52 +108,63 @@ class Refuse(Message):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Closed(Message):
+class Closed(LinkMessage):
     """handoff side → intake side, where the connection goes on: nobody waits for this link any more,
     and the intake closes its end, opened or not. Duplicate, unknown: dropped."""
 
     kind: ClassVar[int] = 13
-    link: str
 
 
 # ── Between two nodes: one handoff ───────────────────────────────────────────────────────────────
 #
 # kv_transfer/README.md has the rules and the state tables of both ends. An intake that is asked
-# about a handoff it has ended repeats its terminal answer (Deny, Ack, Abort or Release). `ask`
-# numbers, from 1, the handoffs in which one node offers a choice of an attempt: one that was refused
-# is asked for again under the next number, which no old answer is about.
+# about a handoff it has ended repeats its terminal answer (Deny, Ack, Abort or Release).
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Offer(Message):
+class HandoffKey:
+    """Names one handoff. A new link is a new handoff, even of the same attempt, and so is a new ask:
+    `ask` numbers, from 1, the handoffs in which one node offers a choice of an attempt: one that was
+    refused is asked for again under the next number, which no old answer is about."""
+
+    link: str
+    request: str
+    attempt: int
+    choice: int
+    ask: int = 1
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class HandoffMessage(Message):
+    """Between the two ends of one handoff."""
+
+    key: HandoffKey
+
+    @property
+    def link(self) -> str:
+        return self.key.link
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Offer(HandoffMessage):
     """handoff → intake: all that is needed to reserve room for one choice of one attempt.
 
-    `block_hashes` are those of all full blocks of `token_ids`; `tail_fill` positions follow them.
+    `request.token_ids` are those whose KV is offered, `block_hashes` those of all their full blocks;
+    `tail_fill` positions follow them.
     Repeated until Grant, Deny or Abort. Duplicate: answered with a Grant of what is missing still,
     or the terminal answer. Late (after Abort): the terminal answer again, nothing is reserved.
     """
 
     kind: ClassVar[int] = 20
-    link: str
-    request: str
-    attempt: int
-    choice: int
-    ask: int
-    token_ids: tuple[int, ...]
-    prompt_len: int
-    params: SamplingParams
+    request: Request
     block_hashes: tuple[bytes, ...]
     tail_fill: int
-    gateway: str
-    gateway_endpoint: str
-    cache_salt: str
-    priority: int  # lower goes first
     waited_ms: int  # how long the request has waited already: among equals the oldest goes first
     alone: bool = False  # as Dispatch says
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Grant(Message):
+class Grant(HandoffMessage):
     """intake → handoff: room for the whole prompt is reserved; `missing` are the indexes to announce.
 
     An index counts blocks of this prompt from 0; the tail's index follows the last full block's.
@@ -171,29 +174,19 @@ class Grant(Message):
     """
 
     kind: ClassVar[int] = 21
-    link: str
-    request: str
-    attempt: int
-    choice: int
-    ask: int
     missing: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Deny(Message):
+class Deny(HandoffMessage):
     """intake → handoff: no, terminally, for this offer; another node is chosen. Duplicate: ignored."""
 
     kind: ClassVar[int] = 22
-    link: str
-    request: str
-    attempt: int
-    choice: int
-    ask: int
     reason: str  # out_of_blocks | overloaded | draining | aborted | never_fits | malformed
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Blocks(Message):
+class Blocks(HandoffMessage):
     """handoff → intake: these blocks are computed, and lie still until a terminal answer.
 
     `slots` are block ids in the sender's pool and `generations` their generation counters (even:
@@ -202,11 +195,6 @@ class Blocks(Message):
     """
 
     kind: ClassVar[int] = 23
-    link: str
-    request: str
-    attempt: int
-    choice: int
-    ask: int
     indexes: tuple[int, ...]
     slots: tuple[int, ...]
     generations: tuple[int, ...]
@@ -214,7 +202,7 @@ class Blocks(Message):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Tail(Message):
+class Tail(HandoffMessage):
     """handoff → intake: the last, partly filled block; only its first `fill` positions count.
 
     `parent` is the hash of the block before it, empty if there is none. Duplicate: skipped. A tail
@@ -223,11 +211,6 @@ class Tail(Message):
     """
 
     kind: ClassVar[int] = 24
-    link: str
-    request: str
-    attempt: int
-    choice: int
-    ask: int
     index: int
     parent: bytes
     token_ids: tuple[int, ...]
@@ -249,7 +232,7 @@ class TokenLogprobs(Message):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Commit(Message):
+class Commit(HandoffMessage):
     """handoff → intake: all is announced; decode may go on from `first_token`, at `position`: the
     first of a prompt, the last of a sequence that moves.
 
@@ -259,11 +242,6 @@ class Commit(Message):
     """
 
     kind: ClassVar[int] = 25
-    link: str
-    request: str
-    attempt: int
-    choice: int
-    ask: int
     position: int
     first_token: int
     logprobs: TokenLogprobs | None
@@ -271,19 +249,14 @@ class Commit(Message):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Ack(Message):
+class Ack(HandoffMessage):
     """intake → handoff: every block is checked and owned here; the lease ends. Duplicate: ignored."""
 
     kind: ClassVar[int] = 26
-    link: str
-    request: str
-    attempt: int
-    choice: int
-    ask: int
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Abort(Message):
+class Abort(HandoffMessage):
     """either end → the other: this handoff is over.
 
     From the intake it is an answer, terminal for the lease: sent only when no copy runs any more.
@@ -292,24 +265,14 @@ class Abort(Message):
     """
 
     kind: ClassVar[int] = 27
-    link: str
-    request: str
-    attempt: int
-    choice: int
-    ask: int
     reason: str
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Release(Message):
+class Release(HandoffMessage):
     """intake → handoff: the answer to Abort; I touch nothing of it any more. Duplicate: ignored."""
 
     kind: ClassVar[int] = 28
-    link: str
-    request: str
-    attempt: int
-    choice: int
-    ask: int
 
 
 # ── Between two nodes: the bytes, over tcp ───────────────────────────────────────────────────────

@@ -178,11 +178,14 @@ class NodeQueue:
         if not isinstance(dispatch, Dispatch):
             log.warning("queue.malformed", error=f"a {type(dispatch).__name__} in the queue")
             return None
-        claim = await self._requests.claim(dispatch.request, dispatch.attempt, self._incarnation)
+        claim = await self._requests.claim(dispatch.request.id, dispatch.attempt, self._incarnation)
         if claim in (Claim.WON, Claim.HELD):
             return dispatch
         log.info(
-            "queue.dropped", request=dispatch.request, attempt=dispatch.attempt, claim=claim.value
+            "queue.dropped",
+            request=dispatch.request.id,
+            attempt=dispatch.attempt,
+            claim=claim.value,
         )
         return None
 

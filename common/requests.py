@@ -78,27 +78,27 @@ class Requests:
         With `claimed_by` nothing is queued: that is how a gateway asserts an attempt that a node
         works on already, after Redis lost its content; `advance` then restores its state.
         """
-        keys = self._keys
+        keys, request = self._keys, dispatch.request
         return await self._client.call(
             scripts.AcceptAttempt(
-                record=keys.request(dispatch.request),
+                record=keys.request(request.id),
                 stream=keys.stream(node),
                 recent=keys.requests(),
                 load_stem=keys.load(""),
                 open_stem=keys.open_requests(""),
-                request=dispatch.request,
+                request=request.id,
                 attempt=dispatch.attempt,
                 choices=dispatch.choices,
                 node=node,
-                tokens=len(dispatch.token_ids),
+                tokens=len(request.token_ids),
                 dispatch=b"" if claimed_by else encode(dispatch),
                 claimed_by=claimed_by,
                 fields={
-                    "gateway": dispatch.gateway,
-                    "model": dispatch.model.name,
-                    "prompt_len": dispatch.prompt_len,
-                    "priority": dispatch.priority,
-                    "deadline_ms": dispatch.deadline_ms,
+                    "gateway": request.gateway,
+                    "model": request.model.name,
+                    "prompt_len": request.prompt_len,
+                    "priority": request.priority,
+                    "deadline_ms": request.deadline_ms,
                     "pinned": dispatch.node,
                 },
             )
@@ -200,7 +200,7 @@ class Requests:
             scripts.AddDeadLetter(
                 dead_letters=self._keys.dead_letters(),
                 fields={
-                    "request": dispatch.request,
+                    "request": dispatch.request.id,
                     "attempt": dispatch.attempt,
                     "reason": reason,
                     "dispatch": encode(dispatch),
@@ -223,8 +223,9 @@ class Requests:
             if name in (letter.id, letter.request) and letter.dispatch is not None:
                 replay = f"{letter.request}-again-{secrets.token_hex(3)}"
                 dispatch = dataclasses.replace(
-                    letter.dispatch, request=replay, attempt=1, node=node
-                )
+                    letter.dispatch, attempt=1, node=node,
+                    request=dataclasses.replace(letter.dispatch.request, id=replay),
+                )  # fmt: skip
                 key = self._keys.requeued()
                 await self._client.pipeline(
                     ("RPUSH", key, encode(dispatch)), ("EXPIRE", key, WORK_TTL_S)

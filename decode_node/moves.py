@@ -138,7 +138,7 @@ class Moves:
 
     def _withdraw(self, handover: Handover) -> None:
         """No room in time. Nothing was committed, so that nobody can have adopted it."""
-        log.info("move.withdrawn", request=handover.attempt.request, peer=handover.peer)
+        log.info("move.withdrawn", request=handover.attempt.request.id, peer=handover.peer)
         self._full.add(handover.peer)
         self._go_on(handover)
         self._sending.cancel(handover, "no room in time")

@@ -8,6 +8,7 @@ When the node drains, what runs moves to other decode nodes (moves.py), as far a
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Set as AbstractSet
 
@@ -51,7 +52,7 @@ class DecodeRole:
         if attempt.engine_id in self._attempts:  # Redis lost it, and its gateway queued it again
             self._node.done(entry)
             return
-        if not attempt.compute(self._node, attempt.params):
+        if not attempt.compute(self._node, attempt.request.params):
             return
         self._attempts[attempt.engine_id] = attempt
         for choice in attempt.sequences:
@@ -64,31 +65,29 @@ class DecodeRole:
         node, offer, commit = self._node, effect.offer, effect.commit
         attempt = Attempt.offered(offer)
         attempt = self._attempts.setdefault(attempt.engine_id, attempt)
-        if offer.choice in attempt.open_choices:  # its Ack was lost, and it was offered again
+        if offer.key.choice in attempt.open_choices:  # its Ack was lost, and it was offered again
             node.kv.discard(effect.reservation)
-            self._say_who_has(attempt, offer.choice)
+            self._say_who_has(attempt, offer.key.choice)
             return
         try:
-            node.connect(offer.gateway, offer.gateway_endpoint)
-            sequence = node.engine.make_sequence(
-                attempt.engine_id, (*offer.token_ids, commit.first_token), offer.params,
-                choice=offer.choice, prompt_len=offer.prompt_len, priority=offer.priority,
-                cache_salt=offer.cache_salt,
-            )  # fmt: skip
-            sequence.num_computed = len(offer.token_ids)
+            node.connect(offer.request.gateway, offer.request.gateway_endpoint)
+            known = (*offer.request.token_ids, commit.first_token)
+            request = dataclasses.replace(offer.request, token_ids=known)
+            sequence = node.engine.make_sequence(attempt.engine_id, request, offer.key.choice)
+            sequence.num_computed = len(offer.request.token_ids)
             sequence.block_hashes = list(offer.block_hashes)  # each checked by the intake
             node.kv.run(sequence, effect.reservation)
         except PdqError as error:
             node.kv.discard(effect.reservation)
-            node.failed(offer.gateway, attempt.key(offer.choice), error, retryable=True)
+            node.failed(offer.request.gateway, attempt.key(offer.key.choice), error, retryable=True)
             self._close_if_over(attempt)
             return
         attempt.suspect(node, len(sequence.token_ids))
-        attempt.open_choices.add(offer.choice)
-        attempt.sequences[offer.choice] = sequence
-        attempt.arrived[offer.choice] = len(sequence.token_ids)
-        attempt.handoffs[offer.choice] = effect.waited
-        self._say_who_has(attempt, offer.choice)
+        attempt.open_choices.add(offer.key.choice)
+        attempt.sequences[offer.key.choice] = sequence
+        attempt.arrived[offer.key.choice] = len(sequence.token_ids)
+        attempt.handoffs[offer.key.choice] = effect.waited
+        self._say_who_has(attempt, offer.key.choice)
 
     def _say_who_has(self, attempt: Attempt, choice: int) -> None:
         node, key = self._node, attempt.key(choice)
@@ -162,11 +161,11 @@ class DecodeRole:
     ) -> None:  # fmt: skip
         intake = self._node.links.intake
         for key, offer in intake.offered().items():
-            wanted = offer.gateway == gateway and (not choices or key.choice in choices)
+            wanted = offer.request.gateway == gateway and (not choices or key.choice in choices)
             if wanted and key.request == request and key.attempt <= attempt:
                 self._node.links.perform(intake.cancel(key, reason, now=time.monotonic()))
         for open_attempt in list(self._attempts.values()):
-            theirs = (open_attempt.gateway, open_attempt.request) == (gateway, request)
+            theirs = (open_attempt.gateway, open_attempt.request.id) == (gateway, request)
             if not theirs or open_attempt.number > attempt:
                 continue
             if not choices or open_attempt.open_choices <= choices:

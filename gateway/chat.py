@@ -58,7 +58,7 @@ async def chat_completions(service: Service, request: Request) -> Answer:
 
 async def _chunks(run: _Run) -> AsyncGenerator[object, None]:
     """For each choice: a chunk with the role, chunks with content, one with the reason it ended."""
-    body, usage = run.body, Usage(len(run.work.prompt_ids))
+    body, usage = run.body, Usage(len(run.work.request.token_ids))
 
     def chunk(
         index: int, delta: dict[str, Any], logprobs: object = None, reason: str | None = None,
@@ -88,7 +88,7 @@ async def _chunks(run: _Run) -> AsyncGenerator[object, None]:
 
 
 async def _whole(run: _Run) -> Sequence[bytes]:
-    body, usage = run.body, Usage(len(run.work.prompt_ids))
+    body, usage = run.body, Usage(len(run.work.request.token_ids))
     choices = [_ChoiceSoFar() for _ in range(body.n)]
     running = generate(run.service.dispatcher, run.model.tokenizer, run.work, run.text, usage)
     async with aclosing(running) as deltas:
@@ -132,7 +132,7 @@ class _ChoiceSoFar:
 
 
 def _prompt_ids(run: _Run) -> dict[str, Any]:
-    return {"prompt_token_ids": run.work.prompt_ids} if run.body.return_token_ids else {}
+    return {"prompt_token_ids": run.work.request.token_ids} if run.body.return_token_ids else {}
 
 
 def _logprobs(run: _Run, tokens: Sequence[VisibleToken]) -> dict[str, Any] | None:

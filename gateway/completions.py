@@ -54,7 +54,7 @@ class _Run:
     head: dict[str, Any]
 
     def usage(self) -> Usage:
-        return Usage(prompt_tokens=sum(len(work.prompt_ids) for work in self.works))
+        return Usage(prompt_tokens=sum(len(work.request.token_ids) for work in self.works))
 
 
 async def completions(service: Service, request: Request) -> Answer:
@@ -93,8 +93,8 @@ async def _echo(
         return _Echo(given)
     stream = tokenizer.detokenizer(skip_special_tokens=options.skip_special_tokens)
     pieces = []
-    for begin in range(0, len(work.prompt_ids), IN_ONE_GO):
-        pieces.append(stream.push_all(work.prompt_ids[begin : begin + IN_ONE_GO]))
+    for begin in range(0, len(work.request.token_ids), IN_ONE_GO):
+        pieces.append(stream.push_all(work.request.token_ids[begin : begin + IN_ONE_GO]))
         await asyncio.sleep(0)
     return _Echo(dumps("".join(pieces)), stream)
 
@@ -118,7 +118,7 @@ async def _chunks(run: _Run) -> AsyncGenerator[object, None]:
             }
             if body.return_token_ids:
                 choice["token_ids"] = delta.token_ids
-                choice["prompt_token_ids"] = run.works[prompt].prompt_ids if first else None
+                choice["prompt_token_ids"] = run.works[prompt].request.token_ids if first else None
             members = {"text": joined(echo, dumps(text))}
             chunk = {**run.head, **usage_of_chunk(body.stream_options, usage)}
             yield with_members(chunk, {"choices": b"[" + with_members(choice, members) + b"]"})
@@ -163,7 +163,7 @@ class _ChoiceSoFar:
             members["logprobs"] = with_members({}, lists)
         if run.body.return_token_ids:
             members["token_ids"] = self._token_ids.text
-            members["prompt_token_ids"] = dumps(run.works[prompt].prompt_ids)
+            members["prompt_token_ids"] = dumps(run.works[prompt].request.token_ids)
         small = {"index": index, "finish_reason": self._reason}
         if run.body.logprobs is None:
             small["logprobs"] = None

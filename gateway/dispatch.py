@@ -151,9 +151,9 @@ class Dispatcher:
         self._ledger.check_room()
         request = OpenRequest(work)
         request.accepted_at = time.monotonic()
-        self._open[work.request] = request
+        self._open[work.request.id] = request
         if work.suspected:
-            self._suspicion.suspect(work.request)
+            self._suspicion.suspect(work.request.id)
         self._metrics.open_requests.inc()
         limit = self._limits.request_timeout_s
         overdue = asyncio.get_running_loop().call_later(
@@ -162,8 +162,8 @@ class Dispatcher:
         state, reason, message = "cancelled", "request_aborted", "client went away"
         try:
             everything = tuple(range(work.n))
-            await self._place(request, everything, 1, work.prompt_ids, frozenset())
-            self._metrics.prompt_tokens.inc(len(work.prompt_ids))
+            await self._place(request, everything, 1, work.request.token_ids, frozenset())
+            self._metrics.prompt_tokens.inc(len(work.request.token_ids))
             yield request
             if request.done:
                 state = "finished"
@@ -220,7 +220,7 @@ class Dispatcher:
         """
         node, dispatch = await self._placement.find(
             request, choices, attempt, token_ids,
-            avoid=avoid, alone=request.work.request in self._suspicion,
+            avoid=avoid, alone=request.id in self._suspicion,
         )  # fmt: skip
         for choice in choices:
             request.choices[choice].holder = node
@@ -255,13 +255,9 @@ class Dispatcher:
         request.attempt += 1
         choice.stream.begin(request.attempt)
         for other, below in waited.items():  # behind what is lost now
-            self._bus.send(
-                other, TokensAck(self._gateway, ((request.work.request, old, index, below),))
-            )
+            self._bus.send(other, TokensAck(self._gateway, ((request.id, old, index, below),)))
         for other in request.involved | request.refused:
-            self._bus.send(
-                other, Cancel(self._gateway, request.work.request, old, "superseded", (index,))
-            )
+            self._bus.send(other, Cancel(self._gateway, request.id, old, "superseded", (index,)))
         self._metrics.retries.labels(cause).inc()
         self._spawn(self._place_again(request, index, frozenset({avoid}), pause), "retry")
 
@@ -271,12 +267,12 @@ class Dispatcher:
         await asyncio.sleep(pause)
         choice = request.choices[index]
         attempt = choice.stream.attempt
-        token_ids = request.work.prompt_ids + choice.stream.token_ids
+        token_ids = request.work.request.token_ids + choice.stream.token_ids
         deadline = time.monotonic() + self._limits.placement_timeout_s
-        while request.work.request in self._open and choice.stream.attempt == attempt:
+        while request.id in self._open and choice.stream.attempt == attempt:
             try:
                 await self._place(request, (index,), attempt, token_ids, avoid)
-                if request.work.request not in self._open:
+                if request.id not in self._open:
                     # Closed while the write was under way, which may have come after its end.
                     self._end(request, "cancelled", "request_aborted", "closed")
                 return
@@ -324,11 +320,11 @@ class Dispatcher:
                 held = choice.heard and choice.holder == node
                 if (held or node in choice.owes()) and not choice.done:
                     log.info(
-                        "choice.lost", request=request.work.request, choice=index, node=node,
+                        "choice.lost", request=request.id, choice=index, node=node,
                         reason=reason,
                     )  # fmt: skip
                     lost.append((request, index))
-        if reason in CRASHES and any(one.work.request in self._suspicion for one, _ in lost):
+        if reason in CRASHES and any(one.id in self._suspicion for one, _ in lost):
             self._spawn(self._judge(node, lost), "judge")
         else:
             for request, index in lost:
@@ -342,7 +338,7 @@ class Dispatcher:
         alone = await self._directory.alone(node)
         for (request, index), attempt in zip(lost, attempts, strict=True):
             choice = request.choices[index]
-            if request.work.request in self._open and choice.stream.attempt == attempt:
+            if request.id in self._open and choice.stream.attempt == attempt:
                 self._lose(request, index, node, crashed=True, alone=alone)
 
     def _lose(
@@ -355,14 +351,14 @@ class Dispatcher:
         alone: str | None = None,
     ) -> None:
         """`node` took a choice with it; `alone` as `Suspicion.judge` has it."""
-        choice, name = request.choices[index], request.work.request
+        choice, name = request.choices[index], request.id
         if crashed and choice.heard and choice.holder == node:
             attempt = choice.stream.attempt
             _, dispatch = request.dispatches[attempt]
-            start = len(dispatch.token_ids)
+            start = len(dispatch.request.token_ids)
             verdict = self._suspicion.judge(
                 name, attempt, alone,
-                proved=start if start > dispatch.prompt_len else 0,
+                proved=start if start > dispatch.request.prompt_len else 0,
                 came_on=choice.stream.below > max(choice.held_from, start),
             )  # fmt: skip
             if verdict is Verdict.GUILTY:
@@ -381,7 +377,7 @@ class Dispatcher:
         have been in its last step, before we could hear of it."""
         if cause == CLAIM_LOST:
             attempt = request.choices[index].stream.attempt
-            self._suspicion.judge(request.work.request, attempt, None)
+            self._suspicion.judge(request.id, attempt, None)
         self._retry(request, index, cause, node)
 
     def _on_tokens(self, node: str, message: Tokens) -> None:
@@ -502,7 +498,7 @@ class Dispatcher:
             self._hold(choice, message.node)
         if message.cached_tokens > request.cached_tokens:
             self._metrics.cached_tokens.inc(message.cached_tokens - request.cached_tokens)
-            request.cached_tokens = min(message.cached_tokens, len(request.work.prompt_ids))
+            request.cached_tokens = min(message.cached_tokens, len(request.work.request.token_ids))
         self._ledger.stage(message)
 
     def _on_failed(self, message: Failed) -> None:
@@ -531,9 +527,9 @@ class Dispatcher:
         """Keep what was asked of the node as a dead letter."""
         _, dispatch = request.dispatches[attempt]
         self._metrics.dead_letters.inc()
-        log.error("request.poisoned", request=request.work.request, node=node, error=error)
+        log.error("request.poisoned", request=request.id, node=node, error=error)
         reason = f"{node}: {error.message}"
-        self._ledger.letter(request.work.request, lambda: self._store.bury(dispatch, reason))
+        self._ledger.letter(request.id, lambda: self._store.bury(dispatch, reason))
 
     def _hold(self, choice: Choice, node: str) -> None:
         """`node` has the choice now. What it said may have come after the news of its death."""
@@ -584,26 +580,26 @@ class Dispatcher:
         """Stop attempts up to `attempt` at `node`, unless a live choice runs in one of them."""
         alive = any(c.stream.attempt <= attempt and not c.done for c in request.choices)
         if not alive:
-            self._bus.send(node, Cancel(self._gateway, request.work.request, attempt, "superseded"))
+            self._bus.send(node, Cancel(self._gateway, request.id, attempt, "superseded"))
 
     def _stop_choice(self, node: str, request: OpenRequest, index: int) -> None:
         """Have a node free a choice that we stopped; all that was asked for ends with the request."""
         stream = request.choices[index].stream
         if not stream.finished and not request.done:
-            name, attempt = request.work.request, stream.attempt
+            name, attempt = request.id, stream.attempt
             self._bus.send(node, Cancel(self._gateway, name, attempt, "stopped", (index,)))
 
     def _close(self, request: OpenRequest, state: str, reason: str, message: str) -> None:
         work = request.work
-        del self._open[work.request]
-        self._suspicion.forget(work.request)
+        del self._open[work.request.id]
+        self._suspicion.forget(work.request.id)
         self._metrics.open_requests.dec()
         self._metrics.requests.labels(state).inc()
         told = set(request.refused)
         if not all(choice.stream.finished for choice in request.choices):
             told |= request.involved
         for node in told:
-            self._bus.send(node, Cancel(self._gateway, work.request, request.attempt, reason))
+            self._bus.send(node, Cancel(self._gateway, work.request.id, request.attempt, reason))
         if request.dispatches:
             self._end(request, state, reason, message)
         for choice in request.choices:
@@ -611,7 +607,7 @@ class Dispatcher:
 
     def _end(self, request: OpenRequest, state: str, code: str, message: str) -> None:
         """Have Redis hear of it, however long that takes."""
-        name, store = request.work.request, self._store
+        name, store = request.id, self._store
         endings = [
             Ending(index, c.stream.attempt, c.stream.finished or "stop", len(c.stream.token_ids))
             for index, c in enumerate(request.choices)

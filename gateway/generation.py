@@ -120,12 +120,14 @@ async def generate(
     prompt comes with the text of each choice.
     To be closed by whoever started it (`contextlib.aclosing`): that is what cancels it.
     """
-    ending_ids = frozenset((*tokenizer.model.stop_token_ids, *work.params.stop_token_ids))
+    params = work.request.params
+    ending_ids = frozenset((*tokenizer.model.stop_token_ids, *params.stop_token_ids))
     begin = echoed or tokenizer.detokenizer(
-        work.prompt_ids, skip_special_tokens=options.skip_special_tokens
+        work.request.token_ids, skip_special_tokens=options.skip_special_tokens
     )
     choices = [
-        ChoiceText(begin.copy(), options, ending_ids, work.params.min_tokens) for _ in range(work.n)
+        ChoiceText(begin.copy(), options, ending_ids, work.request.params.min_tokens)
+        for _ in range(work.n)
     ]
     async with dispatcher.run(work) as request, contextlib.aclosing(request.updates()) as updates:
         cached_tokens = 0

@@ -11,10 +11,9 @@ import dataclasses
 from collections.abc import AsyncGenerator
 
 from common.errors import Overloaded, PdqError
-from common.identity import ModelIdentity
 from common.kv_layout import Fingerprint
 from common.messages import Dispatch, Message
-from common.sampling import SamplingParams
+from common.request import Request
 from gateway.streams import ChoiceStream, Token
 
 MAX_BACKLOG = 2**17  # tokens, alternatives among logprobs counted too, that nobody has read
@@ -24,14 +23,8 @@ MAX_BACKLOG = 2**17  # tokens, alternatives among logprobs counted too, that nob
 class Work:
     """A validated request: token ids and parameters, nothing of HTTP."""
 
-    request: str
-    prompt_ids: tuple[int, ...]
-    params: SamplingParams
-    model: ModelIdentity
+    request: Request  # its tokens are the prompt
     n: int = 1
-    cache_salt: str = ""
-    priority: int = 0
-    trace: str = ""
     suspected: bool = False  # of what nodes die of
     node: str = ""  # the incarnation that shall compute it
 
@@ -89,12 +82,16 @@ class OpenRequest:
         self.involved: set[str] = set()  # incarnations that may hold something of it
         self.refused: set[str] = set()  # that spoke of it, and were not heeded
         self.choices = [
-            Choice(ChoiceStream(len(work.prompt_ids), work.params.max_tokens))
+            Choice(ChoiceStream(len(work.request.token_ids), work.request.params.max_tokens))
             for _ in range(work.n)
         ]
         self._updates: asyncio.Queue[Update | PdqError] = asyncio.Queue()
         self._backlog = 0
         self.failed = False
+
+    @property
+    def id(self) -> str:
+        return self.work.request.id
 
     @property
     def done(self) -> bool:

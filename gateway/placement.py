@@ -16,6 +16,8 @@ from collections.abc import Sequence
 from common.errors import PdqError, ServiceUnavailable
 from common.identity import ModelIdentity
 from common.messages import Dispatch
+from common.request import Request
+from common.sampling import SamplingParams
 from gateway.open_request import OpenRequest
 from gateway.ports import NodeBus, NodeDirectory, NodeView
 from gateway.router import (
@@ -65,7 +67,7 @@ class Placement:
 
     def ready(self, model: ModelIdentity) -> str | None:
         """None when a request for this model could be placed now, else what is missing."""
-        probe = RouteQuestion("ready", model, (0,), 1, 1)
+        probe = RouteQuestion(Request("ready", model, (0,), 1, SamplingParams(max_tokens=1)))
         try:
             decision = self._router.route(probe, self._directory.nodes(), {})
         except PdqError as error:
@@ -87,16 +89,15 @@ class Placement:
         """The node that is to read the attempt, and what it is to read; the request notes both.
         Raises `ServiceUnavailable` if there is no node in time, and what the router raises."""
         work = request.work
-        question = RouteQuestion(
-            request=work.request,
-            model=work.model,
+        asked = dataclasses.replace(
+            work.request,
             token_ids=token_ids,
-            prompt_len=len(work.prompt_ids),
-            max_tokens=work.params.max_tokens,
-            cache_salt=work.cache_salt,
-            fingerprint=request.fingerprint,
-            avoid=avoid,
-            only=work.node,
+            deadline_ms=self._remaining_ms(request),
+            gateway=self._gateway,
+            gateway_endpoint=self._bus.endpoint,
+        )
+        question = RouteQuestion(
+            asked, fingerprint=request.fingerprint, avoid=avoid, only=work.node
         )
         decision = await self._decide(question)
         node = decision.prefill.incarnation
@@ -104,21 +105,11 @@ class Placement:
         request.fingerprint = request.fingerprint or decision.prefill.fingerprint
         request.involved.add(node)
         dispatch = Dispatch(
-            request=work.request,
+            request=asked,
             attempt=attempt,
             choices=choices,
-            token_ids=token_ids,
-            prompt_len=len(work.prompt_ids),
-            params=work.params,
-            gateway=self._gateway,
-            gateway_endpoint=self._bus.endpoint,
             decode_node=decision.decode.incarnation if decision.decode else "",
             decode_endpoint=decision.decode.endpoint if decision.decode else "",
-            cache_salt=work.cache_salt,
-            priority=work.priority,
-            deadline_ms=self._remaining_ms(request),
-            trace=work.trace,
-            model=work.model,
             alone=alone,
             node=work.node,
         )
@@ -169,7 +160,7 @@ class Placement:
                     await self._nodes_changed.wait()
         except TimeoutError as error:
             nodes = self._directory.nodes()
-            lacks = self.ready(question.model)
+            lacks = self.ready(question.request.model)
             if question.only and not any(node.incarnation == question.only for node in nodes):
                 lacks = f"{question.only}, which it is for, is not there"
             here = "; ".join(filter(None, (_roles(nodes), lacks)))

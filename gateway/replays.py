@@ -8,6 +8,7 @@ in steps of its own. What becomes of it is in its record; its tokens are counted
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 
 from common.errors import Overloaded, PdqError, ServiceUnavailable
 from common.logs import get_logger
@@ -41,18 +42,9 @@ class Replays:
                 await self._replay(dispatch)
 
     async def _replay(self, dispatch: Dispatch) -> None:
-        work = Work(
-            request=dispatch.request,
-            prompt_ids=dispatch.token_ids[: dispatch.prompt_len],
-            params=dispatch.params,
-            model=dispatch.model,
-            n=max(dispatch.choices) + 1,
-            cache_salt=dispatch.cache_salt,
-            priority=dispatch.priority,
-            trace=dispatch.trace,
-            suspected=True,
-            node=dispatch.node,
-        )
+        prompt = dispatch.request.token_ids[: dispatch.request.prompt_len]
+        asked = dataclasses.replace(dispatch.request, token_ids=prompt)
+        work = Work(asked, n=max(dispatch.choices) + 1, suspected=True, node=dispatch.node)
         while True:
             try:
                 async with self._dispatcher.run(work) as request:
@@ -62,7 +54,7 @@ class Replays:
                 await asyncio.sleep(LOOK_S)
                 continue
             except PdqError as error:
-                log.warning("replay.failed", request=work.request, error=error)
+                log.warning("replay.failed", request=work.request.id, error=error)
             else:
-                log.info("replay.finished", request=work.request)
+                log.info("replay.finished", request=work.request.id)
             return

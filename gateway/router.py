@@ -19,7 +19,8 @@ from typing import Protocol
 
 from common.errors import ContextLengthExceeded, NeverFits
 from common.identity import ModelIdentity
-from common.kv_layout import Fingerprint, HashChain, root_hash
+from common.kv_layout import Fingerprint, HashChain
+from common.request import Request
 from gateway.ports import DECODE, PREFILL, UNIFIED, NodeView
 from gateway.prefix_index import PrefixIndex
 
@@ -33,12 +34,7 @@ class RouteQuestion:
     Its block hashes, for each fingerprint that nodes have, are computed once; of a long prompt by
     `hash_for`, which holds nobody up, before the router asks."""
 
-    request: str
-    model: ModelIdentity
-    token_ids: tuple[int, ...]
-    prompt_len: int
-    max_tokens: int
-    cache_salt: str = ""
+    request: Request
     fingerprint: Fingerprint | None = None
     avoid: frozenset[str] = frozenset()  # incarnations that just failed this request
     only: str = ""  # the incarnation that must take part in it
@@ -48,26 +44,26 @@ class RouteQuestion:
 
     async def hash_for(self, nodes: Sequence[NodeView]) -> None:
         """Compute the hashes that these nodes would have its blocks under."""
-        for node in of_model(self.model, nodes):
+        for node in of_model(self.request.model, nodes):
             await self._chain(node.fingerprint).finish()
 
     def hashes(self, fingerprint: Fingerprint) -> Sequence[bytes]:
         """Of the full blocks, in order, as a node of this fingerprint names them."""
         chain = self._chain(fingerprint)
-        chain.advance(len(self.token_ids))
+        chain.advance(len(self.request.token_ids))
         return chain.hashes
 
     def _chain(self, fingerprint: Fingerprint) -> HashChain:
         if fingerprint not in self._chains:
             self._chains[fingerprint] = HashChain(
-                root_hash(fingerprint, self.cache_salt),
-                self.token_ids, fingerprint.block_size, self.prompt_len,
+                self.request.cache_root(fingerprint),
+                self.request.token_ids, fingerprint.block_size, self.request.prompt_len,
             )  # fmt: skip
         return self._chains[fingerprint]
 
     @property
     def most_tokens(self) -> int:
-        return self.prompt_len + self.max_tokens
+        return self.request.prompt_len + self.request.params.max_tokens
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -115,7 +111,7 @@ class LeastLoadedRouter:
     def route(
         self, question: RouteQuestion, nodes: Sequence[NodeView], in_flight: Mapping[str, int]
     ) -> Decision | None:
-        usable = [node for node in of_model(question.model, nodes) if node.usable]
+        usable = [node for node in of_model(question.request.model, nodes) if node.usable]
         if question.fingerprint is not None:
             usable = [n for n in usable if n.fingerprint.mismatch(question.fingerprint) is None]
         if question.only:
@@ -140,7 +136,7 @@ class LeastLoadedRouter:
             partners = [n for n in partners if n.incarnation not in question.avoid] or partners
             decode = min(partners, key=lambda node: _as_partner(question, prefill, node))
         reason = (
-            f"{best.waiting} tokens wait, {best.uncached} of {len(question.token_ids)} "
+            f"{best.waiting} tokens wait, {best.uncached} of {len(question.request.token_ids)} "
             f"not cached, {len(first)} candidates"
         )
         return Decision(prefill, decode, weighed, reason)
@@ -155,7 +151,7 @@ class LeastLoadedRouter:
             entries[node.incarnation] = Weighed(
                 node.incarnation,
                 max(0, node.load.waiting_tokens + in_flight.get(node.incarnation, 0)),
-                len(question.token_ids) - held[node.incarnation],
+                len(question.request.token_ids) - held[node.incarnation],
                 node.load.running * RUNNING_COST if node.role == UNIFIED else 0,
             )
         least = min(entry.cost for entry in entries.values())
@@ -164,7 +160,7 @@ class LeastLoadedRouter:
             nodes,
             key=lambda node: (
                 max(0, entries[node.incarnation].cost - least - slack),
-                _spread(question.request, node),
+                _spread(question.request.id, node),
             ),
         )
         return tuple(entries[node.incarnation] for node in order)
@@ -179,7 +175,7 @@ class LeastLoadedRouter:
                 counts[fingerprint] = self._index.leading_blocks(question.hashes(fingerprint))
             blocks = counts[fingerprint].get(node.incarnation, 0)
             held[node.incarnation] = min(
-                blocks * fingerprint.block_size, len(question.token_ids) - 1
+                blocks * fingerprint.block_size, len(question.request.token_ids) - 1
             )
         return held
 
@@ -200,7 +196,7 @@ def fits(question: RouteQuestion, node: NodeView) -> bool:
     """Whether the node could ever hold it; the last token's KV is never stored."""
     if question.most_tokens > node.max_model_len:
         return False
-    stored = len(question.token_ids) if node.role == PREFILL else question.most_tokens - 1
+    stored = len(question.request.token_ids) if node.role == PREFILL else question.most_tokens - 1
     return stored <= _pool_tokens(node)
 
 
@@ -210,7 +206,8 @@ def check_fits(question: RouteQuestion, nodes: Sequence[NodeView]) -> None:
         able = [node for node in nodes if node.role in (phase, UNIFIED)]
         if not able or any(fits(question, node) for node in able):
             continue
-        asked = f"prompt ({question.prompt_len} tokens) and max_tokens ({question.max_tokens})"
+        request = question.request
+        asked = f"prompt ({request.prompt_len} tokens) and max_tokens ({request.params.max_tokens})"
         longest = max(node.max_model_len for node in able)
         if question.most_tokens > longest:
             raise ContextLengthExceeded(
@@ -293,7 +290,7 @@ def _as_partner(
 ) -> tuple[int, bool, bytes]:
     """The least goes first: what runs there; among equals, whom no conversion makes send all."""
     converts = node.fingerprint.block_size != prefill.fingerprint.block_size
-    return node.load.running, converts, _spread(question.request, node)
+    return node.load.running, converts, _spread(question.request.id, node)
 
 
 def _spread(request: str, node: NodeView) -> bytes:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import secrets
 
-from starlette.requests import Request
+from starlette.requests import Request as HttpRequest
 
 from common.errors import (
     ContextLengthExceeded,
@@ -17,6 +17,7 @@ from common.errors import (
     ServiceUnavailable,
     TokenOutOfRange,
 )
+from common.request import Request
 from gateway.access import Access
 from gateway.bodies import BodyBudget, read_body
 from gateway.dispatch import Dispatcher
@@ -60,7 +61,7 @@ class Service:
         self.bodies = BodyBudget(self.limits.max_bodies_bytes)
         self.unknown_fields = UnknownFields(self.limits.unknown_fields, self.metrics)
 
-    async def prepared(self, kind: str, request: Request) -> Prepared:
+    async def prepared(self, kind: str, request: HttpRequest) -> Prepared:
         """What the body of a request that may be served asks for (`intake.prepare`): open service,
         known key, JSON, size in bounds. `request.state` remembers which fields are ignored."""
         if self.draining:
@@ -95,7 +96,7 @@ class Service:
         prompt_ids: TokenIds,
         param: str,
         body: ChatBody | CompletionBody,
-        request: Request,
+        request: HttpRequest,
     ) -> Work:
         """`param` names the field that the prompt came from."""
         if not prompt_ids:
@@ -128,16 +129,17 @@ class Service:
                 "them.",
                 param=body.wanted_tokens[0],
             )
-        return Work(
-            request=request_id,
-            prompt_ids=tuple(prompt_ids),
-            params=params,
+        asked = Request(
+            id=request_id,
             model=model.identity,
-            n=body.n,
+            token_ids=tuple(prompt_ids),
+            prompt_len=len(prompt_ids),
+            params=params,
             cache_salt=body.cache_salt,
             priority=body.priority,
             trace=request.headers.get("traceparent", "")[:128],
         )
+        return Work(asked, n=body.n)
 
     def context_length(self, model: ServedModel) -> int | None:
         """Positions of the model's context, or of its nodes' where all have a shorter one; None

@@ -88,4 +88,4 @@ class Speakers:
     def _count(self, message: Message, node: str, request: OpenRequest) -> None:
         kind = type(message).__name__
         self._metrics.refused_words.labels(kind).inc()
-        log.warning("word.refused", node=node, kind=kind, request=request.work.request)
+        log.warning("word.refused", node=node, kind=kind, request=request.id)

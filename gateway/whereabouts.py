@@ -89,7 +89,7 @@ class Whereabouts:
             wanted = self._wanted()
             if not wanted:
                 return
-            asked = [(one.request.work.request, one.attempt, one.index) for one in wanted]
+            asked = [(one.request.id, one.attempt, one.index) for one in wanted]
             try:
                 found = await self._store.locate(asked)
             except ServiceUnavailable as error:
@@ -115,7 +115,7 @@ class Whereabouts:
             choice.stream.attempt == one.attempt
             and choice.placed_at > 0.0
             and not (choice.heard or choice.done)
-            and one.request.work.request in self._open
+            and one.request.id in self._open
         )
 
     async def _conclude(self, one: _Unheard, where: Where) -> None:
@@ -131,14 +131,14 @@ class Whereabouts:
             self._lost(one, CLAIM_LOST if where.place is Place.CLAIMED else "node_lost", node)
         elif where.place is Place.CLAIMED or node != choice.holder:
             log.info(
-                "choice.found", request=one.request.work.request, choice=one.index, node=node,
+                "choice.found", request=one.request.id, choice=one.index, node=node,
                 place=where.place,
             )  # fmt: skip
             self._adopt(one.request, one.index, node, where.place is Place.CLAIMED)
 
     def _lost(self, one: _Unheard, cause: str, node: str) -> None:
         log.info(
-            "choice.lost", request=one.request.work.request, choice=one.index, node=node,
+            "choice.lost", request=one.request.id, choice=one.index, node=node,
             reason=cause,
         )  # fmt: skip
         self._retry(one.request, one.index, cause, node)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 
 from common.errors import ProtocolError
-from common.kv_layout import Fingerprint, HashChain, root_hash
+from common.kv_layout import Fingerprint, HashChain
 from common.messages import Blocks, Commit, Offer, Tail
 from kv_transfer.digests import DIGEST_BYTES, tail_seed
 
@@ -64,13 +64,14 @@ class Check:
 
     def _check_shape(self) -> None:
         offer = self._offer
-        count, tail_fill = divmod(len(offer.token_ids), self._block_size)
-        tail = offer.token_ids[count * self._block_size :]
+        count, tail_fill = divmod(len(offer.request.token_ids), self._block_size)
+        tail = offer.request.token_ids[count * self._block_size :]
         if not (
-            len(offer.token_ids) > 0
+            offer.key.request == offer.request.id
+            and len(offer.request.token_ids) > 0
             and offer.tail_fill == tail_fill
             and len(offer.block_hashes) == count
-            and 0 <= offer.prompt_len <= len(offer.token_ids)
+            and 0 <= offer.request.prompt_len <= len(offer.request.token_ids)
             and all(0 <= token < 2**32 for token in tail)
         ):
             raise ProtocolError("the parts of an Offer do not fit each other")
@@ -78,8 +79,10 @@ class Check:
 
 
 def _chain(offer: Offer, fingerprint: Fingerprint) -> HashChain:
-    root = root_hash(fingerprint, offer.cache_salt)
-    return HashChain(root, offer.token_ids, fingerprint.block_size, offer.prompt_len)
+    root = offer.request.cache_root(fingerprint)
+    return HashChain(
+        root, offer.request.token_ids, fingerprint.block_size, offer.request.prompt_len
+    )
 
 
 def full_blocks(offer: Offer, blocks: Blocks) -> list[Announced]:
@@ -107,15 +110,15 @@ def tail_block(offer: Offer, tail: Tail, fingerprint: Fingerprint) -> Announced:
         tail.index == len(offer.block_hashes)
         and tail.fill == offer.tail_fill > 0
         and tail.parent == parent
-        and tail.token_ids == offer.token_ids[-tail.fill :]
+        and tail.token_ids == offer.request.token_ids[-tail.fill :]
         and len(tail.digest) in (0, DIGEST_BYTES)
     ):
         raise ProtocolError("a Tail names what the offer does not have")
-    seed = tail_seed(parent or root_hash(fingerprint, offer.cache_salt), tail.token_ids)
+    seed = tail_seed(parent or offer.request.cache_root(fingerprint), tail.token_ids)
     return Announced(tail.index, tail.slot, tail.generation, tail.fill, tail.digest, seed)
 
 
 def commits_all(offer: Offer, commit: Commit) -> bool:
     """Whether a Commit covers the whole prompt."""
     count = len(offer.block_hashes) + (offer.tail_fill > 0)
-    return commit.blocks == count and commit.position == len(offer.token_ids)
+    return commit.blocks == count and commit.position == len(offer.request.token_ids)

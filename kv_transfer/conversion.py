@@ -66,7 +66,7 @@ class Conversion:
     def __init__(self, offer: Offer, theirs: int, ours: int, hashes: Sequence[bytes]) -> None:
         """`theirs` and `ours` are the positions in a block of the sender and of this node; `hashes` are
         those of the prompt's full blocks of this node."""
-        length = len(offer.token_ids)
+        length = len(offer.request.token_ids)
         self._theirs, self._ours, self._length = theirs, ours, length
         self._hashes = hashes
         self._lacking = [min(ours, length - first) for first in range(0, length, ours)]

@@ -20,6 +20,7 @@ from common.messages import (
     Commit,
     Deny,
     Grant,
+    HandoffKey,
     Message,
     Offer,
     Release,
@@ -31,7 +32,6 @@ from kv_transfer.ports import (
     Effect,
     Ended,
     Granted,
-    Key,
     Outcome,
     ReadyBlock,
     Send,
@@ -124,7 +124,7 @@ AWAITING = frozenset({S.OFFERED, S.COMMITTED, S.WITHDRAWING, S.ABORTING})  # an 
 
 @dataclasses.dataclass(slots=True, eq=False)
 class _Entry:
-    key: Key
+    key: HandoffKey
     offer: Offer
     born: float
     state: State = State.WAITING
@@ -145,8 +145,8 @@ class _Entry:
 @dataclasses.dataclass(slots=True, eq=False)
 class _SendingLink:
     credits: int  # free ones
-    entries: dict[Key, _Entry] = dataclasses.field(default_factory=dict)
-    queue: list[tuple[int, float, int, Key]] = dataclasses.field(default_factory=list)
+    entries: dict[HandoffKey, _Entry] = dataclasses.field(default_factory=dict)
+    queue: list[tuple[int, float, int, HandoffKey]] = dataclasses.field(default_factory=list)
     torn: bool = False  # a teardown was asked for
 
 
@@ -168,22 +168,22 @@ class Handoff:
         self._links[link] = _SendingLink(credits)
 
     def offer(self, offer: Offer, *, now: float, waited: float = 0.0) -> list[Effect]:
-        """Offer a prompt on `offer.link`. `waited` is the time in seconds since it was accepted.
+        """Offer a prompt on `offer.key.link`. `waited` is the time in seconds since it was accepted.
 
         A link carries as many handoffs at once as it has credits; the others wait, oldest first.
         Raises `KeyError` if the link is not open any more.
         """
         self._now = now
-        link = self._links[offer.link]
-        key = Key.of(offer)
+        link = self._links[offer.key.link]
+        key = offer.key
         assert key not in link.entries, f"offered twice: {key}"
         link.entries[key] = _Entry(key, offer, now - waited)
         self._number += 1
-        heapq.heappush(link.queue, (offer.priority, now - waited, self._number, key))
+        heapq.heappush(link.queue, (offer.request.priority, now - waited, self._number, key))
         self._use_credits(link)
         return self._take()
 
-    def ready(self, key: Key, blocks: Sequence[ReadyBlock], *, now: float) -> list[Effect]:
+    def ready(self, key: HandoffKey, blocks: Sequence[ReadyBlock], *, now: float) -> list[Effect]:
         """Report blocks (or the tail) that are computed and do not change any more. The lease holds
         them from now on.
 
@@ -193,7 +193,7 @@ class Handoff:
 
     def finished(
         self,
-        key: Key,
+        key: HandoffKey,
         *,
         position: int,
         first_token: int,
@@ -203,25 +203,25 @@ class Handoff:
         """Report that every block was `ready`, and that the first token was sampled at `position`."""
         entry = self._entry(key)
         blocks = 0 if entry is None else entry.num_blocks
-        commit = Commit(*key, position, first_token, logprobs, blocks)
+        commit = Commit(key, position, first_token, logprobs, blocks)
         return self._call(key, E.FINISHED, commit, now)
 
-    def cancel(self, key: Key, reason: str, *, now: float) -> list[Effect]:
+    def cancel(self, key: HandoffKey, reason: str, *, now: float) -> list[Effect]:
         """Give up a handoff. Its blocks stay leased until the peer says that it has stopped reading."""
         return self._call(key, E.CANCEL, reason, now)
 
     def receive(self, message: Message, *, now: float) -> list[Effect]:
-        """Handle a Grant, Deny, Ack, Abort or Release from the peer of `message.link`."""
+        """Handle a Grant, Deny, Ack, Abort or Release from the peer of `message.key.link`."""
         assert isinstance(message, (Grant, Deny, Ack, Abort, Release))
         self._now = now
-        key = Key.of(message)
-        if message.link not in self._links:
+        key = message.key
+        if message.key.link not in self._links:
             self.counts["late_link"] += 1
         elif (entry := self._entry(key)) is not None:
             entry.heard_at = now
             self._step(entry, EVENT_OF[type(message)], message)
         elif isinstance(message, Grant):
-            self._send(key, Abort(*key, "unknown"))
+            self._send(key, Abort(key, "unknown"))
         else:
             self.counts["late"] += 1
         return self._take()
@@ -251,17 +251,17 @@ class Handoff:
                 self._step(entry, E.LINK_LOST)
         return self._take()
 
-    def states(self) -> dict[Key, State]:
+    def states(self) -> dict[HandoffKey, State]:
         """State of each open handoff, for `pdq` and tests."""
         return {key: e.state for link in self._links.values() for key, e in link.entries.items()}
 
     # The table's driver
 
-    def _entry(self, key: Key) -> _Entry | None:
+    def _entry(self, key: HandoffKey) -> _Entry | None:
         link = self._links.get(key.link)
         return None if link is None else link.entries.get(key)
 
-    def _call(self, key: Key, event: Event, argument: object, now: float) -> list[Effect]:
+    def _call(self, key: HandoffKey, event: Event, argument: object, now: float) -> list[Effect]:
         self._now = now
         if (entry := self._entry(key)) is not None:
             self._step(entry, event, argument)
@@ -283,7 +283,7 @@ class Handoff:
         effects, self._effects = self._effects, []
         return effects
 
-    def _send(self, key: Key, message: Message) -> None:
+    def _send(self, key: HandoffKey, message: Message) -> None:
         self._effects.append(Send(key.link, message))
 
     def _use_credits(self, link: _SendingLink) -> None:
@@ -314,7 +314,7 @@ class Handoff:
         entry.repeat_at = self._now + self._settings.repeat
         if isinstance(reason, str):
             entry.reason = reason
-        self._send(entry.key, Abort(*entry.key, entry.reason))
+        self._send(entry.key, Abort(entry.key, entry.reason))
 
     # Actions: blocks
 
@@ -354,7 +354,7 @@ class Handoff:
         full = [place for place in places if place.index != tail_index]
         if full:
             self._send(entry.key, Blocks(
-                *entry.key,
+                entry.key,
                 tuple(place.index for place in full),
                 tuple(place.slot for place in full),
                 tuple(place.generation for place in full),
@@ -364,7 +364,7 @@ class Handoff:
             tail, fill = places[-1], offer.tail_fill
             parent = offer.block_hashes[-1] if offer.block_hashes else b""
             self._send(entry.key, Tail(
-                *entry.key, tail.index, parent, offer.token_ids[-fill:], fill, tail.slot,
+                entry.key, tail.index, parent, offer.request.token_ids[-fill:], fill, tail.slot,
                 tail.generation, tail.digest,
             ))  # fmt: skip
 

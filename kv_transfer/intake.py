@@ -22,6 +22,7 @@ from common.messages import (
     Commit,
     Deny,
     Grant,
+    HandoffKey,
     Message,
     Offer,
     Release,
@@ -36,7 +37,6 @@ from kv_transfer.ports import (
     Effect,
     Ended,
     IntakePool,
-    Key,
     Outcome,
     Piece,
     Reservation,
@@ -121,7 +121,7 @@ EVENT_OF: dict[type[Message], Event] = {
 
 @dataclasses.dataclass(slots=True, eq=False)
 class _Entry:
-    key: Key
+    key: HandoffKey
     offer: Offer
     placement: Placement
     order: tuple[int, float, int]  # among waiting offers: priority, birth, arrival
@@ -144,8 +144,8 @@ class _Entry:
 class _ReceivingLink:
     credits: int  # in all
     fingerprint: Fingerprint  # the peer's: ours, but for the block size
-    entries: dict[Key, _Entry] = dataclasses.field(default_factory=dict)
-    answers: collections.OrderedDict[Key, Message] = dataclasses.field(
+    entries: dict[HandoffKey, _Entry] = dataclasses.field(default_factory=dict)
+    answers: collections.OrderedDict[HandoffKey, Message] = dataclasses.field(
         default_factory=collections.OrderedDict
     )
 
@@ -162,8 +162,8 @@ class Intake:
         self._fingerprint = fingerprint
         self._settings = settings
         self._links: dict[str, _ReceivingLink] = {}
-        self._orphans: dict[Key, _Entry] = {}  # their link is gone, a copy still runs
-        self._waiting: dict[Key, _Entry] = {}
+        self._orphans: dict[HandoffKey, _Entry] = {}  # their link is gone, a copy still runs
+        self._waiting: dict[HandoffKey, _Entry] = {}
         self._copying: dict[int, _Entry] = {}
         self._effects: list[Effect] = []
         self._number = 0
@@ -179,14 +179,14 @@ class Intake:
         self._links[link] = _ReceivingLink(credits, theirs)
 
     def receive(self, message: Message, *, now: float) -> list[Effect]:
-        """Handle an Offer, Blocks, Tail, Commit or Abort from the peer of `message.link`."""
+        """Handle an Offer, Blocks, Tail, Commit or Abort from the peer of `message.key.link`."""
         assert isinstance(message, (Offer, Blocks, Tail, Commit, Abort))
         self._now = now
-        link = self._links.get(message.link)
+        link = self._links.get(message.key.link)
         if link is None:
             self.counts["late_link"] += 1
             return self._take()
-        key = Key.of(message)
+        key = message.key
         entry = link.entries.get(key)
         if entry is not None:
             entry.heard_at = now
@@ -196,9 +196,9 @@ class Intake:
         elif isinstance(message, Offer):
             self._consider(link, key, message)
         elif isinstance(message, Abort):
-            self._answer(key, Release(*key))
+            self._answer(key, Release(key))
         else:
-            self._answer(key, Abort(*key, "unknown"))
+            self._answer(key, Abort(key, "unknown"))
         return self._take()
 
     def copied(self, number: int, error: str, *, now: float) -> list[Effect]:
@@ -229,7 +229,7 @@ class Intake:
                 break
         return self._take()
 
-    def cancel(self, key: Key, reason: str, *, now: float) -> list[Effect]:
+    def cancel(self, key: HandoffKey, reason: str, *, now: float) -> list[Effect]:
         """Give up a handoff that is not adopted yet. Its reservation ends when no copy runs."""
         self._now = now
         link = self._links.get(key.link)
@@ -270,13 +270,13 @@ class Intake:
             self._admit()
         return self._take()
 
-    def states(self) -> dict[Key, State]:
+    def states(self) -> dict[HandoffKey, State]:
         """State of each open handoff, including those that a lost link left behind, for `pdq` and
         tests."""
         live = {key: e.state for link in self._links.values() for key, e in link.entries.items()}
         return live | {key: entry.state for key, entry in self._orphans.items()}
 
-    def offered(self) -> dict[Key, Offer]:
+    def offered(self) -> dict[HandoffKey, Offer]:
         """Offer of each open handoff, except those that a lost link left behind."""
         return {key: e.offer for link in self._links.values() for key, e in link.entries.items()}
 
@@ -308,10 +308,10 @@ class Intake:
         effects, self._effects = self._effects, []
         return effects
 
-    def _send(self, key: Key, message: Message) -> None:
+    def _send(self, key: HandoffKey, message: Message) -> None:
         self._effects.append(Send(key.link, message))
 
-    def _answer(self, key: Key, message: Message) -> None:
+    def _answer(self, key: HandoffKey, message: Message) -> None:
         """Send a terminal answer now, and again to every later message about this handoff."""
         link = self._links.get(key.link)
         if link is None:
@@ -331,10 +331,10 @@ class Intake:
 
     # Offers and room
 
-    def _consider(self, link: _ReceivingLink, key: Key, offer: Offer) -> None:
+    def _consider(self, link: _ReceivingLink, key: HandoffKey, offer: Offer) -> None:
         """Deny a new offer that can have no room, or let it wait for its turn."""
         self._number += 1
-        order = (offer.priority, self._now - offer.waited_ms / 1000, self._number)
+        order = (offer.request.priority, self._now - offer.waited_ms / 1000, self._number)
         deadline = self._now + self._settings.patience
         entry = _Entry(key, offer, SameBlocks(offer), order, deadline, self._now)
         over = len(link.entries) >= link.credits
@@ -383,7 +383,7 @@ class Intake:
     # Actions: messages
 
     def _send_grant(self, entry: _Entry, _: object) -> None:
-        self._send(entry.key, Grant(*entry.key, tuple(sorted(entry.unannounced))))
+        self._send(entry.key, Grant(entry.key, tuple(sorted(entry.unannounced))))
 
     def _committed(self, entry: _Entry, commit: object) -> None:
         assert isinstance(commit, Commit)
@@ -446,18 +446,18 @@ class Intake:
         assert entry.reservation is not None
         assert entry.commit is not None
         self._pool.adopt(entry.reservation)
-        self._answer(entry.key, Ack(*entry.key))
+        self._answer(entry.key, Ack(entry.key))
         waited = self._now - entry.committed_at
         offer = entry.placement.adopted()
         self._effects.append(Adopted(entry.key, offer, entry.commit, entry.reservation, waited))
 
     def _deny(self, entry: _Entry, reason: object) -> None:
-        self._answer(entry.key, Deny(*entry.key, str(reason)))
+        self._answer(entry.key, Deny(entry.key, str(reason)))
         self._effects.append(Ended(entry.key, False, Outcome.DENIED, str(reason)))
 
     def _withdrawn(self, entry: _Entry, abort: object) -> None:
         assert isinstance(abort, Abort)
-        self._answer(entry.key, Release(*entry.key))
+        self._answer(entry.key, Release(entry.key))
         self._effects.append(Ended(entry.key, False, Outcome.FAILED, abort.reason))
 
     def _lost(self, entry: _Entry, _: object) -> None:
@@ -491,6 +491,6 @@ class Intake:
         assert entry.copy is None
         self._pool.discard(entry.reservation)
         key = entry.key
-        self._answer(key, Release(*key) if entry.asked else Abort(*key, entry.reason))
+        self._answer(key, Release(key) if entry.asked else Abort(key, entry.reason))
         self._effects.append(Ended(entry.key, False, entry.outcome, entry.reason))
         self._admit()

@@ -14,7 +14,8 @@ import dataclasses
 import threading
 from collections.abc import Callable, Sequence
 
-from kv_transfer.ports import BlockReferences, Key
+from common.messages import HandoffKey
+from kv_transfer.ports import BlockReferences
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -35,12 +36,12 @@ class Leases:
         self.wake = wake
         self._pool = pool
         self._lock = threading.Lock()
-        self._open: dict[Key, Lease] = {}
+        self._open: dict[HandoffKey, Lease] = {}
         self._leased: dict[str, collections.Counter[int]] = {}  # link → block → open leases
         self._touched: dict[str, collections.Counter[int]] = {}  # link → block → touches
         self._ending: list[Lease] = []  # ended, but touched
 
-    def add(self, key: Key, blocks: Sequence[int]) -> None:
+    def add(self, key: HandoffKey, blocks: Sequence[int]) -> None:
         """Put blocks under the lease of `key`, with a reference on each."""
         self._pool.acquire(blocks)
         with self._lock:
@@ -50,7 +51,7 @@ class Leases:
             lease.blocks.extend(blocks)
             self._leased.setdefault(key.link, collections.Counter()).update(blocks)
 
-    def end(self, key: Key) -> None:
+    def end(self, key: HandoffKey) -> None:
         """End a lease: the peer gave its terminal answer, or its link is down. Ending it twice does
         nothing."""
         with self._lock:

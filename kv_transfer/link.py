@@ -31,7 +31,9 @@ from common.messages import (
     Commit,
     Deny,
     Grant,
+    HandoffMessage,
     Hello,
+    LinkMessage,
     Message,
     Offer,
     Refuse,
@@ -282,9 +284,9 @@ class Links:
 
     # Messages
 
-    def receive(self, peer: str, connection: str, message: Message) -> None:
-        """Handle one of BETWEEN_NODES from the bus. It is late if its link is not `peer`'s."""
-        name: str = getattr(message, "link")  # noqa: B009  (all of these have it)
+    def receive(self, peer: str, connection: str, message: LinkMessage | HandoffMessage) -> None:
+        """Handle a message from the bus. It is late if its link is not `peer`'s."""
+        name = message.link
         link = self._links.get(name)
         if isinstance(message, Hello) and link is None:
             self._receive_hello(peer, connection, message)

@@ -18,6 +18,7 @@ from common.messages import (
     Commit,
     Deny,
     Grant,
+    HandoffKey,
     Message,
     Offer,
     Release,
@@ -25,20 +26,6 @@ from common.messages import (
 )
 
 HandoffMessage = Offer | Grant | Deny | Blocks | Tail | Commit | Ack | Abort | Release
-
-
-class Key(NamedTuple):
-    """Names one handoff. The same attempt on a new link, or with a new ask, is another handoff."""
-
-    link: str
-    request: str
-    attempt: int
-    choice: int
-    ask: int = 1
-
-    @classmethod
-    def of(cls, message: HandoffMessage) -> Key:
-        return cls(message.link, message.request, message.attempt, message.choice, message.ask)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -162,7 +149,7 @@ class Send:
 class Copy:
     """Copy all pieces, check each, then report `number` with `Intake.copied`."""
 
-    key: Key
+    key: HandoffKey
     number: int
     pieces: tuple[Piece, ...]
 
@@ -171,7 +158,7 @@ class Copy:
 class Granted:
     """Handoff side: the peer has room; `missing` indexes are wanted, others it has."""
 
-    key: Key
+    key: HandoffKey
     missing: tuple[int, ...]
 
 
@@ -182,7 +169,7 @@ class Adopted:
     `offer` is in blocks of this node; the intake has checked or computed each of its hashes.
     """
 
-    key: Key
+    key: HandoffKey
     offer: Offer
     commit: Commit
     reservation: Reservation
@@ -193,7 +180,7 @@ class Adopted:
 class Ended:
     """Either side: the handoff is over and holds nothing any more."""
 
-    key: Key
+    key: HandoffKey
     sending: bool  # which end: True the handoff, False the intake
     outcome: Outcome
     reason: str  # a PdqError code or a Deny reason; "" for adopted

@@ -78,7 +78,7 @@ class PrefillRole:
             return
         self._attempts[attempt.engine_id] = attempt
         for choice, sequence in attempt.sequences.items():
-            handover = Handover(attempt, sequence, len(entry.dispatch.token_ids))
+            handover = Handover(attempt, sequence, len(entry.dispatch.request.token_ids))
             self._handovers[attempt.engine_id, choice] = handover
             node.stage(attempt.gateway, attempt.key(choice), "prefilling", {})
 
@@ -260,7 +260,7 @@ class PrefillRole:
         choices: AbstractSet[int] = frozenset(),
     ) -> None:  # fmt: skip
         for other in list(self._attempts.values()):
-            theirs = (other.gateway, other.request) == (gateway, request)
+            theirs = (other.gateway, other.request.id) == (gateway, request)
             if not theirs or other.number > attempt:
                 continue
             if not choices or other.open_choices <= choices:
@@ -297,16 +297,14 @@ class PrefillRole:
 
 def _for_prefill(dispatch: Dispatch) -> SamplingParams:
     """The same choice of the next token, with room for one more at most in this pool."""
-    params = dispatch.params
-    delivered = len(dispatch.token_ids) - dispatch.prompt_len
-    most = min(params.max_tokens, delivered + 2)
+    params = dispatch.request.params
+    most = min(params.max_tokens, dispatch.request.num_delivered + 2)
     return dataclasses.replace(params, max_tokens=most, min_tokens=min(params.min_tokens, most))
 
 
 def _ends_at_first(attempt: Attempt) -> bool:
     """Whether the first token is the last by its parameters; then nobody needs the KV."""
-    dispatch = _dispatch(attempt)
-    return len(dispatch.token_ids) + 1 >= dispatch.prompt_len + dispatch.params.max_tokens
+    return attempt.request.num_delivered + 1 >= attempt.request.params.max_tokens
 
 
 def _dispatch(attempt: Attempt) -> Dispatch:

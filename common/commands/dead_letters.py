@@ -47,8 +47,8 @@ def dead(argv: Sequence[str]) -> int:
         dispatch = letter.dispatch
         table.add_row(
             letter.id, letter.request, age((now_ms - letter.at) / 1000), str(letter.attempt),
-            str(dispatch.prompt_len) if dispatch else "",
-            str(len(dispatch.token_ids) - dispatch.prompt_len) if dispatch else "",
+            str(dispatch.request.prompt_len) if dispatch else "",
+            str(len(dispatch.request.token_ids) - dispatch.request.prompt_len) if dispatch else "",
             letter.reason,
         )  # fmt: skip
     return print_table(table, "no dead letters")

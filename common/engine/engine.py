@@ -23,12 +23,15 @@ from common import config_loader
 from common.config import EngineSettings
 from common.engine.core.engine_core import EngineCore
 from common.engine.core.output import Completion, StepOutput
+from common.engine.core.sequence import Sequence
 from common.engine.core.step import Step
 from common.engine.interface import Runner, StepResult
 from common.engine.runner.model_runner import ModelRunner
 from common.engine.speculation import HostProposer
 from common.engine.text import decode, encode
 from common.errors import InvalidRequest
+from common.identity import ModelIdentity
+from common.request import Request
 from common.sampling import SamplingParams
 
 _runs = itertools.count()
@@ -56,6 +59,26 @@ class Engine(EngineCore):
         in the thread that calls it."""
         wanted = config_loader.from_values(EngineSettings, {"model": str(model), **settings})
         return cls(wanted, ModelRunner(wanted))
+
+    def add_prompt(
+        self,
+        name: str,
+        token_ids: AnySequence[int],
+        params: SamplingParams,
+        *,
+        choices: AnySequence[int] = (0,),
+        prompt_len: int | None = None,
+        priority: int = 0,
+        cache_salt: str = "",
+    ) -> list[Sequence]:
+        """Queue a request of this process's own. `prompt_len` below `len(token_ids)` replays tokens of
+        an earlier attempt. Raises `InvalidRequest`."""
+        length = len(token_ids) if prompt_len is None else prompt_len
+        model = ModelIdentity.of(self.fingerprint)
+        request = Request(
+            name, model, tuple(token_ids), length, params, cache_salt=cache_salt, priority=priority
+        )
+        return self.add(name, request, choices=choices)
 
     def step(self) -> list[StepOutput]:
         """Run one step; [] when nothing can run now."""
@@ -86,7 +109,7 @@ class Engine(EngineCore):
         """Compile and touch what a first request would wait for: one token, then two."""
         room = min(self.facts.max_model_len, self.pool.num_blocks * self.pool.block_size + 1)
         count = min(2, room - 1)
-        self.add("warm-up", [0], SamplingParams(max_tokens=count, ignore_eos=True))
+        self.add_prompt("warm-up", [0], SamplingParams(max_tokens=count, ignore_eos=True))
         while self.has_work:
             self.step()
 
@@ -112,7 +135,7 @@ class Engine(EngineCore):
         collected: dict[tuple[str, int], list[StepOutput]] = {}
         try:
             for name, ids, wanted in zip(names, all_ids, each, strict=True):
-                self.add(name, ids, wanted, choices=range(n))
+                self.add_prompt(name, ids, wanted, choices=range(n))
             while self.has_work:
                 for output in self.step():
                     if output.error is not None:

@@ -13,6 +13,7 @@ from common.errors import InvalidRequest, PdqError
 from common.messages import Dispatch, Offer, TokenLogprobs, TokenRun
 from common.node.token_stream import ChoiceKey
 from common.queue import Entry
+from common.request import Request
 from common.sampling import FinishReason, SamplingParams
 
 if TYPE_CHECKING:
@@ -26,12 +27,8 @@ ALONE_TOKENS = 4
 class Attempt:
     """`entry` is None where the request came by a handoff; `open_choices` are not over yet."""
 
-    request: str
+    request: Request  # a sequence may be given less to do than its params
     number: int
-    gateway: str
-    gateway_endpoint: str
-    params: SamplingParams  # the request's; a sequence may be given less to do
-    cache_salt: str
     entry: Entry | None
     open_choices: set[int]
     alone: bool  # a suspect: computed in steps of its own until it is past what may be its fault
@@ -47,23 +44,22 @@ class Attempt:
         return self.key(0).engine_id
 
     def key(self, choice: int) -> ChoiceKey:
-        return ChoiceKey(self.request, self.number, choice)
+        return ChoiceKey(self.request.id, self.number, choice)
 
     @classmethod
     def of(cls, entry: Entry) -> Attempt:
         dispatch: Dispatch = entry.dispatch
-        return cls(
-            dispatch.request, dispatch.attempt, dispatch.gateway, dispatch.gateway_endpoint,
-            dispatch.params, dispatch.cache_salt, entry, set(dispatch.choices), dispatch.alone,
-        )  # fmt: skip
+        choices = set(dispatch.choices)
+        return cls(dispatch.request, dispatch.attempt, entry, choices, dispatch.alone)
 
     @classmethod
     def offered(cls, offer: Offer) -> Attempt:
-        """Of which no choice is here yet."""
-        return cls(
-            offer.request, offer.attempt, offer.gateway, offer.gateway_endpoint, offer.params,
-            offer.cache_salt, None, set(), offer.alone,
-        )  # fmt: skip
+        """No choice of it is here yet."""
+        return cls(offer.request, offer.key.attempt, None, set(), offer.alone)
+
+    @property
+    def gateway(self) -> str:
+        return self.request.gateway
 
     def compute(self, node: Node, params: SamplingParams) -> bool:
         """Queue the entry's choices in the node's engine. False: they can never run; the gateway
@@ -72,16 +68,15 @@ class Attempt:
         dispatch = self.entry.dispatch
         try:
             sequences = node.engine.add(
-                self.engine_id, dispatch.token_ids, params, choices=dispatch.choices,
-                prompt_len=dispatch.prompt_len, priority=dispatch.priority,
-                cache_salt=dispatch.cache_salt, block_hashes=self.entry.block_hashes,
+                self.engine_id, dataclasses.replace(self.request, params=params),
+                choices=dispatch.choices, block_hashes=self.entry.block_hashes,
             )  # fmt: skip
         except InvalidRequest as error:
             self.give_up(node, error, retryable=False)
             node.done(self.entry)
             return False
         self.sequences = {sequence.choice: sequence for sequence in sequences}
-        self.suspect(node, len(dispatch.token_ids))
+        self.suspect(node, len(self.request.token_ids))
         return True
 
     def give_up(self, node: Node, error: PdqError, *, retryable: bool) -> None:
@@ -99,7 +94,7 @@ class Attempt:
         """What goes to the gateway for one output of the engine."""
         reason = "" if output.finish_reason is None else output.finish_reason.value
         return TokenRun(
-            self.request, self.number, output.choice, output.position, output.token_ids,
+            self.request.id, self.number, output.choice, output.position, output.token_ids,
             tuple(
                 TokenLogprobs(
                     entry.logprob, entry.rank, tuple(i for i, _ in entry.top),

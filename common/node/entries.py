@@ -17,7 +17,7 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from common.errors import FingerprintMismatch, LinkLost, PoisonedRequest, ServiceUnavailable
-from common.kv_layout import HashChain, root_hash
+from common.kv_layout import HashChain
 from common.logs import get_logger
 from common.node.token_stream import ChoiceKey
 from common.queue import Entry, NodeQueue, move_unread, queue_lengths
@@ -106,9 +106,13 @@ class Entries:
             return
         for entry in entries:
             try:
-                node.connect(entry.dispatch.gateway, entry.dispatch.gateway_endpoint)
+                node.connect(
+                    entry.dispatch.request.gateway, entry.dispatch.request.gateway_endpoint
+                )
             except LinkLost as error:
-                log.warning("gateway.unreachable", gateway=entry.dispatch.gateway, error=error)
+                log.warning(
+                    "gateway.unreachable", gateway=entry.dispatch.request.gateway, error=error
+                )
             if self._is_for_our_model(entry):
                 self._accept(await self._hashed(entry))
         if entries:
@@ -118,8 +122,10 @@ class Entries:
         """With the hashes of its blocks, computed between what else the event loop has to do. Token
         ids that have none are for the engine to refuse."""
         dispatch, mine = entry.dispatch, self._node.engine.fingerprint
-        root = root_hash(mine, dispatch.cache_salt)
-        chain = HashChain(root, dispatch.token_ids, mine.block_size, dispatch.prompt_len)
+        root = dispatch.request.cache_root(mine)
+        chain = HashChain(
+            root, dispatch.request.token_ids, mine.block_size, dispatch.request.prompt_len
+        )
         with contextlib.suppress(ValueError):
             return dataclasses.replace(entry, block_hashes=tuple(await chain.finish()))
         return entry
@@ -131,20 +137,20 @@ class Entries:
         try:
             node.role.accept(entry)
         except Exception as error:
-            log.error("entry.refused", request=dispatch.request, exc_info=error)
-            engine_id = f"{dispatch.request}/{dispatch.attempt}"
+            log.error("entry.refused", request=dispatch.request.id, exc_info=error)
+            engine_id = f"{dispatch.request.id}/{dispatch.attempt}"
             poison = PoisonedRequest(f"a node cannot take it ({type(error).__name__})")
             node.role.give_up(engine_id, poison, retryable=False)
             node.engine.abort(engine_id)
             for choice in dispatch.choices:
-                key = ChoiceKey(dispatch.request, dispatch.attempt, choice)
-                node.failed(dispatch.gateway, key, poison, retryable=False)
+                key = ChoiceKey(dispatch.request.id, dispatch.attempt, choice)
+                node.failed(dispatch.request.gateway, key, poison, retryable=False)
             self.done(entry)
 
     def _is_for_our_model(self, entry: Entry) -> bool:
         """Whether the entry is for this node's model. Any other one goes back to its gateway."""
         node, dispatch = self._node, entry.dispatch
-        differs = dispatch.model.mismatch(node.engine.fingerprint)
+        differs = dispatch.request.model.mismatch(node.engine.fingerprint)
         if differs is None:
             return True
         error = FingerprintMismatch(
@@ -152,8 +158,8 @@ class Entries:
             f"is {differs.yours!r}"
         )
         for choice in dispatch.choices:
-            key = ChoiceKey(dispatch.request, dispatch.attempt, choice)
-            node.failed(dispatch.gateway, key, error, retryable=True)
+            key = ChoiceKey(dispatch.request.id, dispatch.attempt, choice)
+            node.failed(dispatch.request.gateway, key, error, retryable=True)
         self.done(entry)
         return False
 

@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Protocol
 from common.engine.core.sequence import Sequence
 from common.errors import DigestMismatch, MalformedMessage, PdqError, StaleBlock
 from common.logs import get_logger
-from common.messages import Offer, TokenLogprobs, TookOver
+from common.messages import HandoffKey, Offer, TokenLogprobs, TookOver
 from common.node.attempt import Attempt
 from common.registry import NodeRecord, NodeState, Role
-from kv_transfer.ports import Ended, Granted, Key, Outcome
+from kv_transfer.ports import Ended, Granted, Outcome
 
 if TYPE_CHECKING:
     from common.node.runtime import Node
@@ -46,7 +46,7 @@ class Handover:
     length: int
     peer: str = ""  # where it is offered, or about to be
     opening: bool = False  # a link to it; and full blocks get their digests
-    key: Key | None = None  # of the handoff that is under way
+    key: HandoffKey | None = None  # of the handoff that is under way
     asks: int = 0  # how often it was offered
     announced: int = 0  # blocks given to that handoff
     is_complete: bool = False  # all is computed, and the token at `length` is chosen
@@ -104,7 +104,7 @@ class Handovers:
     def __init__(self, node: Node, owner: Owner) -> None:
         self._node = node
         self._owner = owner
-        self._by_key: dict[Key, Handover] = {}
+        self._by_key: dict[HandoffKey, Handover] = {}
 
     def offer(self, handover: Handover) -> bool:
         """Choose a node, for good unless it refuses, and open a link to it; False: nobody to ask."""
@@ -161,14 +161,16 @@ class Handovers:
         node, attempt, sequence = self._node, handover.attempt, handover.sequence
         block_size, length = node.engine.layout.block_size, handover.length
         handover.asks += 1
+        request = dataclasses.replace(
+            attempt.request, token_ids=tuple(sequence.token_ids[:length]),
+            prompt_len=sequence.prompt_len,
+        )  # fmt: skip
         offer = Offer(
-            link, attempt.request, attempt.number, sequence.choice, handover.asks,
-            tuple(sequence.token_ids[:length]), sequence.prompt_len, attempt.params,
-            tuple(sequence.hashes(length // block_size, block_size)), length % block_size,
-            attempt.gateway, attempt.gateway_endpoint, attempt.cache_salt, sequence.priority, 0,
+            HandoffKey(link, request.id, attempt.number, sequence.choice, handover.asks), request,
+            tuple(sequence.hashes(length // block_size, block_size)), length % block_size, 0,
             attempt.alone,
         )  # fmt: skip
-        handover.key = Key.of(offer)
+        handover.key = offer.key
         handover.announced = 0
         self._by_key[handover.key] = handover
         now = time.monotonic()

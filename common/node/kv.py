@@ -21,12 +21,12 @@ from common.engine.core.admission import ExpectedPrompt, Room
 from common.engine.core.sequence import Sequence
 from common.engine.core.step import Chunk
 from common.errors import InvalidRequest, NeverFits
-from common.messages import Offer
+from common.messages import HandoffKey, Offer
 from kv_transfer.cuda_runtime import CudaRuntime
 from kv_transfer.device_memory import DevicePoolMemory
 from kv_transfer.digests import tail_seed
 from kv_transfer.pool_memory import HostPoolMemory, PoolMemory
-from kv_transfer.ports import Key, Piece, ReadyBlock, Reservation
+from kv_transfer.ports import Piece, ReadyBlock, Reservation
 
 WARM_BYTES = 128 << 20  # of the pool, touched at the start
 
@@ -73,7 +73,9 @@ class NodeKV:
         self.engine = engine
         self.memory = memory
         self._digests = digests
-        self._first: tuple[Key, ExpectedPrompt] | None = None  # of the offers that wait for room
+        self._first: tuple[HandoffKey, ExpectedPrompt] | None = (
+            None  # of the offers that wait for room
+        )
         self._rooms: dict[Reservation, Room] = {}
 
     # Sending.
@@ -164,12 +166,12 @@ class NodeKV:
 
     def reserve(self, offer: Offer, /) -> Reservation | None:
         """Room for all of the prompt and a slot for its sequence, held until `run` or `discard`."""
-        engine, key = self.engine, Key.of(offer)
+        engine, key = self.engine, offer.key
         if self._first is None or self._first[0] != key:
             try:
                 prompt = engine.expect(
-                    len(offer.token_ids), offer.prompt_len, offer.params,
-                    block_hashes=offer.block_hashes, priority=offer.priority,
+                    len(offer.request.token_ids), offer.request.prompt_len, offer.request.params,
+                    block_hashes=offer.block_hashes, priority=offer.request.priority,
                     arrival=self._first[1].order[1] if self._first is not None else None,
                 )  # fmt: skip
             except InvalidRequest as error:
@@ -185,7 +187,7 @@ class NodeKV:
         return reservation
 
     def withdraw(self, offer: Offer, /) -> None:
-        if self._first is not None and self._first[0] == Key.of(offer):
+        if self._first is not None and self._first[0] == offer.key:
             self._first = None
             self.engine.scheduler.forget()
 

@@ -35,7 +35,9 @@ from common.messages import (
     CacheQuery,
     Cancel,
     Failed,
+    HandoffMessage,
     HoldsQuery,
+    LinkMessage,
     Message,
     Stage,
     TokenRun,
@@ -54,7 +56,7 @@ from common.node.transports import make_transports
 from common.queue import Entry
 from common.redis_client import RedisClient
 from common.registry import NodeRecord, NodeState, Registry, Role, Snapshot, new_incarnation
-from common.senders import BETWEEN_NODES, TO_NODES
+from common.senders import TO_NODES
 from kv_transfer.lease import Leases
 from kv_transfer.link import Links
 from kv_transfer.ports import Adopted, Ended, Granted, TransferSettings
@@ -293,7 +295,7 @@ class Node:
         while True:
             received = await self.bus.receive()
             message = received.message
-            if isinstance(message, BETWEEN_NODES):
+            if isinstance(message, (LinkMessage, HandoffMessage)):
                 self.links.receive(received.peer, received.link, message)
             elif isinstance(message, TokensAck):
                 self.gateways.acknowledged(received.peer, message)

@@ -64,7 +64,7 @@ async def test_a_prompt_that_ends_its_node_ends_after_two_and_alone(
     async with poisonable.redis_client() as redis:
         letter, *_ = await Requests(redis).dead_letters()
         assert letter.dispatch is not None
-        assert list(letter.dispatch.token_ids) == poison
+        assert list(letter.dispatch.request.token_ids) == poison
         record = await Requests(redis).get(letter.request)
         assert record is not None
         assert {choice.error for choice in record.choices} == {"poisoned_request"}

@@ -28,6 +28,7 @@ from common.messages import (
     Commit,
     Deny,
     Grant,
+    HandoffKey,
     Message,
     Offer,
     Refuse,
@@ -44,10 +45,11 @@ from kv_transfer.handoff import Handoff
 from kv_transfer.intake import Intake
 from kv_transfer.lease import Leases
 from kv_transfer.pool_memory import HostPoolMemory
-from kv_transfer.ports import Adopted, Copy, Key, Piece, ReadyBlock, Reservation, TransferSettings
+from kv_transfer.ports import Adopted, Copy, Piece, ReadyBlock, Reservation, TransferSettings
 from kv_transfer.transports import same_host
 from kv_transfer.transports.base import Target
 from kv_transfer.transports.shm import ShmReader
+from tests.support.asked import a_request
 
 BLOCK = 4
 LAYOUT = KVLayout.paged_attention(
@@ -56,10 +58,8 @@ LAYOUT = KVLayout.paged_attention(
 FINGERPRINT = Fingerprint("model", "rev", "layout", "numerics", BLOCK)
 TOKENS = tuple(range(10))
 HASHES = tuple(chain_hashes(root_hash(FINGERPRINT), TOKENS, BLOCK, len(TOKENS)))
-KEY = Key("link", "r", 1, 0)
-OFFER = Offer(
-    *KEY, TOKENS, len(TOKENS), SamplingParams(), HASHES, 2, "g", "", "", 0, 0,
-)  # fmt: skip
+KEY = HandoffKey("link", "r", 1, 0)
+OFFER = Offer(KEY, a_request(TOKENS, gateway="g"), HASHES, 2, 0)
 
 
 class Source:
@@ -193,24 +193,28 @@ class Room:
 def _for_intake(source: Source) -> Message:
     kind = source.byte() % 6
     if kind == 0:
-        return Blocks(*KEY, source.numbers(), source.numbers(), source.numbers(), source.names())
+        return Blocks(KEY, source.numbers(), source.numbers(), source.numbers(), source.names())
     if kind == 1:
         one = tuple(range(source.byte() % 4))
-        return Blocks(*KEY, one, source.numbers()[: len(one)] or one, one, ())
+        return Blocks(KEY, one, source.numbers()[: len(one)] or one, one, ())
     if kind == 2:
         fill = source.number()
         tokens = TOKENS[-2:] if source.byte() % 2 else source.numbers()
-        return Tail(*KEY, source.number(), source.name(), tokens, fill, source.number(),
+        return Tail(KEY, source.number(), source.name(), tokens, fill, source.number(),
                     source.number(), source.name())  # fmt: skip
     if kind == 3:
         position = len(TOKENS) if source.byte() % 2 else source.number()
-        return Commit(*KEY, position, source.number(), None, source.number())
+        return Commit(KEY, position, source.number(), None, source.number())
     if kind == 4:
-        return Abort(*KEY, "why")
-    fields = {"token_ids": source.numbers(), "tail_fill": source.number(),
-              "block_hashes": source.names(), "prompt_len": source.number()}  # fmt: skip
-    some = {name: value for name, value in fields.items() if source.byte() % 2}
-    return dataclasses.replace(OFFER, **some)  # type: ignore[arg-type]
+        return Abort(KEY, "why")
+
+    def some(fields: dict[str, object]) -> dict[str, Any]:
+        return {name: value for name, value in fields.items() if source.byte() % 2}
+
+    asked = {"token_ids": source.numbers(), "prompt_len": source.number(), "id": "another"}
+    request = dataclasses.replace(OFFER.request, **some(asked))
+    own = {"tail_fill": source.number(), "block_hashes": source.names()}
+    return dataclasses.replace(OFFER, request=request, **some(own))
 
 
 def intake(data: bytes) -> None:
@@ -252,12 +256,12 @@ def handoff(data: bytes) -> None:
         now += source.byte() / 64
         kind = source.byte() % 9
         if kind < 3:
-            end.receive(Grant(*KEY, source.numbers()), now=now)
+            end.receive(Grant(KEY, source.numbers()), now=now)
         elif kind < 6:
-            answer = (Deny(*KEY, "no"), Ack(*KEY), Abort(*KEY, "no"))[kind - 3]
+            answer = (Deny(KEY, "no"), Ack(KEY), Abort(KEY, "no"))[kind - 3]
             end.receive(answer, now=now)
         elif kind == 6:
-            end.receive(Release(*KEY), now=now)
+            end.receive(Release(KEY), now=now)
         elif kind == 7 and ready < 3:
             end.ready(KEY, [ReadyBlock(ready, ready, 2, b"")], now=now)
             ready += 1

@@ -19,7 +19,7 @@ from common.bus import Bus, Down, LinkEvent, Progress
 from common.codec import decode, encode
 from common.config import BusSettings
 from common.errors import ConfigError, LinkLost, ResourceError
-from common.messages import Abort, Beat, Cancel, Open, Over, Release
+from common.messages import Abort, Beat, Cancel, HandoffKey, Open, Over, Release
 from tests.support.bus_key import bus_settings, lock
 from tests.support.holdings import holdings
 from tests.support.redis import HANGS_S, wait_until
@@ -29,7 +29,7 @@ CALM = bus_settings(beat_interval_s=60.0)  # however busy the machine is, nobody
 
 
 def a_message(text: str = "why") -> Abort:
-    return Abort(link="l", request="r", attempt=1, choice=0, ask=1, reason=text)
+    return Abort(HandoffKey("l", "r", 1, 0), text)
 
 
 @asynccontextmanager
@@ -494,7 +494,7 @@ async def test_a_bus_leaves_no_descriptor_behind() -> None:
             a.connect("b-1", b.endpoint)
             b.connect("a-1", a.endpoint)
             a.send("b-1", Cancel("a-1", "r", 1, "over"))
-            b.send("a-1", Release("l", "r", 1, 0, 1))
+            b.send("a-1", Release(HandoffKey("l", "r", 1, 0)))
             await received(a)
             await received(b)
     assert process.num_fds() <= before

@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 
 from common.bus import Bus
 from common.codec import encode
-from common.messages import Abort, Beat, Goodbye, Open, Over
+from common.messages import Abort, Beat, Goodbye, HandoffKey, Open, Over
 from tests.support.bus_key import bus_settings, lock
 from tests.support.redis import HANGS_S
 from tests.unit.test_codec import MESSAGE
 
 CALM = bus_settings(beat_interval_s=60.0, max_message_bytes=4096)
-LAST = Abort("l", "last", 1, 0, 1, "")
+LAST = Abort(HandoffKey("l", "last", 1, 0), "")
 few = settings(max_examples=40, deadline=None)
 
 FRAME = st.one_of(

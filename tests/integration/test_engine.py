@@ -47,7 +47,7 @@ def test_text_in_text_out() -> None:
 
 def test_a_sequence_joins_and_leaves_between_steps() -> None:
     engine = poisoned_engine()
-    engine.add("first", PROMPTS[0], sampled(30))
+    engine.add_prompt("first", PROMPTS[0], sampled(30))
     seen: dict[str, list[int]] = {"first": [], "second": []}
     while engine.has_work:
         for output in engine.step():
@@ -56,7 +56,7 @@ def test_a_sequence_joins_and_leaves_between_steps() -> None:
             ) + len(seen[output.request_id])
             seen[output.request_id] += output.token_ids
             if output.request_id == "first" and len(seen["first"]) == 5:
-                engine.add("second", PROMPTS[1], sampled(10))
+                engine.add_prompt("second", PROMPTS[1], sampled(10))
     alone = poisoned_engine().generate(PROMPTS[:2], [sampled(30), sampled(10)])
     assert [tuple(seen["first"]), tuple(seen["second"])] == [c.token_ids for c in alone]
 
@@ -64,7 +64,7 @@ def test_a_sequence_joins_and_leaves_between_steps() -> None:
 def test_choices_share_the_prompt_and_differ_by_their_noise() -> None:
     engine = poisoned_engine()
     prompt = PROMPTS[2]  # ends inside a block: the shared tail is copied on the first write
-    engine.add("r", prompt, sampled(30), choices=range(4))
+    engine.add_prompt("r", prompt, sampled(30), choices=range(4))
     engine.step()
     shared = -(-len(prompt) // engine.layout.block_size)
     assert engine.pool.num_used == shared
@@ -75,7 +75,7 @@ def test_choices_share_the_prompt_and_differ_by_their_noise() -> None:
     completions = engine.generate([prompt], sampled(30), n=4)
     assert len({c.token_ids for c in completions}) == 4
     for completion in completions:
-        engine.add("one", prompt, sampled(30), choices=[completion.choice])
+        engine.add_prompt("one", prompt, sampled(30), choices=[completion.choice])
         tokens: list[int] = []
         while engine.has_work:
             tokens += [t for output in engine.step() for t in output.token_ids]
@@ -140,7 +140,7 @@ def test_a_repeated_prompt_is_served_from_the_cache_with_the_same_tokens() -> No
 def test_a_salt_keeps_tenants_apart() -> None:
     engine = poisoned_engine()
     for salt in ("one", "other"):
-        engine.add(salt, PROMPTS[2], sampled(1), cache_salt=salt)
+        engine.add_prompt(salt, PROMPTS[2], sampled(1), cache_salt=salt)
         computed = 0
         while engine.has_work:
             engine.step()
@@ -154,7 +154,7 @@ def test_a_replay_goes_on_with_the_same_tokens() -> None:
     for delivered in (1, 7, 39):
         engine = poisoned_engine()
         ids = [*prompt, *whole.token_ids[:delivered]]
-        engine.add("again", ids, sampled(40, presence_penalty=0.5), prompt_len=len(prompt))
+        engine.add_prompt("again", ids, sampled(40, presence_penalty=0.5), prompt_len=len(prompt))
         tokens: list[int] = []
         while engine.has_work:
             for output in engine.step():
@@ -180,10 +180,10 @@ def test_any_stop_id_of_the_list_ends_a_sequence() -> None:
 def test_abort_frees_everything_at_any_moment() -> None:
     for steps in range(6):
         engine = poisoned_engine(max_num_batched_tokens=32)
-        engine.add(
+        engine.add_prompt(
             "r", PROMPTS[2], sampled(presence_penalty=1.0, prompt_logprobs=1), choices=range(3)
         )
-        engine.add("other", PROMPTS[0], sampled(3))
+        engine.add_prompt("other", PROMPTS[0], sampled(3))
         for _ in range(steps):
             engine.step()
         engine.abort("r")
@@ -195,7 +195,7 @@ def test_abort_frees_everything_at_any_moment() -> None:
 
 def test_a_failed_step_is_computed_again() -> None:
     engine = poisoned_engine()
-    engine.add("r", PROMPTS[0], sampled(10))
+    engine.add_prompt("r", PROMPTS[0], sampled(10))
     tokens: list[int] = []
     original, failures = engine.runner.model.forward, iter([False, True, False, True, True])
 
@@ -219,8 +219,8 @@ def test_a_failed_step_is_computed_again() -> None:
 
 def test_logits_that_are_not_finite_fail_their_sequence_only() -> None:
     engine = poisoned_engine()
-    engine.add("bad", [1, 500], sampled(5))
-    engine.add("good", [1, 403], sampled(5))
+    engine.add_prompt("bad", [1, 500], sampled(5))
+    engine.add_prompt("good", [1, 403], sampled(5))
     ended = {}
 
     def damage(rows: Rows, hidden: Tensor) -> None:
@@ -254,7 +254,7 @@ def test_what_can_never_run_is_refused_at_once(
 ) -> None:
     engine = poisoned_engine(num_kv_blocks=16)
     with pytest.raises(error) as raised:
-        engine.add("r", token_ids, SamplingParams(max_tokens=max_tokens))
+        engine.add_prompt("r", token_ids, SamplingParams(max_tokens=max_tokens))
     if param is not None:
         assert raised.value.param == param  # type: ignore[attr-defined]
     assert not engine.has_work
@@ -264,7 +264,7 @@ def test_what_can_never_run_is_refused_at_once(
 def test_token_ids_of_parameters_are_checked_too() -> None:
     engine = poisoned_engine()
     with pytest.raises(InvalidRequest, match="logit_bias names token id 512"):
-        engine.add("r", [1], SamplingParams(logit_bias=((512, 1.0),)))
+        engine.add_prompt("r", [1], SamplingParams(logit_bias=((512, 1.0),)))
 
 
 def test_the_pool_has_the_size_that_was_asked_for() -> None:

@@ -74,7 +74,7 @@ def test_a_broken_tokenizer_is_found_at_load(tmp_path: Path) -> None:
 def test_a_prompt_that_is_no_list_of_integers_is_refused(token_ids: list[int]) -> None:
     engine = poisoned_engine()
     with pytest.raises(InvalidRequest) as raised:
-        engine.add("r", token_ids, greedy(1))
+        engine.add_prompt("r", token_ids, greedy(1))
     assert raised.value.param == "prompt"
     engine.check_idle()
 
@@ -83,7 +83,7 @@ def test_a_prompt_that_is_no_list_of_integers_is_refused(token_ids: list[int]) -
 def test_choices_are_up_to_64_different_numbers(choices: list[int]) -> None:
     engine = poisoned_engine()
     with pytest.raises(InvalidRequest) as raised:
-        engine.add("r", PROMPT, greedy(1), choices=choices)
+        engine.add_prompt("r", PROMPT, greedy(1), choices=choices)
     assert raised.value.param == "n"
 
 
@@ -95,7 +95,7 @@ def test_parameters_that_leave_no_token_are_refused_when_they_are_made() -> None
 def test_a_step_that_cannot_be_built_is_built_again(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = poisoned_engine()
     (expected,) = poisoned_engine().generate([PROMPT], greedy(5, presence_penalty=1.0))
-    engine.add("r", PROMPT, greedy(5, presence_penalty=1.0))
+    engine.add_prompt("r", PROMPT, greedy(5, presence_penalty=1.0))
 
     def fail(*arguments: object, **fields: object) -> None:
         raise MemoryError
@@ -136,7 +136,7 @@ def test_a_fault_behind_accepted_drafts_takes_no_token_with_it(max_tokens: int) 
             with torch.inference_mode():
                 hidden[rows.positions == len(PROMPT) + 4] = float("nan")
 
-        engine.add("r", PROMPT, greedy(max_tokens))
+        engine.add_prompt("r", PROMPT, greedy(max_tokens))
         with watched_hidden_states(engine, damage):
             outputs = run(engine)
         tokens = [token for output in outputs for token in output.token_ids]
@@ -156,8 +156,8 @@ def test_what_is_not_finite_fails_its_request_and_is_in_no_cache(at: int, choice
     embedding = engine.runner.model._embedding
     engine.runner.model._embedding = embedding.clone()
     engine.runner.model._embedding[499] = float("inf")
-    engine.add("bad", prompt, greedy(5), choices=range(choices))
-    engine.add("good", LONG, greedy(5))
+    engine.add_prompt("bad", prompt, greedy(5), choices=range(choices))
+    engine.add_prompt("good", LONG, greedy(5))
     outputs = run(engine)
     failed = [output for output in outputs if output.error is not None]
     assert [(o.request_id, o.choice, o.finish_reason) for o in failed] == [
@@ -191,7 +191,7 @@ def test_an_infinite_key_that_nobody_has_looked_at_is_in_no_cache(fills: str, ch
         return hidden
 
     engine.runner.model.forward = forward_and_damage  # type: ignore[method-assign]
-    engine.add("bad", prompt, greedy(8), choices=range(choices), cache_salt="its own")
+    engine.add_prompt("bad", prompt, greedy(8), choices=range(choices), cache_salt="its own")
     outputs = run(engine)
     assert damaged
     assert FinishReason.ERROR in {output.finish_reason for output in outputs}
@@ -221,7 +221,7 @@ def test_an_aborted_request_hears_nothing_of_its_fault() -> None:
         with torch.inference_mode():
             hidden[:] = float("nan")
 
-    engine.add("r", PROMPT, greedy(5))
+    engine.add_prompt("r", PROMPT, greedy(5))
     with watched_hidden_states(engine, damage):
         planned = engine.plan()
         assert planned is not None
@@ -240,8 +240,8 @@ def test_an_abort_inside_a_step_frees_everything(choices: int, moment: str, cras
     )
     for steps in range(7):
         engine = poisoned_engine(max_num_batched_tokens=32)
-        engine.add("r", LONG, params, choices=range(choices))
-        engine.add("other", PROMPT, greedy(6))
+        engine.add_prompt("r", LONG, params, choices=range(choices))
+        engine.add_prompt("other", PROMPT, greedy(6))
         for _ in range(steps):
             engine.step()
         planned = engine.plan()
@@ -262,7 +262,7 @@ def test_prompt_logprobs_come_once_with_the_first_token() -> None:
     engine = poisoned_engine(num_kv_blocks=16, max_num_batched_tokens=48)
     prompts = [list(range(5, 165)), list(range(6, 165)), list(range(5, 14))]
     for index, prompt in enumerate(prompts):
-        engine.add(str(index), prompt, greedy(60, prompt_logprobs=1))
+        engine.add_prompt(str(index), prompt, greedy(60, prompt_logprobs=1))
     outputs = run(engine)
     assert engine.scheduler.num_preemptions > 0
     with_scores = [o for o in outputs if o.prompt_logprobs is not None]
@@ -270,9 +270,9 @@ def test_prompt_logprobs_come_once_with_the_first_token() -> None:
         (str(index), len(prompt)) for index, prompt in enumerate(prompts)
     ]
     single = poisoned_engine(max_num_seqs=1)  # choices run one after the other
-    single.add("r", LONG, greedy(4, prompt_logprobs=1), choices=range(3))
+    single.add_prompt("r", LONG, greedy(4, prompt_logprobs=1), choices=range(3))
     assert [o.choice for o in run(single) if o.prompt_logprobs is not None] == [0]
-    single.add("r", [*LONG, 5], greedy(4, prompt_logprobs=1), prompt_len=len(LONG))
+    single.add_prompt("r", [*LONG, 5], greedy(4, prompt_logprobs=1), prompt_len=len(LONG))
     assert [o for o in run(single) if o.prompt_logprobs is not None] == []
 
 
@@ -351,7 +351,7 @@ def test_each_engine_computes_with_its_own_threads() -> None:
 
 def test_errors_have_a_code_and_a_place_in_the_tree() -> None:
     engine = poisoned_engine()
-    engine.add("r", PROMPT, SamplingParams(min_tokens=2, allowed_token_ids=(2,)))
+    engine.add_prompt("r", PROMPT, SamplingParams(min_tokens=2, allowed_token_ids=(2,)))
     (output,) = run(engine)
     assert output.finish_reason is FinishReason.ERROR
     assert isinstance(output.error, PdqError)

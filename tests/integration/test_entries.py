@@ -15,7 +15,7 @@ import pytest
 import common.node.entries
 from common.config import RedisSettings
 from common.errors import ServiceUnavailable
-from common.kv_layout import HASHED_AT_ONCE, HashChain, chain_hashes, root_hash
+from common.kv_layout import HASHED_AT_ONCE, HashChain, chain_hashes
 from common.messages import Dispatch
 from common.node.entries import Entries
 from common.queue import Entry, NodeQueue, QueueLength, move_unread, queue_lengths
@@ -127,8 +127,10 @@ async def test_a_long_prompt_is_hashed_a_piece_at_a_time_before_the_role_has_it(
         await wait_until(lambda: bool(node.accepted), "the entry is taken")
     monkeypatch.undo()
     assert pieces == 3
-    size, root = FINGERPRINT.block_size, root_hash(FINGERPRINT, dispatch.cache_salt)
-    assert node.hashes == [tuple(chain_hashes(root, dispatch.token_ids, size, dispatch.prompt_len))]
+    size, root = FINGERPRINT.block_size, dispatch.request.cache_root(FINGERPRINT)
+    assert node.hashes == [
+        tuple(chain_hashes(root, dispatch.request.token_ids, size, dispatch.request.prompt_len))
+    ]
 
 
 @pytest.mark.parametrize("others", [(), ("p-2",)], ids=["nobody else", "another node"])

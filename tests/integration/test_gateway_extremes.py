@@ -69,11 +69,11 @@ async def check(engine: Engine, field: str, texts: list[str]) -> None:
                 continue
             assert answer.status_code == 200, (field, text, answer.text)
             ((_, dispatch), *_) = cluster.dispatched
-            params = dispatch.params
+            params = dispatch.request.params
             short = dataclasses.replace(params, max_tokens=3, min_tokens=min(params.min_tokens, 3))
-            if (dispatch.token_ids, short) not in computed:
-                computed.add((dispatch.token_ids, short))
-                (completion,) = engine.generate([list(dispatch.token_ids)], short)
+            if (dispatch.request.token_ids, short) not in computed:
+                computed.add((dispatch.request.token_ids, short))
+                (completion,) = engine.generate([list(dispatch.request.token_ids)], short)
                 assert completion.token_ids
     service.intake.close()
 

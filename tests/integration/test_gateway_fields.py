@@ -449,7 +449,7 @@ async def test_a_refusal_beside_an_answer_is_not_lost(model: str, content: Any) 
     async with http:
         answer = await post(http, "/v1/chat/completions", messages=[message])
     assert answer.status_code == 200, answer.text
-    prompt = QWEN.decode(cluster.dispatched[0][1].token_ids)
+    prompt = QWEN.decode(cluster.dispatched[0][1].request.token_ids)
     assert "Of course.\nNot that." in prompt
 
 
@@ -583,8 +583,10 @@ async def test_a_prompt_is_cut_to_what_is_asked_or_fits(short_model: str) -> Non
         cluster.dispatched.clear()
         answer = await post(http, "/v1/completions", prompt=ids, **options)
         assert answer.status_code == 200, answer.text
-        assert answer.json()["usage"]["prompt_tokens"] == len(cluster.dispatched[0][1].token_ids)
-        return cluster.dispatched[0][1].token_ids
+        assert answer.json()["usage"]["prompt_tokens"] == len(
+            cluster.dispatched[0][1].request.token_ids
+        )
+        return cluster.dispatched[0][1].request.token_ids
 
     assert await prompt(truncate_prompt_tokens=5) == tuple(ids[-5:])
     assert await prompt(truncate_prompt_tokens=5, truncation_side="right") == tuple(ids[:5])

@@ -83,8 +83,8 @@ async def test_a_completion(served: Served, client: openai.AsyncOpenAI) -> None:
     assert got.usage is not None
     assert (got.usage.prompt_tokens, got.usage.completion_tokens) == (prompt_len, TEXT_TOKENS)
     ((_, dispatch),) = served.cluster.dispatched
-    assert dispatch.token_ids == tuple(STORIES.encode_now(PROMPT))
-    assert (dispatch.params.seed, dispatch.params.temperature) == (5, 0.7)
+    assert dispatch.request.token_ids == tuple(STORIES.encode_now(PROMPT))
+    assert (dispatch.request.params.seed, dispatch.request.params.temperature) == (5, 0.7)
 
 
 async def test_a_stream_is_the_same_text_in_pieces(client: openai.AsyncOpenAI) -> None:
@@ -132,7 +132,7 @@ async def test_prompts_in_four_forms(served: Served, client: openai.AsyncOpenAI)
         )
         assert [choice.text for choice in got.choices] == [TEXT] * len(wanted)
         assert [choice.index for choice in got.choices] == list(range(len(wanted)))
-        dispatched = sorted(dispatch.token_ids for _, dispatch in served.cluster.dispatched)
+        dispatched = sorted(dispatch.request.token_ids for _, dispatch in served.cluster.dispatched)
         assert dispatched == sorted(map(tuple, wanted))
         assert got.usage is not None
         assert got.usage.prompt_tokens == sum(map(len, wanted))
@@ -143,7 +143,7 @@ async def test_n_choices_of_several_prompts_are_numbered_prompt_first(
     served: Served, client: openai.AsyncOpenAI
 ) -> None:
     served.cluster.reply = lambda dispatch, choice: telling(
-        f"{len(dispatch.token_ids)} {choice}"
+        f"{len(dispatch.request.token_ids)} {choice}"
     )(dispatch, choice)  # fmt: skip
     prompts = ["A dog", PROMPT]
     lengths = [len(STORIES.encode_now(prompt)) for prompt in prompts]
@@ -205,7 +205,7 @@ async def test_stop_token_ids_are_passed_on_and_not_shown(
         model="stories", prompt=PROMPT, extra_body={"stop_token_ids": [last]}
     )
     assert got.choices[0].text == " a dog"
-    assert served.cluster.dispatched[0][1].params.stop_token_ids == (last,)
+    assert served.cluster.dispatched[0][1].request.params.stop_token_ids == (last,)
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -264,14 +264,14 @@ async def test_every_sampling_field_arrives(served: Served, http: httpx.AsyncCli
     answer = await http.post("/v1/completions", json=body)
     assert answer.status_code == 200, answer.text
     ((_, dispatch),) = served.cluster.dispatched
-    params = dispatch.params
+    params = dispatch.request.params
     assert (params.max_tokens, params.min_tokens, params.top_k) == (9, 2, 7)
     assert (params.top_p, params.min_p, params.repetition_penalty) == (0.5, 0.1, 1.5)
     assert (params.presence_penalty, params.frequency_penalty) == (1.0, -1.0)
     assert params.logit_bias == ((5, -2.0), (7, 3.0))
     assert (params.allowed_token_ids, params.stop_token_ids) == ((8, 9), (4,))
     assert (params.ignore_eos, params.logprobs, params.seed) == (True, 0, 2**64 - 1)
-    assert (dispatch.priority, dispatch.cache_salt) == (-3, "tenant")
+    assert (dispatch.request.priority, dispatch.request.cache_salt) == (-3, "tenant")
     assert params.greedy
 
 
@@ -280,7 +280,7 @@ async def test_without_a_seed_each_request_gets_its_own(
 ) -> None:
     for _ in range(2):
         await client.completions.create(model="stories", prompt=PROMPT)
-    one, other = (dispatch.params.seed for _, dispatch in served.cluster.dispatched)
+    one, other = (dispatch.request.params.seed for _, dispatch in served.cluster.dispatched)
     assert one != other
 
 
@@ -324,7 +324,7 @@ async def test_a_chat_goes_through_the_models_template(
     assert choice.message.content == "你好，世界！👩‍👧"
     assert choice.finish_reason == "stop"
     ((_, dispatch),) = served.cluster.dispatched
-    assert QWEN.decode(dispatch.token_ids, skip_special_tokens=False) == (
+    assert QWEN.decode(dispatch.request.token_ids, skip_special_tokens=False) == (
         "<|im_start|>system\nBe brief.<|im_end|>\n"
         "<|im_start|>user\nSay 你好<|im_end|>\n<|im_start|>assistant\n"
     )
@@ -363,7 +363,7 @@ async def test_a_chat_may_fill_the_context_by_default(
         served.cluster.members.pop(name)
     await client.chat.completions.create(model="stories", messages=MESSAGES)
     ((_, dispatch),) = served.cluster.dispatched
-    assert dispatch.params.max_tokens == 32768 - len(dispatch.token_ids)
+    assert dispatch.request.params.max_tokens == 32768 - len(dispatch.request.token_ids)
 
 
 async def test_a_model_without_a_template_says_so(http: httpx.AsyncClient) -> None:
@@ -653,7 +653,7 @@ async def test_a_failure_in_the_middle_of_a_stream_is_its_last_event(
     def fail_in_time() -> None:
         ((_, dispatch),) = served.cluster.dispatched
         served.cluster.deliver(
-            "d1", Failed("d1", dispatch.request, 1, 0, "never_fits", "no room", False)
+            "d1", Failed("d1", dispatch.request.id, 1, 0, "never_fits", "no room", False)
         )
 
     served.cluster.members["d1"].hold_at = 3

@@ -60,7 +60,7 @@ async def params_of(client: httpx.AsyncClient, cluster: FakeCluster, **body: Any
     chat = {} if "prompt" in body else {"messages": [{"role": "user", "content": "Once upon"}]}
     reply = await client.post(path, json={"model": "tuned", **chat, **body})
     assert reply.status_code == 200, reply.text
-    return cluster.dispatched[-1][1].params
+    return cluster.dispatched[-1][1].request.params
 
 
 def chosen(params: SamplingParams) -> tuple[float, ...]:

@@ -62,8 +62,8 @@ async def test_a_request_goes_to_a_node_of_the_model_it_names(
         where, dispatch = served.cluster.dispatched[-1]
         assert where == node
         tokenizer = served.service.models.find(model).tokenizer
-        assert list(dispatch.token_ids) == tokenizer.encode_now(PROMPT)
-        assert dispatch.model == served.service.models.find(model).identity
+        assert list(dispatch.request.token_ids) == tokenizer.encode_now(PROMPT)
+        assert dispatch.request.model == served.service.models.find(model).identity
 
 
 async def test_who_names_no_model_gets_the_first(served: Served, http: httpx.AsyncClient) -> None:

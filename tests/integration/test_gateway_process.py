@@ -147,9 +147,9 @@ async def test_a_request_goes_through_redis_and_back_over_the_bus(
             30, "length", node.incarnation,
         )  # fmt: skip
         (dispatch,) = node.taken
-        key = (dispatch.request, 1, 0)
-        await until(lambda: node.acknowledged.get(key) == dispatch.prompt_len + 30)
-        assert await requests.open_requests(dispatch.gateway) == set()
+        key = (dispatch.request.id, 1, 0)
+        await until(lambda: node.acknowledged.get(key) == dispatch.request.prompt_len + 30)
+        assert await requests.open_requests(dispatch.request.gateway) == set()
         assert (await requests.loads([node.incarnation]))[node.incarnation].requests == 0
 
 
@@ -170,7 +170,10 @@ async def test_the_death_of_a_node_changes_no_token(
                     await first.die()
             assert text == truth
             (retry,) = second.taken
-            assert (retry.attempt, len(retry.token_ids)) == (2, retry.prompt_len + 7)
+            assert (retry.attempt, len(retry.request.token_ids)) == (
+                2,
+                retry.request.prompt_len + 7,
+            )
 
 
 async def test_a_disconnect_reaches_the_node(gateway: Process, redis_client: RedisClient) -> None:
@@ -274,7 +277,7 @@ async def test_two_gateways_share_the_nodes(gateway: Process, redis_client: Redi
         await until(lambda: any(linked in line for line in other.lines))
         one, two = await asyncio.gather(the_text(gateway), the_text(other))
         assert one == two
-        assert len({dispatch.gateway for dispatch in node.taken}) == 2
+        assert len({dispatch.request.gateway for dispatch in node.taken}) == 2
 
 
 async def test_few_descriptors_mean_few_connections_and_a_short_log(
@@ -369,15 +372,15 @@ async def test_a_dead_letter_is_shown_and_computed_once_more_alone(
         await requests.dead_letter(dispatch, "p-1: a kernel failed")
         code, shown = await pdq(url, "queue", "dead")
         assert code == 0
-        assert dispatch.request in shown
+        assert dispatch.request.id in shown
         assert "p-1: a kernel failed" in shown
         _, listed = await pdq(url, "queue", "dead", "--json")
         (letter,) = json.loads(listed)
-        assert tuple(letter["dispatch"]["token_ids"]) == dispatch.token_ids
+        assert tuple(letter["dispatch"]["request"]["token_ids"]) == dispatch.request.token_ids
         code, outcome = await pdq(url, "queue", "requeue", letter["id"], "--json")
         assert code == 0, outcome
         record = json.loads(outcome)
-        assert record["request"].startswith(f"{dispatch.request}-again-")
+        assert record["request"].startswith(f"{dispatch.request.id}-again-")
         assert record["state"] == "finished"
         assert record["choices"][0]["generated"] == BODY["max_tokens"]
         replay = node.taken[-1]
@@ -388,6 +391,9 @@ async def test_a_dead_letter_is_shown_and_computed_once_more_alone(
         assert node.taken[-1].node == name
         code, error = await pdq(url, "queue", "requeue", letter["id"], "--node", "p-9")
         assert (code, error) == (1, "pdq queue: node 'p-9' is not there; `pdq nodes` lists them\n")
-        assert (replay.token_ids, replay.params) == (dispatch.token_ids, dispatch.params)
+        assert (replay.request.token_ids, replay.request.params) == (
+            dispatch.request.token_ids,
+            dispatch.request.params,
+        )
     code, error = await pdq(url, "queue", "requeue", "nothing")
     assert (code, error) == (1, "pdq queue: no dead letter 'nothing' that can be read\n")

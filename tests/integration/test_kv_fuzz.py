@@ -21,11 +21,11 @@ from hypothesis import strategies as st
 from common.bus import new_secret_key
 from common.codec import decode, encode
 from common.errors import LinkLost, MalformedMessage, PdqError
-from common.messages import Proved, Pull, Slabs
+from common.messages import HandoffKey, Proved, Pull, Slabs
 from kv_transfer.device_memory import DevicePoolMemory
 from kv_transfer.lease import Leases
 from kv_transfer.pool_memory import HostPoolMemory, PoolMemory
-from kv_transfer.ports import Key, Piece
+from kv_transfer.ports import Piece
 from kv_transfer.transports import same_host, tcp_stream
 from kv_transfer.transports.base import Target
 from kv_transfer.transports.nccl import NcclReader, Turns
@@ -62,7 +62,7 @@ def served(secret_key: str = "") -> Iterator[tuple[TcpSource, PoolMemory, bytes]
         memory.begin_write(block)
         memory.slabs[block] = 0 if block < 2 else SECRET
         memory.seal(block)
-    leases.add(Key("link", "r", 1, 0), [0, 1])
+    leases.add(HandoffKey("link", "r", 1, 0), [0, 1])
     try:
         yield source, memory, source.open_link("link")
     finally:

@@ -34,8 +34,7 @@ import pytest
 from common.bus import new_secret_key
 from common.errors import DigestMismatch, LinkLost, StaleBlock
 from common.kv_layout import Fingerprint, KVLayout, chain_hashes, root_hash
-from common.messages import Message, Offer
-from common.sampling import SamplingParams
+from common.messages import HandoffKey, Message, Offer
 from kv_transfer import pool_memory
 from kv_transfer.conversion import Conversion
 from kv_transfer.digests import tail_seed
@@ -47,7 +46,6 @@ from kv_transfer.ports import (
     Adopted,
     Ended,
     Granted,
-    Key,
     Outcome,
     Piece,
     ReadyBlock,
@@ -60,6 +58,7 @@ from kv_transfer.transports.converting import ConvertingReader
 from kv_transfer.transports.shm import ShmReader, ShmSource
 from kv_transfer.transports.tcp import TcpReader, TcpSource
 from kv_transfer.transports.tcp_stream import ReceivingStream
+from tests.support.asked import a_request
 from tests.support.protocol import mutations
 from tests.support.redis import HANGS_S
 
@@ -178,7 +177,7 @@ class Pool:
     # IntakePool
 
     def reserve(self, offer: Offer) -> Reservation | None:
-        taken = self.take(identities(offer.token_ids, self.size), len(offer.block_hashes))
+        taken = self.take(identities(offer.request.token_ids, self.size), len(offer.block_hashes))
         if taken is None:
             return None
         blocks, cached = taken
@@ -208,7 +207,7 @@ class Air:
         self.faults = True
         self.aborts = 40  # one prompt in so many blocks is aborted
         self.cuts = 0
-        self.adopted: set[Key] = set()
+        self.adopted: set[HandoffKey] = set()
         self.connections: dict[frozenset[str], int] = {}
 
     def name(self, a: str, b: str) -> str:
@@ -264,7 +263,7 @@ class Node:
         self.memory = HostPoolMemory(POSITIONS // size, layout.slab_bytes)
         self.pool = Pool(self.memory, layout)
         self.leases = Leases(self.pool)
-        self.ended: dict[Key, asyncio.Future[Ended]] = {}
+        self.ended: dict[HandoffKey, asyncio.Future[Ended]] = {}
         self.adopted = 0
         self.decoding: set[asyncio.Task[None]] = set()
         self.failure: BaseException | None = None
@@ -309,7 +308,7 @@ class Node:
 
     async def decode(self, adopted: Adopted) -> None:
         """Read all of it, twice."""
-        blocks, tokens = adopted.reservation.blocks, adopted.offer.token_ids
+        blocks, tokens = adopted.reservation.blocks, adopted.offer.request.token_ids
         try:
             self.pool.check(blocks, tokens)
             await asyncio.sleep(self.air.random.random() * 0.01)
@@ -320,7 +319,7 @@ class Node:
             self.pool.release(blocks)
             self.changed()
 
-    def give_up(self, key: Key) -> None:
+    def give_up(self, key: HandoffKey) -> None:
         """The receiving end aborts, if it has anything of this handoff."""
         self.links.perform(self.links.intake.cancel(key, "given_up", now=self.links._clock()))
 
@@ -337,13 +336,12 @@ class Node:
         except TimeoutError:
             raise Mixed("room is never given back") from None
         blocks, cached = taken
-        key = Key(link, request, attempt, 0)
+        key = HandoffKey(link, request, attempt, 0)
         ended = self.ended[key] = asyncio.get_running_loop().create_future()
         try:
             self.pool.check(blocks[:cached], tokens[: cached * self.size])
             offer = Offer(
-                *key, tokens, len(tokens), SamplingParams(),
-                names[:full], len(tokens) % self.size, "g", "", "", 0, 0,
+                key, a_request(tokens, name=request), names[:full], len(tokens) % self.size, 0
             )  # fmt: skip
             try:
                 self.links.perform(handoff.offer(offer, now=now()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -11,10 +12,11 @@ from common.config import EngineSettings
 from common.engine import Engine, SamplingParams
 from common.engine.core.sequence import Sequence
 from common.engine.sampling.records import TokenLogprob
-from common.messages import Offer
+from common.messages import HandoffKey, Offer
 from common.node.kv import NodeKV, SharedMemory
 from common.sampling import FinishReason
 from kv_transfer.ports import Piece
+from tests.support.asked import a_request
 from tests.support.checkpoints import STORIES
 from tests.support.engines import with_poison
 
@@ -65,10 +67,13 @@ def reference() -> Engine:
 
 def offer_of(sequence: Sequence, salt: str, block_size: int) -> Offer:
     length = sequence.num_computed
+    request = a_request(
+        sequence.token_ids[:length], sequence.params, prompt_len=sequence.prompt_len,
+        cache_salt=salt,
+    )  # fmt: skip
     return Offer(
-        "l", "r", 1, sequence.choice, 1, tuple(sequence.token_ids[:length]), sequence.prompt_len,
-        sequence.params, tuple(sequence.hashes(length // block_size, block_size)),
-        length % block_size, "g", "", salt, 0, 1,
+        HandoffKey("l", "r", 1, sequence.choice), request,
+        tuple(sequence.hashes(length // block_size, block_size)), length % block_size, 1,
     )  # fmt: skip
 
 
@@ -88,11 +93,9 @@ def move(here: EngineWithMemory, sequence: Sequence, there: EngineWithMemory) ->
         there.kv.landed(room, Piece(index, ready[index].slot, 0, block, fill, b"", seed))
     there.kv.adopt(room)
     last = sequence.token_ids[sequence.num_computed]
-    moved = there.engine.make_sequence(
-        "r/1", (*offer.token_ids, last), offer.params, choice=offer.choice,
-        prompt_len=offer.prompt_len, cache_salt=offer.cache_salt,
-    )  # fmt: skip
-    moved.num_computed = len(offer.token_ids)
+    request = dataclasses.replace(offer.request, token_ids=(*offer.request.token_ids, last))
+    moved = there.engine.make_sequence("r/1", request, offer.key.choice)
+    moved.num_computed = len(offer.request.token_ids)
     there.kv.run(moved, room)
     kept = here.engine.finish(sequence, FinishReason.CANCELLED)
     here.engine.pool.release(kept)
@@ -107,7 +110,7 @@ def test_a_sequence_that_moves_twice_makes_the_same_tokens(
     params = KINDS[kind]
     (expected,) = reference.generate([PROMPT], params)
     nodes = [EngineWithMemory() for _ in range(3)]
-    (sequence,) = nodes[0].engine.add("r/1", PROMPT, params, cache_salt="tenant")
+    (sequence,) = nodes[0].engine.add_prompt("r/1", PROMPT, params, cache_salt="tenant")
     for here, there in itertools.pairwise(nodes):
         here.steps(after)
         here.engine.scheduler.pause(sequence)
@@ -129,7 +132,7 @@ def test_a_sequence_that_was_offered_in_vain_can_be_offered_again_with_more(
     params = KINDS["seeded"]
     (expected,) = reference.generate([PROMPT], params)
     node = EngineWithMemory()
-    (sequence,) = node.engine.add("r/1", PROMPT, params, cache_salt="tenant")
+    (sequence,) = node.engine.add_prompt("r/1", PROMPT, params, cache_salt="tenant")
     block_size, pool = node.engine.layout.block_size, node.engine.pool
     for _ in range(6):  # across the end of a block
         node.steps(4)

@@ -43,9 +43,8 @@ def prompt(number: int) -> tuple[int, ...]:
 
 
 def a_request(number: int, token_ids: tuple[int, ...], **fields: object) -> Entry:
-    dispatch = a_dispatch(f"r-{number}", prompt=len(token_ids))
-    changes = {"token_ids": token_ids, "params": PARAMS, **fields}
-    return Entry(f"{number}-0", dataclasses.replace(dispatch, **changes))  # type: ignore[arg-type]
+    given = {"token_ids": token_ids, "prompt_len": len(token_ids), "params": PARAMS, **fields}
+    return Entry(f"{number}-0", a_dispatch(f"r-{number}", **given))  # type: ignore[arg-type]
 
 
 @contextlib.contextmanager

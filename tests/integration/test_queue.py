@@ -36,13 +36,13 @@ async def test_entries_come_in_order_and_no_more_than_there_is_room_for(
     names = await fill(redis_client, "p-1", 5)
     assert await queue.take(0) == []
     first = await queue.take(3)
-    assert [entry.dispatch.request for entry in first] == names[:3]
-    assert first[0].dispatch.params == SamplingParams()
+    assert [entry.dispatch.request.id for entry in first] == names[:3]
+    assert first[0].dispatch.request.params == SamplingParams()
     assert await queue_lengths(redis_client, ["p-1", "none"]) == [
         QueueLength(waiting=2, at_work=3),
         QueueLength(0, 0),
     ]
-    assert [entry.dispatch.request for entry in await queue.take(3)] == names[3:]
+    assert [entry.dispatch.request.id for entry in await queue.take(3)] == names[3:]
     assert await queue.take(3) == []
 
 
@@ -104,7 +104,7 @@ async def test_waiting_ends_as_soon_as_an_entry_comes(redis_client: RedisClient)
 
     await wait_until(blocked, "the read waits in Redis")
     await fill(redis_client, "p-1", 1)
-    assert [entry.dispatch.request for entry in await waiting] == ["r-0"]
+    assert [entry.dispatch.request.id for entry in await waiting] == ["r-0"]
 
 
 async def test_cancelling_a_read_loses_nothing(
@@ -126,10 +126,10 @@ async def test_cancelling_a_read_loses_nothing(
     taking.cancel()
     await asyncio.gather(taking, return_exceptions=True)
     monkeypatch.setattr(Requests, "claim", real)
-    assert [e.dispatch.request for e in await queue.take(1)] == ["r-1"]
-    assert [e.dispatch.request for e in await queue.take(5)] == ["r-2"]
+    assert [e.dispatch.request.id for e in await queue.take(1)] == ["r-1"]
+    assert [e.dispatch.request.id for e in await queue.take(5)] == ["r-2"]
     assert await queue.take(5) == []
-    assert [e.dispatch.request for e in held] == ["r-0"]
+    assert [e.dispatch.request.id for e in held] == ["r-0"]
 
 
 async def test_attempts_no_longer_wanted_are_dropped_on_the_way(redis_client: RedisClient) -> None:
@@ -138,7 +138,7 @@ async def test_attempts_no_longer_wanted_are_dropped_on_the_way(redis_client: Re
     await requests.accept(a_dispatch("r-0", attempt=2), "p-2")
     await requests.cancel("r-1", "gone")
     await requests.claim("r-2", 1, "p-9")
-    assert [entry.dispatch.request for entry in await queue.take(9)] == ["r-3"]
+    assert [entry.dispatch.request.id for entry in await queue.take(9)] == ["r-3"]
     assert queue.dropped == 1, "the others had left the stream before"
     assert await redis_client.command("XLEN", redis_client.keys.stream("p-1")) == 1
 
@@ -168,9 +168,9 @@ async def test_unread_entries_move_oldest_first_with_their_load(redis_client: Re
     await fill(redis_client, "p-1", 5)
     (at_work,) = await first.take(1)
     assert await move_unread(redis_client, "p-1", "p-2", 2) == 2
-    assert [e.dispatch.request for e in await second.take(9)] == ["r-1", "r-2"]
-    assert [e.dispatch.request for e in await first.take(9)] == ["r-3", "r-4"]
-    assert at_work.dispatch.request == "r-0"
+    assert [e.dispatch.request.id for e in await second.take(9)] == ["r-1", "r-2"]
+    assert [e.dispatch.request.id for e in await first.take(9)] == ["r-3", "r-4"]
+    assert at_work.dispatch.request.id == "r-0"
     assert await requests.loads(["p-1", "p-2"]) == {"p-1": Load(3, 15), "p-2": Load(2, 10)}
     record = await requests.get("r-1")
     assert record is not None
@@ -216,7 +216,7 @@ async def test_reading_and_moving_at_once_give_each_entry_to_one_node(
     async def work(queue: NodeQueue) -> None:
         while len(taken) < len(names):
             entries = await queue.take(2)
-            taken.extend(entry.dispatch.request for entry in entries)
+            taken.extend(entry.dispatch.request.id for entry in entries)
             await queue.done(entries)
 
     async def move() -> None:
@@ -254,7 +254,7 @@ async def test_a_node_gives_back_what_it_has_not_claimed_to_another(
     assert await leaving.give_back("nobody") == 0
     assert await leaving.give_back("p-2") == 3
     assert await leaving.give_back("p-2") == 0
-    assert [e.dispatch.request for e in await other.take(9)] == ["r-1", "r-2", "r-3"]
+    assert [e.dispatch.request.id for e in await other.take(9)] == ["r-1", "r-2", "r-3"]
     assert await requests.loads(["p-1", "p-2"]) == {"p-1": Load(1, 5), "p-2": Load(3, 15)}
     assert await queue_lengths(redis_client, ["p-1"]) == [QueueLength(waiting=0, at_work=1)]
     await leaving.done([at_work])
@@ -268,7 +268,7 @@ async def test_what_is_for_one_node_only_moves_to_no_other(redis_client: RedisCl
     assert await move_unread(redis_client, "p-1", "p-2", 9) == 2
     assert await queue.give_back("p-2") == 1
     assert await requests.locate([("r-0", 1, 0)]) == [Where(Place.RETURNED)]
-    assert [e.dispatch.request for e in await other.take(9)] == ["r-1", "r-2"]
+    assert [e.dispatch.request.id for e in await other.take(9)] == ["r-1", "r-2"]
 
 
 async def test_what_a_node_gives_back_to_nobody_is_known_to_wait_for_its_gateway(
@@ -328,7 +328,7 @@ async def test_an_entry_that_a_late_read_has_delivered_is_found(
         ">",
     )
     monkeypatch.setattr("common.queue.STRAYS_INTERVAL_S", 0.0)
-    assert [entry.dispatch.request for entry in await queue.take(4)] == ["r-0"]
+    assert [entry.dispatch.request.id for entry in await queue.take(4)] == ["r-0"]
     assert await queue.take(4) == []
 
 

@@ -56,10 +56,12 @@ def run(engine: Engine) -> list[tuple[object, ...]]:
         max_tokens=30, temperature=0.7, seed=6, top_p=0.9, min_tokens=9, logit_bias=((403, 5.0),),
         banned_token_ids=(261,),
     )  # fmt: skip
-    engine.add("warm", LONG, warm, choices=range(3))
-    engine.add("edited", PROMPT, edited)
-    engine.add("greedy", LONG[:50], SamplingParams(max_tokens=60, temperature=0.0, ignore_eos=True))
-    engine.add("gone", LONG, warm)
+    engine.add_prompt("warm", LONG, warm, choices=range(3))
+    engine.add_prompt("edited", PROMPT, edited)
+    engine.add_prompt(
+        "greedy", LONG[:50], SamplingParams(max_tokens=60, temperature=0.0, ignore_eos=True)
+    )
+    engine.add_prompt("gone", LONG, warm)
     outputs: list[StepOutput] = []
     while engine.has_work:
         outputs += engine.step()
@@ -140,7 +142,7 @@ def test_a_step_that_fails_in_another_process_is_computed_again(
 
 
 def test_a_live_sequence_does_not_cross(apart: Engine) -> None:
-    (sequence,) = apart.add("r", PROMPT, SamplingParams(max_tokens=1))
+    (sequence,) = apart.add_prompt("r", PROMPT, SamplingParams(max_tokens=1))
     with pytest.raises(pickle.UnpicklingError, match="no plain data"):
         read(pickle.dumps(sequence))
     apart.abort("r")

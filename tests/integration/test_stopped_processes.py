@@ -19,12 +19,12 @@ from typing import Any
 
 import pytest
 
-from common.messages import Dispatch
 from common.redis_client import RedisClient
 from common.registry import NodeRecord, Registry, Role
 from common.sampling import SamplingParams
 from tests.integration.test_gateway_process import Process, started
-from tests.support.fake_cluster import MODEL, endless
+from tests.support.asked import a_request
+from tests.support.fake_cluster import endless
 from tests.support.load import Load
 from tests.support.redis import redis_client, redis_server, wait_until
 
@@ -50,10 +50,7 @@ def body(prompt: list[int]) -> dict[str, Any]:
 
 
 def truth(prompt: list[int]) -> dict[int, list[int]]:
-    sent = Dispatch(
-        "", 1, (0,), tuple(prompt), len(prompt), SamplingParams(max_tokens=TOKENS, seed=3), "", "",
-        "", "", "", 0, 0, "", MODEL,
-    )  # fmt: skip
+    sent = a_request(prompt, SamplingParams(max_tokens=TOKENS, seed=3))
     return {choice: endless(sent, choice)[:TOKENS] for choice in range(CHOICES)}
 
 

@@ -32,12 +32,12 @@ import torch
 from common.bus import new_secret_key
 from common.errors import ConfigError, DigestMismatch, LinkLost, MalformedMessage, StaleBlock
 from common.kv_layout import KVLayout
-from common.messages import Proved, Slabs
+from common.messages import HandoffKey, Proved, Slabs
 from kv_transfer.device_memory import STAGED_BYTES, DevicePoolMemory
 from kv_transfer.digests import slab_digest, tail_seed
 from kv_transfer.lease import Leases
 from kv_transfer.pool_memory import HostPoolMemory, PoolMemory
-from kv_transfer.ports import Key, Piece, Span
+from kv_transfer.ports import Piece, Span
 from kv_transfer.transports.base import Reader, Source, Target
 from kv_transfer.transports.converting import SCRATCH_BYTES, ConvertingReader
 from kv_transfer.transports.cuda_ipc import CudaIpcReader, CudaIpcSource
@@ -57,7 +57,7 @@ LAYOUT = KVLayout.paged_attention(
 LARGE = KVLayout.paged_attention(
     num_layers=8, num_kv_heads=8, head_dim=64, block_size=16, dtype="float32"
 )
-KEY = Key("link", "request", 1, 0)
+KEY = HandoffKey("link", "request", 1, 0)
 SEED = b"the block's hash"
 KEY_PAIR = new_secret_key()
 NIXL = pytest.param("nixl", marks=pytest.mark.skipif(
@@ -497,7 +497,7 @@ tcp_wires = pytest.mark.parametrize("transport", ["tcp", "tcp+curve"])
 def test_tcp_serves_only_blocks_that_are_leased_to_the_link(transport: str) -> None:
     with both_ends(transport) as end:
         end.fill(0)
-        end.leases.add(Key("another link", "r", 1, 0), [0])
+        end.leases.add(HandoffKey("another link", "r", 1, 0), [0])
         with pytest.raises(StaleBlock):
             end.reader().pull([end.piece(0, 0)])
 
@@ -858,7 +858,7 @@ def test_nccl_links_that_cross_do_not_wait_for_each_other() -> None:
             sources[name] = NcclSource(memory, layout, leases, CUDA, NCCL, turns[name])
             stack.callback(sources[name].close)
             for other in "abc":
-                leases.add(Key(other, "r", 1, 0), [0, 1, 2, 3])
+                leases.add(HandoffKey(other, "r", 1, 0), [0, 1, 2, 3])
         errors: list[Exception] = []
         threads = []
         for sender in "abc":
@@ -916,7 +916,7 @@ from common.kv_layout import KVLayout
 from kv_transfer.device_memory import DevicePoolMemory
 from kv_transfer.lease import Leases
 from kv_transfer.pool_memory import HostPoolMemory, PoolMemory
-from kv_transfer.ports import Key
+from kv_transfer.ports import HandoffKey
 from kv_transfer.transports.cuda_ipc import CudaIpcSource
 from kv_transfer.transports.nixl import NixlSource
 from kv_transfer.transports.shm import ShmSource
@@ -932,7 +932,7 @@ cuda = FakeCuda()
 memory = (DevicePoolMemory(64, layout.slab_bytes, cuda) if transport == "cuda_ipc"
           else HostPoolMemory(64, layout.slab_bytes))
 leases = Leases(Pool())
-leases.add(Key("link", "request", 1, 0), list(range(64)))
+leases.add(HandoffKey("link", "request", 1, 0), list(range(64)))
 for block in range(64):
     memory.begin_write(block)
     memory.slabs[block] = block

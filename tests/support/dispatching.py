@@ -16,6 +16,7 @@ from common.redis_client import RedisClient
 from common.registry import NodeRecord
 from common.requests import Requests
 from common.sampling import SamplingParams
+from tests.support.asked import a_request
 from tests.support.bus_key import bus_settings
 
 
@@ -41,10 +42,12 @@ async def dispatch(
     the model of `first`, unless another is given."""
     answer = Answer()
     async with Bus(f"gateway-{name}", bus_settings()) as bus, asyncio.timeout(limit_s):
+        asked = a_request(
+            prompt, params, name, gateway=f"gateway-{name}", gateway_endpoint=bus.endpoint,
+            model=model or ModelIdentity(first.model, first.revision, first.tokenizer),
+        )  # fmt: skip
         sent = Dispatch(
-            name, 1, (0,), tuple(prompt), len(prompt), params, f"gateway-{name}", bus.endpoint,
-            decode.incarnation if decode else "", decode.endpoint if decode else "", "", 0, 0, "",
-            model or ModelIdentity(first.model, first.revision, first.tokenizer),
+            asked, 1, (0,), decode.incarnation if decode else "", decode.endpoint if decode else "",
         )  # fmt: skip
         assert await Requests(redis).accept(sent, first.incarnation)
         reason = ""

@@ -29,6 +29,7 @@ from common.messages import (
     TokensAck,
     TookOver,
 )
+from common.request import Request
 from common.requests import Place, Where
 from gateway.ports import DECODE, PREFILL, UNIFIED, Ending, Inbox, NodeLoad, NodeView
 from tests.support.redis import HANGS_S
@@ -42,12 +43,12 @@ Reply = Callable[[Dispatch, int], Sequence[int]]
 """All tokens of a choice, from `prompt_len` on; ends in "stop" unless max_tokens comes first."""
 
 
-def endless(dispatch: Dispatch, choice: int) -> list[int]:
+def endless(request: Request, choice: int) -> list[int]:
     """Ids of printable ASCII in the stories tokenizer, from a hash of what tokens depend on."""
-    key = (dispatch.token_ids[: dispatch.prompt_len], dispatch.params.seed, choice)
+    key = (request.token_ids[: request.prompt_len], request.params.seed, choice)
     return [
         410 + hashlib.blake2b(f"{key} {index}".encode(), digest_size=1).digest()[0] % 64
-        for index in range(dispatch.params.max_tokens + 1)
+        for index in range(request.params.max_tokens + 1)
     ]
 
 
@@ -75,7 +76,9 @@ class FakeCluster:
 
     endpoint = "fake://gateway"
 
-    def __init__(self, reply: Reply = endless) -> None:
+    def __init__(
+        self, reply: Reply = lambda dispatch, choice: endless(dispatch.request, choice)
+    ) -> None:
         self.inbox: Inbox
         self.reply = reply
         self.members: dict[str, FakeNode] = {}
@@ -126,7 +129,7 @@ class FakeCluster:
     def assert_idle(self) -> None:
         """Nothing computes, and every request that was accepted has ended."""
         assert self.running == 0, "a node still computes"
-        accepted = {dispatch.request for _, dispatch in self.dispatched}
+        accepted = {dispatch.request.id for _, dispatch in self.dispatched}
         assert accepted <= self.finished.keys() | self.ended.keys(), "a record was left open"
 
     # ── NodeDirectory ────────────────────────────────────────────────────────────────────────────
@@ -151,7 +154,7 @@ class FakeCluster:
         if self.store_error is not None:
             raise self.store_error
         if claimed_by or any(d == dispatch for _, d in self.dispatched):
-            self.asserted.append((dispatch.request, dispatch.attempt, claimed_by))
+            self.asserted.append((dispatch.request.id, dispatch.attempt, claimed_by))
             return
         copied = decode(encode(dispatch))
         assert isinstance(copied, Dispatch)
@@ -162,7 +165,7 @@ class FakeCluster:
     async def locate(self, choices: Sequence[tuple[str, int, int]]) -> list[Where]:
         if self.store_error is not None:
             raise self.store_error
-        nodes = {(sent.request, sent.attempt): node for node, sent in self.dispatched}
+        nodes = {(sent.request.id, sent.attempt): node for node, sent in self.dispatched}
         return [
             Where(Place.QUEUED, node) if (node := nodes.get((request, attempt))) else UNKNOWN
             for request, attempt, _ in choices
@@ -180,7 +183,9 @@ class FakeCluster:
         self.buried.append((dispatch, reason))
 
     async def open_requests(self, gateway: str) -> set[str]:
-        accepted = {sent.request for _, sent in self.dispatched if sent.gateway == gateway}
+        accepted = {
+            sent.request.id for _, sent in self.dispatched if sent.request.gateway == gateway
+        }
         return accepted - self.finished.keys() - self.ended.keys()
 
     async def end(self, request: str, state: str, code: str, message: str) -> None:
@@ -207,25 +212,27 @@ class FakeCluster:
 
     def _start(self, node: FakeNode, dispatch: Dispatch) -> None:
         for choice in dispatch.choices:
-            key = (dispatch.request, dispatch.attempt, choice)
+            key = (dispatch.request.id, dispatch.attempt, choice)
             task = asyncio.create_task(self._compute(node, dispatch, choice))
             node.tasks[key] = task
             task.add_done_callback(lambda _, node=node, key=key: node.tasks.pop(key, None))  # type: ignore[misc]
 
     async def _compute(self, node: FakeNode, dispatch: Dispatch, choice: int) -> None:
         name, attempt = node.view.incarnation, dispatch.attempt
-        stage = Stage(name, dispatch.request, attempt, choice, "prefilling", {}, node.cached_tokens)
+        stage = Stage(
+            name, dispatch.request.id, attempt, choice, "prefilling", {}, node.cached_tokens
+        )
         self.deliver(name, stage)
         if node.refusal is not None:
             refusal = dataclasses.replace(
-                node.refusal, node=name, request=dispatch.request, attempt=attempt, choice=choice
+                node.refusal, node=name, request=dispatch.request.id, attempt=attempt, choice=choice
             )
             self.deliver(name, refusal)
             return
         ids = list(self.reply(dispatch, choice))
-        stopped = len(ids) <= dispatch.params.max_tokens
-        ids = ids[: dispatch.params.max_tokens]
-        index = len(dispatch.token_ids) - dispatch.prompt_len
+        stopped = len(ids) <= dispatch.request.params.max_tokens
+        ids = ids[: dispatch.request.params.max_tokens]
+        index = len(dispatch.request.token_ids) - dispatch.request.prompt_len
         sender = node
         while index < len(ids):
             await self._held(sender, index)
@@ -234,7 +241,7 @@ class FakeCluster:
             end = min(index + self.batch, len(ids))
             reason = ("stop" if stopped else "length") if end == len(ids) else ""
             run = TokenRun(
-                dispatch.request, attempt, choice, dispatch.prompt_len + index,
+                dispatch.request.id, attempt, choice, dispatch.request.prompt_len + index,
                 tuple(ids[index:end]), self._logprobs(dispatch, ids[index:end]), reason,
             )  # fmt: skip
             self.deliver(sender.view.incarnation, Tokens(sender.view.incarnation, (run,)))
@@ -243,7 +250,7 @@ class FakeCluster:
                 decoder = self._decoder(dispatch)
                 if decoder is None:
                     lost = Failed(
-                        name, dispatch.request, attempt, choice, "link_lost", "no peer", True
+                        name, dispatch.request.id, attempt, choice, "link_lost", "no peer", True
                     )
                     self.deliver(name, lost)
                     return
@@ -259,14 +266,14 @@ class FakeCluster:
     def _hand_over(
         self, node: FakeNode, decoder: FakeNode, dispatch: Dispatch, choice: int, index: int
     ) -> FakeNode:
-        key = (dispatch.request, dispatch.attempt, choice)
+        key = (dispatch.request.id, dispatch.attempt, choice)
         task = node.tasks.pop(key)
         decoder.tasks[key] = task
         task.add_done_callback(lambda _: decoder.tasks.pop(key, None))
         name = decoder.view.incarnation
-        position = dispatch.prompt_len + index
+        position = dispatch.request.prompt_len + index
         for teller in (name, node.view.incarnation):
-            word = TookOver(name, dispatch.request, dispatch.attempt, choice, position)
+            word = TookOver(name, dispatch.request.id, dispatch.attempt, choice, position)
             self.deliver(teller, word)
         return decoder
 
@@ -276,9 +283,9 @@ class FakeCluster:
 
     @staticmethod
     def _logprobs(dispatch: Dispatch, ids: Sequence[int]) -> tuple[TokenLogprobs, ...]:
-        if dispatch.params.logprobs is None:
+        if dispatch.request.params.logprobs is None:
             return ()
-        others = tuple(range(410, 410 + dispatch.params.logprobs))
+        others = tuple(range(410, 410 + dispatch.request.params.logprobs))
         return tuple(
             TokenLogprobs(-token_id / 1000, 1, others, tuple(-1.0 - i for i in range(len(others))))
             for token_id in ids

@@ -74,7 +74,7 @@ def run_recorded(
     engine.runner.model.forward = forward  # type: ignore[method-assign, assignment]
     try:
         for name in order:
-            engine.add(name, prompts[name], params[name])
+            engine.add_prompt(name, prompts[name], params[name])
         outputs: list[StepOutput] = []
         while engine.has_work:
             outputs += engine.step()

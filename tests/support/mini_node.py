@@ -96,7 +96,7 @@ class MiniNode:
             for entry in await self._queue.take(8, wait_s=0.5):
                 dispatch = entry.dispatch
                 self.taken.append(dispatch)
-                key = (dispatch.request, dispatch.attempt)
+                key = (dispatch.request.id, dispatch.attempt)
                 task = asyncio.create_task(self._compute(entry))
                 self.computing[key] = task
                 task.add_done_callback(lambda _, key=key: self.computing.pop(key, None))  # type: ignore[misc]
@@ -131,7 +131,7 @@ class MiniNode:
     async def _compute(self, entry: Entry) -> None:
         dispatch = entry.dispatch
         keys = [
-            ChoiceKey(dispatch.request, dispatch.attempt, choice) for choice in dispatch.choices
+            ChoiceKey(dispatch.request.id, dispatch.attempt, choice) for choice in dispatch.choices
         ]
         self._choices.update(dict.fromkeys(keys, dispatch))
         try:
@@ -144,16 +144,16 @@ class MiniNode:
             await self._queue.done([entry])
 
     async def _generate(self, dispatch: Dispatch, key: ChoiceKey) -> None:
-        gateway = dispatch.gateway
+        gateway = dispatch.request.gateway
         if self._bus.link(gateway) is None:
-            self._bus.connect(gateway, dispatch.gateway_endpoint)
+            self._bus.connect(gateway, dispatch.request.gateway_endpoint)
         self._gateways.send(gateway, self._stage(key))
-        ids = endless(dispatch, key.choice)[: dispatch.params.max_tokens]
-        for index in range(len(dispatch.token_ids) - dispatch.prompt_len, len(ids)):
+        ids = endless(dispatch.request, key.choice)[: dispatch.request.params.max_tokens]
+        for index in range(len(dispatch.request.token_ids) - dispatch.request.prompt_len, len(ids)):
             while self.hold_at is not None and index >= self.hold_at:
                 await self._released.wait()
             reason = "length" if index == len(ids) - 1 else ""
-            run = TokenRun(*key, dispatch.prompt_len + index, (ids[index],), (), reason)
+            run = TokenRun(*key, dispatch.request.prompt_len + index, (ids[index],), (), reason)
             self._gateways.tokens.push([(gateway, run)])
             await asyncio.sleep(self.pace_s)
         del self._choices[key]
@@ -168,12 +168,15 @@ class MiniNode:
 
     def gateway_linked(self, gateway: str) -> None:
         for key, dispatch in self._choices.items():
-            if dispatch.gateway == gateway:
+            if dispatch.request.gateway == gateway:
                 self._gateways.send(gateway, self._stage(key))
 
     def gateway_lost(self, gateway: str) -> None:
         for key, dispatch in self._choices.items():
-            if dispatch.gateway == gateway and (task := self.computing.get(key[:2])) is not None:
+            if (
+                dispatch.request.gateway == gateway
+                and (task := self.computing.get(key[:2])) is not None
+            ):
                 task.cancel()
 
 

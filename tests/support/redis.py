@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from typing import Any
 
 import pytest
 import pytest_asyncio
 
 from common.config import RedisSettings
-from common.identity import ModelIdentity
 from common.messages import Dispatch
 from common.redis_client import RedisClient, text
 from common.redis_server import EmbeddedRedis
-from common.sampling import SamplingParams
+from common.request import Request
+from tests.support.asked import a_request
 
 # For whatever a test waits for: it comes in moments, or never. Long, so that it says nothing of how
 # busy the machine is.
@@ -86,6 +88,9 @@ async def wait_until(
         await asyncio.sleep(0.005)
 
 
+OF_REQUESTS = frozenset(field.name for field in dataclasses.fields(Request))
+
+
 def a_dispatch(
     request: str = "r-1",
     attempt: int = 1,
@@ -93,11 +98,14 @@ def a_dispatch(
     *,
     gateway: str = "gateway-1",
     prompt: int = 5,
+    **fields: Any,
 ) -> Dispatch:
-    """An attempt with a prompt of `prompt` tokens."""
-    return Dispatch(
-        request=request, attempt=attempt, choices=choices, token_ids=tuple(range(prompt)),
-        prompt_len=prompt, params=SamplingParams(), gateway=gateway,
-        gateway_endpoint="tcp://127.0.0.1:1", decode_node="", decode_endpoint="", cache_salt="",
-        priority=0, deadline_ms=0, trace="", model=ModelIdentity("tiny", "", ""),
-    )  # fmt: skip
+    """An attempt with a prompt of `prompt` tokens; `fields` of it, or of its request."""
+    given = {"token_ids": tuple(range(prompt)), "gateway_endpoint": "tcp://127.0.0.1:1"} | fields
+    asked = a_request(
+        name=request, gateway=gateway, **{n: v for n, v in given.items() if n in OF_REQUESTS}
+    )
+    own = {"decode_node": "", "decode_endpoint": ""} | {
+        name: value for name, value in given.items() if name not in OF_REQUESTS
+    }
+    return Dispatch(asked, attempt, choices, **own)

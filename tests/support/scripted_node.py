@@ -15,12 +15,12 @@ import pytest
 
 from common.engine import Engine
 from common.engine.core.step import Chunk, Step
-from common.messages import Failed, Message, Offer, TokenRun
+from common.messages import Failed, HandoffKey, Message, Offer, TokenRun
 from common.node.runtime import Node
 from common.node.steps import Steps
 from common.queue import Entry
 from common.registry import NodeRecord, NodeState, Role, Snapshot
-from kv_transfer.ports import Ended, Key, Outcome
+from kv_transfer.ports import Ended, Outcome
 from tests.support.engines import poisoned_engine
 
 
@@ -31,9 +31,9 @@ class Transfer:
         self.handoff = self.intake = self
         self.offers: list[Offer] = []
         self.announced: list[Any] = []  # indexes of blocks (as `ready_blocks` says), in order
-        self.committed: list[Key] = []
+        self.committed: list[HandoffKey] = []
         self.next_tokens: list[tuple[int, int]] = []  # position and token of each commit
-        self.cancelled: list[Key] = []
+        self.cancelled: list[HandoffKey] = []
         self.ended: list[Ended] = []  # what the next `perform` finds out
         self.role: Any
         self.unreachable: dict[str, type[BaseException]] = {}  # peer → what opening a link raises
@@ -46,23 +46,23 @@ class Transfer:
     def offer(self, offer: Offer, **_: float) -> None:
         self.offers.append(offer)
 
-    def ready(self, key: Key, blocks: list[int], *, now: float) -> None:
+    def ready(self, key: HandoffKey, blocks: list[int], *, now: float) -> None:
         self.announced += blocks
 
-    def finished(self, key: Key, *, position: int, first_token: int, **_: Any) -> None:
+    def finished(self, key: HandoffKey, *, position: int, first_token: int, **_: Any) -> None:
         self.committed.append(key)
         self.next_tokens.append((position, first_token))
 
-    def cancel(self, key: Key, reason: str, *, now: float) -> None:
+    def cancel(self, key: HandoffKey, reason: str, *, now: float) -> None:
         self.cancelled.append(key)
 
-    def states(self) -> dict[Key, object]:
+    def states(self) -> dict[HandoffKey, object]:
         return {}
 
     def room_changed(self, now: float) -> list[object]:
         return []
 
-    def offered(self) -> dict[Key, Offer]:
+    def offered(self) -> dict[HandoffKey, Offer]:
         return {}
 
     def perform(self, effects: object) -> None:
@@ -184,9 +184,9 @@ class ScriptedNode:
         self.peers = Snapshot(records, dict.fromkeys(names, 0.0), "")
 
 
-def key(peer: str, choice: int = 0, request: str = "r-1", ask: int = 1) -> Key:
+def key(peer: str, choice: int = 0, request: str = "r-1", ask: int = 1) -> HandoffKey:
     """Of a first attempt, on the link with this peer."""
-    return Key(f"link-{peer}", request, 1, choice, ask)
+    return HandoffKey(f"link-{peer}", request, 1, choice, ask)
 
 
 def ended(peer: str, outcome: Outcome, reason: str = "", choice: int = 0, ask: int = 1) -> Ended:

@@ -43,6 +43,7 @@ from gateway.ports import NodeLoad, NodeView
 from gateway.prefix_index import PrefixIndex
 from gateway.record_store import RecordStore
 from gateway.router import LeastLoadedRouter
+from tests.support.asked import a_request
 from tests.support.fake_cluster import FINGERPRINT, MODEL, endless
 from tests.support.redis import HANGS_S
 
@@ -77,7 +78,7 @@ class Held:
 
     @property
     def key(self) -> tuple[str, int, int]:
-        return (self.dispatch.request, self.dispatch.attempt, self.choice)
+        return (self.dispatch.request.id, self.dispatch.attempt, self.choice)
 
 
 class ScriptedNode:
@@ -210,7 +211,7 @@ class World:
         """What a prefill node has computed, to a node that decodes."""
         gone = [held for held in node.held if held.begun] if target.role is Role.DECODE else []
         for held in gone:
-            since = len(held.dispatch.token_ids) + 1
+            since = len(held.dispatch.request.token_ids) + 1
             moved = Held(held.dispatch, held.choice, None, since)
             if held.key not in [there.key for there in target.held]:
                 target.held.append(moved)
@@ -373,7 +374,8 @@ class World:
                 self._deliver(node, Failed(node.name, *key, NotHeld.code, "nothing of it", True))
 
     async def _ask(self, name: str, n: int = 1) -> list[list[int]]:
-        work = Work(name, PROMPT, SamplingParams(max_tokens=TOKENS, seed=7), MODEL, n=n)
+        params = SamplingParams(max_tokens=TOKENS, seed=7)
+        work = Work(a_request(PROMPT, params, name, model=MODEL), n=n)
         tokens: list[list[int]] = [[] for _ in range(n)]
         async with self.dispatcher.run(work) as request:
             async for update in request.updates():
@@ -390,21 +392,18 @@ class World:
 
 
 def _ends_at_first(held: Held) -> bool:
-    return len(held.dispatch.token_ids) + 1 >= held.dispatch.prompt_len + TOKENS
+    return len(held.dispatch.request.token_ids) + 1 >= held.dispatch.request.prompt_len + TOKENS
 
 
 def _run(held: Held, *, first: bool = False) -> TokenRun:
     """All tokens that a node has to send, or the first."""
-    position = held.since or len(held.dispatch.token_ids)
-    index = position - held.dispatch.prompt_len
-    ids = endless(held.dispatch, held.choice)[index : index + 1 if first else TOKENS]
+    position = held.since or len(held.dispatch.request.token_ids)
+    index = position - held.dispatch.request.prompt_len
+    ids = endless(held.dispatch.request, held.choice)[index : index + 1 if first else TOKENS]
     return TokenRun(*held.key, position, tuple(ids), (), "" if first else "length")
 
 
 def answer(n: int = 1) -> list[list[int]]:
     """What every client must get, by choice."""
     params = SamplingParams(max_tokens=TOKENS, seed=7)
-    dispatch = Dispatch(
-        "", 1, (0,), PROMPT, len(PROMPT), params, "", "", "", "", "", 0, 0, "", MODEL
-    )
-    return [endless(dispatch, choice)[:TOKENS] for choice in range(n)]
+    return [endless(a_request(PROMPT, params), choice)[:TOKENS] for choice in range(n)]

@@ -33,7 +33,9 @@ from common.engine.interface import (
 from common.engine.sampling.records import RowFault, SampleOutput, TokenLogprob
 from common.engine.speculation import HostProposer
 from common.errors import InvalidRequest, NotFiniteLogits, TokenOutOfRange
-from common.kv_layout import Fingerprint, KVLayout, root_hash
+from common.identity import ModelIdentity
+from common.kv_layout import Fingerprint, KVLayout
+from common.request import Request
 from common.sampling import FinishReason, SamplingParams
 
 NOT_FINITE = "NaN or infinity"
@@ -93,36 +95,25 @@ class EngineCore:
 
     def add(
         self,
-        request_id: str,
-        token_ids: AnySequence[int],
-        params: SamplingParams,
+        engine_id: str,
+        request: Request,
         *,
         choices: AnySequence[int] = (0,),
-        prompt_len: int | None = None,
-        priority: int = 0,
-        cache_salt: str = "",
         block_hashes: AnySequence[bytes] = (),
     ) -> list[Sequence]:
-        """Queue a request: one sequence per choice. Raises `InvalidRequest` before any is queued.
+        """Queue a request under this name: one sequence per choice. Raises `InvalidRequest` before any
+        is queued.
 
         `block_hashes`: of its full blocks, from the first on, as far as they are computed already.
-
-        `prompt_len` below `len(token_ids)` replays tokens delivered by an earlier attempt; then
-        there is one choice only.
+        One with tokens that were delivered by an earlier attempt has one choice only.
         """
         if not 1 <= len(choices) <= MAX_CHOICES:
             raise InvalidRequest(f"n must be between 1 and {MAX_CHOICES}", param="n")
         if min(choices) < 0 or len(set(choices)) < len(choices):
             raise InvalidRequest(f"choices must be different numbers, got {choices}", param="n")
-        sequences = [
-            self.make_sequence(
-                request_id, token_ids, params, choice=choice, prompt_len=prompt_len,
-                priority=priority, cache_salt=cache_salt,
-            )
-            for choice in choices
-        ]  # fmt: skip
+        sequences = [self.make_sequence(engine_id, request, choice) for choice in choices]
         parent, *children = sequences
-        if children and parent.prompt_len != len(parent.token_ids):
+        if children and request.num_delivered:
             raise InvalidRequest("delivered tokens belong to one choice", param="choices")
         parent.block_hashes = list(block_hashes)
         self.scheduler.add(parent)
@@ -130,19 +121,9 @@ class EngineCore:
             self._children[parent.sequence_id] = children
         return sequences
 
-    def make_sequence(
-        self,
-        request_id: str,
-        token_ids: AnySequence[int],
-        params: SamplingParams,
-        *,
-        choice: int = 0,
-        prompt_len: int | None = None,
-        priority: int = 0,
-        cache_salt: str = "",
-    ) -> Sequence:
+    def make_sequence(self, engine_id: str, request: Request, choice: int = 0) -> Sequence:
         """A checked sequence that nothing runs yet (`scheduler.adopt` takes one into held room)."""
-        vocab_size = self.facts.vocab_size
+        vocab_size, token_ids = self.facts.vocab_size, request.token_ids
         tokens = np.asarray(token_ids) if len(token_ids) else np.empty(0, np.int64)
         if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
             raise InvalidRequest("a prompt must be a list of token ids", param="prompt")
@@ -152,14 +133,13 @@ class EngineCore:
                 f"{tokens[(tokens < 0) | (tokens >= vocab_size)][0]}",
                 param="prompt",
             )
-        params.check_vocabulary(vocab_size)
+        request.params.check_vocabulary(vocab_size)
         number = next(self._sequence_ids)
         return Sequence(
-            sequence_id=number, request_id=request_id, choice=choice,
-            prompt_len=len(token_ids) if prompt_len is None else prompt_len,
-            token_ids=tokens.tolist(), params=params,
-            stop_ids=frozenset(self.facts.stop_token_ids), priority=priority, arrival=number,
-            cache_root=root_hash(self.fingerprint, cache_salt),
+            sequence_id=number, request_id=engine_id, choice=choice,
+            prompt_len=request.prompt_len, token_ids=tokens.tolist(), params=request.params,
+            stop_ids=frozenset(self.facts.stop_token_ids), priority=request.priority,
+            arrival=number, cache_root=request.cache_root(self.fingerprint),
         )  # fmt: skip
 
     def expect(
@@ -296,7 +276,8 @@ class EngineCore:
     def plan_probe(self) -> Step:
         """A step that computes one token of no request, to see whether anything can be computed: for
         a runner, then `end_probe`, between two other steps. `OutOfBlocks` if there is no room."""
-        sequence = self.make_sequence("probe", [0], SamplingParams(max_tokens=1))
+        model, params = ModelIdentity.of(self.fingerprint), SamplingParams(max_tokens=1)
+        sequence = self.make_sequence("probe", Request("probe", model, (0,), 1, params))
         sequence.block_table = self.pool.allocate(1)
         step = Step()
         step.append(Chunk(sequence, 0, 1, 0, is_prompt=True, samples=False))

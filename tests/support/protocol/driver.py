@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from common.messages import Message
+from common.messages import HandoffKey, Message
 from kv_transfer.handoff import Handoff
 from kv_transfer.intake import Intake
 from kv_transfer.lease import Leases
@@ -19,7 +19,6 @@ from kv_transfer.ports import (
     Copy,
     Effect,
     Ended,
-    Key,
     Outcome,
     Piece,
     ReadyBlock,
@@ -69,7 +68,7 @@ class Prefill:
     node: Node
     target: Node
     life: int
-    key: Key | None = None
+    key: HandoffKey | None = None
     asks: int = 0
     blocks: list[int] = dataclasses.field(default_factory=list)
     missing: list[int] = dataclasses.field(default_factory=list)
@@ -98,9 +97,9 @@ class Driver:
         self.ends: dict[str, tuple[Node, Node]] = {}  # link → source, target
         self.torn: set[str] = set()  # links that the source has torn down
         self.copies: list[Running] = []
-        self.prefills: dict[Key, Prefill] = {}
-        self.outcomes: dict[Key, Outcome] = {}
-        self.adoptions: set[Key] = set()
+        self.prefills: dict[HandoffKey, Prefill] = {}
+        self.outcomes: dict[HandoffKey, Outcome] = {}
+        self.adoptions: set[HandoffKey] = set()
 
     # What a subclass decides
 
@@ -151,7 +150,7 @@ class Driver:
             self.perform(node, node.intake.room_changed(self.now))
 
     def deliver(self, node: Node, message: Message) -> None:
-        end = node.handoff if self.ends[message.link][0] is node else node.intake  # type: ignore[attr-defined]
+        end = node.handoff if self.ends[message.key.link][0] is node else node.intake  # type: ignore[attr-defined]
         self.perform(node, end.receive(message, now=self.now))
 
     def open_link(self, source: Node, target: Node, link: str) -> None:
@@ -243,7 +242,7 @@ class Driver:
         """Offer now; say what is computed already."""
         node = prefill.node
         prefill.asks += 1
-        prefill.key = Key(link, prefill.request, prefill.attempt, 0, prefill.asks)
+        prefill.key = HandoffKey(link, prefill.request, prefill.attempt, 0, prefill.asks)
         self.prefills[prefill.key] = prefill
         offer = offer_of(prefill.key, prefill.token_ids)
         self.perform(node, node.handoff.offer(offer, now=self.now))
@@ -313,14 +312,14 @@ class Driver:
         self.adoptions.add(adopted.key)
         node.pool.check(
             adopted.reservation.blocks,
-            adopted.offer.token_ids,
+            adopted.offer.request.token_ids,
             "an adopted block has wrong content",
         )
         self.decodes(node, adopted)
 
     def decoded(self, node: Node, adopted: Adopted) -> None:
         blocks = adopted.reservation.blocks
-        node.pool.check(blocks, adopted.offer.token_ids, "a block changed while decoding")
+        node.pool.check(blocks, adopted.offer.request.token_ids, "a block changed while decoding")
         node.pool.release(blocks)
         self.perform(node, [])
 

@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from common.kv_layout import Fingerprint, chain_hashes, root_hash
-from common.messages import Offer
+from common.messages import HandoffKey, Offer
 from common.sampling import SamplingParams
 from kv_transfer.digests import tail_seed
-from kv_transfer.ports import Key, Piece, Reservation
+from kv_transfer.ports import Piece, Reservation
+from tests.support.asked import a_request
 
 BLOCK = 2
 FINGERPRINT = Fingerprint("model", "rev", "layout", "numerics", BLOCK)
@@ -42,12 +43,11 @@ def identities(token_ids: tuple[int, ...]) -> tuple[bytes, ...]:
 
 
 @functools.cache
-def offer_of(key: Key, token_ids: tuple[int, ...]) -> Offer:
+def offer_of(key: HandoffKey, token_ids: tuple[int, ...]) -> Offer:
     count, fill = divmod(len(token_ids), BLOCK)
     hashes = identities(token_ids)[:count]
-    return Offer(
-        *key, token_ids, len(token_ids), PARAMS, hashes, fill, "gateway", "", "", 0, 0,
-    )  # fmt: skip
+    request = a_request(token_ids, PARAMS, key.request, gateway="gateway")
+    return Offer(key, request, hashes, fill, 0)
 
 
 class Watcher(Protocol):
@@ -136,7 +136,7 @@ class Pool:
     # IntakePool
 
     def reserve(self, offer: Offer) -> Reservation | None:
-        taken = self.take(identities(offer.token_ids), len(offer.block_hashes))
+        taken = self.take(identities(offer.request.token_ids), len(offer.block_hashes))
         if taken is None:
             return None
         reservation = Reservation(tuple(taken[0]), tuple(taken[1]))

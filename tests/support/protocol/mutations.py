@@ -71,7 +71,7 @@ def release_while_a_copy_runs(patch: pytest.MonkeyPatch) -> None:
 
     def early(self: Intake, entry, abort):
         stop(self, entry, abort)
-        self._answer(entry.key, Release(*entry.key))
+        self._answer(entry.key, Release(entry.key))
 
     patch.setattr(Intake, "_stop_aborted", early)
 

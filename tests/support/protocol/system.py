@@ -17,14 +17,13 @@ import dataclasses
 from typing import Any, NamedTuple, cast
 
 from common.kv_layout import Fingerprint
-from common.messages import MESSAGES, Abort, Grant, Message
+from common.messages import MESSAGES, Abort, Grant, HandoffKey, Message
 from kv_transfer import handoff, intake
 from kv_transfer import lease as lease_module
 from kv_transfer.lease import Lease, Leases
 from kv_transfer.ports import (
     Adopted,
     Copy,
-    Key,
     Outcome,
     Piece,
     ReadyBlock,
@@ -156,7 +155,7 @@ class System(Driver):
         if link is None:
             return True
         for name in self.work:
-            key = Key(LINK, name, 1, 0)
+            key = HandoffKey(LINK, name, 1, 0)
             entry = link.entries.get(key)
             if key not in link.answers if entry is None else entry.reservation is None:
                 return False
@@ -169,7 +168,7 @@ class System(Driver):
         """One index of each message that is on the network, and whose it is."""
         net = self.net
         return [
-            (i, VALUES[number].request)
+            (i, VALUES[number].key.request)
             for i, (_, number) in enumerate(net) if net.index(net[i]) == i
         ]  # fmt: skip
 
@@ -232,15 +231,15 @@ class System(Driver):
             self.tick(node)
 
     def on_repeat_due(self, name: str) -> None:
-        self.source.handoff._links[LINK].entries[Key(LINK, name, 1, 0)].repeat_at = self.now
+        self.source.handoff._links[LINK].entries[HandoffKey(LINK, name, 1, 0)].repeat_at = self.now
         self.tick(self.source)
 
     def on_patience_over(self, name: str) -> None:
-        self.target.intake._links[LINK].entries[Key(LINK, name, 1, 0)].deadline = self.now
+        self.target.intake._links[LINK].entries[HandoffKey(LINK, name, 1, 0)].deadline = self.now
         self.tick(self.target)
 
     def on_quiet_due(self, name: str) -> None:
-        entry = self.target.intake._links[LINK].entries[Key(LINK, name, 1, 0)]
+        entry = self.target.intake._links[LINK].entries[HandoffKey(LINK, name, 1, 0)]
         entry.heard_at = self.now - self.settings.quiet
         self.tick(self.target)
 
@@ -255,11 +254,11 @@ class System(Driver):
         self.end_copy(running, (True,) * len(running.copy.pieces))
 
     def on_cancel_sending(self, name: str) -> None:
-        key = Key(LINK, name, 1, 0)
+        key = HandoffKey(LINK, name, 1, 0)
         self.perform(self.source, self.source.handoff.cancel(key, "cancelled", now=self.now))
 
     def on_cancel_receiving(self, name: str) -> None:
-        key = Key(LINK, name, 1, 0)
+        key = HandoffKey(LINK, name, 1, 0)
         self.perform(self.target, self.target.intake.cancel(key, "given_up", now=self.now))
 
     def forget(self) -> None:
@@ -291,7 +290,7 @@ class System(Driver):
     def _matters(self, to_source: bool, number: int) -> bool:
         """Whether a message can still change anything, whenever it is delivered."""
         message = VALUES[number]
-        key = Key.of(message)
+        key = message.key
         link = self.source.handoff._links.get(LINK)
         sending = link is not None and key in link.entries
         if to_source:
@@ -301,7 +300,7 @@ class System(Driver):
             return False
         return sending or not self._is_answered(key)
 
-    def _is_answered(self, key: Key) -> bool:
+    def _is_answered(self, key: HandoffKey) -> bool:
         """Whether the target does nothing about a handoff any more but repeat its answer."""
         link = self.target.intake._links.get(LINK)
         return link is None or (key not in link.entries and key in link.answers)
@@ -349,7 +348,7 @@ class System(Driver):
         users: list[list[tuple[str, int]]] = [[] for _ in range(ROOM)]
         parts: list[object] = []
         for name, prefill in self.work.items():
-            key = Key(LINK, name, 1, 0)
+            key = HandoffKey(LINK, name, 1, 0)
             out = None if sending is None else sending.entries.get(key)
             into = orphans.get(key) if receiving is None else receiving.entries.get(key)
             answered = receiving is None or key in receiving.answers
@@ -382,7 +381,7 @@ class System(Driver):
             tuple((key.request, *lease.blocks) for key, lease in source.leases._open.items()),
         )  # fmt: skip
 
-    def _view_of_sending(self, entry: handoff._Entry, key: Key) -> object:
+    def _view_of_sending(self, entry: handoff._Entry, key: HandoffKey) -> object:
         timed = entry.state in handoff.AWAITING
         return (
             entry.state.value, tuple(entry.ready), tuple(entry.wanted), entry.commit is not None,
@@ -405,7 +404,7 @@ NO_HANDOFF = NoHandoff(Leases(Pool(cast(Any, None), 0)), SETTINGS)
 NO_INTAKE = NoIntake(Pool(cast(Any, None), 0), FINGERPRINT, SETTINGS)
 
 keep_by_number(
-    [*MESSAGES.values(), Key, Copy, Piece, ReadyBlock, TransferSettings, Fingerprint, Outcome,
+    [*MESSAGES.values(), HandoffKey, Copy, Piece, ReadyBlock, TransferSettings, Fingerprint, Outcome,
      handoff.State, intake.State, NoLock, Uncounted, NoHandoff, NoIntake]
 )  # fmt: skip
 keep_by_code(

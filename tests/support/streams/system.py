@@ -24,6 +24,7 @@ from common.messages import (
     Cancel,
     Dispatch,
     Failed,
+    HandoffKey,
     HoldsQuery,
     Message,
     Offer,
@@ -47,6 +48,7 @@ from gateway.placement import Limits
 from gateway.ports import Ending
 from gateway.prefix_index import PrefixIndex
 from gateway.router import LeastLoadedRouter
+from tests.support.asked import a_request
 from tests.support.fake_cluster import FINGERPRINT, MODEL, endless
 from tests.support.streams.world import Process, VirtualBus, World
 
@@ -102,13 +104,13 @@ class Store:
 
     async def accept(self, node: str, dispatch: Dispatch, *, claimed_by: str = "") -> None:
         await self._round_trip()
-        key = (dispatch.request, dispatch.attempt)
+        key = (dispatch.request.id, dispatch.attempt)
         if key in self.entries:
             return
         for choice in dispatch.choices:
-            if self.attempts.get((dispatch.request, choice), 0) > dispatch.attempt:
+            if self.attempts.get((dispatch.request.id, choice), 0) > dispatch.attempt:
                 return
-            self.attempts[dispatch.request, choice] = dispatch.attempt
+            self.attempts[dispatch.request.id, choice] = dispatch.attempt
         self.entries[key] = _Entry(dispatch, node, claimed_by)
         if node in self.nodes:
             self.nodes[node].process.soon(self.nodes[node].room.set)
@@ -143,10 +145,10 @@ class Store:
         return {request for request, _ in self.entries} - self.ended
 
     def is_wanted(self, dispatch: Dispatch) -> bool:
-        if dispatch.request in self.ended:
+        if dispatch.request.id in self.ended:
             return False
         return any(
-            self.attempts.get((dispatch.request, choice)) == dispatch.attempt
+            self.attempts.get((dispatch.request.id, choice)) == dispatch.attempt
             for choice in dispatch.choices
         )
 
@@ -211,7 +213,7 @@ class _Sequence:
 
     @property
     def key(self) -> ChoiceKey:
-        return ChoiceKey(self.dispatch.request, self.dispatch.attempt, self.choice)
+        return ChoiceKey(self.dispatch.request.id, self.dispatch.attempt, self.choice)
 
 
 class VirtualNode:
@@ -252,11 +254,11 @@ class VirtualNode:
             claimed = self.store.claim(self.name, max(0, CAPACITY - len(self.sequences)))
             await asyncio.sleep(ROUND_TRIP_S)
             for dispatch in claimed:
-                self._connect(dispatch.gateway, dispatch.gateway_endpoint)
+                self._connect(dispatch.request.gateway, dispatch.request.gateway_endpoint)
                 for choice in dispatch.choices:
-                    if ChoiceKey(dispatch.request, dispatch.attempt, choice) in self.sequences:
+                    if ChoiceKey(dispatch.request.id, dispatch.attempt, choice) in self.sequences:
                         continue  # Redis lost it, and its gateway queued it again
-                    sequence = _Sequence(dispatch, choice, len(dispatch.token_ids))
+                    sequence = _Sequence(dispatch, choice, len(dispatch.request.token_ids))
                     sequence.ready_at = self.world.now + PREFILL_S
                     self.sequences[sequence.key] = sequence
                     self._say_who_has(sequence)
@@ -288,8 +290,9 @@ class VirtualNode:
                     self.room.set()
                 case Offer() as offer:
                     self._adopt(received.peer, offer)
-                case Ack(request=request, attempt=attempt, choice=choice):
-                    self._handed_over(ChoiceKey(request, attempt, choice), received.peer)
+                case Ack(key):
+                    choice = ChoiceKey(key.request, key.attempt, key.choice)
+                    self._handed_over(choice, received.peer)
                 case CacheQuery():
                     pass
                 case message:
@@ -325,7 +328,7 @@ class VirtualNode:
             runs, ended = [], []
             for sequence in list(self.sequences.values()):
                 if sequence.ready_at <= self.world.now and not sequence.peer:
-                    runs.append((sequence.dispatch.gateway, self._token(sequence)))
+                    runs.append((sequence.dispatch.request.gateway, self._token(sequence)))
                     if runs[-1][1].finish_reason:
                         ended.append(sequence)
                     elif self.role is Role.PREFILL:
@@ -337,9 +340,9 @@ class VirtualNode:
 
     def _token(self, sequence: _Sequence) -> TokenRun:
         dispatch, position = sequence.dispatch, sequence.position
-        index = position - dispatch.prompt_len
+        index = position - dispatch.request.prompt_len
         token = _reply(dispatch, sequence.choice)[index]
-        reason = "length" if index == dispatch.params.max_tokens - 1 else ""
+        reason = "length" if index == dispatch.request.params.max_tokens - 1 else ""
         sequence.position += 1
         return TokenRun(*sequence.key, position, (token,), (), reason)
 
@@ -358,27 +361,22 @@ class VirtualNode:
         sequence.peer = peer.incarnation
         self._connect(peer.incarnation, peer.endpoint)
         d = sequence.dispatch
-        offer = Offer(
-            "link", *sequence.key, 1, (*d.token_ids,), d.prompt_len, d.params, (),
-            sequence.position - len(d.token_ids), d.gateway, d.gateway_endpoint, "", 0, 0,
-        )  # fmt: skip
+        key = HandoffKey("link", *sequence.key)
+        offer = Offer(key, d.request, (), sequence.position - len(d.request.token_ids), 0)
         with contextlib.suppress(LinkLost):  # the event that follows says it, too
             self.bus.send(sequence.peer, offer)
 
     def _adopt(self, peer: str, offer: Offer) -> None:
-        dispatch = Dispatch(
-            offer.request, offer.attempt, (offer.choice,), offer.token_ids, offer.prompt_len,
-            offer.params, offer.gateway, offer.gateway_endpoint, "", "", "", 0, 0, "", MODEL,
-        )  # fmt: skip
-        position = len(offer.token_ids) + offer.tail_fill
-        sequence = _Sequence(dispatch, offer.choice, position, position)
+        dispatch = Dispatch(offer.request, offer.key.attempt, (offer.key.choice,), "", "")
+        position = len(offer.request.token_ids) + offer.tail_fill
+        sequence = _Sequence(dispatch, offer.key.choice, position, position)
         if sequence.key not in self.sequences:
             self.sequences[sequence.key] = sequence
-            self._connect(offer.gateway, offer.gateway_endpoint)
+            self._connect(offer.request.gateway, offer.request.gateway_endpoint)
             self._say_who_has(sequence)
             self.work.set()
         with contextlib.suppress(LinkLost):
-            self.bus.send(peer, Ack("link", *sequence.key, 1))
+            self.bus.send(peer, Ack(HandoffKey("link", *sequence.key)))
 
     def _handed_over(self, key: ChoiceKey, peer: str) -> None:
         sequence = self.sequences.get(key)
@@ -386,13 +384,13 @@ class VirtualNode:
             del self.sequences[key]
             self.room.set()
             word = TookOver(peer, *key, sequence.position)
-            self.gateways.end(sequence.dispatch.gateway, word)
+            self.gateways.end(sequence.dispatch.request.gateway, word)
 
     def _failed(self, sequence: _Sequence) -> None:
         del self.sequences[sequence.key]
         self.room.set()
         word = Failed(self.name, *sequence.key, LinkLost.code, "no peer", True)
-        self.gateways.end(sequence.dispatch.gateway, word)
+        self.gateways.end(sequence.dispatch.request.gateway, word)
 
     # Attempts, for `Gateways`.
 
@@ -400,19 +398,19 @@ class VirtualNode:
         word: Message = Stage(self.name, *sequence.key, "prefilling", {}, 0)
         if sequence.taken_over_at:
             word = TookOver(self.name, *sequence.key, sequence.taken_over_at)
-        self.gateways.send(sequence.dispatch.gateway, word)
+        self.gateways.send(sequence.dispatch.request.gateway, word)
 
     def holds(self, key: ChoiceKey) -> bool:
         return key in self.sequences
 
     def gateway_linked(self, gateway: str) -> None:
         for sequence in self.sequences.values():
-            if sequence.dispatch.gateway == gateway:
+            if sequence.dispatch.request.gateway == gateway:
                 self._say_who_has(sequence)
 
     def gateway_lost(self, gateway: str) -> None:
         for key, sequence in list(self.sequences.items()):
-            if sequence.dispatch.gateway == gateway:
+            if sequence.dispatch.request.gateway == gateway:
                 del self.sequences[key]
         self.room.set()
 
@@ -441,7 +439,7 @@ class VirtualGateway:
 
     def ask(self, name: str, *, max_tokens: int, n: int) -> None:
         params = SamplingParams(max_tokens=max_tokens, seed=len(name))
-        work = Work(name, tuple(range(100, 120)), params, MODEL, n=n)
+        work = Work(a_request(range(100, 120), params, name, model=MODEL), n=n)
         self.got[name] = [[] for _ in range(n)]
         self.asked[name] = work
         self.clients[name] = self.process.loop.create_task(self._ask(work))
@@ -449,7 +447,7 @@ class VirtualGateway:
     async def _ask(self, work: Work) -> None:
         async with self.dispatcher.run(work) as request:
             async for update in request.updates():
-                self.got[work.request][update.choice] += [t.token_id for t in update.tokens]
+                self.got[work.request.id][update.choice] += [t.token_id for t in update.tokens]
 
     def _check_sent(self, node: str, message: Message) -> None:
         """Nothing is acknowledged that its client has not got."""
@@ -623,18 +621,17 @@ class Schedule:
 
 
 def _reply(dispatch: Dispatch, choice: int) -> tuple[int, ...]:
-    prompt = dispatch.token_ids[: dispatch.prompt_len]
-    return _known(dataclasses.replace(dispatch, request="", attempt=1, token_ids=prompt), choice)
+    asked = dispatch.request
+    prompt = asked.token_ids[: asked.prompt_len]
+    return _known(prompt, asked.params, choice)
 
 
 @functools.lru_cache(1024)
-def _known(dispatch: Dispatch, choice: int) -> tuple[int, ...]:
-    return tuple(endless(dispatch, choice))
+def _known(prompt: tuple[int, ...], params: SamplingParams, choice: int) -> tuple[int, ...]:
+    return tuple(endless(a_request(prompt, params), choice))
 
 
 def _truth(work: Work) -> list[list[int]]:
-    dispatch = Dispatch(
-        "", 1, (0,), work.prompt_ids, len(work.prompt_ids), work.params, "", "", "", "", "", 0, 0,
-        "", MODEL,
-    )  # fmt: skip
-    return [endless(dispatch, choice)[: work.params.max_tokens] for choice in range(work.n)]
+    return [
+        endless(work.request, choice)[: work.request.params.max_tokens] for choice in range(work.n)
+    ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 
 import pytest
@@ -10,13 +9,14 @@ import pytest
 from common.engine import SamplingParams
 from common.errors import NeverFits
 from common.kv_layout import chain_hashes, root_hash
-from common.messages import Commit, Failed, Offer, TookOver
+from common.messages import Commit, Failed, HandoffKey, Offer, TookOver
 from common.node.kv import NodeKV
 from common.node.token_stream import ChoiceKey
 from common.queue import Entry
 from decode_node.role import DecodeRole
 from kv_transfer.pool_memory import HostPoolMemory
-from kv_transfer.ports import Adopted, Key, Reservation
+from kv_transfer.ports import Adopted, Reservation
+from tests.support.asked import a_request
 from tests.support.engines import poisoned_engine
 from tests.support.redis import a_dispatch
 from tests.support.scripted_node import ScriptedNode
@@ -43,20 +43,20 @@ def small() -> Iterator[ScriptedNode]:
     node.engine.check_idle()
 
 
-def an_offer(node: ScriptedNode, request: str = "moved", **fields: object) -> Offer:
+def an_offer(
+    node: ScriptedNode, request: str = "moved", ask: int = 1, params: SamplingParams = PARAMS
+) -> Offer:
     size = node.engine.layout.block_size
     hashes = chain_hashes(root_hash(node.engine.fingerprint, ""), PROMPT, size, len(PROMPT))
-    offer = Offer(
-        "link", request, 1, 0, 1, PROMPT, len(PROMPT), PARAMS, tuple(hashes),
-        len(PROMPT) % size, "gateway-1", "", "", 0, 0,
-    )  # fmt: skip
-    return dataclasses.replace(offer, **fields)  # type: ignore[arg-type]
+    asked = a_request(PROMPT, params, request, gateway="gateway-1")
+    key = HandoffKey("link", request, 1, 0, ask)
+    return Offer(key, asked, tuple(hashes), len(PROMPT) % size, 0)
 
 
 def arrives(node: ScriptedNode, offer: Offer, reservation: Reservation) -> None:
     """Its Ack is said; the KV is garbage here, which nobody looks at."""
-    key = Key.of(offer)
-    commit = Commit(*key, len(PROMPT), 7, None, len(reservation.blocks))
+    key = offer.key
+    commit = Commit(key, len(PROMPT), 7, None, len(reservation.blocks))
     node.kv.adopt(reservation)
     node.role.received(Adopted(key, offer, commit, reservation, 0.0))
 
@@ -67,7 +67,7 @@ async def test_a_prompt_that_was_granted_room_is_taken_whatever_came_meanwhile(
     offer = an_offer(small)
     reservation = small.kv.reserve(offer)
     assert reservation is not None
-    entry = Entry("1-0", dataclasses.replace(a_dispatch("queued"), params=PARAMS))
+    entry = Entry("1-0", a_dispatch("queued", params=PARAMS))
     small.role.accept(entry)
     assert small.engine.plan() is None, "the only slot is promised"
     arrives(small, offer, reservation)
@@ -115,11 +115,11 @@ def test_a_prompt_that_could_not_run_here_gets_no_room(
 
 
 def test_an_offer_that_is_withdrawn_leaves_the_line(small: ScriptedNode) -> None:
-    (running,) = small.engine.add("running", PROMPT, PARAMS)
+    (running,) = small.engine.add_prompt("running", PROMPT, PARAMS)
     small.engine.step()
     waiting = an_offer(small)
     assert small.kv.reserve(waiting) is None
-    (behind,) = small.engine.add("behind", PROMPT[:3], PARAMS)
+    (behind,) = small.engine.add_prompt("behind", PROMPT[:3], PARAMS)
     small.engine.abort("running")
     assert small.engine.step() == [], "the offer goes first"
     small.kv.withdraw(an_offer(small, "another"))
@@ -132,10 +132,10 @@ def test_an_offer_that_is_withdrawn_leaves_the_line(small: ScriptedNode) -> None
 
 def test_the_first_of_the_offers_keeps_their_place_in_line(small: ScriptedNode) -> None:
     """Whoever of them that is: a more important one that comes later does not begin at the end."""
-    small.engine.add("running", PROMPT, PARAMS)
+    small.engine.add_prompt("running", PROMPT, PARAMS)
     small.engine.step()
     assert small.kv.reserve(an_offer(small, "first")) is None
-    small.engine.add("behind", PROMPT[:3], PARAMS)
+    small.engine.add_prompt("behind", PROMPT[:3], PARAMS)
     small.engine.abort("running")
     reservation = small.kv.reserve(an_offer(small, "older"))
     assert reservation is not None
@@ -150,7 +150,7 @@ async def test_a_choice_that_is_cancelled_ends_at_once_and_its_siblings_go_on(
 ) -> None:
     node = a_node(slots=4)
     role = node.role
-    entry = Entry("1-0", dataclasses.replace(a_dispatch("r", 1, (0, 1, 2), prompt=20), params=LONG))
+    entry = Entry("1-0", a_dispatch("r", 1, (0, 1, 2), prompt=20, params=LONG))
     role.accept(entry)
     await node.step(role)
     assert node.engine.scheduler.num_running == 3
@@ -177,15 +177,13 @@ async def test_choices_that_wait_for_a_prompt_are_not_cancelled_with_the_one_tha
     say so again."""
     node = a_node(slots=4)
     role = node.role
-    role.accept(
-        Entry("1-0", dataclasses.replace(a_dispatch("r", 1, (0, 1), prompt=20), params=LONG))
-    )
+    role.accept(Entry("1-0", a_dispatch("r", 1, (0, 1), prompt=20, params=LONG)))
     role.cancel("gateway-1", "r", 1, "stopped", frozenset({0}))
     role.cancel("gateway-1", "r", 1, "stopped", frozenset({1}))
     while node.engine.has_work:
         await node.step(role)
     assert {run.choice for run in node.runs} == {0, 1}
-    role.accept(Entry("2-0", dataclasses.replace(a_dispatch("s", 1, (0, 1)), params=LONG)))
+    role.accept(Entry("2-0", a_dispatch("s", 1, (0, 1), params=LONG)))
     role.cancel("gateway-1", "s", 1, "closed")
     assert not node.engine.has_work
     node.engine.check_idle()

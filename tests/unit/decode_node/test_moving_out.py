@@ -37,9 +37,7 @@ def role(node: ScriptedNode) -> DecodeRole:
 
 
 def an_entry(request: str = "r-1", choices: tuple[int, ...] = (0,)) -> Entry:
-    return Entry(
-        "1-0", dataclasses.replace(a_dispatch(request, 1, choices, prompt=PROMPT), params=PARAMS)
-    )
+    return Entry("1-0", a_dispatch(request, 1, choices, prompt=PROMPT, params=PARAMS))
 
 
 def truth(engine: Engine) -> tuple[int, ...]:
@@ -72,8 +70,8 @@ async def test_it_offers_what_it_has_and_commits_the_last_token(
     expected = truth(node.engine)
     await drained(node, role, "d1")
     (offer,) = node.links.offers
-    assert offer.token_ids == (*range(PROMPT), *expected[:2])
-    assert (offer.prompt_len, offer.params, offer.tail_fill) == (PROMPT, PARAMS, 6)
+    assert offer.request.token_ids == (*range(PROMPT), *expected[:2])
+    assert (offer.request.prompt_len, offer.request.params, offer.tail_fill) == (PROMPT, PARAMS, 6)
     assert node.links.next_tokens == [(PROMPT + 2, expected[2])]
     assert not node.engine.has_work, "it has paused"
     role.sent(Granted(key("d1"), (0, 1)))
@@ -106,10 +104,10 @@ async def test_what_nobody_takes_goes_on_here_as_if_nothing_had_been(
     await drained(node, role, "d1", "d2")
     for asked in range(2):
         offer = node.links.offers[asked]
-        peer = offer.link.removeprefix("link-")
+        peer = offer.key.link.removeprefix("link-")
         role.sent(ended(peer, outcome, "draining", ask=1 + asked))
         await node.opened()
-    assert {offer.link for offer in node.links.offers} == {"link-d1", "link-d2"}
+    assert {offer.key.link for offer in node.links.offers} == {"link-d1", "link-d2"}
     assert role.num_open == 1
     await run_out(node, role)
     role.peers_changed()
@@ -125,7 +123,7 @@ async def test_one_whose_blocks_fail_their_proof_does_not_go_on_here_either(
     """Whatever it makes from now on may be wrong; another attempt computes it again."""
     await drained(node, role, "d1", "d2")
     (offer,) = node.links.offers
-    role.sent(ended(offer.link.removeprefix("link-"), Outcome.FAILED, "digest_mismatch"))
+    role.sent(ended(offer.key.link.removeprefix("link-"), Outcome.FAILED, "digest_mismatch"))
     await node.opened()
     (failed,) = node.said
     assert isinstance(failed, Failed)
@@ -243,14 +241,14 @@ async def test_without_a_grant_in_time_it_goes_on_before_the_offer_is_answered(
     await drained(node, role, "d1", "d2")
     await asyncio.sleep(0.001)  # the timer
     (offer,) = node.links.offers
-    assert [cancelled.link for cancelled in node.links.cancelled] == [offer.link]
+    assert [cancelled.link for cancelled in node.links.cancelled] == [offer.key.link]
     await node.step(role)
     assert len(node.links.offers) == 1, "one conversation at a time"
     monkeypatch.setattr(moves, "GRANT_S", 60.0)
-    role.sent(ended(offer.link.removeprefix("link-"), Outcome.CANCELLED))
+    role.sent(ended(offer.key.link.removeprefix("link-"), Outcome.CANCELLED))
     await node.opened()
     assert len(node.links.offers) == 2, "of the other node"
-    other = node.links.offers[1].link.removeprefix("link-")
+    other = node.links.offers[1].key.link.removeprefix("link-")
     assert node.links.next_tokens[1] == (PROMPT + 3, expected[3])
     role.sent(Granted(key(other, ask=2), ()))
     role.sent(ended(other, Outcome.ADOPTED, ask=2))
@@ -290,11 +288,11 @@ async def test_one_that_was_full_is_asked_for_all_again_when_its_record_is_read_
     await node.opened()
     role.sent(ended("d1", Outcome.DENIED, "out_of_blocks"))
     await node.step(role)
-    assert [offer.request for offer in node.links.offers] == ["r-1"]
+    assert [offer.key.request for offer in node.links.offers] == ["r-1"]
     role.peers_changed()
     await node.opened()
-    assert [offer.request for offer in node.links.offers] == ["r-1", "r-2", "r-1"]
-    assert [offer.ask for offer in node.links.offers] == [1, 1, 2], "no old answer is about it"
+    assert [offer.key.request for offer in node.links.offers] == ["r-1", "r-2", "r-1"]
+    assert [offer.key.ask for offer in node.links.offers] == [1, 1, 2], "no old answer is about it"
     role.sent(dataclasses.replace(ended("d1", Outcome.ADOPTED), key=key("d1", 0, "r-2")))
     role.sent(ended("d1", Outcome.ADOPTED, ask=2))
     assert role.num_open == 0
@@ -322,20 +320,20 @@ async def test_choices_go_one_after_the_other_to_the_same_node(
     role.drain()
     await node.opened()
     (first,) = node.links.offers
-    peer = first.link.removeprefix("link-")
+    peer = first.key.link.removeprefix("link-")
     node.decode_nodes(*({"d1", "d2"} - {peer}), free_blocks=200)
     node.peers.records[peer] = dataclasses.replace(
         next(iter(node.peers.records.values())), incarnation=peer, free_blocks=100
     )
     await node.step(role)
     assert len(node.links.offers) == 1
-    role.sent(ended(peer, Outcome.ADOPTED, choice=first.choice))
+    role.sent(ended(peer, Outcome.ADOPTED, choice=first.key.choice))
     await node.opened()
     await node.step(role) if node.engine.has_work else None
     second = node.links.offers[1]
-    assert {first.choice, second.choice} == {0, 1}
-    assert second.link == first.link, "its prompt is there"
-    role.sent(ended(peer, Outcome.ADOPTED, choice=second.choice))
+    assert {first.key.choice, second.key.choice} == {0, 1}
+    assert second.key.link == first.key.link, "its prompt is there"
+    role.sent(ended(peer, Outcome.ADOPTED, choice=second.key.choice))
     assert role.num_open == 0
 
 
@@ -354,7 +352,7 @@ async def test_a_few_move_at_a_time_and_the_others_decode_meanwhile(
     while node.links.offers:
         offer = node.links.offers.pop(0)
         role.sent(
-            dataclasses.replace(ended("d1", Outcome.ADOPTED), key=key("d1", 0, offer.request))
+            dataclasses.replace(ended("d1", Outcome.ADOPTED), key=key("d1", 0, offer.key.request))
         )
         await node.opened()
     assert role.num_open == 0

@@ -20,7 +20,7 @@ from common.errors import (
     RequestAborted,
     ServiceUnavailable,
 )
-from common.messages import Cancel, Dispatch, Failed, Stage, TokenRun, Tokens, TokensAck, TookOver
+from common.messages import Cancel, Failed, Stage, TokenRun, Tokens, TokensAck, TookOver
 from common.metrics import Metrics
 from common.sampling import SamplingParams
 from gateway.dispatch import Dispatcher
@@ -30,16 +30,18 @@ from gateway.placement import Limits
 from gateway.ports import DECODE, PREFILL, UNIFIED
 from gateway.prefix_index import PrefixIndex
 from gateway.router import LeastLoadedRouter
+from tests.support.asked import a_request
 from tests.support.fake_cluster import MODEL, FakeCluster, endless, pair, until
 
 PROMPT = tuple(range(100, 120))
 TOKENS = 12
-WORK = Work("r1", PROMPT, SamplingParams(max_tokens=TOKENS, seed=7), MODEL)
-SAMPLE = Dispatch(
-    request="", attempt=1, choices=(0,), token_ids=PROMPT, prompt_len=len(PROMPT),
-    params=WORK.params, gateway="", gateway_endpoint="", decode_node="", decode_endpoint="",
-    cache_salt="", priority=0, deadline_ms=0, trace="", model=MODEL,
-)  # fmt: skip
+WORK = Work(a_request(PROMPT, SamplingParams(max_tokens=TOKENS, seed=7), "r1", model=MODEL))
+
+
+def another(name: str) -> Work:
+    return dataclasses.replace(WORK, request=dataclasses.replace(WORK.request, id=name))
+
+
 OVERLOADED = Failed("", "", 0, 0, "overloaded", "full", True)
 
 
@@ -84,9 +86,8 @@ async def run(dispatcher: Dispatcher, work: Work = WORK) -> list[list[int]]:
 
 
 def expected(work: Work = WORK) -> list[list[int]]:
-    dispatch = dataclasses.replace(SAMPLE, params=work.params, token_ids=work.prompt_ids)
-    count = work.params.max_tokens
-    return [endless(dispatch, choice)[:count] for choice in range(work.n)]
+    count = work.request.params.max_tokens
+    return [endless(work.request, choice)[:count] for choice in range(work.n)]
 
 
 async def test_tokens_go_from_node_to_client_and_are_acknowledged(cluster: FakeCluster) -> None:
@@ -95,8 +96,8 @@ async def test_tokens_go_from_node_to_client_and_are_acknowledged(cluster: FakeC
     assert cluster.acks[-1] == ("d1", ("r1", 1, 0, len(PROMPT) + TOKENS))
     ((node, dispatch),) = cluster.dispatched
     assert (node, dispatch.attempt, dispatch.decode_node) == ("p1", 1, "d1")
-    assert dispatch.token_ids == PROMPT
-    assert dispatch.gateway_endpoint == cluster.endpoint
+    assert dispatch.request.token_ids == PROMPT
+    assert dispatch.request.gateway_endpoint == cluster.endpoint
     await until(lambda: "r1" in cluster.finished)
     (ending,) = cluster.finished["r1"]
     assert (ending.attempt, ending.finish_reason, ending.generated) == (1, "length", TOKENS)
@@ -137,8 +138,12 @@ async def test_a_node_that_dies_changes_no_token(
         return
     assert attempts == [1, 2]
     retry = cluster.dispatched[1][1]
-    assert retry.token_ids == PROMPT + tuple(expected()[0][:after])
-    assert (retry.prompt_len, retry.choices, retry.params) == (len(PROMPT), (0,), WORK.params)
+    assert retry.request.token_ids == PROMPT + tuple(expected()[0][:after])
+    assert (retry.request.prompt_len, retry.choices, retry.request.params) == (
+        len(PROMPT),
+        (0,),
+        WORK.request.params,
+    )
 
 
 async def test_each_lost_choice_is_retried_by_itself_from_its_own_border(
@@ -174,7 +179,7 @@ async def test_tokens_that_waited_for_the_first_are_acknowledged_when_it_comes(
     dispatcher = connect(cluster)
     running = asyncio.create_task(run(dispatcher))
     await until(lambda: cluster.acks)
-    first = cluster.dispatched[0][1].prompt_len + 1
+    first = cluster.dispatched[0][1].request.prompt_len + 1
 
     def tokens(node: str, position: int) -> None:
         run_of = TokenRun("r1", 1, 0, position, (7,), (), "")
@@ -273,16 +278,16 @@ async def test_a_request_that_takes_a_second_node_with_it_alone_is_a_dead_letter
     await until(lambda: cluster.acks)
     cluster.kill(cluster.dispatched[0][0], Down.DISCONNECTED)
     await until(lambda: len(cluster.dispatched) == 2)
-    other = asyncio.create_task(run(dispatcher, dataclasses.replace(WORK, request="other")))
+    other = asyncio.create_task(run(dispatcher, another("other")))
     await until(lambda: len({ack[0] for _, ack in cluster.acks}) == 2)
     second, dispatch = cluster.dispatched[1]
-    cluster.alone_at[second] = f"r1/{dispatch.attempt}@{len(dispatch.token_ids)}"
+    cluster.alone_at[second] = f"r1/{dispatch.attempt}@{len(dispatch.request.token_ids)}"
     cluster.add("u3")
     cluster.kill(second, Down.DISCONNECTED)
     with pytest.raises(PoisonedRequest):
         await poison
     assert await other == expected()
-    assert [letter.request for letter, _ in cluster.buried] == ["r1"]
+    assert [letter.request.id for letter, _ in cluster.buried] == ["r1"]
     assert not cluster.dispatched[-1][1].alone, "it was not in the step"
 
 
@@ -448,15 +453,15 @@ async def test_the_limit_of_open_requests_is_overload(cluster: FakeCluster) -> N
     dispatcher = connect(cluster, max_open=1)
     async with dispatcher.run(WORK):
         with pytest.raises(Overloaded):
-            await run(dispatcher, dataclasses.replace(WORK, request="r2"))
-    assert [dispatch.request for _, dispatch in cluster.dispatched] == ["r1"]
+            await run(dispatcher, another("r2"))
+    assert [dispatch.request.id for _, dispatch in cluster.dispatched] == ["r1"]
 
 
 async def test_a_request_that_takes_too_long_is_aborted(cluster: FakeCluster) -> None:
     cluster.add("u1").hold_at = 1
     with pytest.raises(RequestAborted):
         await run(connect(cluster, request_timeout_s=0.1))
-    assert cluster.dispatched[0][1].deadline_ms in range(1, 101)
+    assert cluster.dispatched[0][1].request.deadline_ms in range(1, 101)
 
 
 async def test_nothing_is_dispatched_when_redis_refuses(cluster: FakeCluster) -> None:

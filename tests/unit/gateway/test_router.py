@@ -12,9 +12,11 @@ import common.kv_layout
 from common.errors import ContextLengthExceeded, NeverFits
 from common.identity import ModelIdentity
 from common.kv_layout import HASHED_AT_ONCE, Fingerprint, chain_hashes, root_hash
+from common.sampling import SamplingParams
 from gateway.ports import NodeLoad, NodeView
 from gateway.prefix_index import CacheEvent, PrefixIndex
 from gateway.router import Decision, LeastLoadedRouter, RouteQuestion, longest_request, what_lacks
+from tests.support.asked import a_request
 
 PRINT = Fingerprint("m", "r", "layout", "cpu-bf16", 4, tokenizer="t")
 MODEL = ModelIdentity("m", "r", "t")
@@ -28,9 +30,14 @@ def node(name: str, role: str = "unified", *, waiting: int = 0, running: int = 0
     return replace(view, **fields)  # type: ignore[arg-type]
 
 
+OWN = frozenset({"fingerprint", "avoid", "only"})  # of a question
+
+
 def question(request: str = "r1", **fields: object) -> RouteQuestion:
-    asked = RouteQuestion(request, MODEL, PROMPT, len(PROMPT), 10)
-    return replace(asked, **fields)  # type: ignore[arg-type]
+    own = {name: fields.pop(name) for name in OWN & fields.keys()}
+    params = SamplingParams(max_tokens=fields.pop("max_tokens", 10))  # type: ignore[arg-type]
+    asked = a_request(PROMPT, params, request, model=MODEL)
+    return RouteQuestion(replace(asked, **fields), **own)  # type: ignore[arg-type]
 
 
 def route(

@@ -66,7 +66,7 @@ async def scene(cluster: FakeCluster, then: Callable[[Scene], None]) -> None:
     dispatcher = connect(cluster)
     async with dispatcher.run(WORK) as request:
         await until(lambda: request.choices[0].holder == "d1")
-        await until(lambda: request.choices[0].stream.below == len(WORK.prompt_ids) + 3)
+        await until(lambda: request.choices[0].stream.below == len(WORK.request.token_ids) + 3)
         cluster.add("d2", DECODE)
         cluster.add("alien", DECODE, fingerprint=OTHER_MODEL)
         then(Scene(cluster, dispatcher, request))
@@ -142,7 +142,7 @@ def tokens(node: str, first: int, end: int = TOKENS) -> Tokens:
     """The right ones from `first` to `end`, counted after the prompt."""
     ids = tuple(expected()[0][first:end])
     why = "length" if end == TOKENS else ""
-    return Tokens(node, (TokenRun("r1", 1, 0, len(WORK.prompt_ids) + first, ids, (), why),))
+    return Tokens(node, (TokenRun("r1", 1, 0, len(WORK.request.token_ids) + first, ids, (), why),))
 
 
 @contextlib.asynccontextmanager
@@ -190,7 +190,7 @@ async def test_words_that_come_before_the_one_that_explains_them_count_as_soon_a
     dispatcher = connect(cluster)
     async with dispatcher.run(WORK) as request:
         (choice,) = request.choices
-        first = len(WORK.prompt_ids) + 3
+        first = len(WORK.request.token_ids) + 3
         await until(lambda: choice.holder == "d1" and choice.stream.below == first)
         cluster.add("d2", DECODE)
         cluster.add("d3", DECODE)
@@ -216,7 +216,7 @@ async def test_a_choice_is_not_taken_over_by_waiting_for_the_death_of_who_has_it
     dispatcher = connect(cluster)
     async with dispatcher.run(WORK) as request:
         (choice,) = request.choices
-        await until(lambda: choice.stream.below == len(WORK.prompt_ids) + 3)
+        await until(lambda: choice.stream.below == len(WORK.request.token_ids) + 3)
         cluster.add("d2", DECODE)
         dispatcher.on_message("d2", TookOver("d2", "r1", 1, 0, choice.stream.below))
         lie = TokenRun("r1", 1, 0, choice.stream.below, (7, 7, 7), (), "")

@@ -17,8 +17,7 @@ import torch
 
 from common.errors import PdqError
 from common.kv_layout import Fingerprint, KVLayout, chain_hashes, root_hash
-from common.messages import Ack, Blocks, Commit, Deny, Grant, Offer, Tail
-from common.sampling import SamplingParams
+from common.messages import Ack, Blocks, Commit, Deny, Grant, HandoffKey, Offer, Tail
 from kv_transfer.digests import tail_seed
 from kv_transfer.intake import Intake
 from kv_transfer.pool_memory import HostPoolMemory, PoolMemory
@@ -27,7 +26,6 @@ from kv_transfer.ports import (
     Copy,
     Effect,
     Ended,
-    Key,
     Outcome,
     Piece,
     Reservation,
@@ -38,6 +36,7 @@ from kv_transfer.transports import converting
 from kv_transfer.transports.base import Target
 from kv_transfer.transports.converting import ConvertingReader
 from kv_transfer.transports.shm import ShmReader, ShmSource
+from tests.support.asked import a_request
 
 SIZES = (1, 3, 8, 16, 32, 48, 64)
 POSITIONS = 576  # of either pool: room for two of the longest prompts, and some
@@ -92,8 +91,8 @@ class Receiver:
     def reserve(self, offer: Offer) -> Reservation | None:
         assert offer.block_hashes == (), "delta is off: nothing may come from the cache"
         size = self.layout.block_size
-        assert offer.tail_fill == len(offer.token_ids) % size
-        count = -(-len(offer.token_ids) // size)
+        assert offer.tail_fill == len(offer.request.token_ids) % size
+        count = -(-len(offer.request.token_ids) // size)
         self.chance.shuffle(self.free)
         taken, self.free = self.free[:count], self.free[count:]
         assert len(taken) == count
@@ -109,7 +108,7 @@ class Receiver:
         assert self.offer is not None
         size = self.layout.block_size
         first = piece.index * size
-        tokens = self.offer.token_ids[first : first + size]
+        tokens = self.offer.request.token_ids[first : first + size]
         assert piece.block == reservation.blocks[piece.index]
         assert piece.fill == (len(tokens) if len(tokens) < size else 0)
         self.check(piece.block, tokens, first)
@@ -128,11 +127,11 @@ class Receiver:
     def adopt(self, reservation: Reservation) -> None:
         """Every position that the sequence will read; and what may be found again, by which hash."""
         assert self.offer is not None
-        size, tokens = self.layout.block_size, self.offer.token_ids
+        size, tokens = self.layout.block_size, self.offer.request.token_ids
         for index, block in enumerate(reservation.blocks):
             self.check(block, tokens[index * size : (index + 1) * size], index * size)
-        root = root_hash(self.fingerprint, self.offer.cache_salt)
-        hashes = chain_hashes(root, tokens, size, self.offer.prompt_len)
+        root = self.offer.request.cache_root(self.fingerprint)
+        hashes = chain_hashes(root, tokens, size, self.offer.request.prompt_len)
         assert self.cache == {block_hash: index for index, block_hash in enumerate(hashes)}
         assert self.num_landed == len(reservation.blocks)
         self.discard(reservation)
@@ -154,7 +153,7 @@ class Sender:
 
     def fill(self, offer: Offer, root: bytes) -> tuple[list[int], list[bytes]]:
         """The blocks that hold the prompt, and what each digest is seeded with."""
-        size, tokens = self.layout.block_size, offer.token_ids
+        size, tokens = self.layout.block_size, offer.request.token_ids
         count = -(-len(tokens) // size)
         blocks = self.chance.sample(range(self.memory.num_blocks), count)
         seeds = []
@@ -186,7 +185,7 @@ class Handover:
     def __init__(self, sender: Sender, receiver: Receiver, reader: ConvertingReader,
                  chance: random.Random, name: str) -> None:  # fmt: skip
         self.sender, self.receiver, self.reader, self.chance = sender, receiver, reader, chance
-        self.key = Key("link", name, 1, 0)
+        self.key = HandoffKey("link", name, 1, 0)
         size, mine = sender.layout.block_size, receiver.fingerprint
         self.intake = Intake(receiver, mine, TransferSettings(copy_blocks=5))
         self.intake.open_link("link", 4, size)
@@ -194,9 +193,8 @@ class Handover:
         border = chance.choice((len(tokens), chance.randint(1, len(tokens))))
         self.root = root_hash(dataclasses.replace(mine, block_size=size), "salt")
         self.offer = Offer(
-            *self.key, tokens, border, SamplingParams(),
-            tuple(chain_hashes(self.root, tokens, size, border)), len(tokens) % size,
-            "g", "", "salt", 0, 0,
+            self.key, a_request(tokens, name=name, prompt_len=border, cache_salt="salt"),
+            tuple(chain_hashes(self.root, tokens, size, border)), len(tokens) % size, 0,
         )  # fmt: skip
         self.blocks, self.seeds = sender.fill(self.offer, self.root)
         self.sent: list[object] = []
@@ -230,7 +228,7 @@ class Handover:
             end = start + self.chance.randint(1, 9)
             part = slice(start, end)
             messages.append(Blocks(
-                *self.key, tuple(full[part]), tuple(slot for slot, _ in places[part]),
+                self.key, tuple(full[part]), tuple(slot for slot, _ in places[part]),
                 tuple(generation for _, generation in places[part]),
                 tuple(memory.digests[slot] for slot, _ in places[part]),
             ))  # fmt: skip
@@ -239,16 +237,16 @@ class Handover:
             slot = self.blocks[-1]
             parent = self.offer.block_hashes[-1] if self.offer.block_hashes else b""
             tail = Tail(
-                *self.key, len(self.offer.block_hashes), parent, self.offer.token_ids[-fill:],
+                self.key, len(self.offer.block_hashes), parent, self.offer.request.token_ids[-fill:],
                 fill, slot, int(memory.generations[slot]), memory.digests[slot],
             )  # fmt: skip
             messages.insert(self.chance.choice((len(messages), 0)), tail)  # type: ignore[arg-type]
         yield from messages
 
     def run(self) -> None:
-        commit = Commit(*self.key, len(self.offer.token_ids), 5, None, len(self.blocks))
+        commit = Commit(self.key, len(self.offer.request.token_ids), 5, None, len(self.blocks))
         self.say(self.offer)
-        assert self.sent == [Grant(*self.key, tuple(range(len(self.blocks))))], "all is wanted"
+        assert self.sent == [Grant(self.key, tuple(range(len(self.blocks))))], "all is wanted"
         for message in self.announcements():
             self.say(message)
             if self.chance.random() < 0.2:
@@ -292,9 +290,12 @@ def test_every_position_of_every_prompt_is_where_it_belongs(
         assert isinstance(handover.ended, Adopted)
         assert handover.offer is not None
         adopted, sent = handover.ended.offer, handover.offer
-        ours, length = receiver.fingerprint, len(sent.token_ids)
+        ours, length = receiver.fingerprint, len(sent.request.token_ids)
         own = chain_hashes(
-            root_hash(ours, "salt"), sent.token_ids, ours.block_size, sent.prompt_len
+            root_hash(ours, "salt"),
+            sent.request.token_ids,
+            ours.block_size,
+            sent.request.prompt_len,
         )
         assert adopted == dataclasses.replace(
             sent, block_hashes=tuple(own), tail_fill=length % ours.block_size
@@ -339,9 +340,8 @@ def test_an_offer_in_hashes_of_the_wrong_size_is_malformed(
     handover = Handover(sender, receiver, reader, receiver.chance, "r")
     tokens = tuple(range(64))
     own = chain_hashes(root_hash(receiver.fingerprint, "salt"), tokens, 32, 64)
+    request = dataclasses.replace(handover.offer.request, token_ids=tokens, prompt_len=64)
     handover.say(
-        dataclasses.replace(
-            handover.offer, token_ids=tokens, prompt_len=64, tail_fill=0, block_hashes=tuple(own)
-        )
+        dataclasses.replace(handover.offer, request=request, tail_fill=0, block_hashes=tuple(own))
     )
-    assert handover.sent == [Deny(*handover.key, "malformed")]
+    assert handover.sent == [Deny(handover.key, "malformed")]

@@ -20,6 +20,7 @@ from common.messages import (
     Commit,
     Deny,
     Grant,
+    HandoffKey,
     Message,
     Offer,
     Proved,
@@ -32,12 +33,13 @@ from kv_transfer import handoff, intake
 from kv_transfer.handoff import Handoff
 from kv_transfer.intake import Intake
 from kv_transfer.lease import Leases
-from kv_transfer.ports import ContinueCheck, Copy, Ended, Key, Piece, ReadyBlock, Reservation, Send
-from tests.support.protocol.model import FINGERPRINT, PARAMS, ROOT, offer_of
+from kv_transfer.ports import ContinueCheck, Copy, Ended, Piece, ReadyBlock, Reservation, Send
+from tests.support.asked import a_request
+from tests.support.protocol.model import FINGERPRINT, ROOT, offer_of
 from tests.support.protocol.world import SETTINGS
 
 README = Path(kv_transfer.__file__).with_name("README.md").read_text()
-KEY = Key("l", "r", 1, 0)
+KEY = HandoffKey("l", "r", 1, 0)
 TOKENS = (1, 2, 3)  # one full block and a tail
 
 
@@ -52,7 +54,7 @@ class Endless:
     def release(self, blocks: list[int]) -> None: ...
 
     def reserve(self, offer: Offer) -> Reservation | None:
-        if len(offer.token_ids) > self.limit:
+        if len(offer.request.token_ids) > self.limit:
             raise NeverFits("more blocks than the pool has")
         if not self.room:
             return None
@@ -83,12 +85,12 @@ def said(effects: list) -> list[Message]:
 
 
 def offer(tokens: tuple[int, ...] = TOKENS, request: str = "r") -> Offer:
-    return offer_of(Key("l", request, 1, 0), tokens)
+    return offer_of(HandoffKey("l", request, 1, 0), tokens)
 
 
 def blocks(*indexes: int) -> Blocks:
     count = len(indexes)
-    return Blocks(*KEY, indexes, (5,) * count, (2,) * count, (bytes(16),) * count)
+    return Blocks(KEY, indexes, (5,) * count, (2,) * count, (bytes(16),) * count)
 
 
 @pytest.mark.parametrize("end", [handoff, intake])
@@ -115,40 +117,40 @@ def test_the_readme_has_the_table_of_the_code(end) -> None:
 def test_a_duplicate_offer_is_answered_with_the_same_grant_and_reserves_once() -> None:
     end, pool = an_intake()
     first = said(end.receive(offer(), now=0))
-    assert first == said(end.receive(offer(), now=1)) == [Grant(*KEY, (0, 1))]
+    assert first == said(end.receive(offer(), now=1)) == [Grant(KEY, (0, 1))]
     assert pool.taken == 1
 
 
 def test_an_offer_after_its_abort_reserves_nothing() -> None:
     end, pool = an_intake()
-    assert said(end.receive(Abort(*KEY, "cancelled"), now=0)) == [Release(*KEY)]
-    assert said(end.receive(offer(), now=1)) == [Release(*KEY)]
+    assert said(end.receive(Abort(KEY, "cancelled"), now=0)) == [Release(KEY)]
+    assert said(end.receive(offer(), now=1)) == [Release(KEY)]
     assert pool.taken == 0
 
 
 def test_a_choice_that_was_denied_is_another_handoff_when_it_is_asked_for_again() -> None:
     end, pool = an_intake(room=False)
     end.receive(offer(), now=0)
-    denied = Deny(*KEY, "out_of_blocks")
+    denied = Deny(KEY, "out_of_blocks")
     assert said(end.tick(now=10)) == [denied]
     pool.room = True
     assert said(end.receive(offer(), now=10)) == [denied], "a late copy reserves nothing"
-    again = KEY._replace(ask=2)
-    assert said(end.receive(offer_of(again, TOKENS), now=11)) == [Grant(*again, (0, 1))]
-    assert said(end.receive(Abort(*KEY, "late"), now=12)) == [denied]
+    again = dataclasses.replace(KEY, ask=2)
+    assert said(end.receive(offer_of(again, TOKENS), now=11)) == [Grant(again, (0, 1))]
+    assert said(end.receive(Abort(KEY, "late"), now=12)) == [denied]
     assert pool.taken == 1
 
 
 def test_a_lost_blocks_message_is_asked_for_when_commit_comes() -> None:
     end, _ = an_intake()
     end.receive(offer(), now=0)
-    commit = Commit(*KEY, 3, 9, None, 2)
-    assert said(end.receive(commit, now=1)) == [Grant(*KEY, (0, 1))]
+    commit = Commit(KEY, 3, 9, None, 2)
+    assert said(end.receive(commit, now=1)) == [Grant(KEY, (0, 1))]
 
 
 def test_blocks_of_an_unknown_handoff_are_answered_with_abort() -> None:
     end, _ = an_intake()
-    assert said(end.receive(blocks(0), now=0)) == [Abort(*KEY, "unknown")]
+    assert said(end.receive(blocks(0), now=0)) == [Abort(KEY, "unknown")]
 
 
 @pytest.mark.parametrize(
@@ -156,18 +158,18 @@ def test_blocks_of_an_unknown_handoff_are_answered_with_abort() -> None:
     [
         blocks(1),
         blocks(-1),
-        Blocks(*KEY, (0,), (), (2,), ()),
-        Blocks(*KEY, (0,), (1,), (2,), (b"short",)),
-        Tail(*KEY, 1, b"other", (3,), 1, 5, 2, b""),
-        Tail(*KEY, 0, b"", (3,), 1, 5, 2, b""),
-        Commit(*KEY, 3, 9, None, 7),
-        Commit(*KEY, 2, 9, None, 2),
+        Blocks(KEY, (0,), (), (2,), ()),
+        Blocks(KEY, (0,), (1,), (2,), (b"short",)),
+        Tail(KEY, 1, b"other", (3,), 1, 5, 2, b""),
+        Tail(KEY, 0, b"", (3,), 1, 5, 2, b""),
+        Commit(KEY, 3, 9, None, 7),
+        Commit(KEY, 2, 9, None, 2),
     ],
 )
 def test_a_peer_that_breaks_a_rule_loses_its_attempt_only(message: Message) -> None:
     end, pool = an_intake()
     end.receive(offer(), now=0)
-    assert said(end.receive(message, now=1)) == [Abort(*KEY, "protocol_error")]
+    assert said(end.receive(message, now=1)) == [Abort(KEY, "protocol_error")]
     assert pool.taken == 0
     assert said(end.receive(offer(request="next"), now=2))[0].missing == (0, 1)
 
@@ -175,16 +177,17 @@ def test_a_peer_that_breaks_a_rule_loses_its_attempt_only(message: Message) -> N
 @pytest.mark.parametrize(
     ("wrong", "reason"),
     [
-        (Offer(*KEY, TOKENS, 3, PARAMS, (ROOT,), 1, "", "", "", 0, 0), "malformed"),
-        (Offer(*KEY, TOKENS, 3, PARAMS, (), 1, "", "", "", 0, 0), "malformed"),
-        (Offer(*KEY, (), 0, PARAMS, (), 0, "", "", "", 0, 0), "malformed"),
-        (Offer(*KEY, (-1,), 1, PARAMS, (), 1, "", "", "", 0, 0), "malformed"),
+        (Offer(KEY, a_request(TOKENS), (ROOT,), 1, 0), "malformed"),
+        (Offer(KEY, a_request(TOKENS), (), 1, 0), "malformed"),
+        (Offer(KEY, a_request(()), (), 0, 0), "malformed"),
+        (Offer(KEY, a_request((-1,)), (), 1, 0), "malformed"),
+        (Offer(KEY, a_request((1,), name="another"), (), 1, 0), "malformed"),
         (offer(tuple(range(102))), "never_fits"),
     ],
 )
 def test_an_offer_that_cannot_be_is_denied_at_once(wrong: Offer, reason: str) -> None:
     end, _ = an_intake()
-    assert said(end.receive(wrong, now=0)) == [Deny(*KEY, reason)]
+    assert said(end.receive(wrong, now=0)) == [Deny(KEY, reason)]
 
 
 LONG = tuple(range(2 * HASHED_AT_ONCE + 3))
@@ -210,7 +213,7 @@ def test_a_long_offer_with_one_wrong_hash_gets_no_room(block: int) -> None:
     effects = end.receive(dataclasses.replace(offer(LONG), block_hashes=tuple(hashes)), now=0)
     while effects == [ContinueCheck()]:
         effects = end.continue_check(0)
-    assert said(effects) == [Deny(*KEY, "malformed")]
+    assert said(effects) == [Deny(KEY, "malformed")]
     assert pool.taken == 0
 
 
@@ -219,9 +222,9 @@ def test_a_long_offer_that_ends_while_it_is_checked_is_checked_no_further(end_of
     end, pool = an_intake(limit=len(LONG))
     assert end.receive(offer(LONG), now=0) == [ContinueCheck()]
     if end_of_it == "abort":
-        assert said(end.receive(Abort(*KEY, "gone"), now=0)) == [Release(*KEY)]
+        assert said(end.receive(Abort(KEY, "gone"), now=0)) == [Release(KEY)]
     elif end_of_it == "drain":
-        assert said(end.drain(0)) == [Deny(*KEY, "draining")]
+        assert said(end.drain(0)) == [Deny(KEY, "draining")]
     else:
         end.link_lost("l", now=0)
     assert end.continue_check(0) == []
@@ -235,7 +238,7 @@ def test_a_short_offer_does_not_wait_for_the_check_of_a_long_one_that_is_behind_
     older = dataclasses.replace(offer(request="older"), waited_ms=1000)
     (grant,) = said(end.receive(older, now=0))
     assert isinstance(grant, Grant)
-    assert grant.request == "older"
+    assert grant.key.request == "older"
 
 
 def test_the_oldest_request_is_granted_first_whatever_order_offers_arrive_in() -> None:
@@ -244,7 +247,7 @@ def test_the_oldest_request_is_granted_first_whatever_order_offers_arrive_in() -
         message = dataclasses.replace(offer(request=name), waited_ms=waited)
         assert said(end.receive(message, now=0)) == []
     pool.room = True
-    granted = [message.request for message in said(end.room_changed(1))]
+    granted = [message.key.request for message in said(end.room_changed(1))]
     assert granted == ["old", "middle", "young"]
 
 
@@ -259,9 +262,9 @@ def test_an_abort_is_answered_only_when_the_running_copy_has_ended() -> None:
     end, pool = an_intake()
     end.receive(offer(), now=0)
     (copy,) = [e for e in end.receive(blocks(0), now=1) if isinstance(e, Copy)]
-    assert said(end.receive(Abort(*KEY, "cancelled"), now=2)) == []
+    assert said(end.receive(Abort(KEY, "cancelled"), now=2)) == []
     assert pool.taken == 1
-    assert said(end.copied(copy.number, "", now=3)) == [Release(*KEY)]
+    assert said(end.copied(copy.number, "", now=3)) == [Release(KEY)]
     assert pool.taken == 0
 
 
@@ -279,9 +282,9 @@ def test_offers_beyond_the_credits_wait_at_the_sender_and_follow_as_credits_retu
     assert said(end.offer(offer(request="a"), now=0))
     assert not said(end.offer(offer(request="young"), now=0))
     assert not said(end.offer(offer(request="old"), now=0, waited=9.0))
-    effects = end.receive(Deny("l", "a", 1, 0, 1, "out_of_blocks"), now=1)
+    effects = end.receive(Deny(HandoffKey("l", "a", 1, 0), "out_of_blocks"), now=1)
     assert isinstance(effects[0], Ended)
-    assert [message.request for message in said(effects)] == ["old"]
+    assert [message.key.request for message in said(effects)] == ["old"]
 
 
 def test_silence_repeats_an_offer_and_then_tears_the_link_down_once() -> None:
@@ -301,7 +304,7 @@ def test_what_is_ready_before_the_grant_is_announced_with_it() -> None:
     end.open_link("l", 1)
     end.offer(offer(), now=0)
     assert not said(end.ready(KEY, [ReadyBlock(0, 5, 2, bytes(16))], now=1))
-    assert said(end.receive(Grant(*KEY, (0, 1)), now=2)) == [blocks(0)]
+    assert said(end.receive(Grant(KEY, (0, 1)), now=2)) == [blocks(0)]
     (tail,) = said(end.ready(KEY, [ReadyBlock(1, 6, 4, bytes(16))], now=3))
     assert isinstance(tail, Tail)
     assert (tail.index, tail.fill, tail.token_ids, tail.slot) == (1, 1, (3,), 6)
@@ -310,14 +313,14 @@ def test_what_is_ready_before_the_grant_is_announced_with_it() -> None:
 def test_a_grant_that_nobody_waits_for_is_answered_with_abort() -> None:
     end = Handoff(Leases(Endless()), SETTINGS)
     end.open_link("l", 1)
-    assert said(end.receive(Grant(*KEY, (0,)), now=0)) == [Abort(*KEY, "unknown")]
-    assert said(end.receive(Ack(*KEY), now=0)) == []
+    assert said(end.receive(Grant(KEY, (0,)), now=0)) == [Abort(KEY, "unknown")]
+    assert said(end.receive(Ack(KEY), now=0)) == []
 
 
 EXAMPLES: list[Message] = [
-    offer(), Grant(*KEY, (0, 1)), Deny(*KEY, "x"), blocks(0, 1),
-    Tail(*KEY, 1, b"p", (3,), 1, 5, 2, b""), Commit(*KEY, 3, 9, None, 2), Ack(*KEY),
-    Abort(*KEY, "x"), Release(*KEY), Pull("l", b"t", 0, (1, 2), (2, 2), 0), Slabs("l", 0, ""),
+    offer(), Grant(KEY, (0, 1)), Deny(KEY, "x"), blocks(0, 1),
+    Tail(KEY, 1, b"p", (3,), 1, 5, 2, b""), Commit(KEY, 3, 9, None, 2), Ack(KEY),
+    Abort(KEY, "x"), Release(KEY), Pull("l", b"t", 0, (1, 2), (2, 2), 0), Slabs("l", 0, ""),
     Proved("l", 0, True),
 ]  # fmt: skip
 

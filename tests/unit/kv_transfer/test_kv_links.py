@@ -12,8 +12,7 @@ import torch
 
 from common.errors import FingerprintMismatch, LinkLost
 from common.kv_layout import Fingerprint, KVLayout, chain_hashes, root_hash
-from common.messages import Message, Offer
-from common.sampling import SamplingParams
+from common.messages import HandoffKey, Message, Offer
 from kv_transfer.digests import tail_seed
 from kv_transfer.lease import Leases
 from kv_transfer.link import Links
@@ -22,7 +21,6 @@ from kv_transfer.ports import (
     Adopted,
     Ended,
     Granted,
-    Key,
     Outcome,
     Piece,
     ReadyBlock,
@@ -32,6 +30,7 @@ from kv_transfer.ports import (
 from kv_transfer.transports.base import Source, Target
 from kv_transfer.transports.shm import ShmReader, ShmSource
 from kv_transfer.transports.tcp import TcpReader, TcpSource
+from tests.support.asked import a_request
 from tests.support.redis import HANGS_S
 
 LAYOUT = KVLayout.paged_attention(
@@ -115,7 +114,7 @@ class Pool:
 
     def reserve(self, offer: Offer) -> Reservation | None:
         held = [self.cached[h] for h in offer.block_hashes if h in self.cached]
-        count = -(-len(offer.token_ids) // self.block_size) - len(held)
+        count = -(-len(offer.request.token_ids) // self.block_size) - len(held)
         new = self.allocate(count)
         if new is None:
             return None
@@ -218,17 +217,16 @@ class Prompt:
         assert blocks is not None
         self.blocks, self.name = blocks, name
 
-    def offer(self, link: str, attempt: int = 1, ask: int = 1) -> Key:
-        key = Key(link, self.name, attempt, 0, ask)
+    def offer(self, link: str, attempt: int = 1, ask: int = 1) -> HandoffKey:
+        key = HandoffKey(link, self.name, attempt, 0, ask)
         offer = Offer(
-            *key, self.tokens, len(self.tokens), SamplingParams(), tuple(self.hashes), self.fill,
-            "g", "", "", 0, 0,
+            key, a_request(self.tokens, name=self.name), tuple(self.hashes), self.fill, 0
         )  # fmt: skip
         links = self.node.links
         links.perform(links.handoff.offer(offer, now=links._clock()))
         return key
 
-    def compute(self, key: Key, start: int, end: int) -> None:
+    def compute(self, key: HandoffKey, start: int, end: int) -> None:
         memory, ready = self.node.memory, []
         for index in range(start, end):
             block = self.blocks[index]
@@ -243,7 +241,7 @@ class Prompt:
         links = self.node.links
         links.perform(links.handoff.ready(key, ready, now=links._clock()))
 
-    def finish(self, key: Key) -> None:
+    def finish(self, key: HandoffKey) -> None:
         links = self.node.links
         links.perform(
             links.handoff.finished(

@@ -10,9 +10,9 @@ import pytest
 import common.engine.core.sequence
 from common.errors import LinkLost
 from common.kv_layout import chain_hashes, root_hash
-from common.messages import Failed, TookOver
+from common.messages import Failed, HandoffKey, TookOver
 from common.queue import Entry
-from kv_transfer.ports import Ended, Key, Outcome
+from kv_transfer.ports import Ended, Outcome
 from prefill_node import role as prefill
 from tests.support.redis import a_dispatch
 from tests.support.scripted_node import ScriptedNode, ended, key
@@ -61,7 +61,7 @@ async def test_a_prompt_whose_blocks_are_named_already_is_not_hashed_again(
     """The engine would hash all of it at once, while everybody's next step waits."""
     node.decode_nodes("d1")
     entry, mine = an_entry(), node.engine.fingerprint
-    hashes = chain_hashes(root_hash(mine), entry.dispatch.token_ids, mine.block_size, 20)
+    hashes = chain_hashes(root_hash(mine), entry.dispatch.request.token_ids, mine.block_size, 20)
     monkeypatch.setattr(common.engine.core.sequence, "block_hash", None)
     role.accept(dataclasses.replace(entry, block_hashes=tuple(hashes)))
     await node.step(role)
@@ -160,12 +160,14 @@ async def test_a_link_that_is_found_down_by_sending_over_it_is_no_crash(
     role.accept(an_entry())
     step = await node.begin_step(role)
     (first,) = node.links.offers
-    node.links.ended = [Ended(Key(first.link, "r-1", 1, 0), True, Outcome.LINK_LOST, "link_lost")]
+    node.links.ended = [
+        Ended(HandoffKey(first.key.link, "r-1", 1, 0), True, Outcome.LINK_LOST, "link_lost")
+    ]
     node.end_step(role, step)
     await node.opened()
-    assert {offer.link for offer in node.links.offers} == {"link-d1", "link-d2"}
+    assert {offer.key.link for offer in node.links.offers} == {"link-d1", "link-d2"}
     (committed,) = node.links.committed
-    assert committed.link != first.link
+    assert committed.link != first.key.link
     role.sent(Ended(committed, True, Outcome.ADOPTED, ""))
 
 
