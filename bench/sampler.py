@@ -20,7 +20,9 @@ import numpy as np
 import torch
 
 from common.engine.devices.cpu.numba_runtime import set_num_threads
-from common.engine.runner.sampler import Sampler, SampleRows
+from common.engine.devices.cpu.sampling import NumbaSampling
+from common.engine.runner.sampler import Sampler
+from common.engine.sampling.records import SampleRows
 from common.sampling import SamplingParams
 
 WARM = SamplingParams(temperature=0.8)
@@ -90,7 +92,7 @@ def main() -> None:
         for dtype in (torch.float32, torch.bfloat16):
             logits = [each.to(dtype) for each in floats]
             for name, params in CASES.items():
-                sampler = Sampler(vocab, rows)
+                sampler = Sampler(vocab, rows, NumbaSampling(vocab))
                 for slot in range(rows):
                     prompt = numbers.integers(0, vocab, PROMPT).tolist()
                     seeded = dataclasses.replace(params, seed=slot)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as AnySequence
 
 import torch
@@ -20,7 +20,7 @@ from common.engine import Engine
 from common.engine.core.admission import ExpectedPrompt, Room
 from common.engine.core.sequence import Sequence
 from common.engine.core.step import Chunk
-from common.errors import InvalidRequest, NeverFits
+from common.errors import ConfigError, InvalidRequest, NeverFits
 from common.messages import HandoffKey, Offer
 from kv_transfer.cuda_runtime import CudaRuntime
 from kv_transfer.device_memory import DevicePoolMemory
@@ -31,24 +31,41 @@ from kv_transfer.ports import Piece, ReadyBlock, Reservation
 WARM_BYTES = 128 << 20  # of the pool, touched at the start
 
 
+def _host_pool(device: torch.device, num_blocks: int, slab_bytes: int) -> PoolMemory:
+    """The blocks that are used first are touched meanwhile; the others cost what they cost, so that a
+    pool which is larger than what is asked of it does not fill the machine."""
+    memory = HostPoolMemory(num_blocks, slab_bytes, warm=False)
+    warm = functools.partial(memory.warm, WARM_BYTES)
+    threading.Thread(target=warm, name="kv-warm", daemon=True).start()
+    return memory
+
+
+def _cuda_pool(device: torch.device, num_blocks: int, slab_bytes: int) -> PoolMemory:
+    return DevicePoolMemory(num_blocks, slab_bytes, CudaRuntime(device.index or 0))
+
+
+# By the type of the device on which the slabs lie.
+POOLS: dict[str, Callable[[torch.device, int, int], PoolMemory]] = {
+    "cpu": _host_pool,
+    "cuda": _cuda_pool,
+}
+
+
 class SharedMemory:
     """Pool memory that other processes may map; give `allocate` and `freed` to the engine."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self) -> None:
         self.memory: PoolMemory | None = None
 
-    def allocate(self, num_blocks: int, slab_bytes: int) -> Tensor:
-        """The blocks that are used first are touched meanwhile; the others cost what they cost, so
-        that a pool which is larger than what is asked of it does not fill the machine."""
-        if self._device.type == "cuda":
-            index = self._device.index or 0
-            self.memory = DevicePoolMemory(num_blocks, slab_bytes, CudaRuntime(index))
-            return self.memory.slabs
-        memory = self.memory = HostPoolMemory(num_blocks, slab_bytes, warm=False)
-        warm = functools.partial(memory.warm, WARM_BYTES)
-        threading.Thread(target=warm, name="kv-warm", daemon=True).start()
-        return memory.slabs
+    def allocate(self, device: torch.device, num_blocks: int, slab_bytes: int) -> Tensor:
+        """On the device that the engine has chosen. `ConfigError` where no peer could read it."""
+        if device.type not in POOLS:
+            raise ConfigError(
+                f"blocks on {device.type} cannot be handed over; those on {', '.join(POOLS)} can",
+                param="device",
+            )
+        self.memory = POOLS[device.type](device, num_blocks, slab_bytes)
+        return self.memory.slabs
 
     def freed(self, block_ids: AnySequence[int]) -> None:
         """The content of these blocks is garbage from now on: a copy under way will be stale."""

@@ -81,7 +81,7 @@ class Node:
         self.registry = Registry(self.redis)
         self.entries = Entries(self)
         self.bus = Bus(self.incarnation, settings.bus, progress=self._progress, hears=TO_NODES)
-        shared = SharedMemory(loading.choose_device(settings.engine.device))
+        shared = SharedMemory()
         runner: ThreadRunner | None = None
         try:
             runner = ThreadRunner(lambda: ModelRunner(settings.engine, storage=shared.allocate))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from common.engine import Engine, FinishReason, SamplingParams
+from common.engine.devices.cpu.device import CpuDevice
 from common.engine.devices.rows import Rows
 from common.errors import (
     ConfigError,
@@ -280,7 +281,7 @@ def test_the_pool_has_the_size_that_was_asked_for() -> None:
 def test_weights_that_do_not_fit_are_refused_before_they_are_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("common.engine.runner.loading.free_memory", lambda device: 1 << 19)
+    monkeypatch.setattr(CpuDevice, "free_memory", lambda device: 1 << 19)
     with pytest.raises(InsufficientMemory, match=r"the weights take \d+ MiB as float32.*smaller"):
         Engine.load(STORIES, dtype="float32")
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from common.config import EngineSettings
 from common.engine import Engine, FinishReason, SamplingParams, StepOutput
 from common.engine.core.engine_core import StepNotBuilt
+from common.engine.devices.cuda.device import CudaDevice
 from common.engine.devices.kv_cache import KVCache
-from common.engine.devices.reference.backend import ReferenceBackend
 from common.engine.devices.rows import Rows
 from common.engine.runner.soundness import filled_blocks
 from common.errors import (
@@ -373,4 +374,4 @@ def test_errors_have_a_code_and_a_place_in_the_tree() -> None:
 def test_a_device_is_lost_by_errors_that_every_later_call_repeats(
     error: Exception, lost: bool
 ) -> None:
-    assert ReferenceBackend(torch.device("cpu"), torch.float32).is_lost(error) == lost
+    assert CudaDevice(EngineSettings()).is_lost(error) == lost

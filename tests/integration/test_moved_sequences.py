@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 
 import pytest
-import torch
 
 from common.config import EngineSettings
 from common.engine import Engine, SamplingParams
@@ -36,7 +35,7 @@ class EngineWithMemory:
     """What a node has of both, without links."""
 
     def __init__(self) -> None:
-        shared = SharedMemory(torch.device("cpu"))
+        shared = SharedMemory()
         settings = EngineSettings(
             model=str(STORIES), dtype="float32", threads=1, num_kv_blocks=64, max_num_seqs=8
         )

@@ -219,7 +219,7 @@ async def test_a_device_that_is_lost_ends_the_node_at_once(
     """As after an illegal access on a GPU: nothing can be computed to see whose fault it was. One
     that was computed by itself, since it was suspected before, is guilty."""
     running = Running()
-    monkeypatch.setattr(running.runner.backend, "is_lost", lambda error: True)
+    monkeypatch.setattr(running.runner.device, "is_lost", lambda error: True)
     with faulty(running.runner, refuse_mark):
         running.node.role.accept(a_request(0, prompt(0)))
         running.node.role.accept(a_request(1, (*prompt(1), MARK), alone=alone))

@@ -13,7 +13,7 @@ from common.config import EngineSettings
 from common.engine import Engine, SamplingParams
 from common.engine.devices.kv_cache import KVCache
 from common.engine.devices.rows import Rows
-from common.engine.runner.model_runner import ModelRunner
+from common.engine.runner.model_runner import ModelRunner, Storage
 from common.engine.speculation import DeviceProposer
 from tests.support.checkpoints import STORIES
 
@@ -63,7 +63,7 @@ def poisoned_engine(**settings: Any) -> Engine:
 def with_poison(
     settings: EngineSettings,
     *,
-    storage: Callable[[int, int], Tensor] | None = None,
+    storage: Storage | None = None,
     on_free: Callable[[Sequence[int]], None] | None = None,
     proposer: DeviceProposer | None = None,
 ) -> Engine:

@@ -1,1 +1,1 @@
-"""What a device must be able to do for the model, and the devices that can."""
+"""What a device must do (device.py), a room for each that does it, and the choice of one (choice.py)."""

@@ -1,7 +1,12 @@
-"""The seam between the model and a device: a handful of operations, and nothing else.
+"""What a device must do, once: three protocols, of which everything that runs on it is made.
 
-The decoder (model/) is written against `Backend` alone. A backend owns its kernels, how weights are laid
-out for them, and its numerics class; it knows nothing of layers, sequences or scheduling.
+    Device      a place to compute: its memory and its errors; the only thing that is chosen (choice.py)
+    Backend     the operations of one model in one type, by this device's kernels
+    Sampling    the arithmetic that chooses tokens, and the counts behind it
+
+The decoder (model/) is written against `Backend` alone, the sampler (runner/) against `Sampling`;
+neither asks what device it is. A backend owns its kernels, how weights are laid out for them, and
+its numerics class; it knows nothing of layers, sequences or scheduling.
 
 **The numerics rule.** What computes a position depends on whether the position is prompt or
 generated, never on how the step was batched. A backend that promises it says so in
@@ -13,11 +18,63 @@ from __future__ import annotations
 import dataclasses
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from common.config import EngineSettings
 from common.engine.devices.kv_cache import KVCache
 from common.engine.devices.rows import RowPlan, Rows
+from common.engine.sampling.records import Logprobs, SampleOutput, SampleRows
+from common.engine.sampling.slots import SlotTable
+
+
+class Device(Protocol):
+    """Cheap to make: nothing is computed, compiled or allocated before it is asked for."""
+
+    torch_device: torch.device  # of every tensor of the model, and of the pool
+
+    def __init__(self, settings: EngineSettings) -> None: ...
+
+    @staticmethod
+    def is_present() -> bool:
+        """Whether this machine has one."""
+        ...
+
+    def preferred_dtype(self, stored: str) -> torch.dtype:
+        """The type to compute in, where the settings leave it open, for weights of this type."""
+        ...
+
+    def backend(self, dtype: torch.dtype) -> Backend:
+        """The operations for one model, by the thread that will compute. `ConfigError` for a type in
+        which it does not compute."""
+        ...
+
+    def sampling(self, vocab_size: int) -> Sampling:
+        """By the thread that will compute, after its backend."""
+        ...
+
+    def pool(self, num_blocks: int, slab_bytes: int) -> Tensor:
+        """Zeroed memory for a KV pool of this process alone, uint8 `[num_blocks, slab_bytes]`."""
+        ...
+
+    def free_memory(self) -> int:
+        """Bytes that could be allocated now."""
+        ...
+
+    def default_pool_bytes(self, free: int) -> int:
+        """How much of `free` bytes a KV pool takes at most where no setting says so."""
+        ...
+
+    def synchronize(self) -> None:
+        """Wait until everything that was asked for is done."""
+        ...
+
+    def is_lost(self, error: BaseException) -> bool:
+        """Whether this error of a step says that the device computes nothing any more in this
+        process, whatever it is asked for."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -110,11 +167,25 @@ class Backend(Protocol):
         thread, and another engine in this one may have changed them. Must cost next to nothing."""
         ...
 
-    def synchronize(self) -> None:
-        """Wait until everything that was asked for is done."""
+
+class Sampling(Protocol):
+    """As `common.engine.sampling` says. Counts of tokens, for penalties, are rows that it numbers."""
+
+    def open_counts(self, prompt: NDArray[np.int64], generated: NDArray[np.int64]) -> int:
+        """A row of token counts, filled."""
         ...
 
-    def is_lost(self, error: BaseException) -> bool:
-        """Whether this error of a step says that the device computes nothing any more in this
-        process, whatever it is asked for."""
+    def close_counts(self, row: int) -> None: ...
+
+    def append_counts(self, rows: NDArray[np.int64], tokens: NDArray[np.int64]) -> None: ...
+
+    def sample(self, logits: Tensor, rows: SampleRows, table: SlotTable) -> SampleOutput:
+        """A token per row. `logits` `[>= rows, vocab]`, float32 or bfloat16."""
+        ...
+
+    def logprobs(
+        self, logits: Tensor, targets: NDArray[np.int64], counts: NDArray[np.int64]
+    ) -> tuple[Logprobs, NDArray[np.uint8]]:
+        """Of `targets[i]` and the `counts[i]` most likely tokens under `logits[i]`; and the
+        `RowFault` of each row."""
         ...

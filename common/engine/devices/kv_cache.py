@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-import psutil
 import torch
 from torch import Tensor
 
@@ -27,15 +25,14 @@ class KVCache:
     """`num_blocks` slabs.
 
     `slabs` is the pool as bytes, uint8 `[num_blocks, slab_bytes]`; `elements` the same memory in
-    the layout's dtype. `storage`, when given, is such a byte tensor to use instead of new memory.
+    the layout's dtype. `storage` is such a byte tensor.
     """
 
     def __init__(
         self,
         layout: KVLayout,
         num_blocks: int,
-        device: torch.device | str = "cpu",
-        storage: Tensor | None = None,
+        storage: Tensor,
     ) -> None:
         dtypes = {segment.dtype for segment in layout.segments}
         if len(dtypes) != 1:
@@ -44,8 +41,6 @@ class KVCache:
         self.num_blocks = num_blocks
         self.dtype = TORCH_DTYPES[dtypes.pop()]
         shape = (num_blocks, layout.slab_bytes)
-        if storage is None:
-            storage = _zeros(shape, torch.device(device))
         if tuple(storage.shape) != shape or not storage.is_contiguous():
             raise ConfigError(f"the pool's memory must be {list(shape)} contiguous bytes")
         self.slabs = storage
@@ -84,13 +79,6 @@ class KVCache:
         self.elements[list(block_ids)] = float("nan")
 
 
-def _zeros(shape: tuple[int, int], device: torch.device) -> Tensor:
-    """Memory that the system gives when it is first touched, where it can."""
-    if device.type == "cpu":
-        return torch.from_numpy(np.zeros(shape, np.uint8))
-    return torch.zeros(shape, dtype=torch.uint8, device=device)
-
-
 def blocks_for_memory(layout: KVLayout, memory_bytes: int) -> int:
     """How many blocks fit into `memory_bytes`; raises `InsufficientMemory` when none does."""
     count = memory_bytes // layout.slab_bytes
@@ -101,10 +89,3 @@ def blocks_for_memory(layout: KVLayout, memory_bytes: int) -> int:
             param="kv_cache_memory_bytes",
         )
     return count
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that could be allocated on the device now."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from common.config import EngineSettings
+from common.engine.devices.choice import choose_device
 from common.engine.devices.kv_cache import KVCache
 from common.engine.interface import (
     EngineFacts,
@@ -38,6 +39,10 @@ from common.model_folder.model_config import parse_model_config
 
 SCORED_AT_ONCE = 64  # positions of a prompt: their logits are large
 
+Storage = Callable[[torch.device, int, int], Tensor]
+"""From the device that a pool must lie on, its number of blocks and the bytes of a slab to its memory,
+zeroed, uint8 `[num_blocks, slab_bytes]`."""
+
 
 class ModelRunner:
     """Implements `Runner`: `submit` computes at once, in the thread that calls it."""
@@ -46,14 +51,15 @@ class ModelRunner:
         self,
         settings: EngineSettings,
         *,
-        storage: Callable[[int, int], Tensor] | None = None,
+        storage: Storage | None = None,
         proposer: DeviceProposer | None = None,
     ) -> None:
-        """Load the model and reserve the pool.
+        """Load the model and reserve the pool, on the device that the settings name; `storage` where
+        the pool is to be shared with other processes.
 
-        `storage(num_blocks, slab_bytes)` gives the pool's memory when it is to be shared with
-        other processes. Raises `ModelError`, `ConfigError` or `InsufficientMemory`.
+        Raises `ModelError`, `ConfigError` or `InsufficientMemory`.
         """
+        self.device = device = choose_device(settings)
         overrides = parse_overrides(settings.hf_overrides)
         folder = resolve_model(
             settings.model, settings.revision,
@@ -63,10 +69,9 @@ class ModelRunner:
         self.config = parse_model_config(config)
         description = describe_model(folder, config, with_sampling_defaults=False)
         length = loading.context_length(settings, self.config)
-        device = loading.choose_device(settings.device)
-        dtype = loading.choose_dtype(settings.dtype, self.config.dtype, device)
-        self.backend = loading.make_backend(settings, device, dtype)
-        self.model = loading.load_model(settings, folder, self.config, self.backend, length)
+        dtype = loading.choose_dtype(settings, self.config.dtype, device)
+        self.backend = device.backend(dtype)
+        self.model = loading.load_model(settings, folder, self.config, device, self.backend, length)
 
         layout = KVLayout.paged_attention(
             num_layers=self.config.num_layers, num_kv_heads=self.config.num_kv_heads,
@@ -74,9 +79,15 @@ class ModelRunner:
             dtype=loading.dtype_name(dtype),
         )  # fmt: skip
         num_blocks = loading.pool_size(settings, layout, length, device)
-        memory = storage(num_blocks, layout.slab_bytes) if storage else None
-        self.cache = KVCache(layout, num_blocks, device, memory)
-        self.sampler = Sampler(self.config.vocab_size, num_sampler_slots(settings), device)
+        slab_bytes = layout.slab_bytes
+        memory = (
+            storage(device.torch_device, num_blocks, slab_bytes)
+            if storage is not None
+            else device.pool(num_blocks, slab_bytes)
+        )
+        self.cache = KVCache(layout, num_blocks, memory)
+        vocab_size = self.config.vocab_size
+        self.sampler = Sampler(vocab_size, num_sampler_slots(settings), device.sampling(vocab_size))
         self._proposer = proposer
         self._last: tuple[int, NDArray[np.int64]] = (
             -1,
@@ -116,7 +127,7 @@ class ModelRunner:
         sound = sound_rows(step, hidden)
         ids: frozenset[int] | None = None
         if filled is not None:
-            self.backend.synchronize()
+            self.device.synchronize()
             ids = self._spoiled(step, batch, sound)
             filled(ids)
         scored = self._score_prompts(step, batch, hidden)
@@ -129,13 +140,13 @@ class ModelRunner:
             self._last = step.number, sampled.token_ids
             if self._proposer is not None:
                 drafts = self._proposer.propose(step, states, sampled, accepted)
-        self.backend.synchronize()  # a step that samples nothing has not waited for anything
+        self.device.synchronize()  # a step that samples nothing has not waited for anything
         if ids is None:
             ids = self._spoiled(step, batch, sound)
         return StepResult(sampled, accepted, scored, ids, drafts)
 
     def is_lost(self, error: BaseException, /) -> bool:
-        return self.backend.is_lost(error)
+        return self.device.is_lost(error)
 
     def close(self) -> None:
         """Nothing is under way; memory goes with the object."""

@@ -6,68 +6,32 @@
 
 The rule by which a token is chosen is written in `common.engine.sampling`.
 
-Owns the slots and the choice of implementation. Knows nothing of sequences, steps or stop rules.
+Owns the slots. Knows nothing of sequences, steps or stop rules.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from common.engine.devices.device import Sampling
 from common.engine.interface import SlotChanges
 from common.engine.sampling.records import Logprobs, RowFault, SampleOutput, SampleRows
 from common.engine.sampling.slots import SlotTable
 from common.errors import TokenOutOfRange
 from common.sampling import SamplingParams
 
-__all__ = ["Logprobs", "RowFault", "SampleOutput", "SampleRows", "Sampler"]
-
-
-class Implementation(Protocol):
-    """The device's side: counts of tokens for penalties, and the arithmetic."""
-
-    def open_counts(self, prompt: NDArray[np.int64], generated: NDArray[np.int64]) -> int:
-        """A row of token counts, filled."""
-
-    def close_counts(self, row: int) -> None: ...
-
-    def append_counts(self, rows: NDArray[np.int64], tokens: NDArray[np.int64]) -> None: ...
-
-    def sample(self, logits: Tensor, rows: SampleRows, table: SlotTable) -> SampleOutput: ...
-
-    def logprobs(
-        self, logits: Tensor, targets: NDArray[np.int64], counts: NDArray[np.int64]
-    ) -> tuple[Logprobs, NDArray[np.uint8]]: ...
-
 
 class Sampler:
     """Slots are numbers in `[0, slots)` that the caller hands out. Not thread-safe."""
 
-    def __init__(
-        self,
-        vocab_size: int,
-        slots: int,
-        device: torch.device | str = "cpu",
-        implementation: Literal["numba", "torch"] | None = None,
-    ) -> None:
-        """`implementation` None: numba on a CPU, torch elsewhere."""
-        device = torch.device(device)
+    def __init__(self, vocab_size: int, slots: int, sampling: Sampling) -> None:
         self._table = SlotTable(slots, vocab_size)
         self._generated = np.zeros(slots, np.int64)  # tokens appended
-        self._implementation: Implementation
-        if implementation == "numba" or (implementation is None and device.type == "cpu"):
-            from common.engine.devices.cpu.sampling import NumbaSampling
-
-            self._implementation = NumbaSampling(vocab_size)
-        else:
-            from common.engine.devices.reference.sampling import TorchSampling
-
-            self._implementation = TorchSampling(vocab_size, device)
+        self._sampling = sampling
 
     @property
     def vocab_size(self) -> int:
@@ -104,12 +68,12 @@ class Sampler:
         counts = -1
         if params.has_penalties:
             prompt, generated = self._tokens(prompt_ids), self._tokens(generated_ids)
-            counts = self._implementation.open_counts(prompt, generated)
+            counts = self._sampling.open_counts(prompt, generated)
         try:
             self._table.add(slot, params, choice, stop_ids, length, counts)
         except BaseException:
             if counts >= 0:
-                self._implementation.close_counts(counts)
+                self._sampling.close_counts(counts)
             raise
         self._generated[slot] = len(generated_ids)
 
@@ -117,7 +81,7 @@ class Sampler:
         counts = int(self._table.records["counts"][slot])
         self._table.remove(slot)
         if counts >= 0:
-            self._implementation.close_counts(counts)
+            self._sampling.close_counts(counts)
 
     def append(self, slots: NDArray[np.int64], token_ids: NDArray[np.int64]) -> None:
         """Accepted tokens, one per entry; a slot may occur several times, in order."""
@@ -125,7 +89,7 @@ class Sampler:
         counts = self._table.records["counts"][slots]
         tracked = counts >= 0
         if tracked.any():
-            self._implementation.append_counts(counts[tracked], token_ids[tracked])
+            self._sampling.append_counts(counts[tracked], token_ids[tracked])
 
     def sample(self, logits: Tensor, rows: SampleRows) -> SampleOutput:
         """Choose a token per row. `logits`: `[>= rows, vocab]`, float32 or bfloat16."""
@@ -138,7 +102,7 @@ class Sampler:
             known = self._generated[rows.slots[tracked]] + drafted
             before = rows.positions[tracked] - records["prompt_length"][tracked]
             assert (known == before).all(), "a position does not follow the tokens appended"
-        return self._implementation.sample(logits, rows, self._table)
+        return self._sampling.sample(logits, rows, self._table)
 
     def accept(self, rows: SampleRows, output: SampleOutput) -> NDArray[np.int64]:
         """How many tokens each run of rows gives its slot, `[runs]`: drafts while they equal the sampled
@@ -172,7 +136,7 @@ class Sampler:
         """Logprobs of given tokens (of a prompt, say): `targets[i]` and the `top[i]` most likely
         ones under `logits[i]`; and the `RowFault` of each row."""
         assert len(targets) == len(top) <= logits.shape[0]
-        return self._implementation.logprobs(logits, targets, top)
+        return self._sampling.logprobs(logits, targets, top)
 
     def _tokens(self, token_ids: Sequence[int] | NDArray[np.int64]) -> NDArray[np.int64]:
         tokens = np.asarray(token_ids, np.int64)

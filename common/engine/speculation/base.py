@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from common.engine.core.sequence import Sequence
 from common.engine.interface import StepInput
 from common.engine.sampling.records import SampleOutput
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from common.engine.core.sequence import Sequence
 
 
 class HostProposer(Protocol):

@@ -171,7 +171,7 @@ def sealing() -> Iterator[tuple[ScriptedNode, Sealing]]:
     )  # fmt: skip
     memories: list[Sealing] = []
 
-    def storage(num_blocks: int, slab_bytes: int) -> torch.Tensor:
+    def storage(device: torch.device, num_blocks: int, slab_bytes: int) -> torch.Tensor:
         memories.append(Sealing(num_blocks, slab_bytes))
         return memories[0].slabs
 

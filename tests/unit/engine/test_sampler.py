@@ -19,7 +19,8 @@ from common.engine.devices.cpu import sampling as sampling_cpu
 from common.engine.devices.cpu import selection
 from common.engine.devices.reference import philox
 from common.engine.devices.reference import sampling as sampling_torch
-from common.engine.runner.sampler import RowFault, Sampler, SampleRows
+from common.engine.runner.sampler import Sampler
+from common.engine.sampling.records import RowFault, SampleRows
 from common.engine.sampling.slots import SLOT, RaggedLists
 from common.errors import InvalidRequest, TokenOutOfRange
 from common.sampling import SamplingParams
@@ -117,9 +118,15 @@ def reference_token(values, params, choice, position, noise=None):
 # ---------------------------------------------------------------- builders
 
 
+def new_sampler(vocab, slots, implementation="numba"):
+    if implementation == "numba":
+        return Sampler(vocab, slots, sampling_cpu.NumbaSampling(vocab))
+    return Sampler(vocab, slots, sampling_torch.TorchSampling(vocab, torch.device("cpu")))
+
+
 def make_sampler(params, vocab, implementation, prompt=(1, 2, 3), stop_ids=(), choice=0):
     """One slot per entry of `params`."""
-    sampler = Sampler(vocab, len(params), implementation=implementation)
+    sampler = new_sampler(vocab, len(params), implementation)
     for slot, each in enumerate(params):
         sampler.add(slot, each, choice, stop_ids, prompt)
     return sampler
@@ -461,7 +468,7 @@ def test_edits_penalties_and_drafts_equal_the_reference(params, prompt, appended
         expected.append(reference_token(values, params, 1, start + row))
     places = range(1 + len(drafts))
     for implementation in IMPLEMENTATIONS:
-        sampler = Sampler(VOCAB, 3, implementation=implementation)
+        sampler = new_sampler(VOCAB, 3, implementation)
         sampler.add(2, params, 1, stop_ids, prompt, appended[:2])
         sampler.append(np.full(len(appended[2:]), 2), np.array(appended[2:], np.int64))
         # All rows in one call, as verification does.
@@ -479,13 +486,13 @@ def test_edits_penalties_and_drafts_equal_the_reference(params, prompt, appended
 @both
 def test_slots_are_reused_without_a_trace(implementation):
     """Many lives in few slots: lists are compacted and counts cleared."""
-    sampler = Sampler(VOCAB, 4, implementation=implementation)
+    sampler = new_sampler(VOCAB, 4, implementation)
     logits = random_logits(1, VOCAB)
     generator = np.random.default_rng(0)
     prompts = [generator.integers(0, VOCAB, 12).tolist() for _ in range(12)]
     expected = []
     for params, prompt in zip(varied_params(12), prompts, strict=True):
-        fresh = Sampler(VOCAB, 1, implementation=implementation)
+        fresh = new_sampler(VOCAB, 1, implementation)
         fresh.add(0, params, 0, (), prompt)
         expected.append(int(fresh.sample(logits, at([0], [12])).token_ids[0]))
     lives = [None] * 4
@@ -518,7 +525,7 @@ def test_ragged_lists_survive_compaction():
 
 
 def test_a_slot_refuses_what_the_vocabulary_does_not_have():
-    sampler = Sampler(VOCAB, 1)
+    sampler = new_sampler(VOCAB, 1)
     with pytest.raises(InvalidRequest, match="banned_token_ids"):
         sampler.add(0, SamplingParams(banned_token_ids=(VOCAB,)), 0, (), [1])
     with pytest.raises(InvalidRequest, match="allowed_token_ids"):
@@ -566,7 +573,7 @@ def test_no_row_asks_and_there_are_no_logprobs(implementation):
 
 @both
 def test_logprobs_of_prompt_tokens(implementation):
-    sampler = Sampler(5000, 1, implementation=implementation)
+    sampler = new_sampler(5000, 1, implementation)
     logits = random_logits(6, 5000)
     logits[3, 70] = math.nan
     targets, top = np.array([5, 4999, 0, 1, 2, 3]), np.array([0, 20, 1, 5, 2, 3])

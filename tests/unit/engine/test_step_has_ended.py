@@ -13,7 +13,7 @@ def test_the_device_is_waited_for_also_by_a_step_that_samples_nothing(
 ) -> None:
     engine = poisoned_engine(max_num_batched_tokens=16)
     waits: list[int] = []
-    monkeypatch.setattr(engine.runner.backend, "synchronize", lambda: waits.append(1))
+    monkeypatch.setattr(engine.runner.device, "synchronize", lambda: waits.append(1))
     engine.add_prompt("request", list(range(3, 51)), SamplingParams(max_tokens=1, temperature=0.0))
     step = engine.plan()
     assert step is not None

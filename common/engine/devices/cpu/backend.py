@@ -288,13 +288,6 @@ class CpuBackend:
             out[last + count :] = 0
         return out
 
-    def synchronize(self) -> None:
-        """Nothing runs behind the caller's back on a CPU."""
-
-    def is_lost(self, error: BaseException) -> bool:
-        """A CPU computes on after any error that the process survives."""
-        return False
-
 
 def _bytes(tensor: Tensor) -> bytes:
     return tensor.contiguous().view(torch.uint8).numpy().tobytes()

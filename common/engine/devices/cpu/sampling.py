@@ -316,7 +316,7 @@ def tally_tokens(
 
 
 class NumbaSampling:
-    """Implements `sampler.Implementation`."""
+    """See `Sampling`."""
 
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size

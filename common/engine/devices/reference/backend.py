@@ -29,10 +29,10 @@ class ReferenceBackend:
 
     row_plan = RowPlan(prompt_rows=1, generated_rows=1, generated_multiple=1, query_tile=1 << 20)
 
-    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype, name: str) -> None:
+        """`name` says which product the device is: other ones give other bits."""
         self.device = device
         self.dtype = dtype
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         self._class = f"reference/{name}/{dtype}/torch-{torch.__version__}".replace(" ", "-")
 
     @property
@@ -107,20 +107,6 @@ class ReferenceBackend:
 
     def settle(self) -> None:
         """Nothing is chosen at run time."""
-
-    def synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def is_lost(self, error: BaseException) -> bool:
-        """After an illegal access or an assertion in a kernel, every later call of CUDA fails; a lack
-        of memory passes."""
-        if isinstance(error, torch.OutOfMemoryError):
-            return False
-        text = str(error)
-        return (
-            isinstance(error, RuntimeError) and "CUDA error" in text and "out of memory" not in text
-        )
 
 
 def _rotate(x: Tensor, positions: Tensor, rope: tuple[Tensor, Tensor], rotary_dim: int) -> Tensor:

@@ -33,7 +33,7 @@ _INFINITY = math.inf
 
 
 class TorchSampling:
-    """Implements `sampler.Implementation`."""
+    """See `Sampling`."""
 
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         self._device = device

@@ -1,0 +1,29 @@
+"""The devices there are, and the one place where one of them is chosen."""
+
+from __future__ import annotations
+
+from common.config import EngineSettings
+from common.engine.devices.cpu.device import CpuDevice
+from common.engine.devices.cuda.device import CudaDevice
+from common.engine.devices.device import Device
+from common.errors import ConfigError
+
+# By their names in the settings; `auto` is the first that this machine has.
+DEVICES: dict[str, type[Device]] = {
+    "cuda": CudaDevice,
+    "cpu": CpuDevice,
+}
+
+
+def choose_device(settings: EngineSettings) -> Device:
+    """The device that all parts of one engine use. `ConfigError` where the machine lacks it."""
+    if settings.device == "auto":
+        kind = next(kind for kind in DEVICES.values() if kind.is_present())
+    else:
+        kind = DEVICES[settings.device]
+    if not kind.is_present():
+        name = settings.device
+        raise ConfigError(
+            f"device {name} is set, but torch finds no {name.upper()} device", param="device"
+        )
+    return kind(settings)

@@ -1,0 +1,65 @@
+"""The CPU of this machine, and which of two backends computes on it.
+
+What compiles kernels is imported when it is asked for: who computes elsewhere needs none of it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import psutil
+import torch
+from torch import Tensor
+
+from common.config import EngineSettings
+from common.engine.devices.device import Backend, Sampling
+
+DEFAULT_POOL_BYTES = 4 << 30
+
+
+class CpuDevice:
+    """See `Device`."""
+
+    def __init__(self, settings: EngineSettings) -> None:
+        self.torch_device = torch.device("cpu")
+        self._settings = settings
+
+    @staticmethod
+    def is_present() -> bool:
+        return True
+
+    def preferred_dtype(self, stored: str) -> torch.dtype:
+        fast = stored != "float32" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return torch.bfloat16 if fast else torch.float32
+
+    def backend(self, dtype: torch.dtype) -> Backend:
+        settings = self._settings
+        if settings.kernels == "reference":
+            from common.engine.devices.reference.backend import ReferenceBackend
+
+            return ReferenceBackend(self.torch_device, dtype, "cpu")
+        from common.engine.devices.cpu.backend import CpuBackend
+
+        threads = settings.threads or len(settings.cores) or torch.get_num_threads()
+        return CpuBackend(dtype, threads)
+
+    def sampling(self, vocab_size: int) -> Sampling:
+        from common.engine.devices.cpu.sampling import NumbaSampling
+
+        return NumbaSampling(vocab_size)
+
+    def pool(self, num_blocks: int, slab_bytes: int) -> Tensor:
+        """Memory that the system gives when it is first touched."""
+        return torch.from_numpy(np.zeros((num_blocks, slab_bytes), np.uint8))
+
+    def free_memory(self) -> int:
+        return int(psutil.virtual_memory().available)
+
+    def default_pool_bytes(self, free: int) -> int:
+        return min(free // 2, DEFAULT_POOL_BYTES)
+
+    def synchronize(self) -> None:
+        """Nothing runs behind the caller's back on a CPU."""
+
+    def is_lost(self, error: BaseException) -> bool:
+        """A CPU computes on after any error that the process survives."""
+        return False
