@@ -206,7 +206,7 @@ class Moves:
         self._took[attempt.engine_id] = handover.peer
         paused_s = time.monotonic() - self._paused_at.pop(handover)
         log.info(
-            "sequence.moved", request=attempt.request, attempt=attempt.number,
+            "sequence.moved", request=attempt.request.id, attempt=attempt.number,
             choice=sequence.choice, peer=handover.peer, position=handover.length + 1,
             paused_ms=round(paused_s * 1000, 1),
         )  # fmt: skip
