@@ -22,7 +22,7 @@ from common.engine import StepOutput
 from common.engine.core.step import Step
 from common.engine.interface import StepResult
 from common.node.runtime import Node
-from kv_transfer.ports import Adopted, Ended, Granted, Piece
+from kv_transfer.ports import Adopted, Piece
 from kv_transfer.transports.nixl import NixlReader
 from kv_transfer.transports.shm import ShmReader
 from kv_transfer.transports.tcp import TcpReader
@@ -67,15 +67,9 @@ class ClockedRole:
                 name, end = chunk.sequence.request_id, chunk.end
                 self._note("chunk", self._computed_at, request=name, end=end)
 
-    def sent(self, effect: Granted | Ended) -> None:
-        if isinstance(effect, Granted):
-            self._note("granted", request=effect.key.request, missing=len(effect.missing))
-        self._role.sent(effect)
-
-    def received(self, effect: Adopted | Ended) -> None:
-        if isinstance(effect, Adopted):
-            self._note("adopted", request=f"{effect.offer.key.request}/{effect.offer.key.attempt}")
-        self._role.received(effect)
+    def arrived(self, adopted: Adopted) -> None:
+        self._note("adopted", request=f"{adopted.offer.key.request}/{adopted.offer.key.attempt}")
+        self._role.arrived(adopted)
 
 
 def clock_pulls(reader: type[Any], note: Note) -> None:

@@ -29,7 +29,6 @@ from common.node.handover import Handover, Handovers, askable
 from common.node.runtime import Node
 from common.registry import NodeRecord
 from common.sampling import FinishReason
-from kv_transfer.ports import Ended, Granted
 
 log = get_logger("moves")
 
@@ -91,9 +90,6 @@ class Moves:
             if handover.peer and not handover.cancelled:
                 self._links.pop(handover, None)
                 self._sending.cancel(handover, reason)
-
-    def sent(self, effect: Granted | Ended) -> None:
-        self._sending.sent(effect)
 
     def _look(self) -> None:
         """Begin to move what can move, as far as some node seems to have room for it."""

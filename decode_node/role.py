@@ -15,14 +15,14 @@ from collections.abc import Set as AbstractSet
 from common.engine.core.output import StepOutput
 from common.engine.core.step import Chunk, Step
 from common.errors import PdqError
-from common.messages import TokenRun, TookOver
+from common.messages import Offer, TokenRun, TookOver
 from common.node.attempt import Attempt
 from common.node.runtime import Node
 from common.node.token_stream import ChoiceKey
 from common.queue import Entry
 from common.sampling import FinishReason
 from decode_node.moves import Moves
-from kv_transfer.ports import Adopted, Ended, Granted
+from kv_transfer.ports import Adopted
 
 
 def create(node: Node) -> DecodeRole:
@@ -40,7 +40,7 @@ class DecodeRole:
     @property
     def num_open(self) -> int:
         attempts = self._attempts.keys() | self._moves.attempts
-        return len(attempts) + len(self._node.links.intake.states())
+        return len(attempts) + len(self._node.links.intakes())
 
     def capacity(self) -> int:
         scheduler = self._node.engine.scheduler
@@ -58,15 +58,13 @@ class DecodeRole:
         for choice in attempt.sequences:
             self._say_who_has(attempt, choice)
 
-    def received(self, effect: Adopted | Ended) -> None:
-        """A sequence is here with its KV: run it, and tell its gateway who has it now."""
-        if not isinstance(effect, Adopted):
-            return
-        node, offer, commit = self._node, effect.offer, effect.commit
+    def arrived(self, adopted: Adopted) -> None:
+        """Run a sequence that is here with its KV, and tell its gateway who has it now."""
+        node, offer, commit = self._node, adopted.offer, adopted.commit
         attempt = Attempt.offered(offer)
         attempt = self._attempts.setdefault(attempt.engine_id, attempt)
         if offer.key.choice in attempt.open_choices:  # its Ack was lost, and it was offered again
-            node.kv.discard(effect.reservation)
+            node.kv.discard(adopted.reservation)
             self._say_who_has(attempt, offer.key.choice)
             return
         try:
@@ -76,9 +74,9 @@ class DecodeRole:
             sequence = node.engine.make_sequence(attempt.engine_id, request, offer.key.choice)
             sequence.num_computed = len(offer.request.token_ids)
             sequence.block_hashes = list(offer.block_hashes)  # each checked by the intake
-            node.kv.run(sequence, effect.reservation)
+            node.kv.run(sequence, adopted.reservation)
         except PdqError as error:
-            node.kv.discard(effect.reservation)
+            node.kv.discard(adopted.reservation)
             node.failed(offer.request.gateway, attempt.key(offer.key.choice), error, retryable=True)
             self._close_if_over(attempt)
             return
@@ -86,7 +84,7 @@ class DecodeRole:
         attempt.open_choices.add(offer.key.choice)
         attempt.sequences[offer.key.choice] = sequence
         attempt.arrived[offer.key.choice] = len(sequence.token_ids)
-        attempt.handoffs[offer.key.choice] = effect.waited
+        attempt.handoffs[offer.key.choice] = adopted.waited
         self._say_who_has(attempt, offer.key.choice)
 
     def _say_who_has(self, attempt: Attempt, choice: int) -> None:
@@ -138,9 +136,6 @@ class DecodeRole:
     def drain(self) -> None:
         self._moves.begin()
 
-    def sent(self, effect: Granted | Ended) -> None:
-        self._moves.sent(effect)
-
     def _give_up(self, attempt: Attempt, error: PdqError, *, retryable: bool = True) -> None:
         """Nothing more of this attempt here; its gateway may make another."""
         attempt.give_up(self._node, error, retryable=retryable)
@@ -159,11 +154,12 @@ class DecodeRole:
         self, gateway: str, request: str, attempt: int, reason: str,
         choices: AbstractSet[int] = frozenset(),
     ) -> None:  # fmt: skip
-        intake = self._node.links.intake
-        for key, offer in intake.offered().items():
-            wanted = offer.request.gateway == gateway and (not choices or key.choice in choices)
-            if wanted and key.request == request and key.attempt <= attempt:
-                self._node.links.perform(intake.cancel(key, reason, now=time.monotonic()))
+        def wanted(offer: Offer) -> bool:
+            key, theirs = offer.key, offer.request.gateway == gateway
+            chosen = not choices or key.choice in choices
+            return theirs and chosen and key.request == request and key.attempt <= attempt
+
+        self._node.links.refuse(wanted, reason)
         for open_attempt in list(self._attempts.values()):
             theirs = (open_attempt.gateway, open_attempt.request.id) == (gateway, request)
             if not theirs or open_attempt.number > attempt:

@@ -18,6 +18,7 @@ import secrets
 import time
 import weakref
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any, Protocol, TypeVar
 
 from common.errors import LinkLost, PdqError, TransportFailed
@@ -31,6 +32,7 @@ from common.messages import (
     Commit,
     Deny,
     Grant,
+    HandoffKey,
     HandoffMessage,
     Hello,
     LinkMessage,
@@ -39,6 +41,7 @@ from common.messages import (
     Refuse,
     Release,
     Tail,
+    TokenLogprobs,
     Welcome,
 )
 from kv_transfer import handshake
@@ -53,6 +56,7 @@ from kv_transfer.ports import (
     Ended,
     Granted,
     IntakePool,
+    ReadyBlock,
     Send,
     Teardown,
     TransferSettings,
@@ -78,6 +82,8 @@ class MessageBus(Protocol):
 
     def disconnect(self, peer: str) -> None: ...
 
+
+HandoffListener = Callable[[Granted | Ended], None]
 
 T = TypeVar("T")
 
@@ -107,18 +113,19 @@ class Links:
     def __init__(
         self, bus: MessageBus, node: str, fingerprint: Fingerprint, target: Target, *,
         pool: IntakePool, leases: Leases, sources: Iterable[Source], openers: Mapping[str, Opener],
-        on_sent: Callable[[Granted | Ended], None],
-        on_received: Callable[[Adopted | Ended], None],
+        on_arrival: Callable[[Adopted], None], on_intake_ended: Callable[[Ended], None],
         settings: TransferSettings, clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
-        """`sources` and `openers` come fastest first. `on_sent` gets the news of handoffs, `on_received`
-        that of intakes; both run on the event loop, and may call back into this object."""
-        self.handoff = Handoff(leases, settings)
-        self.intake = Intake(pool, fingerprint, settings)
+        """`sources` and `openers` come fastest first. `on_arrival` hears of each sequence that is
+        here with its KV, `on_intake_ended` of each intake that ended otherwise, which may have freed
+        room. Like the listeners of handoffs they are called on the event loop, and may call back."""
+        self._handoff = Handoff(leases, settings)
+        self._intake = Intake(pool, fingerprint, settings)
         self.counts: collections.Counter[str] = collections.Counter()
         self._bus, self._node, self._fingerprint, self._target = bus, node, fingerprint, target
         self._leases, self._sources, self._openers = leases, list(sources), dict(openers)
-        self._on_sent, self._on_received = on_sent, on_received
+        self._on_arrival, self._on_intake_ended = on_arrival, on_intake_ended
+        self._listeners: dict[HandoffKey, HandoffListener] = {}
         self._settings, self._clock = settings, clock
         self._links: dict[str, _Link] = {}
         self._opening: dict[str, asyncio.Task[str]] = {}  # by connection
@@ -159,8 +166,8 @@ class Links:
     async def _timers(self) -> None:
         while True:
             await asyncio.sleep(self._settings.repeat / 2)
-            self.perform(self.handoff.tick(self._clock()))
-            self.perform(self.intake.tick(self._clock()))
+            self._perform(self._handoff.tick(self._clock()))
+            self._perform(self._intake.tick(self._clock()))
 
     # Links
 
@@ -268,9 +275,9 @@ class Links:
             link.answered.exception()  # somebody may have stopped waiting
         self._spawn(self._close_end(name, link))
         if link.sending:
-            self.perform(self.handoff.link_lost(name, now=self._clock()))
+            self._perform(self._handoff.link_lost(name, now=self._clock()))
         else:
-            self.perform(self.intake.link_lost(name, now=self._clock()))
+            self._perform(self._intake.link_lost(name, now=self._clock()))
 
     async def _close_end(self, name: str, link: _Link) -> None:
         """Close this end of a link that is down, after any call that opens it has ended."""
@@ -281,6 +288,60 @@ class Links:
             await self._threads.close(link.transport, reader.close)
         if link.source is not None:
             await self._threads.close(link.source.name, link.source.close_link, name)
+
+    # Handoffs, which this node sends
+
+    def offer(self, offer: Offer, listener: HandoffListener, *, waited: float = 0.0) -> None:
+        """Ask for room at the other end of the offer's link, for a request that has waited so many
+        seconds. `listener` hears when it is granted and, last, how the handoff ended, perhaps
+        before this returns. `LinkLost` if the link is down: then it hears nothing."""
+        if offer.link not in self._links:
+            raise LinkLost("the link went down since it was opened", param=offer.link)
+        self._listeners[offer.key] = listener
+        self._perform(self._handoff.offer(offer, now=self._clock(), waited=waited))
+
+    def announce(self, key: HandoffKey, blocks: Sequence[ReadyBlock]) -> None:
+        """Announce blocks that are computed, and lie still until the handoff has ended."""
+        self._perform(self._handoff.ready(key, blocks, now=self._clock()))
+
+    def commit(
+        self, key: HandoffKey, *, position: int, first_token: int, logprobs: TokenLogprobs | None
+    ) -> None:
+        """All blocks are announced: have the other end go on with this token, at this position."""
+        self._perform(
+            self._handoff.finished(
+                key, position=position, first_token=first_token, logprobs=logprobs,
+                now=self._clock(),
+            )
+        )  # fmt: skip
+
+    def cancel(self, key: HandoffKey, reason: str) -> None:
+        """Withdraw a handoff. Its listener hears the end, which may be that it was adopted."""
+        self._perform(self._handoff.cancel(key, reason, now=self._clock()))
+
+    def handoffs(self) -> AbstractSet[HandoffKey]:
+        """Those that have not ended."""
+        return self._handoff.states().keys()
+
+    # Intakes, which this node receives
+
+    def intakes(self) -> AbstractSet[HandoffKey]:
+        """Those that have not ended, those included that a lost link left behind."""
+        return self._intake.states().keys()
+
+    def refuse(self, wanted: Callable[[Offer], bool], reason: str) -> None:
+        """Withdraw from the intakes of these offers."""
+        for key, offer in self._intake.offered().items():
+            if wanted(offer):
+                self._perform(self._intake.cancel(key, reason, now=self._clock()))
+
+    def room_changed(self) -> None:
+        """Look whether an offer that waits has room now."""
+        self._perform(self._intake.room_changed(self._clock()))
+
+    def drain(self) -> None:
+        """Deny what was not granted yet, and every offer from now on."""
+        self._perform(self._intake.drain(self._clock()))
 
     # Messages
 
@@ -300,9 +361,9 @@ class Links:
         elif not link.sending and isinstance(message, Closed):
             self._tear_down(name)
         elif link.sending and isinstance(message, (Grant, Deny, Ack, Abort, Release)):
-            self.perform(self.handoff.receive(message, now=self._clock()))
+            self._perform(self._handoff.receive(message, now=self._clock()))
         elif not link.sending and isinstance(message, (Offer, Blocks, Tail, Commit, Abort)):
-            self.perform(self.intake.receive(message, now=self._clock()))
+            self._perform(self._intake.receive(message, now=self._clock()))
         else:
             self.counts["wrong_side"] += 1
 
@@ -339,7 +400,7 @@ class Links:
             return
         link.answer = answer
         if isinstance(answer, Welcome):
-            self.intake.open_link(hello.link, answer.credits, hello.fingerprint.block_size)
+            self._intake.open_link(hello.link, answer.credits, hello.fingerprint.block_size)
             if converts := handshake.converts_from(hello, self._fingerprint):
                 log.info("link.converts", peer=link.peer, link=hello.link, reason=converts)
         self._send(hello.link, answer)
@@ -357,7 +418,7 @@ class Links:
             return
         if isinstance(answer, Welcome):
             link.transport, link.reason = answer.transport, answer.reason
-            self.handoff.open_link(name, answer.credits)
+            self._handoff.open_link(name, answer.credits)
         link.answered.set_result(answer)
 
     def _send(self, name: str, message: Message) -> None:
@@ -371,8 +432,8 @@ class Links:
 
     # Effects
 
-    def perform(self, effects: list[Effect]) -> None:
-        """Perform the effects that a public method of either end returned."""
+    def _perform(self, effects: list[Effect]) -> None:
+        """Perform the effects that a method of either end returned."""
         for effect in effects:
             if isinstance(effect, Send):
                 self._send(effect.link, effect.message)
@@ -386,14 +447,16 @@ class Links:
                     self._bus.disconnect(link.peer)
                     self._tear_down(effect.link)
             elif isinstance(effect, Granted):
-                self._on_sent(effect)
+                self._listeners[effect.key](effect)
             elif isinstance(effect, Adopted):
-                self._on_received(effect)
+                self._on_arrival(effect)
+            elif effect.sending:
+                self._listeners.pop(effect.key)(effect)
             else:
-                (self._on_sent if effect.sending else self._on_received)(effect)
+                self._on_intake_ended(effect)
 
     def _continue_check(self) -> None:
-        self.perform(self.intake.continue_check(self._clock()))
+        self._perform(self._intake.continue_check(self._clock()))
 
     async def _copy(self, copy: Copy) -> None:
         """Pull in a thread, and report the result even when the link is gone.
@@ -420,9 +483,9 @@ class Links:
                 until = self._clock() + FAILED_S
                 self._failed[link.peer, link.transport] = until, str(failure)
         finally:
-            self.perform(self.intake.copied(copy.number, error, now=self._clock()))
+            self._perform(self._intake.copied(copy.number, error, now=self._clock()))
             if lost and self._links.get(copy.key.link) is link:
-                self.perform([Teardown(copy.key.link, error)])
+                self._perform([Teardown(copy.key.link, error)])
 
     async def _pull(self, link: _Link, reader: Reader, copy: Copy) -> None:
         """Run a pull. One that takes too long ends with its link, even if bytes still arrive."""
@@ -431,7 +494,7 @@ class Links:
         if not done:
             log.warning("copy.too_slow", peer=link.peer, blocks=len(copy.pieces))
             if self._links.get(copy.key.link) is link:
-                self.perform([Teardown(copy.key.link, "too slow")])
+                self._perform([Teardown(copy.key.link, "too slow")])
         await pulling
 
     def _spawn(self, coroutine: Coroutine[object, object, T]) -> asyncio.Task[T]:

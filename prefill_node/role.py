@@ -32,7 +32,7 @@ from common.node.runtime import Node
 from common.node.token_stream import ChoiceKey
 from common.queue import Entry
 from common.sampling import FinishReason, SamplingParams
-from kv_transfer.ports import Adopted, Ended, Granted
+from kv_transfer.ports import Adopted
 
 NO_DECODE_NODE_S = 1.0  # a prompt waits so long for one to appear, then its gateway is told
 ENDED_REMEMBERED = 4096  # attempts
@@ -214,9 +214,6 @@ class PrefillRole:
         else:
             self._offer(handover)
 
-    def sent(self, effect: Granted | Ended) -> None:
-        self._sending.sent(effect)
-
     def drain(self) -> None:
         """What is here is handed over anyway."""
 
@@ -247,8 +244,9 @@ class PrefillRole:
             self._node.done(attempt.entry)
             self._node.wake()
 
-    def received(self, effect: Adopted | Ended) -> None:
-        """This role takes nothing."""
+    def arrived(self, adopted: Adopted) -> None:
+        """This role takes nothing over: nodes offer to those that decode."""
+        self._node.kv.discard(adopted.reservation)
 
     def give_up(self, engine_id: str, error: PdqError, *, retryable: bool) -> None:
         attempt = self._attempts.get(engine_id)

@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import time
 from typing import TYPE_CHECKING, Protocol
 
 from common.engine.core.sequence import Sequence
-from common.errors import DigestMismatch, MalformedMessage, PdqError, StaleBlock
+from common.errors import DigestMismatch, LinkLost, MalformedMessage, PdqError, StaleBlock
 from common.logs import get_logger
 from common.messages import HandoffKey, Offer, TokenLogprobs, TookOver
 from common.node.attempt import Attempt
@@ -104,7 +105,6 @@ class Handovers:
     def __init__(self, node: Node, owner: Owner) -> None:
         self._node = node
         self._owner = owner
-        self._by_key: dict[HandoffKey, Handover] = {}
 
     def offer(self, handover: Handover) -> bool:
         """Choose a node, for good unless it refuses, and open a link to it; False: nobody to ask."""
@@ -172,14 +172,13 @@ class Handovers:
         )  # fmt: skip
         handover.key = offer.key
         handover.announced = 0
-        self._by_key[handover.key] = handover
-        now = time.monotonic()
+        listener = functools.partial(self._heard, handover)
         try:
-            effects = node.links.handoff.offer(offer, now=now, waited=now - handover.began)
-        except KeyError:  # the link went down since it was opened
-            self._ended(handover, handover.peer)
+            node.links.offer(offer, listener, waited=time.monotonic() - handover.began)
+        except LinkLost:
+            handover.key = None
+            self._refused(handover, handover.peer)
             return
-        node.links.perform(effects)
         self.announce(handover, sequence.num_computed)
         if handover.is_complete:
             self._commit(handover)
@@ -197,8 +196,7 @@ class Handovers:
         table, start = handover.held or sequence.block_table, handover.announced
         blocks = self._node.kv.ready_blocks(sequence, table, start, end, computed)
         handover.announced = end
-        now = time.monotonic()
-        self._node.links.perform(self._node.links.handoff.ready(handover.key, blocks, now=now))
+        self._node.links.announce(handover.key, blocks)
 
     def complete(self, handover: Handover, logprobs: TokenLogprobs | None) -> None:
         """All is computed, and the token at `length` is the sequence's: announce the rest, commit."""
@@ -212,31 +210,28 @@ class Handovers:
         if handover.key is None:
             return
         token = handover.sequence.token_ids[handover.length]
-        self._node.links.perform(
-            self._node.links.handoff.finished(
-                handover.key, position=handover.length, first_token=token,
-                logprobs=handover.logprobs, now=time.monotonic(),
-            )
-        )  # fmt: skip
+        self._node.links.commit(
+            handover.key, position=handover.length, first_token=token, logprobs=handover.logprobs
+        )
 
     def cancel(self, handover: Handover, reason: str) -> None:
         """End a handover; `dropped` comes when nothing of it is under way any more."""
         handover.cancelled = True
-        if handover.key is not None and handover.key in self._by_key:
-            handoff = self._node.links.handoff
-            self._node.links.perform(handoff.cancel(handover.key, reason, now=time.monotonic()))
+        if handover.key is not None:
+            self._node.links.cancel(handover.key, reason)
         elif not handover.opening:
             self._owner.dropped(handover)
 
-    def sent(self, effect: Granted | Ended) -> None:
-        """News of a handoff of this node."""
+    def _heard(self, handover: Handover, effect: Granted | Ended) -> None:
+        """News of the handoff that is under way."""
         if isinstance(effect, Granted):
-            if effect.key in self._by_key:
-                self._owner.granted(self._by_key[effect.key])
-            return
-        handover = self._by_key.pop(effect.key, None)
-        if handover is None:
-            return
+            self._owner.granted(handover)
+        else:
+            self._ended(handover, effect)
+        self._node.wake()
+
+    def _ended(self, handover: Handover, effect: Ended) -> None:
+        handover.key = None
         if handover.cancelled:
             self._owner.dropped(handover)
         elif effect.outcome is Outcome.ADOPTED:
@@ -249,7 +244,7 @@ class Handovers:
                 self._spoiled(handover, effect.reason)
             log.info("handoff.ended", request=effect.key.request, outcome=effect.outcome.value,
                      reason=effect.reason, peer=handover.peer)  # fmt: skip
-            self._ended(handover, handover.peer)
+            self._refused(handover, handover.peer)
 
     def _spoiled(self, handover: Handover, reason: str) -> None:
         """What nobody could prove, no other prompt finds as its prefix any more."""
@@ -261,13 +256,6 @@ class Handovers:
         attempt = handover.attempt
         key = attempt.key(handover.sequence.choice)
         self._node.ended(attempt.gateway, TookOver(handover.peer, *key, handover.length + 1))
-
-    def _ended(self, handover: Handover, peer: str) -> None:
-        """A handoff is over without success."""
-        if handover.key is not None:
-            self._by_key.pop(handover.key, None)
-        handover.key = None
-        self._refused(handover, peer)
 
     def _refused(self, handover: Handover, peer: str) -> None:
         if handover.cancelled:

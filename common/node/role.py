@@ -16,7 +16,7 @@ from common.engine.core.step import Chunk, Step
 from common.errors import PdqError
 from common.node.token_stream import ChoiceKey
 from common.queue import Entry
-from kv_transfer.ports import Adopted, Ended, Granted
+from kv_transfer.ports import Adopted
 
 if TYPE_CHECKING:
     from common.node.runtime import Node
@@ -52,12 +52,8 @@ class NodeRole(Protocol):
 
     def step_ended(self, step: Step, outputs: list[StepOutput]) -> None: ...
 
-    def sent(self, effect: Granted | Ended) -> None:
-        """News of a handoff that this node sends."""
-        ...
-
-    def received(self, effect: Adopted | Ended) -> None:
-        """News of a handoff that this node receives."""
+    def arrived(self, adopted: Adopted) -> None:
+        """A sequence is here with its KV, and its sender knows: it runs here from now on."""
         ...
 
     def cancel(

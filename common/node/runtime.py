@@ -59,7 +59,7 @@ from common.registry import NodeRecord, NodeState, Registry, Role, Snapshot, new
 from common.senders import TO_NODES
 from kv_transfer.lease import Leases
 from kv_transfer.link import Links
-from kv_transfer.ports import Adopted, Ended, Granted, TransferSettings
+from kv_transfer.ports import Adopted, TransferSettings
 from kv_transfer.transports.base import Target
 
 log = get_logger("node")
@@ -257,7 +257,7 @@ class Node:
         the grace period."""
         begun = time.monotonic()
         self.state = NodeState.DRAINING
-        self.links.perform(self.links.intake.drain(time.monotonic()))
+        self.links.drain()
         try:
             await self.registry.announce(self.record(), self.links.describe())
         except ServiceUnavailable as error:
@@ -281,7 +281,7 @@ class Node:
         return Links(
             self.bus, self.incarnation, self.engine.fingerprint, Target(self.memory, layout),
             pool=self.kv, leases=self.leases, sources=sources, openers=openers,
-            on_sent=self._on_sent, on_received=self._on_received,
+            on_arrival=self._arrived, on_intake_ended=lambda _: self.wake(),
             settings=TransferSettings(digests=self.settings.engine.kv_digests),
         )  # fmt: skip
 
@@ -366,12 +366,8 @@ class Node:
             if record.incarnation in linked:
                 self.send(record.incarnation, events)
 
-    def _on_sent(self, effect: Granted | Ended) -> None:
-        self.role.sent(effect)
-        self.wake()
-
-    def _on_received(self, effect: Adopted | Ended) -> None:
-        self.role.received(effect)
+    def _arrived(self, adopted: Adopted) -> None:
+        self.role.arrived(adopted)
         self.wake()
 
     def _progress(self) -> tuple[int, bool]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, NoReturn
 
@@ -56,7 +55,7 @@ class Steps:
         node, engine = self._node, self._engine
         while True:
             self._work.clear()
-            node.links.perform(node.links.intake.room_changed(time.monotonic()))
+            node.links.room_changed()
             alone, step = await self._plan() if engine.has_work else ("", None)
             if step is None:
                 self.computing = False

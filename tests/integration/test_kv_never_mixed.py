@@ -278,13 +278,13 @@ class Node:
         self.links = Links(
             Port(air, name), name, dataclasses.replace(FINGERPRINT, block_size=size),
             Target(self.memory, layout), pool=self.pool, leases=self.leases, sources=[source],
-            openers=openers, on_sent=self.on_sent,
-            on_received=self.on_received, settings=SETTINGS,
+            openers=openers, on_arrival=self.arrived,
+            on_intake_ended=lambda _: None, settings=SETTINGS,
         )  # fmt: skip
         air.nodes[name] = self
         self.links.start()
 
-    def on_sent(self, effect: Granted | Ended) -> None:
+    def heard(self, effect: Granted | Ended) -> None:
         if isinstance(effect, Ended):
             arrived = effect.key in self.air.adopted
             if effect.outcome is not Outcome.LINK_LOST and arrived != (
@@ -295,16 +295,15 @@ class Node:
             if not future.done():
                 future.set_result(effect)
 
-    def on_received(self, effect: Adopted | Ended) -> None:
-        if isinstance(effect, Adopted):
-            self.adopted += 1
-            self.air.adopted.add(effect.key)
-            task = asyncio.get_running_loop().create_task(self.decode(effect))
-            self.decoding.add(task)
-            task.add_done_callback(self.decoding.discard)
+    def arrived(self, adopted: Adopted) -> None:
+        self.adopted += 1
+        self.air.adopted.add(adopted.key)
+        task = asyncio.get_running_loop().create_task(self.decode(adopted))
+        self.decoding.add(task)
+        task.add_done_callback(self.decoding.discard)
 
     def changed(self) -> None:
-        self.links.perform(self.links.intake.room_changed(self.links._clock()))
+        self.links.room_changed()
 
     async def decode(self, adopted: Adopted) -> None:
         """Read all of it, twice."""
@@ -321,12 +320,12 @@ class Node:
 
     def give_up(self, key: HandoffKey) -> None:
         """The receiving end aborts, if it has anything of this handoff."""
-        self.links.perform(self.links.intake.cancel(key, "given_up", now=self.links._clock()))
+        self.links.refuse(lambda offer: offer.key == key, "given_up")
 
     async def prefill(self, request: str, attempt: int, tokens: tuple[int, ...], to: str) -> bool:
         """One attempt: compute chunk by chunk, announce, commit; either end aborts at times. Room is
         waited for. Whether it arrived, as far as this end knows."""
-        rng, now, handoff = self.air.random, self.links._clock, self.links.handoff
+        rng = self.air.random
         names, full = identities(tokens, self.size), len(tokens) // self.size
         try:
             async with asyncio.timeout(NEVER):
@@ -344,8 +343,8 @@ class Node:
                 key, a_request(tokens, name=request), names[:full], len(tokens) % self.size, 0
             )  # fmt: skip
             try:
-                self.links.perform(handoff.offer(offer, now=now()))
-            except KeyError:
+                self.links.offer(offer, self.heard)
+            except LinkLost:
                 return False
             if self.air.faults and rng.randrange(2 * self.air.aborts) == 0:
                 loop = asyncio.get_running_loop()
@@ -361,17 +360,13 @@ class Node:
                     generation = int(self.memory.generations[slot])
                     digest = self.memory.digests[slot] if self.digests else b""
                     ready.append(ReadyBlock(index, slot, generation, digest))
-                self.links.perform(handoff.ready(key, ready, now=now()))
+                self.links.announce(key, ready)
                 if computed <= abort_at < end:
-                    self.links.perform(handoff.cancel(key, "aborted", now=now()))
+                    self.links.cancel(key, "aborted")
                 computed = end
                 await asyncio.sleep(rng.random() * 0.002)
             if not ended.done() and computed == len(names):
-                self.links.perform(
-                    handoff.finished(
-                        key, position=len(tokens), first_token=1, logprobs=None, now=now()
-                    )
-                )
+                self.links.commit(key, position=len(tokens), first_token=1, logprobs=None)
         finally:
             self.pool.release(blocks)  # from here on only the lease holds them
             self.changed()
@@ -385,8 +380,8 @@ class Node:
         deadline = asyncio.get_running_loop().time() + NEVER
         while True:
             if not (
-                any(self.leases.count().values()) or self.links.intake.states()
-                or self.links.handoff.states() or self.decoding
+                any(self.leases.count().values()) or self.links.intakes()
+                or self.links.handoffs() or self.decoding
             ):  # fmt: skip
                 break
             if asyncio.get_running_loop().time() > deadline:

@@ -144,8 +144,8 @@ class Notes:
         self._peers.update((name, link.peer) for name, link in node.links._links.items())
         leases, scheduler = node.leases, node.engine.scheduler
         of: Counter[str] = Counter()
-        of.update(self._peers.get(key.link, "?") for key in node.links.handoff.states())
-        of.update(self._peers.get(key.link, "?") for key in node.links.intake.states())
+        of.update(self._peers.get(key.link, "?") for key in node.links.handoffs())
+        of.update(self._peers.get(key.link, "?") for key in node.links.intakes())
         of.update(self._peers.get(key.link, "?") for key in list(leases._open))
         of.update(self._peers.get(lease.link, "?") for lease in list(leases._ending))
         of.update(self._peers.get(link, "?") for link in list(leases._touched))

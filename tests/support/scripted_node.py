@@ -8,7 +8,7 @@ conftest.py.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -20,21 +20,22 @@ from common.node.runtime import Node
 from common.node.steps import Steps
 from common.queue import Entry
 from common.registry import NodeRecord, NodeState, Role, Snapshot
-from kv_transfer.ports import Ended, Outcome
+from kv_transfer.link import HandoffListener
+from kv_transfer.ports import Ended, Granted, Outcome
 from tests.support.engines import poisoned_engine
 
 
 class Transfer:
-    """`Links`, its `handoff` and its `intake`: notes what is offered, and ends it as the test says."""
+    """As `Links`: notes what is offered, and ends it when the test says so."""
 
     def __init__(self) -> None:
-        self.handoff = self.intake = self
         self.offers: list[Offer] = []
         self.announced: list[Any] = []  # indexes of blocks (as `ready_blocks` says), in order
         self.committed: list[HandoffKey] = []
         self.next_tokens: list[tuple[int, int]] = []  # position and token of each commit
         self.cancelled: list[HandoffKey] = []
-        self.ended: list[Ended] = []  # what the next `perform` finds out
+        self.ended: list[Ended] = []  # what the next call finds out
+        self.listeners: dict[HandoffKey, HandoffListener] = {}
         self.role: Any
         self.unreachable: dict[str, type[BaseException]] = {}  # peer → what opening a link raises
 
@@ -43,32 +44,42 @@ class Transfer:
             raise self.unreachable[peer]("nobody there")
         return f"link-{peer}"
 
-    def offer(self, offer: Offer, **_: float) -> None:
+    def offer(self, offer: Offer, listener: HandoffListener, *, waited: float = 0.0) -> None:
         self.offers.append(offer)
+        self.listeners[offer.key] = listener
+        self._find_out()
 
-    def ready(self, key: HandoffKey, blocks: list[int], *, now: float) -> None:
+    def announce(self, key: HandoffKey, blocks: list[int]) -> None:
         self.announced += blocks
+        self._find_out()
 
-    def finished(self, key: HandoffKey, *, position: int, first_token: int, **_: Any) -> None:
+    def commit(self, key: HandoffKey, *, position: int, first_token: int, **_: Any) -> None:
         self.committed.append(key)
         self.next_tokens.append((position, first_token))
+        self._find_out()
 
-    def cancel(self, key: HandoffKey, reason: str, *, now: float) -> None:
+    def cancel(self, key: HandoffKey, reason: str) -> None:
         self.cancelled.append(key)
+        self._find_out()
 
-    def states(self) -> dict[HandoffKey, object]:
-        return {}
+    def intakes(self) -> set[HandoffKey]:
+        return set()
 
-    def room_changed(self, now: float) -> list[object]:
-        return []
+    def room_changed(self) -> None: ...
 
-    def offered(self) -> dict[HandoffKey, Offer]:
-        return {}
+    def refuse(self, wanted: Callable[[Offer], bool], reason: str) -> None: ...
 
-    def perform(self, effects: object) -> None:
+    def tell(self, effect: Granted | Ended) -> None:
+        """News of a handoff, to whoever asked for it; of one that has ended nobody hears."""
+        if isinstance(effect, Ended):
+            self.listeners.pop(effect.key)(effect)
+        else:
+            self.listeners[effect.key](effect)
+
+    def _find_out(self) -> None:
         ended, self.ended = self.ended, []
         for effect in ended:
-            self.role.sent(effect)
+            self.tell(effect)
 
 
 class ScriptedNode:

@@ -58,7 +58,7 @@ def arrives(node: ScriptedNode, offer: Offer, reservation: Reservation) -> None:
     key = offer.key
     commit = Commit(key, len(PROMPT), 7, None, len(reservation.blocks))
     node.kv.adopt(reservation)
-    node.role.received(Adopted(key, offer, commit, reservation, 0.0))
+    node.role.arrived(Adopted(key, offer, commit, reservation, 0.0))
 
 
 async def test_a_prompt_that_was_granted_room_is_taken_whatever_came_meanwhile(

@@ -74,8 +74,8 @@ async def test_it_offers_what_it_has_and_commits_the_last_token(
     assert (offer.request.prompt_len, offer.request.params, offer.tail_fill) == (PROMPT, PARAMS, 6)
     assert node.links.next_tokens == [(PROMPT + 2, expected[2])]
     assert not node.engine.has_work, "it has paused"
-    role.sent(Granted(key("d1"), (0, 1)))
-    role.sent(ended("d1", Outcome.ADOPTED))
+    node.links.tell(Granted(key("d1"), (0, 1)))
+    node.links.tell(ended("d1", Outcome.ADOPTED))
     assert node.said == [TookOver("d1", "r-1", 1, 0, PROMPT + 3)]
     assert tokens(node) == expected[:3]
     assert role.num_open == 0
@@ -93,7 +93,7 @@ async def test_a_step_that_runs_is_waited_for(node: ScriptedNode, role: DecodeRo
     assert node.links.offers == []
     node.end_step(role, step)
     assert node.links.next_tokens == [(PROMPT + 1, expected[1])]
-    role.sent(ended("d1", Outcome.ADOPTED))
+    node.links.tell(ended("d1", Outcome.ADOPTED))
 
 
 @pytest.mark.parametrize("outcome", [Outcome.DENIED, Outcome.FAILED, Outcome.LINK_LOST])
@@ -105,7 +105,7 @@ async def test_what_nobody_takes_goes_on_here_as_if_nothing_had_been(
     for asked in range(2):
         offer = node.links.offers[asked]
         peer = offer.key.link.removeprefix("link-")
-        role.sent(ended(peer, outcome, "draining", ask=1 + asked))
+        node.links.tell(ended(peer, outcome, "draining", ask=1 + asked))
         await node.opened()
     assert {offer.key.link for offer in node.links.offers} == {"link-d1", "link-d2"}
     assert role.num_open == 1
@@ -123,7 +123,7 @@ async def test_one_whose_blocks_fail_their_proof_does_not_go_on_here_either(
     """Whatever it makes from now on may be wrong; another attempt computes it again."""
     await drained(node, role, "d1", "d2")
     (offer,) = node.links.offers
-    role.sent(ended(offer.key.link.removeprefix("link-"), Outcome.FAILED, "digest_mismatch"))
+    node.links.tell(ended(offer.key.link.removeprefix("link-"), Outcome.FAILED, "digest_mismatch"))
     await node.opened()
     (failed,) = node.said
     assert isinstance(failed, Failed)
@@ -199,8 +199,8 @@ async def test_digests_of_what_moves_do_not_hold_up_the_streams_of_others(
     assert memory.sealed == [
         *((block, "thread", False) for block in blocks[:-1]), (blocks[-1], "loop", True),
     ]  # fmt: skip
-    role.sent(Granted(key("d1"), tuple(range(len(blocks)))))
-    role.sent(ended("d1", Outcome.ADOPTED))
+    node.links.tell(Granted(key("d1"), tuple(range(len(blocks)))))
+    node.links.tell(ended("d1", Outcome.ADOPTED))
 
 
 @pytest.mark.parametrize("ends", ["cancelled", "finished"])
@@ -245,13 +245,13 @@ async def test_without_a_grant_in_time_it_goes_on_before_the_offer_is_answered(
     await node.step(role)
     assert len(node.links.offers) == 1, "one conversation at a time"
     monkeypatch.setattr(moves, "GRANT_S", 60.0)
-    role.sent(ended(offer.key.link.removeprefix("link-"), Outcome.CANCELLED))
+    node.links.tell(ended(offer.key.link.removeprefix("link-"), Outcome.CANCELLED))
     await node.opened()
     assert len(node.links.offers) == 2, "of the other node"
     other = node.links.offers[1].key.link.removeprefix("link-")
     assert node.links.next_tokens[1] == (PROMPT + 3, expected[3])
-    role.sent(Granted(key(other, ask=2), ()))
-    role.sent(ended(other, Outcome.ADOPTED, ask=2))
+    node.links.tell(Granted(key(other, ask=2), ()))
+    node.links.tell(ended(other, Outcome.ADOPTED, ask=2))
     assert node.said == [TookOver(other, "r-1", 1, 0, PROMPT + 4)]
     assert tokens(node) == expected[:4]
 
@@ -272,7 +272,7 @@ async def test_nodes_without_room_by_their_records_are_not_asked(
     role.peers_changed()
     await node.opened()
     assert len(node.links.offers) == 1
-    role.sent(ended("d1", Outcome.ADOPTED))
+    node.links.tell(ended("d1", Outcome.ADOPTED))
 
 
 async def test_one_that_was_full_is_asked_for_all_again_when_its_record_is_read_again(
@@ -286,15 +286,15 @@ async def test_one_that_was_full_is_asked_for_all_again_when_its_record_is_read_
     node.engine.scheduler.max_num_seqs = room
     role.drain()
     await node.opened()
-    role.sent(ended("d1", Outcome.DENIED, "out_of_blocks"))
+    node.links.tell(ended("d1", Outcome.DENIED, "out_of_blocks"))
     await node.step(role)
     assert [offer.key.request for offer in node.links.offers] == ["r-1"]
     role.peers_changed()
     await node.opened()
     assert [offer.key.request for offer in node.links.offers] == ["r-1", "r-2", "r-1"]
     assert [offer.key.ask for offer in node.links.offers] == [1, 1, 2], "no old answer is about it"
-    role.sent(dataclasses.replace(ended("d1", Outcome.ADOPTED), key=key("d1", 0, "r-2")))
-    role.sent(ended("d1", Outcome.ADOPTED, ask=2))
+    node.links.tell(dataclasses.replace(ended("d1", Outcome.ADOPTED), key=key("d1", 0, "r-2")))
+    node.links.tell(ended("d1", Outcome.ADOPTED, ask=2))
     assert role.num_open == 0
 
 
@@ -305,7 +305,9 @@ async def test_a_cancel_in_the_middle_frees_everything_when_the_other_end_has_an
     role.cancel("gateway-1", "r-1", 1, "client went away")
     assert node.links.cancelled == [key("d1")]
     assert role.num_open == 1
-    role.sent(ended("d1", Outcome.ADOPTED))  # the Ack crossed it; that node is told by the gateway
+    node.links.tell(
+        ended("d1", Outcome.ADOPTED)
+    )  # the Ack crossed it; that node is told by the gateway
     assert role.num_open == 0
     assert node.said == []
 
@@ -327,13 +329,13 @@ async def test_choices_go_one_after_the_other_to_the_same_node(
     )
     await node.step(role)
     assert len(node.links.offers) == 1
-    role.sent(ended(peer, Outcome.ADOPTED, choice=first.key.choice))
+    node.links.tell(ended(peer, Outcome.ADOPTED, choice=first.key.choice))
     await node.opened()
     await node.step(role) if node.engine.has_work else None
     second = node.links.offers[1]
     assert {first.key.choice, second.key.choice} == {0, 1}
     assert second.key.link == first.key.link, "its prompt is there"
-    role.sent(ended(peer, Outcome.ADOPTED, choice=second.key.choice))
+    node.links.tell(ended(peer, Outcome.ADOPTED, choice=second.key.choice))
     assert role.num_open == 0
 
 
@@ -351,7 +353,7 @@ async def test_a_few_move_at_a_time_and_the_others_decode_meanwhile(
     assert node.engine.scheduler.num_running == 2
     while node.links.offers:
         offer = node.links.offers.pop(0)
-        role.sent(
+        node.links.tell(
             dataclasses.replace(ended("d1", Outcome.ADOPTED), key=key("d1", 0, offer.key.request))
         )
         await node.opened()

@@ -153,8 +153,8 @@ class Node:
         ]
         self.links = Links(
             Port(wires, name), name, fingerprint, Target(self.memory, self.layout), pool=self.pool,
-            leases=self.leases, sources=sources, openers=OPENERS, on_sent=self.hear(self.sent),
-            on_received=self.hear(self.received),
+            leases=self.leases, sources=sources, openers=OPENERS,
+            on_arrival=self.hear(self.received), on_intake_ended=self.hear(self.received),
             settings=dataclasses.replace(settings, transport=transport),
         )  # fmt: skip
         wires.nodes[name] = self
@@ -182,7 +182,7 @@ class Node:
     async def quiet(self) -> None:
         """No lease, no reservation: what ends them runs on the loop, so turns of it do."""
         async with asyncio.timeout(HANGS_S):
-            while any(self.leases.count().values()) or self.links.intake.states():  # noqa: ASYNC110
+            while any(self.leases.count().values()) or self.links.intakes():  # noqa: ASYNC110
                 await asyncio.sleep(0)
 
 
@@ -222,8 +222,7 @@ class Prompt:
         offer = Offer(
             key, a_request(self.tokens, name=self.name), tuple(self.hashes), self.fill, 0
         )  # fmt: skip
-        links = self.node.links
-        links.perform(links.handoff.offer(offer, now=links._clock()))
+        self.node.links.offer(offer, self.node.hear(self.node.sent))
         return key
 
     def compute(self, key: HandoffKey, start: int, end: int) -> None:
@@ -238,16 +237,11 @@ class Prompt:
                 seed = tail_seed(parent, self.tokens[-self.fill :])
                 generation = memory.seal(block, seed, list(LAYOUT.tail_ranges(self.fill)))
             ready.append(ReadyBlock(index, block, generation, memory.digests[block]))
-        links = self.node.links
-        links.perform(links.handoff.ready(key, ready, now=links._clock()))
+        self.node.links.announce(key, ready)
 
     def finish(self, key: HandoffKey) -> None:
-        links = self.node.links
-        links.perform(
-            links.handoff.finished(
-                key, position=len(self.tokens), first_token=9, logprobs=None, now=links._clock()
-            )
-        )
+        end = len(self.tokens)
+        self.node.links.commit(key, position=end, first_token=9, logprobs=None)
         self.node.pool.release(self.blocks)
 
     def arrived(self, adopted: Adopted, there: Node) -> bool:
@@ -434,7 +428,7 @@ async def test_a_cancelled_handoff_frees_both_ends(transport: str) -> None:
         key = prompt.offer(link)
         prompt.compute(key, 0, 4)
         await p.until(lambda: p.sent)
-        p.links.perform(p.links.handoff.cancel(key, "cancelled", now=p.links._clock()))
+        p.links.cancel(key, "cancelled")
         await p.until(lambda: p.sent[-1] == Ended(key, True, Outcome.CANCELLED, "cancelled"))
         await d.quiet()
         await p.quiet()

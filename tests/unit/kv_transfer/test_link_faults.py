@@ -40,7 +40,7 @@ async def nodes(*names: str, transport: str = "") -> AsyncIterator[tuple[Node, .
         for node in made:
             await node.links.close()
             assert not any(node.leases.count().values())
-            assert not node.links.intake.states()
+            assert not node.links.intakes()
             node.memory.close()
     assert not {t.name for t in threading.enumerate()} & {"tcp-source", "kv-source"}
     assert descriptors() <= before
@@ -314,7 +314,7 @@ async def test_a_peer_that_stands_still_holds_up_no_other() -> None:
             await slow.until(lambda: len(slow.sent) == len(prompts))
             assert await asyncio.to_thread(asked.wait, 10)
             await arrives(fast, d, await fast.links.open("d"), "f")
-            assert all(key in d.links.intake.states() for key in keys)
+            assert all(key in d.links.intakes() for key in keys)
         await slow.until(lambda: sum(isinstance(e, Ended) for e in slow.sent) == len(prompts))
         assert {e.outcome for e in slow.sent if isinstance(e, Ended)} == {Outcome.ADOPTED}
 

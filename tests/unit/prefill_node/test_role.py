@@ -35,7 +35,7 @@ async def test_it_says_who_took_over_for_that_node_may_be_dead_already(
     role.accept(an_entry())
     await node.step(role)
     assert node.links.committed == [key("d1")]
-    role.sent(ended("d1", Outcome.ADOPTED))
+    node.links.tell(ended("d1", Outcome.ADOPTED))
     assert node.said == [TookOver("d1", "r-1", 1, 0, 21)]
     assert role.num_open == 0
 
@@ -49,7 +49,7 @@ async def test_what_is_queued_again_while_or_after_it_is_here_is_computed_once(
     role.accept(again)
     assert node.deleted == [again]
     await node.step(role)
-    role.sent(ended("d1", Outcome.ADOPTED))
+    node.links.tell(ended("d1", Outcome.ADOPTED))
     role.accept(again)
     assert not node.engine.has_work
     assert len(node.links.offers) == 1
@@ -68,7 +68,7 @@ async def test_a_prompt_whose_blocks_are_named_already_is_not_hashed_again(
     (offer,) = node.links.offers
     assert offer.block_hashes == tuple(hashes)
     assert len(hashes) == 20 // mine.block_size > 0
-    role.sent(ended("d1", Outcome.ADOPTED))
+    node.links.tell(ended("d1", Outcome.ADOPTED))
 
 
 async def test_the_last_blocks_are_announced_before_the_first_token_is_there(
@@ -88,7 +88,7 @@ async def test_the_last_blocks_are_announced_before_the_first_token_is_there(
     role.step_ended(step, node.engine.commit(step, computed))
     assert node.links.announced == list(range(blocks)), "no block is announced twice"
     assert node.links.committed == [key("d1")]
-    role.sent(ended("d1", Outcome.ADOPTED))
+    node.links.tell(ended("d1", Outcome.ADOPTED))
 
 
 @pytest.mark.parametrize("broken", [False, True])
@@ -119,7 +119,7 @@ async def test_blocks_of_a_step_that_is_not_finite_are_sealed_and_announced_to_n
         (failed,) = node.said
         assert isinstance(failed, Failed)
         assert (failed.code, failed.retryable) == ("no_token", False)
-    role.sent(ended("d1", Outcome.CANCELLED if broken else Outcome.ADOPTED))
+    node.links.tell(ended("d1", Outcome.CANCELLED if broken else Outcome.ADOPTED))
     assert role.num_open == 0
 
 
@@ -149,7 +149,7 @@ async def test_of_a_request_that_is_cancelled_meanwhile_nothing_more_is_announce
     role.step_filled(chunks)
     assert node.links.announced == announced
     node.end_step(role, step)
-    role.sent(ended("d1", Outcome.CANCELLED))
+    node.links.tell(ended("d1", Outcome.CANCELLED))
     assert role.num_open == 0
 
 
@@ -168,7 +168,7 @@ async def test_a_link_that_is_found_down_by_sending_over_it_is_no_crash(
     assert {offer.key.link for offer in node.links.offers} == {"link-d1", "link-d2"}
     (committed,) = node.links.committed
     assert committed.link != first.key.link
-    role.sent(Ended(committed, True, Outcome.ADOPTED, ""))
+    node.links.tell(Ended(committed, True, Outcome.ADOPTED, ""))
 
 
 async def test_where_all_are_full_the_gateway_hears_at_once_that_there_is_no_room(
@@ -177,7 +177,7 @@ async def test_where_all_are_full_the_gateway_hears_at_once_that_there_is_no_roo
     node.decode_nodes("d1")
     role.accept(an_entry())
     await node.step(role)
-    role.sent(ended("d1", Outcome.DENIED, "out_of_blocks"))
+    node.links.tell(ended("d1", Outcome.DENIED, "out_of_blocks"))
     (failed,) = node.said
     assert isinstance(failed, Failed)
     assert (failed.code, failed.retryable) == ("out_of_blocks", True)
@@ -197,7 +197,7 @@ async def test_a_prompt_without_a_decode_node_waits_for_one(
     await node.opened()
     role.peers_changed()
     assert node.links.committed == [key("d2")]
-    role.sent(ended("d2", Outcome.ADOPTED))
+    node.links.tell(ended("d2", Outcome.ADOPTED))
 
 
 @pytest.mark.parametrize(
@@ -226,7 +226,7 @@ async def test_whatever_goes_wrong_while_a_link_opens_another_node_is_asked(
     role.peers_changed()
     await node.opened()
     assert node.links.committed == [key("d1")]
-    role.sent(ended("d1", Outcome.ADOPTED))
+    node.links.tell(ended("d1", Outcome.ADOPTED))
     assert role.num_open == 0
 
 
@@ -252,12 +252,12 @@ async def test_a_node_that_failed_it_is_asked_again_when_there_is_no_other(
     node.decode_nodes("d1")
     role.accept(an_entry())
     await node.step(role)
-    role.sent(ended("d1", Outcome.FAILED, "internal_error"))
+    node.links.tell(ended("d1", Outcome.FAILED, "internal_error"))
     role.peers_changed()
     await node.opened()
     assert node.links.committed == [key("d1"), key("d1", ask=2)]
     assert node.said == []
-    role.sent(ended("d1", Outcome.ADOPTED, ask=2))
+    node.links.tell(ended("d1", Outcome.ADOPTED, ask=2))
     assert role.num_open == 0
 
 
@@ -270,7 +270,7 @@ async def test_blocks_that_fail_their_proof_are_offered_to_nobody_else_and_are_n
     role.accept(an_entry())
     await node.step(role)
     cached = node.engine.pool.snapshot().block_hashes
-    role.sent(ended("d1", Outcome.FAILED, reason))
+    node.links.tell(ended("d1", Outcome.FAILED, reason))
     (failed,) = node.said
     assert isinstance(failed, Failed)
     assert (failed.code, failed.retryable) == ("transfer_error", True)
@@ -290,7 +290,7 @@ async def test_a_node_that_is_known_to_be_lost_is_not_asked_again_for_every_prom
     role.accept(dataclasses.replace(entry, dispatch=chosen))
     await node.step(role)
     assert node.links.committed == [key("d2")]
-    role.sent(ended("d2", Outcome.ADOPTED))
+    node.links.tell(ended("d2", Outcome.ADOPTED))
 
 
 async def test_it_does_not_wait_for_long(
@@ -320,7 +320,7 @@ async def test_a_choice_that_is_cancelled_makes_way_for_the_next(
     role.cancel("gateway-1", "r-1", 1, "stopped", frozenset({0}))
     assert node.links.cancelled == [key("d1", 0)]
     await node.opened()
-    role.sent(ended("d1", Outcome.CANCELLED, choice=0))
+    node.links.tell(ended("d1", Outcome.CANCELLED, choice=0))
     assert node.links.committed == [key("d1", 0), key("d1", 2)]
-    role.sent(ended("d1", Outcome.ADOPTED, choice=2))
+    node.links.tell(ended("d1", Outcome.ADOPTED, choice=2))
     assert role.num_open == 0
