@@ -23,6 +23,7 @@ from common.bus_setup import with_bus
 from common.config import GatewaySettings, load
 from common.descriptors import room_for
 from common.errors import ConfigError, PdqError, ResourceError, ServiceUnavailable
+from common.garbage import keep_what_is_here
 from common.logs import configure, get_logger
 from common.metrics import Metrics
 from common.reaper import Reaper
@@ -125,6 +126,7 @@ async def run(
         ]
         for task in background:
             task.add_done_callback(lambda done: _stop_if_failed(done, server))
+        keep_what_is_here()
         log.info("gateway.listening", url=url, model=names, bus=bus.endpoint)
         try:
             await server.serve(sockets=[listener])

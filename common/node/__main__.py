@@ -15,6 +15,7 @@ from common.bus_setup import with_bus
 from common.config import NodeSettings, load
 from common.descriptors import require
 from common.errors import EngineBroken, PdqError
+from common.garbage import keep_what_is_here
 from common.logs import configure, get_logger
 
 log = get_logger("node")
@@ -55,7 +56,7 @@ async def _serve(settings: NodeSettings) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, node.stop)
-    await node.run()
+    await node.run(when_warm=keep_what_is_here)
 
 
 if __name__ == "__main__":

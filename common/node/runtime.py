@@ -184,11 +184,11 @@ class Node:
 
     # Life.
 
-    async def run(self) -> None:
+    async def run(self, when_warm: Callable[[], None] = lambda: None) -> None:
         """Serve until `stop`; then finish what runs, within the grace period, and leave nothing, as
-        after an error at any step of the start."""
+        after an error at any step of the start. `when_warm` is called before anything is served."""
         async with contextlib.AsyncExitStack() as stack:
-            await self._start(stack)
+            await self._start(stack, when_warm)
             loops = [
                 asyncio.create_task(coroutine, name=name)
                 for name, coroutine in (
@@ -208,7 +208,7 @@ class Node:
                 task.result()  # a loop ends only by an error
             await self._drain()
 
-    async def _start(self, stack: contextlib.AsyncExitStack) -> None:
+    async def _start(self, stack: contextlib.AsyncExitStack, when_warm: Callable[[], None]) -> None:
         """What each step needs for its way back is on the stack before the step is taken."""
         stack.callback(lambda: log.info("node.ended", steps=self.engine.num_steps))
         stack.callback(self._end_engine)
@@ -224,6 +224,7 @@ class Node:
         stack.callback(self.gateways.close)
         await asyncio.to_thread(self.engine.warm_up)
         loading.give_back_memory()
+        when_warm()
         # Not before: the reaper takes what has a queue and no beat for dead, and a start may take long.
         await self.entries.open()
         self.state = NodeState.READY

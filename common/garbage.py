@@ -1,0 +1,13 @@
+"""Pauses by Python's collector of cyclic garbage."""
+
+from __future__ import annotations
+
+import gc
+
+
+def keep_what_is_here() -> None:
+    """All objects that are here now stay until the process ends. To be called at the end of a start: a
+    full collection looks at every object it does not know to stay, and what libraries, models and
+    tokenizers have made takes it 60 ms in a gateway, 200 ms in a node, in which nobody gets a token."""
+    gc.collect()
+    gc.freeze()
