@@ -145,7 +145,7 @@ class EmbeddedRedis:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C is for us; we stop it when nobody needs it any more
+            process_group=0,  # Ctrl-C is for us; we stop it when nobody needs it any more
             preexec_fn=die_with_parent(os.getpid()),
         )  # fmt: skip
 

@@ -1,7 +1,8 @@
 """One child process of `pdq serve`: started on its cores, listened to, and never left behind.
 
 Owns: the process, what it wrote last, and its end. Knows nothing of what it does. It dies with us,
-even by kill -9, and a Ctrl-C in the terminal reaches us only.
+even by kill -9, and a Ctrl-C in the terminal reaches us only. It stays in our session: see
+`common/processor_share.py`.
 """
 
 from __future__ import annotations
@@ -37,8 +38,9 @@ class Child:
         argv: Sequence[str],
         environment: Mapping[str, str],
         cores: Sequence[int],
+        niceness: int = 0,
     ) -> Child:
-        """`python -m module argv…`, with our stderr as its stdout."""
+        """`python -m module argv…`, with our stderr as its stdout; `niceness` is added to ours."""
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", module, *argv,
             stdin=asyncio.subprocess.DEVNULL,
@@ -46,8 +48,8 @@ class Child:
             stderr=asyncio.subprocess.PIPE,
             env=dict(environment),
             limit=LONGEST_LINE,
-            start_new_session=True,
-            preexec_fn=_before_exec(os.getpid(), cores),
+            process_group=0,
+            preexec_fn=_before_exec(os.getpid(), cores, niceness),
         )  # fmt: skip
         return cls(process)
 
@@ -108,12 +110,13 @@ def ending(code: int) -> str:
         return f"killed by signal {-code}"
 
 
-def _before_exec(parent: int, cores: Sequence[int]) -> Callable[[], None]:
+def _before_exec(parent: int, cores: Sequence[int], niceness: int) -> Callable[[], None]:
     """What the child does between fork and exec: see `die_with_parent`."""
     follow, bound = die_with_parent(parent), tuple(cores)
 
     def run() -> None:
         follow()
         os.sched_setaffinity(0, bound)
+        os.nice(niceness)
 
     return run

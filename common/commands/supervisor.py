@@ -34,6 +34,7 @@ from common.commands.child import Child, ending
 from common.commands.settings import Deployment
 from common.config import BusSettings, RedisSettings, child_environment
 from common.errors import ResourceError, ServiceUnavailable
+from common.processor_share import BESIDE_GATEWAY
 from common.redis_client import RedisClient
 from common.redis_server import EmbeddedRedis
 from common.registry import NodeRecord, NodeState, Registry, Role
@@ -59,6 +60,7 @@ class Part:
     argv: Sequence[str]
     environment: Mapping[str, str]
     cores: Sequence[int]
+    niceness: int = 0
     child: Child | None = None
     record: NodeRecord | None = None  # once it is ready
     started_at: float = 0.0
@@ -186,7 +188,7 @@ class Supervisor:
             environment = child_environment(node, self._environ)
             name = f"{role}-{number}{where}"
             argv = ("--role", role.value, "--name", name)
-            parts.append(Part(name, "common.node", argv, environment, own))
+            parts.append(Part(name, "common.node", argv, environment, own, BESIDE_GATEWAY))
         return parts
 
     # ── Main loop ────────────────────────────────────────────────────────────────────────────────
@@ -215,7 +217,7 @@ class Supervisor:
         while True:
             part.started_at, part.record, part.slow = time.monotonic(), None, False
             part.child = child = await Child.start(
-                part.module, part.argv, part.environment, part.cores
+                part.module, part.argv, part.environment, part.cores, part.niceness
             )
             self._say(part.name, "starting", f"pid {child.pid}, {cores.shown(part.cores)}")
             # Shielded: its end is awaited again when we stop.

@@ -17,10 +17,10 @@ import resource
 import signal
 import socket
 import sys
-import time
 import warnings
 from typing import NoReturn
 
+from common import processor_share
 from common.child_process import die_with_parent
 from common.errors import InvalidRequest, PdqError, ResourceError
 from common.logs import get_logger
@@ -36,12 +36,9 @@ from gateway.intake.wire import (
 )
 from gateway.served_models import ServedModels
 
-NICE, NICEST = 10, 19  # serving goes before reading what comes next
 PROCESSOR_S = 10.0  # processor time that one body may take
 MEMORY_BYTES = 2**30  # address space that a worker may have beyond what it begins with
 GROWTH_BYTES = 2**27  # a worker that has grown by so much makes way for a fresh one
-
-AUTOGROUP_TRIES, AUTOGROUP_PAUSE_S = 3, 0.11  # the system takes one such change in 0.1 s
 
 AT_ONCE, IN_SPARE_TIME = b"w", b"s"  # what the forking process is asked for
 
@@ -136,40 +133,13 @@ def _fork_workers(commands: socket.socket, models: ServedModels) -> None:
                 _run(main, keep=connection)
 
 
-def _stand_back(in_spare_time: bool) -> None:
-    """Let others go first. Linux shares processors among sessions before it looks at the processes of
-    one (sched(7), autogroup): so this is a session of its own, and its share is small. Threads of a
-    step wait for each other: who takes one of their processors costs them far more than its share."""
-    os.setsid()
-    _shrink_session(NICEST if in_spare_time else NICE)
-    os.nice(NICE)  # where there are no such groups: in a container
-    if in_spare_time:
-        try:
-            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-        except OSError:  # a sandbox may forbid it
-            os.nice(NICEST - NICE)
-
-
-def _shrink_session(niceness: int) -> None:
-    for _ in range(AUTOGROUP_TRIES):
-        try:
-            with open("/proc/self/autogroup", "w") as file:
-                file.write(str(niceness))
-        except BlockingIOError:  # somebody on this machine has just done the same
-            time.sleep(AUTOGROUP_PAUSE_S)
-        except OSError:
-            return
-        else:
-            return
-
-
 def _work(connection: socket.socket, models: ServedModels, in_spare_time: bool) -> None:
     """Answer one body after the other until the gateway hangs up."""
     begin = _address_space()
     resource.setrlimit(resource.RLIMIT_AS, (begin + MEMORY_BYTES,) * 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _send(connection, hello_frame(os.getpid()))
-    _stand_back(in_spare_time)
+    processor_share.leave(idle=in_spare_time)
     last = False
     while not last and (received := _receive(connection, LENGTHS.size)):
         head_length, body_length, _ = lengths(received)

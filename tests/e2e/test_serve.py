@@ -22,6 +22,7 @@ import pytest
 
 from common.config import RedisSettings
 from common.errors import ConfigError
+from common.processor_share import BESIDE_GATEWAY
 from common.redis_client import RedisClient
 from common.redis_server import EmbeddedRedis
 from tests.support.redis import HANGS_S
@@ -66,6 +67,23 @@ def test_each_node_keeps_to_its_share_of_the_cores(served: ServeProcess) -> None
         assert not set(shares[0]) & set(shares[1])
         assert len(shares[0]) == len(shares[1])
     assert set(shares[0]) | set(shares[1]) <= mine
+
+
+def test_its_processes_share_a_session_in_which_the_gateway_goes_before_the_nodes(
+    served: ServeProcess,
+) -> None:
+    """Where each has a session of its own, Linux lets a gateway wait 140 ms at a time for a node that
+    computes all the time, whatever their niceness."""
+    gateway, *nodes = (
+        psutil.Process(served.pid_of(part)) for part in ("gateway-1", "prefill-1", "decode-1")
+    )
+    redis = [c for c in psutil.Process(served.process.pid).children() if c.pid not in
+             (gateway.pid, *(node.pid for node in nodes))]  # fmt: skip
+    parts = [gateway, *nodes, *redis]
+    assert {os.getsid(part.pid) for part in parts} == {os.getsid(served.process.pid)}
+    assert all(node.nice() == min(gateway.nice() + BESIDE_GATEWAY, 19) for node in nodes)
+    # A Ctrl-C in the terminal is for the command alone.
+    assert all(os.getpgid(part.pid) == part.pid for part in parts)
 
 
 def test_the_tables_find_the_running_deployment(served: ServeProcess) -> None:

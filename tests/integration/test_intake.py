@@ -16,6 +16,7 @@ import httpx
 import psutil
 import pytest
 
+from common import processor_share
 from common.errors import ContextLengthExceeded, InvalidRequest, Overloaded
 from gateway.chat_template import ChatTemplate
 from gateway.intake import pool, process
@@ -217,10 +218,10 @@ async def test_long_bodies_are_worked_on_in_time_that_nobody_else_wants() -> Non
         (short,) = (worker for worker in workers(running) if worker != long)
         assert os.sched_getscheduler(long.pid) == os.SCHED_IDLE
         assert os.sched_getscheduler(short.pid) == os.SCHED_OTHER
-        assert short.nice() == min(os.nice(0) + process.NICE, 19)
+        assert short.nice() == min(os.nice(0) + processor_share.NICE, 19)
         assert (os.getsid(long.pid), os.getsid(short.pid)) == (long.pid, short.pid)
-        assert share(long.pid) in (process.NICEST, None)
-        assert share(short.pid) in (process.NICE, None)
+        assert share(long.pid) in (processor_share.NICEST, None)
+        assert share(short.pid) in (processor_share.NICE, None)
 
 
 def share(pid: int) -> int | None:
