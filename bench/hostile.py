@@ -2,8 +2,10 @@
 
 `pdq serve --unified 1` with the shipped model serves a few streams. One process asks `/health` every
 10 ms and notes the longest gap between two events of a stream; another sends hostile bodies without
-pause, one connection for each kind. Both are measured first without, then with the hostile bodies;
-the lag of the measuring process itself says how much of it is the machine's. Needs no GPU.
+pause, one connection for each kind. Both are measured first without, then with the hostile bodies.
+The streams ask for token ids, since a token without text is no event otherwise. Two numbers say how
+much of it is the machine's: the lag of the measuring process itself, which goes first, and the cores
+that processes took which are not ours. Needs no GPU.
 
 With `--http-only` the gateway's HTTP side runs alone, with nodes that give a token every 10 ms.
 """
@@ -25,12 +27,14 @@ from typing import Any
 import psutil
 
 from bench.served import served
+from common.processor_share import set_share_of_session
 
 MEGABYTE = 2**20
 LIMIT = 4 * MEGABYTE - 1000  # under the default of --max-body-bytes
 PROMPT = [300 + n for n in range(16)]
 STREAMS, TOKENS = 4, 300
 GRACE_S = 10.0  # for what was asked before the time was over
+GO_FIRST = -10  # the niceness of the measuring session; all that it starts has one of its own
 
 
 def bodies(model: str) -> dict[str, tuple[str, bytes]]:
@@ -69,7 +73,9 @@ async def http_only() -> None:
 @contextlib.contextmanager
 def served_http_only() -> Iterator[tuple[psutil.Process, int]]:
     command = [sys.executable, "-m", "bench.hostile", "--be", "server"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
         assert process.stdout is not None
         yield psutil.Process(process.pid), int(process.stdout.readline())
         process.kill()
@@ -143,7 +149,10 @@ async def measure(port: int, seconds: float) -> dict[str, float]:
         await asyncio.gather(*asked)
 
     async def stream(number: int) -> None:
-        body = {"prompt": PROMPT, "max_tokens": TOKENS, "ignore_eos": True, "stream": True}
+        body = {
+            "prompt": PROMPT, "max_tokens": TOKENS, "ignore_eos": True, "stream": True,
+            "return_token_ids": True,
+        }  # fmt: skip
         while time.monotonic() < end:
             data = json.dumps(body).encode()
             status, reader, writer = await exchange(port, "/v1/completions", data)
@@ -178,17 +187,31 @@ async def measure(port: int, seconds: float) -> dict[str, float]:
     }  # fmt: skip
 
 
-def go_first() -> None:
-    """Where this process may, let its session go before others that share the processors: what it sees
-    late is not the server's. All that it has started is in sessions of its own."""
-    with contextlib.suppress(OSError), open("/proc/self/autogroup", "w") as priority:
-        priority.write("-10")
-
-
 def at(values: list[float], share: float) -> float:
     """The value below which `share` of `values` lie, in milliseconds."""
     ordered = sorted(values)
     return round(ordered[max(0, math.ceil(share * len(ordered)) - 1)] * 1000, 1)
+
+
+@contextlib.contextmanager
+def others(*roots: psutil.Process) -> Iterator[list[float]]:
+    """The cores that were busy meanwhile, on average, for none of `roots`, what they started, and us. An
+    intake worker that a body killed counts among these."""
+
+    def spent() -> tuple[dict[psutil.Process, float], float]:
+        ours = {}
+        for process in (psutil.Process(), *roots, *(c for r in roots for c in r.children(True))):
+            with contextlib.suppress(psutil.Error):
+                ours[process] = sum(process.cpu_times()[:2])
+        total = psutil.cpu_times()
+        return ours, total.user + total.nice + total.system
+
+    found: list[float] = []
+    since, (ours, total) = time.monotonic(), spent()
+    yield found
+    ours_after, total_after = spent()
+    own = sum(after - ours.get(process, 0.0) for process, after in ours_after.items())
+    found.append(round((total_after - total - own) / (time.monotonic() - since), 2))
 
 
 def memory(root: psutil.Process) -> dict[str, float]:
@@ -223,15 +246,19 @@ def main() -> None:
         else:
             root, port = stack.enter_context(served(given.port, given.flags)), given.port
         result["memory_idle_mb"] = memory(root)
-        go_first()
-        result["quiet"] = asyncio.run(measure(port, given.seconds))
+        set_share_of_session(GO_FIRST)  # what we see late is not the server's
+        with others(root) as found:
+            result["quiet"] = asyncio.run(measure(port, given.seconds))
+        result["quiet"]["others_cores"] = found[0]
         command = [sys.executable, "-m", "bench.hostile", "--be", "attacker", "--port", str(port)]
         with subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            start_new_session=True,  # Linux shares processors among sessions first: not ours
+            start_new_session=True,
         ) as attacker:  # fmt: skip
             time.sleep(3)  # until its bodies are on their way
-            result["hostile"] = asyncio.run(measure(port, given.seconds))
+            with others(root, psutil.Process(attacker.pid)) as found:
+                result["hostile"] = asyncio.run(measure(port, given.seconds))
+            result["hostile"]["others_cores"] = found[0]
             result["memory_hostile_mb"] = memory(root)
             result["answers"] = json.loads(attacker.communicate(timeout=30)[0] or "{}")
     for name, value in result.items():

@@ -20,7 +20,7 @@ def served(port: int, flags: Sequence[str]) -> Iterator[psutil.Process]:
     command = [
         sys.executable, "-m", "common.cli", "serve", "--unified", "1", "--port", str(port), *flags,
     ]  # fmt: skip
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
     try:
         deadline = time.monotonic() + START_LIMIT_S
         while True:
