@@ -11,9 +11,9 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from importlib import metadata
 
 from common.errors import PdqError
+from common.version import version
 
 COMMANDS: dict[str, tuple[str, str, str]] = {
     "serve": ("common.commands.serve", "main", "start gateway, nodes and Redis on this machine"),
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(help_text())
         return 0 if arguments else 2
     if name in ("--version", "-V"):
-        print(f"pdq {_version()}")
+        print(f"pdq {version()}")
         return 0
     if name not in COMMANDS:
         print(f"pdq: no command {name!r}; there are {', '.join(COMMANDS)}", file=sys.stderr)
@@ -75,13 +75,6 @@ def help_text() -> str:
             "`pdq COMMAND --help` shows a command's settings; `pdq --version` the version.",
         ]
     )
-
-
-def _version() -> str:
-    try:
-        return metadata.version("pdq")
-    except metadata.PackageNotFoundError:
-        return "(not installed)"
 
 
 if __name__ == "__main__":

@@ -133,6 +133,14 @@ class LogSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class MetricsSettings:
+    """Where a node serves `/metrics`, for Prometheus. There is nothing of a prompt in it, and no key."""
+
+    host: str = setting("127.0.0.1", "address to serve /metrics on")
+    port: int | None = setting(0, "port of /metrics (0: any free one; none: off)", at_least=0)
+
+
+@dataclasses.dataclass(frozen=True)
 class NodeSettings:
     """One node: its role, its engine, and how others reach it."""
 
@@ -153,6 +161,7 @@ class NodeSettings:
     engine: EngineSettings = field(default_factory=EngineSettings, metadata={"prefix": ""})
     redis: RedisSettings = field(default_factory=RedisSettings)
     bus: BusSettings = field(default_factory=BusSettings)
+    metrics: MetricsSettings = field(default_factory=MetricsSettings)
     log: LogSettings = field(default_factory=LogSettings)
 
 

@@ -8,9 +8,10 @@ something makes its own from the `Metrics` it was given. No global registry.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 __all__ = ["CONTENT_TYPE_LATEST", "Counter", "Gauge", "Histogram", "Metrics"]
@@ -18,6 +19,7 @@ __all__ = ["CONTENT_TYPE_LATEST", "Counter", "Gauge", "Histogram", "Metrics"]
 SECONDS = (
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0,
 )  # fmt: skip
+Reading = float | Mapping[tuple[str, ...], float]
 _NAME = re.compile(r"pdq_[a-z0-9]+(_[a-z0-9]+)*")
 
 
@@ -46,9 +48,42 @@ class Metrics:
         """`buckets` are upper bounds, ascending; the default suits durations in seconds."""
         return Histogram(_checked(name), about, labels, buckets=buckets, registry=self.registry)
 
+    def reads(
+        self, name: str, about: str, read: Callable[[], Reading], labels: Sequence[str] = ()
+    ) -> None:
+        """A metric that is kept elsewhere, and read when it is rendered: a counter if `name` ends in
+        `_total`, else a gauge. With labels, `read` returns a value for each tuple of theirs."""
+        self.registry.register(_Read(_checked(name), about, read, labels))
+
     def render(self) -> bytes:
         """The text of `/metrics`, of type `CONTENT_TYPE_LATEST`."""
         return generate_latest(self.registry)
+
+
+class _Read:
+    """A collector of one metric."""
+
+    def __init__(
+        self, name: str, about: str, read: Callable[[], Reading], labels: Sequence[str]
+    ) -> None:
+        self._family: Callable[..., CounterMetricFamily | GaugeMetricFamily] = (
+            CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
+        )
+        self._name, self._about, self._read, self._labels = name, about, read, labels
+
+    def describe(self) -> list[Metric]:
+        return [self._empty()]
+
+    def collect(self) -> Iterator[Metric]:
+        family = self._empty()
+        found = self._read()
+        values = found if isinstance(found, Mapping) else {(): found}
+        for labels, value in sorted(values.items()):
+            family.add_metric(labels, value)
+        yield family
+
+    def _empty(self) -> CounterMetricFamily | GaugeMetricFamily:
+        return self._family(self._name, self._about, labels=self._labels)
 
 
 def _checked(name: str) -> str:

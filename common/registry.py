@@ -47,7 +47,7 @@ SILENT_S, LOST_S = 5.0, 30.0  # without a beat, which comes once a second or mor
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _DIGEST, _KV_LINKS = "identity", "kv_links"  # fields beside those of an identity
 
-KVLink = dict[str, str]  # of `Links.describe`: link, peer, transport, reason, direction, blocks
+KVLink = dict[str, str]  # of `Links.describe`: link, peer, transport, reason, direction
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

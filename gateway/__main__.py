@@ -31,6 +31,7 @@ from common.redis_client import RedisClient
 from common.registry import NodeRecord, NodeState, Registry, Role, new_incarnation
 from common.requests import Requests
 from common.senders import TO_GATEWAYS
+from common.version import version
 from gateway.access import Access
 from gateway.app import create_app
 from gateway.dispatch import Dispatcher
@@ -113,6 +114,7 @@ async def run(
             host=socket.gethostname(),
             pid=os.getpid(),
             started_at=int(time.time() * 1000),
+            version=version(),
             model=names,
         )
         http = dataclasses.replace(settings.http, max_connections=connections)

@@ -56,6 +56,8 @@ from kv_transfer.ports import (
     Ended,
     Granted,
     IntakePool,
+    Outcome,
+    Piece,
     ReadyBlock,
     Send,
     Teardown,
@@ -97,7 +99,6 @@ class _Link:
     transport: str = ""
     reason: str = ""
     reader: Reader | None = None
-    blocks: int = 0  # copied here over it
     busy: asyncio.Future[Any] | None = None  # opening this end, in a thread
     answer: Welcome | Refuse | None = None  # ours to Hello, to repeat
     answered: asyncio.Future[Welcome | Refuse] | None = None  # theirs
@@ -122,6 +123,10 @@ class Links:
         self._handoff = Handoff(leases, settings)
         self._intake = Intake(pool, fingerprint, settings)
         self.counts: collections.Counter[str] = collections.Counter()
+        self.ended: collections.Counter[tuple[str, ...]] = collections.Counter()
+        """Handoffs and intakes that ended, by end, transport and outcome."""
+        self.received_blocks: collections.Counter[str] = collections.Counter()  # by transport
+        self.received_bytes: collections.Counter[str] = collections.Counter()
         self._bus, self._node, self._fingerprint, self._target = bus, node, fingerprint, target
         self._leases, self._sources, self._openers = leases, list(sources), dict(openers)
         self._on_arrival, self._on_intake_ended = on_arrival, on_intake_ended
@@ -253,12 +258,22 @@ class Links:
         return asyncio.Semaphore(self._settings.copies_per_link)
 
     def describe(self) -> list[dict[str, str]]:
-        """One row per link, for `pdq nodes`. `blocks` were copied: 0 at the side that sends."""
+        """One row per link, for `pdq nodes`; a row changes with its link only."""
         return [
             {"link": name, "peer": link.peer, "transport": link.transport, "reason": link.reason,
-             "direction": "sends" if link.sending else "receives", "blocks": str(link.blocks)}
+             "direction": "sends" if link.sending else "receives"}
             for name, link in self._links.items()
         ]  # fmt: skip
+
+    def events(self) -> dict[tuple[str, ...], int]:
+        """How often links and handoffs met with what is not the usual way, by end (`link`: of neither)
+        and event."""
+        counts = {
+            "link": self.counts,
+            "handoff": self._handoff.counts,
+            "intake": self._intake.counts,
+        }
+        return {(end, event): n for end, of_one in counts.items() for event, n in of_one.items()}
 
     def connection_lost(self, connection: str) -> None:
         """Tear down every KV link over the bus's link of this id, which is down."""
@@ -275,9 +290,9 @@ class Links:
             link.answered.exception()  # somebody may have stopped waiting
         self._spawn(self._close_end(name, link))
         if link.sending:
-            self._perform(self._handoff.link_lost(name, now=self._clock()))
+            self._perform(self._handoff.link_lost(name, now=self._clock()), link)
         else:
-            self._perform(self._intake.link_lost(name, now=self._clock()))
+            self._perform(self._intake.link_lost(name, now=self._clock()), link)
 
     async def _close_end(self, name: str, link: _Link) -> None:
         """Close this end of a link that is down, after any call that opens it has ended."""
@@ -432,9 +447,12 @@ class Links:
 
     # Effects
 
-    def _perform(self, effects: list[Effect]) -> None:
-        """Perform the effects that a method of either end returned."""
+    def _perform(self, effects: list[Effect], of: _Link | None = None) -> None:
+        """Perform the effects that a method of either end returned. `of`: the link that they are of,
+        where that may be down."""
         for effect in effects:
+            if isinstance(effect, (Adopted, Ended)):
+                self._count_end(effect, of or self._links.get(effect.key.link))
             if isinstance(effect, Send):
                 self._send(effect.link, effect.message)
             elif isinstance(effect, Copy):
@@ -455,6 +473,12 @@ class Links:
             else:
                 self._on_intake_ended(effect)
 
+    def _count_end(self, effect: Adopted | Ended, link: _Link | None) -> None:
+        sending = isinstance(effect, Ended) and effect.sending
+        outcome = effect.outcome if isinstance(effect, Ended) else Outcome.ADOPTED
+        transport = link.transport if link is not None else ""
+        self.ended["handoff" if sending else "intake", transport, outcome.value] += 1
+
     def _continue_check(self) -> None:
         self._perform(self._intake.continue_check(self._clock()))
 
@@ -473,8 +497,8 @@ class Links:
             async with link.copies, self._threads.copies:
                 await self._pull(link, link.reader, copy)
             error = ""
-            self.counts["blocks_copied"] += len(copy.pieces)
-            link.blocks += len(copy.pieces)
+            self.received_blocks[link.transport] += len(copy.pieces)
+            self.received_bytes[link.transport] += sum(map(self._size_of, copy.pieces))
         except PdqError as failure:
             error = failure.code
             self.counts[error] += 1
@@ -483,9 +507,15 @@ class Links:
                 until = self._clock() + FAILED_S
                 self._failed[link.peer, link.transport] = until, str(failure)
         finally:
-            self._perform(self._intake.copied(copy.number, error, now=self._clock()))
+            self._perform(self._intake.copied(copy.number, error, now=self._clock()), link)
             if lost and self._links.get(copy.key.link) is link:
                 self._perform([Teardown(copy.key.link, error)])
+
+    def _size_of(self, piece: Piece) -> int:
+        """Bytes of KV that a piece brought."""
+        block_size = self._fingerprint.block_size
+        filled = sum(span.length for span in piece.spans) or piece.fill or block_size
+        return self._target.memory.slab_bytes * filled // block_size
 
     async def _pull(self, link: _Link, reader: Reader, copy: Copy) -> None:
         """Run a pull. One that takes too long ends with its link, even if bytes still arrive."""

@@ -137,7 +137,7 @@ def _node_row(record: NodeRecord, snapshot: Snapshot, links: Sequence[KVLink]) -
         str(record.running), str(record.waiting) if worker else "",
         str(record.leases) if worker else "", str(record.steps) if worker else "",
         record.transports, _by_transport(links), record.model,
-        record.url or record.endpoint,
+        record.endpoint if worker else record.url,
     ]  # fmt: skip
 
 

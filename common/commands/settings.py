@@ -228,6 +228,8 @@ def load_deployment(argv: Sequence[str], environ: Mapping[str, str]) -> Deployme
         )
     if given.bus.port:
         raise ConfigError("--bus-port names one port, which several processes cannot share")
+    if given.metrics.port and prefill + decode + given.unified > 1:
+        raise ConfigError("--metrics-port names one port, which several nodes cannot share")
     return Deployment(
         prefill,
         decode,

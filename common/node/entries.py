@@ -43,6 +43,11 @@ class Entries:
         self._over = asyncio.Event()  # there are entries to delete
         self.settled = False  # after `stop`: the role has all it will ever get
 
+    @property
+    def num_dropped(self) -> int:
+        """Entries that were not for this node any more, or could not be read."""
+        return self._queue.dropped
+
     async def open(self) -> None:
         await self._queue.open()
 

@@ -44,11 +44,13 @@ from common.messages import (
     TokensAck,
     TookOver,
 )
+from common.metrics_server import MetricsServer
 from common.node.attempt import Attempt
 from common.node.cache_feed import CacheFeed
 from common.node.entries import Entries
 from common.node.gateways import Gateways
 from common.node.kv import NodeKV, SharedMemory
+from common.node.metrics import NodeMetrics
 from common.node.role import NodeRole, load_role
 from common.node.steps import Steps
 from common.node.token_stream import ChoiceKey
@@ -57,6 +59,7 @@ from common.queue import Entry
 from common.redis_client import RedisClient
 from common.registry import NodeRecord, NodeState, Registry, Role, Snapshot, new_incarnation
 from common.senders import TO_NODES
+from common.version import version
 from kv_transfer.lease import Leases
 from kv_transfer.link import Links
 from kv_transfer.ports import Adopted, TransferSettings
@@ -99,6 +102,7 @@ class Node:
         self.kv = NodeKV(self.engine, self.memory, digests=settings.engine.kv_digests)
         self.leases = Leases(self.engine.pool)
         self.links: Links
+        self.metrics: MetricsServer
         self.transports = ""  # what this node has of them, fastest first
         self.cache_feed = CacheFeed(self.incarnation, self.engine.pool)
         self.role: NodeRole = load_role(settings.role, self)
@@ -221,6 +225,10 @@ class Node:
         self.links = self._make_links()
         stack.push_async_callback(self.links.close)
         self.links.start()
+        self.steps.metrics = metrics = NodeMetrics(self)
+        self.metrics = MetricsServer(self.settings.metrics, metrics.render)
+        stack.push_async_callback(self.metrics.close)
+        await self.metrics.start()
         stack.callback(self.gateways.close)
         await asyncio.to_thread(self.engine.warm_up)
         loading.give_back_memory()
@@ -386,8 +394,9 @@ class Node:
         self._beats += 1
         return NodeRecord(
             incarnation=self.incarnation, name=self.name, role=Role(self.settings.role),
-            state=self.state, endpoint=self.bus.endpoint, host=socket.gethostname(),
-            pid=os.getpid(), cores=len(os.sched_getaffinity(0)), started_at=self._started_at,
+            state=self.state, endpoint=self.bus.endpoint, url=self.metrics.url(self.bus.endpoint),
+            host=socket.gethostname(), pid=os.getpid(), cores=len(os.sched_getaffinity(0)),
+            started_at=self._started_at, version=version(),
             model=mine.model, revision=mine.revision, layout=mine.layout, numerics=mine.numerics,
             adapter=mine.adapter, tokenizer=mine.tokenizer, transports=self.transports,
             block_size=mine.block_size, slab_bytes=engine.layout.slab_bytes,

@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, NoReturn
 
@@ -27,6 +28,7 @@ from common.logs import get_logger
 from common.node.suspects import Suspects
 
 if TYPE_CHECKING:
+    from common.node.metrics import NodeMetrics
     from common.node.runtime import Node
 
 log = get_logger("steps")
@@ -39,6 +41,7 @@ class Steps:
     """`run` it; `wake` it when there may be work. `stall_limit_s` bounds one step."""
 
     def __init__(self, node: Node, stall_limit_s: float) -> None:
+        self.metrics: NodeMetrics | None = None
         self.suspects = Suspects()
         self.computing = False
         self.hangs = False  # a step does not come back: the thread can never be waited for
@@ -68,17 +71,23 @@ class Steps:
             self.computing = True
             await self._announce(alone and f"{alone}@{_reached(step, max)[alone]}")
             node.role.step_begins(step)
+            begun = time.monotonic()
             try:
                 result = await self._compute(step)
             except Exception as error:
                 engine.fail(step)
                 await self._failed(alone, step, error)
                 continue
+            seconds = time.monotonic() - begun
             try:
-                node.role.step_ended(step, engine.commit(step, result))
+                outputs = engine.commit(step, result)
+                node.role.step_ended(step, outputs)
             except Exception as error:  # what is half taken in cannot be computed again
                 log.error("step.not_taken_in", error=repr(error), alone=alone, exc_info=error)
                 self._end(alone, step, error)
+            if self.metrics is not None:
+                generated = sum(len(output.token_ids) for output in outputs)
+                self.metrics.step_ended(step, seconds, generated, len(result.spoiled))
             self.suspects.passed(alone, _reached(step, min))
             for request in self.suspects:
                 if not engine.scheduler.is_open(request):
@@ -121,6 +130,8 @@ class Steps:
         raise EngineBroken(f"a step took longer than {self._stall_limit_s:g} s")
 
     async def _failed(self, alone: str, step: Step, error: BaseException) -> None:
+        if self.metrics is not None:
+            self.metrics.step_failed()
         members = _reached(step, max)
         log.error(
             "step.failed", error=repr(error), requests=len(members), alone=alone, exc_info=error

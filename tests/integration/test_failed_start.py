@@ -18,7 +18,13 @@ from typing import TypeVar
 import pytest
 
 from common.bus import Bus, Down
-from common.config import EngineSettings, GatewaySettings, NodeSettings, RedisSettings
+from common.config import (
+    EngineSettings,
+    GatewaySettings,
+    MetricsSettings,
+    NodeSettings,
+    RedisSettings,
+)
 from common.engine import Engine
 from common.errors import ConfigError, PdqError, ResourceError, ServiceUnavailable
 from common.node.runtime import Node
@@ -49,6 +55,9 @@ class Spoil:
 
     def bus_port(self, settings: S) -> S:
         return dataclasses.replace(settings, bus=bus_settings(port=self._taken_port))
+
+    def metrics_port(self, settings: NodeSettings) -> NodeSettings:
+        return dataclasses.replace(settings, metrics=MetricsSettings(port=self._taken_port))
 
     def last_transport(self, settings: NodeSettings) -> NodeSettings:
         """The ones before it are there already."""
@@ -98,6 +107,7 @@ async def refusal(start: Callable[[], Awaitable[None]]) -> Refusal:
     ("step", "error"),
     [
         ("bus_port", ResourceError),
+        ("metrics_port", ResourceError),
         ("last_transport", ConfigError),
     ],
 )

@@ -127,6 +127,7 @@ def test_the_nodes_there_will_be(flags: list[str], counts: tuple[int, int, int])
         (["--unified", "0", "--decode", "0"], "1 prefill and 0 decode"),
         (["--cores", "99999"], "core 99999 is not ours"),
         (["--bus-port", "5000"], "--bus-port"),
+        (["--metrics-port", "5000"], "--metrics-port"),
         (["--name", "mine"], "--name"),
         (["--role", "decode"], "--role"),
         (["--port", "0", "model"], "model"),

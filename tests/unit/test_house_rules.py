@@ -24,6 +24,7 @@ DOORS = {
     "huggingface_hub": {"common/model_files.py"},
     "safetensors": {"common/engine/model/weights.py"},
     "prometheus_client": {"common/metrics.py"},
+    "h11": {"gateway/connection.py", "common/metrics_server.py"},
     "pickle": set(),
     "marshal": set(),
     "transformers": {"common/model_folder/conversion_child.py"},

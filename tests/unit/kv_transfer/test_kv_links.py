@@ -314,8 +314,11 @@ async def test_blocks_the_decode_side_holds_are_not_sent(transport: str) -> None
             await p.until(lambda done=done: done in p.sent)
         granted = [event for event in p.sent if isinstance(event, Granted)]
         assert [event.missing for event in granted] == [(0, 1, 2), (2, 3)]
-        assert d.links.counts["blocks_copied"] == 5
-        assert [link["blocks"] for link in d.links.describe()] == ["5"]
+        name = d.links.describe()[0]["transport"]
+        assert d.links.received_blocks == {name: 5}
+        assert d.links.received_bytes == {name: 4 * LAYOUT.slab_bytes}  # two tails are half full
+        assert p.links.ended == {("handoff", name, "adopted"): 2}
+        assert d.links.ended == {("intake", name, "adopted"): 2}
 
 
 @every_link

@@ -1,0 +1,119 @@
+"""What two nodes count of a request that goes from one to the other, read over HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+from collections.abc import AsyncIterator
+
+import httpx
+
+from common.config import EngineSettings, MetricsSettings, NodeSettings
+from common.node.runtime import Node
+from common.redis_client import RedisClient
+from common.registry import NodeRecord, NodeState
+from common.sampling import SamplingParams
+from tests.support.bus_key import bus_settings
+from tests.support.checkpoints import STORIES
+from tests.support.dispatching import dispatch
+from tests.support.metrics import scrape
+from tests.support.redis import wait_until
+
+BLOCKS, BLOCK = 64, 16
+ENGINE = EngineSettings(
+    model=str(STORIES), dtype="float32", threads=1, num_kv_blocks=BLOCKS, block_size=BLOCK,
+    max_num_seqs=4, max_num_batched_tokens=256,
+)  # fmt: skip
+PROMPT = [7 + n for n in range(3 * BLOCK + 5)]
+GENERATED = 6
+
+
+@contextlib.asynccontextmanager
+async def running(
+    redis: RedisClient,
+    *roles: str,
+    metrics: MetricsSettings = MetricsSettings(),  # noqa: B008
+) -> AsyncIterator[list[NodeRecord]]:
+    """Nodes of these roles in this process; what they say of themselves."""
+    nodes = [
+        await asyncio.to_thread(
+            Node,
+            NodeSettings(
+                role=role, engine=ENGINE, redis=redis.settings, bus=bus_settings(),  # type: ignore[arg-type]
+                transports=("shm",), metrics=metrics,
+            ),
+        )
+        for role in roles
+    ]  # fmt: skip
+    tasks = [asyncio.create_task(node.run()) for node in nodes]
+    for node in nodes:
+        await wait_until(lambda node=node: node.state is NodeState.READY, "it is ready")
+    yield [node.record() for node in nodes]
+    for node in nodes:
+        node.stop()
+    await asyncio.gather(*tasks)
+
+
+async def test_a_handoff_is_counted_at_both_ends_by_transport_and_outcome(
+    redis_client: RedisClient,
+) -> None:
+    async with running(redis_client, "prefill", "decode") as (prefill, decode):
+        for name in ("r-1", "r-2"):
+            params = SamplingParams(max_tokens=GENERATED, ignore_eos=True, temperature=0.0)
+            answer = await dispatch(redis_client, name, PROMPT, params, prefill, decode)
+            assert len(answer.token_ids) == GENERATED
+
+        async def settled() -> bool:
+            return (await scrape(prefill.url)).get("pdq_open_attempts") == 0
+
+        await wait_until(settled, "the handoffs have ended")
+        sender, receiver = await scrape(prefill.url), await scrape(decode.url)
+
+    ended = {"transport": "shm", "outcome": "adopted"}
+    assert sender.get("pdq_handoffs_total", end="handoff", **ended) == 2
+    assert receiver.get("pdq_handoffs_total", end="intake", **ended) == 2
+    assert sender.total("pdq_handoffs_total") == receiver.total("pdq_handoffs_total") == 2
+    # Three full blocks once, and the tail each time: a quarter and a bit of a block.
+    assert receiver.get("pdq_received_blocks_total", transport="shm") == 5
+    slab = decode.slab_bytes
+    tail = slab * (len(PROMPT) % BLOCK) // BLOCK
+    assert receiver.get("pdq_received_bytes_total", transport="shm") == 3 * slab + 2 * tail
+    assert sender.get("pdq_kv_links", end="handoff", transport="shm") == 1
+    assert receiver.get("pdq_kv_links", end="intake", transport="shm") == 1
+
+    assert sender["pdq_prompt_tokens_total"] == len(PROMPT) + len(PROMPT) % BLOCK
+    assert sender["pdq_prefix_cache_hits_total"] == 3 * BLOCK
+    assert sender["pdq_prefix_cache_queries_total"] >= 6 * BLOCK
+    both = sender["pdq_generation_tokens_total"] + receiver["pdq_generation_tokens_total"]
+    assert both == 2 * GENERATED
+
+    for node in (sender, receiver):
+        free = node.get("pdq_kv_blocks", state="free")
+        assert free + node.get("pdq_kv_blocks", state="used") == BLOCKS
+        assert node.get("pdq_kv_blocks", state="cached") >= 3
+        assert node["pdq_num_requests_running"] == node["pdq_num_requests_waiting"] == 0
+        steps = node.get("pdq_steps_total", outcome="computed")
+        assert steps == node["pdq_step_seconds_count"] > 0
+        assert node["pdq_step_seconds_sum"] > 0
+        assert node.get("pdq_bus_events_total", event="sent") > 0
+        assert node["pdq_suspects"] == node["pdq_spoiled_sequences_total"] == 0
+        assert node["pdq_num_preemptions_total"] == 0
+
+
+async def test_every_node_says_where_its_metrics_are_and_each_has_a_line_of_help(
+    redis_client: RedisClient,
+) -> None:
+    async with running(redis_client, "unified") as (record,):
+        async with httpx.AsyncClient() as client:
+            text = (await client.get(f"{record.url}/metrics")).text
+        found = await scrape(record.url)
+    assert record.url.startswith("http://127.0.0.1:")
+    helped = set(re.findall(r"^# HELP (\S+) \S", text, re.MULTILINE))
+    assert helped == set(re.findall(r"^# TYPE (\S+)", text, re.MULTILINE))
+    assert found.total("pdq_node_info") == 1
+
+
+async def test_a_node_can_do_without(redis_client: RedisClient) -> None:
+    async with running(redis_client, "unified", metrics=MetricsSettings(port=None)) as (record,):
+        assert record.url == ""
