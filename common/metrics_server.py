@@ -1,8 +1,9 @@
 """`/metrics` of a process that serves nothing else over HTTP.
 
 Owns: the listener and what one client of it may take: MOST_CONNECTIONS at a time, one request on each,
-TIMEOUT_S for all of it, a head of MOST_HEAD_BYTES. A text is rendered at most once in FRESH_S, however
-many ask. Knows nothing of what is counted. The gateway has its own routes (gateway/routes.py).
+TIMEOUT_S for all of it, a head of MOST_HEAD_BYTES. A text is rendered once in PAUSE_S at most: who asks
+sooner waits for the next one, with all others. Knows nothing of what is counted. The gateway has its
+own routes (gateway/routes.py).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from common.metrics import CONTENT_TYPE_LATEST
 MOST_CONNECTIONS = 16
 MOST_HEAD_BYTES = 16_384
 TIMEOUT_S = 10.0
-FRESH_S = 0.25
+PAUSE_S = 0.1
 EVERY_ADDRESS = frozenset({"0.0.0.0", "::"})
 
 
@@ -36,14 +37,15 @@ class MetricsServer:
         render: Callable[[], bytes],
         *,
         timeout_s: float = TIMEOUT_S,
-        fresh_s: float = FRESH_S,
+        pause_s: float = PAUSE_S,
     ) -> None:
         self.port = 0
         """Where it listens; 0 before `start`."""
         self._settings = settings
         self._render = render
-        self._timeout_s, self._fresh_s = timeout_s, fresh_s
-        self._rendered, self._rendered_at = b"", -math.inf
+        self._timeout_s, self._pause_s = timeout_s, pause_s
+        self._rendering: asyncio.Task[bytes] | None = None
+        self._rendered_at = -math.inf
         self._server: asyncio.Server | None = None
         self._talks: set[asyncio.Task[None]] = set()
 
@@ -81,9 +83,10 @@ class MetricsServer:
         """Cut off whoever is connected."""
         if self._server is not None:
             self._server.close()
-        for talk in self._talks:
-            talk.cancel()
-        await asyncio.gather(*self._talks, return_exceptions=True)
+        tasks = [*self._talks, *filter(None, [self._rendering])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if len(self._talks) >= MOST_CONNECTIONS:
@@ -134,10 +137,16 @@ class MetricsServer:
             return _said(HTTPStatus.METHOD_NOT_ALLOWED)
         if event.target.partition(b"?")[0] != b"/metrics":
             return _said(HTTPStatus.NOT_FOUND)
-        now = time.monotonic()
-        if now - self._rendered_at >= self._fresh_s:
-            self._rendered, self._rendered_at = self._render(), now
-        return HTTPStatus.OK, self._rendered
+        if self._rendering is None:
+            self._rendering = asyncio.get_running_loop().create_task(self._render_soon())
+        return HTTPStatus.OK, await asyncio.shield(self._rendering)
+
+    async def _render_soon(self) -> bytes:
+        try:
+            await asyncio.sleep(self._rendered_at + self._pause_s - time.monotonic())
+            return self._render()
+        finally:
+            self._rendering, self._rendered_at = None, time.monotonic()
 
 
 def _said(status: int) -> tuple[int, bytes]:

@@ -109,11 +109,24 @@ async def test_there_is_room_for_so_many_clients_and_again_when_they_have_gone()
         assert b" 200 " in await ask(server, GET)
 
 
-async def test_many_who_ask_at_once_are_given_one_text() -> None:
-    async with serving(fresh_s=60.0) as (server, made):
-        answers = await asyncio.gather(*(ask(server, GET) for _ in range(MOST_CONNECTIONS)))
-        assert all(b"pdq_free_blocks 7.0" in answer for answer in answers)
+async def test_who_asks_again_at_once_waits_and_is_told_what_holds_then() -> None:
+    metrics = Metrics()
+    gauge = metrics.gauge("pdq_free_blocks", "free blocks")
+    server = MetricsServer(MetricsSettings(), metrics.render, pause_s=0.05)
+    await server.start()
+    for number in (1.0, 2.0, 3.0):
+        gauge.set(number)
+        assert f"pdq_free_blocks {number}".encode() in await ask(server, GET)
+    await server.close()
+
+
+async def test_all_who_wait_cost_one_text_and_end_with_the_server() -> None:
+    async with serving(pause_s=60.0) as (server, made):
+        await ask(server, GET)
+        asking = [asyncio.create_task(ask(server, GET)) for _ in range(MOST_CONNECTIONS)]
+        await wait_until(lambda: server.num_open == MOST_CONNECTIONS, "all are heard")
         assert len(made) == 1
+    assert set(await asyncio.gather(*asking)) == {b""}
 
 
 async def test_who_is_connected_when_it_ends_is_cut_off() -> None:
