@@ -10,7 +10,7 @@ the transport that carries slabs over tcp.
     is off, so that nothing is lost or repeated behind our back.
 
     routing id of a DEALER   incarnation "/" link id
-    frames                   [encoded message, further frames…]
+    frame                    encoded message; more than one are malformed
 
 Every connection is encrypted and authenticated by CURVE, with the one key of the whole system: who
 does not have it is not heard.
@@ -32,7 +32,6 @@ import dataclasses
 import secrets
 import time
 from collections import Counter
-from collections.abc import Sequence
 from typing import Any
 
 import zmq
@@ -65,7 +64,6 @@ class Received:
     peer: str
     link: str
     message: Message
-    frames: tuple[bytes, ...]
 
 
 @dataclasses.dataclass(slots=True)
@@ -217,9 +215,7 @@ class Bus:
 
     # ── Messages ─────────────────────────────────────────────────────────────────────────────────
 
-    def send(
-        self, peer: str, message: Message, frames: Sequence[bytes] = (), *, link: str | None = None
-    ) -> None:
+    def send(self, peer: str, message: Message, *, link: str | None = None) -> None:
         """Hand a message to the link with `peer`, our own before theirs; never waits.
 
         `LinkLost` without a link, or with another one than `link` where that is given. A link that
@@ -228,25 +224,25 @@ class Bus:
         """
         for found in self._links.with_peer(peer):
             if link in (None, found.id):
-                return self._send(found, (encode(message), *frames))
+                return self._send(found, encode(message))
         raise LinkLost(f"no link with {peer}", param=peer)
 
     async def receive(self) -> Received:
         """The next message of any peer."""
         return await self._inbox.get()
 
-    def _send(self, link: Link, frames: Sequence[bytes]) -> None:
-        reason = self.put(link, frames)
+    def _send(self, link: Link, frame: bytes) -> None:
+        reason = self.put(link, frame)
         if reason is not None:
             self._links.end(link, reason)
             raise LinkLost(f"the link with {link.peer} is {reason.value}", param=link.peer)
 
-    def put(self, link: Link, frames: Sequence[bytes]) -> Down | None:
-        """Of `Wire`: hand frames to ZeroMQ."""
+    def put(self, link: Link, frame: bytes) -> Down | None:
+        """Of `Wire`: hand a message to ZeroMQ."""
         if link.ours:
-            future = link.wire.socket.send_multipart(frames, flags=zmq.DONTWAIT)
+            future = link.wire.socket.send(frame, flags=zmq.DONTWAIT)
         else:
-            future = self._router.send_multipart((link.address, *frames), flags=zmq.DONTWAIT)
+            future = self._router.send_multipart((link.address, frame), flags=zmq.DONTWAIT)
         error = future.exception()  # it is done: it was not to wait
         if error is None:
             self.counts["sent"] += 1
@@ -275,13 +271,15 @@ class Bus:
             frames = await socket.recv_multipart()
             source: Link | bytes = link if link is not None else frames.pop(0)
             try:
-                message = decode(frames[0] if frames else b"")
+                if len(frames) != 1:
+                    raise MalformedMessage(f"{len(frames)} frames")
+                message = decode(frames[0])
             except MalformedMessage as error:
                 self._malformed(link.peer if link is not None else repr(source), str(error))
                 continue
             found = self._links.heard(source, message, time.monotonic())
             if found is not None:
-                await self._inbox.put(Received(found.peer, found.id, message, tuple(frames[1:])))
+                await self._inbox.put(Received(found.peer, found.id, message))
 
     def _malformed(self, peer: str, error: str) -> None:
         self.counts["malformed"] += 1

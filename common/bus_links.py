@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from common.codec import encode
@@ -77,10 +77,10 @@ class Link:
 
 
 class Wire(Protocol):
-    """What carries the frames of links."""
+    """What carries the messages of links."""
 
-    def put(self, link: Link, frames: Sequence[bytes]) -> Down | None:
-        """Hand frames over, without waiting; or say why the link cannot take them any more."""
+    def put(self, link: Link, frame: bytes) -> Down | None:
+        """Hand a message over, without waiting; or say why the link cannot take them any more."""
 
     def hang_up(self, link: Link) -> None:
         """Nothing more comes of this link; what was put may still leave."""
@@ -157,9 +157,6 @@ class LinkTable:
             kind, count = type(message).__name__, self.counts["refused"]
             log.warning("bus.refused", peer=link.peer, kind=kind, count=count)
 
-    def knows(self, address: bytes) -> bool:
-        return address in self._by_address
-
     def _from_unknown(self, address: bytes, message: Message, now: float) -> None:
         """Only `Open` makes a link, and it is said once: whatever else comes is of one that is over
         here, and its peer, which does not know that, is told at once."""
@@ -175,7 +172,7 @@ class LinkTable:
         elif not isinstance(message, (Over, Goodbye)):
             self.counts["late"] += 1
             unknown = Link(peer, link_id, address, now)
-            self._wire.put(unknown, (encode(Over(self._incarnation, "unknown link")),))
+            self._wire.put(unknown, encode(Over(self._incarnation, "unknown link")))
 
     def _heard_beat(self, link: Link, beat: Beat) -> None:
         if beat.node != link.peer:
@@ -218,7 +215,7 @@ class LinkTable:
         return Beat(self._incarnation, *self._progress())
 
     def _put(self, link: Link, message: Message) -> None:
-        reason = self._wire.put(link, (encode(message),))
+        reason = self._wire.put(link, encode(message))
         if reason is not None:
             self.end(link, reason)
 
@@ -233,7 +230,7 @@ class LinkTable:
         del links[link.peer]
         self._by_address.pop(link.address, None)
         if reason not in SAID_BY_PEER and not silently:
-            self._wire.put(link, (encode(Over(self._incarnation, reason.value)),))
+            self._wire.put(link, encode(Over(self._incarnation, reason.value)))
         self._wire.hang_up(link)
         self.counts[reason.value] += 1
         self._say(LinkEvent(link.peer, link.id, reason))
@@ -244,7 +241,7 @@ class LinkTable:
         """This incarnation ends, and every link with it; without a word, if that is how it ends."""
         for link in self:
             if goodbye:
-                self._wire.put(link, (encode(Goodbye(self._incarnation)),))
+                self._wire.put(link, encode(Goodbye(self._incarnation)))
             self.end(link, Down.CLOSED, silently=True)
 
 

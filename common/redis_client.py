@@ -27,8 +27,11 @@ from redis.backoff import NoBackoff
 
 from common.config import RedisSettings
 from common.errors import ConfigError, PdqError, ServiceUnavailable
+from common.logs import get_logger
 from common.redis_keys import SCHEMA, Keys
 from common.redis_lua import Result, Script
+
+log = get_logger("redis")
 
 OLDEST = (6, 2)
 FIRST_PAUSE_S = 0.02
@@ -44,7 +47,6 @@ class ServerInfo:
 
     kind: str  # "redis" or "valkey"
     version: str
-    run_id: str
     eviction: str  # anything but "noeviction" may lose accepted requests
 
 
@@ -85,6 +87,8 @@ class RedisClient:
                 "or Valkey, is needed",
                 param="redis.url",
             )
+        if info.eviction not in ("noeviction", "unknown"):
+            log.warning("redis.evicts", policy=info.eviction)
         schema = self.keys.schema()
         _, found = await self.pipeline(("SET", schema, SCHEMA, "NX"), ("GET", schema))
         if text(found) != SCHEMA:
@@ -132,7 +136,6 @@ class RedisClient:
         return ServerInfo(
             kind="valkey" if valkey else "redis",
             version=str(reply["valkey_version" if valkey else "redis_version"]),
-            run_id=str(reply["run_id"]),
             eviction=str(reply.get("maxmemory_policy", "unknown")),
         )
 

@@ -74,8 +74,3 @@ gateway that was taken for dead may still finish what the reaper has marked fail
 def merge(old: tuple[int, State], new: tuple[int, State]) -> tuple[int, State]:
     """The (attempt, state) of a choice after both writes, in whatever order they came."""
     return max(old, new, key=lambda write: (write[0], write[1].rank))
-
-
-def overall(states: list[State]) -> State:
-    """State of a request from those of its choices: the least advanced; of ends, the worst."""
-    return min(states, key=lambda state: state.rank)

@@ -111,10 +111,6 @@ class SamplingParams:
                     )
 
     @property
-    def greedy(self) -> bool:
-        return self.temperature == 0.0
-
-    @property
     def has_penalties(self) -> bool:
         """Whether tokens that a sequence has already change the logits."""
         return (

@@ -74,7 +74,6 @@ class OpenRequest:
         self.work = work
         self.attempt = 1
         self.cached_tokens = 0
-        self.explanation = ""
         self.fingerprint: Fingerprint | None = None
         self.accepted_at = 0.0
         self.dispatches: dict[int, tuple[str, Dispatch]] = {}  # by attempt: where, what

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 from common.errors import PdqError, ServiceUnavailable
 from common.identity import ModelIdentity
+from common.logs import get_logger
 from common.messages import Dispatch
 from common.request import Request
 from common.sampling import SamplingParams
@@ -28,6 +29,8 @@ from gateway.router import (
     longest_request,
     what_lacks,
 )
+
+log = get_logger("placement")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -101,7 +104,7 @@ class Placement:
         )
         decision = await self._decide(question)
         node = decision.prefill.incarnation
-        request.explanation = decision.reason
+        log.debug("request.placed", request=asked.id, node=node, why=decision.reason)
         request.fingerprint = request.fingerprint or decision.prefill.fingerprint
         request.involved.add(node)
         dispatch = Dispatch(

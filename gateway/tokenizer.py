@@ -47,10 +47,6 @@ class Tokenizer:
         self._decoder = Decoder(pipeline["decoder"], self._visible_piece)
         self._full_decoder = Decoder(pipeline["decoder"], self._piece)
 
-    @property
-    def has_chat_template(self) -> bool:
-        return self._chat_template is not None
-
     def template_reads(self, name: str) -> bool:
         """Whether the chat template has a variable of this name."""
         return self._chat_template is not None and self._chat_template.reads(name)

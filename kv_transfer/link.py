@@ -74,9 +74,7 @@ FAILED_S = 60.0  # so long a transport that failed with a peer is taken only whe
 class MessageBus(Protocol):
     """The part of common/bus.py that links need. Its links are connections that never come back."""
 
-    def send(
-        self, peer: str, message: Message, frames: Sequence[bytes] = (), *, link: str | None = None
-    ) -> None:
+    def send(self, peer: str, message: Message, *, link: str | None = None) -> None:
         """Never waits; `LinkLost` if that link with the peer is down."""
 
     def link(self, peer: str) -> str | None:

@@ -145,19 +145,17 @@ class Engine(EngineCore):
             for name in names:  # those that did not end, where something was raised
                 self.abort(name)
         return [
-            self._completion(index, choice, ids, collected[names[index], choice])
-            for index, ids in enumerate(all_ids)
+            self._completion(index, choice, collected[name, choice])
+            for index, name in enumerate(names)
             for choice in range(n)
         ]
 
-    def _completion(
-        self, index: int, choice: int, ids: AnySequence[int], outputs: list[StepOutput]
-    ) -> Completion:
+    def _completion(self, index: int, choice: int, outputs: list[StepOutput]) -> Completion:
         tokens = [token for output in outputs for token in output.token_ids]
         reason = outputs[-1].finish_reason
         assert reason is not None
         return Completion(
-            index, choice, tuple(ids), tuple(tokens),
+            index, choice, tuple(tokens),
             tuple(entry for output in outputs for entry in output.logprobs),
             outputs[0].prompt_logprobs, reason, decode(self.facts.folder, tokens),
         )  # fmt: skip

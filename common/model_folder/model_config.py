@@ -43,7 +43,6 @@ FAMILY_DEFAULTS: Mapping[str, Mapping[str, int]] = {
 class ModelConfig:
     """Shape of the decoder. `windows[layer]` is the sliding window in tokens, 0 for full attention."""
 
-    model_type: str
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -117,7 +116,6 @@ def parse_model_config(config: Mapping[str, Any]) -> ModelConfig:
     if head_dim % 2:
         raise UnsupportedModel(f"{FILE}: a head of {head_dim} cannot be rotated", param="head_dim")
     return ModelConfig(
-        model_type=model_type,
         vocab_size=vocab_size,
         hidden_size=hidden_size,
         intermediate_size=_positive(config, "intermediate_size"),

@@ -272,7 +272,7 @@ async def test_every_sampling_field_arrives(served: Served, http: httpx.AsyncCli
     assert (params.allowed_token_ids, params.stop_token_ids) == ((8, 9), (4,))
     assert (params.ignore_eos, params.logprobs, params.seed) == (True, 0, 2**64 - 1)
     assert (dispatch.request.priority, dispatch.request.cache_salt) == (-3, "tenant")
-    assert params.greedy
+    assert params.temperature == 0.0
 
 
 async def test_without_a_seed_each_request_gets_its_own(

@@ -244,9 +244,7 @@ class Port:
     def __init__(self, air: Air, name: str) -> None:
         self.air, self.name = air, name
 
-    def send(
-        self, peer: str, message: Message, frames: Sequence[bytes] = (), *, link: str | None = None
-    ) -> None:
+    def send(self, peer: str, message: Message, *, link: str | None = None) -> None:
         self.air.send(self.name, peer, message, link)
 
     def link(self, peer: str) -> str | None:

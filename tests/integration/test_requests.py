@@ -232,7 +232,7 @@ async def test_writes_in_any_order_converge_and_leave_the_loads_right(
     assert a is not None
     assert b is not None
     assert {c.choice: (c.attempt, c.state) for c in a.choices} == expected
-    assert a.state == b.state
+    assert a.state == b.state == min((c.state for c in a.choices), key=lambda state: state.rank)
     assert a.attempt == b.attempt
     assert [replace(c, at={}) for c in a.choices] == [replace(c, at={}) for c in b.choices]
     decoding = {c.decode_node for c in a.choices if c.state is State.DECODING}
@@ -480,6 +480,20 @@ async def test_an_old_server_is_refused_in_one_line(
     monkeypatch.setattr(redis_client, "server_info", old)
     with pytest.raises(ConfigError, match=r"redis 6\.0\.16 is too old"):
         await redis_client.open()
+
+
+async def test_a_redis_that_may_drop_keys_is_warned_about(
+    redis_client: RedisClient, caplog: pytest.LogCaptureFixture
+) -> None:
+    await redis_client.command("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
+    try:
+        await redis_client.open()
+    finally:
+        await redis_client.command("CONFIG", "SET", "maxmemory-policy", "noeviction")
+    assert "redis.evicts" in caplog.text
+    caplog.clear()
+    await redis_client.open()
+    assert "redis.evicts" not in caplog.text
 
 
 # ── The leak checker itself ──────────────────────────────────────────────────────────────────────

@@ -18,7 +18,6 @@ import signal
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +49,7 @@ def order(folder: Path, role: str, point: str) -> dict[str, Any] | None:
 
 
 class ChaoticBus(Bus):
-    """Loses, breaks and holds up frames, and stops or kills its own process, on order."""
+    """Loses, breaks and holds up messages, and stops or kills its own process, on order."""
 
     node: Any = None
     role = ""
@@ -59,25 +58,23 @@ class ChaoticBus(Bus):
         super().__init__(*arguments, **options)
         self._random = random.Random(1)
 
-    def _send(self, link: Any, frames: Sequence[bytes]) -> None:
-        message = decode(frames[0])
+    def _send(self, link: Any, frame: bytes) -> None:
+        message = decode(frame)
         if isinstance(message, BETWEEN_NODES):
-            frames = self._at(f"send {type(message).__name__}", message, link, frames)
-        if frames:
-            super()._send(link, frames)
+            frame = self._at(f"send {type(message).__name__}", message, link, frame)
+        if frame:
+            super()._send(link, frame)
 
     async def receive(self) -> Any:
         received = await super().receive()
         if isinstance(received.message, BETWEEN_NODES):
-            self._at(f"take {type(received.message).__name__}", received.message, None, ())
+            self._at(f"take {type(received.message).__name__}", received.message, None, b"")
         return received
 
-    def _at(
-        self, point: str, message: Message, link: Any, frames: Sequence[bytes]
-    ) -> Sequence[bytes]:
+    def _at(self, point: str, message: Message, link: Any, frame: bytes) -> bytes:
         found = order(FOLDER, self.role, point)
         if found is None:
-            return frames
+            return frame
         fault = found["fault"]
         loop = asyncio.get_running_loop()
         if fault in KILLS:
@@ -86,20 +83,20 @@ class ChaoticBus(Bus):
             subprocess.run(found["commands"][self.node.name], check=True)
         elif fault == "duplicate":
             for delay in (0.0, 0.2, 3.0):
-                loop.call_later(delay, self._again, link, frames)
+                loop.call_later(delay, self._again, link, frame)
         elif fault == "reorder":
-            loop.call_later(0.2, self._again, link, frames)
-            return ()
+            loop.call_later(0.2, self._again, link, frame)
+            return b""
         elif fault == "lose":
-            return ()
+            return b""
         elif fault == "abort":
-            return frames  # the test does that, from outside
+            return frame  # the test does that, from outside
         elif fault == "slab":
             assert isinstance(message, Blocks)
             self.node.memory.slab(message.slots[0])[0] ^= 1
         else:
-            return (self._broken(fault, frames[0]), *frames[1:])
-        return frames
+            return self._broken(fault, frame)
+        return frame
 
     def _broken(self, fault: str, frame: bytes) -> bytes:
         if fault == "truncate":
@@ -115,10 +112,10 @@ class ChaoticBus(Bus):
             except MalformedMessage:
                 return broken
 
-    def _again(self, link: Any, frames: Sequence[bytes]) -> None:
+    def _again(self, link: Any, frame: bytes) -> None:
         with contextlib.suppress(LinkLost):
             if self.link(link.peer) == link.id:
-                super()._send(link, frames)
+                super()._send(link, frame)
 
 
 class Notes:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from functools import reduce
 from itertools import pairwise
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.request_state import NEXT, RANK, State, merge, overall
+from common.request_state import NEXT, RANK, State, merge
 
 WRITES = st.lists(
     st.tuples(st.integers(1, 3), st.sampled_from(State)), min_size=1, max_size=12
@@ -45,16 +44,3 @@ def test_no_write_takes_a_record_back(writes: list[tuple[int, State]]) -> None:
         merged = merge(record, write)
         assert (merged[0], merged[1].rank) >= (record[0], record[1].rank)
         record = merged
-
-
-@pytest.mark.parametrize(
-    ("states", "whole"),
-    [
-        ([State.FINISHED, State.DECODING], State.DECODING),
-        ([State.FINISHED, State.FAILED], State.FAILED),
-        ([State.CANCELLED, State.FINISHED], State.CANCELLED),
-        ([State.FINISHED], State.FINISHED),
-    ],
-)
-def test_a_request_is_as_far_as_its_last_choice(states: list[State], whole: State) -> None:
-    assert overall(states) is whole

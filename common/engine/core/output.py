@@ -34,7 +34,6 @@ class Completion:
 
     index: int
     choice: int
-    prompt_token_ids: tuple[int, ...]
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprob, ...]
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None

@@ -13,7 +13,7 @@ import heapq
 import random
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -191,11 +191,11 @@ class Connection:
         self.link: Link | None = None  # at the opener
         self.closed = False  # by the opener
         self.broken = False
-        self._queues: defaultdict[Process, deque[Sequence[bytes]]] = defaultdict(deque)
+        self._queues: defaultdict[Process, deque[bytes]] = defaultdict(deque)
         self.world.connections[self.address] = self
 
-    def send(self, to: Process, frames: Sequence[bytes]) -> None:
-        self._queues[to].append(frames)
+    def send(self, to: Process, frame: bytes) -> None:
+        self._queues[to].append(frame)
         self.world.later(DELAY_S * self.world.random.randint(1, 2), self._arrive, to)
 
     def _arrive(self, to: Process) -> None:
@@ -206,8 +206,8 @@ class Connection:
         if frozenset((self.opener.name, self.listener.name)) in self.world.parted:
             self.world.later(0.2, self._arrive, to)
             return
-        frames = self._queues[to].popleft()
-        to.soon(to.bus.arrived, self, frames)
+        frame = self._queues[to].popleft()
+        to.soon(to.bus.arrived, self, frame)
 
     def cut(self) -> None:
         """It breaks: what was on its way is lost, and the end that connected is told."""
@@ -275,12 +275,10 @@ class VirtualBus:
     async def receive(self) -> Received:
         return await self._inbox.get()
 
-    def send(
-        self, peer: str, message: Message, frames: Sequence[bytes] = (), *, link: str | None = None
-    ) -> None:
+    def send(self, peer: str, message: Message, *, link: str | None = None) -> None:
         for found in self._links.with_peer(peer):
             if link in (None, found.id):
-                reason = self.put(found, (encode(message), *frames))
+                reason = self.put(found, encode(message))
                 if reason is None:
                     return
                 self._links.end(found, reason)
@@ -289,15 +287,15 @@ class VirtualBus:
 
     # Wire.
 
-    def put(self, link: Link, frames: Sequence[bytes]) -> Down | None:
+    def put(self, link: Link, frame: bytes) -> Down | None:
         if link.ours:
             if link.wire.listener is not None:  # else, or when it breaks, its own event says so
-                link.wire.send(link.wire.listener, frames)
+                link.wire.send(link.wire.listener, frame)
             return None
         connection = self.world.connections[link.address]
         if connection.broken or connection.closed:
             return Down.DISCONNECTED
-        connection.send(connection.opener, frames)
+        connection.send(connection.opener, frame)
         return None
 
     def hang_up(self, link: Link) -> None:
@@ -305,16 +303,16 @@ class VirtualBus:
         if link.ours:
             link.wire.closed = True
 
-    def arrived(self, connection: Connection, frames: Sequence[bytes]) -> None:
+    def arrived(self, connection: Connection, frame: bytes) -> None:
         ours = connection.opener is self.process
         if ours and (connection.closed or connection.link is None):
             return
-        message = decode(frames[0])
+        message = decode(frame)
         source = connection.link if ours else connection.address
         assert source is not None
         found = self._links.heard(source, message, time.monotonic())
         if found is not None:
-            self._inbox.put_nowait(Received(found.peer, found.id, message, tuple(frames[1:])))
+            self._inbox.put_nowait(Received(found.peer, found.id, message))
 
     def disconnected(self, link: Link) -> None:
         self._links.end(link, Down.DISCONNECTED if link.up else Down.UNREACHABLE)

@@ -105,7 +105,7 @@ def reference_kept(values, params):
 
 
 def reference_token(values, params, choice, position, noise=None):
-    if params.greedy:
+    if params.temperature == 0.0:
         return int(np.argmax(values))
     kept = np.array(sorted(reference_kept(values, params)))
     if noise is None:

@@ -26,7 +26,7 @@ class Scene:
 
     def say(self, peer: str, number: int) -> None:
         word = Stage(peer, f"r{number}", 1, 0, "decoding", {}, 0)
-        self.strangers.heard(Received(peer, "link", word, ()))
+        self.strangers.heard(Received(peer, "link", word))
 
     def read(self) -> list[tuple[str, str]]:
         """The registry is read: who is admitted, with the request that each of its words is about."""
@@ -176,7 +176,7 @@ async def test_a_node_that_spoke_before_it_was_named_is_asked_for_what_there_was
     running = asyncio.create_task(links.run())
     for number in range(WAITING_OF_ONE + 1):
         word = Stage("n1", f"r{number}", 1, 0, "decoding", {}, 0)
-        gateway.said.put_nowait(Received("n1", "link", word, ()))
+        gateway.said.put_nowait(Received("n1", "link", word))
     await until(gateway.said.empty)
     record = NodeRecord(incarnation="n1", name="n1", role=Role.UNIFIED)
     gateway.named.put_nowait(Snapshot({"n1": record}, {"n1": 0.0}, "generation"))

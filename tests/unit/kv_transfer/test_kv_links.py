@@ -68,9 +68,7 @@ class Port:
     def __init__(self, wires: Wires, name: str) -> None:
         self.wires, self.name = wires, name
 
-    def send(
-        self, peer: str, message: Message, frames: Sequence[bytes] = (), *, link: str | None = None
-    ) -> None:
+    def send(self, peer: str, message: Message, *, link: str | None = None) -> None:
         connection = self.wires.connection(self.name, peer)
         if connection in self.wires.cuts:
             raise LinkLost("cut")
