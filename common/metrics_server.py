@@ -1,9 +1,9 @@
 """`/metrics` of a process that serves nothing else over HTTP.
 
-Owns: the listener and what one client of it may take: MOST_CONNECTIONS at a time, one request on each,
-TIMEOUT_S for all of it, a head of MOST_HEAD_BYTES. A text is rendered once in PAUSE_S at most: who asks
-sooner waits for the next one, with all others. Knows nothing of what is counted. The gateway has its
-own routes (gateway/routes.py).
+Owns: the listener and what one client of it may take: MOST_CONNECTIONS at a time, beyond which the one
+that waits longest for its request makes way; one request on each, TIMEOUT_S for all of it, a head of
+MOST_HEAD_BYTES. A text is rendered once in PAUSE_S at most: who asks sooner waits for the next one,
+with all others. Knows nothing of what is counted. The gateway has its own routes (gateway/routes.py).
 """
 
 from __future__ import annotations
@@ -48,11 +48,17 @@ class MetricsServer:
         self._rendered_at = -math.inf
         self._server: asyncio.Server | None = None
         self._talks: set[asyncio.Task[None]] = set()
+        self._waiting: dict[asyncio.Task[None], None] = {}  # for their request; longest first
 
     @property
     def num_open(self) -> int:
         """Clients that are connected."""
         return len(self._talks)
+
+    @property
+    def num_answering(self) -> int:
+        """Those of them whose request is complete."""
+        return len(self._talks) - len(self._waiting)
 
     def url(self, endpoint: str) -> str:
         """Where others find it; "" where it is off. If it listens on every address, that is the one of
@@ -90,11 +96,19 @@ class MetricsServer:
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if len(self._talks) >= MOST_CONNECTIONS:
-            writer.transport.abort()
-            return
+            if not self._waiting:
+                writer.transport.abort()
+                return
+            self._heard(longest := next(iter(self._waiting)))
+            longest.cancel()
         talk = asyncio.get_running_loop().create_task(self._talk(reader, writer))
         self._talks.add(talk)
+        self._waiting[talk] = None
         talk.add_done_callback(self._talks.discard)
+        talk.add_done_callback(self._heard)
+
+    def _heard(self, talk: asyncio.Task[None]) -> None:
+        self._waiting.pop(talk, None)
 
     async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -128,6 +142,9 @@ class MetricsServer:
                 connection.receive_data(await reader.read(4096))
         except h11.RemoteProtocolError as error:
             return _said(error.error_status_hint)
+        talk = asyncio.current_task()
+        assert talk is not None
+        self._heard(talk)
         if not isinstance(event, h11.Request):
             raise h11.LocalProtocolError("the client is gone")
         names = dict(event.headers)

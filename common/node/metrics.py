@@ -31,9 +31,10 @@ class NodeMetrics:
         self._step_tokens = metrics.histogram(
             "pdq_iteration_tokens_total", "Tokens computed in a step", buckets=TOKENS
         )
-        self._steps = metrics.counter(
+        steps = metrics.counter(
             "pdq_steps_total", "Steps, by whether they could be computed", ["outcome"]
         )
+        self._computed, self._failed = steps.labels("computed"), steps.labels("failed")
         self._prompt_tokens = metrics.counter("pdq_prompt_tokens_total", "Prompt tokens computed")
         self._generated_tokens = metrics.counter("pdq_generation_tokens_total", "Generated tokens")
         self._spoiled = metrics.counter(
@@ -44,7 +45,7 @@ class NodeMetrics:
         _of_requests(metrics, node)
 
     def step_ended(self, step: Step, seconds: float, generated: int, spoiled: int) -> None:
-        self._steps.labels("computed").inc()
+        self._computed.inc()
         self._step_seconds.observe(seconds)
         self._step_tokens.observe(step.num_tokens)
         self._prompt_tokens.inc(step.num_prompt_tokens)
@@ -52,7 +53,7 @@ class NodeMetrics:
         self._spoiled.inc(spoiled)
 
     def step_failed(self) -> None:
-        self._steps.labels("failed").inc()
+        self._failed.inc()
 
 
 def _of_the_engine(metrics: Metrics, node: Node) -> None:

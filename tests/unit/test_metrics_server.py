@@ -96,17 +96,30 @@ async def test_a_client_that_leaves_before_its_request_is_complete_harms_nobody(
         writer.close()
 
 
-async def test_there_is_room_for_so_many_clients_and_again_when_they_have_gone() -> None:
+async def test_who_waits_longest_for_its_own_request_makes_way_for_one_too_many() -> None:
     async with serving() as (server, _):
         idle = [
             await asyncio.open_connection("127.0.0.1", server.port) for _ in range(MOST_CONNECTIONS)
         ]
         await wait_until(lambda: server.num_open == MOST_CONNECTIONS, "all are heard")
-        assert await ask(server, GET) == b""
+        assert b" 200 " in await ask(server, GET)
+        with contextlib.suppress(ConnectionError):
+            assert await idle[0][0].read() == b""
+        for reader, writer in idle[1:]:
+            writer.write(GET)
+            assert b" 200 " in await reader.read()
         for _, writer in idle:
             writer.close()
-        await wait_until(lambda: server.num_open == 0, "they have gone")
-        assert b" 200 " in await ask(server, GET)
+
+
+async def test_nobody_makes_way_whose_request_is_complete() -> None:
+    async with serving(pause_s=60.0) as (server, _):
+        await ask(server, GET)
+        asking = [asyncio.create_task(ask(server, GET)) for _ in range(MOST_CONNECTIONS)]
+        await wait_until(lambda: server.num_answering == MOST_CONNECTIONS, "all are heard")
+        assert await ask(server, GET) == b""
+        assert not any(task.done() for task in asking)
+    await asyncio.gather(*asking)
 
 
 async def test_who_asks_again_at_once_waits_and_is_told_what_holds_then() -> None:
