@@ -21,28 +21,54 @@ from common.registry import NodeRecord, NodeState, Registry, Role
 
 def a_node(number: int, nodes: int) -> tuple[NodeRecord, list[dict[str, str]]]:
     record = NodeRecord(
-        incarnation=f"decode-host-{number:02}-0123abcd", name=f"decode-host-{number:02}",
-        role=Role.DECODE, state=NodeState.READY, endpoint=f"tcp://10.0.0.{number}:45671",
-        host=f"host-{number:02}", pid=4242, cores=16, started_at=1_790_000_000_000,
-        model="Qwen/Qwen3-8B", revision="0" * 40, layout="l" * 200, numerics="cuda bf16 " * 6,
-        tokenizer="f" * 32, transports="nccl,nixl,shm,tcp", block_size=16, slab_bytes=2_359_296,
-        num_blocks=30_000, max_num_seqs=256, max_model_len=40_960,
-    )  # fmt: skip
+        incarnation=f"decode-host-{number:02}-0123abcd",
+        name=f"decode-host-{number:02}",
+        role=Role.DECODE,
+        state=NodeState.READY,
+        endpoint=f"tcp://10.0.0.{number}:45671",
+        host=f"host-{number:02}",
+        pid=4242,
+        cores=16,
+        started_at=1_790_000_000_000,
+        model="Qwen/Qwen3-8B",
+        revision="0" * 40,
+        layout="l" * 200,
+        numerics="cuda bf16 " * 6,
+        tokenizer="f" * 32,
+        transports="nccl,nixl,shm,tcp",
+        block_size=16,
+        slab_bytes=2_359_296,
+        num_blocks=30_000,
+        max_num_seqs=256,
+        max_model_len=40_960,
+    )
     links = [
-        {"link": f"{other:016x}", "peer": f"prefill-host-{other:02}-0123abcd", "transport": "shm",
-         "reason": "same host", "direction": "receives"}
+        {
+            "link": f"{other:016x}",
+            "peer": f"prefill-host-{other:02}-0123abcd",
+            "transport": "shm",
+            "reason": "same host",
+            "direction": "receives",
+        }
         for other in range(nodes)
-    ]  # fmt: skip
+    ]
     return record, links
 
 
 def beating(record: NodeRecord, beats: int) -> NodeRecord:
     """The record of a node at work: all of its numbers move."""
     return dataclasses.replace(
-        record, waiting=beats % 7, running=100 + beats, free_blocks=20_000 + beats, leases=beats,
-        open_attempts=120 + beats, reserved=beats % 5, unacknowledged=100 + beats,
-        steps=1_000_000 + beats, beats=10_000 + beats,
-    )  # fmt: skip
+        record,
+        waiting=beats % 7,
+        running=100 + beats,
+        free_blocks=20_000 + beats,
+        leases=beats,
+        open_attempts=120 + beats,
+        reserved=beats % 5,
+        unacknowledged=100 + beats,
+        steps=1_000_000 + beats,
+        beats=10_000 + beats,
+    )
 
 
 async def measure(work: Callable[[], Awaitable[object]]) -> tuple[float, float]:

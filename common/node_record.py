@@ -66,9 +66,14 @@ class Identity:
     @property
     def fingerprint(self) -> Fingerprint:
         return Fingerprint(
-            self.model, self.revision, self.layout, self.numerics, self.block_size, self.adapter,
+            self.model,
+            self.revision,
+            self.layout,
+            self.numerics,
+            self.block_size,
+            self.adapter,
             self.tokenizer,
-        )  # fmt: skip
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -195,9 +195,17 @@ class NodeQueue:
         wait_ms = int(1000 * min(wait_s, self._client.settings.timeout_s / 2))
         block = ("BLOCK", wait_ms) if wait_ms > 0 else ()
         command = (
-            "XREADGROUP", "GROUP", GROUP, self._incarnation, "COUNT", count, *block,
-            "STREAMS", self._stream, start,
-        )  # fmt: skip
+            "XREADGROUP",
+            "GROUP",
+            GROUP,
+            self._incarnation,
+            "COUNT",
+            count,
+            *block,
+            "STREAMS",
+            self._stream,
+            start,
+        )
         try:
             reply: Any = await self._client.command(*command)
         except ServiceUnavailable as error:

@@ -92,8 +92,11 @@ class Reaper:
             self._seen.clear()  # we were stopped ourselves: what we have not watched does not count
         self._last_sweep = now
         try:
-            dead = [name for name, seen in (await self._watch(now)).items()
-                    if now - seen.since >= self._dead_after_s]  # fmt: skip
+            dead = [
+                name
+                for name, seen in (await self._watch(now)).items()
+                if now - seen.since >= self._dead_after_s
+            ]
             recount = now - self._counted_at >= RECOUNT_INTERVAL_S
             if not (dead or recount) or not await self._lock():
                 return Reaped()

@@ -181,10 +181,8 @@ def _check_text(script: type[Script[Any]], library: str) -> None:
         raise TypeError(f"{script.__name__}: KEYS and ARGV are for the prelude; name a field")
     shared = "\n".join(line for line in library.splitlines() if line.startswith("local"))
     taken = {
-        name.strip()
-        for names in _LOCALS.findall(f"{shared}\n{body}")
-        for name in names.split(",")
-    } | _RESERVED  # fmt: skip
+        name.strip() for names in _LOCALS.findall(f"{shared}\n{body}") for name in names.split(",")
+    } | _RESERVED
     for field in script._fields:
         if field.name in taken or field.name.startswith("_"):
             raise TypeError(f"{script.__name__}.{field.name}: the Lua text has this name already")

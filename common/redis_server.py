@@ -138,16 +138,30 @@ class EmbeddedRedis:
     def _spawn(self) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             [
-                self.binary.path, str(self._config), "--bind", "127.0.0.1", "--port", str(self._port),
-                "--dir", self._folder, "--save", "", "--appendonly", "no",
-                "--daemonize", "no", "--logfile", "redis.log", *self._options,
+                self.binary.path,
+                str(self._config),
+                "--bind",
+                "127.0.0.1",
+                "--port",
+                str(self._port),
+                "--dir",
+                self._folder,
+                "--save",
+                "",
+                "--appendonly",
+                "no",
+                "--daemonize",
+                "no",
+                "--logfile",
+                "redis.log",
+                *self._options,
             ],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             process_group=0,  # Ctrl-C is for us; we stop it when nobody needs it any more
             preexec_fn=die_with_parent(os.getpid()),
-        )  # fmt: skip
+        )
 
     @property
     def _config(self) -> Path:

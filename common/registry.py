@@ -37,8 +37,14 @@ from common.redis_client import RedisClient, text
 from common.redis_keys import NODE_TTL_S
 
 __all__ = [
-    "KVLink", "NodeRecord", "NodeState", "Registry", "Role", "Snapshot", "new_incarnation",
-]  # fmt: skip
+    "KVLink",
+    "NodeRecord",
+    "NodeState",
+    "Registry",
+    "Role",
+    "Snapshot",
+    "new_incarnation",
+]
 
 log = get_logger("registry")
 
@@ -189,8 +195,11 @@ class Registry:
         """Read the identities that beats name and we do not know, and forget those that are gone."""
         known = self._known
         self._known = {name: known[name] for name in digests if name in known}
-        new = [name for name in digests
-               if name not in known or digests[name] not in (False, known[name][0])]  # fmt: skip
+        new = [
+            name
+            for name in digests
+            if name not in known or digests[name] not in (False, known[name][0])
+        ]
         for name, fields in (await self._fields(new, (_DIGEST, *IDENTITY))).items():
             self._known.pop(name, None)
             if (identity := identity_from(fields)) is not None:

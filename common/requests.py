@@ -153,9 +153,15 @@ class Requests:
         are merged even where the state itself comes late.
         """
         raised = await self._merge(
-            request, attempt, choices, state, node=node, seconds=seconds,
-            generated=generated, cached_tokens=cached_tokens,
-        )  # fmt: skip
+            request,
+            attempt,
+            choices,
+            state,
+            node=node,
+            seconds=seconds,
+            generated=generated,
+            cached_tokens=cached_tokens,
+        )
         return raised > 0
 
     async def finish(
@@ -179,10 +185,15 @@ class Requests:
         """
         assert state.terminal, state
         raised = await self._merge(
-            request, attempt, choices, state, seconds=seconds, generated=generated,
+            request,
+            attempt,
+            choices,
+            state,
+            seconds=seconds,
+            generated=generated,
             cached_tokens=cached_tokens,
             ending={"finish_reason": finish_reason, "error": error, "message": message},
-        )  # fmt: skip
+        )
         return raised > 0
 
     async def cancel(self, request: str, reason: str) -> bool:
@@ -223,9 +234,11 @@ class Requests:
             if name in (letter.id, letter.request) and letter.dispatch is not None:
                 replay = f"{letter.request}-again-{secrets.token_hex(3)}"
                 dispatch = dataclasses.replace(
-                    letter.dispatch, attempt=1, node=node,
+                    letter.dispatch,
+                    attempt=1,
+                    node=node,
                     request=dataclasses.replace(letter.dispatch.request, id=replay),
-                )  # fmt: skip
+                )
                 key = self._keys.requeued()
                 await self._client.pipeline(
                     ("RPUSH", key, encode(dispatch)), ("EXPIRE", key, WORK_TTL_S)
@@ -333,9 +346,13 @@ def _dead_letter(entry_id: str, reply: Mapping[bytes, bytes]) -> DeadLetter:
     except MalformedMessage as error:
         log.warning("requests.unreadable_letter", id=entry_id, error=error)
     return DeadLetter(
-        entry_id, int(entry_id.partition("-")[0]), text(fields.get("request", b"")),
-        int(fields.get("attempt", 0)), text(fields.get("reason", b"")), dispatch,
-    )  # fmt: skip
+        entry_id,
+        int(entry_id.partition("-")[0]),
+        text(fields.get("request", b"")),
+        int(fields.get("attempt", 0)),
+        text(fields.get("reason", b"")),
+        dispatch,
+    )
 
 
 def load_of(reply: Mapping[bytes, bytes]) -> Load:

@@ -22,9 +22,14 @@ from tests.support.redis import wait_until
 
 BLOCKS, BLOCK = 64, 16
 ENGINE = EngineSettings(
-    model=str(STORIES), dtype="float32", threads=1, num_kv_blocks=BLOCKS, block_size=BLOCK,
-    max_num_seqs=4, max_num_batched_tokens=256,
-)  # fmt: skip
+    model=str(STORIES),
+    dtype="float32",
+    threads=1,
+    num_kv_blocks=BLOCKS,
+    block_size=BLOCK,
+    max_num_seqs=4,
+    max_num_batched_tokens=256,
+)
 PROMPT = [7 + n for n in range(3 * BLOCK + 5)]
 GENERATED = 6
 
@@ -40,12 +45,16 @@ async def running(
         await asyncio.to_thread(
             Node,
             NodeSettings(
-                role=role, engine=ENGINE, redis=redis.settings, bus=bus_settings(),  # type: ignore[arg-type]
-                transports=("shm",), metrics=metrics,
+                role=role,
+                engine=ENGINE,
+                redis=redis.settings,
+                bus=bus_settings(),  # type: ignore[arg-type]
+                transports=("shm",),
+                metrics=metrics,
             ),
         )
         for role in roles
-    ]  # fmt: skip
+    ]
     tasks = [asyncio.create_task(node.run()) for node in nodes]
     for node in nodes:
         await wait_until(lambda node=node: node.state is NodeState.READY, "it is ready")

@@ -60,8 +60,9 @@ async def test_a_dead_node_leaves_nothing_and_what_it_had_not_claimed_is_given_b
         reaped.extend((await reaper.sweep()).incarnations)
     assert reaped == ["p-1"]
     assert await requests.locate([("r-1", 1, 0), ("r-2", 1, 0)]) == [
-        Where(Place.RETURNED), Where(Place.CLAIMED, "p-1"),
-    ]  # fmt: skip
+        Where(Place.RETURNED),
+        Where(Place.CLAIMED, "p-1"),
+    ]
     assert await redis_client.command("KEYS", "pdq:*:p-1") == []
     assert "p-1" not in (await Registry(redis_client).snapshot()).ages
 
@@ -83,8 +84,9 @@ async def test_open_requests_of_a_dead_gateway_are_failed_and_their_loads_taken_
     record = await requests.get("r-1")
     assert record is not None
     assert [(c.state, c.error) for c in record.choices] == [
-        (State.FINISHED, ""), (State.FAILED, GATEWAY_LOST),
-    ]  # fmt: skip
+        (State.FINISHED, ""),
+        (State.FAILED, GATEWAY_LOST),
+    ]
     assert record.state is State.FAILED
     other = await requests.get("r-2")
     assert other is not None
@@ -148,8 +150,10 @@ async def test_traces_of_names_nobody_announced_are_found(redis_client: RedisCli
     assert set(reaped.incarnations) == {"p-gone", "p-odd", "gateway-1"}
     keys = {text(key) for key in await redis_client.command("KEYS", "*")}
     assert keys == {
-        redis_client.keys.request("r-1"), redis_client.keys.requests(), redis_client.keys.schema(),
-    }  # fmt: skip
+        redis_client.keys.request("r-1"),
+        redis_client.keys.requests(),
+        redis_client.keys.schema(),
+    }
 
 
 async def test_a_gateway_taken_for_dead_may_still_finish_its_request(

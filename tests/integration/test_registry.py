@@ -19,10 +19,17 @@ from tests.support.redis import Traffic, a_dispatch, wait_until
 
 def a_node(incarnation: str = "p-1", role: Role = Role.PREFILL) -> NodeRecord:
     return NodeRecord(
-        incarnation=incarnation, name="p", role=role, state=NodeState.READY,
-        endpoint="tcp://127.0.0.1:7", pid=42, model="tiny", num_blocks=100, started_at=1,
+        incarnation=incarnation,
+        name="p",
+        role=role,
+        state=NodeState.READY,
+        endpoint="tcp://127.0.0.1:7",
+        pid=42,
+        model="tiny",
+        num_blocks=100,
+        started_at=1,
         transports="shm,tcp",
-    )  # fmt: skip
+    )
 
 
 async def test_a_record_comes_back_as_it_was_announced(redis_client: RedisClient) -> None:
@@ -154,8 +161,10 @@ async def test_links_are_read_by_those_who_ask_for_them(redis_client: RedisClien
     await registry.announce(a_node(), links)
     await registry.announce(a_node("p-2"))
     assert await Registry(redis_client).kv_links(["p-1", "p-2", "none"]) == {
-        "p-1": links, "p-2": [], "none": [],
-    }  # fmt: skip
+        "p-1": links,
+        "p-2": [],
+        "none": [],
+    }
     await registry.announce(a_node())
     assert await registry.kv_links(["p-1"]) == {"p-1": []}
 

@@ -45,8 +45,11 @@ async def test_accepting_writes_record_entry_load_and_open_request(
     record = await requests.get("r-1")
     assert record is not None
     assert (record.state, record.attempt, record.prompt_len, record.model) == (
-        State.QUEUED, 1, 7, "tiny",
-    )  # fmt: skip
+        State.QUEUED,
+        1,
+        7,
+        "tiny",
+    )
     assert record.accepted_at > 1_600_000_000_000
     assert record.attempts[0].node == "p-1"
     assert record.attempts[0].claim == ""
@@ -87,8 +90,11 @@ async def test_a_newer_attempt_takes_over_record_and_load(requests: Requests) ->
     assert record is not None
     choice = record.choices[0]
     assert (choice.state, choice.attempt, choice.decode_node, choice.seconds) == (
-        State.QUEUED, 2, "", {},
-    )  # fmt: skip
+        State.QUEUED,
+        2,
+        "",
+        {},
+    )
     loads = await requests.loads(["p-1", "d-1", "p-2"])
     assert loads == {"p-1": IDLE, "d-1": IDLE, "p-2": Load(1, 9)}
     assert not await requests.accept(a_dispatch(attempt=1), "p-1")
@@ -128,9 +134,12 @@ async def test_claims_and_places_tell_what_became_of_an_attempt(requests: Reques
     assert await requests.claim("r-3", 1, "p-3") is Claim.WON
     asked = [("r-1", 1, 0), ("r-1", 2, 0), ("r-2", 1, 0), ("r-3", 1, 0), ("r-none", 1, 0)]
     assert await requests.locate(asked) == [
-        Where(Place.NOWHERE), Where(Place.QUEUED, "p-2"), Where(Place.NOWHERE),
-        Where(Place.CLAIMED, "p-3"), Where(Place.UNKNOWN),
-    ]  # fmt: skip
+        Where(Place.NOWHERE),
+        Where(Place.QUEUED, "p-2"),
+        Where(Place.NOWHERE),
+        Where(Place.CLAIMED, "p-3"),
+        Where(Place.UNKNOWN),
+    ]
 
 
 async def test_an_entry_goes_with_its_attempt(
@@ -295,8 +304,9 @@ async def test_one_choice_may_be_retried_while_the_other_goes_on(requests: Reque
     await requests.advance("r-1", 1, (0, 1), State.DECODING, node="d-1")
     await requests.accept(a_dispatch(attempt=2, choices=(1,)), "p-2")
     assert await requests.locate([("r-1", 1, 1), ("r-1", 2, 1)]) == [
-        Where(Place.NOWHERE), Where(Place.QUEUED, "p-2"),
-    ]  # fmt: skip
+        Where(Place.NOWHERE),
+        Where(Place.QUEUED, "p-2"),
+    ]
     assert await requests.finish("r-1", 1, (0, 1), generated=3)  # choice 1 of it is late
     record = await requests.get("r-1")
     assert record is not None

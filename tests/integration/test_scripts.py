@@ -37,16 +37,29 @@ RECORD, LOAD, OPEN = KEYS.request(""), KEYS.load(""), KEYS.open_requests("")
 EXAMPLES: list[tuple[Script[Any], Any]] = [
     (
         AcceptAttempt(
-            record=KEYS.request("r-2"), stream=KEYS.stream("b"), recent=KEYS.requests(),
-            load_stem=LOAD, open_stem=OPEN, request="r-2", attempt=1, choices=[0, 1], node="b",
-            tokens=3, dispatch=b"\x00\xff", claimed_by="",
+            record=KEYS.request("r-2"),
+            stream=KEYS.stream("b"),
+            recent=KEYS.requests(),
+            load_stem=LOAD,
+            open_stem=OPEN,
+            request="r-2",
+            attempt=1,
+            choices=[0, 1],
+            node="b",
+            tokens=3,
+            dispatch=b"\x00\xff",
+            claimed_by="",
             fields={"gateway": "g-1", "model": "tiny", "deadline_ms": 0},
         ),
         True,
     ),
     (
         ClaimAttempt(
-            record=KEYS.request("r-1"), load_stem=LOAD, open_stem=OPEN, request="r-1", attempt=1,
+            record=KEYS.request("r-1"),
+            load_stem=LOAD,
+            open_stem=OPEN,
+            request="r-1",
+            attempt=1,
             incarnation="a",
         ),
         Claim.WON,
@@ -59,16 +72,26 @@ EXAMPLES: list[tuple[Script[Any], Any]] = [
     ),
     (
         MergeChoices(
-            record=KEYS.request("r-1"), load_stem=LOAD, open_stem=OPEN, request="r-1", attempt=None,
-            choices=[], state=State.DECODING, node="b", maxima={"generated": 3, "seconds.queue": "0.5"},
+            record=KEYS.request("r-1"),
+            load_stem=LOAD,
+            open_stem=OPEN,
+            request="r-1",
+            attempt=None,
+            choices=[],
+            state=State.DECODING,
+            node="b",
+            maxima={"generated": 3, "seconds.queue": "0.5"},
             ending={},
         ),
         1,
     ),
     (
         RecountLoads(
-            open_requests=[KEYS.open_requests("gateway-1")], loads=[KEYS.load("a")],
-            record_stem=RECORD, load_stem=LOAD, most=10,
+            open_requests=[KEYS.open_requests("gateway-1")],
+            loads=[KEYS.load("a")],
+            record_stem=RECORD,
+            load_stem=LOAD,
+            most=10,
         ),
         0,
     ),
@@ -76,30 +99,48 @@ EXAMPLES: list[tuple[Script[Any], Any]] = [
     (ReleaseLock(lock=KEYS.reaper_lock(), name="x"), False),
     (
         AnnounceNode(
-            node=KEYS.node("a"), beat=KEYS.beat("a"), nodes=KEYS.nodes(), incarnation="a",
-            whole=True, fields={"name": "a"}, identity="d", numbers=["1"] * len(BEAT),
+            node=KEYS.node("a"),
+            beat=KEYS.beat("a"),
+            nodes=KEYS.nodes(),
+            incarnation="a",
+            whole=True,
+            fields={"name": "a"},
+            identity="d",
+            numbers=["1"] * len(BEAT),
         ),
         True,
     ),
     (ReadBeats(nodes=KEYS.nodes(), beat_stem=KEYS.beat("")), "{}"),
     (
         RemoveNode(
-            node=KEYS.node("a"), beat=KEYS.beat("a"), nodes=KEYS.nodes(),
-            stream=KEYS.stream("a"), load=KEYS.load("a"), incarnation="a", record_stem=RECORD,
+            node=KEYS.node("a"),
+            beat=KEYS.beat("a"),
+            nodes=KEYS.nodes(),
+            stream=KEYS.stream("a"),
+            load=KEYS.load("a"),
+            incarnation="a",
+            record_stem=RECORD,
             load_stem=LOAD,
         ),
         1,
     ),
     (
         MoveUnread(
-            source=KEYS.stream("a"), target=KEYS.stream("b"), count=5, node="b",
-            record_stem=RECORD, load_stem=LOAD,
+            source=KEYS.stream("a"),
+            target=KEYS.stream("b"),
+            count=5,
+            node="b",
+            record_stem=RECORD,
+            load_stem=LOAD,
         ),
         1,
     ),
     (
         GiveBack(
-            stream=KEYS.stream("a"), target=KEYS.stream("b"), node="b", record_stem=RECORD,
+            stream=KEYS.stream("a"),
+            target=KEYS.stream("b"),
+            node="b",
+            record_stem=RECORD,
             load_stem=LOAD,
         ),
         1,
@@ -111,7 +152,7 @@ EXAMPLES: list[tuple[Script[Any], Any]] = [
         2,
     ),
     (QueueLengths(streams=[KEYS.stream("a"), KEYS.stream("z")]), [(1, 0), (0, 0)]),
-]  # fmt: skip
+]
 
 
 def scripts_of_the_project() -> set[type[Script[Any]]]:
@@ -185,10 +226,19 @@ return {first, joined(others), joined(more), name, tostring(count + 1), tostring
 
 def an_echo(**changes: Any) -> Echo:
     values: dict[str, Any] = {
-        "first": Key("k1"), "others": [Key("k2"), Key("k3")], "more": [Key("k4")], "name": "é 'x'",
-        "count": 41, "loud": False, "wanted": 7, "data": b"\x00\xff\n", "numbers": [1, -2, 5],
-        "flags": [True, False], "words": ["", "one"], "fields": {"a": 1, "b": b"y"},
-    }  # fmt: skip
+        "first": Key("k1"),
+        "others": [Key("k2"), Key("k3")],
+        "more": [Key("k4")],
+        "name": "é 'x'",
+        "count": 41,
+        "loud": False,
+        "wanted": 7,
+        "data": b"\x00\xff\n",
+        "numbers": [1, -2, 5],
+        "flags": [True, False],
+        "words": ["", "one"],
+        "fields": {"a": 1, "b": b"y"},
+    }
     return Echo(**(values | changes))
 
 
@@ -196,17 +246,44 @@ async def test_lua_finds_every_field_under_its_name_and_with_its_type(
     redis_client: RedisClient,
 ) -> None:
     assert await redis_client.call(an_echo()) == [
-        "k1", "k2|k3", "k4", "é 'x'", "42", "false", "7", "3", "4", "true|false", "|one", "a|1|b|y",
-    ]  # fmt: skip
+        "k1",
+        "k2|k3",
+        "k4",
+        "é 'x'",
+        "42",
+        "false",
+        "7",
+        "3",
+        "4",
+        "true|false",
+        "|one",
+        "a|1|b|y",
+    ]
 
 
 async def test_lists_may_be_empty_and_a_number_absent(redis_client: RedisClient) -> None:
     empty: dict[str, Any] = {
-        "others": [], "numbers": [], "flags": [], "words": [], "fields": {}, "wanted": None
-    }  # fmt: skip
+        "others": [],
+        "numbers": [],
+        "flags": [],
+        "words": [],
+        "fields": {},
+        "wanted": None,
+    }
     assert await redis_client.call(an_echo(**empty, loud=True)) == [
-        "k1", "", "k4", "é 'x'", "42", "true", "nil", "3", "0", "", "", "",
-    ]  # fmt: skip
+        "k1",
+        "",
+        "k4",
+        "é 'x'",
+        "42",
+        "true",
+        "nil",
+        "3",
+        "0",
+        "",
+        "",
+        "",
+    ]
 
 
 async def test_a_script_takes_one_round_trip_and_comes_back_after_redis_forgot_it(

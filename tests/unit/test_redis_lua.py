@@ -41,9 +41,16 @@ class Flag(Script[bool]):
 
 def a_sample(**changes: Any) -> Sample:
     values = {
-        "first": ONE, "others": [Key("pdq:two")], "name": "n", "count": 1, "loud": True,
-        "wanted": None, "data": b"\xff", "numbers": [2, 3], "fields": {"a": 1, "b": "x"},
-    }  # fmt: skip
+        "first": ONE,
+        "others": [Key("pdq:two")],
+        "name": "n",
+        "count": 1,
+        "loud": True,
+        "wanted": None,
+        "data": b"\xff",
+        "numbers": [2, 3],
+        "fields": {"a": 1, "b": "x"},
+    }
     return Sample(**(values | changes))
 
 

@@ -10,9 +10,7 @@ from hypothesis import strategies as st
 
 from common.request_state import NEXT, RANK, State, merge
 
-WRITES = st.lists(
-    st.tuples(st.integers(1, 3), st.sampled_from(State)), min_size=1, max_size=12
-)  # fmt: skip
+WRITES = st.lists(st.tuples(st.integers(1, 3), st.sampled_from(State)), min_size=1, max_size=12)
 
 
 def test_every_state_has_its_row_and_every_row_leads_upwards() -> None:
