@@ -194,20 +194,10 @@ class NodeQueue:
     ) -> list[tuple[str, dict[bytes, bytes] | None]]:
         wait_ms = int(1000 * min(wait_s, self._client.settings.timeout_s / 2))
         block = ("BLOCK", wait_ms) if wait_ms > 0 else ()
-        command = (
-            "XREADGROUP",
-            "GROUP",
-            GROUP,
-            self._incarnation,
-            "COUNT",
-            count,
-            *block,
-            "STREAMS",
-            self._stream,
-            start,
-        )
+        who = ("GROUP", GROUP, self._incarnation, "COUNT", count)
+        what = ("STREAMS", self._stream, start)
         try:
-            reply: Any = await self._client.command(*command)
+            reply: Any = await self._client.command("XREADGROUP", *who, *block, *what)
         except ServiceUnavailable as error:
             if reply_code(error) not in ("NOGROUP", "UNBLOCKED"):
                 raise
