@@ -78,6 +78,7 @@ async def run(
         index = PrefixIndex()
         links = NodeLinks(bus, registry, requests, index)
         metrics = GatewayMetrics(Metrics())
+        metrics.show_links(bus, links)
         dispatcher = Dispatcher(
             gateway=incarnation,
             store=RecordStore(requests),

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from common.metrics import Metrics
+
+if TYPE_CHECKING:
+    from common.bus import Bus
+    from gateway.node_links import NodeLinks
 
 
 class GatewayMetrics:
     def __init__(self, metrics: Metrics) -> None:
         self.render = metrics.render
+        self._reads = metrics.reads
         counter, gauge, histogram = metrics.counter, metrics.gauge, metrics.histogram
         self.responses = counter(
             "pdq_gateway_responses_total", "Responses, by path and status", ["path", "status"]
@@ -64,4 +71,25 @@ class GatewayMetrics:
         )
         self.unwritten_ends = gauge(
             "pdq_gateway_unwritten_ends", "Ended requests of which Redis has not heard that"
+        )
+
+    def show_links(self, bus: Bus, links: NodeLinks) -> None:
+        """Show what the links with nodes count; the bus as nodes do (common/node/metrics.py)."""
+        self._reads(
+            "pdq_bus_events_total",
+            "Messages of the bus and ends of its links",
+            lambda: {(event,): count for event, count in bus.counts.items()},
+            ["event"],
+        )
+        self._reads("pdq_bus_peers", "Nodes with a link", lambda: len(bus.peers()))
+        self._reads(
+            "pdq_gateway_unsent_messages_total",
+            "Messages for nodes without a link",
+            lambda: {(kind,): count for kind, count in links.dropped.items()},
+            ["kind"],
+        )
+        self._reads(
+            "pdq_gateway_strangers_messages_total",
+            "Messages of peers that the registry did not name in time, dropped",
+            lambda: links.num_unheard,
         )

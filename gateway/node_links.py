@@ -93,6 +93,11 @@ class NodeLinks:
         except LinkLost:
             self.dropped[type(message).__name__] += 1
 
+    @property
+    def num_unheard(self) -> int:
+        """Messages of peers that the registry did not name."""
+        return self._strangers.dropped
+
     # ── Loops ────────────────────────────────────────────────────────────────────────────────────
 
     async def run(self) -> None:

@@ -25,6 +25,7 @@ from common.registry import Registry, Role
 from common.requests import Requests, State
 from tests.support.fake_cluster import until
 from tests.support.gateway_server import MODELS
+from tests.support.metrics import scrape
 from tests.support.mini_node import MiniNode
 from tests.support.redis import HANGS_S, redis_client, redis_server, wait_until
 
@@ -151,6 +152,18 @@ async def test_a_request_goes_through_redis_and_back_over_the_bus(
         await until(lambda: node.acknowledged.get(key) == dispatch.request.prompt_len + 30)
         assert await requests.open_requests(dispatch.request.gateway) == set()
         assert (await requests.loads([node.incarnation]))[node.incarnation].requests == 0
+
+
+async def test_what_the_links_with_nodes_count_is_among_the_metrics(
+    gateway: Process, redis_client: RedisClient
+) -> None:
+    async with a_node(redis_client, gateway):
+        found = await scrape(gateway.url)
+    assert found["pdq_bus_peers"] == 1
+    assert found.get("pdq_bus_events_total", event="sent") > 0
+    assert found.get("pdq_bus_events_total", event="received") > 0
+    assert found.total("pdq_gateway_unsent_messages_total") == 0
+    assert found["pdq_gateway_strangers_messages_total"] == 0
 
 
 async def test_the_death_of_a_node_changes_no_token(
