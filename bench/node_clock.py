@@ -21,7 +21,8 @@ from common.config import NodeSettings, load
 from common.engine import StepOutput
 from common.engine.core.step import Step
 from common.engine.interface import StepResult
-from common.node.runtime import Node
+from common.node.app import Node, load_role
+from common.node.ports import NodeServices
 from kv_transfer.ports import Adopted, Piece
 from kv_transfer.transports.nixl import NixlReader
 from kv_transfer.transports.shm import ShmReader
@@ -84,10 +85,11 @@ def clock_pulls(reader: type[Any], note: Note) -> None:
 
 
 async def serve(settings: NodeSettings, note: Note) -> None:
-    node = Node(with_bus(settings, os.environ))
-    role = ClockedRole(node.role, note)
-    role.clock_steps(node.engine)
-    node.role = role  # type: ignore[assignment]
+    def make_role(name: str, node: NodeServices) -> Any:
+        return ClockedRole(load_role(name, node), note)
+
+    node = Node(with_bus(settings, os.environ), make_role=make_role)
+    node.role.clock_steps(node.engine)  # type: ignore[attr-defined]
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, node.stop)
     await node.run()

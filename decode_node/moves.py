@@ -25,8 +25,8 @@ from common.engine.core.sequence import Sequence, SequenceStatus
 from common.errors import PdqError, TransferError
 from common.logs import get_logger
 from common.node.attempt import Attempt
-from common.node.handover import Handover, Handovers, askable
-from common.node.runtime import Node
+from common.node.handover import Handover, Handovers
+from common.node.ports import NodeServices
 from common.registry import NodeRecord
 from common.sampling import FinishReason
 
@@ -41,7 +41,7 @@ class Moves:
     `give_up(attempt, error)` of each attempt that must not go on here either."""
 
     def __init__(
-        self, node: Node, attempts: Mapping[str, Attempt], moved: Callable[[Attempt, int], None],
+        self, node: NodeServices, attempts: Mapping[str, Attempt], moved: Callable[[Attempt, int], None],
         give_up: Callable[[Attempt, PdqError], None],
     ) -> None:  # fmt: skip
         self._node = node
@@ -160,8 +160,8 @@ class Moves:
         length = len(handover.sequence.token_ids)
         candidates = [
             record
-            for record in askable(node, {node.incarnation, *self._full, *handover.refused})
-            if node.is_alike(record) and self._has_room(record, length)
+            for record in node.peers.decoding(self._full | handover.refused)
+            if node.peers.is_alike(record) and self._has_room(record, length)
         ]
         if not candidates:
             return None

@@ -17,7 +17,7 @@ from common.engine.core.step import Chunk, Step
 from common.errors import PdqError
 from common.messages import Offer, TokenRun, TookOver
 from common.node.attempt import Attempt
-from common.node.runtime import Node
+from common.node.ports import NodeServices
 from common.node.token_stream import ChoiceKey
 from common.queue import Entry
 from common.sampling import FinishReason
@@ -25,14 +25,14 @@ from decode_node.moves import Moves
 from kv_transfer.ports import Adopted
 
 
-def create(node: Node) -> DecodeRole:
+def create(node: NodeServices) -> DecodeRole:
     return DecodeRole(node)
 
 
 class DecodeRole:
     """Implements `NodeRole`."""
 
-    def __init__(self, node: Node) -> None:
+    def __init__(self, node: NodeServices) -> None:
         self._node = node
         self._attempts: dict[str, Attempt] = {}  # by the engine's id
         self._moves = Moves(node, self._attempts, self._moved, self._give_up)
@@ -77,7 +77,9 @@ class DecodeRole:
             node.kv.run(sequence, adopted.reservation)
         except PdqError as error:
             node.kv.discard(adopted.reservation)
-            node.failed(offer.request.gateway, attempt.key(offer.key.choice), error, retryable=True)
+            node.gateways.fail(
+                offer.request.gateway, attempt.key(offer.key.choice), error, retryable=True
+            )
             self._close_if_over(attempt)
             return
         attempt.suspect(node, len(sequence.token_ids))
@@ -90,15 +92,17 @@ class DecodeRole:
     def _say_who_has(self, attempt: Attempt, choice: int) -> None:
         node, key = self._node, attempt.key(choice)
         if attempt.entry is not None:
-            node.stage(attempt.gateway, key, "prefilling", {})
+            node.gateways.stage(attempt.gateway, key, "prefilling", {})
             return
-        node.send(attempt.gateway, TookOver(node.incarnation, *key, attempt.arrived[choice]))
+        node.gateways.send(
+            attempt.gateway, TookOver(node.incarnation, *key, attempt.arrived[choice])
+        )
 
     def step_begins(self, step: Step) -> None:
         for chunk in step.chunks:
             attempt = self._attempts.get(chunk.sequence.request_id)
             if attempt is not None and attempt.entry is not None:
-                self._node.prompt_begins(attempt, chunk)
+                attempt.begins(self._node, chunk)
 
     def handed_over(self, step: Step) -> list[Chunk]:
         """This role hands nothing over."""
@@ -116,19 +120,19 @@ class DecodeRole:
                 continue  # aborted while the step ran
             if output.error is not None:
                 key = attempt.key(output.choice)
-                self._node.failed(attempt.gateway, key, output.error, retryable=False)
+                self._node.gateways.fail(attempt.gateway, key, output.error, retryable=False)
             else:
                 runs.append((attempt.gateway, attempt.run(output)))
             if output.finish_reason is not None:
                 ended.append((attempt, output))
-        self._node.push_tokens(runs)
+        self._node.gateways.tokens.push(runs)
         for attempt, output in ended:
             if output.finish_reason is not FinishReason.ERROR:
                 seconds = {"decode": time.monotonic() - attempt.began}
                 if output.choice in attempt.handoffs:
                     seconds["handoff"] = attempt.handoffs[output.choice]
                 key = attempt.key(output.choice)
-                self._node.stage(attempt.gateway, key, "decoding", seconds)
+                self._node.gateways.stage(attempt.gateway, key, "decoding", seconds)
             attempt.open_choices.discard(output.choice)
             self._close_if_over(attempt)
         self._moves.step_ended()

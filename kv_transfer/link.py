@@ -17,7 +17,7 @@ import functools
 import secrets
 import time
 import weakref
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any, Protocol, TypeVar
 
@@ -83,6 +83,9 @@ class MessageBus(Protocol):
     def disconnect(self, peer: str) -> None: ...
 
 
+Transports = tuple[Sequence[Source], Mapping[str, Opener]]
+"""Both ends of each transport, fastest first; an opener by its transport's name."""
+
 HandoffListener = Callable[[Granted | Ended], None]
 
 T = TypeVar("T")
@@ -111,11 +114,11 @@ class Links:
 
     def __init__(
         self, bus: MessageBus, node: str, fingerprint: Fingerprint, target: Target, *,
-        pool: IntakePool, leases: Leases, sources: Iterable[Source], openers: Mapping[str, Opener],
+        pool: IntakePool, leases: Leases, make_transports: Callable[[], Transports],
         on_arrival: Callable[[Adopted], None], on_intake_ended: Callable[[Ended], None],
         settings: TransferSettings, clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
-        """`sources` and `openers` come fastest first. `on_arrival` hears of each sequence that is
+        """`make_transports` is called at the start. `on_arrival` hears of each sequence that is
         here with its KV, `on_intake_ended` of each intake that ended otherwise, which may have freed
         room. Like the listeners of handoffs they are called on the event loop, and may call back."""
         self._handoff = Handoff(leases, settings)
@@ -126,7 +129,9 @@ class Links:
         self.received_blocks: collections.Counter[str] = collections.Counter()  # by transport
         self.received_bytes: collections.Counter[str] = collections.Counter()
         self._bus, self._node, self._fingerprint, self._target = bus, node, fingerprint, target
-        self._leases, self._sources, self._openers = leases, list(sources), dict(openers)
+        self._leases, self._make_transports = leases, make_transports
+        self._sources: Sequence[Source] = ()
+        self._openers: Mapping[str, Opener] = {}
         self._on_arrival, self._on_intake_ended = on_arrival, on_intake_ended
         self._listeners: dict[HandoffKey, HandoffListener] = {}
         self._settings, self._clock = settings, clock
@@ -142,6 +147,8 @@ class Links:
     # Life
 
     def start(self) -> None:
+        """Make the transports; raises what that raises."""
+        self._sources, self._openers = self._make_transports()
         loop = asyncio.get_running_loop()
 
         def wake() -> None:
@@ -254,6 +261,11 @@ class Links:
 
     def _copy_permits(self) -> asyncio.Semaphore:
         return asyncio.Semaphore(self._settings.copies_per_link)
+
+    @property
+    def transports(self) -> tuple[str, ...]:
+        """What this node has of them, fastest first."""
+        return tuple(self._openers)
 
     def describe(self) -> list[dict[str, str]]:
         """One row per link, for `pdq nodes`; a row changes with its link only."""

@@ -27,8 +27,8 @@ from common.engine.core.step import Chunk, Step
 from common.errors import OutOfBlocks, PdqError, ServiceUnavailable, TransferError
 from common.messages import Dispatch, TokenRun
 from common.node.attempt import Attempt
-from common.node.handover import Handover, Handovers, askable
-from common.node.runtime import Node
+from common.node.handover import Handover, Handovers
+from common.node.ports import NodeServices
 from common.node.token_stream import ChoiceKey
 from common.queue import Entry
 from common.sampling import FinishReason, SamplingParams
@@ -38,14 +38,14 @@ NO_DECODE_NODE_S = 1.0  # a prompt waits so long for one to appear, then its gat
 ENDED_REMEMBERED = 4096  # attempts
 
 
-def create(node: Node) -> PrefillRole:
+def create(node: NodeServices) -> PrefillRole:
     return PrefillRole(node)
 
 
 class PrefillRole:
     """Implements `NodeRole`, and `Owner` of its handovers."""
 
-    def __init__(self, node: Node) -> None:
+    def __init__(self, node: NodeServices) -> None:
         self._node = node
         self._attempts: dict[str, Attempt] = {}  # by the engine's id
         self._handovers: dict[tuple[str, int], Handover] = {}  # by the engine's id, and choice
@@ -80,7 +80,7 @@ class PrefillRole:
         for choice, sequence in attempt.sequences.items():
             handover = Handover(attempt, sequence, len(entry.dispatch.request.token_ids))
             self._handovers[attempt.engine_id, choice] = handover
-            node.stage(attempt.gateway, attempt.key(choice), "prefilling", {})
+            node.gateways.stage(attempt.gateway, attempt.key(choice), "prefilling", {})
 
     def step_begins(self, step: Step) -> None:
         """A prompt whose first chunk begins is offered: the room is asked for meanwhile."""
@@ -88,7 +88,7 @@ class PrefillRole:
             handover = self._handovers.get((chunk.sequence.request_id, chunk.sequence.choice))
             if handover is None or handover.is_complete:
                 continue
-            self._node.prompt_begins(handover.attempt, chunk)
+            handover.attempt.begins(self._node, chunk)
             if not handover.peer:
                 self._offer(handover)
 
@@ -119,7 +119,7 @@ class PrefillRole:
             handover = self._handovers.get((output.request_id, output.choice))
             if handover is not None:
                 first_runs += self._first_token(handover, output)
-        self._node.push_tokens(first_runs)
+        self._node.gateways.tokens.push(first_runs)
         for chunk in step.chunks:  # of a link that has opened since they were filled
             if (handover := self._computing(chunk)) is not None:
                 self._sending.announce(handover, handover.sequence.num_computed)
@@ -129,26 +129,26 @@ class PrefillRole:
         attempt, node, sequence = handover.attempt, self._node, handover.sequence
         key = attempt.key(output.choice)
         if output.error is not None:
-            node.failed(attempt.gateway, key, output.error, retryable=False)
+            node.gateways.fail(attempt.gateway, key, output.error, retryable=False)
             self._over(handover, "failed")
             return []
         run = attempt.run(output)
         seconds = {"prefill": time.monotonic() - attempt.began}
         if output.finish_reason is not None:  # the first may be the last
-            node.stage(attempt.gateway, key, "prefilling", seconds)
+            node.gateways.stage(attempt.gateway, key, "prefilling", seconds)
             self._over(handover, "finished")
         else:
             handover.held = node.engine.finish(sequence, FinishReason.LENGTH)
             if not handover.held:  # a choice that found no slot beside the first
                 error = OutOfBlocks("no slot for this choice beside the others")
-                node.failed(attempt.gateway, key, error, retryable=True)
+                node.gateways.fail(attempt.gateway, key, error, retryable=True)
                 self._over(handover, "no slot")
                 return []
             asked = bool(handover.peer)
             self._sending.complete(handover, run.logprobs[0] if run.logprobs else None)
             if not asked:
                 self._offer(handover)
-            node.stage(attempt.gateway, key, "handing_off", seconds)
+            node.gateways.stage(attempt.gateway, key, "handing_off", seconds)
         return [(attempt.gateway, run)]
 
     # The handover.
@@ -191,9 +191,9 @@ class PrefillRole:
         free positions."""
         dispatch, node = _dispatch(handover.attempt), self._node
         chosen = dispatch.decode_node
-        if chosen and chosen not in handover.refused and not node.is_lost(chosen):
+        if chosen and chosen not in handover.refused and not node.peers.is_lost(chosen):
             return chosen, dispatch.decode_endpoint
-        candidates = askable(node, handover.refused)
+        candidates = node.peers.decoding(handover.refused)
         if not candidates:
             return None
         best = max(candidates, key=lambda one: one.free_blocks * one.block_size)  # positions
@@ -278,7 +278,7 @@ class PrefillRole:
         for handover in self._handovers.values():
             if handover.attempt.gateway == gateway and not handover.cancelled:
                 key = handover.attempt.key(handover.sequence.choice)
-                self._node.stage(gateway, key, "prefilling", {})
+                self._node.gateways.stage(gateway, key, "prefilling", {})
 
     def gateway_lost(self, gateway: str) -> None:
         for attempt in list(self._attempts.values()):

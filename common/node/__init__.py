@@ -1,1 +1,1 @@
-"""The runtime that every node shares: one engine, one bus, one queue, and a role on top."""
+"""What every node shares: one engine, one bus, one queue, and a role on top."""

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from common.bus_setup import with_bus
 from common.config import NodeSettings, load
@@ -27,7 +28,8 @@ OMP_SPIN = "10000"
 FEWEST_DESCRIPTORS = 256  # links to peers, shared memory, weights, Redis
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, **parts: Any) -> int:
+    """`parts` are for a node of other parts, as `Node` takes them."""
     try:
         settings = load(
             NodeSettings, sys.argv[1:] if argv is None else argv, os.environ, program="node"
@@ -37,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if settings.engine.cores:
             os.sched_setaffinity(0, settings.engine.cores)
         os.environ.setdefault("GOMP_SPINCOUNT", OMP_SPIN)
-        asyncio.run(_serve(settings))
+        asyncio.run(_serve(settings, parts))
     except EngineBroken as error:
         print(f"node: {error}", file=sys.stderr, flush=True)
         os._exit(1)  # a thread that hangs, or a device that is lost, can be waited for in vain
@@ -49,10 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-async def _serve(settings: NodeSettings) -> None:
-    from common.node.runtime import Node  # torch comes in here, after the cores are bound
+async def _serve(settings: NodeSettings, parts: dict[str, Any]) -> None:
+    from common.node.app import Node  # torch comes in here, after the cores are bound
 
-    node = Node(with_bus(settings, os.environ))
+    node = Node(with_bus(settings, os.environ), **parts)
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, node.stop)

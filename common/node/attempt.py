@@ -5,20 +5,17 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from typing import TYPE_CHECKING
 
 from common.engine.core.output import StepOutput
 from common.engine.core.sequence import Sequence
+from common.engine.core.step import Chunk
 from common.errors import InvalidRequest, PdqError
 from common.messages import Dispatch, Offer, TokenLogprobs, TokenRun
+from common.node.ports import NodeServices
 from common.node.token_stream import ChoiceKey
 from common.queue import Entry
 from common.request import Request
 from common.sampling import FinishReason, SamplingParams
-
-if TYPE_CHECKING:
-    from common.node.runtime import Node
-
 
 ALONE_TOKENS = 4
 
@@ -61,7 +58,7 @@ class Attempt:
     def gateway(self) -> str:
         return self.request.gateway
 
-    def compute(self, node: Node, params: SamplingParams) -> bool:
+    def compute(self, node: NodeServices, params: SamplingParams) -> bool:
         """Queue the entry's choices in the node's engine. False: they can never run; the gateway
         was told, and the entry is gone."""
         assert self.entry is not None
@@ -79,16 +76,24 @@ class Attempt:
         self.suspect(node, len(self.request.token_ids))
         return True
 
-    def give_up(self, node: Node, error: PdqError, *, retryable: bool) -> None:
+    def give_up(self, node: NodeServices, error: PdqError, *, retryable: bool) -> None:
         """Tell the gateway, of each choice that is not over, that it ends here."""
         for choice in sorted(self.open_choices):
-            node.failed(self.gateway, self.key(choice), error, retryable=retryable)
+            node.gateways.fail(self.gateway, self.key(choice), error, retryable=retryable)
 
-    def suspect(self, node: Node, known: int) -> None:
+    def suspect(self, node: NodeServices, known: int) -> None:
         """What began with so many known tokens is computed alone until ALONE_TOKENS after them, if it
         is a suspect: the last ones that a node made may not have come to its gateway before it died."""
         if self.alone:
-            node.steps.suspects.suspect(self.engine_id, known + ALONE_TOKENS)
+            node.suspects.suspect(self.engine_id, known + ALONE_TOKENS)
+
+    def begins(self, node: NodeServices, chunk: Chunk) -> None:
+        """Tell the gateway, once, how much of the prompt the prefix cache had."""
+        if self.cached_tokens is None and chunk.is_prompt:
+            self.cached_tokens = chunk.start
+            waited = {"queue": time.monotonic() - self.began}
+            key = self.key(chunk.sequence.choice)
+            node.gateways.stage(self.gateway, key, "prefilling", waited, chunk.start)
 
     def run(self, output: StepOutput) -> TokenRun:
         """What goes to the gateway for one output of the engine."""

@@ -14,17 +14,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-from typing import TYPE_CHECKING
 
 from common.errors import FingerprintMismatch, LinkLost, PoisonedRequest, ServiceUnavailable
 from common.kv_layout import HashChain
 from common.logs import get_logger
+from common.node.ports import NodeRole, NodeServices
 from common.node.token_stream import ChoiceKey
 from common.queue import Entry, NodeQueue, move_unread, queue_lengths
-from common.registry import NodeRecord, NodeState, Role
-
-if TYPE_CHECKING:
-    from common.node.runtime import Node
+from common.redis_client import RedisClient
+from common.registry import NodeState
 
 log = get_logger("entries")
 
@@ -36,9 +34,9 @@ GIVE_BACK_INTERVAL_S = 0.25
 class Entries:
     """Run `take` and `delete` as long as the node lives; call `room` whenever the role may have some."""
 
-    def __init__(self, node: Node) -> None:
-        self._node = node
-        self._queue = NodeQueue(node.redis, node.incarnation)
+    def __init__(self, node: NodeServices, role: NodeRole, redis: RedisClient) -> None:
+        self._node, self._role, self._redis = node, role, redis
+        self._queue = NodeQueue(redis, node.incarnation)
         self._room = asyncio.Event()
         self._over = asyncio.Event()  # there are entries to delete
         self.settled = False  # after `stop`: the role has all it will ever get
@@ -97,7 +95,7 @@ class Entries:
         """Wait for room, then for entries, not for long; one round of them."""
         node = self._node
         self._room.clear()
-        capacity = node.role.capacity()
+        capacity = self._role.capacity()
         if capacity <= 0:
             await self._room.wait()
             return
@@ -140,16 +138,16 @@ class Entries:
         node would not do better, and this one has others."""
         node, dispatch = self._node, entry.dispatch
         try:
-            node.role.accept(entry)
+            self._role.accept(entry)
         except Exception as error:
             log.error("entry.refused", request=dispatch.request.id, exc_info=error)
             engine_id = f"{dispatch.request.id}/{dispatch.attempt}"
             poison = PoisonedRequest(f"a node cannot take it ({type(error).__name__})")
-            node.role.give_up(engine_id, poison, retryable=False)
+            self._role.give_up(engine_id, poison, retryable=False)
             node.engine.abort(engine_id)
             for choice in dispatch.choices:
                 key = ChoiceKey(dispatch.request.id, dispatch.attempt, choice)
-                node.failed(dispatch.request.gateway, key, poison, retryable=False)
+                node.gateways.fail(dispatch.request.gateway, key, poison, retryable=False)
             self.done(entry)
 
     def _is_for_our_model(self, entry: Entry) -> bool:
@@ -164,37 +162,27 @@ class Entries:
         )
         for choice in dispatch.choices:
             key = ChoiceKey(dispatch.request.id, dispatch.attempt, choice)
-            node.failed(dispatch.request.gateway, key, error, retryable=True)
+            node.gateways.fail(dispatch.request.gateway, key, error, retryable=True)
         self.done(entry)
         return False
 
     async def _relieve_others(self, capacity: int) -> None:
         """Idle: take over what waits, unread, at a node that does the same work."""
         node = self._node
-        alike = [record.incarnation for record in self._alike()]
+        alike = [record.incarnation for record in node.peers.of_same_work()]
         if not alike:
             return
-        for name, length in zip(alike, await queue_lengths(node.redis, alike), strict=True):
-            if length.waiting and await move_unread(node.redis, name, node.incarnation, capacity):
+        for name, length in zip(alike, await queue_lengths(self._redis, alike), strict=True):
+            if length.waiting and await move_unread(self._redis, name, node.incarnation, capacity):
                 return
 
     async def _give_back(self) -> None:
         """To the least busy of those that would take it. Without any, to the gateways."""
-        ready = [record for record in self._alike() if record.state is NodeState.READY]
+        alike = self._node.peers.of_same_work()
+        ready = [record for record in alike if record.state is NodeState.READY]
         ready.sort(key=lambda record: record.waiting + record.running)
         for target in (*(record.incarnation for record in ready), ""):
             count = await self._queue.give_back(target)
             if count:
                 log.info("entries.given_back", count=count, target=target or "their gateways")
                 return
-
-    def _alike(self) -> list[NodeRecord]:
-        """The others that do the same work."""
-        node = self._node
-        if node.peers is None:
-            return []
-        return [
-            record
-            for record in node.peers.of_role(Role(node.settings.role))
-            if record.incarnation != node.incarnation and node.is_alike(record)
-        ]

@@ -16,9 +16,9 @@ import asyncio
 from collections import OrderedDict
 from typing import Protocol
 
-from common.errors import LinkLost, NotHeld
+from common.errors import LinkLost, NotHeld, PdqError
 from common.logs import get_logger
-from common.messages import Failed, HoldsQuery, Message, TokensAck, TookOver
+from common.messages import Failed, HoldsQuery, Message, Stage, TokensAck, TookOver
 from common.node.token_stream import ChoiceKey, TokenStream
 
 log = get_logger("gateways")
@@ -50,8 +50,10 @@ class Attempts(Protocol):
 class Gateways:
     """All gateways of one node. Tell it of every link that comes up or ends."""
 
-    def __init__(self, node: str, bus: Sending, attempts: Attempts) -> None:
-        self._node, self._bus, self._attempts = node, bus, attempts
+    attempts: Attempts  # to be set before there is a link
+
+    def __init__(self, node: str, bus: Sending) -> None:
+        self._node, self._bus = node, bus
         self.tokens = TokenStream(node, self.send)
         self._waiting: dict[str, asyncio.TimerHandle] = {}  # without a link, until given up
         self._last_words: OrderedDict[ChoiceKey, Failed | TookOver] = OrderedDict()
@@ -64,6 +66,17 @@ class Gateways:
         except LinkLost:
             log.info("message.dropped", peer=gateway, kind=type(message).__name__)
             self._wait_for(gateway)
+
+    def stage(
+        self, gateway: str, key: ChoiceKey, state: str, seconds: dict[str, float], cached: int = 0
+    ) -> None:
+        """Say that a choice is in this state now."""
+        self.send(gateway, Stage(self._node, *key, state, seconds, cached))
+
+    def fail(self, gateway: str, key: ChoiceKey, error: PdqError, *, retryable: bool) -> None:
+        """Say that this attempt is over here."""
+        log.warning("attempt.failed", request=key.request, attempt=key.attempt, error=error)
+        self.end(gateway, Failed(self._node, *key, error.code, str(error), retryable))
 
     def end(self, gateway: str, word: Failed | TookOver) -> None:
         """Say how a choice ended here; it is said again to a gateway that asks for it."""
@@ -82,7 +95,7 @@ class Gateways:
         timer = self._waiting.pop(gateway, None)
         if timer is not None:
             timer.cancel()
-        self._attempts.gateway_linked(gateway)
+        self.attempts.gateway_linked(gateway)
         self.tokens.resend(gateway)
 
     def unlinked(self, gateway: str) -> None:
@@ -100,7 +113,7 @@ class Gateways:
     def _give_up(self, gateway: str) -> None:
         del self._waiting[gateway]
         if self._bus.link(gateway) is None:  # else that one decides
-            self._attempts.gateway_lost(gateway)
+            self.attempts.gateway_lost(gateway)
             self.tokens.forget_gateway(gateway)
 
     def close(self) -> None:
@@ -119,7 +132,7 @@ class Gateways:
         for request, attempt, choice, below in query.choices:
             key = ChoiceKey(request, attempt, choice)
             self.tokens.acknowledge(gateway, key, below)
-            if self.tokens.resend(gateway, key) or self._attempts.holds(key):
+            if self.tokens.resend(gateway, key) or self.attempts.holds(key):
                 continue
             word = self._last_words.get(key)
             if word is None or (isinstance(word, TookOver) and word.position > below):

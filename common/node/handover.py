@@ -17,18 +17,15 @@ import asyncio
 import dataclasses
 import functools
 import time
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from common.engine.core.sequence import Sequence
 from common.errors import DigestMismatch, LinkLost, MalformedMessage, PdqError, StaleBlock
 from common.logs import get_logger
 from common.messages import HandoffKey, Offer, TokenLogprobs, TookOver
 from common.node.attempt import Attempt
-from common.registry import NodeRecord, NodeState, Role
+from common.node.ports import NodeServices
 from kv_transfer.ports import Ended, Granted, Outcome
-
-if TYPE_CHECKING:
-    from common.node.runtime import Node
 
 log = get_logger("handover")
 
@@ -60,19 +57,6 @@ class Handover:
     began: float = dataclasses.field(default_factory=time.monotonic)
 
 
-def askable(node: Node, refused: set[str]) -> list[NodeRecord]:
-    """Nodes that decode and are ready, but those that refused, or are known to be lost: to try one
-    of these again would cost each choice the time in which silence becomes death."""
-    if node.peers is None:
-        return []
-    return [
-        record
-        for record in node.peers.of_role(Role.DECODE, Role.UNIFIED)
-        if record.state is NodeState.READY and record.incarnation not in refused
-        and not node.is_lost(record.incarnation)
-    ]  # fmt: skip
-
-
 class Owner(Protocol):
     """The role, as its handovers see it."""
 
@@ -102,7 +86,7 @@ class Owner(Protocol):
 class Handovers:
     """What one node hands over."""
 
-    def __init__(self, node: Node, owner: Owner) -> None:
+    def __init__(self, node: NodeServices, owner: Owner) -> None:
         self._node = node
         self._owner = owner
 
@@ -255,7 +239,7 @@ class Handovers:
         """The other node says so too, but it may die between its Ack and that."""
         attempt = handover.attempt
         key = attempt.key(handover.sequence.choice)
-        self._node.ended(attempt.gateway, TookOver(handover.peer, *key, handover.length + 1))
+        self._node.gateways.end(attempt.gateway, TookOver(handover.peer, *key, handover.length + 1))
 
     def _refused(self, handover: Handover, peer: str) -> None:
         if handover.cancelled:

@@ -8,21 +8,25 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
+from common.bus import Bus
+from common.engine.core.step import Step
 from common.metrics import Metrics
-
-if TYPE_CHECKING:
-    from common.engine.core.step import Step
-    from common.node.runtime import Node
+from common.node.entries import Entries
+from common.node.ports import NodeRole, NodeServices
+from common.registry import Role
+from kv_transfer.lease import Leases
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 
 class NodeMetrics:
-    """Make it when all parts of the node are there."""
+    """Make it when the parts that it reads are there."""
 
-    def __init__(self, node: Node) -> None:
+    def __init__(
+        self, node: NodeServices, *, name: Role, role: NodeRole, bus: Bus, leases: Leases,
+        entries: Entries,
+    ) -> None:  # fmt: skip
         metrics = Metrics()
         self.render = metrics.render
         self._step_seconds = metrics.histogram(
@@ -41,8 +45,12 @@ class NodeMetrics:
             "pdq_spoiled_sequences_total", "Sequences whose KV a step spoiled"
         )
         _of_the_engine(metrics, node)
-        _of_links(metrics, node)
-        _of_requests(metrics, node)
+        _of_links(metrics, node, bus)
+        _of_requests(metrics, node, role, leases, entries)
+        labels = (node.incarnation, name.value, node.engine.fingerprint.model)
+        metrics.reads(
+            "pdq_node_info", "Which node this is", lambda: {labels: 1}, ["node", "role", "model"]
+        )
 
     def step_ended(self, step: Step, seconds: float, generated: int, spoiled: int) -> None:
         self._computed.inc()
@@ -56,7 +64,7 @@ class NodeMetrics:
         self._failed.inc()
 
 
-def _of_the_engine(metrics: Metrics, node: Node) -> None:
+def _of_the_engine(metrics: Metrics, node: NodeServices) -> None:
     reads, pool, scheduler = metrics.reads, node.engine.pool, node.engine.scheduler
     reads("pdq_num_requests_running", "Sequences that compute", lambda: scheduler.num_running)
     reads("pdq_num_requests_waiting", "Sequences that wait for room", lambda: scheduler.num_waiting)
@@ -93,8 +101,8 @@ def _of_the_engine(metrics: Metrics, node: Node) -> None:
     reads("pdq_evicted_blocks_total", "Cached blocks that made way", lambda: pool.num_evictions)
 
 
-def _of_links(metrics: Metrics, node: Node) -> None:
-    reads, links, bus = metrics.reads, node.links, node.bus
+def _of_links(metrics: Metrics, node: NodeServices, bus: Bus) -> None:
+    reads, links = metrics.reads, node.links
     reads(
         "pdq_handoffs_total",
         "Handoffs that ended, by end, transport and outcome",
@@ -138,18 +146,20 @@ def _of_links(metrics: Metrics, node: Node) -> None:
     reads("pdq_bus_peers", "Nodes and gateways with a link", lambda: len(bus.peers()))
 
 
-def _of_requests(metrics: Metrics, node: Node) -> None:
+def _of_requests(
+    metrics: Metrics, node: NodeServices, role: NodeRole, leases: Leases, entries: Entries
+) -> None:
     reads = metrics.reads
     reads(
         "pdq_open_attempts",
         "Requests of which this node still has something",
-        lambda: node.role.num_open,
+        lambda: role.num_open,
     )
-    reads("pdq_suspects", "Requests that may make steps fail", lambda: len(node.steps.suspects))
+    reads("pdq_suspects", "Requests that may make steps fail", lambda: len(node.suspects))
     reads(
         "pdq_leases",
         "Handoffs whose blocks a peer may still read: open, ending, touched",
-        lambda: _labelled(node.leases.count()),
+        lambda: _labelled(leases.count()),
         ["state"],
     )
     reads(
@@ -165,13 +175,7 @@ def _of_requests(metrics: Metrics, node: Node) -> None:
     reads(
         "pdq_dropped_entries_total",
         "Queue entries that were not for this node any more",
-        lambda: node.entries.num_dropped,
-    )
-    reads(
-        "pdq_node_info",
-        "Which node this is",
-        lambda: {(node.incarnation, node.settings.role, node.engine.fingerprint.model): 1},
-        ["node", "role", "model"],
+        lambda: entries.num_dropped,
     )
 
 

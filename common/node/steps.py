@@ -16,8 +16,8 @@ import asyncio
 import contextlib
 import itertools
 import time
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, NoReturn
+from collections.abc import Awaitable, Callable, Iterable
+from typing import NoReturn
 
 from common.engine.core.engine_core import StepNotBuilt
 from common.engine.core.sequence import Sequence
@@ -25,11 +25,8 @@ from common.engine.core.step import Step
 from common.engine.interface import StepResult
 from common.errors import EngineBroken, OutOfBlocks, PoisonedRequest
 from common.logs import get_logger
-from common.node.suspects import Suspects
-
-if TYPE_CHECKING:
-    from common.node.metrics import NodeMetrics
-    from common.node.runtime import Node
+from common.node.metrics import NodeMetrics
+from common.node.ports import NodeRole, NodeServices
 
 log = get_logger("steps")
 
@@ -40,13 +37,20 @@ BLOCKED_WAIT_S = 0.005  # until the engine looks again whether a lease has ended
 class Steps:
     """`run` it; `wake` it when there may be work. `stall_limit_s` bounds one step."""
 
-    def __init__(self, node: Node, stall_limit_s: float) -> None:
-        self.metrics: NodeMetrics | None = None
-        self.suspects = Suspects()
+    def __init__(
+        self, node: NodeServices, role: NodeRole, *, stall_limit_s: float,
+        say_alone: Callable[[str], Awaitable[None]], room_changed: Callable[[], None],
+        metrics: NodeMetrics | None = None,
+    ) -> None:  # fmt: skip
+        """`say_alone` announces whose step of its own comes next, "" after it; `room_changed` hears that
+        there may be room for another entry."""
+        self._metrics = metrics
+        self.suspects = node.suspects
         self.computing = False
         self.hangs = False  # a step does not come back: the thread can never be waited for
         self.alone = ""  # as `NodeRecord.alone`
-        self._node, self._engine = node, node.engine
+        self._node, self._role, self._engine = node, role, node.engine
+        self._say_alone, self._room_changed = say_alone, room_changed
         self._stall_limit_s = stall_limit_s
         self._work = asyncio.Event()
 
@@ -70,7 +74,7 @@ class Steps:
                 continue
             self.computing = True
             await self._announce(alone and f"{alone}@{_reached(step, max)[alone]}")
-            node.role.step_begins(step)
+            self._role.step_begins(step)
             begun = time.monotonic()
             try:
                 result = await self._compute(step)
@@ -81,25 +85,25 @@ class Steps:
             seconds = time.monotonic() - begun
             try:
                 outputs = engine.commit(step, result)
-                node.role.step_ended(step, outputs)
+                self._role.step_ended(step, outputs)
             except Exception as error:  # what is half taken in cannot be computed again
                 log.error("step.not_taken_in", error=repr(error), alone=alone, exc_info=error)
                 self._end(alone, step, error)
-            if self.metrics is not None:
+            if self._metrics is not None:
                 generated = sum(len(output.token_ids) for output in outputs)
-                self.metrics.step_ended(step, seconds, generated, len(result.spoiled))
+                self._metrics.step_ended(step, seconds, generated, len(result.spoiled))
             self.suspects.passed(alone, _reached(step, min))
             for request in self.suspects:
                 if not engine.scheduler.is_open(request):
                     self.suspects.forget(request)
-            node.room_changed()
+            self._room_changed()
 
     async def _announce(self, alone: str) -> None:
         """Whose step of its own is computed from now on, and up to where: a node that is killed while
         it computes nothing, or others, speaks against nobody."""
         if alone != self.alone:
             self.alone = alone
-            await self._node.say_alone()
+            await self._say_alone(alone)
 
     async def _plan(self) -> tuple[str, Step | None]:
         """The next step that can be made, if any can, and whose own it is."""
@@ -120,7 +124,7 @@ class Steps:
         return (lambda sequence: sequence.request_id not in suspects) if suspects else None
 
     async def _compute(self, step: Step) -> StepResult:
-        filled = self._node.when_filled(step)
+        filled = self._when_filled(step)
         computing = asyncio.wrap_future(self._engine.runner.submit(step.input, filled))
         for _ in range(LOOKS):  # of a process that was stopped, one look only passes meanwhile
             await asyncio.wait((computing,), timeout=self._stall_limit_s / LOOKS)
@@ -129,9 +133,26 @@ class Steps:
         self.hangs = True
         raise EngineBroken(f"a step took longer than {self._stall_limit_s:g} s")
 
+    def _when_filled(self, step: Step) -> Callable[[frozenset[int]], None] | None:
+        """What the engine's thread does once the blocks of a step hold their KV: seal those that
+        go to another node, and have the role say so while the step's tokens are chosen."""
+        seals = {chunk.sequence.sequence_id: (chunk, self._node.kv.seals(chunk))
+                 for chunk in self._role.handed_over(step)}  # fmt: skip
+        if not any(of_one for _, of_one in seals.values()):
+            return None
+        loop = asyncio.get_running_loop()
+
+        def filled(spoiled: frozenset[int]) -> None:
+            sound = [seals[name] for name in seals if name not in spoiled]
+            for _, of_one in sound:
+                self._node.kv.seal(of_one)
+            loop.call_soon_threadsafe(self._role.step_filled, [chunk for chunk, _ in sound])
+
+        return filled
+
     async def _failed(self, alone: str, step: Step, error: BaseException) -> None:
-        if self.metrics is not None:
-            self.metrics.step_failed()
+        if self._metrics is not None:
+            self._metrics.step_failed()
         members = _reached(step, max)
         log.error(
             "step.failed", error=repr(error), requests=len(members), alone=alone, exc_info=error
@@ -153,11 +174,11 @@ class Steps:
                 self._convict(request, error)
             else:
                 broken = EngineBroken("the engine broke in a step that had this request in it")
-                self._node.role.give_up(request, broken, retryable=True)
+                self._role.give_up(request, broken, retryable=True)
         raise EngineBroken(f"the engine is broken: {error!r}") from error
 
     def _convict(self, request: str, error: BaseException) -> None:
-        self._node.role.give_up(
+        self._role.give_up(
             request,
             PoisonedRequest(
                 f"computing it fails ({type(error).__name__}), with nothing else computed beside it"

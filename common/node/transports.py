@@ -15,6 +15,7 @@ from common.errors import ConfigError, PdqError
 from common.kv_layout import KVLayout
 from common.logs import get_logger
 from kv_transfer.lease import Leases
+from kv_transfer.link import Transports
 from kv_transfer.nccl_library import NcclLibrary
 from kv_transfer.pool_memory import PoolMemory
 from kv_transfer.transports.base import Opener, Source
@@ -28,12 +29,11 @@ from kv_transfer.transports.tcp import TcpReader, TcpSource
 log = get_logger("node")
 
 Ends = tuple[Source, Opener]
-Made = tuple[list[Source], dict[str, Opener]]
 
 
 def make_transports(
     settings: NodeSettings, memory: PoolMemory, layout: KVLayout, leases: Leases
-) -> Made:
+) -> Transports:
     """Both ends of each, fastest first. `ConfigError` if one that was named cannot be had."""
     found: list[tuple[str, Ends]] = []
     with contextlib.ExitStack() as made:

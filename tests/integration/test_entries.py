@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import signal
 from collections.abc import AsyncIterator, Iterable
@@ -18,6 +19,7 @@ from common.errors import ServiceUnavailable
 from common.kv_layout import HASHED_AT_ONCE, HashChain, chain_hashes
 from common.messages import Dispatch
 from common.node.entries import Entries
+from common.node.peers import Peers
 from common.queue import Entry, NodeQueue, QueueLength, move_unread, queue_lengths
 from common.redis_client import RedisClient
 from common.redis_server import EmbeddedRedis
@@ -37,22 +39,20 @@ class FakeNode:
 
     def __init__(self, redis: RedisClient, *others: str) -> None:
         self.redis = redis
-        self.role: Any = self
-        self.settings = SimpleNamespace(role="prefill")
+        self.gateways: Any = self
         self.engine = SimpleNamespace(
             has_work=False, fingerprint=FINGERPRINT, description=SimpleNamespace()
         )
+        self.peers = Peers(self.incarnation, Role.PREFILL, FINGERPRINT)
+        fields = dataclasses.asdict(FINGERPRINT)
         records = {
-            name: NodeRecord(name, name, Role.PREFILL, NodeState.READY)
+            name: NodeRecord(name, name, Role.PREFILL, NodeState.READY, **fields)
             for name in (self.incarnation, *others)
         }
-        self.peers = Snapshot(records, dict.fromkeys(records, 0.0), "")
+        self.peers.read(Snapshot(records, {}, ""))
         self.room = 8
         self.accepted: list[Dispatch] = []
         self.hashes: list[tuple[bytes, ...]] = []  # of what was accepted
-
-    def is_alike(self, record: NodeRecord) -> bool:
-        return True
 
     def capacity(self) -> int:
         return self.room
@@ -68,7 +68,7 @@ class FakeNode:
 
 @contextlib.asynccontextmanager
 async def taking(node: FakeNode, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Entries]:
-    entries = Entries(node)  # type: ignore[arg-type]
+    entries = Entries(node, node, node.redis)  # type: ignore[arg-type]
     monkeypatch.setattr(entries, "_is_for_our_model", lambda _: True)
     await entries.open()
     loop = asyncio.create_task(entries.take())

@@ -27,7 +27,7 @@ from common.config import (
 )
 from common.engine import Engine
 from common.errors import ConfigError, PdqError, ResourceError, ServiceUnavailable
-from common.node.runtime import Node
+from common.node.app import Node
 from common.queue import NodeQueue
 from common.reaper import Reaper
 from common.redis_client import RedisClient, text

@@ -275,8 +275,8 @@ class Node:
         }  # fmt: skip
         self.links = Links(
             Port(air, name), name, dataclasses.replace(FINGERPRINT, block_size=size),
-            Target(self.memory, layout), pool=self.pool, leases=self.leases, sources=[source],
-            openers=openers, on_arrival=self.arrived,
+            Target(self.memory, layout), pool=self.pool, leases=self.leases,
+            make_transports=lambda: ([source], openers), on_arrival=self.arrived,
             on_intake_ended=lambda _: None, settings=SETTINGS,
         )  # fmt: skip
         air.nodes[name] = self

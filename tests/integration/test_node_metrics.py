@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 import httpx
 
 from common.config import EngineSettings, MetricsSettings, NodeSettings
-from common.node.runtime import Node
+from common.node.app import Node
 from common.redis_client import RedisClient
 from common.registry import NodeRecord, NodeState
 from common.sampling import SamplingParams

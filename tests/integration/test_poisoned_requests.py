@@ -25,7 +25,6 @@ from common.errors import EngineBroken
 from common.messages import Failed
 from common.node.attempt import ALONE_TOKENS
 from common.node.entries import Entries
-from common.node.steps import Steps
 from common.queue import Entry
 from common.redis_client import RedisClient
 from decode_node.role import DecodeRole
@@ -73,10 +72,9 @@ class Running:
 
     def __init__(self, stall_limit_s: float = 60.0, **settings: object) -> None:
         self.node = ScriptedNode(poisoned_engine(num_kv_blocks=512, **settings))
-        self.node.links.role = DecodeRole(self.node)  # type: ignore[arg-type]
         self.runner: Any = self.node.engine.runner
         self.node.engine.runner = ThreadRunner(lambda: self.runner)
-        self.node.steps = Steps(self.node, stall_limit_s)  # type: ignore[arg-type]
+        self.node.run_role(DecodeRole(self.node), stall_limit_s)
 
     async def until_idle(self) -> None:
         """All that was accepted has ended, or the engine is broken, which is raised."""
@@ -90,7 +88,7 @@ class Running:
             running.cancel()
             await asyncio.gather(running, return_exceptions=True)
         self.node.engine.check_idle()
-        assert not self.node.steps.suspects
+        assert not self.node.suspects
 
     def tokens(self, request: str) -> tuple[int, ...]:
         return tuple(t for run in self.node.runs if run.request == request for t in run.token_ids)
@@ -313,8 +311,8 @@ async def test_an_entry_that_the_role_cannot_take_ends_here_and_not_at_the_next_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     running = Running()
-    running.node.redis = RedisClient(RedisSettings(url="redis://127.0.0.1:1"))
-    entries = Entries(running.node)  # type: ignore[arg-type]
+    redis = RedisClient(RedisSettings(url="redis://127.0.0.1:1"))
+    entries = Entries(running.node, running.node.role, redis)
 
     def fail(*_: object, **__: object) -> None:
         raise RecursionError

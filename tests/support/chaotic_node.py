@@ -21,7 +21,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import common.node.runtime as runtime
 from common.bus import Bus
 from common.bus_setup import with_bus
 from common.codec import decode
@@ -29,6 +28,7 @@ from common.config import NodeSettings, load
 from common.errors import LinkLost, MalformedMessage
 from common.logs import configure
 from common.messages import Blocks, Message
+from common.node.app import Node
 from common.senders import BETWEEN_NODES
 
 LOOK_S = 0.02  # between two looks at what is held
@@ -128,7 +128,7 @@ class Notes:
     async def keep(self) -> None:
         before: dict[str, Any] | None = None
         while True:
-            now = self._look() if hasattr(self._node, "links") else None
+            now = self._look()
             if now != before:
                 unfinished = self._path.with_suffix(".new")
                 unfinished.write_text(json.dumps(now))
@@ -156,10 +156,9 @@ class Notes:
         return {"held": {name: n for name, n in held.items() if n}, "of": dict(of)}
 
 
-async def serve(settings: NodeSettings) -> None:
-    runtime.Bus = ChaoticBus  # type: ignore[misc]
+async def serve(settings: NodeSettings, parts: dict[str, Any]) -> None:
     ChaoticBus.role = settings.role
-    node = runtime.Node(with_bus(settings, os.environ))
+    node = Node(with_bus(settings, os.environ), make_bus=ChaoticBus, **parts)
     ChaoticBus.node = node
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, node.stop)
     notes = asyncio.create_task(Notes(node, FOLDER).keep())
@@ -169,12 +168,12 @@ async def serve(settings: NodeSettings) -> None:
         notes.cancel()
 
 
-def main() -> None:
+def main(**parts: Any) -> None:
     global FOLDER
     FOLDER = Path(sys.argv[-1])
     settings = load(NodeSettings, sys.argv[1:-1], os.environ, program="node")
     configure(settings.name, settings.log.level)
-    asyncio.run(serve(settings))
+    asyncio.run(serve(settings, parts))
 
 
 if __name__ == "__main__":

@@ -48,7 +48,8 @@ class MiniNode:
         self._queue = NodeQueue(client, self.incarnation)
         self._registry = Registry(client)
         self._bus = Bus(self.incarnation, bus_settings(beat_interval_s=beat_s))
-        self._gateways = Gateways(self.incarnation, self._bus, self)
+        self._gateways = Gateways(self.incarnation, self._bus)
+        self._gateways.attempts = self
         self._choices: dict[ChoiceKey, Dispatch] = {}
         self._released = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []

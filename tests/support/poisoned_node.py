@@ -10,7 +10,6 @@ import signal
 import sys
 import threading
 
-import common.node.runtime as runtime
 from common.engine.interface import Filled, StepInput, StepResult
 from common.engine.runner.model_runner import ModelRunner
 from common.node.__main__ import main
@@ -29,5 +28,4 @@ class PoisonedRunner(ModelRunner):
 
 
 if __name__ == "__main__":
-    runtime.ModelRunner = PoisonedRunner  # type: ignore[misc]
-    sys.exit(main())
+    sys.exit(main(make_runner=PoisonedRunner))

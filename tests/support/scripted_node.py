@@ -1,6 +1,6 @@
 """A node for tests of roles: a real engine, a transfer layer that does what the test says, no sockets.
 
-Owns what a role uses of `common.node.runtime.Node` and of `kv_transfer.link.Links`; what a role says
+Owns what a role uses of a node (`common.node.ports.NodeServices`); what a role says
 and asks for is noted. The fixtures are for the folders of the roles' tests, which name them in their
 conftest.py.
 """
@@ -8,6 +8,7 @@ conftest.py.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any
 
@@ -16,8 +17,9 @@ import pytest
 from common.engine import Engine
 from common.engine.core.step import Chunk, Step
 from common.messages import Failed, HandoffKey, Message, Offer, TokenRun
-from common.node.runtime import Node
+from common.node.peers import Peers
 from common.node.steps import Steps
+from common.node.suspects import Suspects
 from common.queue import Entry
 from common.registry import NodeRecord, NodeState, Role, Snapshot
 from kv_transfer.link import HandoffListener
@@ -36,7 +38,6 @@ class Transfer:
         self.cancelled: list[HandoffKey] = []
         self.ended: list[Ended] = []  # what the next call finds out
         self.listeners: dict[HandoffKey, HandoffListener] = {}
-        self.role: Any
         self.unreachable: dict[str, type[BaseException]] = {}  # peer → what opening a link raises
 
     async def open(self, peer: str) -> str:
@@ -83,36 +84,45 @@ class Transfer:
 
 
 class ScriptedNode:
-    """Give it to a role, and the role to its `links`."""
+    """`NodeServices` of a role, which is made with it and then run by it (`run_role`)."""
 
     incarnation = "self"
+    state = NodeState.READY
+    role: Any
+    steps: Steps
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.kv: Any = self
-        self.links = Transfer()
-        self.said: list[Message] = []
-        self.runs: list[TokenRun] = []
+        self.links: Any = Transfer()
+        self.gateways: Any = Said()
+        self.peers = Peers(self.incarnation, Role.DECODE, engine.fingerprint)
+        self.suspects = Suspects()
         self.deleted: list[Entry] = []
-        self.peers = Snapshot({}, {}, "")
         self.tasks: list[asyncio.Task[None]] = []
-        self.lost: set[str] = set()
         self.sealed: list[Chunk] = []
-        self.steps = Steps(self, 60.0)  # type: ignore[arg-type]
-        self.redis: Any = None
         self.alone: list[str] = []  # whose steps of their own were announced, "" between them
+        self._records: dict[str, NodeRecord] = {}
 
-    def room_changed(self) -> None: ...
+    def run_role(self, role: Any, stall_limit_s: float = 60.0) -> None:
+        self.role = role
+        self.steps = Steps(
+            self, role, stall_limit_s=stall_limit_s, say_alone=self._say_alone,
+            room_changed=lambda: None,
+        )  # fmt: skip
 
-    async def say_alone(self) -> None:
-        self.alone.append(self.steps.alone)
+    async def _say_alone(self, alone: str) -> None:
+        self.alone.append(alone)
 
     @property
-    def role(self) -> Any:
-        return self.links.role
+    def said(self) -> list[Message]:
+        return self.gateways.said  # type: ignore[no-any-return]
 
-    def is_lost(self, peer: str) -> bool:
-        return peer in self.lost
+    @property
+    def runs(self) -> list[TokenRun]:
+        return self.gateways.runs  # type: ignore[no-any-return]
+
+    # `NodeKV`.
 
     def ready_blocks(
         self, sequence: object, table: list[int], start: int, end: int, computed: int
@@ -128,12 +138,9 @@ class ScriptedNode:
     def seal(self, chunks: list[Chunk]) -> None:
         self.sealed += chunks
 
-    when_filled = Node.when_filled
-
     def go_on_writing(self, *_: object) -> None: ...
 
-    def is_alike(self, record: NodeRecord) -> bool:
-        return record.model == ""
+    # The node.
 
     def spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         self.tasks.append(asyncio.create_task(coroutine))
@@ -164,35 +171,48 @@ class ScriptedNode:
 
     def connect(self, peer: str, endpoint: str) -> None: ...
 
-    def send(self, gateway: str, message: Message) -> None:
-        self.said.append(message)
-
-    ended = send
-
-    def failed(self, gateway: str, key: Any, error: Any, *, retryable: bool) -> None:
-        self.said.append(Failed("p", *key, error.code, str(error), retryable))
-
     def done(self, entry: Entry) -> None:
         self.deleted.append(entry)
-
-    def push_tokens(self, runs: Sequence[tuple[str, TokenRun]]) -> None:
-        self.runs += [run for _, run in runs]
-
-    def stage(self, *_: object) -> None: ...
-
-    def prompt_begins(self, *_: object) -> None: ...
 
     def wake(self) -> None: ...
 
     def decode_nodes(self, *names: str, **fields: Any) -> None:
         """These are all there are, by their records."""
-        room = {"free_blocks": 100, "max_num_seqs": 8} | fields
-        size = self.engine.layout.block_size
-        records = {
-            n: NodeRecord(n, n, Role.DECODE, NodeState.READY, block_size=size, **room)
-            for n in names
-        }
-        self.peers = Snapshot(records, dict.fromkeys(names, 0.0), "")
+        self._records = {}
+        for name in names:
+            self.another_decode_node(name, **fields)
+        self.peers.read(Snapshot(self._records, {}, ""))
+
+    def another_decode_node(self, name: str, **fields: Any) -> None:
+        """There is this one too, which computes what this node does unless its record says other."""
+        mine = dataclasses.asdict(self.engine.fingerprint)
+        room = {"free_blocks": 100, "max_num_seqs": 8}
+        self._records[name] = NodeRecord(
+            name, name, Role.DECODE, NodeState.READY, **(mine | room | fields)
+        )
+        self.peers.read(Snapshot(self._records, {}, ""))
+
+
+class Said:
+    """As `Gateways`: what they were told."""
+
+    def __init__(self) -> None:
+        self.tokens = self
+        self.said: list[Message] = []
+        self.runs: list[TokenRun] = []
+
+    def send(self, gateway: str, message: Message) -> None:
+        self.said.append(message)
+
+    end = send
+
+    def fail(self, gateway: str, key: Any, error: Any, *, retryable: bool) -> None:
+        self.said.append(Failed("p", *key, error.code, str(error), retryable))
+
+    def push(self, runs: Sequence[tuple[str, TokenRun]]) -> None:
+        self.runs += [run for _, run in runs]
+
+    def stage(self, *_: object) -> None: ...
 
 
 def key(peer: str, choice: int = 0, request: str = "r-1", ask: int = 1) -> HandoffKey:

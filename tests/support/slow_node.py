@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 
-import common.node.runtime as runtime
 from common.engine.interface import Filled, StepInput, StepResult
 from common.engine.runner.model_runner import ModelRunner
 from tests.support.chaotic_node import main
@@ -23,5 +22,4 @@ class SlowRunner(ModelRunner):
 
 
 if __name__ == "__main__":
-    runtime.ModelRunner = SlowRunner  # type: ignore[misc]
-    main()
+    main(make_runner=SlowRunner)

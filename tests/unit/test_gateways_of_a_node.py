@@ -23,7 +23,8 @@ class Node:
         self.sent: list[Message] = []
         self.held: set[ChoiceKey] = set()
         self.freed: list[str] = []
-        self.gateways = Gateways("n1", self, self)
+        self.gateways = Gateways("n1", self)
+        self.gateways.attempts = self
 
     def send(self, peer: str, message: Message) -> None:
         if not self.linked:

@@ -223,7 +223,8 @@ class VirtualNode:
         self.process, self.store, self.role = process, store, role
         self.world, self.name = process.world, process.name
         self.bus = VirtualBus(process)
-        self.gateways = Gateways(self.name, self.bus, self)
+        self.gateways = Gateways(self.name, self.bus)
+        self.gateways.attempts = self
         self.sequences: dict[ChoiceKey, _Sequence] = {}
         self.room = asyncio.Event()
         self.work = asyncio.Event()

@@ -31,7 +31,7 @@ def a_node(slots: int) -> ScriptedNode:
     engine = node.engine
     memory = HostPoolMemory(engine.pool.num_blocks, engine.layout.slab_bytes, warm=False)
     node.kv = NodeKV(engine, memory, digests=False)  # no block is sent from here
-    node.links.role = DecodeRole(node)  # type: ignore[arg-type]
+    node.run_role(DecodeRole(node))
     return node
 
 

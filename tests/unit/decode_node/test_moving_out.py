@@ -32,7 +32,8 @@ PARAMS = SamplingParams(max_tokens=12, ignore_eos=True, temperature=0.8, seed=3)
 
 @pytest.fixture
 def role(node: ScriptedNode) -> DecodeRole:
-    role = node.links.role = DecodeRole(node)  # type: ignore[arg-type]
+    role = DecodeRole(node)
+    node.run_role(role)
     return role
 
 
@@ -192,7 +193,8 @@ async def test_digests_of_what_moves_do_not_hold_up_the_streams_of_others(
 ) -> None:
     """But for the tail's, which can be sealed only when the sequence stands still."""
     node, memory = sealing
-    role = node.links.role = DecodeRole(node)  # type: ignore[arg-type]
+    role = DecodeRole(node)
+    node.run_role(role)
     await drained(node, role, "d1")
     blocks = [announced.slot for announced in node.links.announced]
     assert len(blocks) == -(-(PROMPT + 2) // 4)
@@ -208,7 +210,8 @@ async def test_blocks_that_are_being_sealed_stay_where_they_are(
     sealing: tuple[ScriptedNode, Sealing], ends: str
 ) -> None:
     node, memory = sealing
-    role = node.links.role = DecodeRole(node)  # type: ignore[arg-type]
+    role = DecodeRole(node)
+    node.run_role(role)
     node.decode_nodes("d1")
     role.accept(an_entry())
     for _ in range(3):
@@ -324,9 +327,7 @@ async def test_choices_go_one_after_the_other_to_the_same_node(
     (first,) = node.links.offers
     peer = first.key.link.removeprefix("link-")
     node.decode_nodes(*({"d1", "d2"} - {peer}), free_blocks=200)
-    node.peers.records[peer] = dataclasses.replace(
-        next(iter(node.peers.records.values())), incarnation=peer, free_blocks=100
-    )
+    node.another_decode_node(peer, free_blocks=100)
     await node.step(role)
     assert len(node.links.offers) == 1
     node.links.tell(ended(peer, Outcome.ADOPTED, choice=first.key.choice))

@@ -151,7 +151,7 @@ class Node:
         ]
         self.links = Links(
             Port(wires, name), name, fingerprint, Target(self.memory, self.layout), pool=self.pool,
-            leases=self.leases, sources=sources, openers=OPENERS,
+            leases=self.leases, make_transports=lambda: (sources, dict(OPENERS)),
             on_arrival=self.hear(self.received), on_intake_ended=self.hear(self.received),
             settings=dataclasses.replace(settings, transport=transport),
         )  # fmt: skip

@@ -20,7 +20,8 @@ from tests.support.scripted_node import ScriptedNode, ended, key
 
 @pytest.fixture
 def role(node: ScriptedNode) -> prefill.PrefillRole:
-    role = node.links.role = prefill.PrefillRole(node)  # type: ignore[arg-type]
+    role = prefill.PrefillRole(node)
+    node.run_role(role)
     return role
 
 
@@ -107,7 +108,7 @@ async def test_blocks_of_a_step_that_is_not_finite_are_sealed_and_announced_to_n
         embedding = node.engine.runner.model._embedding.clone()
         embedding[17] = float("nan")
         monkeypatch.setattr(node.engine.runner.model, "_embedding", embedding)
-    filled = node.when_filled(step)  # type: ignore[misc]
+    filled = node.steps._when_filled(step)
     computed = await asyncio.to_thread(node.engine.runner.run, step.input, filled)
     await asyncio.sleep(0)
     announced = node.links.announced[len(before) :]
@@ -284,7 +285,7 @@ async def test_a_node_that_is_known_to_be_lost_is_not_asked_again_for_every_prom
     node: ScriptedNode, role: prefill.PrefillRole
 ) -> None:
     node.decode_nodes("d1", "d2")
-    node.lost = {"d1"}
+    node.peers.waited_in_vain("d1")
     entry = an_entry()
     chosen = dataclasses.replace(entry.dispatch, decode_node="d1", decode_endpoint="tcp://d1:1")
     role.accept(dataclasses.replace(entry, dispatch=chosen))

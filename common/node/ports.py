@@ -1,35 +1,63 @@
-"""What a role is: the part of a node that decides what to do with requests.
+"""Between a node and its role: what each has of the other.
 
-A role is a plug-in, loaded by its dotted name (`prefill_node.role`), so that roles never import
-each other. The runtime owns engine, bus, queue and links; it calls the role on the event loop's
-thread, and the role calls back into the runtime's public methods.
+A role is the part of a node that decides what to do with requests. The node (app.py) owns engine, bus,
+queue and links, and calls the role (`NodeRole`) on the event loop's thread; the role calls
+`NodeServices`.
 """
 
 from __future__ import annotations
 
-import importlib
+from collections.abc import Coroutine
 from collections.abc import Set as AbstractSet
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
+from common.engine import Engine
 from common.engine.core.output import StepOutput
 from common.engine.core.step import Chunk, Step
 from common.errors import PdqError
+from common.node.gateways import Gateways
+from common.node.kv import NodeKV
+from common.node.peers import Peers
+from common.node.suspects import Suspects
 from common.node.token_stream import ChoiceKey
 from common.queue import Entry
+from common.registry import NodeState
+from kv_transfer.link import Links
 from kv_transfer.ports import Adopted
 
-if TYPE_CHECKING:
-    from common.node.runtime import Node
 
-ROLE_MODULES = {
-    "prefill": "prefill_node.role",
-    "decode": "decode_node.role",
-    "unified": "decode_node.role",
-}
+class NodeServices(Protocol):
+    """What a role works with, and what stands between it and the node (attempt.py, handover.py,
+    entries.py, steps.py)."""
+
+    incarnation: str
+    state: NodeState
+    engine: Engine
+    kv: NodeKV
+    links: Links
+    peers: Peers
+    gateways: Gateways
+    suspects: Suspects
+
+    def connect(self, peer: str, endpoint: str) -> None:
+        """Have a link of the bus with a peer, or raise `LinkLost`."""
+        ...
+
+    def wake(self) -> None:
+        """There may be work for the engine, or room for another entry."""
+        ...
+
+    def done(self, entry: Entry) -> None:
+        """The attempt is over here: its queue entry goes."""
+        ...
+
+    def spawn(self, coroutine: Coroutine[object, object, None]) -> None:
+        """Run something in the background; the node's end waits for it."""
+        ...
 
 
 class NodeRole(Protocol):
-    """Called by the runtime, in about this order in a request's life."""
+    """Called by the node, in about this order in a request's life."""
 
     def capacity(self) -> int:
         """How many more queue entries this node would begin soon."""
@@ -92,9 +120,3 @@ class NodeRole(Protocol):
     def num_open(self) -> int:
         """Attempts this node still has something of; 0 when idle."""
         ...
-
-
-def load_role(name: str, node: Node) -> NodeRole:
-    """The role's module has `create(node)`."""
-    role: NodeRole = importlib.import_module(ROLE_MODULES[name]).create(node)
-    return role

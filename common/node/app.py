@@ -1,0 +1,311 @@
+"""A node, put together: an engine in a thread, and around it the loops that keep it in touch.
+
+Owns the process's parts and their order of start and stop. Read `Node.__init__`, then `run`. Blocks,
+sequences and leases belong to the event loop's thread; only the runner and copies run elsewhere.
+
+    take      queue entries, when the role has capacity (entries.py); at the end, give them back
+    delete    queue entries that are over
+    listen    messages to whoever they are for (loops.py)
+    watch     links that come up or go down, likewise
+    announce  the node's record, once a beat; the other nodes, for the role to choose from (announcer.py)
+    compute   steps, while there is work (steps.py)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import functools
+import importlib
+import os
+import socket
+import time
+from collections.abc import Callable, Coroutine, Iterable
+
+from common.bus import Bus
+from common.config import NodeSettings
+from common.engine import Engine
+from common.engine.runner import loading
+from common.engine.runner.model_runner import ModelRunner
+from common.engine.runner.thread_runner import ThreadRunner
+from common.errors import ServiceUnavailable
+from common.logs import get_logger
+from common.metrics_server import MetricsServer
+from common.node import loops
+from common.node.announcer import Announcer
+from common.node.cache_feed import CacheFeed
+from common.node.entries import Entries
+from common.node.gateways import Gateways
+from common.node.kv import NodeKV, SharedMemory
+from common.node.metrics import NodeMetrics
+from common.node.peers import Peers
+from common.node.ports import NodeRole, NodeServices
+from common.node.steps import Steps
+from common.node.suspects import Suspects
+from common.node.transports import make_transports
+from common.queue import Entry
+from common.redis_client import RedisClient
+from common.registry import NodeRecord, NodeState, Registry, Role, Snapshot, new_incarnation
+from common.senders import TO_NODES
+from common.version import version
+from kv_transfer.lease import Leases
+from kv_transfer.link import Links
+from kv_transfer.ports import Adopted, TransferSettings
+from kv_transfer.transports.base import Target
+
+log = get_logger("node")
+
+ROLE_MODULES = {
+    "prefill": "prefill_node.role",
+    "decode": "decode_node.role",
+    "unified": "decode_node.role",
+}
+
+
+def load_role(name: str, node: NodeServices) -> NodeRole:
+    """By its dotted name, so that roles never import each other; its module has `create(node)`."""
+    role: NodeRole = importlib.import_module(ROLE_MODULES[name]).create(node)
+    return role
+
+
+class Node:
+    """Build it (this loads the model), then `await run()`; `stop` ends it in order. Of the settings
+    the bus's are complete (bus_setup.py). Implements `NodeServices`."""
+
+    def __init__(
+        self, settings: NodeSettings, *, make_bus: Callable[..., Bus] = Bus,
+        make_runner: Callable[..., ModelRunner] = ModelRunner,
+        make_role: Callable[[str, NodeServices], NodeRole] = load_role,
+    ) -> None:  # fmt: skip
+        """A node of other parts is made by giving it what makes them, with the same arguments."""
+        self.settings = settings
+        self.name = settings.name or f"{settings.role}-{socket.gethostname().split('.')[0]}"
+        self.incarnation = new_incarnation(self.name)
+        self.state = NodeState.STARTING
+        self._stopping = asyncio.Event()
+        self._started_at = int(time.time() * 1000)
+        self._tasks: set[asyncio.Task[None]] = set()
+
+        shared = SharedMemory()
+        runner: ThreadRunner | None = None
+        try:
+            runner = ThreadRunner(lambda: make_runner(settings.engine, storage=shared.allocate))
+            self.engine = Engine(settings.engine, runner, on_free=shared.freed)
+        except BaseException:
+            if runner is not None:
+                runner.close()
+            if shared.memory is not None:
+                shared.memory.close()
+            raise
+        assert shared.memory is not None
+        self.memory = shared.memory
+        if unread := self.engine.facts.unread_fields:
+            log.warning("node.fields_not_read", file="config.json", fields=",".join(unread))
+
+        fingerprint, layout = self.engine.fingerprint, self.engine.layout
+        self.redis = RedisClient(settings.redis, name=self.incarnation)
+        self.registry = Registry(self.redis)
+        self.bus = make_bus(self.incarnation, settings.bus, progress=self._progress, hears=TO_NODES)
+        self.peers = Peers(self.incarnation, Role(settings.role), fingerprint)
+        self.gateways = Gateways(self.incarnation, self.bus)
+        self.kv = NodeKV(self.engine, self.memory, digests=settings.engine.kv_digests)
+        self.leases = Leases(self.engine.pool)
+        self.links = Links(
+            self.bus, self.incarnation, fingerprint, Target(self.memory, layout),
+            pool=self.kv, leases=self.leases,
+            settings=TransferSettings(digests=settings.engine.kv_digests),
+            make_transports=functools.partial(
+                make_transports, settings, self.memory, layout, self.leases
+            ),
+            on_arrival=self._arrived, on_intake_ended=lambda _: self.wake(),
+        )  # fmt: skip
+        self.cache_feed = CacheFeed(self.incarnation, self.engine.pool)
+        self.announcer = Announcer(
+            self.registry, self.incarnation, record=self.record, kv_links=self.links.describe,
+            on_read=self._peers_read,
+        )  # fmt: skip
+
+        self.suspects = Suspects()
+        self.role = make_role(settings.role, self)
+        self.gateways.attempts = self.role
+        self.entries = Entries(self, self.role, self.redis)
+        metrics = NodeMetrics(
+            self, name=Role(settings.role), role=self.role, bus=self.bus, leases=self.leases,
+            entries=self.entries,
+        )  # fmt: skip
+        self.metrics = MetricsServer(settings.metrics, metrics.render)
+        self.steps = Steps(
+            self, self.role, stall_limit_s=settings.bus.stall_limit_s, metrics=metrics,
+            say_alone=self.announcer.say_alone, room_changed=self.entries.room,
+        )  # fmt: skip
+
+    # Services.
+
+    def connect(self, peer: str, endpoint: str) -> None:
+        if self.bus.link(peer) is None:
+            self.bus.connect(peer, endpoint)
+
+    def wake(self) -> None:
+        self.steps.wake()
+        self.entries.room()
+
+    def done(self, entry: Entry) -> None:
+        self.entries.done(entry)
+
+    def spawn(self, coroutine: Coroutine[object, object, None]) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    # Life.
+
+    async def run(self, when_warm: Callable[[], None] = lambda: None) -> None:
+        """Serve until `stop`; then finish what runs, within the grace period, and leave nothing, as
+        after an error at any step of the start. `when_warm` is called before anything is served."""
+        async with contextlib.AsyncExitStack() as stack:
+            await self._start(stack, when_warm)
+            loops = [
+                asyncio.create_task(coroutine, name=name)
+                for name, coroutine in (
+                    ("take", self.entries.take()),
+                    ("delete", self.entries.delete()),
+                    ("listen", self._listen()),
+                    ("watch", self._watch()),
+                    ("announce", self.announcer.run()),
+                    ("compute", self.steps.run()),
+                )
+            ]
+            stack.push_async_callback(_end, loops)
+            stopping = asyncio.create_task(self._stopping.wait(), name="stopping")
+            loops.append(stopping)  # type: ignore[arg-type]
+            done, _ = await asyncio.wait(loops, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()  # a loop ends only by an error
+            await self._drain()
+
+    async def _start(self, stack: contextlib.AsyncExitStack, when_warm: Callable[[], None]) -> None:
+        """What each step needs for its way back is on the stack before the step is taken."""
+        stack.callback(lambda: log.info("node.ended", steps=self.engine.num_steps))
+        stack.callback(self._end_engine)
+        stack.push_async_callback(self.redis.close)
+        await self.redis.open()
+        stack.push_async_callback(self._leave)
+        stack.push_async_callback(self._settle)
+        stack.push_async_callback(self.bus.close)
+        await self.bus.start()
+        stack.push_async_callback(self.links.close)
+        self.links.start()
+        stack.push_async_callback(self.metrics.close)
+        await self.metrics.start()
+        stack.callback(self.gateways.close)
+        await asyncio.to_thread(self.engine.warm_up)
+        loading.give_back_memory()
+        when_warm()
+        # Not before: the reaper takes what has a queue and no beat for dead, and a start may take long.
+        await self.entries.open()
+        self.state = NodeState.READY
+        await self.announcer.announce()
+        log.info("node.ready", **self._summary())
+
+    def _end_engine(self) -> None:
+        """A thread that hangs cannot be waited for, and may still write: the process ends with it."""
+        if not self.steps.hangs:
+            self.engine.runner.close()
+            self.memory.close()
+
+    async def _leave(self) -> None:
+        try:
+            await self.registry.leave(self.incarnation)
+        except ServiceUnavailable as error:
+            log.warning("node.left_unsaid", error=error)  # the reaper will find it
+
+    async def _settle(self) -> None:
+        """Wait for what was begun in the background."""
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def stop(self) -> None:
+        """Ask `run` to end in order; asked again, at once."""
+        if self._stopping.is_set():
+            self.settings = dataclasses.replace(self.settings, grace_period_s=0.0)
+        self._stopping.set()
+
+    async def _drain(self) -> None:
+        """Take nothing new and give back what was not begun; hand over or finish what runs, within
+        the grace period."""
+        begun = time.monotonic()
+        self.state = NodeState.DRAINING
+        self.links.drain()
+        try:
+            await self.announcer.announce()
+        except ServiceUnavailable as error:
+            log.warning("node.unannounced", error=error)
+        self.entries.stop()
+        while not self.entries.settled:
+            if time.monotonic() - begun >= self.settings.grace_period_s:
+                break  # Redis does not answer: gateways read of them when they hear our goodbye
+            await asyncio.sleep(0.02)
+        self.role.drain()
+        while self.role.num_open or self.gateways.tokens.num_unacknowledged:
+            if time.monotonic() - begun >= self.settings.grace_period_s:
+                log.warning("node.grace_over", open=self.role.num_open)
+                return
+            await asyncio.sleep(0.02)
+
+    def _listen(self) -> Coroutine[object, object, None]:
+        return loops.listen(
+            self.bus, self.links, self.gateways, self.cache_feed, self.role, self.wake
+        )
+
+    def _watch(self) -> Coroutine[object, object, None]:
+        return loops.watch(self.bus, self.links, self.gateways, self.peers, self.wake)
+
+    # What its parts say.
+
+    def _arrived(self, adopted: Adopted) -> None:
+        self.role.arrived(adopted)
+        self.wake()
+
+    def _peers_read(self, snapshot: Snapshot) -> None:
+        """Tell every gateway there is what the prefix cache gained and lost, and the role to look."""
+        self.peers.read(snapshot)
+        linked, events = self.bus.peers(), self.cache_feed.events()
+        for gateway in self.peers.gateways():
+            if events is not None and gateway.incarnation in linked:
+                self.gateways.send(gateway.incarnation, events)
+        self.role.peers_changed()
+
+    def _progress(self) -> tuple[int, bool]:
+        return self.engine.num_steps, self.steps.computing
+
+    def record(self, beats: int = 0) -> NodeRecord:
+        """What `pdq nodes` shows of this node."""
+        engine, mine = self.engine, self.engine.fingerprint
+        return NodeRecord(
+            incarnation=self.incarnation, name=self.name, role=Role(self.settings.role),
+            state=self.state, endpoint=self.bus.endpoint, url=self.metrics.url(self.bus.endpoint),
+            host=socket.gethostname(), pid=os.getpid(), cores=len(os.sched_getaffinity(0)),
+            started_at=self._started_at, version=version(),
+            model=mine.model, revision=mine.revision, layout=mine.layout, numerics=mine.numerics,
+            adapter=mine.adapter, tokenizer=mine.tokenizer, transports=",".join(self.links.transports),
+            block_size=mine.block_size, slab_bytes=engine.layout.slab_bytes,
+            num_blocks=engine.pool.num_blocks, max_num_seqs=engine.settings.max_num_seqs,
+            max_model_len=engine.facts.max_model_len, waiting=engine.scheduler.num_waiting,
+            running=engine.scheduler.num_running, free_blocks=engine.pool.num_free,
+            open_attempts=self.role.num_open, leases=sum(self.leases.count().values()),
+            reserved=self.kv.num_reserved, unacknowledged=self.gateways.tokens.num_unacknowledged,
+            steps=engine.num_steps, beats=beats, alone=self.steps.alone,
+        )  # fmt: skip
+
+    def _summary(self) -> dict[str, object]:
+        return {
+            "role": self.settings.role, "node": self.incarnation,
+            "model": self.engine.fingerprint.model, "blocks": self.engine.pool.num_blocks,
+            "numerics": self.engine.fingerprint.numerics, "bus": self.bus.endpoint,
+        }  # fmt: skip
+
+
+async def _end(loops: Iterable[asyncio.Task[None]]) -> None:
+    for task in loops:
+        task.cancel()
+    await asyncio.gather(*loops, return_exceptions=True)

@@ -1,0 +1,64 @@
+"""What a node does with what the bus brings: messages to whoever they are for, links up and down."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NoReturn
+
+from common.bus import Bus, Down
+from common.messages import (
+    CacheQuery,
+    Cancel,
+    HandoffMessage,
+    HoldsQuery,
+    LinkMessage,
+    TokensAck,
+)
+from common.node.cache_feed import CacheFeed
+from common.node.gateways import Gateways
+from common.node.peers import Peers
+from common.node.ports import NodeRole
+from kv_transfer.link import Links
+
+SLOW_DEATHS = frozenset({Down.SILENT, Down.STALLED, Down.UNREACHABLE})  # found out by waiting
+
+
+async def listen(
+    bus: Bus, links: Links, gateways: Gateways, cache_feed: CacheFeed, role: NodeRole,
+    wake: Callable[[], None],
+) -> NoReturn:  # fmt: skip
+    """Until cancelled: pass on every message."""
+    while True:
+        received = await bus.receive()
+        peer, message = received.peer, received.message
+        if isinstance(message, (LinkMessage, HandoffMessage)):
+            links.receive(peer, received.link, message)
+        elif isinstance(message, TokensAck):
+            gateways.acknowledged(peer, message)
+        elif isinstance(message, HoldsQuery):
+            gateways.asked(peer, message)
+        elif isinstance(message, CacheQuery):
+            gateways.send(peer, cache_feed.content())
+        elif isinstance(message, Cancel):
+            gateway, request, attempt = message.gateway, message.request, message.attempt
+            choices = frozenset(message.choices)
+            gateways.tokens.forget(gateway, request, attempt, choices)
+            role.cancel(gateway, request, attempt, message.reason, choices)
+            wake()
+
+
+async def watch(
+    bus: Bus, links: Links, gateways: Gateways, peers: Peers, wake: Callable[[], None]
+) -> NoReturn:
+    """Until cancelled: say who came and who went. With a connection go the KV links over it."""
+    while True:
+        event = await bus.next_event()
+        if event.up:
+            peers.linked(event.peer)
+            gateways.linked(event.peer)
+            continue
+        if event.reason in SLOW_DEATHS and bus.link(event.peer) is None:
+            peers.waited_in_vain(event.peer)
+        links.connection_lost(event.link)
+        gateways.unlinked(event.peer)
+        wake()
