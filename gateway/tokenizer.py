@@ -16,6 +16,7 @@ from common.model_folder.description import ModelDescription
 from common.model_folder.templates import DEFAULT
 from gateway.chat_template import ChatTemplate
 from gateway.detokenizer import Decoder, Detokenizer, readable
+from gateway.patterns import may_backtrack, steps
 
 LOSSLESS_NORMALIZERS = {"NFC": 4, "Prepend": 1, "Replace": 1}
 """Those that keep every character, or put this many into one at most (NFC: the 4 of U+1F82)."""
@@ -44,6 +45,7 @@ class Tokenizer:
         )
         pipeline = json.loads(self._tokenizer.to_str())
         self._most_characters = most_characters(pipeline)
+        self.may_backtrack = may_backtrack(pipeline)
         self._decoder = Decoder(pipeline["decoder"], self._visible_piece)
         self._full_decoder = Decoder(pipeline["decoder"], self._piece)
 
@@ -132,8 +134,8 @@ def _failing_as(message: str) -> Iterator[None]:
 def most_characters(pipeline: dict[str, Any]) -> int:
     """How many characters of a text one token may stand for, by the parts of tokenizer.json; 0
     where a part may drop characters, or take any number of them as one unknown token."""
-    normalizers = _steps(pipeline["normalizer"], "normalizers")
-    pre_tokenizers = _steps(pipeline["pre_tokenizer"], "pretokenizers")
+    normalizers = steps(pipeline["normalizer"], "normalizers")
+    pre_tokenizers = steps(pipeline["pre_tokenizer"], "pretokenizers")
     model, added = pipeline["model"], pipeline["added_tokens"]
     byte_level = any(step["type"] == "ByteLevel" for step in pre_tokenizers)
     certain = (
@@ -152,15 +154,6 @@ def most_characters(pipeline: dict[str, Any]) -> int:
     for step in normalizers:
         shrink *= LOSSLESS_NORMALIZERS[step["type"]]
     return longest * shrink
-
-
-def _steps(part: dict[str, Any] | None, name: str) -> list[dict[str, Any]]:
-    """The parts of a sequence, the part itself where it is none."""
-    if part is None:
-        return []
-    if part["type"] != "Sequence":
-        return [part]
-    return [step for each in part[name] for step in _steps(each, name)]
 
 
 def _only_a_space_is_replaced(step: dict[str, Any]) -> bool:

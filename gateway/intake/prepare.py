@@ -56,7 +56,7 @@ class Question:
     max_prompts: int = 64
     max_prompt_tokens: int | None = None
     refuse_unknown: bool = False  # fields that nobody knows are an error
-    in_place: bool = False  # on the event loop: no chat template
+    in_place: bool = False  # on the event loop: no chat template, no pattern that may backtrack
     contexts: Mapping[str, int | None] = dataclasses.field(default_factory=dict)  # by model
 
 
@@ -151,6 +151,8 @@ def _encoded(
     param: str,
     add_special_tokens: bool,
 ) -> TokenIds:
+    if question.in_place and model.tokenizer.may_backtrack:
+        raise NeedsProcess
     if isinstance(body, Body) and body.truncate_prompt_tokens is None:
         # What cannot fit is refused before it is encoded.
         least = model.tokenizer.least_tokens(text)

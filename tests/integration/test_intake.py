@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import signal
 import unicodedata
 from collections.abc import AsyncIterator
@@ -15,17 +16,21 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+import tokenizers
+from tokenizers import pre_tokenizers
 
 from common import processor_share
 from common.errors import ContextLengthExceeded, InvalidRequest, Overloaded
+from common.model_folder.description import describe_model
 from gateway.chat_template import ChatTemplate
 from gateway.intake import pool, process
 from gateway.intake.pool import SHORT_BODY, SMALL_BODY, Intake
 from gateway.intake.prepare import Prepared, Question, prepare
+from gateway.patterns import LINEAR
 from gateway.served_models import ServedModel, ServedModels
-from gateway.tokenizer import most_characters
+from gateway.tokenizer import Tokenizer, most_characters
 from tests.support.fake_cluster import MODEL, FakeCluster, until
-from tests.support.gateway_server import LazyForker, load_tokenizer, serving
+from tests.support.gateway_server import MODELS, LazyForker, load_tokenizer, serving
 
 COMPLETIONS, CHAT = Question("completions"), Question("chat")
 TOKENIZE, DETOKENIZE = Question("tokenize"), Question("detokenize")
@@ -117,6 +122,45 @@ async def test_a_chat_template_never_runs_on_the_event_loop() -> None:
         for question, data in ((CHAT, chat()), (TOKENIZE, chat())):
             await running.prepare("a", question, data)
         assert running._short._idle
+
+
+def with_pattern(folder: Path, pattern: str) -> ServedModels:
+    """The gpt2 tokenizer with a pattern of its own before the bytes."""
+    shutil.copytree(MODELS / "tokenizers/gpt2", folder, dirs_exist_ok=True)
+    data = json.loads((folder / "tokenizer.json").read_text())
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": pattern},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    steps = [split, data["pre_tokenizer"]]
+    data["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+    return ServedModels([ServedModel(MODEL, Tokenizer(describe_model(folder)))])
+
+
+@pytest.mark.parametrize("question", [COMPLETIONS, TOKENIZE])
+async def test_a_pattern_of_the_models_own_never_runs_on_the_event_loop(
+    question: Question, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """This one takes seconds for a few kilobytes, below the library's limit in each piece."""
+    monkeypatch.setattr(process, "PROCESSOR_S", 0.2)
+    hostile = with_pattern(tmp_path, "(?:a|aa)+b|.")
+    data = body(prompt=("a" * 28 + "!") * 270)
+    assert len(data) < SMALL_BODY
+    async with intake(hostile) as running:
+        with pytest.raises(InvalidRequest, match="too much time"):
+            await running.prepare("a", question, data)
+        await running.prepare("a", question, body(prompt="x"))
+
+
+@pytest.mark.parametrize("pattern", sorted(LINEAR))
+def test_a_published_pattern_never_comes_near_the_librarys_limit_of_retries(pattern: str) -> None:
+    """Which is counted for each match; the texts are of the kinds that make patterns backtrack."""
+    split = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
+    for piece in ("a", " ", "\n", " \n", "'", "1", "A", "a1 ", "!\r", "\u0301"):
+        assert split.pre_tokenize_str(piece * 60_000)
 
 
 # ── Hostile bodies ───────────────────────────────────────────────────────────────────────────────
