@@ -16,13 +16,13 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from common.bus_setup import with_bus
-from common.config import NodeSettings, load
 from common.engine import StepOutput
 from common.engine.core.step import Step
 from common.engine.interface import StepResult
 from common.node.app import Node, load_role
 from common.node.ports import NodeServices
+from common.settings.config import NodeSettings, load
+from common.wire.bus_setup import with_bus
 from kv_transfer.ports import Adopted, Piece
 from kv_transfer.transports.nixl import NixlReader
 from kv_transfer.transports.shm import ShmReader

@@ -13,10 +13,10 @@ import statistics
 import time
 from collections.abc import Awaitable, Callable
 
-from common.config import RedisSettings
-from common.redis_client import RedisClient
-from common.redis_server import EmbeddedRedis
-from common.registry import NodeRecord, NodeState, Registry, Role
+from common.settings.config import RedisSettings
+from common.store.client import RedisClient
+from common.store.registry import NodeRecord, NodeState, Registry, Role
+from common.store.server import EmbeddedRedis
 
 
 def a_node(number: int, nodes: int) -> tuple[NodeRecord, list[dict[str, str]]]:

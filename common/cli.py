@@ -25,7 +25,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
         "main",
         "redis-cli, at the Redis of the running system",
     ),
-    "bench": ("common.commands.bench", "main", "put load on a server and measure it"),
+    "bench": ("common.commands.bench.command", "main", "put load on a server and measure it"),
 }
 """Name → module, function taking the arguments after the name, one line of help."""
 

@@ -17,9 +17,9 @@ from http import HTTPStatus
 
 import h11
 
-from common.config import MetricsSettings, is_loopback
 from common.errors import ResourceError
 from common.metrics import CONTENT_TYPE_LATEST
+from common.settings.config import MetricsSettings, is_loopback
 
 MOST_CONNECTIONS = 16
 MOST_HEAD_BYTES = 16_384

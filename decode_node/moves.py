@@ -27,8 +27,8 @@ from common.logs import get_logger
 from common.node.attempt import Attempt
 from common.node.handover import Handover, Handovers
 from common.node.ports import NodeServices
-from common.registry import NodeRecord
 from common.sampling import FinishReason
+from common.store.registry import NodeRecord
 
 log = get_logger("moves")
 

@@ -15,12 +15,12 @@ from collections.abc import Set as AbstractSet
 from common.engine.core.output import StepOutput
 from common.engine.core.step import Chunk, Step
 from common.errors import PdqError
-from common.messages import Offer, TokenRun, TookOver
 from common.node.attempt import Attempt
 from common.node.ports import NodeServices
 from common.node.token_stream import ChoiceKey
-from common.queue import Entry
 from common.sampling import FinishReason
+from common.store.queue import Entry
+from common.wire.messages import Offer, TokenRun, TookOver
 from decode_node.moves import Moves
 from kv_transfer.ports import Adopted
 

@@ -18,20 +18,20 @@ import sys
 import time
 from collections.abc import Sequence
 
-from common.bus import Bus
-from common.bus_setup import with_bus
-from common.config import GatewaySettings, load
 from common.descriptors import room_for
 from common.errors import ConfigError, PdqError, ResourceError, ServiceUnavailable
 from common.garbage import keep_what_is_here
 from common.logs import configure, get_logger
 from common.metrics import Metrics
-from common.reaper import Reaper
-from common.redis_client import RedisClient
-from common.registry import NodeRecord, NodeState, Registry, Role, new_incarnation
-from common.requests import Requests
-from common.senders import TO_GATEWAYS
+from common.settings.config import GatewaySettings, load
+from common.store.client import RedisClient
+from common.store.reaper import Reaper
+from common.store.registry import NodeRecord, NodeState, Registry, Role, new_incarnation
+from common.store.requests import Requests
 from common.version import version
+from common.wire.bus import Bus
+from common.wire.bus_setup import with_bus
+from common.wire.senders import TO_GATEWAYS
 from gateway.access import Access
 from gateway.app import create_app
 from gateway.dispatch import Dispatcher

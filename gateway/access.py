@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from starlette.requests import Request
 
 from common.api_keys import read_keys
-from common.config import GatewaySettings, is_loopback
+from common.settings.config import GatewaySettings, is_loopback
 from gateway.errors import HostNotAllowed, InvalidKey, UnsupportedMediaType
 
 

@@ -32,8 +32,8 @@ import h11
 from starlette.types import Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from common.config import HTTPSettings
 from common.errors import Overloaded, PdqError
+from common.settings.config import HTTPSettings
 from gateway.errors import (
     HeadTooLarge,
     MalformedHTTP,

@@ -31,7 +31,6 @@ import time
 from collections.abc import AsyncIterator, Coroutine
 
 import common.errors
-from common.bus_links import Down
 from common.errors import (
     EngineBroken,
     NotHeld,
@@ -44,7 +43,8 @@ from common.errors import (
 )
 from common.identity import ModelIdentity
 from common.logs import get_logger
-from common.messages import (
+from common.wire.bus_links import Down
+from common.wire.messages import (
     Cancel,
     Failed,
     Message,

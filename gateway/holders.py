@@ -13,7 +13,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 
-from common.messages import HoldsQuery
+from common.wire.messages import HoldsQuery
 from gateway.open_request import Choice, OpenRequest
 from gateway.ports import NodeBus, NodeDirectory
 

@@ -19,8 +19,8 @@ from collections.abc import Awaitable, Callable, Mapping
 
 from common.errors import PdqError, ServiceUnavailable
 from common.logs import get_logger
-from common.messages import Stage
-from common.redis_keys import WORK_TTL_S
+from common.store.keys import WORK_TTL_S
+from common.wire.messages import Stage
 from gateway.metrics import GatewayMetrics
 from gateway.ports import RequestStore
 

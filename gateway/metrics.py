@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from common.metrics import Metrics
 
 if TYPE_CHECKING:
-    from common.bus import Bus
+    from common.wire.bus import Bus
     from gateway.node_links import NodeLinks
 
 

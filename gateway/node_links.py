@@ -22,12 +22,12 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from math import inf
 
-from common.bus import Bus, Down, Received
 from common.errors import LinkLost, ServiceUnavailable
 from common.logs import get_logger
-from common.messages import CacheContent, CacheEvents, CacheQuery, Message
-from common.registry import NodeRecord, NodeState, Registry, Role, Snapshot
-from common.requests import Load, Requests
+from common.store.registry import NodeRecord, NodeState, Registry, Role, Snapshot
+from common.store.requests import Load, Requests
+from common.wire.bus import Bus, Down, Received
+from common.wire.messages import CacheContent, CacheEvents, CacheQuery, Message
 from gateway.ports import Inbox, NodeLoad, NodeView
 from gateway.prefix_index import CacheEvent, PrefixIndex
 from gateway.strangers import Strangers

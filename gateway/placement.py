@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from common.errors import PdqError, ServiceUnavailable
 from common.identity import ModelIdentity
 from common.logs import get_logger
-from common.messages import Dispatch
 from common.request import Request
 from common.sampling import SamplingParams
+from common.wire.messages import Dispatch
 from gateway.open_request import OpenRequest
 from gateway.ports import NodeBus, NodeDirectory, NodeView
 from gateway.router import (

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from common.kv_layout import Fingerprint
-from common.messages import Dispatch, Message, Stage
-from common.requests import Where
+from common.store.requests import Where
+from common.wire.messages import Dispatch, Message, Stage
 
 PREFILL, DECODE, UNIFIED = "prefill", "decode", "unified"
 

@@ -1,12 +1,12 @@
-"""`RequestStore` over Redis: what the dispatcher says, in the words of common/requests.py."""
+"""`RequestStore` over Redis: what the dispatcher says, in the words of common/store/requests.py."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from common.logs import get_logger
-from common.messages import Dispatch, Stage
-from common.requests import Requests, State, Where
+from common.store.requests import Requests, State, Where
+from common.wire.messages import Dispatch, Stage
 from gateway.ports import Ending
 
 log = get_logger("records")

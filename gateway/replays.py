@@ -12,8 +12,8 @@ import dataclasses
 
 from common.errors import Overloaded, PdqError, ServiceUnavailable
 from common.logs import get_logger
-from common.messages import Dispatch
-from common.requests import Requests
+from common.store.requests import Requests
+from common.wire.messages import Dispatch
 from gateway.dispatch import Dispatcher
 from gateway.open_request import Work
 

@@ -13,13 +13,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.config import GatewaySettings
 from common.errors import ConfigError, ContextLengthExceeded
 from common.identity import ModelIdentity
 from common.logs import get_logger
 from common.model_files import model_name, model_revision, resolve_model
 from common.model_folder.description import describe_model, parse_overrides, read_config
 from common.model_folder.generation import SamplingDefaults
+from common.settings.config import GatewaySettings
 from gateway.errors import UnknownModel
 from gateway.tokenizer import Tokenizer
 

@@ -18,8 +18,8 @@ from typing import Any
 import uvicorn
 from starlette.types import ASGIApp
 
-from common.config import HTTPSettings
 from common.logs import get_logger
+from common.settings.config import HTTPSettings
 from gateway.connection import Connection, Roster
 
 ACCEPTED_AT_ONCE = 64  # connections in one turn of the event loop

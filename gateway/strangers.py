@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 
-from common.bus import Received
 from common.logs import get_logger
+from common.wire.bus import Received
 
 log = get_logger("strangers")
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 
 from common.errors import ProtocolError
-from common.messages import TokenLogprobs, TokenRun
+from common.wire.messages import TokenLogprobs, TokenRun
 
 FINISHED = ("stop", "length")
 

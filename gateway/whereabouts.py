@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping
 
 from common.errors import ServiceUnavailable
 from common.logs import get_logger
-from common.requests import Place, Where
+from common.store.requests import Place, Where
 from gateway.open_request import Choice, OpenRequest
 from gateway.ports import NodeDirectory, RequestStore
 

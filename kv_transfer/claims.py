@@ -11,7 +11,7 @@ import dataclasses
 
 from common.errors import ProtocolError
 from common.kv_layout import Fingerprint, HashChain
-from common.messages import Blocks, Commit, Offer, Tail
+from common.wire.messages import Blocks, Commit, Offer, Tail
 from kv_transfer.digests import DIGEST_BYTES, tail_seed
 
 

@@ -15,7 +15,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
-from common.messages import Offer
+from common.wire.messages import Offer
 from kv_transfer.ports import Piece, Reservation, Span
 
 

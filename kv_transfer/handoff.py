@@ -13,7 +13,7 @@ import enum
 import heapq
 from collections.abc import Iterable, Sequence
 
-from common.messages import (
+from common.wire.messages import (
     Abort,
     Ack,
     Blocks,

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 
 from common.errors import FingerprintMismatch, PdqError
 from common.kv_layout import Fingerprint, Mismatch
-from common.messages import Hello, Refuse, Welcome
+from common.wire.messages import Hello, Refuse, Welcome
 from kv_transfer.transports.base import Opener, Reader, Target
 from kv_transfer.transports.converting import ConvertingReader
 from kv_transfer.transports.seam import guarded

@@ -15,7 +15,7 @@ import enum
 
 from common.errors import NeverFits, ProtocolError
 from common.kv_layout import Fingerprint
-from common.messages import (
+from common.wire.messages import (
     Abort,
     Ack,
     Blocks,

@@ -24,7 +24,7 @@ from typing import Any, Protocol, TypeVar
 from common.errors import LinkLost, PdqError, TransportFailed
 from common.kv_layout import Fingerprint
 from common.logs import get_logger
-from common.messages import (
+from common.wire.messages import (
     Abort,
     Ack,
     Blocks,
@@ -72,7 +72,7 @@ FAILED_S = 60.0  # so long a transport that failed with a peer is taken only whe
 
 
 class MessageBus(Protocol):
-    """The part of common/bus.py that links need. Its links are connections that never come back."""
+    """The part of common/wire/bus.py that links need. Its links are connections that never come back."""
 
     def send(self, peer: str, message: Message, *, link: str | None = None) -> None:
         """Never waits; `LinkLost` if that link with the peer is down."""

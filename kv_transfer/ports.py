@@ -11,7 +11,7 @@ import enum
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-from common.messages import (
+from common.wire.messages import (
     Abort,
     Ack,
     Blocks,

@@ -25,13 +25,13 @@ from collections.abc import Set as AbstractSet
 from common.engine.core.output import StepOutput
 from common.engine.core.step import Chunk, Step
 from common.errors import OutOfBlocks, PdqError, ServiceUnavailable, TransferError
-from common.messages import Dispatch, TokenRun
 from common.node.attempt import Attempt
 from common.node.handover import Handover, Handovers
 from common.node.ports import NodeServices
 from common.node.token_stream import ChoiceKey
-from common.queue import Entry
 from common.sampling import FinishReason, SamplingParams
+from common.store.queue import Entry
+from common.wire.messages import Dispatch, TokenRun
 from kv_transfer.ports import Adopted
 
 NO_DECODE_NODE_S = 1.0  # a prompt waits so long for one to appear, then its gateway is told

@@ -23,7 +23,7 @@ from bench.peers.system import (
     completion_body,
     token_times,
 )
-from common.commands.bench_client import Client
+from common.commands.bench.client import Client
 from tests.support.deployment import Deployment
 
 BLOCK_SIZE = 16

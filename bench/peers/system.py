@@ -19,7 +19,7 @@ import psutil
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from bench.engine import BODY
-from common.commands.bench_client import Exchange, read
+from common.commands.bench.client import Exchange, read
 
 SERVED_NAME = "measured"
 

@@ -37,7 +37,7 @@ from bench.peers.system import (
     token_times,
 )
 from common.child_process import die_with_parent
-from common.commands.bench_client import Client, Exchange
+from common.commands.bench.client import Client, Exchange
 
 START_LIMIT_S, STOP_LIMIT_S = 240.0, 8.0
 LEAST_PRIORITY = 19

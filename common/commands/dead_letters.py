@@ -23,10 +23,10 @@ from common.commands.inspect import (
 )
 from common.commands.settings import DeadSettings, RequeueSettings, load
 from common.errors import InvalidRequest
-from common.redis_client import RedisClient
-from common.registry import Registry, Role
-from common.request_record import RequestRecord
-from common.requests import DeadLetter, Requests
+from common.store.client import RedisClient
+from common.store.registry import Registry, Role
+from common.store.request_record import RequestRecord
+from common.store.requests import DeadLetter, Requests
 
 LOOK_S = 0.2
 

@@ -21,12 +21,12 @@ from rich.table import Table
 
 from common.commands import running
 from common.commands.settings import NodesSettings, QueueSettings, RequestsSettings, load
-from common.config import RedisSettings
-from common.queue import QueueLength, queue_lengths
-from common.redis_client import RedisClient
-from common.registry import KVLink, NodeRecord, Registry, Role, Snapshot
-from common.request_record import ChoiceRecord, RequestRecord
-from common.requests import Load, Requests
+from common.settings.config import RedisSettings
+from common.store.client import RedisClient
+from common.store.queue import QueueLength, queue_lengths
+from common.store.registry import KVLink, NodeRecord, Registry, Role, Snapshot
+from common.store.request_record import ChoiceRecord, RequestRecord
+from common.store.requests import Load, Requests
 
 REQUEST_COLUMNS = (
     "REQUEST", "STATE", "AGE", ">TRY", "PREFILL", "DECODE", ">PROMPT", ">CACHED", ">OUT", ">TOTAL",

@@ -14,9 +14,9 @@ from collections.abc import Mapping
 import psutil
 
 from common.commands import running
-from common.config import RedisSettings
-from common.redis_client import RedisClient
-from common.registry import Registry
+from common.settings.config import RedisSettings
+from common.store.client import RedisClient
+from common.store.registry import Registry
 
 CLOCK_SLACK_S = 5.0
 

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import psutil
 
-from common.config import RedisSettings
 from common.errors import ConfigError, ResourceError
+from common.settings.config import RedisSettings
 
 PATTERN = "serve-*.json"
 

@@ -1,4 +1,4 @@
-"""Settings of the subcommands, read like those of the services (common/config.py).
+"""Settings of the subcommands, read like those of the services (common/settings/config.py).
 
 Owns: what `pdq serve` takes, which is nearly everything that gateway and nodes take, and how it is
 divided between them. A setting that the gateway or the nodes gain is one of `pdq serve` without a
@@ -14,8 +14,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import field
 from typing import Any, Literal, TypeVar
 
-from common import config_loader
-from common.config import (
+from common.errors import ConfigError
+from common.settings import loader as config_loader
+from common.settings.config import (
     SERVICES,
     EngineSettings,
     GatewaySettings,
@@ -24,8 +25,7 @@ from common.config import (
     RedisSettings,
     holds_password,
 )
-from common.config_loader import setting
-from common.errors import ConfigError
+from common.settings.loader import setting
 
 T = TypeVar("T")
 

@@ -28,16 +28,16 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from common.bus_setup import make_key
 from common.commands import cores, running
 from common.commands.child import Child, ending
 from common.commands.settings import Deployment
-from common.config import BusSettings, RedisSettings, child_environment
 from common.errors import ResourceError, ServiceUnavailable
 from common.processor_share import BESIDE_GATEWAY
-from common.redis_client import RedisClient
-from common.redis_server import EmbeddedRedis
-from common.registry import NodeRecord, NodeState, Registry, Role
+from common.settings.config import BusSettings, RedisSettings, child_environment
+from common.store.client import RedisClient
+from common.store.registry import NodeRecord, NodeState, Registry, Role
+from common.store.server import EmbeddedRedis
+from common.wire.bus_setup import make_key
 
 MAX_FAILED_STARTS = 3
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0

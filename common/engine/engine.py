@@ -19,8 +19,6 @@ from collections.abc import Sequence as AnySequence
 from concurrent.futures import Future, wait
 from pathlib import Path
 
-from common import config_loader
-from common.config import EngineSettings
 from common.engine.core.engine_core import EngineCore
 from common.engine.core.output import Completion, StepOutput
 from common.engine.core.sequence import Sequence
@@ -33,6 +31,8 @@ from common.errors import InvalidRequest
 from common.identity import ModelIdentity
 from common.request import Request
 from common.sampling import SamplingParams
+from common.settings import loader as config_loader
+from common.settings.config import EngineSettings
 
 _runs = itertools.count()
 

@@ -23,10 +23,10 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from common.config import EngineSettings
 from common.engine.sampling.records import SampleOutput, SampleRows, TokenLogprob
 from common.kv_layout import Fingerprint, KVLayout
 from common.sampling import SamplingParams
+from common.settings.config import EngineSettings
 
 MAX_CHOICES = 64  # `n` of one request
 

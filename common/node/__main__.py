@@ -12,12 +12,12 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from common.bus_setup import with_bus
-from common.config import NodeSettings, load
 from common.descriptors import require
 from common.errors import EngineBroken, PdqError
 from common.garbage import keep_what_is_here
 from common.logs import configure, get_logger
+from common.settings.config import NodeSettings, load
+from common.wire.bus_setup import with_bus
 
 log = get_logger("node")
 

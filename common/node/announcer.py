@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from common.errors import ServiceUnavailable
 from common.logs import get_logger
-from common.registry import KVLink, NodeRecord, Registry, Snapshot
+from common.store.registry import KVLink, NodeRecord, Registry, Snapshot
 
 log = get_logger("node")
 

@@ -23,8 +23,6 @@ import socket
 import time
 from collections.abc import Callable, Coroutine, Iterable
 
-from common.bus import Bus
-from common.config import NodeSettings
 from common.engine import Engine
 from common.engine.runner import loading
 from common.engine.runner.model_runner import ModelRunner
@@ -44,11 +42,13 @@ from common.node.ports import NodeRole, NodeServices
 from common.node.steps import Steps
 from common.node.suspects import Suspects
 from common.node.transports import make_transports
-from common.queue import Entry
-from common.redis_client import RedisClient
-from common.registry import NodeRecord, NodeState, Registry, Role, Snapshot, new_incarnation
-from common.senders import TO_NODES
+from common.settings.config import NodeSettings
+from common.store.client import RedisClient
+from common.store.queue import Entry
+from common.store.registry import NodeRecord, NodeState, Registry, Role, Snapshot, new_incarnation
 from common.version import version
+from common.wire.bus import Bus
+from common.wire.senders import TO_NODES
 from kv_transfer.lease import Leases
 from kv_transfer.link import Links
 from kv_transfer.ports import Adopted, TransferSettings
@@ -71,7 +71,7 @@ def load_role(name: str, node: NodeServices) -> NodeRole:
 
 class Node:
     """Build it (this loads the model), then `await run()`; `stop` ends it in order. Of the settings
-    the bus's are complete (bus_setup.py). Implements `NodeServices`."""
+    the bus's are complete (common/wire/bus_setup.py). Implements `NodeServices`."""
 
     def __init__(
         self, settings: NodeSettings, *, make_bus: Callable[..., Bus] = Bus,

@@ -10,12 +10,12 @@ from common.engine.core.output import StepOutput
 from common.engine.core.sequence import Sequence
 from common.engine.core.step import Chunk
 from common.errors import InvalidRequest, PdqError
-from common.messages import Dispatch, Offer, TokenLogprobs, TokenRun
 from common.node.ports import NodeServices
 from common.node.token_stream import ChoiceKey
-from common.queue import Entry
 from common.request import Request
 from common.sampling import FinishReason, SamplingParams
+from common.store.queue import Entry
+from common.wire.messages import Dispatch, Offer, TokenLogprobs, TokenRun
 
 ALONE_TOKENS = 4
 

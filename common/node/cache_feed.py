@@ -6,7 +6,7 @@ Owns the numbers. Knows nothing of who listens: a gateway that misses a number a
 from __future__ import annotations
 
 from common.engine.core.block_pool import BlockPool, CacheEventKind
-from common.messages import CacheContent, CacheEvents
+from common.wire.messages import CacheContent, CacheEvents
 
 
 class CacheFeed:

@@ -20,9 +20,9 @@ from common.kv_layout import HashChain
 from common.logs import get_logger
 from common.node.ports import NodeRole, NodeServices
 from common.node.token_stream import ChoiceKey
-from common.queue import Entry, NodeQueue, move_unread, queue_lengths
-from common.redis_client import RedisClient
-from common.registry import NodeState
+from common.store.client import RedisClient
+from common.store.queue import Entry, NodeQueue, move_unread, queue_lengths
+from common.store.registry import NodeState
 
 log = get_logger("entries")
 

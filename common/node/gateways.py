@@ -18,8 +18,8 @@ from typing import Protocol
 
 from common.errors import LinkLost, NotHeld, PdqError
 from common.logs import get_logger
-from common.messages import Failed, HoldsQuery, Message, Stage, TokensAck, TookOver
 from common.node.token_stream import ChoiceKey, TokenStream
+from common.wire.messages import Failed, HoldsQuery, Message, Stage, TokensAck, TookOver
 
 log = get_logger("gateways")
 
@@ -28,7 +28,7 @@ LAST_WORDS = 4096  # about choices that have ended here
 
 
 class Sending(Protocol):
-    """What is used of common/bus.py."""
+    """What is used of common/wire/bus.py."""
 
     def send(self, peer: str, message: Message) -> None: ...
 

@@ -22,9 +22,9 @@ from typing import Protocol
 from common.engine.core.sequence import Sequence
 from common.errors import DigestMismatch, LinkLost, MalformedMessage, PdqError, StaleBlock
 from common.logs import get_logger
-from common.messages import HandoffKey, Offer, TokenLogprobs, TookOver
 from common.node.attempt import Attempt
 from common.node.ports import NodeServices
+from common.wire.messages import HandoffKey, Offer, TokenLogprobs, TookOver
 from kv_transfer.ports import Ended, Granted, Outcome
 
 log = get_logger("handover")

@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NoReturn
 
-from common.bus import Bus, Down
-from common.messages import (
+from common.node.cache_feed import CacheFeed
+from common.node.gateways import Gateways
+from common.node.peers import Peers
+from common.node.ports import NodeRole
+from common.wire.bus import Bus, Down
+from common.wire.messages import (
     CacheQuery,
     Cancel,
     HandoffMessage,
@@ -14,10 +18,6 @@ from common.messages import (
     LinkMessage,
     TokensAck,
 )
-from common.node.cache_feed import CacheFeed
-from common.node.gateways import Gateways
-from common.node.peers import Peers
-from common.node.ports import NodeRole
 from kv_transfer.link import Links
 
 SLOW_DEATHS = frozenset({Down.SILENT, Down.STALLED, Down.UNREACHABLE})  # found out by waiting

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 
-from common.bus import Bus
 from common.engine.core.step import Step
 from common.metrics import Metrics
 from common.node.entries import Entries
 from common.node.ports import NodeRole, NodeServices
-from common.registry import Role
+from common.store.registry import Role
+from common.wire.bus import Bus
 from kv_transfer.lease import Leases
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Set as AbstractSet
 
 from common.kv_layout import Fingerprint
-from common.registry import NodeRecord, NodeState, Role, Snapshot
+from common.store.registry import NodeRecord, NodeState, Role, Snapshot
 
 
 class Peers:

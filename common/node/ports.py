@@ -20,8 +20,8 @@ from common.node.kv import NodeKV
 from common.node.peers import Peers
 from common.node.suspects import Suspects
 from common.node.token_stream import ChoiceKey
-from common.queue import Entry
-from common.registry import NodeState
+from common.store.queue import Entry
+from common.store.registry import NodeState
 from kv_transfer.link import Links
 from kv_transfer.ports import Adopted
 

@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Callable, Collection, Iterable
 from typing import NamedTuple
 
-from common.messages import TokenRun, Tokens
+from common.wire.messages import TokenRun, Tokens
 
 RESENT_AT_ONCE = 256  # runs in one message
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 import contextlib
 import functools
 
-from common.config import NodeSettings
 from common.errors import ConfigError, PdqError
 from common.kv_layout import KVLayout
 from common.logs import get_logger
+from common.settings.config import NodeSettings
 from kv_transfer.lease import Leases
 from kv_transfer.link import Transports
 from kv_transfer.nccl_library import NcclLibrary

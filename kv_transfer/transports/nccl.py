@@ -24,10 +24,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from common.codec import encode
 from common.errors import DigestMismatch, LinkLost, PdqError
 from common.kv_layout import KVLayout
-from common.messages import Pull, Slabs
+from common.wire.codec import encode
+from common.wire.messages import Pull, Slabs
 from kv_transfer.cuda_runtime import Cuda
 from kv_transfer.lease import Leases
 from kv_transfer.nccl_library import ID_BYTES, Communicator, Nccl, Ranges

@@ -19,8 +19,6 @@ import secrets
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 
-from common.codec import decode, encode
-from common.config import is_loopback
 from common.errors import (
     DigestMismatch,
     InsufficientMemory,
@@ -30,7 +28,9 @@ from common.errors import (
     StaleBlock,
 )
 from common.kv_layout import KVLayout
-from common.messages import Message, Proved, Pull, Slabs
+from common.settings.config import is_loopback
+from common.wire.codec import decode, encode
+from common.wire.messages import Message, Proved, Pull, Slabs
 from kv_transfer.lease import Leases
 from kv_transfer.pool_memory import PoolMemory
 from kv_transfer.ports import Piece

@@ -3,7 +3,7 @@
 Either end copies each slab once, between the pool and a frame; encryption takes far longer. The
 queues of the sockets bound the frames that wait.
 
-Reconnecting is off: a connection is a link. This file and common/bus.py are the only users of zmq.
+Reconnecting is off: a connection is a link. This file and common/wire/bus.py are the only users of zmq.
 """
 
 from __future__ import annotations

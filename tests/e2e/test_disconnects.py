@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from common.request_record import RequestRecord
-from common.request_state import State
-from common.requests import Requests
+from common.store.request_record import RequestRecord
+from common.store.request_state import State
+from common.store.requests import Requests
 from tests.support.checkpoints import STORIES
 from tests.support.deployment import Deployment
 from tests.support.load import Load, bodies

@@ -14,7 +14,7 @@ import pytest
 
 from common.engine import SamplingParams
 from common.identity import ModelIdentity
-from common.registry import NodeRecord, NodeState
+from common.store.registry import NodeRecord, NodeState
 from tests.support.checkpoints import BABYLLAMA, STORIES
 from tests.support.deployment import Deployment
 from tests.support.dispatching import dispatch

@@ -20,11 +20,11 @@ import httpx
 import psutil
 import pytest
 
-from common.config import RedisSettings
 from common.errors import ConfigError
 from common.processor_share import BESIDE_GATEWAY
-from common.redis_client import RedisClient
-from common.redis_server import EmbeddedRedis
+from common.settings.config import RedisSettings
+from common.store.client import RedisClient
+from common.store.server import EmbeddedRedis
 from tests.support.redis import HANGS_S
 from tests.support.serve_process import ServeProcess, serving, wait_until
 

@@ -7,8 +7,8 @@ import asyncio
 import httpx
 
 from common.engine import Engine
-from common.reaper import GATEWAY_LOST, Reaper
-from common.requests import Requests
+from common.store.reaper import GATEWAY_LOST, Reaper
+from common.store.requests import Requests
 from tests.support.deployment import Deployment
 from tests.support.load import Load, bodies, truth
 from tests.support.redis import wait_until

@@ -22,9 +22,9 @@ import pytest
 import pytest_asyncio
 
 from common.engine import Engine
-from common.request_record import ChoiceRecord
-from common.request_state import State
-from common.requests import Requests
+from common.store.request_record import ChoiceRecord
+from common.store.request_state import State
+from common.store.requests import Requests
 from tests.support.checkpoints import STORIES
 from tests.support.deployment import Deployment
 from tests.support.load import Body, Load, bodies, truth

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import pytest
 
 from common.engine import Engine
-from common.queue import NodeQueue, move_unread, queue_lengths
-from common.redis_client import RedisClient, text
-from common.requests import Requests
+from common.store.client import RedisClient, text
+from common.store.queue import NodeQueue, move_unread, queue_lengths
+from common.store.requests import Requests
 from tests.support.checkpoints import STORIES
 from tests.support.deployment import Deployment
 from tests.support.load import Load, bodies, truth

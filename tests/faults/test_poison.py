@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 
 from common.engine import Engine
-from common.requests import Requests
+from common.store.requests import Requests
 from tests.faults.conftest import BEATS
 from tests.support.checkpoints import STORIES
 from tests.support.deployment import Deployment

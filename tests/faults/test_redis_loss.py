@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from common.engine import Engine
-from common.requests import Requests
+from common.store.requests import Requests
 from tests.support.deployment import Deployment
 from tests.support.load import Load, bodies, truth
 from tests.support.redis import wait_until

@@ -16,11 +16,15 @@ import typing
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from common import requests
-from common.codec import VERSION, decode, encode
 from common.errors import LinkLost, MalformedMessage
 from common.kv_layout import Fingerprint, KVLayout, chain_hashes, root_hash
-from common.messages import (
+from common.sampling import SamplingParams
+from common.store import requests
+from common.store.client import text
+from common.store.node_record import BEAT, NodeRecord, Role, identity_from, joined
+from common.store.request_record import RequestRecord, record_of
+from common.wire.codec import VERSION, decode, encode
+from common.wire.messages import (
     MESSAGES,
     Abort,
     Ack,
@@ -35,10 +39,6 @@ from common.messages import (
     Release,
     Tail,
 )
-from common.node_record import BEAT, NodeRecord, Role, identity_from, joined
-from common.redis_client import text
-from common.request_record import RequestRecord, record_of
-from common.sampling import SamplingParams
 from kv_transfer import generations, handshake
 from kv_transfer.generations import MappedGenerations
 from kv_transfer.handoff import Handoff

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.codec import decode
-from common.messages import MESSAGES
+from common.wire.codec import decode
+from common.wire.messages import MESSAGES
 from tests.fuzz.targets import TARGETS, seeds
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.config import EngineSettings
 from common.engine import Engine, SamplingParams
 from common.model_files import SHIPPED_MODEL
+from common.settings.config import EngineSettings
 from tests.support.checkpoints import save_random_model, transformers_model
 from tests.support.engines import prompt_logits, with_poison
 

@@ -12,7 +12,7 @@ import httpx
 import openai
 import pytest
 
-from common.config import GatewaySettings
+from common.settings.config import GatewaySettings
 from gateway.access import Access
 from gateway.app import create_app
 from gateway.routes import ROUTES

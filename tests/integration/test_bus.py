@@ -15,11 +15,11 @@ from contextlib import asynccontextmanager
 import pytest
 import zmq
 
-from common.bus import Bus, Down, LinkEvent, Progress
-from common.codec import decode, encode
-from common.config import BusSettings
 from common.errors import ConfigError, LinkLost, ResourceError
-from common.messages import Abort, Beat, Cancel, HandoffKey, Open, Over, Release
+from common.settings.config import BusSettings
+from common.wire.bus import Bus, Down, LinkEvent, Progress
+from common.wire.codec import decode, encode
+from common.wire.messages import Abort, Beat, Cancel, HandoffKey, Open, Over, Release
 from tests.support.bus_key import bus_settings, lock
 from tests.support.holdings import holdings
 from tests.support.redis import HANGS_S, wait_until
@@ -210,7 +210,7 @@ async def test_an_impostor_at_the_address_of_a_peer_is_recognised() -> None:
 
 PEER = """
 import asyncio, sys
-from common.bus import Bus
+from common.wire.bus import Bus
 from tests.support.bus_key import bus_settings
 
 async def main():
@@ -317,7 +317,7 @@ async def test_our_own_stop_is_not_held_against_peers() -> None:
 
 
 async def test_a_full_inbox_is_not_held_against_peers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("common.bus.INBOX", 1)
+    monkeypatch.setattr("common.wire.bus.INBOX", 1)
     async with buses("b-1", settings=FAST) as (b,), buses("a-1", settings=FAST) as (a,):
         a.connect("b-1", b.endpoint)
         for number in range(10):

@@ -16,9 +16,9 @@ import zmq.asyncio
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.bus import Bus
-from common.codec import encode
-from common.messages import Abort, Beat, Goodbye, HandoffKey, Open, Over
+from common.wire.bus import Bus
+from common.wire.codec import encode
+from common.wire.messages import Abort, Beat, Goodbye, HandoffKey, Open, Over
 from tests.support.bus_key import bus_settings, lock
 from tests.support.redis import HANGS_S
 from tests.unit.test_codec import MESSAGE

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.config import EngineSettings
 from common.engine import Engine, FinishReason, SamplingParams, StepOutput
 from common.engine.core.engine_core import StepNotBuilt
 from common.engine.devices.cuda.device import CudaDevice
@@ -23,6 +22,7 @@ from common.errors import (
     NotFiniteLogits,
     PdqError,
 )
+from common.settings.config import EngineSettings
 from tests.support.checkpoints import STORIES, save_random_model
 from tests.support.engines import poisoned_engine, watched_hidden_states
 

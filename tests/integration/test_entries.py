@@ -14,17 +14,17 @@ from typing import Any
 import pytest
 
 import common.node.entries
-from common.config import RedisSettings
 from common.errors import ServiceUnavailable
 from common.kv_layout import HASHED_AT_ONCE, HashChain, chain_hashes
-from common.messages import Dispatch
 from common.node.entries import Entries
 from common.node.peers import Peers
-from common.queue import Entry, NodeQueue, QueueLength, move_unread, queue_lengths
-from common.redis_client import RedisClient
-from common.redis_server import EmbeddedRedis
-from common.registry import NodeRecord, NodeState, Role, Snapshot
-from common.requests import Place, Requests, Where
+from common.settings.config import RedisSettings
+from common.store.client import RedisClient
+from common.store.queue import Entry, NodeQueue, QueueLength, move_unread, queue_lengths
+from common.store.registry import NodeRecord, NodeState, Role, Snapshot
+from common.store.requests import Place, Requests, Where
+from common.store.server import EmbeddedRedis
+from common.wire.messages import Dispatch
 from tests.support.fake_cluster import FINGERPRINT
 from tests.support.redis import a_dispatch, redis_client, redis_server, wait_until
 

@@ -17,21 +17,21 @@ from typing import TypeVar
 
 import pytest
 
-from common.bus import Bus, Down
-from common.config import (
+from common.engine import Engine
+from common.errors import ConfigError, PdqError, ResourceError, ServiceUnavailable
+from common.node.app import Node
+from common.settings.config import (
     EngineSettings,
     GatewaySettings,
     MetricsSettings,
     NodeSettings,
     RedisSettings,
 )
-from common.engine import Engine
-from common.errors import ConfigError, PdqError, ResourceError, ServiceUnavailable
-from common.node.app import Node
-from common.queue import NodeQueue
-from common.reaper import Reaper
-from common.redis_client import RedisClient, text
-from common.registry import NodeState, Registry
+from common.store.client import RedisClient, text
+from common.store.queue import NodeQueue
+from common.store.reaper import Reaper
+from common.store.registry import NodeState, Registry
+from common.wire.bus import Bus, Down
 from gateway import __main__ as gateway
 from tests.support.bus_key import bus_settings
 from tests.support.checkpoints import STORIES

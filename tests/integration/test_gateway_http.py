@@ -17,7 +17,7 @@ import openai
 import pytest
 
 from common.errors import ServiceUnavailable
-from common.messages import Dispatch, Failed
+from common.wire.messages import Dispatch, Failed
 from gateway.app import create_app
 from gateway.placement import Limits
 from gateway.service import ServiceLimits

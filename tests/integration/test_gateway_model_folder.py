@@ -12,10 +12,10 @@ from typing import Any
 import httpx
 import pytest
 
-from common.config import GatewaySettings
 from common.errors import ConfigError, UnsupportedModel
 from common.identity import ModelIdentity
 from common.sampling import SamplingParams
+from common.settings.config import GatewaySettings
 from gateway.served_models import load_models
 from tests.support.checkpoints import STORIES
 from tests.support.fake_cluster import FINGERPRINT, FakeCluster

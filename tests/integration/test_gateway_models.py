@@ -12,11 +12,11 @@ from typing import Any
 import httpx
 import pytest
 
-from common.config import GatewaySettings, load
 from common.engine import Engine
 from common.errors import ConfigError
 from common.identity import ModelIdentity
 from common.model_files import model_revision
+from common.settings.config import GatewaySettings, load
 from gateway import served_models
 from gateway.placement import Limits
 from gateway.served_models import ServedModel, load_models

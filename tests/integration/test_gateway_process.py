@@ -20,9 +20,9 @@ import httpx
 import openai
 import pytest
 
-from common.redis_client import RedisClient
-from common.registry import Registry, Role
-from common.requests import Requests, State
+from common.store.client import RedisClient
+from common.store.registry import Registry, Role
+from common.store.requests import Requests, State
 from tests.support.fake_cluster import until
 from tests.support.gateway_server import MODELS
 from tests.support.metrics import scrape

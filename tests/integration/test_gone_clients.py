@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 import pytest
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from common.config import HTTPSettings
+from common.settings.config import HTTPSettings
 from gateway.server import Server
 from gateway.sse import EventStream, JSONAnswer
 from tests.support.fake_cluster import until

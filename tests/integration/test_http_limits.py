@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from common.config import HTTPSettings
+from common.settings.config import HTTPSettings
 from gateway.placement import Limits
 from gateway.service import ServiceLimits
 from tests.support.fake_cluster import FakeCluster, until

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from common.config import GatewaySettings
 from common.engine import Engine
 from common.errors import CheckpointError, ConfigError, UnsupportedModel
 from common.model_files import resolve_model
+from common.settings.config import GatewaySettings
 from gateway.served_models import load_models
 from tests.support.checkpoints import STORIES, save_random_model
 from tests.support.fake_hub import COMMIT, FakeHub

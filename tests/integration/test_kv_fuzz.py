@@ -18,10 +18,10 @@ import zmq
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from common.bus import new_secret_key
-from common.codec import decode, encode
 from common.errors import LinkLost, MalformedMessage, PdqError
-from common.messages import HandoffKey, Proved, Pull, Slabs
+from common.wire.bus import new_secret_key
+from common.wire.codec import decode, encode
+from common.wire.messages import HandoffKey, Proved, Pull, Slabs
 from kv_transfer.device_memory import DevicePoolMemory
 from kv_transfer.lease import Leases
 from kv_transfer.pool_memory import HostPoolMemory, PoolMemory

@@ -31,10 +31,10 @@ from collections.abc import AsyncIterator, Callable, Sequence
 import numpy as np
 import pytest
 
-from common.bus import new_secret_key
 from common.errors import DigestMismatch, LinkLost, StaleBlock
 from common.kv_layout import Fingerprint, KVLayout, chain_hashes, root_hash
-from common.messages import HandoffKey, Message, Offer
+from common.wire.bus import new_secret_key
+from common.wire.messages import HandoffKey, Message, Offer
 from kv_transfer import pool_memory
 from kv_transfer.conversion import Conversion
 from kv_transfer.digests import tail_seed

@@ -7,13 +7,13 @@ import itertools
 
 import pytest
 
-from common.config import EngineSettings
 from common.engine import Engine, SamplingParams
 from common.engine.core.sequence import Sequence
 from common.engine.sampling.records import TokenLogprob
-from common.messages import HandoffKey, Offer
 from common.node.kv import NodeKV, SharedMemory
 from common.sampling import FinishReason
+from common.settings.config import EngineSettings
+from common.wire.messages import HandoffKey, Offer
 from kv_transfer.ports import Piece
 from tests.support.asked import a_request
 from tests.support.checkpoints import STORIES

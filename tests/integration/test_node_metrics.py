@@ -9,11 +9,11 @@ from collections.abc import AsyncIterator
 
 import httpx
 
-from common.config import EngineSettings, MetricsSettings, NodeSettings
 from common.node.app import Node
-from common.redis_client import RedisClient
-from common.registry import NodeRecord, NodeState
 from common.sampling import SamplingParams
+from common.settings.config import EngineSettings, MetricsSettings, NodeSettings
+from common.store.client import RedisClient
+from common.store.registry import NodeRecord, NodeState
 from tests.support.bus_key import bus_settings
 from tests.support.checkpoints import STORIES
 from tests.support.dispatching import dispatch

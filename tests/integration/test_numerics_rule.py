@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 
-from common.config import EngineSettings
 from common.engine import Engine, SamplingParams
 from common.engine.devices.cpu.backend import CpuBackend
+from common.settings.config import EngineSettings
 from tests.support.checkpoints import save_random_model
 from tests.support.engines import with_poison
 from tests.support.logit_record import RandomProposer, Run, run_recorded

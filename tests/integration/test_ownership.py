@@ -12,12 +12,12 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-import common.queue
+import common.store.queue
 import gateway.holders
 import gateway.whereabouts
 from common.errors import ServiceUnavailable
-from common.redis_server import EmbeddedRedis
-from common.registry import Role
+from common.store.registry import Role
+from common.store.server import EmbeddedRedis
 from tests.support.redis import redis_server
 from tests.support.scripted_nodes import World, answer
 
@@ -36,7 +36,7 @@ def impatient() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gateway.whereabouts, "UNHEARD_S", 0.0)
         patch.setattr(gateway.holders, "QUIET_S", 0.0)
-        patch.setattr(common.queue, "STRAYS_INTERVAL_S", 0.0)
+        patch.setattr(common.store.queue, "STRAYS_INTERVAL_S", 0.0)
         yield
 
 

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from common.config import RedisSettings
 from common.engine import SamplingParams
 from common.engine.core.sequence import Sequence
 from common.engine.core.step import Step
@@ -22,11 +21,12 @@ from common.engine.devices.rows import Rows
 from common.engine.runner.model_runner import ModelRunner
 from common.engine.runner.thread_runner import ThreadRunner
 from common.errors import EngineBroken
-from common.messages import Failed
 from common.node.attempt import ALONE_TOKENS
 from common.node.entries import Entries
-from common.queue import Entry
-from common.redis_client import RedisClient
+from common.settings.config import RedisSettings
+from common.store.client import RedisClient
+from common.store.queue import Entry
+from common.wire.messages import Failed
 from decode_node.role import DecodeRole
 from tests.support.engines import poisoned_engine
 from tests.support.redis import HANGS_S, a_dispatch

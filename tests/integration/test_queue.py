@@ -8,11 +8,11 @@ import dataclasses
 import pytest
 
 from common.errors import ServiceUnavailable
-from common.queue import NodeQueue, QueueLength, move_unread, queue_lengths
-from common.redis_client import RedisClient
-from common.registry import Registry
-from common.requests import Load, Place, Requests, Where
 from common.sampling import SamplingParams
+from common.store.client import RedisClient
+from common.store.queue import NodeQueue, QueueLength, move_unread, queue_lengths
+from common.store.registry import Registry
+from common.store.requests import Load, Place, Requests, Where
 from tests.support.redis import HANGS_S, Traffic, a_dispatch, wait_until
 
 
@@ -327,7 +327,7 @@ async def test_an_entry_that_a_late_read_has_delivered_is_found(
         redis_client.keys.stream("p-1"),
         ">",
     )
-    monkeypatch.setattr("common.queue.STRAYS_INTERVAL_S", 0.0)
+    monkeypatch.setattr("common.store.queue.STRAYS_INTERVAL_S", 0.0)
     assert [entry.dispatch.request.id for entry in await queue.take(4)] == ["r-0"]
     assert await queue.take(4) == []
 
@@ -338,7 +338,7 @@ async def test_a_malformed_entry_is_known_to_be_nowhere(
     requests = Requests(redis_client)
     queue = await a_queue(redis_client, "p-1")
     with monkeypatch.context() as patch:
-        patch.setattr("common.requests.encode", lambda _: b"of another version")
+        patch.setattr("common.store.requests.encode", lambda _: b"of another version")
         await fill(redis_client, "p-1", 1)
     assert await queue.take(4) == []
     assert queue.dropped == 1

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from common.errors import ServiceUnavailable
-from common.reaper import GATEWAY_LOST, Reaped, Reaper
-from common.redis_client import RedisClient, text
-from common.registry import NodeRecord, Registry, Role
-from common.request_state import State
-from common.requests import Load, Place, Requests, Where
+from common.store.client import RedisClient, text
+from common.store.reaper import GATEWAY_LOST, Reaped, Reaper
+from common.store.registry import NodeRecord, Registry, Role
+from common.store.request_state import State
+from common.store.requests import Load, Place, Requests, Where
 from tests.support.redis import a_dispatch, leaked_keys
 
 

@@ -13,11 +13,11 @@ from urllib.parse import urlsplit
 import psutil
 import pytest
 
-from common import redis_server
-from common.config import RedisSettings
 from common.errors import ConfigError, ResourceError
-from common.redis_client import RedisClient
-from common.redis_server import EmbeddedRedis, ServerBinary, find_binary
+from common.settings.config import RedisSettings
+from common.store import server as redis_server
+from common.store.client import RedisClient
+from common.store.server import EmbeddedRedis, ServerBinary, find_binary
 from tests.support.redis import wait_until
 
 
@@ -94,7 +94,7 @@ def test_a_server_that_cannot_start_says_why() -> None:
 def a_process_with_a_server() -> subprocess.Popen[str]:
     program = (
         "import sys\n"
-        "from common.redis_server import EmbeddedRedis\n"
+        "from common.store.server import EmbeddedRedis\n"
         "server = EmbeddedRedis()\n"
         "server.start()\n"
         "print(server.pid, server._folder, flush=True)\n"

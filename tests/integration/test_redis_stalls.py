@@ -12,10 +12,10 @@ import pytest
 
 import gateway.ledger
 from common.errors import ServiceUnavailable
-from common.queue import QueueLength, queue_lengths
-from common.redis_client import RedisClient
-from common.redis_server import EmbeddedRedis
-from common.requests import Load
+from common.store.client import RedisClient
+from common.store.queue import QueueLength, queue_lengths
+from common.store.requests import Load
+from common.store.server import EmbeddedRedis
 from tests.support.redis import a_dispatch, redis_client, redis_server, wait_until
 from tests.support.scripted_nodes import GATEWAY, World, answer
 

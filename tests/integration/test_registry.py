@@ -9,11 +9,11 @@ from dataclasses import replace
 import pytest
 
 from common.errors import ConfigError, ServiceUnavailable
-from common.redis_client import RedisClient
-from common.redis_keys import NODE_TTL_S
-from common.redis_server import EmbeddedRedis
-from common.registry import NodeRecord, NodeState, Registry, Role, Snapshot, new_incarnation
-from common.requests import Requests
+from common.store.client import RedisClient
+from common.store.keys import NODE_TTL_S
+from common.store.registry import NodeRecord, NodeState, Registry, Role, Snapshot, new_incarnation
+from common.store.requests import Requests
+from common.store.server import EmbeddedRedis
 from tests.support.redis import Traffic, a_dispatch, wait_until
 
 

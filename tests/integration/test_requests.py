@@ -10,15 +10,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from common.codec import decode
-from common.config import RedisSettings
 from common.errors import ConfigError, ServiceUnavailable
-from common.redis_client import RedisClient
-from common.redis_keys import INSPECT_TTL_S
-from common.redis_server import EmbeddedRedis
-from common.registry import NodeRecord, Registry, Role
-from common.request_state import State, merge
-from common.requests import Claim, Load, Place, Requests, Where
+from common.settings.config import RedisSettings
+from common.store.client import RedisClient
+from common.store.keys import INSPECT_TTL_S
+from common.store.registry import NodeRecord, Registry, Role
+from common.store.request_state import State, merge
+from common.store.requests import Claim, Load, Place, Requests, Where
+from common.store.server import EmbeddedRedis
+from common.wire.codec import decode
 from tests.support.redis import a_dispatch, leaked_keys, wait_until
 
 IDLE = Load()

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from common.config import EngineSettings
 from common.engine import Engine, SamplingParams, StepOutput
+from common.settings.config import EngineSettings
 from tests.support.checkpoints import STORIES
 from tests.support.engines import poisoned_engine
 from tests.support.process_runner import ProcessRunner, read

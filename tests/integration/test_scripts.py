@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from common.node_record import BEAT
-from common.queue import NodeQueue, QueueLength, queue_lengths
-from common.queue_scripts import DropEntries, GiveBack, MoveUnread, QueueLengths
-from common.redis_client import RedisClient
-from common.redis_keys import Key, Keys
-from common.redis_lua import Script
-from common.registry_scripts import AnnounceNode, ReadBeats, ReleaseLock, RemoveNode, TakeLock
-from common.request_scripts import (
+from common.store.client import RedisClient
+from common.store.keys import Key, Keys
+from common.store.lua import Script
+from common.store.node_record import BEAT
+from common.store.queue import NodeQueue, QueueLength, queue_lengths
+from common.store.queue_scripts import DropEntries, GiveBack, MoveUnread, QueueLengths
+from common.store.registry_scripts import AnnounceNode, ReadBeats, ReleaseLock, RemoveNode, TakeLock
+from common.store.request_scripts import (
     AcceptAttempt,
     AddDeadLetter,
     ClaimAttempt,
@@ -24,8 +24,8 @@ from common.request_scripts import (
     MergeChoices,
     RecountLoads,
 )
-from common.request_state import Claim, Place, State
-from common.requests import Requests
+from common.store.request_state import Claim, Place, State
+from common.store.requests import Requests
 from tests.support.redis import Traffic, a_dispatch
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -19,9 +19,9 @@ from typing import Any
 
 import pytest
 
-from common.redis_client import RedisClient
-from common.registry import NodeRecord, Registry, Role
 from common.sampling import SamplingParams
+from common.store.client import RedisClient
+from common.store.registry import NodeRecord, Registry, Role
 from tests.integration.test_gateway_process import Process, started
 from tests.support.asked import a_request
 from tests.support.fake_cluster import endless

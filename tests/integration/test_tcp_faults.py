@@ -18,9 +18,9 @@ import pytest
 import torch
 import zmq
 
-from common.codec import encode
 from common.errors import InsufficientMemory, LinkLost, MalformedMessage, PdqError
-from common.messages import Proved, Pull, Slabs
+from common.wire.codec import encode
+from common.wire.messages import Proved, Pull, Slabs
 from kv_transfer.lease import Leases
 from kv_transfer.pool_memory import HostPoolMemory
 from kv_transfer.ports import Piece

@@ -29,10 +29,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from common.bus import new_secret_key
 from common.errors import ConfigError, DigestMismatch, LinkLost, MalformedMessage, StaleBlock
 from common.kv_layout import KVLayout
-from common.messages import HandoffKey, Proved, Slabs
+from common.wire.bus import new_secret_key
+from common.wire.messages import HandoffKey, Proved, Slabs
 from kv_transfer.device_memory import STAGED_BYTES, DevicePoolMemory
 from kv_transfer.digests import slab_digest, tail_seed
 from kv_transfer.lease import Leases

@@ -7,8 +7,8 @@ from typing import Any
 
 import zmq
 
-from common.bus_setup import complete
-from common.config import BusSettings, RedisSettings
+from common.settings.config import BusSettings, RedisSettings
+from common.wire.bus_setup import complete
 
 
 def lock(socket: Any, *, listens: bool = False) -> None:

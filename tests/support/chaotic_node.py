@@ -21,15 +21,15 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from common.bus import Bus
-from common.bus_setup import with_bus
-from common.codec import decode
-from common.config import NodeSettings, load
 from common.errors import LinkLost, MalformedMessage
 from common.logs import configure
-from common.messages import Blocks, Message
 from common.node.app import Node
-from common.senders import BETWEEN_NODES
+from common.settings.config import NodeSettings, load
+from common.wire.bus import Bus
+from common.wire.bus_setup import with_bus
+from common.wire.codec import decode
+from common.wire.messages import Blocks, Message
+from common.wire.senders import BETWEEN_NODES
 
 LOOK_S = 0.02  # between two looks at what is held
 

@@ -23,11 +23,11 @@ from typing import Any
 import httpx
 
 from common.child_process import die_with_parent
-from common.config import RedisSettings
-from common.queue import queue_lengths
-from common.redis_client import RedisClient
-from common.redis_server import EmbeddedRedis
-from common.registry import KVLink, NodeRecord, NodeState, Registry, Role
+from common.settings.config import RedisSettings
+from common.store.client import RedisClient
+from common.store.queue import queue_lengths
+from common.store.registry import KVLink, NodeRecord, NodeState, Registry, Role
+from common.store.server import EmbeddedRedis
 from tests.support.redis import HANGS_S, leaked_keys
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,13 +9,13 @@ import asyncio
 import dataclasses
 from collections.abc import Sequence
 
-from common.bus import Bus
 from common.identity import ModelIdentity
-from common.messages import Dispatch, Failed, Stage, Tokens, TokensAck, TookOver
-from common.redis_client import RedisClient
-from common.registry import NodeRecord
-from common.requests import Requests
 from common.sampling import SamplingParams
+from common.store.client import RedisClient
+from common.store.registry import NodeRecord
+from common.store.requests import Requests
+from common.wire.bus import Bus
+from common.wire.messages import Dispatch, Failed, Stage, Tokens, TokensAck, TookOver
 from tests.support.asked import a_request
 from tests.support.bus_key import bus_settings
 

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.config import EngineSettings
 from common.engine import Engine, SamplingParams
 from common.engine.devices.kv_cache import KVCache
 from common.engine.devices.rows import Rows
 from common.engine.runner.model_runner import ModelRunner, Storage
 from common.engine.speculation import DeviceProposer
+from common.settings.config import EngineSettings
 from tests.support.checkpoints import STORIES
 
 

@@ -13,11 +13,13 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
 
-from common.codec import decode, encode
 from common.errors import PdqError
 from common.identity import ModelIdentity
 from common.kv_layout import Fingerprint
-from common.messages import (
+from common.request import Request
+from common.store.requests import Place, Where
+from common.wire.codec import decode, encode
+from common.wire.messages import (
     Cancel,
     Dispatch,
     Failed,
@@ -29,8 +31,6 @@ from common.messages import (
     TokensAck,
     TookOver,
 )
-from common.request import Request
-from common.requests import Place, Where
 from gateway.ports import DECODE, PREFILL, UNIFIED, Ending, Inbox, NodeLoad, NodeView
 from tests.support.redis import HANGS_S
 

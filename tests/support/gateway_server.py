@@ -10,9 +10,9 @@ import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-from common.config import HTTPSettings
 from common.metrics import Metrics
 from common.model_folder.description import describe_model
+from common.settings.config import HTTPSettings
 from gateway.access import Access
 from gateway.app import create_app
 from gateway.connection import Roster

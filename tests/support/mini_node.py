@@ -11,17 +11,17 @@ import contextlib
 import sys
 from collections.abc import AsyncIterator
 
-from common.bus import Bus
-from common.config import RedisSettings
-from common.messages import Cancel, Dispatch, HoldsQuery, Stage, TokenRun, TokensAck
 from common.model_files import model_revision
 from common.model_folder.description import describe_model
 from common.node import gateways
 from common.node.gateways import Gateways
 from common.node.token_stream import ChoiceKey
-from common.queue import Entry, NodeQueue
-from common.redis_client import RedisClient
-from common.registry import NodeRecord, NodeState, Registry, Role, new_incarnation
+from common.settings.config import RedisSettings
+from common.store.client import RedisClient
+from common.store.queue import Entry, NodeQueue
+from common.store.registry import NodeRecord, NodeState, Registry, Role, new_incarnation
+from common.wire.bus import Bus
+from common.wire.messages import Cancel, Dispatch, HoldsQuery, Stage, TokenRun, TokensAck
 from tests.support.bus_key import bus_settings
 from tests.support.checkpoints import STORIES
 from tests.support.fake_cluster import endless

@@ -13,8 +13,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from typing import Any
 
-from common.config import EngineSettings
 from common.engine.interface import EngineFacts, Filled, StepInput, StepResult
+from common.settings.config import EngineSettings
 
 PLAIN = {
     "builtins": {"frozenset"},

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from common.config import RedisSettings
-from common.messages import Dispatch
-from common.redis_client import RedisClient, text
-from common.redis_server import EmbeddedRedis
 from common.request import Request
+from common.settings.config import RedisSettings
+from common.store.client import RedisClient, text
+from common.store.server import EmbeddedRedis
+from common.wire.messages import Dispatch
 from tests.support.asked import a_request
 
 # For whatever a test waits for: it comes in moments, or never. Long, so that it says nothing of how

@@ -16,12 +16,12 @@ import pytest
 
 from common.engine import Engine
 from common.engine.core.step import Chunk, Step
-from common.messages import Failed, HandoffKey, Message, Offer, TokenRun
 from common.node.peers import Peers
 from common.node.steps import Steps
 from common.node.suspects import Suspects
-from common.queue import Entry
-from common.registry import NodeRecord, NodeState, Role, Snapshot
+from common.store.queue import Entry
+from common.store.registry import NodeRecord, NodeState, Role, Snapshot
+from common.wire.messages import Failed, HandoffKey, Message, Offer, TokenRun
 from kv_transfer.link import HandoffListener
 from kv_transfer.ports import Ended, Granted, Outcome
 from tests.support.engines import poisoned_engine

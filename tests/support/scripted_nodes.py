@@ -14,9 +14,17 @@ import dataclasses
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from common.config import RedisSettings
 from common.errors import NotHeld, ServiceUnavailable
-from common.messages import (
+from common.metrics import Metrics
+from common.sampling import SamplingParams
+from common.settings.config import RedisSettings
+from common.store.client import RedisClient, text
+from common.store.queue import Entry, NodeQueue, move_unread
+from common.store.reaper import Reaper
+from common.store.records import GROUP
+from common.store.registry import NodeRecord, NodeState, Registry, Role
+from common.store.requests import Load, Requests
+from common.wire.messages import (
     Cancel,
     Dispatch,
     Failed,
@@ -27,14 +35,6 @@ from common.messages import (
     Tokens,
     TookOver,
 )
-from common.metrics import Metrics
-from common.queue import Entry, NodeQueue, move_unread
-from common.reaper import Reaper
-from common.redis_client import RedisClient, text
-from common.redis_records import GROUP
-from common.registry import NodeRecord, NodeState, Registry, Role
-from common.requests import Load, Requests
-from common.sampling import SamplingParams
 from gateway.dispatch import Dispatcher
 from gateway.metrics import GatewayMetrics
 from gateway.open_request import Work

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.commands.bench_client import Answer, Client, Exchange, read
-from common.commands.bench_report import Outcome, distribution, percentile, summarize
-from common.commands.bench_workload import (
+from common.commands.bench.client import Answer, Client, Exchange, read
+from common.commands.bench.report import Outcome, distribution, percentile, summarize
+from common.commands.bench.workload import (
     WORDS,
     Job,
     Source,

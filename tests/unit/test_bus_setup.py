@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from common.bus_setup import complete
-from common.config import BusSettings, RedisSettings
 from common.errors import ConfigError, ServiceUnavailable
+from common.settings.config import BusSettings, RedisSettings
+from common.wire.bus_setup import complete
 
 REDIS = RedisSettings(url="redis://127.0.0.1:6379/0")
 

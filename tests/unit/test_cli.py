@@ -18,10 +18,16 @@ from common.commands.inspect import stages
 from common.commands.redis_shell import command_line
 from common.commands.serve import curl_line
 from common.commands.settings import ServeSettings, load_deployment
-from common.config import GatewaySettings, NodeSettings, RedisSettings, child_environment, describe
 from common.errors import ConfigError
-from common.request_record import ChoiceRecord
-from common.request_state import State
+from common.settings.config import (
+    GatewaySettings,
+    NodeSettings,
+    RedisSettings,
+    child_environment,
+    describe,
+)
+from common.store.request_record import ChoiceRecord
+from common.store.request_state import State
 
 ROOT = Path(__file__).parents[2]
 

@@ -15,11 +15,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.codec import VERSION, decode, encode
 from common.errors import MalformedMessage
-from common.messages import MESSAGES, Dispatch, Message
 from common.request import Request
 from common.sampling import SamplingParams
+from common.wire.codec import VERSION, decode, encode
+from common.wire.messages import MESSAGES, Dispatch, Message
 from tests.support.redis import a_dispatch
 
 PROBABILITY = st.floats(0.125, 1.0, width=32)

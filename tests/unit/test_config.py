@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from common import config_loader
 from common.api_keys import read_keys
 from common.commands.settings import COMMANDS
-from common.config import (
+from common.errors import ConfigError
+from common.settings import loader as config_loader
+from common.settings.config import (
     SERVICES,
     EngineSettings,
     GatewaySettings,
@@ -21,8 +22,7 @@ from common.config import (
     describe,
     load,
 )
-from common.config_loader import parse_bytes, setting
-from common.errors import ConfigError
+from common.settings.loader import parse_bytes, setting
 
 
 def toml(folder: Path, text: str) -> str:

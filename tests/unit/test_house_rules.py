@@ -13,12 +13,12 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("common", "kv_transfer", "prefill_node", "decode_node", "gateway")
 
 DOORS = {
-    "redis": {"common/redis_client.py"},
+    "redis": {"common/store/client.py"},
     "zmq": {
-        "common/bus.py",
+        "common/wire/bus.py",
         "kv_transfer/transports/tcp_frames.py",
     },
-    "msgpack": {"common/codec.py"},
+    "msgpack": {"common/wire/codec.py"},
     "xxhash": {"kv_transfer/digests.py"},
     "nixl": {"kv_transfer/transports/nixl.py"},
     "huggingface_hub": {"common/model_files.py"},
@@ -89,6 +89,8 @@ def test_the_environment_is_read_where_a_process_begins() -> None:
         if re.search(r"\bos\.(environ|getenv)\b", path.read_text(encoding="utf-8"))
     }
     entries = {path for path in users if path.endswith("__main__.py")}
-    assert users - entries <= {"common/cli.py", "common/config.py", "common/config_loader.py"} | {
-        user for user in users if user.startswith("common/commands/")
-    }
+    assert users - entries <= {
+        "common/cli.py",
+        "common/settings/config.py",
+        "common/settings/loader.py",
+    } | {user for user in users if user.startswith("common/commands/")}

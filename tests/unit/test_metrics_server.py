@@ -8,10 +8,10 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from common.config import MetricsSettings
 from common.errors import ResourceError
 from common.metrics import Metrics
 from common.metrics_server import MOST_CONNECTIONS, MOST_HEAD_BYTES, MetricsServer
+from common.settings.config import MetricsSettings
 from tests.support.metrics import parsed
 from tests.support.redis import wait_until
 

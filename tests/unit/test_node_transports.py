@@ -8,13 +8,13 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from common.bus import new_secret_key
-from common.config import BusSettings, NodeSettings
 from common.errors import ConfigError, LinkLost
 from common.kv_layout import Fingerprint, KVLayout
-from common.messages import Welcome
 from common.node import transports
 from common.node.transports import make_transports
+from common.settings.config import BusSettings, NodeSettings
+from common.wire.bus import new_secret_key
+from common.wire.messages import Welcome
 from kv_transfer import handshake
 from kv_transfer.device_memory import DevicePoolMemory
 from kv_transfer.lease import Leases

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 
-from common.redis_keys import Keys
+from common.store.keys import Keys
 
 
 def methods() -> dict[str, inspect.Signature]:

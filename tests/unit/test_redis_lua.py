@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from common.errors import ProtocolError
-from common.redis_keys import Key
-from common.redis_lua import Script
+from common.store.keys import Key
+from common.store.lua import Script
 
 ONE = Key("pdq:one")
 

@@ -8,7 +8,7 @@ from itertools import pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.request_state import NEXT, RANK, State, merge
+from common.store.request_state import NEXT, RANK, State, merge
 
 WRITES = st.lists(st.tuples(st.integers(1, 3), st.sampled_from(State)), min_size=1, max_size=12)
 

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.bus_links import Link, LinkTable
-from common.codec import decode
-from common.config import BusSettings
-from common.messages import MESSAGES, Beat, Message, Open, Over, TookOver
-from common.senders import (
+from common.settings.config import BusSettings
+from common.wire.bus_links import Link, LinkTable
+from common.wire.codec import decode
+from common.wire.messages import MESSAGES, Beat, Message, Open, Over, TookOver
+from common.wire.senders import (
     ABOUT_LINKS,
     BETWEEN_NODES,
     FROM_GATEWAYS,

@@ -15,7 +15,6 @@ from collections.abc import Sequence as AnySequence
 import numpy as np
 from numpy.typing import NDArray
 
-from common.config import EngineSettings
 from common.engine.core.admission import ExpectedPrompt
 from common.engine.core.block_pool import BlockPool
 from common.engine.core.output import StepOutput
@@ -37,6 +36,7 @@ from common.identity import ModelIdentity
 from common.kv_layout import Fingerprint, KVLayout
 from common.request import Request
 from common.sampling import FinishReason, SamplingParams
+from common.settings.config import EngineSettings
 
 NOT_FINITE = "NaN or infinity"
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from common.config import EngineSettings
 from common.engine.devices.cpu.device import CpuDevice
 from common.engine.devices.cuda.device import CudaDevice
 from common.engine.devices.device import Device
 from common.errors import ConfigError
+from common.settings.config import EngineSettings
 
 # By their names in the settings; `auto` is the first that this machine has.
 DEVICES: dict[str, type[Device]] = {

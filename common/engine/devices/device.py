@@ -23,11 +23,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from common.config import EngineSettings
 from common.engine.devices.kv_cache import KVCache
 from common.engine.devices.rows import RowPlan, Rows
 from common.engine.sampling.records import Logprobs, SampleOutput, SampleRows
 from common.engine.sampling.slots import SlotTable
+from common.settings.config import EngineSettings
 
 
 class Device(Protocol):

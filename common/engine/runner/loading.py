@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-from common.config import EngineSettings
 from common.engine.devices.device import Backend, Device
 from common.engine.devices.kv_cache import TORCH_DTYPES, blocks_for_memory
 from common.engine.model.decoder import Model, tensor_shapes
@@ -20,6 +19,7 @@ from common.engine.model.weights import Checkpoint, RandomWeights
 from common.errors import ConfigError, InsufficientMemory
 from common.kv_layout import KVLayout
 from common.model_folder.model_config import ModelConfig
+from common.settings.config import EngineSettings
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -15,7 +15,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from common.config import EngineSettings
 from common.engine.devices.choice import choose_device
 from common.engine.devices.kv_cache import KVCache
 from common.engine.interface import (
@@ -36,6 +35,7 @@ from common.model_files import model_name, model_revision, resolve_model
 from common.model_folder.config_fields import unknown_fields
 from common.model_folder.description import describe_model, parse_overrides, read_config
 from common.model_folder.model_config import parse_model_config
+from common.settings.config import EngineSettings
 
 SCORED_AT_ONCE = 64  # positions of a prompt: their logits are large
 

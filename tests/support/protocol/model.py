@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from common.kv_layout import Fingerprint, chain_hashes, root_hash
-from common.messages import HandoffKey, Offer
 from common.sampling import SamplingParams
+from common.wire.messages import HandoffKey, Offer
 from kv_transfer.digests import tail_seed
 from kv_transfer.ports import Piece, Reservation
 from tests.support.asked import a_request

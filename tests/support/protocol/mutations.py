@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import pytest
 
-from common.messages import Release
+from common.wire.messages import Release
 from kv_transfer.handoff import Handoff
 from kv_transfer.intake import Intake
 from kv_transfer.lease import Leases

@@ -17,7 +17,7 @@ import dataclasses
 from typing import Any, NamedTuple, cast
 
 from common.kv_layout import Fingerprint
-from common.messages import MESSAGES, Abort, Grant, HandoffKey, Message
+from common.wire.messages import MESSAGES, Abort, Grant, HandoffKey, Message
 from kv_transfer import handoff, intake
 from kv_transfer import lease as lease_module
 from kv_transfer.lease import Lease, Leases

@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
-from common.bus_links import LinkTable
-from common.messages import Message, Open
 from common.node.gateways import Gateways
 from common.node.token_stream import TokenStream
+from common.wire.bus_links import LinkTable
+from common.wire.messages import Message, Open
 from gateway.holders import Holders
 from gateway.node_links import NodeLinks
 from gateway.streams import ChoiceStream

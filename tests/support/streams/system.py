@@ -16,9 +16,15 @@ import pickle
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Sequence
 
-from common.bus_links import Down
 from common.errors import LinkLost, ServiceUnavailable
-from common.messages import (
+from common.metrics import Metrics
+from common.node.gateways import Gateways
+from common.node.token_stream import ChoiceKey
+from common.sampling import SamplingParams
+from common.store.registry import NodeRecord, NodeState, Role, Snapshot
+from common.store.requests import Load, Place, Where
+from common.wire.bus_links import Down
+from common.wire.messages import (
     Ack,
     CacheQuery,
     Cancel,
@@ -34,12 +40,6 @@ from common.messages import (
     TokensAck,
     TookOver,
 )
-from common.metrics import Metrics
-from common.node.gateways import Gateways
-from common.node.token_stream import ChoiceKey
-from common.registry import NodeRecord, NodeState, Role, Snapshot
-from common.requests import Load, Place, Where
-from common.sampling import SamplingParams
 from gateway.dispatch import Dispatcher
 from gateway.metrics import GatewayMetrics
 from gateway.node_links import NodeLinks

@@ -2,7 +2,7 @@
 
 Owns: one event loop per process, on one virtual clock (a stopped process' loop is not run: its timers
 are late when it goes on, and what arrives meanwhile waits, as after SIGSTOP); connections as the
-kernel has them; and a bus over those with the links of common/bus_links.py, as they are. One seed
+kernel has them; and a bus over those with the links of common/wire/bus_links.py, as they are. One seed
 decides everything.
 """
 
@@ -18,12 +18,12 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
-from common.bus import Received
-from common.bus_links import Down, Link, LinkEvent, LinkTable
-from common.codec import decode, encode
-from common.config import BusSettings
 from common.errors import LinkLost
-from common.messages import Message
+from common.settings.config import BusSettings
+from common.wire.bus import Received
+from common.wire.bus_links import Down, Link, LinkEvent, LinkTable
+from common.wire.codec import decode, encode
+from common.wire.messages import Message
 
 SETTINGS = BusSettings()
 SILENCE_S = SETTINGS.missed_beats * SETTINGS.beat_interval_s
@@ -221,7 +221,7 @@ class Connection:
 
 
 class VirtualBus:
-    """What common/bus.py is, over `Connection`s."""
+    """What common/wire/bus.py is, over `Connection`s."""
 
     def __init__(self, process: Process) -> None:
         self.process, self.world = process, process.world

@@ -10,12 +10,12 @@ from collections.abc import Iterator, Sequence
 import pytest
 import torch
 
-from common.config import EngineSettings
 from common.engine import Engine, SamplingParams
 from common.errors import LinkLost
-from common.messages import Failed, TookOver
 from common.node.kv import NodeKV
-from common.queue import Entry
+from common.settings.config import EngineSettings
+from common.store.queue import Entry
+from common.wire.messages import Failed, TookOver
 from decode_node import moves
 from decode_node.role import DecodeRole
 from kv_transfer.pool_memory import HostPoolMemory

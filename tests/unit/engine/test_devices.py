@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from common.config import EngineSettings
 from common.engine import Engine, SamplingParams
 from common.engine.devices.choice import DEVICES, choose_device
 from common.engine.devices.cpu.device import CpuDevice
@@ -20,6 +19,7 @@ from common.engine.devices.reference.sampling import TorchSampling
 from common.engine.runner.model_runner import ModelRunner
 from common.errors import ConfigError
 from common.node.kv import SharedMemory
+from common.settings.config import EngineSettings
 from tests.support.checkpoints import STORIES
 
 PROMPT = [1, 403, 407, 261, 378]

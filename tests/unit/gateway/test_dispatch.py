@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from common.bus_links import Down
 from common.errors import (
     ContextLengthExceeded,
     NeverFits,
@@ -20,9 +19,10 @@ from common.errors import (
     RequestAborted,
     ServiceUnavailable,
 )
-from common.messages import Cancel, Failed, Stage, TokenRun, Tokens, TokensAck, TookOver
 from common.metrics import Metrics
 from common.sampling import SamplingParams
+from common.wire.bus_links import Down
+from common.wire.messages import Cancel, Failed, Stage, TokenRun, Tokens, TokensAck, TookOver
 from gateway.dispatch import Dispatcher
 from gateway.metrics import GatewayMetrics
 from gateway.open_request import OpenRequest, Work

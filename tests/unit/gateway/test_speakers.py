@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from common.messages import Cancel, Failed, Message, Stage, TokenRun, Tokens, TookOver
+from common.wire.messages import Cancel, Failed, Message, Stage, TokenRun, Tokens, TookOver
 from gateway.dispatch import Dispatcher
 from gateway.open_request import OpenRequest
 from gateway.ports import DECODE, PREFILL

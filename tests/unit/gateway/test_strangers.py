@@ -8,10 +8,10 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from common.bus import LinkEvent, Received
-from common.messages import Message, Stage
-from common.registry import NodeRecord, Role, Snapshot
-from common.requests import Load
+from common.store.registry import NodeRecord, Role, Snapshot
+from common.store.requests import Load
+from common.wire.bus import LinkEvent, Received
+from common.wire.messages import Message, Stage
 from gateway.node_links import NodeLinks
 from gateway.prefix_index import PrefixIndex
 from gateway.strangers import READINGS, WAITING, WAITING_OF_ONE, Strangers

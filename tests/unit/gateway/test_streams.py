@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import ProtocolError
-from common.messages import TokenLogprobs, TokenRun
+from common.wire.messages import TokenLogprobs, TokenRun
 from gateway.streams import ChoiceStream
 
 PROMPT = 7

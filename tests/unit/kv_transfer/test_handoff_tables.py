@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kv_transfer
-from common.codec import decode, encode
 from common.errors import MalformedMessage, NeverFits
 from common.kv_layout import HASHED_AT_ONCE
-from common.messages import (
+from common.wire.codec import decode, encode
+from common.wire.messages import (
     Abort,
     Ack,
     Blocks,

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from common.errors import LinkLost, PdqError, TransportFailed
-from common.messages import Pull
+from common.wire.messages import Pull
 from kv_transfer.ports import Adopted, Ended, Outcome
 from kv_transfer.transports.base import Reader, Source
 from kv_transfer.transports.shm import ShmReader

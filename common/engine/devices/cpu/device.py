@@ -10,8 +10,8 @@ import psutil
 import torch
 from torch import Tensor
 
-from common.config import EngineSettings
 from common.engine.devices.device import Backend, Sampling
+from common.settings.config import EngineSettings
 
 DEFAULT_POOL_BYTES = 4 << 30
 

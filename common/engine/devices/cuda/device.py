@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from common.config import EngineSettings
 from common.engine.devices.device import Backend, Sampling
 from common.engine.devices.kv_cache import TORCH_DTYPES
 from common.engine.devices.reference.backend import ReferenceBackend
 from common.engine.devices.reference.sampling import TorchSampling
+from common.settings.config import EngineSettings
 
 
 class CudaDevice:

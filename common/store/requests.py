@@ -1,7 +1,7 @@
 """Requests as Redis knows them: accepted once, claimed once, merged forward, closed once.
 
 Owns: the record of a request and every write to it. Knows nothing of HTTP, of sockets, or of what
-computes. The fields are listed in redis_records.py, the states in request_state.py.
+computes. The fields are listed in records.py, the states in request_state.py.
 
     gateway   accept ──▶ record, queue entry and load, in one atomic write; only now it is accepted
     node      claim  ──▶ exactly one incarnation wins an attempt, and with it state `prefilling`
@@ -19,15 +19,15 @@ import dataclasses
 import secrets
 from collections.abc import Mapping, Sequence
 
-from common import request_scripts as scripts
-from common.codec import decode, encode
 from common.errors import InvalidRequest, MalformedMessage
 from common.logs import get_logger
-from common.messages import Dispatch
-from common.redis_client import RedisClient, text
-from common.redis_keys import DEAD_LETTERS, WORK_TTL_S
-from common.request_record import RequestRecord, record_of
-from common.request_state import Claim, Place, State
+from common.store import request_scripts as scripts
+from common.store.client import RedisClient, text
+from common.store.keys import DEAD_LETTERS, WORK_TTL_S
+from common.store.request_record import RequestRecord, record_of
+from common.store.request_state import Claim, Place, State
+from common.wire.codec import decode, encode
+from common.wire.messages import Dispatch
 
 __all__ = ["Claim", "DeadLetter", "Load", "Place", "Requests", "State", "Where"]
 

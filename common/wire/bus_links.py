@@ -13,11 +13,11 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
-from common.codec import encode
-from common.config import BusSettings
 from common.logs import get_logger
-from common.messages import Beat, Goodbye, Message, Open, Over
-from common.senders import TO_GATEWAYS, TO_NODES, Kinds, is_own_word
+from common.settings.config import BusSettings
+from common.wire.codec import encode
+from common.wire.messages import Beat, Goodbye, Message, Open, Over
+from common.wire.senders import TO_GATEWAYS, TO_NODES, Kinds, is_own_word
 
 log = get_logger("bus")
 

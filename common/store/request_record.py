@@ -1,4 +1,4 @@
-"""The record of a request as a reader sees it. Its fields in Redis are listed in redis_records.py."""
+"""The record of a request as a reader sees it. Its fields in Redis are listed in records.py."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 
 from common.logs import get_logger
-from common.redis_client import text
-from common.request_state import State
+from common.store.client import text
+from common.store.request_state import State
 
 log = get_logger("requests")
 

@@ -39,13 +39,13 @@ import zmq.asyncio
 from zmq.auth.asyncio import AsyncioAuthenticator
 from zmq.utils.monitor import parse_monitor_message
 
-from common.bus_links import OVER_LINKS, Down, Link, LinkEvent, LinkTable, Progress
-from common.codec import decode, encode
-from common.config import BusSettings
 from common.errors import ConfigError, LinkLost, MalformedMessage, ResourceError
 from common.logs import get_logger
-from common.messages import Message
-from common.senders import Kinds
+from common.settings.config import BusSettings
+from common.wire.bus_links import OVER_LINKS, Down, Link, LinkEvent, LinkTable, Progress
+from common.wire.codec import decode, encode
+from common.wire.messages import Message
+from common.wire.senders import Kinds
 
 __all__ = ["Bus", "Down", "LinkEvent", "Progress", "Received", "new_secret_key"]
 

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TypeVar
 from urllib.parse import urlsplit
 
-from common.bus import new_secret_key
-from common.config import BusSettings, GatewaySettings, NodeSettings, RedisSettings
 from common.errors import ConfigError, ServiceUnavailable
 from common.secret_files import read_secret, require_own_folder, write_secret
+from common.settings.config import BusSettings, GatewaySettings, NodeSettings, RedisSettings
+from common.wire.bus import new_secret_key
 
 KEY_LENGTH = 40
 

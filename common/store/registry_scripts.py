@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from common.node_record import BEAT
-from common.queue_scripts import STREAMS
-from common.redis_keys import NODE_TTL_S, Key
-from common.redis_lua import Script
-from common.redis_records import RECORDS
+from common.store.keys import NODE_TTL_S, Key
+from common.store.lua import Script
+from common.store.node_record import BEAT
+from common.store.queue_scripts import STREAMS
+from common.store.records import RECORDS
 
 BEAT_FIELDS = ", ".join(f"'{name}'" for name in ("identity", *BEAT))
 

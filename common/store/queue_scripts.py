@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from common.redis_keys import Key
-from common.redis_lua import Script
-from common.redis_records import RECORDS
+from common.store.keys import Key
+from common.store.lua import Script
+from common.store.records import RECORDS
 
 PAGE = 16  # entries in hand at once: a long prompt's takes half a megabyte
 

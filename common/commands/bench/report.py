@@ -26,8 +26,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from common.commands.bench_client import Answer, Exchange
-from common.commands.bench_workload import Job
+from common.commands.bench.client import Answer, Exchange
+from common.commands.bench.workload import Job
 from common.commands.processes import Use
 
 LATE_LIMIT_S = 0.01

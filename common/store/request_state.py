@@ -1,7 +1,7 @@
 """The states of a request, which may follow which, and how concurrent writes are merged.
 
 Owns: the two tables below, and what may be answered about an attempt. Knows nothing of Redis:
-redis_records.py carries `RANK` into Lua.
+records.py carries `RANK` into Lua.
 
 States belong to one choice of one attempt; what a request as a whole is in, is the least advanced
 state of its choices. `NEXT` says what one writer may write after what. Writes of several writers

@@ -11,7 +11,7 @@ handoffs.
 
 from __future__ import annotations
 
-from common.messages import (
+from common.wire.messages import (
     Abort,
     Ack,
     Beat,

@@ -23,14 +23,14 @@ import dataclasses
 import time
 from collections.abc import Callable
 
-from common import registry_scripts as scripts
 from common.errors import ServiceUnavailable
 from common.logs import get_logger
-from common.redis_client import RedisClient, scores, text
-from common.redis_keys import REAPER_LOCK_TTL_S
-from common.registry import Registry
-from common.request_scripts import RecountLoads
-from common.requests import Requests
+from common.store import registry_scripts as scripts
+from common.store.client import RedisClient, scores, text
+from common.store.keys import REAPER_LOCK_TTL_S
+from common.store.registry import Registry
+from common.store.request_scripts import RecountLoads
+from common.store.requests import Requests
 
 log = get_logger("reaper")
 

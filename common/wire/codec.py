@@ -19,7 +19,7 @@ from typing import Any
 import msgpack  # type: ignore[import-untyped]
 
 from common.errors import InvalidRequest, MalformedMessage
-from common.messages import MESSAGES, Message
+from common.wire.messages import MESSAGES, Message
 
 VERSION = 2
 _PREFIX = bytes([VERSION])

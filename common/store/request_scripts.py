@@ -1,13 +1,13 @@
-"""The Lua scripts that write and read records of requests (redis_records.py); requests.py calls them."""
+"""The Lua scripts that write and read records of requests (records.py); requests.py calls them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from common.redis_keys import DEAD_LETTERS, RECENT_REQUESTS, Key
-from common.redis_lua import Script
-from common.redis_records import RECORDS
-from common.request_state import Claim, Place
+from common.store.keys import DEAD_LETTERS, RECENT_REQUESTS, Key
+from common.store.lua import Script
+from common.store.records import RECORDS
+from common.store.request_state import Claim, Place
 
 
 class AcceptAttempt(Script[bool], library=RECORDS):

@@ -1,7 +1,7 @@
 """Settings: one frozen dataclass tree per service, built once at its start and passed down.
 
 Owns: every setting's name, type, default and help line. Knows nothing of what the settings do, nor
-of how they are read (config_loader.py). A new setting is one line: a field with
+of how they are read (loader.py). A new setting is one line: a field with
 `setting(default, "help")`; a new service is one class, and one entry in `SERVICES`. The flags of a
 nested tree start with its field's name, or with the `prefix` in the field's metadata.
 """
@@ -15,10 +15,10 @@ from dataclasses import field
 from typing import Any, Literal, TypeVar
 from urllib.parse import parse_qs, urlsplit
 
-from common import config_loader
 from common.api_keys import check_keys
-from common.config_loader import child_environment, describe, parse_bytes, setting
 from common.errors import ConfigError
+from common.settings import loader as config_loader
+from common.settings.loader import child_environment, describe, parse_bytes, setting
 
 __all__ = ["child_environment", "describe", "is_loopback", "load"]
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common.commands.bench_report import Outcome
+from common.commands.bench.report import Outcome
 from common.errors import ConfigError, ResourceError
 
 

@@ -19,10 +19,12 @@ import re
 import secrets
 from collections.abc import AsyncIterator, Iterable, Sequence
 
-from common import registry_scripts as scripts
 from common.errors import ConfigError, ServiceUnavailable
 from common.logs import get_logger
-from common.node_record import (
+from common.store import registry_scripts as scripts
+from common.store.client import RedisClient, text
+from common.store.keys import NODE_TTL_S
+from common.store.node_record import (
     IDENTITY,
     NodeRecord,
     NodeState,
@@ -33,8 +35,6 @@ from common.node_record import (
     identity_of,
     joined,
 )
-from common.redis_client import RedisClient, text
-from common.redis_keys import NODE_TTL_S
 
 __all__ = [
     "KVLink",

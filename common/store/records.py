@@ -31,8 +31,8 @@ Load of a node (hash): requests, prompt_tokens; absent when both are 0.
 
 from __future__ import annotations
 
-from common.redis_keys import INSPECT_TTL_S, WORK_TTL_S
-from common.request_state import RANK, State
+from common.store.keys import INSPECT_TTL_S, WORK_TTL_S
+from common.store.request_state import RANK, State
 
 GROUP = "node"  # the one consumer group of every stream
 

@@ -23,10 +23,11 @@ from typing import Any
 import httpx
 from rich.console import Console
 
-from common.commands import bench_plot, running
-from common.commands.bench_client import Client, Exchange, read
-from common.commands.bench_report import Outcome, rows, show, summarize
-from common.commands.bench_workload import (
+from common.commands import running
+from common.commands.bench import plot
+from common.commands.bench.client import Client, Exchange, read
+from common.commands.bench.report import Outcome, rows, show, summarize
+from common.commands.bench.workload import (
     WORDS,
     Job,
     Source,
@@ -38,8 +39,8 @@ from common.commands.bench_workload import (
 )
 from common.commands.processes import Meter, local_processes
 from common.commands.settings import BenchSettings, load
-from common.config import describe
 from common.errors import ConfigError, PdqError, ResourceError, ServiceUnavailable
+from common.settings.config import describe
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 DEFAULT_RATE = 2.0
@@ -61,7 +62,7 @@ class Target:
 def main(argv: Sequence[str]) -> int:
     settings = load(BenchSettings, argv, os.environ, "pdq bench")
     if settings.plot:
-        bench_plot.check(settings.plot)
+        plot.check(settings.plot)
     if settings.json and not Path(settings.json).absolute().parent.is_dir():
         raise ConfigError(f"--json: there is no folder {Path(settings.json).parent}", param="json")
     return asyncio.run(_run(settings, Console(highlight=False, markup=False, soft_wrap=True)))
@@ -117,7 +118,7 @@ async def _run(settings: BenchSettings, out: Console) -> int:
         _write_json(settings.json, report)
     if settings.plot:
         title = f"{target.model}, {len(jobs)} requests, {how}"
-        bench_plot.plot(settings.plot, title, outcomes)
+        plot.plot(settings.plot, title, outcomes)
     return 0 if summary["succeeded"] else 1
 
 

@@ -14,7 +14,7 @@
     await client.call(Unlock(lock=keys.reaper_lock(), name="reaper-1"))  # bool
 
 Owns: how fields become KEYS and ARGV, how a prelude binds these to locals of the same names, and how
-a reply becomes the declared result. Knows no script, and nothing of connections (redis_client.py).
+a reply becomes the declared result. Knows no script, and nothing of connections (client.py).
 
     field                            in Lua
     Key, Sequence[Key]               string, list of strings; they alone go through KEYS
@@ -48,7 +48,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Generic, TypeVar, dataclass_transform
 
 from common.errors import ProtocolError
-from common.redis_keys import Key
+from common.store.keys import Key
 
 Result = TypeVar("Result")
 

@@ -15,15 +15,15 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from common import queue_scripts as scripts
-from common.codec import decode
 from common.errors import MalformedMessage, ServiceUnavailable
 from common.logs import get_logger
-from common.messages import Dispatch
-from common.redis_client import RedisClient, reply_code, text
-from common.redis_keys import WORK_TTL_S
-from common.redis_records import GROUP
-from common.requests import Claim, Requests
+from common.store import queue_scripts as scripts
+from common.store.client import RedisClient, reply_code, text
+from common.store.keys import WORK_TTL_S
+from common.store.records import GROUP
+from common.store.requests import Claim, Requests
+from common.wire.codec import decode
+from common.wire.messages import Dispatch
 
 log = get_logger("queue")
 

@@ -25,11 +25,11 @@ from redis import exceptions
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 
-from common.config import RedisSettings
 from common.errors import ConfigError, PdqError, ServiceUnavailable
 from common.logs import get_logger
-from common.redis_keys import SCHEMA, Keys
-from common.redis_lua import Result, Script
+from common.settings.config import RedisSettings
+from common.store.keys import SCHEMA, Keys
+from common.store.lua import Result, Script
 
 log = get_logger("redis")
 

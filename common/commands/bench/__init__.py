@@ -1,0 +1,1 @@
+"""`pdq bench`: a load client, and what it reports."""
