@@ -47,6 +47,7 @@ class Server(uvicorn.Server):
                 timeout_graceful_shutdown=math.ceil(grace_period_s + FAREWELL_S),
             )
         )
+        self.config.load()  # imports modules, which may need files that nobody has when it serves
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:

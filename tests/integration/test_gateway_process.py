@@ -316,6 +316,8 @@ async def test_descriptors_that_run_out_are_one_line_and_connections_wait(
     """The process's limit falls below what is open already: nothing can be accepted."""
     async with started(redis_client.settings.url) as gateway:
         host, _, port = gateway.url.removeprefix("http://").partition(":")
+        async with httpx.AsyncClient(base_url=gateway.url, timeout=20) as http:
+            assert (await http.get("/health")).status_code == 200  # it has begun to serve
         pid = gateway.process.pid
         before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
         with contextlib.ExitStack() as stack:

@@ -146,8 +146,11 @@ def images(engine: Engine, check: Callable[[], None]) -> dict[str, str]:
     """The variables of docker-compose.yml with which images can be built here: none where a
     registry can be reached. `NoEngine` where there is no base to build on. `check` is called
     between the steps, and raises where the rest is not wanted any more."""
-    wanted = re.findall(r"_IMAGE:-([^}]+)\}", (ROOT / "docker-compose.yml").read_text())
-    published = sorted({name for name in wanted if "pdq" not in name})
+    # Prometheus is started with a profile of its own only.
+    wanted = re.findall(
+        r"(?:BASE|REDIS)_IMAGE:-([^}]+)\}", (ROOT / "docker-compose.yml").read_text()
+    )
+    published = sorted(set(wanted))
     assert len(published) == 2, published
     try:
         for name in published:
