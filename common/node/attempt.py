@@ -13,7 +13,7 @@ from common.errors import InvalidRequest, PdqError
 from common.node.ports import NodeServices
 from common.node.token_stream import ChoiceKey
 from common.request import Request
-from common.sampling import FinishReason, SamplingParams
+from common.sampling import SamplingParams
 from common.store.queue import Entry
 from common.wire.messages import Dispatch, Offer, TokenLogprobs, TokenRun
 
@@ -109,7 +109,3 @@ class Attempt:
             ),
             reason,
         )  # fmt: skip
-
-    @staticmethod
-    def failed(output: StepOutput) -> bool:
-        return output.finish_reason is FinishReason.ERROR

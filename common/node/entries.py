@@ -108,14 +108,11 @@ class Entries:
             await asyncio.sleep(REDIS_PAUSE_S)
             return
         for entry in entries:
+            request = entry.dispatch.request
             try:
-                node.connect(
-                    entry.dispatch.request.gateway, entry.dispatch.request.gateway_endpoint
-                )
+                node.connect(request.gateway, request.gateway_endpoint)
             except LinkLost as error:
-                log.warning(
-                    "gateway.unreachable", gateway=entry.dispatch.request.gateway, error=error
-                )
+                log.warning("gateway.unreachable", gateway=request.gateway, error=error)
             if self._is_for_our_model(entry):
                 self._accept(await self._hashed(entry))
         if entries:
@@ -124,11 +121,9 @@ class Entries:
     async def _hashed(self, entry: Entry) -> Entry:
         """With the hashes of its blocks, computed between what else the event loop has to do. Token
         ids that have none are for the engine to refuse."""
-        dispatch, mine = entry.dispatch, self._node.engine.fingerprint
-        root = dispatch.request.cache_root(mine)
-        chain = HashChain(
-            root, dispatch.request.token_ids, mine.block_size, dispatch.request.prompt_len
-        )
+        request, mine = entry.dispatch.request, self._node.engine.fingerprint
+        root = request.cache_root(mine)
+        chain = HashChain(root, request.token_ids, mine.block_size, request.prompt_len)
         with contextlib.suppress(ValueError):
             return dataclasses.replace(entry, block_hashes=tuple(await chain.finish()))
         return entry
