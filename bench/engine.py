@@ -53,9 +53,7 @@ def run_prefill(engine: Engine, prompt: int, tries: int) -> dict[str, float]:
 
 def prompt_ids(engine: Engine, length: int, seed: int) -> list[int]:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(
-        0, engine.runner.config.vocab_size, (length,), generator=generator
-    ).tolist()
+    return torch.randint(0, engine.runner.config.vocab_size, (length,), generator=generator).tolist()
 
 
 def measure(engine: Engine, limits: Limits, quick: bool) -> dict[str, Any]:
@@ -88,10 +86,15 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     before = measure_limits()
     engine = Engine.load(
-        arguments.model, dtype=arguments.dtype, threads=arguments.threads, device="cpu",
-        load_format=arguments.load_format, num_kv_blocks=1024, enable_prefix_caching=False,
+        arguments.model,
+        dtype=arguments.dtype,
+        threads=arguments.threads,
+        device="cpu",
+        load_format=arguments.load_format,
+        num_kv_blocks=1024,
+        enable_prefix_caching=False,
         max_num_batched_tokens=arguments.max_num_batched_tokens,
-    )  # fmt: skip
+    )
     engine.warm_up()
     results = measure(engine, before, arguments.quick)
     after = measure_limits()
@@ -112,8 +115,7 @@ def main() -> None:
         share = next(value for key, value in result.items() if key.startswith("share"))
         seconds = result.get("step_s", result.get("first_token_s"))
         print(
-            f"{name:22} {result['tokens_per_s']:8.1f} tok/s {seconds * 1e3:9.1f} ms "
-            f"{share:5.2f} of the limit"
+            f"{name:22} {result['tokens_per_s']:8.1f} tok/s {seconds * 1e3:9.1f} ms {share:5.2f} of the limit"
         )
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=2) + "\n")

@@ -41,14 +41,9 @@ from tests.support.deployment import Deployment, complete
 
 PROMPT, CHUNK = 2048, 512
 POOL = 400  # blocks of a node; the stream of a busy decode node may come to need 221 of them
-WARM_UP = (
-    4  # prompts that open the link and touch every block of the pools: warm pages from then on
-)
+WARM_UP = 4  # prompts that open the link and touch every block of the pools: warm pages from then on
 NARROW = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4}
-GOALS = {
-    "shm / memcpy": 0.9, "shm, digest / memcpy": 0.75, "tcp / socket": 0.8,
-    "tcp, digest / socket": 0.8,
-}  # fmt: skip
+GOALS = {"shm / memcpy": 0.9, "shm, digest / memcpy": 0.75, "tcp / socket": 0.8, "tcp, digest / socket": 0.8}
 
 
 def narrow_body(folder: Path) -> Path:
@@ -69,12 +64,28 @@ class Clocked(Deployment):
 
     def start_node(self, name: str, role: str) -> None:
         self.start(
-            name, "bench.node_clock", "--role", role, "--name", name,
-            "--model", str(self.model), "--dtype", "bfloat16",
-            "--load-format", "dummy", "--threads", "1", "--num-kv-blocks", str(POOL),
-            "--max-num-batched-tokens", str(CHUNK), "--transports", self.transport,
+            name,
+            "bench.node_clock",
+            "--role",
+            role,
+            "--name",
+            name,
+            "--model",
+            str(self.model),
+            "--dtype",
+            "bfloat16",
+            "--load-format",
+            "dummy",
+            "--threads",
+            "1",
+            "--num-kv-blocks",
+            str(POOL),
+            "--max-num-batched-tokens",
+            str(CHUNK),
+            "--transports",
+            self.transport,
             str(self.folder / f"{name}.jsonl"),
-        )  # fmt: skip
+        )
 
     def notes(self) -> list[dict[str, Any]]:
         return [
@@ -87,16 +98,13 @@ class Clocked(Deployment):
 async def ask(system: Deployment, client: httpx.AsyncClient, seed: int, **body: Any) -> None:
     prompt = random.Random(seed).choices(range(100, 2000), k=body.pop("length", PROMPT))
     await complete(
-        client, system.url, model=system.model.name, prompt=prompt, ignore_eos=True,
-        temperature=0.0, **body,
-    )  # fmt: skip
+        client, system.url, model=system.model.name, prompt=prompt, ignore_eos=True, temperature=0.0, **body
+    )
 
 
 async def run_prompts(system: Deployment, prompts: int, busy: bool) -> None:
     async with httpx.AsyncClient(timeout=600) as client:
-        stream = asyncio.create_task(
-            ask(system, client, 1, length=32, max_tokens=3500 if busy else 1)
-        )
+        stream = asyncio.create_task(ask(system, client, 1, length=32, max_tokens=3500 if busy else 1))
         await asyncio.sleep(1.0)  # until it decodes
         for seed in range(WARM_UP + prompts):
             await ask(system, client, 100 + seed, max_tokens=3)
@@ -116,26 +124,26 @@ def evaluate(notes: list[dict[str, Any]]) -> dict[str, Any]:
         mine = [(a, b) for a, b in pulls if adopted[before] < a and b <= adopted[name]]
         copying = sum(b - a for a, b in mine)
         late = sum(b - max(a, computed[name]) for a, b in mine if b > computed[name])
-        rows.append({
-            "last chunk to adopted": adopted[name] - computed[name],
-            "adopted to first step": stepped[name] - adopted[name],
-            "last chunk to first step": stepped[name] - computed[name],
-            "last chunk to its copy": max([a for a, _ in mine]) - computed[name],
-            "last copy to adopted": adopted[name] - mine[-1][1],
-            "copied after last chunk": late,
-            "beyond the unhidden copy": stepped[name] - computed[name] - late,
-            "copying": copying,
-            "hidden": 1 - late / copying,
-        })  # fmt: skip
+        rows.append(
+            {
+                "last chunk to adopted": adopted[name] - computed[name],
+                "adopted to first step": stepped[name] - adopted[name],
+                "last chunk to first step": stepped[name] - computed[name],
+                "last chunk to its copy": max([a for a, _ in mine]) - computed[name],
+                "last copy to adopted": adopted[name] - mine[-1][1],
+                "copied after last chunk": late,
+                "beyond the unhidden copy": stepped[name] - computed[name] - late,
+                "copying": copying,
+                "hidden": 1 - late / copying,
+            }
+        )
     return {"prompts": len(rows)} | {
         key: {"median": statistics.median(r[key] for r in rows), "best": min(r[key] for r in rows)}
         for key in rows[0]
-    }  # fmt: skip
+    }
 
 
-def measure_latency(
-    model: Path, prompts: int, transports: list[str]
-) -> Iterator[tuple[str, dict[str, Any]]]:
+def measure_latency(model: Path, prompts: int, transports: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """What is measured, and its numbers, one after the other."""
     for transport in transports:
         for busy in (False, True):

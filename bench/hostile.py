@@ -73,9 +73,7 @@ async def http_only() -> None:
 @contextlib.contextmanager
 def served_http_only() -> Iterator[tuple[psutil.Process, int]]:
     command = [sys.executable, "-m", "bench.hostile", "--be", "server"]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, start_new_session=True
-    ) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as process:
         assert process.stdout is not None
         yield psutil.Process(process.pid), int(process.stdout.readline())
         process.kill()
@@ -150,9 +148,12 @@ async def measure(port: int, seconds: float) -> dict[str, float]:
 
     async def stream(number: int) -> None:
         body = {
-            "prompt": PROMPT, "max_tokens": TOKENS, "ignore_eos": True, "stream": True,
+            "prompt": PROMPT,
+            "max_tokens": TOKENS,
+            "ignore_eos": True,
+            "stream": True,
             "return_token_ids": True,
-        }  # fmt: skip
+        }
         while time.monotonic() < end:
             data = json.dumps(body).encode()
             status, reader, writer = await exchange(port, "/v1/completions", data)
@@ -171,20 +172,25 @@ async def measure(port: int, seconds: float) -> dict[str, float]:
             waiting.pop(number, None)
             writer.close()
 
-    measuring = [
-        asyncio.create_task(each) for each in (every_10_ms(), *map(stream, range(STREAMS)))
-    ]
+    measuring = [asyncio.create_task(each) for each in (every_10_ms(), *map(stream, range(STREAMS)))]
     await asyncio.wait(measuring, timeout=seconds + GRACE_S)
     for since, kind in waiting.values():  # what never came counts with the time it was waited for
         kind.append(time.monotonic() - since)
     for task in measuring:
         task.cancel()
     return {
-        "health_p50": at(health, 0.5), "health_p99": at(health, 0.99), "health_max": at(health, 1),
-        "gap_p50": at(gaps, 0.5), "gap_p99": at(gaps, 0.99), "gap_max": at(gaps, 1),
-        "lag_p99": at(lags, 0.99), "lag_max": at(lags, 1),
-        "health_count": len(health), "events": len(gaps), "streams_failed": len(failed),
-    }  # fmt: skip
+        "health_p50": at(health, 0.5),
+        "health_p99": at(health, 0.99),
+        "health_max": at(health, 1),
+        "gap_p50": at(gaps, 0.5),
+        "gap_p99": at(gaps, 0.99),
+        "gap_max": at(gaps, 1),
+        "lag_p99": at(lags, 0.99),
+        "lag_max": at(lags, 1),
+        "health_count": len(health),
+        "events": len(gaps),
+        "streams_failed": len(failed),
+    }
 
 
 def at(values: list[float], share: float) -> float:
@@ -252,9 +258,8 @@ def main() -> None:
         result["quiet"]["others_cores"] = found[0]
         command = [sys.executable, "-m", "bench.hostile", "--be", "attacker", "--port", str(port)]
         with subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            start_new_session=True,
-        ) as attacker:  # fmt: skip
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+        ) as attacker:
             time.sleep(3)  # until its bodies are on their way
             with others(root, psutil.Process(attacker.pid)) as found:
                 result["hostile"] = asyncio.run(measure(port, given.seconds))

@@ -41,14 +41,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     engine = Engine.load(
-        arguments.model, dtype=arguments.dtype, threads=arguments.threads, device="cpu",
-        load_format="dummy", num_kv_blocks=1024, enable_prefix_caching=False,
-    )  # fmt: skip
+        arguments.model,
+        dtype=arguments.dtype,
+        threads=arguments.threads,
+        device="cpu",
+        load_format="dummy",
+        num_kv_blocks=1024,
+        enable_prefix_caching=False,
+    )
     engine.warm_up()
     ruled = engine.runner.backend.row_plan
-    free = FreeRowPlan(
-        ruled.prompt_rows, ruled.generated_rows, ruled.generated_multiple, ruled.query_tile
-    )
+    free = FreeRowPlan(ruled.prompt_rows, ruled.generated_rows, ruled.generated_multiple, ruled.query_tile)
     cases = {
         **{f"decode, batch {n}": ("decode", n) for n in (1, 3, 16, 32, 48)},
         **{f"prefill, {n} tokens": ("prefill", n) for n in (16, 100, 256, 1000, 2048)},

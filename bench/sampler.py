@@ -83,10 +83,13 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     numbers = np.random.default_rng(0)
 
-    print(f"{rows} rows x {vocab} tokens, {torch.get_num_threads()} threads, "
-          f"{options.repeats} repeats; x = cpu over cpu of logits.sum(-1)\n")  # fmt: skip
-    print(f"{'logits':<8}{'dtype':<10}{'parameters':<26}"
-          f"{'median ms':>10}{'least ms':>10}{'cpu ms':>9}{'x':>6}")  # fmt: skip
+    print(
+        f"{rows} rows x {vocab} tokens, {torch.get_num_threads()} threads, "
+        f"{options.repeats} repeats; x = cpu over cpu of logits.sum(-1)\n"
+    )
+    print(
+        f"{'logits':<8}{'dtype':<10}{'parameters':<26}{'median ms':>10}{'least ms':>10}{'cpu ms':>9}{'x':>6}"
+    )
     for shape in (peaked, flat):
         floats = [shape(rows, vocab, generator) for _ in range(2)]
         for dtype in (torch.float32, torch.bfloat16):
@@ -102,8 +105,11 @@ def main() -> None:
                 median, least, busy = measured(
                     lambda i, x=logits, s=sampler, w=where: s.sample(x[i % 2], w), options.repeats
                 )
-                print(f"{shape.__name__:<8}{str(dtype)[6:]:<10}{name:<26}{median:>10.2f}{least:>10.2f}{busy:>9.2f}"
-                      f"{busy / one_pass:>6.1f}", flush=True)  # fmt: skip
+                print(
+                    f"{shape.__name__:<8}{str(dtype)[6:]:<10}{name:<26}{median:>10.2f}{least:>10.2f}{busy:>9.2f}"
+                    f"{busy / one_pass:>6.1f}",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -20,9 +20,8 @@ def measure(sequences: int, drafts: int, steps: int) -> tuple[float, float]:
     """Milliseconds of (schedule, postprocess)."""
     pool = BlockPool(sequences * 64, 16)
     scheduler = Scheduler(
-        pool, max_num_seqs=sequences, max_num_batched_tokens=sequences * (drafts + 300),
-        max_model_len=4096,
-    )  # fmt: skip
+        pool, max_num_seqs=sequences, max_num_batched_tokens=sequences * (drafts + 300), max_model_len=4096
+    )
     params = SamplingParams(max_tokens=700)
     for number in range(sequences):
         prompt = [number + 1] * 200

@@ -17,9 +17,7 @@ START_LIMIT_S = 300.0
 @contextlib.contextmanager
 def served(port: int, flags: Sequence[str]) -> Iterator[psutil.Process]:
     """The process of `pdq serve --unified 1`; its gateway is at `port` of loopback."""
-    command = [
-        sys.executable, "-m", "common.cli", "serve", "--unified", "1", "--port", str(port), *flags,
-    ]  # fmt: skip
+    command = [sys.executable, "-m", "common.cli", "serve", "--unified", "1", "--port", str(port), *flags]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
     try:
         deadline = time.monotonic() + START_LIMIT_S

@@ -44,11 +44,30 @@ def over_http(port: int, requests: int, seed: int) -> dict[str, Any]:
     """What `pdq bench` reports for one round."""
     with tempfile.NamedTemporaryFile(suffix=".json") as report:
         command = [
-            sys.executable, "-m", "common.cli", "bench", "--url", f"http://127.0.0.1:{port}",
-            "--concurrency", str(OPEN), "--requests", str(requests), "--warmup", "0",
-            "--prompt-len", str(PROMPT), "--output-len", str(OUTPUT), "--ignore-eos",
-            "--vocab-size", "2000", "--seed", str(seed), "--json", report.name,
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "common.cli",
+            "bench",
+            "--url",
+            f"http://127.0.0.1:{port}",
+            "--concurrency",
+            str(OPEN),
+            "--requests",
+            str(requests),
+            "--warmup",
+            "0",
+            "--prompt-len",
+            str(PROMPT),
+            "--output-len",
+            str(OUTPUT),
+            "--ignore-eos",
+            "--vocab-size",
+            "2000",
+            "--seed",
+            str(seed),
+            "--json",
+            report.name,
+        ]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         result: dict[str, Any] = json.loads(Path(report.name).read_text())
         return result
@@ -63,9 +82,7 @@ def bare(engine: Engine, requests: int, seed: int) -> float:
     def add() -> None:
         number = next(names)
         if number < requests:
-            engine.add_prompt(
-                f"{seed}-{number}", prompt_ids(engine, PROMPT, seed * 10_000 + number), params
-            )
+            engine.add_prompt(f"{seed}-{number}", prompt_ids(engine, PROMPT, seed * 10_000 + number), params)
 
     start = time.perf_counter()
     for _ in range(OPEN):
@@ -132,9 +149,7 @@ def main() -> None:
         pool = 1024 * engine.layout.slab_bytes / 1e6
     weights = engine.runner.config.num_parameters * 2 / 1e6
     ratios = [http / alone for http, alone in rounds]
-    print(
-        f"{engine.runner.backend.numerics_class}; {OPEN} open, {PROMPT} in, {OUTPUT} out, fresh prompts"
-    )
+    print(f"{engine.runner.backend.numerics_class}; {OPEN} open, {PROMPT} in, {OUTPUT} out, fresh prompts")
     for http, alone in rounds:
         print(f"over HTTP {http:7.1f} tok/s   bare {alone:7.1f} tok/s   ratio {http / alone:.3f}")
     print(f"ratio, median of {len(ratios)}: {statistics.median(ratios):.3f}")

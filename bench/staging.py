@@ -59,9 +59,7 @@ def read(pipe: Connection, transport: str, blocks: int, offered: Connection) -> 
     memory = HostPoolMemory(blocks, LAYOUT.slab_bytes)
     proof, generations, digests = offered.recv()
     reader = OPENERS[transport](LINK, proof, Target(memory, LAYOUT))
-    pieces = tuple(
-        Piece(b, b, generations[b], b, 0, digests[b], SEED) for b in range(blocks)
-    )  # fmt: skip
+    pieces = tuple(Piece(b, b, generations[b], b, 0, digests[b], SEED) for b in range(blocks))
     if isinstance(reader, ShmReader):
         reader._mapped._map[::4096]  # every page of the source's pool is resident from here on
     peak = Peak()
@@ -74,10 +72,7 @@ def read(pipe: Connection, transport: str, blocks: int, offered: Connection) -> 
 def measure_staging() -> dict[str, dict[str, dict[int, int]]]:
     """Bytes by transport, end (`sender`, `receiver`) and tokens of the prompt."""
     return {
-        transport: {
-            end: {tokens: grown[tokens][end] for tokens in PROMPTS}
-            for end in ("sender", "receiver")
-        }
+        transport: {end: {tokens: grown[tokens][end] for tokens in PROMPTS} for end in ("sender", "receiver")}
         for transport in SOURCES
         for grown in [{tokens: _transfer(transport, tokens) for tokens in PROMPTS}]
     }

@@ -169,17 +169,26 @@ def measure_transports(blocks: int = 128, rounds: int = 7) -> dict[str, Any]:
             b / a for a, b in zip(tries[name][1:], tries[limit][1:], strict=True)
         )
         for name, limit in (
-            ("shm", "memcpy"), ("shm, digest", "memcpy"), ("tcp", "socket"),
-            ("tcp, digest", "socket"), ("socket, TLS", "socket"), ("tcp, CURVE", "socket"),
+            ("shm", "memcpy"),
+            ("shm, digest", "memcpy"),
+            ("tcp", "socket"),
+            ("tcp, digest", "socket"),
+            ("socket, TLS", "socket"),
+            ("tcp, CURVE", "socket"),
         )
-    }  # fmt: skip
+    }
     best = {name: rates[name.split(" / ")[0]] / rates[name.split(" / ")[1]] for name in shares}
     own.close()
     other.close()
     return {
-        "slab_bytes": slab, "blocks": blocks, "rounds": rounds, "best_gb_per_s": rates,
-        "median_gb_per_s": medians, "share_best": best, "share_median": shares,
-    }  # fmt: skip
+        "slab_bytes": slab,
+        "blocks": blocks,
+        "rounds": rounds,
+        "best_gb_per_s": rates,
+        "median_gb_per_s": medians,
+        "share_best": best,
+        "share_median": shares,
+    }
 
 
 def pull(reader: Reader, pieces: tuple[Piece, ...]) -> None:

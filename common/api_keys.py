@@ -18,8 +18,7 @@ def check_keys(keys: Iterable[str], source: str) -> None:
     for number, key in enumerate(keys, 1):
         if not key or any(not "!" <= character <= "~" or character == "," for character in key):
             raise ConfigError(
-                f"key {number} of {source} must be printable ASCII without spaces or commas",
-                param="api_keys",
+                f"key {number} of {source} must be printable ASCII without spaces or commas", param="api_keys"
             )
 
 

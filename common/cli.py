@@ -20,11 +20,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "nodes": ("common.commands.inspect", "nodes", "the nodes and gateways there are"),
     "queue": ("common.commands.inspect", "queue", "what waits and what is at work, by node"),
     "requests": ("common.commands.inspect", "requests", "the latest requests and their stages"),
-    "redis": (
-        "common.commands.redis_shell",
-        "main",
-        "redis-cli, at the Redis of the running system",
-    ),
+    "redis": ("common.commands.redis_shell", "main", "redis-cli, at the Redis of the running system"),
     "bench": ("common.commands.bench.command", "main", "put load on a server and measure it"),
 }
 """Name → module, function taking the arguments after the name, one line of help."""

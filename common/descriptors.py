@@ -32,8 +32,7 @@ def require(count: int, what: str) -> int:
     limit = raise_limit()
     if limit < count:
         raise ResourceError(
-            f"{limit} open files are allowed (ulimit -n), {what} needs at least {count}",
-            param="ulimit",
+            f"{limit} open files are allowed (ulimit -n), {what} needs at least {count}", param="ulimit"
         )
     return limit
 

@@ -102,8 +102,7 @@ class KVLayout:
         groups: list[tuple[int, int, str]] = []  # first layer, the one after the last, segments
         for layer, segments in itertools.groupby(self.segments, lambda segment: segment.layer):
             said = ", ".join(
-                f"{s.kind} {s.dtype} heads {s.head_start}-{s.head_end} of "
-                + "x".join(map(str, s.shape[2:]))
+                f"{s.kind} {s.dtype} heads {s.head_start}-{s.head_end} of " + "x".join(map(str, s.shape[2:]))
                 for s in segments
             )
             if groups and groups[-1][1:] == (layer, said):
@@ -211,9 +210,7 @@ class HashChain:
     """Hashes of all full blocks of a sequence, in order, computed a piece at a time: those of a long
     prompt take longer than an event loop may be held up (128k tokens: 13 ms)."""
 
-    def __init__(
-        self, root: bytes, token_ids: Sequence[int], block_size: int, prompt_len: int
-    ) -> None:
+    def __init__(self, root: bytes, token_ids: Sequence[int], block_size: int, prompt_len: int) -> None:
         self.hashes: list[bytes] = []
         self._parent = root
         self._token_ids, self._block_size, self._prompt_len = token_ids, block_size, prompt_len
@@ -227,9 +224,7 @@ class HashChain:
             start = index * size
             num_prompt = min(max(self._prompt_len - start, 0), size)
             try:
-                self._parent = block_hash(
-                    self._parent, self._token_ids[start : start + size], num_prompt
-                )
+                self._parent = block_hash(self._parent, self._token_ids[start : start + size], num_prompt)
             except struct.error as error:
                 raise ValueError(f"token ids in block {index}: {error}") from error
             self.hashes.append(self._parent)
@@ -242,9 +237,7 @@ class HashChain:
         return self.hashes
 
 
-def chain_hashes(
-    root: bytes, token_ids: Sequence[int], block_size: int, prompt_len: int
-) -> list[bytes]:
+def chain_hashes(root: bytes, token_ids: Sequence[int], block_size: int, prompt_len: int) -> list[bytes]:
     """`HashChain` at once."""
     chain = HashChain(root, token_ids, block_size, prompt_len)
     chain.advance(len(token_ids))

@@ -57,11 +57,7 @@ class Logger:
         self._log(logging.ERROR, event, values, exc_info)
 
     def _log(
-        self,
-        level: int,
-        event: str,
-        values: Mapping[str, Any],
-        exc_info: BaseException | None = None,
+        self, level: int, event: str, values: Mapping[str, Any], exc_info: BaseException | None = None
     ) -> None:
         if self._logger.isEnabledFor(level):
             extra = {"values": {**self._values, **values}}
@@ -72,10 +68,7 @@ class RateLimit(logging.Filter):
     """Lets `burst` records of one event pass per window; records below warning always pass."""
 
     def __init__(
-        self,
-        burst: int = BURST,
-        window_s: float = WINDOW_S,
-        clock: Callable[[], float] = time.monotonic,
+        self, burst: int = BURST, window_s: float = WINDOW_S, clock: Callable[[], float] = time.monotonic
     ) -> None:
         super().__init__()
         self._burst, self._window_s, self._clock = burst, window_s, clock
@@ -115,9 +108,7 @@ class LineFormatter(logging.Formatter):
             event, values = record.name, {"message": event}
         values = {key: _bounded(value) for key, value in values.items()}
         if record.exc_info and record.exc_info[0] is not None:
-            values["traceback"] = shortened(
-                self.formatException(record.exc_info), LONGEST_TRACEBACK
-            )
+            values["traceback"] = shortened(self.formatException(record.exc_info), LONGEST_TRACEBACK)
         if suppressed := getattr(record, "suppressed", 0):
             values["suppressed"] = suppressed
         time = moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -16,23 +16,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 __all__ = ["CONTENT_TYPE_LATEST", "Counter", "Gauge", "Histogram", "Metrics"]
 
-SECONDS = (
-    0.001,
-    0.0025,
-    0.005,
-    0.01,
-    0.025,
-    0.05,
-    0.1,
-    0.25,
-    0.5,
-    1.0,
-    2.5,
-    5.0,
-    10.0,
-    30.0,
-    60.0,
-)
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 Reading = float | Mapping[tuple[str, ...], float]
 _NAME = re.compile(r"pdq_[a-z0-9]+(_[a-z0-9]+)*")
 
@@ -53,18 +37,12 @@ class Metrics:
         return Gauge(_checked(name), about, labels, registry=self.registry)
 
     def histogram(
-        self,
-        name: str,
-        about: str,
-        labels: Sequence[str] = (),
-        buckets: Sequence[float] = SECONDS,
+        self, name: str, about: str, labels: Sequence[str] = (), buckets: Sequence[float] = SECONDS
     ) -> Histogram:
         """`buckets` are upper bounds, ascending; the default suits durations in seconds."""
         return Histogram(_checked(name), about, labels, buckets=buckets, registry=self.registry)
 
-    def reads(
-        self, name: str, about: str, read: Callable[[], Reading], labels: Sequence[str] = ()
-    ) -> None:
+    def reads(self, name: str, about: str, read: Callable[[], Reading], labels: Sequence[str] = ()) -> None:
         """A metric that is kept elsewhere, and read when it is rendered: a counter if `name` ends in
         `_total`, else a gauge. With labels, `read` returns a value for each tuple of theirs."""
         self.registry.register(_Read(_checked(name), about, read, labels))
@@ -77,9 +55,7 @@ class Metrics:
 class _Read:
     """A collector of one metric."""
 
-    def __init__(
-        self, name: str, about: str, read: Callable[[], Reading], labels: Sequence[str]
-    ) -> None:
+    def __init__(self, name: str, about: str, read: Callable[[], Reading], labels: Sequence[str]) -> None:
         self._family: Callable[..., CounterMetricFamily | GaugeMetricFamily] = (
             CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
         )

@@ -133,9 +133,7 @@ class MetricsServer:
         finally:
             writer.transport.abort()
 
-    async def _answer(
-        self, connection: h11.Connection, reader: asyncio.StreamReader
-    ) -> tuple[int, bytes]:
+    async def _answer(self, connection: h11.Connection, reader: asyncio.StreamReader) -> tuple[int, bytes]:
         """Status and body for the first request; `h11.ProtocolError` if the client leaves before."""
         try:
             while (event := connection.next_event()) is h11.NEED_DATA:

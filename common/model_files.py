@@ -24,21 +24,26 @@ SHIPPED_DRAFT = Path(__file__).parent / "models" / "pdq-5m-draft"
 
 # Exact names: a pattern such as *.json would take whole folders of other formats along.
 _SMALL_FILES = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model",
-    "chat_template.jinja", "chat_template.json", INDEX,
-)  # fmt: skip
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    INDEX,
+)
 _TEMPLATES = "additional_chat_templates/*.jinja"
 _SAMPLE_BYTES = 65_536
 _SAMPLES = 16
 
 
 def resolve_model(
-    model: str,
-    revision: str = "",
-    *,
-    weights: bool = False,
-    overrides: Mapping[str, Any] | None = None,
+    model: str, revision: str = "", *, weights: bool = False, overrides: Mapping[str, Any] | None = None
 ) -> Path:
     """The folder of `model`: "" is the shipped one, an existing folder is itself, anything else
     is ORG/NAME on the hub, downloaded once into its cache.

@@ -57,14 +57,18 @@ class SamplingParams:
     def __post_init__(self) -> None:
         def require(condition: bool, field: str, wanted: str) -> None:
             if not condition:
-                raise InvalidRequest(
-                    f"{field} must be {wanted}, got {getattr(self, field)!r}", param=field
-                )
+                raise InvalidRequest(f"{field} must be {wanted}, got {getattr(self, field)!r}", param=field)
 
         require(self.max_tokens >= 1, "max_tokens", "at least 1")
         require(0 <= self.min_tokens <= self.max_tokens, "min_tokens", "between 0 and max_tokens")
-        for field in ("temperature", "top_p", "min_p", "repetition_penalty",
-                      "presence_penalty", "frequency_penalty"):  # fmt: skip
+        for field in (
+            "temperature",
+            "top_p",
+            "min_p",
+            "repetition_penalty",
+            "presence_penalty",
+            "frequency_penalty",
+        ):
             require(math.isfinite(getattr(self, field)), field, "a finite number")
         require(0.0 <= self.temperature <= 100.0, "temperature", "between 0 and 100")
         require(0 <= self.top_k < 2**31, "top_k", "0 (all) or positive")
@@ -76,22 +80,22 @@ class SamplingParams:
         require(-2.0 <= self.frequency_penalty <= 2.0, "frequency_penalty", "between -2 and 2")
         require(
             all(i >= 0 and math.isfinite(b) and -100.0 <= b <= 100.0 for i, b in self.logit_bias),
-            "logit_bias", "token ids with a bias between -100 and 100",
-        )  # fmt: skip
+            "logit_bias",
+            "token ids with a bias between -100 and 100",
+        )
         require(
             self.allowed_token_ids is None or len(self.allowed_token_ids) > 0,
-            "allowed_token_ids", "absent or not empty",
-        )  # fmt: skip
+            "allowed_token_ids",
+            "absent or not empty",
+        )
         require(
-            self.allowed_token_ids is None
-            or not set(self.allowed_token_ids) <= set(self.banned_token_ids),
-            "allowed_token_ids", "ids of which banned_token_ids leave one",
-        )  # fmt: skip
+            self.allowed_token_ids is None or not set(self.allowed_token_ids) <= set(self.banned_token_ids),
+            "allowed_token_ids",
+            "ids of which banned_token_ids leave one",
+        )
         for field in ("logprobs", "prompt_logprobs"):
             value = getattr(self, field)
-            require(
-                value is None or 0 <= value <= MAX_LOGPROBS, field, f"between 0 and {MAX_LOGPROBS}"
-            )
+            require(value is None or 0 <= value <= MAX_LOGPROBS, field, f"between 0 and {MAX_LOGPROBS}")
         require(0 <= self.seed <= MAX_SEED, "seed", "an unsigned 64-bit integer")
 
     def check_vocabulary(self, vocab_size: int) -> None:
@@ -106,15 +110,10 @@ class SamplingParams:
             for token in ids:
                 if not 0 <= token < vocab_size:
                     raise InvalidRequest(
-                        f"{field} names token id {token}, the vocabulary has {vocab_size}",
-                        param=field,
+                        f"{field} names token id {token}, the vocabulary has {vocab_size}", param=field
                     )
 
     @property
     def has_penalties(self) -> bool:
         """Whether tokens that a sequence has already change the logits."""
-        return (
-            self.repetition_penalty != 1.0
-            or self.presence_penalty != 0.0
-            or self.frequency_penalty != 0.0
-        )
+        return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0

@@ -30,9 +30,7 @@ def read_secret(path: Path, what: str) -> str:
     except UnicodeDecodeError as error:  # whose text would show what stands there
         raise ConfigError(f"{what} {path} is not UTF-8", param=str(path)) from error
     except OSError as error:
-        raise ConfigError(
-            f"{what} {path} cannot be read: {error.strerror}", param=str(path)
-        ) from error
+        raise ConfigError(f"{what} {path} cannot be read: {error.strerror}", param=str(path)) from error
 
 
 def require_private(descriptor: int, path: Path, what: str) -> None:
@@ -49,8 +47,7 @@ def require_own_folder(path: Path, what: str) -> None:
     status = path.stat()
     if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o022:
         raise ConfigError(
-            f"{what} is not kept in {path}, which others can write to: chmod 700 {path}",
-            param=str(path),
+            f"{what} is not kept in {path}, which others can write to: chmod 700 {path}", param=str(path)
         )
 
 

@@ -41,9 +41,12 @@ class Moves:
     `give_up(attempt, error)` of each attempt that must not go on here either."""
 
     def __init__(
-        self, node: NodeServices, attempts: Mapping[str, Attempt], moved: Callable[[Attempt, int], None],
+        self,
+        node: NodeServices,
+        attempts: Mapping[str, Attempt],
+        moved: Callable[[Attempt, int], None],
         give_up: Callable[[Attempt, PdqError], None],
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._node = node
         self._attempts = attempts
         self._moved, self._give_up = moved, give_up
@@ -178,9 +181,7 @@ class Moves:
 
     def _has_room(self, record: NodeRecord, length: int) -> bool:
         """As its record says; the node itself says it for sure."""
-        running = (
-            record.running + record.waiting + record.reserved + self._asked[record.incarnation]
-        )
+        running = record.running + record.waiting + record.reserved + self._asked[record.incarnation]
         free = record.free_blocks - self._promised[record.incarnation]
         blocks = -(-length // record.block_size)
         return running < record.max_num_seqs and blocks + running <= free
@@ -202,10 +203,14 @@ class Moves:
         self._took[attempt.engine_id] = handover.peer
         paused_s = time.monotonic() - self._paused_at.pop(handover)
         log.info(
-            "sequence.moved", request=attempt.request.id, attempt=attempt.number,
-            choice=sequence.choice, peer=handover.peer, position=handover.length + 1,
+            "sequence.moved",
+            request=attempt.request.id,
+            attempt=attempt.number,
+            choice=sequence.choice,
+            peer=handover.peer,
+            position=handover.length + 1,
             paused_ms=round(paused_s * 1000, 1),
-        )  # fmt: skip
+        )
         node = self._node
         node.engine.pool.release(node.engine.finish(sequence, FinishReason.CANCELLED))
         self._moved(attempt, sequence.choice)

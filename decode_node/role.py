@@ -77,9 +77,7 @@ class DecodeRole:
             node.kv.run(sequence, adopted.reservation)
         except PdqError as error:
             node.kv.discard(adopted.reservation)
-            node.gateways.fail(
-                offer.request.gateway, attempt.key(offer.key.choice), error, retryable=True
-            )
+            node.gateways.fail(offer.request.gateway, attempt.key(offer.key.choice), error, retryable=True)
             self._close_if_over(attempt)
             return
         attempt.suspect(node, len(sequence.token_ids))
@@ -94,9 +92,7 @@ class DecodeRole:
         if attempt.entry is not None:
             node.gateways.stage(attempt.gateway, key, "prefilling", {})
             return
-        node.gateways.send(
-            attempt.gateway, TookOver(node.incarnation, *key, attempt.arrived[choice])
-        )
+        node.gateways.send(attempt.gateway, TookOver(node.incarnation, *key, attempt.arrived[choice]))
 
     def step_begins(self, step: Step) -> None:
         for chunk in step.chunks:
@@ -155,9 +151,8 @@ class DecodeRole:
             self._give_up(attempt, error, retryable=retryable)
 
     def cancel(
-        self, gateway: str, request: str, attempt: int, reason: str,
-        choices: AbstractSet[int] = frozenset(),
-    ) -> None:  # fmt: skip
+        self, gateway: str, request: str, attempt: int, reason: str, choices: AbstractSet[int] = frozenset()
+    ) -> None:
         def wanted(offer: Offer) -> bool:
             key, theirs = offer.key, offer.request.gateway == gateway
             chosen = not choices or key.choice in choices

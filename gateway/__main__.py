@@ -54,14 +54,10 @@ FEWEST_CONNECTIONS = 32
 log = get_logger("gateway")
 
 
-async def run(
-    settings: GatewaySettings, incarnation: str, models: ServedModels, forker: Forker
-) -> None:
+async def run(settings: GatewaySettings, incarnation: str, models: ServedModels, forker: Forker) -> None:
     """Serve until a signal comes. Raises `PdqError` for what keeps it from starting."""
     access = Access.of(settings)
-    connections = room_for(
-        settings.http.max_connections, OTHER_DESCRIPTORS, FEWEST_CONNECTIONS, "a gateway"
-    )
+    connections = room_for(settings.http.max_connections, OTHER_DESCRIPTORS, FEWEST_CONNECTIONS, "a gateway")
     names = ",".join(model.name for model in models)
     async with contextlib.AsyncExitStack() as stack:
         listener = stack.enter_context(_listen(settings))
@@ -152,9 +148,7 @@ def _listen(settings: GatewaySettings) -> socket.socket:
     try:
         listener = socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
-        advice = (
-            "is taken; --port names another" if error.errno == errno.EADDRINUSE else f": {error}"
-        )
+        advice = "is taken; --port names another" if error.errno == errno.EADDRINUSE else f": {error}"
         raise ResourceError(f"port {port} of {host} {advice}", param="port") from error
     try:  # a name is what the machine makes of it
         dataclasses.replace(settings, host=listener.getsockname()[0])
@@ -197,9 +191,7 @@ async def _announce(registry: Registry, service: Service, record: NodeRecord) ->
     """Write this gateway's record, once per beat."""
     for beats in range(sys.maxsize):
         state = NodeState.DRAINING if service.draining else NodeState.READY
-        now = dataclasses.replace(
-            record, state=state, running=service.dispatcher.num_open, beats=beats
-        )
+        now = dataclasses.replace(record, state=state, running=service.dispatcher.num_open, beats=beats)
         with contextlib.suppress(ServiceUnavailable):
             await registry.announce(now)
         await asyncio.sleep(1.0)

@@ -87,9 +87,7 @@ class Access:
                 "a body is taken as it is, without Content-Encoding", param="Content-Encoding"
             )
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json" and not (
-            kind.startswith("application/") and kind.endswith("+json")
-        ):
+        if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
             raise UnsupportedMediaType(
                 "a JSON body is needed: Content-Type: application/json", param="Content-Type"
             )

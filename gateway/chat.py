@@ -61,9 +61,13 @@ async def _chunks(run: _Run) -> AsyncGenerator[object, None]:
     body, usage = run.body, Usage(len(run.work.request.token_ids))
 
     def chunk(
-        index: int, delta: dict[str, Any], logprobs: object = None, reason: str | None = None,
-        token_ids: Sequence[int] = (), **more: object,
-    ) -> object:  # fmt: skip
+        index: int,
+        delta: dict[str, Any],
+        logprobs: object = None,
+        reason: str | None = None,
+        token_ids: Sequence[int] = (),
+        **more: object,
+    ) -> object:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
         if body.return_token_ids:
             choice["token_ids"] = token_ids

@@ -25,16 +25,7 @@ import jinja2.runtime
 import jinja2.sandbox
 
 from common.errors import InvalidRequest, ModelError
-from gateway.message_forms import (
-    MARK,
-    Form,
-    MessageForms,
-    Render,
-    all_in_order,
-    find_forms,
-    left_out,
-    marked,
-)
+from gateway.message_forms import MARK, Form, MessageForms, Render, all_in_order, find_forms, left_out, marked
 
 FIELDS_TO_READ = frozenset({"documents", "reasoning_effort"})  # or they would be lost
 ASK_FOR_NOTHING = ("none", "medium")  # efforts that a model without reasoning is fine with
@@ -136,8 +127,7 @@ class ChatTemplate:
         for name in FIELDS_TO_READ & variables.keys() - self._read:
             if variables[name] not in ASK_FOR_NOTHING:
                 raise InvalidRequest(
-                    f"{name} is not supported: the model's chat template does not read it",
-                    param=name,
+                    f"{name} is not supported: the model's chat template does not read it", param=name
                 )
         render = functools.partial(self._raw, add_generation_prompt, variables)
         forms = [Form.STRING]
@@ -187,8 +177,7 @@ def _complete(render: Render, messages: list[dict[str, Any]], continues: bool) -
             absent = left_out(messages, render(marked(messages)))
     if absent is not None:
         raise InvalidRequest(
-            f"the model's chat template leaves out messages.{absent} "
-            f"(role {messages[absent]['role']})",
+            f"the model's chat template leaves out messages.{absent} (role {messages[absent]['role']})",
             param=f"messages.{absent}",
         )
     if continues and end not in text:

@@ -67,12 +67,7 @@ async def completions(service: Service, request: Request) -> Answer:
         name = request_id if len(prepared.prompts) == 1 else f"{request_id}-{index}"
         works.append(service.work(name, model, prompt_ids, "prompt", body, request))
         await asyncio.sleep(0)  # others have their turn between two prompts
-    head = {
-        "id": request_id,
-        "object": "text_completion",
-        "created": int(time.time()),
-        "model": model.name,
-    }
+    head = {"id": request_id, "object": "text_completion", "created": int(time.time()), "model": model.name}
     text = body.text_options()
     echoes = [
         await _echo(model.tokenizer, body, text, given, work)

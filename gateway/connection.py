@@ -119,9 +119,7 @@ class Parser(h11.Connection):
             names = {name for name, _ in event.headers}
             if {b"content-length", b"transfer-encoding"} <= names:
                 # Whoever stands before us may have gone by the other one.
-                self._refuse(
-                    MalformedHTTP("Content-Length and Transfer-Encoding exclude each other")
-                )
+                self._refuse(MalformedHTTP("Content-Length and Transfer-Encoding exclude each other"))
             if len(event.target) > MAX_TARGET_BYTES:
                 self._refuse(URITooLong(f"the path is longer than {MAX_TARGET_BYTES} bytes"))
         elif isinstance(event, h11.Data) and event.chunk_end:

@@ -109,9 +109,7 @@ def _of_text(step: dict[str, Any]) -> list[Factory]:
     """For the one long piece that came of all."""
     kind = step["type"]
     if kind == "Strip":
-        return [
-            lambda begun: StripText(step["content"], 0 if begun else step["start"], step["stop"])
-        ]
+        return [lambda begun: StripText(step["content"], 0 if begun else step["start"], step["stop"])]
     if kind == "Replace" and step["pattern"].get("String"):
         return [lambda begun: ReplaceText(step["pattern"]["String"], step["content"])]
     if kind == "BPEDecoder":

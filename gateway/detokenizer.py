@@ -17,15 +17,7 @@ import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from gateway.decoder_stages import (
-    CACHED,
-    ByteRuns,
-    Bytes,
-    Stage,
-    fallback_byte,
-    piece_bytes,
-    stages_of,
-)
+from gateway.decoder_stages import CACHED, ByteRuns, Bytes, Stage, fallback_byte, piece_bytes, stages_of
 
 TAIL = 16  # tokens of a prompt that may decide how its continuation begins
 LONGEST_RUN = 1024  # byte tokens before them, where the prompt ends in a run of such
@@ -116,9 +108,7 @@ class Detokenizer:
         return "".join(pieces)
 
     def _ended(self) -> str:
-        return "".join(
-            self._through(stage.end(), index) for index, stage in enumerate(self._stages, 1)
-        )
+        return "".join(self._through(stage.end(), index) for index, stage in enumerate(self._stages, 1))
 
     def _owed(self, text: str) -> str:
         """`text` without the prompt's part. An unfinished character at the prompt's end is held; if

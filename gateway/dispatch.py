@@ -44,16 +44,7 @@ from common.errors import (
 from common.identity import ModelIdentity
 from common.logs import get_logger
 from common.wire.bus_links import Down
-from common.wire.messages import (
-    Cancel,
-    Failed,
-    Message,
-    Stage,
-    TokenRun,
-    Tokens,
-    TokensAck,
-    TookOver,
-)
+from common.wire.messages import Cancel, Failed, Message, Stage, TokenRun, Tokens, TokensAck, TookOver
 from gateway.holders import Holders
 from gateway.ledger import Ledger
 from gateway.metrics import GatewayMetrics
@@ -102,9 +93,7 @@ class Dispatcher:
         self._open: dict[str, OpenRequest] = {}
         self._placement = Placement(gateway, bus, directory, router, limits)
         self._holders = Holders(gateway, self._open, bus, directory, self.on_node_lost)
-        self._whereabouts = Whereabouts(
-            self._open, store, directory, self._lose_unheard, self._adopt
-        )
+        self._whereabouts = Whereabouts(self._open, store, directory, self._lose_unheard, self._adopt)
         self._speakers = Speakers(directory, metrics)
         self._suspicion = Suspicion()
         self._ledger = Ledger(gateway, self._open, store, metrics, ENDS_KEPT * limits.max_open)
@@ -219,9 +208,8 @@ class Dispatcher:
         The node holds the choices from before the write on: its death meanwhile is a retry too.
         """
         node, dispatch = await self._placement.find(
-            request, choices, attempt, token_ids,
-            avoid=avoid, alone=request.id in self._suspicion,
-        )  # fmt: skip
+            request, choices, attempt, token_ids, avoid=avoid, alone=request.id in self._suspicion
+        )
         for choice in choices:
             request.choices[choice].holder = node
         await self._store.accept(node, dispatch)
@@ -237,9 +225,7 @@ class Dispatcher:
         """Start the next attempt of one choice; `avoid` is the incarnation that failed it."""
         choice = request.choices[index]
         if choice.tries >= self._limits.max_attempts and cause not in NO_ROOM | NO_FAULT:
-            request.fail(
-                ServiceUnavailable(f"given up after {choice.tries} attempts, the last: {cause}")
-            )
+            request.fail(ServiceUnavailable(f"given up after {choice.tries} attempts, the last: {cause}"))
             return
         pause = 0.0
         if cause in NO_ROOM:
@@ -319,10 +305,7 @@ class Dispatcher:
             for index, choice in enumerate(request.choices):
                 held = choice.heard and choice.holder == node
                 if (held or node in choice.owes()) and not choice.done:
-                    log.info(
-                        "choice.lost", request=request.id, choice=index, node=node,
-                        reason=reason,
-                    )  # fmt: skip
+                    log.info("choice.lost", request=request.id, choice=index, node=node, reason=reason)
                     lost.append((request, index))
         if reason in CRASHES and any(one.id in self._suspicion for one, _ in lost):
             self._spawn(self._judge(node, lost), "judge")
@@ -342,13 +325,7 @@ class Dispatcher:
                 self._lose(request, index, node, crashed=True, alone=alone)
 
     def _lose(
-        self,
-        request: OpenRequest,
-        index: int,
-        node: str,
-        *,
-        crashed: bool,
-        alone: str | None = None,
+        self, request: OpenRequest, index: int, node: str, *, crashed: bool, alone: str | None = None
     ) -> None:
         """`node` took a choice with it; `alone` as `Suspicion.judge` has it."""
         choice, name = request.choices[index], request.id
@@ -357,10 +334,12 @@ class Dispatcher:
             _, dispatch = request.dispatches[attempt]
             start = len(dispatch.request.token_ids)
             verdict = self._suspicion.judge(
-                name, attempt, alone,
+                name,
+                attempt,
+                alone,
                 proved=start if start > dispatch.request.prompt_len else 0,
                 came_on=choice.stream.below > max(choice.held_from, start),
-            )  # fmt: skip
+            )
             if verdict is Verdict.GUILTY:
                 error = PoisonedRequest(
                     "a node ended while it computed this request with nothing else beside it, "
@@ -392,9 +371,7 @@ class Dispatcher:
                 continue
             choice = request.choices[run.choice]
             if not self._speakers.heeds(node, request, choice, run.attempt):
-                self._speakers.refuse(
-                    Tokens(message.node, (run,)), node, request, choice, run.attempt
-                )
+                self._speakers.refuse(Tokens(message.node, (run,)), node, request, choice, run.attempt)
                 if run.attempt < choice.stream.attempt:  # nobody will take it: so nobody keep it
                     end = run.position + len(run.token_ids)
                     acks.append((run.request, run.attempt, run.choice, end))
@@ -418,9 +395,13 @@ class Dispatcher:
             if arrival.mismatched:
                 self._metrics.mismatched_tokens.inc(arrival.mismatched)
                 log.error(
-                    "run.mismatched", node=node, request=run.request, attempt=run.attempt,
-                    choice=run.choice, positions=arrival.mismatched,
-                )  # fmt: skip
+                    "run.mismatched",
+                    node=node,
+                    request=run.request,
+                    attempt=run.attempt,
+                    choice=run.choice,
+                    positions=arrival.mismatched,
+                )
             if arrival.stale and run.attempt < choice.stream.attempt:
                 self._stop_old(node, request, run.attempt)
             if choice.done:
@@ -451,9 +432,7 @@ class Dispatcher:
         if request is None or choice is None:
             self._stop_unknown(message.node, message.request, message.attempt)
             return
-        if not self._speakers.heeds_taking_over(
-            node, message.node, request, choice, message.attempt
-        ):
+        if not self._speakers.heeds_taking_over(node, message.node, request, choice, message.attempt):
             self._speakers.refuse(message, node, request, choice, message.attempt)
             return
         request.involved.add(message.node)
@@ -472,9 +451,7 @@ class Dispatcher:
             if choice.holder:
                 choice.owing[choice.holder] = message.position
             choice.held_from = message.position
-            stage = Stage(
-                message.node, message.request, message.attempt, message.choice, "decoding", {}, 0
-            )
+            stage = Stage(message.node, message.request, message.attempt, message.choice, "decoding", {}, 0)
             self._ledger.stage(stage)
             self._hold(choice, message.node)
             self._hear_again(choice)

@@ -100,14 +100,7 @@ def status_of(error: PdqError) -> int:
 def error_body(error: PdqError) -> dict[str, object]:
     """OpenAI's error object; the same in a response and as the last event of a stream."""
     label = next(label for kind, _, label in STATUS if isinstance(error, kind))
-    return {
-        "error": {
-            "message": error.message,
-            "type": label,
-            "param": error.param,
-            "code": error.code,
-        }
-    }
+    return {"error": {"message": error.message, "type": label, "param": error.param, "code": error.code}}
 
 
 def error_named(code: str, message: str, param: str | None) -> PdqError:

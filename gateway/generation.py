@@ -58,11 +58,7 @@ class ChoiceText:
     """
 
     def __init__(
-        self,
-        detokenizer: Detokenizer,
-        options: TextOptions,
-        ending_ids: Collection[int],
-        min_tokens: int = 0,
+        self, detokenizer: Detokenizer, options: TextOptions, ending_ids: Collection[int], min_tokens: int = 0
     ) -> None:
         self._detokenizer = detokenizer
         self._stops = StopStrings(options.stops, include=options.include_stop)
@@ -111,9 +107,13 @@ class ChoiceText:
 
 
 async def generate(
-    dispatcher: Dispatcher, tokenizer: Tokenizer, work: Work, options: TextOptions, usage: Usage,
+    dispatcher: Dispatcher,
+    tokenizer: Tokenizer,
+    work: Work,
+    options: TextOptions,
+    usage: Usage,
     echoed: Detokenizer | None = None,
-) -> AsyncGenerator[TextDelta, None]:  # fmt: skip
+) -> AsyncGenerator[TextDelta, None]:
     """Run `work`; yields deltas of all choices as they come, empty ones left out.
 
     `echoed` has gone through the prompt, whose text the client gets too: what it holds back of the
@@ -126,8 +126,7 @@ async def generate(
         work.request.token_ids, skip_special_tokens=options.skip_special_tokens
     )
     choices = [
-        ChoiceText(begin.copy(), options, ending_ids, work.request.params.min_tokens)
-        for _ in range(work.n)
+        ChoiceText(begin.copy(), options, ending_ids, work.request.params.min_tokens) for _ in range(work.n)
     ]
     async with dispatcher.run(work) as request, contextlib.aclosing(request.updates()) as updates:
         cached_tokens = 0

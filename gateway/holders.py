@@ -27,9 +27,13 @@ class Holders:
     """Call `linked` for each link that comes up, or ends beside another; `look` at intervals."""
 
     def __init__(
-        self, gateway: str, open_requests: Mapping[str, OpenRequest], bus: NodeBus,
-        directory: NodeDirectory, lost: Callable[[str, str], None],
-    ) -> None:  # fmt: skip
+        self,
+        gateway: str,
+        open_requests: Mapping[str, OpenRequest],
+        bus: NodeBus,
+        directory: NodeDirectory,
+        lost: Callable[[str, str], None],
+    ) -> None:
         """`lost` hears of a holder that there is no link with, and no record of."""
         self._gateway = gateway
         self._open = open_requests

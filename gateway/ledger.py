@@ -61,9 +61,13 @@ class Ledger:
     """All methods run on one event loop."""
 
     def __init__(
-        self, gateway: str, open_requests: Mapping[str, object], store: RequestStore,
-        metrics: GatewayMetrics, max_ends: int,
-    ) -> None:  # fmt: skip
+        self,
+        gateway: str,
+        open_requests: Mapping[str, object],
+        store: RequestStore,
+        metrics: GatewayMetrics,
+        max_ends: int,
+    ) -> None:
         self._gateway = gateway
         self._open = open_requests
         self._store = store

@@ -84,9 +84,7 @@ def find_forms(render: Render) -> MessageForms:
     usual = MessageForms(contents)
     user = usual.apply({"role": "user", "content": SAYS})
     nones = (_rendered(render, [user]) or "").count("None")
-    for sloppy, as_text, silence in itertools.product(
-        (False, True), (False, True), ((None,), ("",), ())
-    ):
+    for sloppy, as_text, silence in itertools.product((False, True), (False, True), ((None,), ("",), ())):
         forms = MessageForms(contents, silence, as_text)
         result = forms.apply({"role": "tool", "content": SAYS, **_RESULT})
         call = forms.apply({"role": "assistant", "content": None, "tool_calls": [_CALL]})
@@ -206,9 +204,7 @@ def _conversations(probe: dict[str, Any], fill: Any) -> Iterator[list[dict[str, 
     user = {"role": "user", "content": fill}
     assistant = {"role": "assistant", "content": fill}
     if probe["role"] in ("tool", "function"):
-        silences: tuple[dict[str, Any], ...] = (
-            {"content": None}, {"content": ""}, {}, {"content": fill}
-        )  # fmt: skip
+        silences: tuple[dict[str, Any], ...] = ({"content": None}, {"content": ""}, {}, {"content": fill})
         for silence, arguments in itertools.product(silences, ({"key": "x"}, '{"key": "x"}')):
             function = {**_CALL["function"], "arguments": arguments}
             call = {"role": "assistant", **silence, "tool_calls": [{**_CALL, "function": function}]}

@@ -23,51 +23,36 @@ class GatewayMetrics:
             "pdq_gateway_ignored_fields_total", "Bodies with fields that nobody knows", ["path"]
         )
         self.open_requests = gauge("pdq_gateway_open_requests", "Requests not closed")
-        self.requests = counter(
-            "pdq_gateway_requests_total", "Requests closed, by how they ended", ["state"]
-        )
+        self.requests = counter("pdq_gateway_requests_total", "Requests closed, by how they ended", ["state"])
         self.prompt_tokens = counter("pdq_gateway_prompt_tokens_total", "Prompt tokens accepted")
         self.cached_tokens = counter(
             "pdq_gateway_cached_tokens_total", "Prompt tokens that nodes had in their cache"
         )
         self.tokens = counter("pdq_gateway_generated_tokens_total", "Generated tokens delivered")
-        self.ttft = histogram(
-            "pdq_gateway_time_to_first_token_seconds", "From acceptance to the first token"
-        )
+        self.ttft = histogram("pdq_gateway_time_to_first_token_seconds", "From acceptance to the first token")
         self.itl = histogram(
             "pdq_gateway_inter_token_seconds", "Between two arrivals of tokens of one choice"
         )
-        self.retries = counter(
-            "pdq_gateway_retries_total", "Attempts after the first, by cause", ["cause"]
-        )
+        self.retries = counter("pdq_gateway_retries_total", "Attempts after the first, by cause", ["cause"])
         self.dead_letters = counter(
             "pdq_gateway_dead_letters_total", "Requests that made engines fail, also when alone"
         )
-        self.moves = counter(
-            "pdq_gateway_moves_total", "Choices that went from one decode node to another"
-        )
-        self.duplicate_tokens = counter(
-            "pdq_gateway_duplicate_tokens_total", "Positions that arrived again"
-        )
+        self.moves = counter("pdq_gateway_moves_total", "Choices that went from one decode node to another")
+        self.duplicate_tokens = counter("pdq_gateway_duplicate_tokens_total", "Positions that arrived again")
         self.mismatched_tokens = counter(
-            "pdq_gateway_mismatched_tokens_total",
-            "Positions that arrived again with another token: an error",
+            "pdq_gateway_mismatched_tokens_total", "Positions that arrived again with another token: an error"
         )
         self.refused_runs = counter(
             "pdq_gateway_refused_runs_total", "Token runs that cannot belong to their request"
         )
         self.refused_words = counter(
-            "pdq_gateway_refused_words_total",
-            "What nodes said of choices that they do not have",
-            ["kind"],
+            "pdq_gateway_refused_words_total", "What nodes said of choices that they do not have", ["kind"]
         )
         self.late_messages = counter(
             "pdq_gateway_late_messages_total", "Messages about requests that are closed", ["kind"]
         )
         self.store_errors = counter(
-            "pdq_gateway_store_errors_total",
-            "Writes to Redis that failed, and are repeated",
-            ["operation"],
+            "pdq_gateway_store_errors_total", "Writes to Redis that failed, and are repeated", ["operation"]
         )
         self.unwritten_ends = gauge(
             "pdq_gateway_unwritten_ends", "Ended requests of which Redis has not heard that"

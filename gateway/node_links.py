@@ -42,9 +42,7 @@ SECOND_TRY_S = 0.5  # between two such tries
 class NodeLinks:
     """Give it an `inbox`, then `run` it. All methods belong to the event loop's thread."""
 
-    def __init__(
-        self, bus: Bus, registry: Registry, requests: Requests, index: PrefixIndex
-    ) -> None:
+    def __init__(self, bus: Bus, registry: Registry, requests: Requests, index: PrefixIndex) -> None:
         self.inbox: Inbox
         self.on_redis_lost: Callable[[], Awaitable[None]] | None = None
         self.dropped: Counter[str] = Counter()  # messages without a link, by type

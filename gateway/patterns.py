@@ -13,16 +13,23 @@ from typing import Any
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
-LINEAR = frozenset({
-    # GPT-2, which ByteLevel has of its own, spelled out
-    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-    # Qwen 2, 2.5 and 3
-    _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _REST,
-    # Llama 3
-    _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _REST,
-    # parts of DeepSeek's and SmolLM's, which split digits first
-    r"\p{N}", r"\p{N}{1,3}", r"[0-9]", r"\d", r"\s", " ",
-})  # fmt: skip
+LINEAR = frozenset(
+    {
+        # GPT-2, which ByteLevel has of its own, spelled out
+        r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+        # Qwen 2, 2.5 and 3
+        _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + _REST,
+        # Llama 3
+        _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _REST,
+        # parts of DeepSeek's and SmolLM's, which split digits first
+        r"\p{N}",
+        r"\p{N}{1,3}",
+        r"[0-9]",
+        r"\d",
+        r"\s",
+        " ",
+    }
+)
 
 
 def regexes(pipeline: dict[str, Any]) -> Iterator[str]:

@@ -21,14 +21,7 @@ from common.sampling import SamplingParams
 from common.wire.messages import Dispatch
 from gateway.open_request import OpenRequest
 from gateway.ports import NodeBus, NodeDirectory, NodeView
-from gateway.router import (
-    Decision,
-    RouteQuestion,
-    Router,
-    longest_context,
-    longest_request,
-    what_lacks,
-)
+from gateway.router import Decision, RouteQuestion, Router, longest_context, longest_request, what_lacks
 
 log = get_logger("placement")
 
@@ -99,9 +92,7 @@ class Placement:
             gateway=self._gateway,
             gateway_endpoint=self._bus.endpoint,
         )
-        question = RouteQuestion(
-            asked, fingerprint=request.fingerprint, avoid=avoid, only=work.node
-        )
+        question = RouteQuestion(asked, fingerprint=request.fingerprint, avoid=avoid, only=work.node)
         decision = await self._decide(question)
         node = decision.prefill.incarnation
         log.debug("request.placed", request=asked.id, node=node, why=decision.reason)

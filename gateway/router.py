@@ -57,8 +57,10 @@ class RouteQuestion:
         if fingerprint not in self._chains:
             self._chains[fingerprint] = HashChain(
                 self.request.cache_root(fingerprint),
-                self.request.token_ids, fingerprint.block_size, self.request.prompt_len,
-            )  # fmt: skip
+                self.request.token_ids,
+                fingerprint.block_size,
+                self.request.prompt_len,
+            )
         return self._chains[fingerprint]
 
     @property
@@ -174,9 +176,7 @@ class LeastLoadedRouter:
             if fingerprint not in counts:
                 counts[fingerprint] = self._index.leading_blocks(question.hashes(fingerprint))
             blocks = counts[fingerprint].get(node.incarnation, 0)
-            held[node.incarnation] = min(
-                blocks * fingerprint.block_size, len(question.request.token_ids) - 1
-            )
+            held[node.incarnation] = min(blocks * fingerprint.block_size, len(question.request.token_ids) - 1)
         return held
 
 
@@ -216,8 +216,7 @@ def check_fits(question: RouteQuestion, nodes: Sequence[NodeView]) -> None:
             )
         pool = max(_pool_tokens(node) for node in able)
         raise NeverFits(
-            f"{asked} do not fit the largest KV pool of a {phase} node, {pool} tokens",
-            param="prompt",
+            f"{asked} do not fit the largest KV pool of a {phase} node, {pool} tokens", param="prompt"
         )
 
 
@@ -231,8 +230,7 @@ def what_lacks(model: ModelIdentity, nodes: Sequence[NodeView]) -> str:
     if not prefill or not decode:
         lacking = PREFILL if not prefill else DECODE
         return (
-            f"no {lacking} node of {model.name!r} is here; start one with the same Redis address "
-            "and prefix"
+            f"no {lacking} node of {model.name!r} is here; start one with the same Redis address and prefix"
         )
     one, other = prefill[0], decode[0]
     differs = one.fingerprint.mismatch(other.fingerprint)
@@ -255,10 +253,7 @@ def _why_no_node(model: ModelIdentity, others: Sequence[NodeView]) -> str:
             )
     names = sorted({node.fingerprint.model for node in others})
     there = f" (nodes run {', '.join(map(repr, names))})" if names else ""
-    return (
-        f"no node of {model.name!r} is here{there}; start some with the same Redis address and "
-        "prefix"
-    )
+    return f"no node of {model.name!r} is here{there}; start some with the same Redis address and prefix"
 
 
 def longest_request(model: ModelIdentity, nodes: Sequence[NodeView]) -> int | None:
@@ -285,9 +280,7 @@ def _partners(prefill: NodeView, decoders: Sequence[NodeView]) -> list[NodeView]
     return [node for node in decoders if node.fingerprint.mismatch(prefill.fingerprint) is None]
 
 
-def _as_partner(
-    question: RouteQuestion, prefill: NodeView, node: NodeView
-) -> tuple[int, bool, bytes]:
+def _as_partner(question: RouteQuestion, prefill: NodeView, node: NodeView) -> tuple[int, bool, bytes]:
     """The least goes first: what runs there; among equals, whom no conversion makes send all."""
     converts = node.fingerprint.block_size != prefill.fingerprint.block_size
     return node.load.running, converts, _spread(question.request.id, node)

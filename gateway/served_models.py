@@ -56,9 +56,7 @@ class ServedModel:
         limits = (limit, context and context - 1)
         return min((limit for limit in limits if limit is not None), default=None)
 
-    def check_length(
-        self, count: int, limit: int | None, param: str, *, at_least: bool = False
-    ) -> None:
+    def check_length(self, count: int, limit: int | None, param: str, *, at_least: bool = False) -> None:
         """Raises `ContextLengthExceeded` for a prompt of `count` tokens, or `at_least` so many."""
         longest = self.longest_prompt(limit)
         if longest is not None and count > longest:
@@ -106,9 +104,8 @@ class ServedModels:
 def load_models(settings: GatewaySettings) -> ServedModels:
     """Every model that the settings name. Blocking: reads folders, downloads what is not here."""
     first = Source(
-        settings.model, settings.served_model_name, settings.revision,
-        parse_overrides(settings.hf_overrides),
-    )  # fmt: skip
+        settings.model, settings.served_model_name, settings.revision, parse_overrides(settings.hf_overrides)
+    )
     further = map(parse_source, settings.models)
     return ServedModels([_load(settings, source) for source in (first, *further)])
 
@@ -144,9 +141,7 @@ def _source_in(entry: str) -> Source:
     for field, value in fields.items():
         if not isinstance(value, kinds.get(field, ())):
             wanted = "unknown" if field not in kinds else f"no {kinds[field].__name__}"
-            raise ConfigError(
-                f"models: {field!r:.60} of {entry!r:.200} is {wanted}", param="models"
-            )
+            raise ConfigError(f"models: {field!r:.60} of {entry!r:.200} is {wanted}", param="models")
     if not fields.get("model"):
         raise ConfigError(f"models: {entry!r:.200} names no model", param="models")
     return Source(**fields)
@@ -156,9 +151,8 @@ def _load(settings: GatewaySettings, source: Source) -> ServedModel:
     model, overrides = source.model, source.hf_overrides
     folder: Path = resolve_model(model, source.revision)
     described = describe_model(
-        folder, read_config(folder, overrides),
-        with_sampling_defaults=settings.generation_config == "auto",
-    )  # fmt: skip
+        folder, read_config(folder, overrides), with_sampling_defaults=settings.generation_config == "auto"
+    )
     identity = ModelIdentity(
         source.name or model_name(model, folder),
         model_revision(folder, overrides) if settings.load_format == "auto" else "",

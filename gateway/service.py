@@ -11,12 +11,7 @@ import secrets
 
 from starlette.requests import Request as HttpRequest
 
-from common.errors import (
-    ContextLengthExceeded,
-    InvalidRequest,
-    ServiceUnavailable,
-    TokenOutOfRange,
-)
+from common.errors import ContextLengthExceeded, InvalidRequest, ServiceUnavailable, TokenOutOfRange
 from common.request import Request
 from gateway.access import Access
 from gateway.bodies import BodyBudget, read_body
@@ -105,8 +100,7 @@ class Service:
             # Token ids of clients are checked before; text may hold a token that the tokenizer has
             # and the model has not.
             raise TokenOutOfRange(
-                f"{param} has token id {highest}, outside the vocabulary of {model.vocab_size}",
-                param=param,
+                f"{param} has token id {highest}, outside the vocabulary of {model.vocab_size}", param=param
             )
         prompt_ids = self._truncated(model, prompt_ids, body)
         room = self._room(model, prompt_ids, param)

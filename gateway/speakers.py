@@ -61,9 +61,7 @@ class Speakers:
         chosen = sent is not None and node == sent[1].decode_node
         return chosen and choice.heard and not choice.held_from
 
-    def refuse(
-        self, message: Message, node: str, request: OpenRequest, choice: Choice, attempt: int
-    ) -> None:
+    def refuse(self, message: Message, node: str, request: OpenRequest, choice: Choice, attempt: int) -> None:
         """Keep what another's word may still explain; count anything else."""
         request.refused.add(node)
         of_now = attempt == choice.stream.attempt

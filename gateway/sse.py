@@ -91,9 +91,7 @@ async def _disconnected(receive: Receive) -> None:
 class JSONAnswer(Answer):
     """One JSON value, once `make_parts` has it, as bytes that follow each other."""
 
-    def __init__(
-        self, make_parts: Callable[[], Awaitable[Sequence[bytes]]], retry_after_s: float
-    ) -> None:
+    def __init__(self, make_parts: Callable[[], Awaitable[Sequence[bytes]]], retry_after_s: float) -> None:
         super().__init__(retry_after_s)
         self._make_parts = make_parts
 

@@ -110,9 +110,7 @@ class ChoiceStream:
         if run.logprobs and len(run.logprobs) != len(run.token_ids):
             raise ProtocolError("one entry of logprobs per token, or none", param="logprobs")
         if run.finish_reason and run.finish_reason not in FINISHED:
-            raise ProtocolError(
-                f"a choice does not end by {run.finish_reason!r}", param="finish_reason"
-            )
+            raise ProtocolError(f"a choice does not end by {run.finish_reason!r}", param="finish_reason")
 
     def _known(self, position: int) -> int | None:
         index = position - self.prompt_len

@@ -52,13 +52,7 @@ class Suspicion:
         self._suspects.add(request)
 
     def judge(
-        self,
-        request: str,
-        attempt: int,
-        alone: str | None,
-        *,
-        proved: int = 0,
-        came_on: bool = False,
+        self, request: str, attempt: int, alone: str | None, *, proved: int = 0, came_on: bool = False
     ) -> Verdict:
         """Of a request that a node had begun when it crashed. `alone`: what the node's record said,
         "request/attempt@position" or TOGETHER; None: it could not be read. Steps up to positions

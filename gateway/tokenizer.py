@@ -35,14 +35,10 @@ class Tokenizer:
         self.model = model
         self._tokenizer = model.tokenizer
         self._special = {
-            token.content
-            for token in self._tokenizer.get_added_tokens_decoder().values()
-            if token.special
+            token.content for token in self._tokenizer.get_added_tokens_decoder().values() if token.special
         }
         template = model.chat_templates.get(DEFAULT)
-        self._chat_template = (
-            None if template is None else ChatTemplate(template, dict(model.special_tokens))
-        )
+        self._chat_template = None if template is None else ChatTemplate(template, dict(model.special_tokens))
         pipeline = json.loads(self._tokenizer.to_str())
         self._most_characters = most_characters(pipeline)
         self.may_backtrack = may_backtrack(pipeline)
@@ -71,9 +67,7 @@ class Tokenizer:
             text: str = self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return text
 
-    def detokenizer(
-        self, prompt_ids: Sequence[int] = (), *, skip_special_tokens: bool = True
-    ) -> Detokenizer:
+    def detokenizer(self, prompt_ids: Sequence[int] = (), *, skip_special_tokens: bool = True) -> Detokenizer:
         decoder = self._decoder if skip_special_tokens else self._full_decoder
         return decoder.start(prompt_ids)
 
@@ -157,6 +151,4 @@ def most_characters(pipeline: dict[str, Any]) -> int:
 
 
 def _only_a_space_is_replaced(step: dict[str, Any]) -> bool:
-    return step["type"] != "Replace" or (
-        step["pattern"] == {"String": " "} and bool(step["content"])
-    )
+    return step["type"] != "Replace" or (step["pattern"] == {"String": " "} and bool(step["content"]))

@@ -55,9 +55,13 @@ class Whereabouts:
     """Call `look` at intervals, and at every loss of a node."""
 
     def __init__(
-        self, open_requests: Mapping[str, OpenRequest], store: RequestStore,
-        directory: NodeDirectory, retry: Retry, adopt: Callable[[OpenRequest, int, str, bool], None],
-    ) -> None:  # fmt: skip
+        self,
+        open_requests: Mapping[str, OpenRequest],
+        store: RequestStore,
+        directory: NodeDirectory,
+        retry: Retry,
+        adopt: Callable[[OpenRequest, int, str, bool], None],
+    ) -> None:
         self._open = open_requests
         self._store = store
         self._directory = directory
@@ -130,17 +134,11 @@ class Whereabouts:
         elif self._is_gone(node):
             self._lost(one, CLAIM_LOST if where.place is Place.CLAIMED else "node_lost", node)
         elif where.place is Place.CLAIMED or node != choice.holder:
-            log.info(
-                "choice.found", request=one.request.id, choice=one.index, node=node,
-                place=where.place,
-            )  # fmt: skip
+            log.info("choice.found", request=one.request.id, choice=one.index, node=node, place=where.place)
             self._adopt(one.request, one.index, node, where.place is Place.CLAIMED)
 
     def _lost(self, one: _Unheard, cause: str, node: str) -> None:
-        log.info(
-            "choice.lost", request=one.request.id, choice=one.index, node=node,
-            reason=cause,
-        )  # fmt: skip
+        log.info("choice.lost", request=one.request.id, choice=one.index, node=node, reason=cause)
         self._retry(one.request, one.index, cause, node)
 
     def _is_gone(self, node: str) -> bool:

@@ -100,7 +100,11 @@ class Conversion:
             if not self._lacking[index]:
                 is_tail = index == len(self._hashes)
                 yield dataclasses.replace(
-                    piece, index=index, block=span.block, digest=b"", spans=(),
+                    piece,
+                    index=index,
+                    block=span.block,
+                    digest=b"",
+                    spans=(),
                     fill=self._length % self._ours if is_tail else 0,
                     seed=b"" if is_tail else self._hashes[index],
-                )  # fmt: skip
+                )

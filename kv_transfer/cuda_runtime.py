@@ -77,9 +77,7 @@ class CudaRuntime:
         try:
             self._library = ctypes.CDLL(name)
         except OSError as error:
-            raise ConfigError(
-                f"CUDA transports need {name}, which torch brings: {error}"
-            ) from error
+            raise ConfigError(f"CUDA transports need {name}, which torch brings: {error}") from error
         self._library.cudaGetErrorString.restype = ctypes.c_char_p
         count = ctypes.c_int()
         self._call(ConfigError, "cudaGetDeviceCount", ctypes.byref(count))
@@ -114,18 +112,19 @@ class CudaRuntime:
     def ipc_handle(self, address: int) -> bytes:
         self._use()
         handle = _Handle()
-        self._call(
-            ConfigError, "cudaIpcGetMemHandle", ctypes.byref(handle), ctypes.c_void_p(address)
-        )
+        self._call(ConfigError, "cudaIpcGetMemHandle", ctypes.byref(handle), ctypes.c_void_p(address))
         return bytes(handle)
 
     def open_ipc(self, handle: bytes) -> int:
         self._use()
         address = ctypes.c_void_p()
         self._call(
-            LinkLost, "cudaIpcOpenMemHandle", ctypes.byref(address),
-            _Handle.from_buffer_copy(handle), ctypes.c_uint(_LAZY_PEER_ACCESS),
-        )  # fmt: skip
+            LinkLost,
+            "cudaIpcOpenMemHandle",
+            ctypes.byref(address),
+            _Handle.from_buffer_copy(handle),
+            ctypes.c_uint(_LAZY_PEER_ACCESS),
+        )
         assert address.value is not None
         return address.value
 
@@ -183,5 +182,8 @@ class _DeviceArray:
 
     def __init__(self, address: int, shape: tuple[int, int]) -> None:
         self.__cuda_array_interface__ = {
-            "data": (address, False), "shape": shape, "typestr": "|u1", "version": 3,
-        }  # fmt: skip
+            "data": (address, False),
+            "shape": shape,
+            "typestr": "|u1",
+            "version": 3,
+        }

@@ -41,9 +41,7 @@ class DevicePoolMemory:
     def begin_write(self, block: int) -> None:
         self._counters.begin_write(block)
 
-    def seal(
-        self, block: int, seed: bytes = b"", fill_ranges: Sequence[tuple[int, int]] = ()
-    ) -> int:
+    def seal(self, block: int, seed: bytes = b"", fill_ranges: Sequence[tuple[int, int]] = ()) -> int:
         """As for host memory, without a digest."""
         return self._counters.seal(block)
 
@@ -79,20 +77,16 @@ class DevicePoolMemory:
         return DevicePoolMemory(num_blocks, slab_bytes, self.cuda)
 
     def copy_positions(
-        self, layout: KVLayout, source: PoolMemory, source_layout: KVLayout,
-        spans: Iterable[tuple[int, Span]],
-    ) -> None:  # fmt: skip
-        views = list(zip(
-            position_views(source.slabs, source_layout), position_views(self.slabs, layout),
-            strict=True,
-        ))  # fmt: skip
+        self, layout: KVLayout, source: PoolMemory, source_layout: KVLayout, spans: Iterable[tuple[int, Span]]
+    ) -> None:
+        views = list(
+            zip(position_views(source.slabs, source_layout), position_views(self.slabs, layout), strict=True)
+        )
         stream = self.cuda.stream()
         try:
             for slab, (block, at, start, length) in spans:
                 for theirs, ours in views:
-                    stream.copy(
-                        ours[block, :, at : at + length], theirs[slab, :, start : start + length]
-                    )
+                    stream.copy(ours[block, :, at : at + length], theirs[slab, :, start : start + length])
         finally:
             stream.synchronize()
 

@@ -96,9 +96,7 @@ class MappedGenerations:
         if magic != _MAGIC or length != offset + self.content_bytes:
             self._map.close()
             raise MalformedMessage("not the file of a pool of this version")
-        self.generations: npt.NDArray[np.int64] = np.frombuffer(
-            self._map, np.int64, self.num_blocks, _PAGE
-        )
+        self.generations: npt.NDArray[np.int64] = np.frombuffer(self._map, np.int64, self.num_blocks, _PAGE)
         self.content = int(self.generations.ctypes.data) - _PAGE + offset  # its address
 
     def close(self) -> None:

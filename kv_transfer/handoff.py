@@ -28,16 +28,7 @@ from common.wire.messages import (
     TokenLogprobs,
 )
 from kv_transfer.lease import Leases
-from kv_transfer.ports import (
-    Effect,
-    Ended,
-    Granted,
-    Outcome,
-    ReadyBlock,
-    Send,
-    Teardown,
-    TransferSettings,
-)
+from kv_transfer.ports import Effect, Ended, Granted, Outcome, ReadyBlock, Send, Teardown, TransferSettings
 
 
 class State(enum.Enum):
@@ -192,13 +183,7 @@ class Handoff:
         return self._call(key, E.READY, blocks, now)
 
     def finished(
-        self,
-        key: HandoffKey,
-        *,
-        position: int,
-        first_token: int,
-        logprobs: TokenLogprobs | None,
-        now: float,
+        self, key: HandoffKey, *, position: int, first_token: int, logprobs: TokenLogprobs | None, now: float
     ) -> list[Effect]:
         """Report that every block was `ready`, and that the first token was sampled at `position`."""
         entry = self._entry(key)
@@ -353,20 +338,32 @@ class Handoff:
         places = [ready[index] for index in sorted(indexes) if index in ready]
         full = [place for place in places if place.index != tail_index]
         if full:
-            self._send(entry.key, Blocks(
+            self._send(
                 entry.key,
-                tuple(place.index for place in full),
-                tuple(place.slot for place in full),
-                tuple(place.generation for place in full),
-                tuple(place.digest for place in full if place.digest),
-            ))  # fmt: skip
+                Blocks(
+                    entry.key,
+                    tuple(place.index for place in full),
+                    tuple(place.slot for place in full),
+                    tuple(place.generation for place in full),
+                    tuple(place.digest for place in full if place.digest),
+                ),
+            )
         if len(full) < len(places):
             tail, fill = places[-1], offer.tail_fill
             parent = offer.block_hashes[-1] if offer.block_hashes else b""
-            self._send(entry.key, Tail(
-                entry.key, tail.index, parent, offer.request.token_ids[-fill:], fill, tail.slot,
-                tail.generation, tail.digest,
-            ))  # fmt: skip
+            self._send(
+                entry.key,
+                Tail(
+                    entry.key,
+                    tail.index,
+                    parent,
+                    offer.request.token_ids[-fill:],
+                    fill,
+                    tail.slot,
+                    tail.generation,
+                    tail.digest,
+                ),
+            )
 
     # Actions: the end. A terminal answer of the peer, or the teardown of the link, leads to each
 

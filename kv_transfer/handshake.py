@@ -27,9 +27,15 @@ MOST_POSITIONS = 1024  # in a block of a peer: a scratch slab must hold that man
 
 
 def hello(
-    link: str, node: str, fingerprint: Fingerprint, slab_bytes: int, proofs: Mapping[str, bytes],
-    *, then: Sequence[str] = (), tried: Sequence[str] = (),
-) -> Hello:  # fmt: skip
+    link: str,
+    node: str,
+    fingerprint: Fingerprint,
+    slab_bytes: int,
+    proofs: Mapping[str, bytes],
+    *,
+    then: Sequence[str] = (),
+    tried: Sequence[str] = (),
+) -> Hello:
     """The sending node's first message. `proofs` are by transport; `then` names the transports to try
     after it, `tried` says why earlier ones failed."""
     why = tuple(reason[:_LONGEST_VALUE] for reason in tried)
@@ -37,10 +43,16 @@ def hello(
 
 
 def answer(
-    hello: Hello, node: str, fingerprint: Fingerprint, target: Target,
-    openers: Mapping[str, Opener], *, credits: int, forced: str = "",
+    hello: Hello,
+    node: str,
+    fingerprint: Fingerprint,
+    target: Target,
+    openers: Mapping[str, Opener],
+    *,
+    credits: int,
+    forced: str = "",
     failed: Mapping[str, str] = _NOTHING,
-) -> tuple[Welcome | Refuse, Reader | None]:  # fmt: skip
+) -> tuple[Welcome | Refuse, Reader | None]:
     """The receiving node's answer, with the open reader of the chosen transport. Blocking.
 
     `failed` names transports that failed with this peer recently, and how. They are chosen only where
@@ -78,18 +90,14 @@ def answer(
 def _open(opener: Opener, hello: Hello, transport: str, target: Target, converts: bool) -> Reader:
     proof = hello.proofs[transport]
     if converts:
-        return ConvertingReader.open(
-            opener, hello.link, proof, target, hello.fingerprint.block_size
-        )
+        return ConvertingReader.open(opener, hello.link, proof, target, hello.fingerprint.block_size)
     return opener(hello.link, proof, target)
 
 
 def _has_another(hello: Hello, openers: Mapping[str, Opener], failed: Mapping[str, str]) -> bool:
     """Whether the peer has an untried transport that may work."""
     return any(
-        name in openers and name not in failed
-        for name in hello.transports
-        if name not in hello.proofs
+        name in openers and name not in failed for name in hello.transports if name not in hello.proofs
     )
 
 

@@ -154,9 +154,7 @@ class Intake:
     """All handoffs that a node receives. Each public method returns the effects to perform, in
     order."""
 
-    def __init__(
-        self, pool: IntakePool, fingerprint: Fingerprint, settings: TransferSettings
-    ) -> None:
+    def __init__(self, pool: IntakePool, fingerprint: Fingerprint, settings: TransferSettings) -> None:
         self.counts: collections.Counter[str] = collections.Counter()  # of what changed nothing
         self._pool = pool
         self._fingerprint = fingerprint
@@ -421,9 +419,9 @@ class Intake:
             if at.index in entry.unannounced:
                 entry.unannounced.remove(at.index)
                 block, spans = entry.placement.place(at.index, entry.reservation)
-                entry.pieces.append(Piece(
-                    at.index, at.slot, at.generation, block, at.fill, at.digest, at.seed, spans
-                ))  # fmt: skip
+                entry.pieces.append(
+                    Piece(at.index, at.slot, at.generation, block, at.fill, at.digest, at.seed, spans)
+                )
 
     def _start_copy(self, entry: _Entry) -> None:
         count = min(len(entry.pieces), self._settings.copy_blocks)

@@ -113,11 +113,20 @@ class Links:
     """All KV links of one node, in both directions."""
 
     def __init__(
-        self, bus: MessageBus, node: str, fingerprint: Fingerprint, target: Target, *,
-        pool: IntakePool, leases: Leases, make_transports: Callable[[], Transports],
-        on_arrival: Callable[[Adopted], None], on_intake_ended: Callable[[Ended], None],
-        settings: TransferSettings, clock: Callable[[], float] = time.monotonic,
-    ) -> None:  # fmt: skip
+        self,
+        bus: MessageBus,
+        node: str,
+        fingerprint: Fingerprint,
+        target: Target,
+        *,
+        pool: IntakePool,
+        leases: Leases,
+        make_transports: Callable[[], Transports],
+        on_arrival: Callable[[Adopted], None],
+        on_intake_ended: Callable[[Ended], None],
+        settings: TransferSettings,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         """`make_transports` is called at the start. `on_arrival` hears of each sequence that is
         here with its KV, `on_intake_ended` of each intake that ended otherwise, which may have freed
         room. Like the listeners of handoffs they are called on the event loop, and may call back."""
@@ -246,10 +255,18 @@ class Links:
             self._require_open(name, link)
             raise _CannotOpen(str(error)) from error
         self._require_open(name, link)
-        self._send(name, handshake.hello(
-            name, self._node, self._fingerprint, self._target.memory.slab_bytes,
-            {source.name: proof}, then=then, tried=tried,
-        ))  # fmt: skip
+        self._send(
+            name,
+            handshake.hello(
+                name,
+                self._node,
+                self._fingerprint,
+                self._target.memory.slab_bytes,
+                {source.name: proof},
+                then=then,
+                tried=tried,
+            ),
+        )
         try:
             return await asyncio.wait_for(asyncio.shield(link.answered), self._settings.answer)
         except TimeoutError as error:
@@ -270,19 +287,20 @@ class Links:
     def describe(self) -> list[dict[str, str]]:
         """One row per link, for `pdq nodes`; a row changes with its link only."""
         return [
-            {"link": name, "peer": link.peer, "transport": link.transport, "reason": link.reason,
-             "direction": "sends" if link.sending else "receives"}
+            {
+                "link": name,
+                "peer": link.peer,
+                "transport": link.transport,
+                "reason": link.reason,
+                "direction": "sends" if link.sending else "receives",
+            }
             for name, link in self._links.items()
-        ]  # fmt: skip
+        ]
 
     def events(self) -> dict[tuple[str, ...], int]:
         """How often links and handoffs met with what is not the usual way, by end (`link`: of neither)
         and event."""
-        counts = {
-            "link": self.counts,
-            "handoff": self._handoff.counts,
-            "intake": self._intake.counts,
-        }
+        counts = {"link": self.counts, "handoff": self._handoff.counts, "intake": self._intake.counts}
         return {(end, event): n for end, of_one in counts.items() for event, n in of_one.items()}
 
     def connection_lost(self, connection: str) -> None:
@@ -335,10 +353,9 @@ class Links:
         """All blocks are announced: have the other end go on with this token, at this position."""
         self._perform(
             self._handoff.finished(
-                key, position=position, first_token=first_token, logprobs=logprobs,
-                now=self._clock(),
+                key, position=position, first_token=first_token, logprobs=logprobs, now=self._clock()
             )
-        )  # fmt: skip
+        )
 
     def cancel(self, key: HandoffKey, reason: str) -> None:
         """Withdraw a handoff. Its listener hears the end, which may be that it was adopted."""
@@ -408,10 +425,16 @@ class Links:
             if self._links.get(hello.link) is not link:
                 return
             answering = functools.partial(
-                handshake.answer, hello, self._node, self._fingerprint, self._target,
-                self._openers, credits=self._settings.credits, forced=self._settings.transport,
+                handshake.answer,
+                hello,
+                self._node,
+                self._fingerprint,
+                self._target,
+                self._openers,
+                credits=self._settings.credits,
+                forced=self._settings.transport,
                 failed=self._recent_failures(link.peer),
-            )  # fmt: skip
+            )
             link.busy = self._threads.open("handshake", answering)
             try:
                 answer, link.reader = await link.busy

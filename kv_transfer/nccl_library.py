@@ -55,11 +55,16 @@ class _Config(ctypes.Structure):
     """ncclConfig_t, as of 2.18."""
 
     _fields_ = (
-        ("size", ctypes.c_size_t), ("magic", ctypes.c_uint), ("version", ctypes.c_uint),
-        ("blocking", ctypes.c_int), ("cga_cluster_size", ctypes.c_int),
-        ("min_ctas", ctypes.c_int), ("max_ctas", ctypes.c_int),
-        ("net_name", ctypes.c_char_p), ("split_share", ctypes.c_int),
-    )  # fmt: skip
+        ("size", ctypes.c_size_t),
+        ("magic", ctypes.c_uint),
+        ("version", ctypes.c_uint),
+        ("blocking", ctypes.c_int),
+        ("cga_cluster_size", ctypes.c_int),
+        ("min_ctas", ctypes.c_int),
+        ("max_ctas", ctypes.c_int),
+        ("net_name", ctypes.c_char_p),
+        ("split_share", ctypes.c_int),
+    )
 
 
 class NcclLibrary:
@@ -95,14 +100,20 @@ class _Pair:
         self._pair = ctypes.c_void_p()
         self._lock = threading.Lock()
         config = _Config(
-            ctypes.sizeof(_Config), 0xCAFEBEEF, _CONFIG_VERSION, 0, _UNDEFINED, _UNDEFINED,
-            _UNDEFINED, None, _UNDEFINED,
-        )  # fmt: skip
+            ctypes.sizeof(_Config),
+            0xCAFEBEEF,
+            _CONFIG_VERSION,
+            0,
+            _UNDEFINED,
+            _UNDEFINED,
+            _UNDEFINED,
+            None,
+            _UNDEFINED,
+        )
         torch.cuda.set_device(device)  # of this thread
         status = library.functions.ncclCommInitRankConfig(
-            ctypes.byref(self._pair), 2, _Id.from_buffer_copy(unique_id), rank,
-            ctypes.byref(config),
-        )  # fmt: skip
+            ctypes.byref(self._pair), 2, _Id.from_buffer_copy(unique_id), rank, ctypes.byref(config)
+        )
         library.check(LinkLost, "ncclCommInitRankConfig", status)
 
     def is_ready(self) -> bool:
@@ -119,10 +130,16 @@ class _Pair:
         torch.cuda.set_device(self._device)
         self._library.check(LinkLost, "ncclGroupStart", functions.ncclGroupStart())
         statuses = [
-            one(ctypes.c_void_p(address), ctypes.c_size_t(length), _UINT8, self._peer,
-                self._pair, ctypes.c_void_p(stream))
+            one(
+                ctypes.c_void_p(address),
+                ctypes.c_size_t(length),
+                _UINT8,
+                self._peer,
+                self._pair,
+                ctypes.c_void_p(stream),
+            )
             for address, length in ranges
-        ]  # fmt: skip
+        ]
         self._library.check(LinkLost, "ncclGroupEnd", functions.ncclGroupEnd())
         for status in statuses:
             self._library.check(LinkLost, "ncclSend" if send else "ncclRecv", status)

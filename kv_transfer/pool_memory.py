@@ -49,9 +49,7 @@ class PoolMemory(Protocol):
     def begin_write(self, block: int) -> None:
         """The block gets another content: whoever copies it now will find its copy stale."""
 
-    def seal(
-        self, block: int, seed: bytes = b"", fill_ranges: Sequence[tuple[int, int]] = ()
-    ) -> int:
+    def seal(self, block: int, seed: bytes = b"", fill_ranges: Sequence[tuple[int, int]] = ()) -> int:
         """The content is complete; returns the block's generation.
 
         With a `seed` (block hash, or `tail_seed` and the ranges of the filled positions) its
@@ -69,9 +67,8 @@ class PoolMemory(Protocol):
         """Other slabs where these lie; `InsufficientMemory`."""
 
     def copy_positions(
-        self, layout: KVLayout, source: PoolMemory, source_layout: KVLayout,
-        spans: Iterable[tuple[int, Span]],
-    ) -> None:  # fmt: skip
+        self, layout: KVLayout, source: PoolMemory, source_layout: KVLayout, spans: Iterable[tuple[int, Span]]
+    ) -> None:
         """Copy positions of slabs of `source`, which is `beside` this one, to blocks of this one: for
         each (slab, span). The layouts differ in their block size alone. Done when this returns."""
 
@@ -105,9 +102,7 @@ class HostPoolMemory:
         self._counters.begin_write(block)
         self.digests[block] = b""
 
-    def seal(
-        self, block: int, seed: bytes = b"", fill_ranges: Sequence[tuple[int, int]] = ()
-    ) -> int:
+    def seal(self, block: int, seed: bytes = b"", fill_ranges: Sequence[tuple[int, int]] = ()) -> int:
         if seed:
             slab = self.slab(block)
             self.digests[block] = (
@@ -127,13 +122,15 @@ class HostPoolMemory:
         return HostPoolMemory(num_blocks, slab_bytes, warm=False)
 
     def copy_positions(
-        self, layout: KVLayout, source: PoolMemory, source_layout: KVLayout,
-        spans: Iterable[tuple[int, Span]],
-    ) -> None:  # fmt: skip
-        views = list(zip(
-            position_views(source.slabs.numpy(), source_layout),
-            position_views(self.slabs.numpy(), layout), strict=True,
-        ))  # fmt: skip
+        self, layout: KVLayout, source: PoolMemory, source_layout: KVLayout, spans: Iterable[tuple[int, Span]]
+    ) -> None:
+        views = list(
+            zip(
+                position_views(source.slabs.numpy(), source_layout),
+                position_views(self.slabs.numpy(), layout),
+                strict=True,
+            )
+        )
         for slab, (block, at, start, length) in spans:
             for theirs, ours in views:
                 ours[block, :, at : at + length] = theirs[slab, :, start : start + length]

@@ -48,9 +48,7 @@ class Threads:
         loop = asyncio.get_running_loop()
         for _ in range(TRIES):
             try:
-                await loop.run_in_executor(
-                    self._closing, lambda: guarded(transport, call, *arguments)
-                )
+                await loop.run_in_executor(self._closing, lambda: guarded(transport, call, *arguments))
             except PdqError:
                 continue
             return

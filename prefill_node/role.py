@@ -96,8 +96,7 @@ class PrefillRole:
         return [
             chunk
             for chunk in step.chunks
-            if (handover := self._computing(chunk)) is not None
-            and not _ends_at_first(handover.attempt)
+            if (handover := self._computing(chunk)) is not None and not _ends_at_first(handover.attempt)
         ]
 
     def step_filled(self, chunks: list[Chunk]) -> None:
@@ -254,9 +253,8 @@ class PrefillRole:
             self._give_up(attempt, error, retryable=retryable)
 
     def cancel(
-        self, gateway: str, request: str, attempt: int, reason: str,
-        choices: AbstractSet[int] = frozenset(),
-    ) -> None:  # fmt: skip
+        self, gateway: str, request: str, attempt: int, reason: str, choices: AbstractSet[int] = frozenset()
+    ) -> None:
         for other in list(self._attempts.values()):
             theirs = (other.gateway, other.request.id) == (gateway, request)
             if not theirs or other.number > attempt:

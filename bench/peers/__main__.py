@@ -66,10 +66,17 @@ def main() -> None:
 
 
 def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.peers", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--vllm-python", type=Path, default=os.environ.get("VLLM_PYTHON"),
-                        help="the python of vLLM's environment (or VLLM_PYTHON)")  # fmt: skip
+    parser = argparse.ArgumentParser(
+        prog="python -m bench.peers",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--vllm-python",
+        type=Path,
+        default=os.environ.get("VLLM_PYTHON"),
+        help="the python of vLLM's environment (or VLLM_PYTHON)",
+    )
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=SYSTEMS)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--lengths", type=int, nargs="+", default=[256, 2048], help="of prompts")
@@ -89,24 +96,29 @@ def _earlier(path: Path | None) -> dict[str, Any] | None:
 
 
 def _systems(
-    stack: contextlib.ExitStack, arguments: argparse.Namespace, model: Model, folder: Path,
+    stack: contextlib.ExitStack,
+    arguments: argparse.Namespace,
+    model: Model,
+    folder: Path,
     cores: Sequence[int],
-) -> list[System]:  # fmt: skip
+) -> list[System]:
     chosen = [name for name in SYSTEMS if name in arguments.systems]
     systems: list[System] = []
     if any(name.startswith("vllm") for name in chosen):
         _say("starting vLLM")
         python = arguments.vllm_python.absolute()  # a link into an environment: not resolved
         pair = stack.enter_context(VllmPair(python, model, folder, cores))
-        systems += [Vllm(pair, reniced=name == "vllm-reniced")
-                    for name in chosen if name.startswith("vllm")]  # fmt: skip
+        systems += [Vllm(pair, reniced=name == "vllm-reniced") for name in chosen if name.startswith("vllm")]
     return systems + [Pdq(model, folder, name, cores) for name in chosen if "vllm" not in name]
 
 
 def _about(arguments: argparse.Namespace) -> dict[str, Any]:
     """What was run, and the versions of everything; no paths."""
-    ours = {name: importlib.metadata.version(name) for name in ("torch", "nixl")
-            if name != "nixl" or "nixl" in arguments.systems}  # fmt: skip
+    ours = {
+        name: importlib.metadata.version(name)
+        for name in ("torch", "nixl")
+        if name != "nixl" or "nixl" in arguments.systems
+    }
     theirs = versions(arguments.vllm_python) if arguments.vllm_python else {}
     return {
         "command": (

@@ -73,9 +73,7 @@ def measure(
     return rows
 
 
-async def _prompts(
-    system: System, model: Model, length: int, prompts: int, rng: random.Random
-) -> list[Row]:
+async def _prompts(system: System, model: Model, length: int, prompts: int, rng: random.Random) -> list[Row]:
     rows = []
     for _ in range(prompts):
         prompt = rng.choices(range(3, model.vocab_size), k=length)
@@ -84,18 +82,22 @@ async def _prompts(
         copies = await system.copies(length)
         to_decoded = done.own[0] - done.prefilled_at
         step = statistics.median(b - a for a, b in itertools.pairwise(done.own))
-        rows.append({
-            "system": system.name, "length": length, "bytes": copies.num_bytes,
-            "prompt_s": done.prefilled_at - done.sent_at,
-            "handoff_and_step_s": to_decoded,
-            "step_s": step,
-            "handoff_s": to_decoded - step,
-            "first_token_s": done.user[0] - done.sent_at,
-            "second_token_s": done.user[1] - done.sent_at,
-            "copy_s": copies.seconds,
-            "copy_after_prompt_s": copies.unhidden_s,
-            "copy_bytes_per_s": copies.num_bytes / copies.seconds,
-        })  # fmt: skip
+        rows.append(
+            {
+                "system": system.name,
+                "length": length,
+                "bytes": copies.num_bytes,
+                "prompt_s": done.prefilled_at - done.sent_at,
+                "handoff_and_step_s": to_decoded,
+                "step_s": step,
+                "handoff_s": to_decoded - step,
+                "first_token_s": done.user[0] - done.sent_at,
+                "second_token_s": done.user[1] - done.sent_at,
+                "copy_s": copies.seconds,
+                "copy_after_prompt_s": copies.unhidden_s,
+                "copy_bytes_per_s": copies.num_bytes / copies.seconds,
+            }
+        )
     return rows
 
 
@@ -114,7 +116,9 @@ def report(rows: Sequence[Row], against: str) -> str:
             for key, (label, factor, unit) in FIGURES.items()
         }
         lines += [
-            "", f"prompts of {length} tokens, {num_bytes / 1e6:.1f} MB of KV, one at a time; "
-            f"median (least–most) of: {counts}", *table(figures, against),
-        ]  # fmt: skip
+            "",
+            f"prompts of {length} tokens, {num_bytes / 1e6:.1f} MB of KV, one at a time; "
+            f"median (least–most) of: {counts}",
+            *table(figures, against),
+        ]
     return "\n".join(lines)

@@ -15,14 +15,7 @@ from typing import Any
 
 import psutil
 
-from bench.peers.system import (
-    SERVED_NAME,
-    Completion,
-    Copies,
-    Model,
-    completion_body,
-    token_times,
-)
+from bench.peers.system import SERVED_NAME, Completion, Copies, Model, completion_body, token_times
 from common.commands.bench.client import Client
 from tests.support.deployment import Deployment
 
@@ -43,12 +36,32 @@ class _Nodes(Deployment):
 
     def start_node(self, name: str, role: str) -> None:
         self.start(
-            name, "bench.node_clock", "--role", role, "--name", name, "--model", str(self.model),
-            "--served-model-name", SERVED_NAME, "--dtype", "bfloat16", "--load-format", "dummy",
-            "--threads", "1", "--cores", str(self._cores[name]), "--block-size", str(BLOCK_SIZE),
-            "--num-kv-blocks", str(self._num_blocks), "--transports", self._transport,
+            name,
+            "bench.node_clock",
+            "--role",
+            role,
+            "--name",
+            name,
+            "--model",
+            str(self.model),
+            "--served-model-name",
+            SERVED_NAME,
+            "--dtype",
+            "bfloat16",
+            "--load-format",
+            "dummy",
+            "--threads",
+            "1",
+            "--cores",
+            str(self._cores[name]),
+            "--block-size",
+            str(BLOCK_SIZE),
+            "--num-kv-blocks",
+            str(self._num_blocks),
+            "--transports",
+            self._transport,
             str(self.clocks[name]),
-        )  # fmt: skip
+        )
 
 
 class Pdq:
@@ -94,9 +107,7 @@ class Pdq:
         pulls = [n for n in notes if n["what"] == "pull"]
         blocks = sum(n["pieces"] for n in pulls)
         if len(adopted) != 1 or len(computed) != 1 or blocks != -(-prompt_len // BLOCK_SIZE):
-            raise RuntimeError(
-                f"{len(adopted)} handoffs, {len(computed)} prompts, {blocks} blocks copied"
-            )
+            raise RuntimeError(f"{len(adopted)} handoffs, {len(computed)} prompts, {blocks} blocks copied")
         return Copies(
             seconds=sum(n["at"] - n["begin"] for n in pulls),
             unhidden_s=sum(max(0.0, n["at"] - max(n["begin"], computed[0])) for n in pulls),

@@ -88,18 +88,20 @@ def token_times(exchange: Exchange, wanted: int) -> tuple[float, ...]:
     if answer.error:
         raise RuntimeError(f"{answer.error}: {answer.message}")
     if not answer.output_tokens == len(answer.token_times) == wanted:
-        raise RuntimeError(
-            f"{answer.output_tokens} tokens in {len(answer.token_times)} events, not {wanted}"
-        )
+        raise RuntimeError(f"{answer.output_tokens} tokens in {len(answer.token_times)} events, not {wanted}")
     return answer.token_times
 
 
 def completion_body(prompt: Sequence[int], max_tokens: int, *, stream: bool) -> dict[str, object]:
     """The request that both systems get."""
     body: dict[str, object] = {
-        "model": SERVED_NAME, "prompt": list(prompt), "max_tokens": max_tokens, "temperature": 0.0,
-        "ignore_eos": True, "stream": stream,
-    }  # fmt: skip
+        "model": SERVED_NAME,
+        "prompt": list(prompt),
+        "max_tokens": max_tokens,
+        "temperature": 0.0,
+        "ignore_eos": True,
+        "stream": stream,
+    }
     return body | ({"stream_options": {"include_usage": True}} if stream else {})
 
 
@@ -114,9 +116,12 @@ def make_model(folder: Path, pool_tokens: int) -> Model:
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.save(str(folder / "tokenizer.json"))
     about = {
-        "tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>", "bos_token": "<s>",
-        "eos_token": "</s>", "clean_up_tokenization_spaces": False,
-    }  # fmt: skip
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "unk_token": "<unk>",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "clean_up_tokenization_spaces": False,
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(about))
     heads: int = config["num_key_value_heads"] * config["head_dim"]
     per_token = 2 * 2 * heads * int(config["num_hidden_layers"])  # K and V, two bytes each

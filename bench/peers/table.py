@@ -13,9 +13,7 @@ def table(figures: Mapping[str, Mapping[str, Sequence[float]]], against: str) ->
     says. Shown are median, least and most; a ratio is one of medians."""
     names = list(dict.fromkeys(name for of in figures.values() for name in of))
     lines = [_line("", names)]
-    lines += [
-        _line(label, [_spread(of.get(n, ())) for n in names]) for label, of in figures.items()
-    ]
+    lines += [_line(label, [_spread(of.get(n, ())) for n in names]) for label, of in figures.items()]
     lines.append(f"  median / that of {against}")
     for label, of in figures.items():
         if base := of.get(against):

@@ -28,14 +28,7 @@ from pathlib import Path
 
 import psutil
 
-from bench.peers.system import (
-    SERVED_NAME,
-    Completion,
-    Copies,
-    Model,
-    completion_body,
-    token_times,
-)
+from bench.peers.system import SERVED_NAME, Completion, Copies, Model, completion_body, token_times
 from common.child_process import die_with_parent
 from common.commands.bench.client import Client, Exchange
 
@@ -44,14 +37,22 @@ LEAST_PRIORITY = 19
 BLOCK_SIZE = 128  # its default on CPU
 SPINS_FROM = 0.2  # cores; what an idle server's other threads take is less than a hundredth
 ENVIRONMENT = {
-    "VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1",
-    "UCX_NET_DEVICES": "lo", "UCX_TLS": "tcp,sm,self",
-    "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1",
-}  # fmt: skip
+    "VLLM_CPU_KVCACHE_SPACE": "2",
+    "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1",
+    "UCX_NET_DEVICES": "lo",
+    "UCX_TLS": "tcp,sm,self",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+}
 ASK_PREFILL: dict[str, object] = {
-    "do_remote_decode": True, "do_remote_prefill": False, "remote_engine_id": None,
-    "remote_block_ids": None, "remote_host": None, "remote_port": None,
-}  # fmt: skip
+    "do_remote_decode": True,
+    "do_remote_prefill": False,
+    "remote_engine_id": None,
+    "remote_block_ids": None,
+    "remote_host": None,
+    "remote_port": None,
+}
 
 
 def versions(python: Path) -> dict[str, str]:
@@ -108,13 +109,31 @@ class VllmPair:
         port, side_channel = _free_port(), _free_port()
         transfer = {"kv_connector": "NixlConnector", "kv_role": role, "kv_buffer_device": "cpu"}
         command = [
-            str(self._python), "-m", "vllm.entrypoints.cli.main", "serve", str(self._model.folder),
-            "--served-model-name", SERVED_NAME, "--host", "127.0.0.1", "--port", str(port),
-            "--dtype", "bfloat16", "--load-format", "dummy", "--max-model-len", "4096",
-            "--block-size", str(BLOCK_SIZE),
-            "--num-gpu-blocks-override", str(self._model.pool_tokens // BLOCK_SIZE),
-            "--enforce-eager", "--kv-transfer-config", json.dumps(transfer),
-        ]  # fmt: skip
+            str(self._python),
+            "-m",
+            "vllm.entrypoints.cli.main",
+            "serve",
+            str(self._model.folder),
+            "--served-model-name",
+            SERVED_NAME,
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            "--dtype",
+            "bfloat16",
+            "--load-format",
+            "dummy",
+            "--max-model-len",
+            "4096",
+            "--block-size",
+            str(BLOCK_SIZE),
+            "--num-gpu-blocks-override",
+            str(self._model.pool_tokens // BLOCK_SIZE),
+            "--enforce-eager",
+            "--kv-transfer-config",
+            json.dumps(transfer),
+        ]
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | ENVIRONMENT
         environment |= {
             "VLLM_CPU_OMP_THREADS_BIND": str(core),
@@ -124,9 +143,14 @@ class VllmPair:
         log = self._folder / f"vllm-{role}.log"
         with log.open("wb") as out:
             process = subprocess.Popen(
-                command, cwd=self._folder, env=environment, stdin=subprocess.DEVNULL, stdout=out,
-                stderr=out, preexec_fn=die_with_parent(os.getpid()),
-            )  # fmt: skip
+                command,
+                cwd=self._folder,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                preexec_fn=die_with_parent(os.getpid()),
+            )
         return _Server(role, core, f"http://127.0.0.1:{port}", process, log)
 
     def _wait_ready(self) -> None:
@@ -167,9 +191,7 @@ class VllmPair:
         time.sleep(seconds)
         after = {t.id: t.user_time + t.system_time for p in processes for t in p.threads()}
         return [
-            thread
-            for thread, used in after.items()
-            if used - before.get(thread, used) > SPINS_FROM * seconds
+            thread for thread, used in after.items() if used - before.get(thread, used) > SPINS_FROM * seconds
         ]
 
 
@@ -232,9 +254,7 @@ class Vllm:
     async def copies(self, prompt_len: int) -> Copies:
         before = self._copied
         self._copied = self._copied_so_far()
-        transfers, seconds, num_bytes = (
-            now - then for now, then in zip(self._copied, before, strict=True)
-        )
+        transfers, seconds, num_bytes = (now - then for now, then in zip(self._copied, before, strict=True))
         if transfers != 1:
             raise RuntimeError(f"vLLM pulled the KV of {transfers} prompts instead of one")
         return Copies(seconds, seconds, int(num_bytes))
@@ -245,9 +265,7 @@ class Vllm:
         with urllib.request.urlopen(url, timeout=30) as reply:
             lines = reply.read().decode().splitlines()
         found = {
-            line.split("{")[0]: float(line.split()[-1])
-            for line in lines
-            if line.startswith("vllm:nixl_")
+            line.split("{")[0]: float(line.split()[-1]) for line in lines if line.startswith("vllm:nixl_")
         }
         return (
             int(found["vllm:nixl_xfer_time_seconds_count"]),

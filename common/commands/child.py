@@ -42,7 +42,10 @@ class Child:
     ) -> Child:
         """`python -m module argv…`, with our stderr as its stdout; `niceness` is added to ours."""
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", module, *argv,
+            sys.executable,
+            "-m",
+            module,
+            *argv,
             stdin=asyncio.subprocess.DEVNULL,
             stdout=sys.__stderr__.fileno() if sys.__stderr__ else asyncio.subprocess.DEVNULL,
             stderr=asyncio.subprocess.PIPE,
@@ -50,7 +53,7 @@ class Child:
             limit=LONGEST_LINE,
             process_group=0,
             preexec_fn=_before_exec(os.getpid(), cores, niceness),
-        )  # fmt: skip
+        )
         return cls(process)
 
     @property

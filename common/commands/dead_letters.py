@@ -46,11 +46,14 @@ def dead(argv: Sequence[str]) -> int:
     for letter in letters:
         dispatch = letter.dispatch
         table.add_row(
-            letter.id, letter.request, age((now_ms - letter.at) / 1000), str(letter.attempt),
+            letter.id,
+            letter.request,
+            age((now_ms - letter.at) / 1000),
+            str(letter.attempt),
             str(dispatch.request.prompt_len) if dispatch else "",
             str(len(dispatch.request.token_ids) - dispatch.request.prompt_len) if dispatch else "",
             letter.reason,
-        )  # fmt: skip
+        )
     return print_table(table, "no dead letters")
 
 

@@ -29,9 +29,19 @@ from common.store.request_record import ChoiceRecord, RequestRecord
 from common.store.requests import Load, Requests
 
 REQUEST_COLUMNS = (
-    "REQUEST", "STATE", "AGE", ">TRY", "PREFILL", "DECODE", ">PROMPT", ">CACHED", ">OUT", ">TOTAL",
-    "STAGES", "ENDED BY",
-)  # fmt: skip
+    "REQUEST",
+    "STATE",
+    "AGE",
+    ">TRY",
+    "PREFILL",
+    "DECODE",
+    ">PROMPT",
+    ">CACHED",
+    ">OUT",
+    ">TOTAL",
+    "STAGES",
+    "ENDED BY",
+)
 
 
 def nodes(argv: Sequence[str]) -> int:
@@ -59,9 +69,24 @@ def nodes(argv: Sequence[str]) -> int:
             ]
         )
     table = table_of(
-        "NODE", "ROLE", "STATE", "UP", "BEAT", "PID", ">CORES", ">FREE", ">BLOCKS", ">RUN",
-        ">WAIT", ">LEASES", ">STEPS", "TRANSPORTS", "LINKS", "MODEL", "AT",
-    )  # fmt: skip
+        "NODE",
+        "ROLE",
+        "STATE",
+        "UP",
+        "BEAT",
+        "PID",
+        ">CORES",
+        ">FREE",
+        ">BLOCKS",
+        ">RUN",
+        ">WAIT",
+        ">LEASES",
+        ">STEPS",
+        "TRANSPORTS",
+        "LINKS",
+        "MODEL",
+        "AT",
+    )
     for record in records:
         name = record.incarnation
         table.add_row(*_node_row(record, snapshot, links[name]))
@@ -91,20 +116,31 @@ def queue(argv: Sequence[str]) -> int:
 
     rows = asyncio.run(read())
     if settings.json:
-        return print_json([
-            {
-                "incarnation": record.incarnation, "name": record.name, "role": record.role,
-                "state": state, **dataclasses.asdict(length),
-                "open_requests": load_.requests, "prompt_tokens": load_.prompt_tokens,
-            }
-            for record, state, length, load_ in rows
-        ])  # fmt: skip
+        return print_json(
+            [
+                {
+                    "incarnation": record.incarnation,
+                    "name": record.name,
+                    "role": record.role,
+                    "state": state,
+                    **dataclasses.asdict(length),
+                    "open_requests": load_.requests,
+                    "prompt_tokens": load_.prompt_tokens,
+                }
+                for record, state, length, load_ in rows
+            ]
+        )
     table = table_of("NODE", "ROLE", "STATE", ">WAITING", ">AT WORK", ">OPEN", ">PROMPT TOKENS")
     for record, state, length, load_ in rows:
         table.add_row(
-            record.incarnation, record.role, state, str(length.waiting),
-            str(length.at_work), str(load_.requests), str(load_.prompt_tokens),
-        )  # fmt: skip
+            record.incarnation,
+            record.role,
+            state,
+            str(length.waiting),
+            str(length.at_work),
+            str(load_.requests),
+            str(load_.prompt_tokens),
+        )
     return print_table(table, "no nodes, hence no queues")
 
 
@@ -131,14 +167,24 @@ def _node_row(record: NodeRecord, snapshot: Snapshot, links: Sequence[KVLink]) -
     up_s = time.time() - record.started_at / 1000 if record.started_at else None
     worker = record.role is not Role.GATEWAY
     return [
-        name, record.role, snapshot.standing(name), age(up_s), age(snapshot.ages[name]),
-        str(record.pid or ""), str(record.cores or ""),
-        str(record.free_blocks) if worker else "", str(record.num_blocks) if worker else "",
-        str(record.running), str(record.waiting) if worker else "",
-        str(record.leases) if worker else "", str(record.steps) if worker else "",
-        record.transports, _by_transport(links), record.model,
+        name,
+        record.role,
+        snapshot.standing(name),
+        age(up_s),
+        age(snapshot.ages[name]),
+        str(record.pid or ""),
+        str(record.cores or ""),
+        str(record.free_blocks) if worker else "",
+        str(record.num_blocks) if worker else "",
+        str(record.running),
+        str(record.waiting) if worker else "",
+        str(record.leases) if worker else "",
+        str(record.steps) if worker else "",
+        record.transports,
+        _by_transport(links),
+        record.model,
         record.endpoint if worker else record.url,
-    ]  # fmt: skip
+    ]
 
 
 def _by_transport(links: Sequence[KVLink]) -> str:
@@ -153,11 +199,18 @@ def request_row(record: RequestRecord, choice: ChoiceRecord, now_ms: float) -> l
     ended_by = choice.finish_reason or " ".join(filter(None, (choice.error, choice.message)))
     return [
         f"{record.request}#{choice.choice}" if several else record.request,
-        choice.state, age((now_ms - record.accepted_at) / 1000), str(choice.attempt),
-        choice.prefill_node, choice.decode_node, str(record.prompt_len),
-        str(choice.cached_tokens), str(choice.generated),
-        "" if total is None else _milliseconds(total / 1000), stages(choice, total), ended_by,
-    ]  # fmt: skip
+        choice.state,
+        age((now_ms - record.accepted_at) / 1000),
+        str(choice.attempt),
+        choice.prefill_node,
+        choice.decode_node,
+        str(record.prompt_len),
+        str(choice.cached_tokens),
+        str(choice.generated),
+        "" if total is None else _milliseconds(total / 1000),
+        stages(choice, total),
+        ended_by,
+    ]
 
 
 def stages(choice: ChoiceRecord, total_ms: int | None) -> str:

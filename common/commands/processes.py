@@ -62,9 +62,7 @@ class Meter:
         return uses
 
 
-async def local_processes(
-    redis: RedisSettings, environ: Mapping[str, str]
-) -> dict[int, tuple[str, str]]:
+async def local_processes(redis: RedisSettings, environ: Mapping[str, str]) -> dict[int, tuple[str, str]]:
     """pid → name and role of the deployment's processes on this machine. Raises `PdqError` where
     Redis cannot be reached."""
     client = RedisClient(redis, name="pdq-bench")

@@ -27,10 +27,15 @@ from common.model_files import model_name, resolve_model
 from common.model_folder.description import parse_overrides
 
 STYLES = {
-    "starting": "yellow", "ready": "green", "died": "bold red", "killed": "bold red",
-    "stopping": "yellow", "stopped": "dim", "shared": "yellow",
+    "starting": "yellow",
+    "ready": "green",
+    "died": "bold red",
+    "killed": "bold red",
+    "stopping": "yellow",
+    "stopped": "dim",
+    "shared": "yellow",
     "waiting": "yellow",
-}  # fmt: skip
+}
 PROMPT = "Once upon a time there was a king who had a daughter"
 
 

@@ -171,8 +171,7 @@ _REPLACED = {"engine": _ServeEngine, "log": _ServeLog}
 def _serve_settings() -> type[Any]:
     """One flat tree of our counts, the gateway's settings and the nodes'."""
     members: dict[str, tuple[str, Any, Any]] = {
-        name: (name, int if name == "unified" else int | None, count)
-        for name, count in _COUNTS.items()
+        name: (name, int if name == "unified" else int | None, count) for name, count in _COUNTS.items()
     }
     of_engine = {f.name for f in dataclasses.fields(EngineSettings)}
     for service in (GatewaySettings, NodeSettings):
@@ -199,14 +198,16 @@ def _serve_settings() -> type[Any]:
 ServeSettings = _serve_settings()
 
 COMMANDS: list[type[Any]] = [
-    ServeSettings, NodesSettings, QueueSettings, RequestsSettings, RedisShellSettings,
+    ServeSettings,
+    NodesSettings,
+    QueueSettings,
+    RequestsSettings,
+    RedisShellSettings,
     BenchSettings,
-]  # fmt: skip
+]
 
 
-def load(
-    settings_class: type[T], argv: Sequence[str], environ: Mapping[str, str], program: str
-) -> T:
+def load(settings_class: type[T], argv: Sequence[str], environ: Mapping[str, str], program: str) -> T:
     """Settings of one subcommand; variables of the others and of the services are no mistake."""
     others = [*SERVICES, *COMMANDS]
     return config_loader.load(settings_class, argv, environ, program=program, others=others)
@@ -254,8 +255,7 @@ def _usable(wanted: tuple[int, ...]) -> tuple[int, ...]:
     allowed = os.sched_getaffinity(0)
     if missing := sorted(set(wanted) - allowed):
         raise ConfigError(
-            f"--cores: core {missing[0]} is not ours; we may use "
-            + ",".join(map(str, sorted(allowed))),
+            f"--cores: core {missing[0]} is not ours; we may use " + ",".join(map(str, sorted(allowed))),
             param="cores",
         )
     return tuple(sorted(set(wanted) or allowed))

@@ -155,7 +155,11 @@ class Engine(EngineCore):
         reason = outputs[-1].finish_reason
         assert reason is not None
         return Completion(
-            index, choice, tuple(tokens),
+            index,
+            choice,
+            tuple(tokens),
             tuple(entry for output in outputs for entry in output.logprobs),
-            outputs[0].prompt_logprobs, reason, decode(self.facts.folder, tokens),
-        )  # fmt: skip
+            outputs[0].prompt_logprobs,
+            reason,
+            decode(self.facts.folder, tokens),
+        )

@@ -127,9 +127,7 @@ class StepResult:
     """What came of a step. `sampled` has the rows of `StepInput.sampled`, None where there are none."""
 
     sampled: SampleOutput | None
-    accepted: NDArray[
-        np.int64
-    ]  # [chunks that sample]: drafts verified, and one; 0 where there is a fault
+    accepted: NDArray[np.int64]  # [chunks that sample]: drafts verified, and one; 0 where there is a fault
     scored: tuple[tuple[TokenLogprob, ...], ...]  # per `StepInput.scored`, one per target
     spoiled: frozenset[int]  # ids of sequences whose new KV is not to be used (soundness.py)
     drafts: Mapping[int, tuple[int, ...]] = dataclasses.field(default_factory=dict)

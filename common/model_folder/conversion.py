@@ -22,13 +22,7 @@ import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from common.errors import CheckpointError, UnsupportedModel
-from common.model_folder.reading import (
-    MAX_TOKENIZER_BYTES,
-    is_int,
-    read_bytes,
-    read_object,
-    read_text,
-)
+from common.model_folder.reading import MAX_TOKENIZER_BYTES, is_int, read_bytes, read_object, read_text
 
 VOCABULARY, MERGES, SENTENCEPIECE = "vocab.json", "merges.txt", "tokenizer.model"
 END_OF_TEXT = "<|endoftext|>"
@@ -44,9 +38,12 @@ _QWEN_PIECES = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _CONVERTED_FROM = (
-    SENTENCEPIECE, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    SENTENCEPIECE,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
     "config.json",
-)  # fmt: skip
+)
 
 
 def converted_tokenizer(folder: Path, config: Mapping[str, Any], model_type: str) -> str | None:
@@ -74,16 +71,16 @@ def _byte_level(folder: Path, config: Mapping[str, Any], model_type: str) -> tok
     try:
         tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     except Exception as error:  # the library raises nothing more specific
-        raise CheckpointError(
-            f"{path} does not fit {VOCABULARY}: {error}", param=str(path)
-        ) from error
+        raise CheckpointError(f"{path} does not fit {VOCABULARY}: {error}", param=str(path)) from error
     space = config.get("add_prefix_space") is True
     if kind == "Qwen2Tokenizer" or (generic and model_type in ("qwen2", "qwen3")):
         tokenizer.normalizer = normalizers.NFC()
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-            pre_tokenizers.Split(Regex(_QWEN_PIECES), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=space, use_regex=False),
-        ])  # fmt: skip
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(_QWEN_PIECES), behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=space, use_regex=False),
+            ]
+        )
     else:
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=space)
     tokenizer.decoder = decoders.ByteLevel()
@@ -158,8 +155,11 @@ def _run_child(folder: Path, copy: str) -> str:
     try:
         child = subprocess.run(
             [sys.executable, "-P", str(CHILD), copy],
-            stdin=subprocess.DEVNULL, capture_output=True, timeout=TIMEOUT_S, check=False,
-        )  # fmt: skip
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=TIMEOUT_S,
+            check=False,
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         raise CheckpointError(f"{path} cannot be converted: {error}", param=str(path)) from error
     if child.returncode:

@@ -18,10 +18,7 @@ def convert(folder: Path) -> str:
     import transformers
 
     named = False
-    for name, field in (
-        ("tokenizer_config.json", "tokenizer_class"),
-        ("config.json", "model_type"),
-    ):
+    for name, field in (("tokenizer_config.json", "tokenizer_class"), ("config.json", "model_type")):
         path = folder / name
         named = named or (path.exists() and bool(json.loads(path.read_bytes()).get(field)))
     kind = transformers.AutoTokenizer if named else transformers.LlamaTokenizer

@@ -32,8 +32,11 @@ UNLIMITED = 2**31  # `model_max_length` of a tokenizer without a limit is 1e30
 
 # What transformers assumes where `config.json` is silent.
 MAX_POSITION_EMBEDDINGS: Mapping[str, int] = {
-    "llama": 2048, "mistral": 131_072, "qwen2": 32_768, "qwen3": 32_768,
-}  # fmt: skip
+    "llama": 2048,
+    "mistral": 131_072,
+    "qwen2": 32_768,
+    "qwen3": 32_768,
+}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -74,9 +77,7 @@ def read_config(
     config = read_object(folder / CONFIG, required=required)
     for field, value in (overrides or {}).items():
         old = config.get(field)
-        config[field] = (
-            {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
-        )
+        config[field] = {**old, **value} if isinstance(old, dict) and isinstance(value, dict) else value
     text = section(config, "text_config", CONFIG)
     merged = {**config, **{name: value for name, value in text.items() if value is not None}}
     ends = [part["eos_token_id"] for part in (config, text) if part.get("eos_token_id") is not None]
@@ -103,9 +104,7 @@ def describe_model(
     found = load_tokenizer(folder, tokenizer_config, str(config.get("model_type")), declared)
     vocab_size = declared or (found.tokenizer.get_vocab_size() if found else 0)
     stop_ids = stop_token_ids(
-        [(GENERATION_CONFIG, generation), (CONFIG, config)],
-        found.eos_token_id if found else None,
-        vocab_size,
+        [(GENERATION_CONFIG, generation), (CONFIG, config)], found.eos_token_id if found else None, vocab_size
     )
     return ModelDescription(
         folder=folder,

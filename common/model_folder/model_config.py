@@ -20,9 +20,11 @@ from common.model_folder.rope import RopeConfig, parse_rope
 FILE = "config.json"
 MAX_LAYERS = 4096
 ARCHITECTURES: Mapping[str, str] = {
-    "llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
-}  # fmt: skip
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
 MODEL_TYPES = tuple(ARCHITECTURES)
 
 # What transformers assumes where `config.json` is silent.
@@ -30,12 +32,7 @@ FAMILY_DEFAULTS: Mapping[str, Mapping[str, int]] = {
     "llama": {},
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
     "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28},
-    "qwen3": {
-        "num_key_value_heads": 32,
-        "head_dim": 128,
-        "sliding_window": 4096,
-        "max_window_layers": 28,
-    },
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128, "sliding_window": 4096, "max_window_layers": 28},
 }
 
 
@@ -125,8 +122,7 @@ def parse_model_config(config: Mapping[str, Any]) -> ModelConfig:
         head_dim=head_dim,
         rms_norm_eps=_epsilon(config),
         rope=parse_rope(
-            config,
-            _positive(config, "max_position_embeddings", MAX_POSITION_EMBEDDINGS[model_type]),
+            config, _positive(config, "max_position_embeddings", MAX_POSITION_EMBEDDINGS[model_type])
         ),
         windows=_windows(config, model_type, num_layers),
         qkv_bias=model_type == "qwen2" or attention_bias,

@@ -59,9 +59,7 @@ def read_text(path: Path, limit: int = MAX_TEXT_BYTES) -> str:
         raise _error(path, f"is not UTF-8: byte {error.start} is wrong") from error
 
 
-def read_object(
-    path: Path, *, required: bool = False, limit: int = MAX_JSON_BYTES
-) -> dict[str, Any]:
+def read_object(path: Path, *, required: bool = False, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """The JSON object in `path`; empty where there is no such file and none is required.
 
     A key that stands twice is an error: which of its values holds depends on the reader. So is half

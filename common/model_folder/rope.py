@@ -53,9 +53,7 @@ class RopeConfig:
         ]
         usable = [value for value in found if value is not None and 1 / LARGEST <= value <= LARGEST]
         if len(found) != count or len(usable) != count:
-            raise wrong(
-                FILE, f"rope_parameters.{name}", f"a list of {count} positive numbers", values
-            )
+            raise wrong(FILE, f"rope_parameters.{name}", f"a list of {count} positive numbers", values)
         return usable
 
     def numerics(self, max_positions: int) -> str:
@@ -137,7 +135,5 @@ def _positions(rope: RopeConfig) -> int:
 def _one_set(config: Mapping[str, Any], field: str) -> dict[str, Any]:
     given = section(config, field, FILE)
     if any(isinstance(value, dict) for value in given.values()):
-        raise UnsupportedModel(
-            f"{FILE}: {field} must be one set of parameters for all layers", param=field
-        )
+        raise UnsupportedModel(f"{FILE}: {field} must be one set of parameters for all layers", param=field)
     return given

@@ -21,22 +21,13 @@ import tokenizers
 
 from common.errors import CheckpointError, UnsupportedModel
 from common.model_folder.conversion import converted_tokenizer
-from common.model_folder.reading import (
-    MAX_TOKENIZER_BYTES,
-    is_int,
-    read_object,
-    read_text,
-    section,
-    wrong,
-)
+from common.model_folder.reading import MAX_TOKENIZER_BYTES, is_int, read_object, read_text, section, wrong
 
 CONFIG = "tokenizer_config.json"
 MAP = "special_tokens_map.json"
 ADDED = "added_tokens.json"
 _NAMED = frozenset(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
-_FURTHER = (
-    "additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens"
-)  # fmt: skip
+_FURTHER = ("additional_special_tokens", "extra_special_tokens", "model_specific_special_tokens")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 

@@ -28,9 +28,7 @@ def weight_files(folder: Path) -> list[str]:
         return [SINGLE]
     weight_map = read_object(path, limit=MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(
-            f"{path} is no safetensors index: it has no weight_map", param=str(path)
-        )
+        raise CheckpointError(f"{path} is no safetensors index: it has no weight_map", param=str(path))
     for name in weight_map.values():
         if not isinstance(name, str) or not _is_a_shard(name):
             raise CheckpointError(

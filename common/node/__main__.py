@@ -31,9 +31,7 @@ FEWEST_DESCRIPTORS = 256  # links to peers, shared memory, weights, Redis
 def main(argv: Sequence[str] | None = None, **parts: Any) -> int:
     """`parts` are for a node of other parts, as `Node` takes them."""
     try:
-        settings = load(
-            NodeSettings, sys.argv[1:] if argv is None else argv, os.environ, program="node"
-        )
+        settings = load(NodeSettings, sys.argv[1:] if argv is None else argv, os.environ, program="node")
         configure(settings.name or settings.role, settings.log.level)
         require(FEWEST_DESCRIPTORS, "a node")
         if settings.engine.cores:

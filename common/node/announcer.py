@@ -25,9 +25,14 @@ class Announcer:
     """`record` and `kv_links` are asked at each beat; `on_read` hears of what was read."""
 
     def __init__(
-        self, registry: Registry, incarnation: str, *, record: Callable[[int], NodeRecord],
-        kv_links: Callable[[], list[KVLink]], on_read: Callable[[Snapshot], None],
-    ) -> None:  # fmt: skip
+        self,
+        registry: Registry,
+        incarnation: str,
+        *,
+        record: Callable[[int], NodeRecord],
+        kv_links: Callable[[], list[KVLink]],
+        on_read: Callable[[Snapshot], None],
+    ) -> None:
         self._registry, self._incarnation = registry, incarnation
         self._record, self._kv_links, self._on_read = record, kv_links, on_read
         self._beats = 0

@@ -56,11 +56,7 @@ from kv_transfer.transports.base import Target
 
 log = get_logger("node")
 
-ROLE_MODULES = {
-    "prefill": "prefill_node.role",
-    "decode": "decode_node.role",
-    "unified": "decode_node.role",
-}
+ROLE_MODULES = {"prefill": "prefill_node.role", "decode": "decode_node.role", "unified": "decode_node.role"}
 
 
 def load_role(name: str, node: NodeServices) -> NodeRole:
@@ -74,10 +70,13 @@ class Node:
     the bus's are complete (common/wire/bus_setup.py). Implements `NodeServices`."""
 
     def __init__(
-        self, settings: NodeSettings, *, make_bus: Callable[..., Bus] = Bus,
+        self,
+        settings: NodeSettings,
+        *,
+        make_bus: Callable[..., Bus] = Bus,
         make_runner: Callable[..., ModelRunner] = ModelRunner,
         make_role: Callable[[str, NodeServices], NodeRole] = load_role,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """A node of other parts is made by giving it what makes them, with the same arguments."""
         self.settings = settings
         self.name = settings.name or f"{settings.role}-{socket.gethostname().split('.')[0]}"
@@ -112,33 +111,47 @@ class Node:
         self.kv = NodeKV(self.engine, self.memory, digests=settings.engine.kv_digests)
         self.leases = Leases(self.engine.pool)
         self.links = Links(
-            self.bus, self.incarnation, fingerprint, Target(self.memory, layout),
-            pool=self.kv, leases=self.leases,
+            self.bus,
+            self.incarnation,
+            fingerprint,
+            Target(self.memory, layout),
+            pool=self.kv,
+            leases=self.leases,
             settings=TransferSettings(digests=settings.engine.kv_digests),
-            make_transports=functools.partial(
-                make_transports, settings, self.memory, layout, self.leases
-            ),
-            on_arrival=self._arrived, on_intake_ended=lambda _: self.wake(),
-        )  # fmt: skip
+            make_transports=functools.partial(make_transports, settings, self.memory, layout, self.leases),
+            on_arrival=self._arrived,
+            on_intake_ended=lambda _: self.wake(),
+        )
         self.cache_feed = CacheFeed(self.incarnation, self.engine.pool)
         self.announcer = Announcer(
-            self.registry, self.incarnation, record=self.record, kv_links=self.links.describe,
+            self.registry,
+            self.incarnation,
+            record=self.record,
+            kv_links=self.links.describe,
             on_read=self._peers_read,
-        )  # fmt: skip
+        )
 
         self.suspects = Suspects()
         self.role = make_role(settings.role, self)
         self.gateways.attempts = self.role
         self.entries = Entries(self, self.role, self.redis)
         metrics = NodeMetrics(
-            self, name=Role(settings.role), role=self.role, bus=self.bus, leases=self.leases,
+            self,
+            name=Role(settings.role),
+            role=self.role,
+            bus=self.bus,
+            leases=self.leases,
             entries=self.entries,
-        )  # fmt: skip
+        )
         self.metrics = MetricsServer(settings.metrics, metrics.render)
         self.steps = Steps(
-            self, self.role, stall_limit_s=settings.bus.stall_limit_s, metrics=metrics,
-            say_alone=self.announcer.say_alone, room_changed=self.entries.room,
-        )  # fmt: skip
+            self,
+            self.role,
+            stall_limit_s=settings.bus.stall_limit_s,
+            metrics=metrics,
+            say_alone=self.announcer.say_alone,
+            room_changed=self.entries.room,
+        )
 
     # Services.
 
@@ -253,9 +266,7 @@ class Node:
             await asyncio.sleep(0.02)
 
     def _listen(self) -> Coroutine[object, object, None]:
-        return loops.listen(
-            self.bus, self.links, self.gateways, self.cache_feed, self.role, self.wake
-        )
+        return loops.listen(self.bus, self.links, self.gateways, self.cache_feed, self.role, self.wake)
 
     def _watch(self) -> Coroutine[object, object, None]:
         return loops.watch(self.bus, self.links, self.gateways, self.peers, self.wake)
@@ -282,27 +293,50 @@ class Node:
         """What `pdq nodes` shows of this node."""
         engine, mine = self.engine, self.engine.fingerprint
         return NodeRecord(
-            incarnation=self.incarnation, name=self.name, role=Role(self.settings.role),
-            state=self.state, endpoint=self.bus.endpoint, url=self.metrics.url(self.bus.endpoint),
-            host=socket.gethostname(), pid=os.getpid(), cores=len(os.sched_getaffinity(0)),
-            started_at=self._started_at, version=version(),
-            model=mine.model, revision=mine.revision, layout=mine.layout, numerics=mine.numerics,
-            adapter=mine.adapter, tokenizer=mine.tokenizer, transports=",".join(self.links.transports),
-            block_size=mine.block_size, slab_bytes=engine.layout.slab_bytes,
-            num_blocks=engine.pool.num_blocks, max_num_seqs=engine.settings.max_num_seqs,
-            max_model_len=engine.facts.max_model_len, waiting=engine.scheduler.num_waiting,
-            running=engine.scheduler.num_running, free_blocks=engine.pool.num_free,
-            open_attempts=self.role.num_open, leases=sum(self.leases.count().values()),
-            reserved=self.kv.num_reserved, unacknowledged=self.gateways.tokens.num_unacknowledged,
-            steps=engine.num_steps, beats=beats, alone=self.steps.alone,
-        )  # fmt: skip
+            incarnation=self.incarnation,
+            name=self.name,
+            role=Role(self.settings.role),
+            state=self.state,
+            endpoint=self.bus.endpoint,
+            url=self.metrics.url(self.bus.endpoint),
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            cores=len(os.sched_getaffinity(0)),
+            started_at=self._started_at,
+            version=version(),
+            model=mine.model,
+            revision=mine.revision,
+            layout=mine.layout,
+            numerics=mine.numerics,
+            adapter=mine.adapter,
+            tokenizer=mine.tokenizer,
+            transports=",".join(self.links.transports),
+            block_size=mine.block_size,
+            slab_bytes=engine.layout.slab_bytes,
+            num_blocks=engine.pool.num_blocks,
+            max_num_seqs=engine.settings.max_num_seqs,
+            max_model_len=engine.facts.max_model_len,
+            waiting=engine.scheduler.num_waiting,
+            running=engine.scheduler.num_running,
+            free_blocks=engine.pool.num_free,
+            open_attempts=self.role.num_open,
+            leases=sum(self.leases.count().values()),
+            reserved=self.kv.num_reserved,
+            unacknowledged=self.gateways.tokens.num_unacknowledged,
+            steps=engine.num_steps,
+            beats=beats,
+            alone=self.steps.alone,
+        )
 
     def _summary(self) -> dict[str, object]:
         return {
-            "role": self.settings.role, "node": self.incarnation,
-            "model": self.engine.fingerprint.model, "blocks": self.engine.pool.num_blocks,
-            "numerics": self.engine.fingerprint.numerics, "bus": self.bus.endpoint,
-        }  # fmt: skip
+            "role": self.settings.role,
+            "node": self.incarnation,
+            "model": self.engine.fingerprint.model,
+            "blocks": self.engine.pool.num_blocks,
+            "numerics": self.engine.fingerprint.numerics,
+            "bus": self.bus.endpoint,
+        }
 
 
 async def _end(loops: Iterable[asyncio.Task[None]]) -> None:

@@ -65,9 +65,11 @@ class Attempt:
         dispatch = self.entry.dispatch
         try:
             sequences = node.engine.add(
-                self.engine_id, dataclasses.replace(self.request, params=params),
-                choices=dispatch.choices, block_hashes=self.entry.block_hashes,
-            )  # fmt: skip
+                self.engine_id,
+                dataclasses.replace(self.request, params=params),
+                choices=dispatch.choices,
+                block_hashes=self.entry.block_hashes,
+            )
         except InvalidRequest as error:
             self.give_up(node, error, retryable=False)
             node.done(self.entry)
@@ -99,13 +101,19 @@ class Attempt:
         """What goes to the gateway for one output of the engine."""
         reason = "" if output.finish_reason is None else output.finish_reason.value
         return TokenRun(
-            self.request.id, self.number, output.choice, output.position, output.token_ids,
+            self.request.id,
+            self.number,
+            output.choice,
+            output.position,
+            output.token_ids,
             tuple(
                 TokenLogprobs(
-                    entry.logprob, entry.rank, tuple(i for i, _ in entry.top),
+                    entry.logprob,
+                    entry.rank,
+                    tuple(i for i, _ in entry.top),
                     tuple(value for _, value in entry.top),
                 )
                 for entry in output.logprobs
             ),
             reason,
-        )  # fmt: skip
+        )

@@ -138,7 +138,5 @@ class Gateways:
             if word is None or (isinstance(word, TookOver) and word.position > below):
                 error = NotHeld("this node has nothing of it")
                 word = Failed(self._node, *key, error.code, error.message, True)
-            log.info(
-                "choice.not_held", gateway=gateway, request=request, answer=type(word).__name__
-            )
+            log.info("choice.not_held", gateway=gateway, request=request, answer=type(word).__name__)
             self.send(gateway, word)

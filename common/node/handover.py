@@ -146,14 +146,16 @@ class Handovers:
         block_size, length = node.engine.layout.block_size, handover.length
         handover.asks += 1
         request = dataclasses.replace(
-            attempt.request, token_ids=tuple(sequence.token_ids[:length]),
-            prompt_len=sequence.prompt_len,
-        )  # fmt: skip
+            attempt.request, token_ids=tuple(sequence.token_ids[:length]), prompt_len=sequence.prompt_len
+        )
         offer = Offer(
-            HandoffKey(link, request.id, attempt.number, sequence.choice, handover.asks), request,
-            tuple(sequence.hashes(length // block_size, block_size)), length % block_size, 0,
+            HandoffKey(link, request.id, attempt.number, sequence.choice, handover.asks),
+            request,
+            tuple(sequence.hashes(length // block_size, block_size)),
+            length % block_size,
+            0,
             attempt.alone,
-        )  # fmt: skip
+        )
         handover.key = offer.key
         handover.announced = 0
         listener = functools.partial(self._heard, handover)
@@ -226,8 +228,13 @@ class Handovers:
                 handover.found_full = True
             if effect.outcome is Outcome.FAILED and effect.reason in SPOILED:
                 self._spoiled(handover, effect.reason)
-            log.info("handoff.ended", request=effect.key.request, outcome=effect.outcome.value,
-                     reason=effect.reason, peer=handover.peer)  # fmt: skip
+            log.info(
+                "handoff.ended",
+                request=effect.key.request,
+                outcome=effect.outcome.value,
+                reason=effect.reason,
+                peer=handover.peer,
+            )
             self._refused(handover, handover.peer)
 
     def _spoiled(self, handover: Handover, reason: str) -> None:

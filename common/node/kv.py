@@ -45,10 +45,7 @@ def _cuda_pool(device: torch.device, num_blocks: int, slab_bytes: int) -> PoolMe
 
 
 # By the type of the device on which the slabs lie.
-POOLS: dict[str, Callable[[torch.device, int, int], PoolMemory]] = {
-    "cpu": _host_pool,
-    "cuda": _cuda_pool,
-}
+POOLS: dict[str, Callable[[torch.device, int, int], PoolMemory]] = {"cpu": _host_pool, "cuda": _cuda_pool}
 
 
 class SharedMemory:
@@ -90,9 +87,7 @@ class NodeKV:
         self.engine = engine
         self.memory = memory
         self._digests = digests
-        self._first: tuple[HandoffKey, ExpectedPrompt] | None = (
-            None  # of the offers that wait for room
-        )
+        self._first: tuple[HandoffKey, ExpectedPrompt] | None = None  # of the offers that wait for room
         self._rooms: dict[Reservation, Room] = {}
 
     # Sending.
@@ -115,8 +110,7 @@ class NodeKV:
         hashes = sequence.hashes(computed // block_size, block_size)
         on = self._digests
         seals = [
-            Seal(table[index], hashes[index] if on else b"")
-            for index in range(start, min(end, len(hashes)))
+            Seal(table[index], hashes[index] if on else b"") for index in range(start, min(end, len(hashes)))
         ]
         if end > len(hashes):
             tokens = sequence.token_ids[len(hashes) * block_size : computed]
@@ -139,9 +133,7 @@ class NodeKV:
         """A tail never is: what is in it now may be more than was sealed."""
         memory, slot = self.memory, seal.slot
         return bool(
-            not seal.ranges
-            and memory.generations[slot] % 2 == 0
-            and (memory.digests[slot] or not seal.seed)
+            not seal.ranges and memory.generations[slot] % 2 == 0 and (memory.digests[slot] or not seal.seed)
         )
 
     def seal(self, seals: Iterable[Seal]) -> None:
@@ -187,10 +179,13 @@ class NodeKV:
         if self._first is None or self._first[0] != key:
             try:
                 prompt = engine.expect(
-                    len(offer.request.token_ids), offer.request.prompt_len, offer.request.params,
-                    block_hashes=offer.block_hashes, priority=offer.request.priority,
+                    len(offer.request.token_ids),
+                    offer.request.prompt_len,
+                    offer.request.params,
+                    block_hashes=offer.block_hashes,
+                    priority=offer.request.priority,
                     arrival=self._first[1].order[1] if self._first is not None else None,
-                )  # fmt: skip
+                )
             except InvalidRequest as error:
                 raise NeverFits(error.message, param=error.param) from error
             self._first = (key, prompt)

@@ -10,23 +10,20 @@ from common.node.gateways import Gateways
 from common.node.peers import Peers
 from common.node.ports import NodeRole
 from common.wire.bus import Bus, Down
-from common.wire.messages import (
-    CacheQuery,
-    Cancel,
-    HandoffMessage,
-    HoldsQuery,
-    LinkMessage,
-    TokensAck,
-)
+from common.wire.messages import CacheQuery, Cancel, HandoffMessage, HoldsQuery, LinkMessage, TokensAck
 from kv_transfer.link import Links
 
 SLOW_DEATHS = frozenset({Down.SILENT, Down.STALLED, Down.UNREACHABLE})  # found out by waiting
 
 
 async def listen(
-    bus: Bus, links: Links, gateways: Gateways, cache_feed: CacheFeed, role: NodeRole,
+    bus: Bus,
+    links: Links,
+    gateways: Gateways,
+    cache_feed: CacheFeed,
+    role: NodeRole,
     wake: Callable[[], None],
-) -> NoReturn:  # fmt: skip
+) -> NoReturn:
     """Until cancelled: pass on every message."""
     while True:
         received = await bus.receive()

@@ -24,33 +24,24 @@ class NodeMetrics:
     """Make it when the parts that it reads are there."""
 
     def __init__(
-        self, node: NodeServices, *, name: Role, role: NodeRole, bus: Bus, leases: Leases,
-        entries: Entries,
-    ) -> None:  # fmt: skip
+        self, node: NodeServices, *, name: Role, role: NodeRole, bus: Bus, leases: Leases, entries: Entries
+    ) -> None:
         metrics = Metrics()
         self.render = metrics.render
-        self._step_seconds = metrics.histogram(
-            "pdq_step_seconds", "From a step's start to its result"
-        )
+        self._step_seconds = metrics.histogram("pdq_step_seconds", "From a step's start to its result")
         self._step_tokens = metrics.histogram(
             "pdq_iteration_tokens_total", "Tokens computed in a step", buckets=TOKENS
         )
-        steps = metrics.counter(
-            "pdq_steps_total", "Steps, by whether they could be computed", ["outcome"]
-        )
+        steps = metrics.counter("pdq_steps_total", "Steps, by whether they could be computed", ["outcome"])
         self._computed, self._failed = steps.labels("computed"), steps.labels("failed")
         self._prompt_tokens = metrics.counter("pdq_prompt_tokens_total", "Prompt tokens computed")
         self._generated_tokens = metrics.counter("pdq_generation_tokens_total", "Generated tokens")
-        self._spoiled = metrics.counter(
-            "pdq_spoiled_sequences_total", "Sequences whose KV a step spoiled"
-        )
+        self._spoiled = metrics.counter("pdq_spoiled_sequences_total", "Sequences whose KV a step spoiled")
         _of_the_engine(metrics, node)
         _of_links(metrics, node, bus)
         _of_requests(metrics, node, role, leases, entries)
         labels = (node.incarnation, name.value, node.engine.fingerprint.model)
-        metrics.reads(
-            "pdq_node_info", "Which node this is", lambda: {labels: 1}, ["node", "role", "model"]
-        )
+        metrics.reads("pdq_node_info", "Which node this is", lambda: {labels: 1}, ["node", "role", "model"])
 
     def step_ended(self, step: Step, seconds: float, generated: int, spoiled: int) -> None:
         self._computed.inc()
@@ -69,9 +60,7 @@ def _of_the_engine(metrics: Metrics, node: NodeServices) -> None:
     reads("pdq_num_requests_running", "Sequences that compute", lambda: scheduler.num_running)
     reads("pdq_num_requests_waiting", "Sequences that wait for room", lambda: scheduler.num_waiting)
     reads(
-        "pdq_num_preemptions_total",
-        "Sequences that made way for others",
-        lambda: scheduler.num_preemptions,
+        "pdq_num_preemptions_total", "Sequences that made way for others", lambda: scheduler.num_preemptions
     )
     reads(
         "pdq_kv_cache_usage_perc",
@@ -81,11 +70,7 @@ def _of_the_engine(metrics: Metrics, node: NodeServices) -> None:
     reads(
         "pdq_kv_blocks",
         "KV blocks: free, used, and cached, which may be either",
-        lambda: {
-            ("free",): pool.num_free,
-            ("used",): pool.num_used,
-            ("cached",): pool.num_cached,
-        },
+        lambda: {("free",): pool.num_free, ("used",): pool.num_used, ("cached",): pool.num_cached},
         ["state"],
     )
     reads(
@@ -150,11 +135,7 @@ def _of_requests(
     metrics: Metrics, node: NodeServices, role: NodeRole, leases: Leases, entries: Entries
 ) -> None:
     reads = metrics.reads
-    reads(
-        "pdq_open_attempts",
-        "Requests of which this node still has something",
-        lambda: role.num_open,
-    )
+    reads("pdq_open_attempts", "Requests of which this node still has something", lambda: role.num_open)
     reads("pdq_suspects", "Requests that may make steps fail", lambda: len(node.suspects))
     reads(
         "pdq_leases",
@@ -162,11 +143,7 @@ def _of_requests(
         lambda: _labelled(leases.count()),
         ["state"],
     )
-    reads(
-        "pdq_reserved_prompts",
-        "Prompts on their way, with room here",
-        lambda: node.kv.num_reserved,
-    )
+    reads("pdq_reserved_prompts", "Prompts on their way, with room here", lambda: node.kv.num_reserved)
     reads(
         "pdq_unacknowledged_choices",
         "Choices with tokens that their gateway has not acknowledged",

@@ -85,9 +85,8 @@ class NodeRole(Protocol):
         ...
 
     def cancel(
-        self, gateway: str, request: str, attempt: int, reason: str,
-        choices: AbstractSet[int] = frozenset(),
-    ) -> None:  # fmt: skip
+        self, gateway: str, request: str, attempt: int, reason: str, choices: AbstractSet[int] = frozenset()
+    ) -> None:
         """Free everything of these choices (none named: of all) in attempts up to `attempt`, if the
         request is this gateway's."""
         ...

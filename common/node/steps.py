@@ -38,10 +38,15 @@ class Steps:
     """`run` it; `wake` it when there may be work. `stall_limit_s` bounds one step."""
 
     def __init__(
-        self, node: NodeServices, role: NodeRole, *, stall_limit_s: float,
-        say_alone: Callable[[str], Awaitable[None]], room_changed: Callable[[], None],
+        self,
+        node: NodeServices,
+        role: NodeRole,
+        *,
+        stall_limit_s: float,
+        say_alone: Callable[[str], Awaitable[None]],
+        room_changed: Callable[[], None],
         metrics: NodeMetrics | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """`say_alone` announces whose step of its own comes next, "" after it; `room_changed` hears that
         there may be room for another entry."""
         self._metrics = metrics
@@ -136,8 +141,10 @@ class Steps:
     def _when_filled(self, step: Step) -> Callable[[frozenset[int]], None] | None:
         """What the engine's thread does once the blocks of a step hold their KV: seal those that
         go to another node, and have the role say so while the step's tokens are chosen."""
-        seals = {chunk.sequence.sequence_id: (chunk, self._node.kv.seals(chunk))
-                 for chunk in self._role.handed_over(step)}  # fmt: skip
+        seals = {
+            chunk.sequence.sequence_id: (chunk, self._node.kv.seals(chunk))
+            for chunk in self._role.handed_over(step)
+        }
         if not any(of_one for _, of_one in seals.values()):
             return None
         loop = asyncio.get_running_loop()
@@ -154,9 +161,7 @@ class Steps:
         if self._metrics is not None:
             self._metrics.step_failed()
         members = _reached(step, max)
-        log.error(
-            "step.failed", error=repr(error), requests=len(members), alone=alone, exc_info=error
-        )
+        log.error("step.failed", error=repr(error), requests=len(members), alone=alone, exc_info=error)
         lost = self.hangs or self._engine.runner.is_lost(error)
         if not lost and await self._computes():
             guilty = self.suspects.failed(alone, members)

@@ -76,9 +76,7 @@ class TokenStream:
             self._send(gateway, Tokens(self._node, tuple(runs[start : start + RESENT_AT_ONCE])))
         return bool(runs)
 
-    def forget(
-        self, gateway: str, request: str, attempt: int, choices: Collection[int] = ()
-    ) -> None:
+    def forget(self, gateway: str, request: str, attempt: int, choices: Collection[int] = ()) -> None:
         """The gateway wants nothing more of these choices of its request (none named: of all) in
         attempts up to this one."""
         for key, kept in list(self._kept.items()):

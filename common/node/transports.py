@@ -66,13 +66,9 @@ def _reads(name: str, memory: PoolMemory) -> bool:
     return {"shm": not on_device, "cuda_ipc": on_device, "nccl": on_device}.get(name, True)
 
 
-def _make(
-    name: str, settings: NodeSettings, memory: PoolMemory, layout: KVLayout, leases: Leases
-) -> Ends:
+def _make(name: str, settings: NodeSettings, memory: PoolMemory, layout: KVLayout, leases: Leases) -> Ends:
     bus, folder = settings.bus, settings.shm_dir
-    network = {
-        "host": bus.host, "advertise_host": bus.advertise_host, "secret_key": bus.secret_key,
-    }  # fmt: skip
+    network = {"host": bus.host, "advertise_host": bus.advertise_host, "secret_key": bus.secret_key}
     if name == "shm":
         return ShmSource(memory, folder), functools.partial(ShmReader.open, folder=folder)
     if name == "nixl":
@@ -80,9 +76,7 @@ def _make(
     if name == "tcp":
         encrypts = settings.encrypt_blocks
         source = TcpSource(memory, layout, leases, **network, encrypts=encrypts)
-        return source, functools.partial(
-            TcpReader.open, secret_key=bus.secret_key, encrypts=encrypts
-        )
+        return source, functools.partial(TcpReader.open, secret_key=bus.secret_key, encrypts=encrypts)
     cuda = memory.cuda
     assert cuda is not None, "they read a pool on a device"
     if name == "cuda_ipc":
@@ -91,7 +85,5 @@ def _make(
     nccl, turns = NcclLibrary(), Turns()
     return (
         NcclSource(memory, layout, leases, cuda, nccl, turns, **network),
-        functools.partial(
-            NcclReader.connect, cuda=cuda, nccl=nccl, turns=turns, secret_key=bus.secret_key
-        ),
-    )  # fmt: skip
+        functools.partial(NcclReader.connect, cuda=cuda, nccl=nccl, turns=turns, secret_key=bus.secret_key),
+    )

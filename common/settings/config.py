@@ -42,15 +42,15 @@ class RedisSettings:
     """How to reach Redis, and for how long to try."""
 
     url: str = setting(
-        "", "redis://, rediss:// or unix:// address of Redis or Valkey; one with a password only in "
-        "the environment or a file", secret=holds_password,
-    )  # fmt: skip
+        "",
+        "redis://, rediss:// or unix:// address of Redis or Valkey; one with a password only in "
+        "the environment or a file",
+        secret=holds_password,
+    )
     prefix: str = setting("pdq", "first part of every key")
     timeout_s: float = setting(5.0, "longest wait for one answer", at_least=0.01)
     retry_s: float = setting(2.0, "how long a repeatable operation is retried", at_least=0)
-    max_connections: int = setting(
-        32, "connections at most; who finds none free waits for one", at_least=4
-    )
+    max_connections: int = setting(32, "connections at most; who finds none free waits for one", at_least=4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,17 +69,17 @@ class BusSettings:
     max_message_bytes: int = setting(2**26, "largest message frame", parse=parse_bytes, at_least=1)
     secret_key: str = setting("", "Z85 CURVE key (40 characters) of the whole system", secret=True)
     secret_key_file: str = setting(
-        "", "file with that key, made with a new one where it is missing (empty: bus.key in "
+        "",
+        "file with that key, made with a new one where it is missing (empty: bus.key in "
         "~/.local/state/pdq, for what one user runs on one machine)",
-    )  # fmt: skip
+    )
 
     def __post_init__(self) -> None:
         if self.secret_key and len(self.secret_key) != 40:
             raise ConfigError("the bus secret key must have 40 characters", param="secret_key")
         if self.secret_key and self.secret_key_file:
             raise ConfigError(
-                "bus secret_key and secret_key_file both give the key; use one",
-                param="secret_key_file",
+                "bus secret_key and secret_key_file both give the key; use one", param="secret_key_file"
             )
         if not (self.secret_key or self.secret_key_file) and not is_loopback(self.host):
             raise ConfigError(
@@ -98,9 +98,7 @@ class EngineSettings:
     served_model_name: str = setting("", "name that clients use (empty: the model's own)")
     hf_overrides: str = setting("", "JSON object of fields in place of those of config.json")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = setting("auto", "type of weights")
-    load_format: Literal["auto", "dummy"] = setting(
-        "auto", "dummy: random weights, to measure cost"
-    )
+    load_format: Literal["auto", "dummy"] = setting("auto", "dummy: random weights, to measure cost")
     seed: int = setting(0, "seed of dummy weights", at_least=0)
     kernels: Literal["auto", "reference"] = setting("auto", "reference: plain torch, to compare")
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "where the model runs")
@@ -152,9 +150,10 @@ class NodeSettings:
         "ways to hand blocks over, preferred first (those that the pool's memory can have)",
     )
     encrypt_blocks: bool | None = setting(
-        None, "encrypt what tcp carries; blocks are several times faster in plain text, for a "
+        None,
+        "encrypt what tcp carries; blocks are several times faster in plain text, for a "
         "network that is trusted (none: between hosts, not on loopback)",
-    )  # fmt: skip
+    )
     shm_dir: str = setting(
         "", "folder that containers of one host share, for the sockets that hand out shared memory"
     )
@@ -170,9 +169,8 @@ class HTTPSettings:
     """What a gateway's HTTP connections may take, and for how long."""
 
     max_connections: int = setting(
-        1024, "connections at most; beyond, the one that waits longest for its request makes way",
-        at_least=1,
-    )  # fmt: skip
+        1024, "connections at most; beyond, the one that waits longest for its request makes way", at_least=1
+    )
     header_timeout_s: float = setting(10.0, "time for a request's head to arrive", at_least=0.01)
     body_timeout_s: float = setting(60.0, "time for a request's body to arrive", at_least=0.01)
     keep_alive_timeout_s: float = setting(5.0, "time an idle connection is kept", at_least=0.01)
@@ -185,9 +183,7 @@ class HTTPSettings:
 class GatewaySettings:
     """One gateway: the HTTP side, and what one client may ask for."""
 
-    host: str = setting(
-        "127.0.0.1", "HTTP address to listen on; beyond loopback API keys are needed"
-    )
+    host: str = setting("127.0.0.1", "HTTP address to listen on; beyond loopback API keys are needed")
     port: int = setting(8000, "HTTP port", at_least=0)
     name: str = setting("", "name of the gateway, the same over its lives (empty: from the host)")
     model: str = setting("", "folder or hub name of the model (empty: the one that ships)")
@@ -200,13 +196,13 @@ class GatewaySettings:
         "", "JSON object of fields in place of those of config.json (not of further models)"
     )
     models: tuple[str, ...] = setting(
-        (), "further models to answer for, each a folder, a hub name, NAME=one of these, or a JSON "
+        (),
+        "further models to answer for, each a folder, a hub name, NAME=one of these, or a JSON "
         "object with model and, each as it likes, name, revision and hf_overrides",
-    )  # fmt: skip
+    )
     api_keys: tuple[str, ...] = setting(
-        (), "keys that clients must show, with commas (none: open)", secret=True,
-        aliases=("api-key",),
-    )  # fmt: skip
+        (), "keys that clients must show, with commas (none: open)", secret=True, aliases=("api-key",)
+    )
     api_key_file: str = setting("", "file with such keys, one a line; # begins a comment")
     published_host: str = setting(
         "", "address at which the host of a container publishes the port (empty: as --host)"
@@ -215,18 +211,20 @@ class GatewaySettings:
         False, "listen beyond loopback without API keys: whoever reaches the port may use the model"
     )
     allowed_hosts: tuple[str, ...] = setting(
-        (), "names beside localhost that requests may call this server by, where it is on loopback "
+        (),
+        "names beside localhost that requests may call this server by, where it is on loopback "
         "and without API keys: a web page must not reach it under a name of its own",
-    )  # fmt: skip
+    )
     generation_config: Literal["auto", "none"] = setting(
-        "auto",
-        "none: requests that say nothing do not get the model's own temperature and the like",
+        "auto", "none: requests that say nothing do not get the model's own temperature and the like"
     )
     max_body_bytes: int = setting(2**22, "largest request body", parse=parse_bytes, at_least=1)
     max_bodies_bytes: int = setting(
-        2**26, "all bodies that are read at one time; one client may hold half of it",
-        parse=parse_bytes, at_least=1,
-    )  # fmt: skip
+        2**26,
+        "all bodies that are read at one time; one client may hold half of it",
+        parse=parse_bytes,
+        at_least=1,
+    )
     max_prompt_tokens: int | None = setting(None, "longest prompt (none: the model's)", at_least=1)
     max_n: int = setting(16, "most choices of one request", at_least=1)
     max_prompts: int = setting(64, "most prompts in one request", at_least=1)
@@ -287,11 +285,7 @@ def is_loopback(host: str) -> bool:
 
 
 def load(
-    settings_class: type[T],
-    argv: Sequence[str],
-    environ: Mapping[str, str],
-    *,
-    program: str = "pdq",
+    settings_class: type[T], argv: Sequence[str], environ: Mapping[str, str], *, program: str = "pdq"
 ) -> T:
     """`config_loader.load` with all services' variables allowed in the environment."""
     return config_loader.load(settings_class, argv, environ, program=program, others=SERVICES)

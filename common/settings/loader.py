@@ -65,9 +65,13 @@ def setting(
     `aliases` are further names of it; `secret` may be a function that says of a text whether it
     holds one; `parse` turns text into the value where the type alone does not say how."""
     metadata = {
-        "help": help, "flag": flag, "secret": secret, "aliases": aliases, "parse": parse,
+        "help": help,
+        "flag": flag,
+        "secret": secret,
+        "aliases": aliases,
+        "parse": parse,
         "at_least": at_least,
-    }  # fmt: skip
+    }
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -201,10 +205,9 @@ def from_values(settings_class: type[T], values: Mapping[str, object]) -> T:
 def describe(settings: Any) -> dict[str, str]:
     """Flag name without dashes → value as text, secrets masked; for logs and `pdq nodes`."""
     return {
-        leaf.flag[2:]: "***" if leaf.secret and leaf.value(settings)
-        else _text(leaf.value(settings))
+        leaf.flag[2:]: "***" if leaf.secret and leaf.value(settings) else _text(leaf.value(settings))
         for leaf in _leaves(type(settings))
-    }  # fmt: skip
+    }
 
 
 def child_environment(settings: Any, environ: Mapping[str, str]) -> dict[str, str]:
@@ -223,9 +226,7 @@ def child_environment(settings: Any, environ: Mapping[str, str]) -> dict[str, st
     return child
 
 
-def _leaves(
-    settings_class: type[Any], path: tuple[str, ...] = (), prefix: str = ""
-) -> Iterator[_Leaf]:
+def _leaves(settings_class: type[Any], path: tuple[str, ...] = (), prefix: str = "") -> Iterator[_Leaf]:
     hints = typing.get_type_hints(settings_class)
     for field in dataclasses.fields(settings_class):
         annotation = hints[field.name]
@@ -313,9 +314,7 @@ def _read_file(settings_class: type[Any], path: Path) -> dict[tuple[str, ...], A
             content = tomllib.load(file)
             found = _from_file(settings_class, path, content)
             if any(
-                leaf.is_secret(found[leaf.path])
-                for leaf in _leaves(settings_class)
-                if leaf.path in found
+                leaf.is_secret(found[leaf.path]) for leaf in _leaves(settings_class) if leaf.path in found
             ):
                 require_private(file.fileno(), path, "the settings file, which holds a secret,")
             return found
@@ -345,9 +344,7 @@ def _from_file(
     return found
 
 
-def _build(
-    settings_class: type[Any], found: Mapping[tuple[str, ...], Any], at: tuple[str, ...]
-) -> Any:
+def _build(settings_class: type[Any], found: Mapping[tuple[str, ...], Any], at: tuple[str, ...]) -> Any:
     hints = typing.get_type_hints(settings_class)
     values: dict[str, Any] = {}
     for field in dataclasses.fields(settings_class):
@@ -361,8 +358,16 @@ def _build(
 
 # ── Types ────────────────────────────────────────────────────────────────────────────────────────
 
-_BOOLEANS = {"true": True, "1": True, "yes": True, "on": True,
-             "false": False, "0": False, "no": False, "off": False}  # fmt: skip
+_BOOLEANS = {
+    "true": True,
+    "1": True,
+    "yes": True,
+    "on": True,
+    "false": False,
+    "0": False,
+    "no": False,
+    "off": False,
+}
 
 
 def _optional(annotation: Any) -> Any | None:

@@ -145,9 +145,7 @@ class RedisClient:
         epoch = self.keys.epoch()
         found, info = await self.pipeline(("GET", epoch), ("INFO", "server"))
         if found is None:  # no write before it is needed: a Redis without memory refuses it
-            _, found = await self.pipeline(
-                ("SET", epoch, secrets.token_hex(8), "NX"), ("GET", epoch)
-            )
+            _, found = await self.pipeline(("SET", epoch, secrets.token_hex(8), "NX"), ("GET", epoch))
         return f"{info['run_id']}:{text(found)}"
 
     async def _guarded(self, operation: Callable[[], Awaitable[Any]], retry: bool) -> Any:

@@ -106,9 +106,7 @@ class Keys:
 
     def permanent(self) -> frozenset[Key]:
         """The only keys that may lack a time to live."""
-        return frozenset(
-            {self.nodes(), self.requests(), self.dead_letters(), self.schema(), self.epoch()}
-        )
+        return frozenset({self.nodes(), self.requests(), self.dead_letters(), self.schema(), self.epoch()})
 
     def _key(self, *parts: str) -> Key:
         return Key(":".join((self.prefix, *parts)))

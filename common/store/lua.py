@@ -234,9 +234,7 @@ def _read(kind: Any, reply: Any) -> Any:
         items = typing.get_args(kind)
         if typing.get_origin(kind) is list:
             items *= len(reply)
-        return typing.get_origin(kind)(
-            _read(item, part) for item, part in zip(items, reply, strict=True)
-        )
+        return typing.get_origin(kind)(_read(item, part) for item, part in zip(items, reply, strict=True))
     if kind is bool and reply in (None, 0, 1):
         return reply == 1
     if kind is int and isinstance(reply, int):

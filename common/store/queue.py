@@ -145,9 +145,7 @@ class NodeQueue:
             )
         )
 
-    async def _read_new(
-        self, count: int, wait_s: float
-    ) -> list[tuple[str, dict[bytes, bytes] | None]]:
+    async def _read_new(self, count: int, wait_s: float) -> list[tuple[str, dict[bytes, bytes] | None]]:
         self._reading = asyncio.ensure_future(self._read(">", count, wait_s))
         try:
             return await self._reading
@@ -181,12 +179,7 @@ class NodeQueue:
         claim = await self._requests.claim(dispatch.request.id, dispatch.attempt, self._incarnation)
         if claim in (Claim.WON, Claim.HELD):
             return dispatch
-        log.info(
-            "queue.dropped",
-            request=dispatch.request.id,
-            attempt=dispatch.attempt,
-            claim=claim.value,
-        )
+        log.info("queue.dropped", request=dispatch.request.id, attempt=dispatch.attempt, claim=claim.value)
         return None
 
     async def _read(
@@ -209,18 +202,13 @@ class NodeQueue:
         keys = self._client.keys
         await self._client.call(
             scripts.DropEntries(
-                stream=self._stream,
-                record_stem=keys.request(""),
-                load_stem=keys.load(""),
-                ids=[entry_id],
+                stream=self._stream, record_stem=keys.request(""), load_stem=keys.load(""), ids=[entry_id]
             )
         )
 
     async def _delete(self, ids: Sequence[str]) -> None:
         if ids:
-            await self._client.pipeline(
-                ("XACK", self._stream, GROUP, *ids), ("XDEL", self._stream, *ids)
-            )
+            await self._client.pipeline(("XACK", self._stream, GROUP, *ids), ("XDEL", self._stream, *ids))
 
 
 async def move_unread(client: RedisClient, source: str, target: str, count: int) -> int:

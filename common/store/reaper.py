@@ -107,9 +107,7 @@ class Reaper:
                     await self._recount()
                 return reaped
             finally:
-                await self._client.call(
-                    scripts.ReleaseLock(lock=self._keys.reaper_lock(), name=self._name)
-                )
+                await self._client.call(scripts.ReleaseLock(lock=self._keys.reaper_lock(), name=self._name))
         except ServiceUnavailable:
             self._seen.clear()
             raise
@@ -132,18 +130,14 @@ class Reaper:
         names: set[str] = set()
         cursor = 0
         while True:
-            cursor, keys = await self._client.command(
-                "SCAN", cursor, "MATCH", f"{stem}*", "COUNT", 1000
-            )
+            cursor, keys = await self._client.command("SCAN", cursor, "MATCH", f"{stem}*", "COUNT", 1000)
             names.update(text(key)[len(stem) :] for key in keys)
             if int(cursor) == 0:
                 return names
 
     async def _lock(self) -> bool:
         return await self._client.call(
-            scripts.TakeLock(
-                lock=self._keys.reaper_lock(), name=self._name, ttl_ms=REAPER_LOCK_TTL_S * 1000
-            )
+            scripts.TakeLock(lock=self._keys.reaper_lock(), name=self._name, ttl_ms=REAPER_LOCK_TTL_S * 1000)
         )
 
     async def _reap(self, dead: list[str]) -> Reaped:

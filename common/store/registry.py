@@ -36,15 +36,7 @@ from common.store.node_record import (
     joined,
 )
 
-__all__ = [
-    "KVLink",
-    "NodeRecord",
-    "NodeState",
-    "Registry",
-    "Role",
-    "Snapshot",
-    "new_incarnation",
-]
+__all__ = ["KVLink", "NodeRecord", "NodeState", "Registry", "Role", "Snapshot", "new_incarnation"]
 
 log = get_logger("registry")
 
@@ -195,19 +187,13 @@ class Registry:
         """Read the identities that beats name and we do not know, and forget those that are gone."""
         known = self._known
         self._known = {name: known[name] for name in digests if name in known}
-        new = [
-            name
-            for name in digests
-            if name not in known or digests[name] not in (False, known[name][0])
-        ]
+        new = [name for name in digests if name not in known or digests[name] not in (False, known[name][0])]
         for name, fields in (await self._fields(new, (_DIGEST, *IDENTITY))).items():
             self._known.pop(name, None)
             if (identity := identity_from(fields)) is not None:
                 self._known[name] = fields.get(_DIGEST, ""), identity
 
-    async def _fields(
-        self, incarnations: Sequence[str], names: Sequence[str]
-    ) -> dict[str, dict[str, str]]:
+    async def _fields(self, incarnations: Sequence[str], names: Sequence[str]) -> dict[str, dict[str, str]]:
         """Of each identity those fields that it has; none of one that is not there."""
         if not incarnations:
             return {}
@@ -216,9 +202,7 @@ class Registry:
         )
         return {
             incarnation: {
-                name: text(value)
-                for name, value in zip(names, reply, strict=True)
-                if value is not None
+                name: text(value) for name, value in zip(names, reply, strict=True) if value is not None
             }
             for incarnation, reply in zip(incarnations, replies, strict=True)
         }

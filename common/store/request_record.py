@@ -69,9 +69,7 @@ def record_of(request: str, reply: Mapping[bytes, bytes]) -> RequestRecord | Non
 
 
 def _record(request: str, fields: Mapping[str, str]) -> RequestRecord:
-    attempts = sorted(
-        int(name[1:-8]) for name in fields if name[:1] == "a" and name.endswith(".choices")
-    )
+    attempts = sorted(int(name[1:-8]) for name in fields if name[:1] == "a" and name.endswith(".choices"))
     return RequestRecord(
         request=request,
         state=State(fields["state"]),

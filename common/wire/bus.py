@@ -79,9 +79,13 @@ class Bus:
     """The messages of one incarnation. `async with Bus(…) as bus`, or `start` and `close`."""
 
     def __init__(
-        self, incarnation: str, settings: BusSettings, *,
-        progress: Progress = lambda: (0, False), hears: Kinds = OVER_LINKS,
-    ) -> None:  # fmt: skip
+        self,
+        incarnation: str,
+        settings: BusSettings,
+        *,
+        progress: Progress = lambda: (0, False),
+        hears: Kinds = OVER_LINKS,
+    ) -> None:
         """`hears`: the kinds of messages that are delivered; others are refused (senders.py)."""
         self.incarnation = incarnation
         self.endpoint = ""
@@ -92,12 +96,7 @@ class Bus:
         self._inbox: asyncio.Queue[Received] = asyncio.Queue(INBOX)
         self._events: asyncio.Queue[LinkEvent] = asyncio.Queue()
         self._links = LinkTable(
-            incarnation,
-            settings,
-            self,
-            progress=progress,
-            say=self._events.put_nowait,
-            hears=hears,
+            incarnation, settings, self, progress=progress, say=self._events.put_nowait, hears=hears
         )
         self._tasks: list[asyncio.Task[None]] = []
         self._farewell_ms = FAREWELL_MS

@@ -90,9 +90,15 @@ class LinkTable:
     """All links of one incarnation. `say` hears of each that comes up or goes down."""
 
     def __init__(
-        self, incarnation: str, settings: BusSettings, wire: Wire,
-        *, progress: Progress, say: Callable[[LinkEvent], None], hears: Kinds = OVER_LINKS,
-    ) -> None:  # fmt: skip
+        self,
+        incarnation: str,
+        settings: BusSettings,
+        wire: Wire,
+        *,
+        progress: Progress,
+        say: Callable[[LinkEvent], None],
+        hears: Kinds = OVER_LINKS,
+    ) -> None:
         """`hears`: the kinds of messages that are for those above."""
         self.counts: Counter[str] = Counter()
         # sent, received, malformed, late, refused, and link ends

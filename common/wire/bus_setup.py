@@ -51,9 +51,7 @@ def make_key(path: Path) -> None:
 def _own_place(environ: Mapping[str, str]) -> Path:
     """Where this user's key is kept: in a folder that nobody else can write to."""
     try:
-        state = environ.get("XDG_STATE_HOME") or Path(
-            environ.get("HOME") or Path.home(), ".local", "state"
-        )
+        state = environ.get("XDG_STATE_HOME") or Path(environ.get("HOME") or Path.home(), ".local", "state")
         folder = Path(state, "pdq")
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         require_own_folder(folder, "the bus secret key")

@@ -52,9 +52,16 @@ def decode(data: bytes | bytearray | memoryview) -> Message:
         claims.feed(body)
         claims.skip()  # `OutOfData` unless every entry that is claimed is there
         value = msgpack.unpackb(
-            body, raw=False, strict_map_key=True, use_list=True, max_str_len=limit,
-            max_bin_len=limit, max_array_len=limit, max_map_len=limit, max_ext_len=0,
-        )  # fmt: skip
+            body,
+            raw=False,
+            strict_map_key=True,
+            use_list=True,
+            max_str_len=limit,
+            max_bin_len=limit,
+            max_array_len=limit,
+            max_map_len=limit,
+            max_ext_len=0,
+        )
     except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
         raise MalformedMessage(f"not a message: {error}") from error
     if not isinstance(value, list) or not value or type(value[0]) is not int:
@@ -101,14 +108,11 @@ def _checker(annotation: Any) -> _Check:
     if origin is tuple:
         items = [_checker(a) for a in arguments]
         return lambda value, where: tuple(
-            check(v, where)
-            for check, v in zip(items, _a_list(value, where, len(items)), strict=True)
+            check(v, where) for check, v in zip(items, _a_list(value, where, len(items)), strict=True)
         )
     if origin is dict:
         key, item = (_checker(a) for a in arguments)
-        return lambda value, where: {
-            key(k, where): item(v, where) for k, v in _a_dict(value, where).items()
-        }
+        return lambda value, where: {key(k, where): item(v, where) for k, v in _a_dict(value, where).items()}
     if annotation in (int, str, bytes, bool, float):
         return functools.partial(_scalar, annotation)
     raise TypeError(f"no wire form for {annotation!r}")
@@ -117,8 +121,7 @@ def _checker(annotation: Any) -> _Check:
 def _dataclass_checker(message_type: type[Any]) -> _Check:
     hints = typing.get_type_hints(message_type)
     fields = [
-        (f".{f.name}", hints[f.name], _checker(hints[f.name]))
-        for f in dataclasses.fields(message_type)
+        (f".{f.name}", hints[f.name], _checker(hints[f.name])) for f in dataclasses.fields(message_type)
     ]
 
     def check(value: Any, where: str) -> Any:

@@ -51,8 +51,20 @@ Kinds = tuple[type[Message], ...]
 FROM_NODES: Kinds = (Tokens, TookOver, Stage, Failed, CacheEvents, CacheContent)
 FROM_GATEWAYS: Kinds = (TokensAck, HoldsQuery, Cancel, CacheQuery)
 BETWEEN_NODES: Kinds = (
-    Hello, Welcome, Refuse, Closed, Offer, Grant, Deny, Blocks, Tail, Commit, Ack, Abort, Release,
-)  # fmt: skip
+    Hello,
+    Welcome,
+    Refuse,
+    Closed,
+    Offer,
+    Grant,
+    Deny,
+    Blocks,
+    Tail,
+    Commit,
+    Ack,
+    Abort,
+    Release,
+)
 ABOUT_LINKS: Kinds = (Open, Beat, Over, Goodbye)
 """Between any two ends; bus_links.py has their rules."""
 NOT_OVER_LINKS: Kinds = (Dispatch, Pull, Slabs, Proved)

@@ -31,9 +31,7 @@ async def main(url: str) -> None:
         # The same seed gives the same tokens, on whichever node each of them is computed.
         answers = await asyncio.gather(
             *(
-                client.completions.create(
-                    model=model, prompt=prompt, max_tokens=24, temperature=0.8, seed=7
-                )
+                client.completions.create(model=model, prompt=prompt, max_tokens=24, temperature=0.8, seed=7)
                 for prompt in PROMPTS
                 for _ in range(2)
             )

@@ -131,9 +131,7 @@ def check_template() -> None:
     assert prompt == render(messages) + "<|assistant|>"
 
 
-def write_checkpoint(
-    folder: Path, weights: dict[str, Tensor], shape: Shape, tokenizer_path: Path
-) -> None:
+def write_checkpoint(folder: Path, weights: dict[str, Tensor], shape: Shape, tokenizer_path: Path) -> None:
     """Weights in bf16, configs, tokenizer and chat template; each file readable by itself."""
     check_template()
     folder.mkdir(parents=True, exist_ok=True)
@@ -151,9 +149,7 @@ def write_checkpoint(
         "chat_template": CHAT_TEMPLATE,
     }
     config = config_of(shape)
-    generation_config = {
-        name: config[name] for name in ("pad_token_id", "bos_token_id", "eos_token_id")
-    }
+    generation_config = {name: config[name] for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     special_tokens = {"pad_token": PAD, "bos_token": BOS, "eos_token": EOS}
     for name, content in (
         ("config.json", config),

@@ -33,11 +33,7 @@ HELD_OUT_BLOCK = 64  # units (paragraphs or speeches)
 HELD_OUT_EVERY = 20  # blocks, so 5%
 HELD_OUT_INDEX = 7
 
-FILES = {
-    "play": "tinyshakespeare",
-    "tales": "grimms_fairy_tales",
-    "speeches": "state_of_the_union",
-}
+FILES = {"play": "tinyshakespeare", "tales": "grimms_fairy_tales", "speeches": "state_of_the_union"}
 
 Message = dict[str, str]  # role, content
 
@@ -127,9 +123,7 @@ def render(messages: list[Message]) -> str:
     return BOS + "".join(f"<|{m['role']}|>{m['content'].strip()}{END}" for m in messages)
 
 
-def passages(
-    run: Run, choice: random.Random, shortest: int, longest: int
-) -> Iterator[tuple[str, ...]]:
+def passages(run: Run, choice: random.Random, shortest: int, longest: int) -> Iterator[tuple[str, ...]]:
     """Cut a run into groups of whole units, of log-uniformly drawn lengths in characters."""
     size = 0
     group: list[str] = []
@@ -199,9 +193,7 @@ class Conversations:
         scored = [(n * self._rarity.get(word, 0.0), word) for word, n in counts.items()]
         return max(scored)[1] if scored else None
 
-    def make(
-        self, kind: str, units: tuple[str, ...], choice: random.Random
-    ) -> list[Message] | None:
+    def make(self, kind: str, units: tuple[str, ...], choice: random.Random) -> list[Message] | None:
         """Messages, the last one the assistant's; None where the passage does not suit."""
         if kind == "play" and len(units) >= 2 and choice.random() < 0.8:
             return self._dialogue(units, choice)
@@ -223,9 +215,7 @@ class Conversations:
             messages.append({"role": ("user", "assistant")[index % 2], "content": text.strip()})
         return messages
 
-    def _question(
-        self, kind: str, units: tuple[str, ...], choice: random.Random
-    ) -> list[Message] | None:
+    def _question(self, kind: str, units: tuple[str, ...], choice: random.Random) -> list[Message] | None:
         messages: list[Message] = []
         if choice.random() < 0.4:
             messages.append({"role": "system", "content": choice.choice(SYSTEM_PROMPTS)})
@@ -255,9 +245,7 @@ def documents(
     conversations = Conversations(runs)
     texts: list[str] = []
     for run in runs:
-        cut = passages(
-            run, choice, int(shortest * CHARACTERS_PER_TOKEN), int(longest * CHARACTERS_PER_TOKEN)
-        )
+        cut = passages(run, choice, int(shortest * CHARACTERS_PER_TOKEN), int(longest * CHARACTERS_PER_TOKEN))
         for units in cut:
             messages = None
             if choice.random() < chat_share:

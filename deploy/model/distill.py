@@ -49,9 +49,7 @@ def draw(model: Llama, prompts: Tensor, temperatures: Tensor, length: int) -> Te
     return ids
 
 
-def draw_samples(
-    model: Llama, runs: list[Run], tokenizer: Tokenizer, seed: int, count: int
-) -> Tensor:
+def draw_samples(model: Llama, runs: list[Run], tokenizer: Tokenizer, seed: int, count: int) -> Tensor:
     """`[count, 257]` ids of the target's own: beginnings from the corpus, and the rest drawn."""
     choice = random.Random(f"{seed}/samples")
     texts = documents(runs, choice, 48, 512, chat_share=0.5)

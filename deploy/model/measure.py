@@ -88,9 +88,7 @@ def generate(model: Any, ids: Tensor, tokens: int, temperature: float) -> Tensor
 
 
 @torch.no_grad()
-def own_text(
-    target: Any, draft: Any, prompts: list[list[int]], temperature: float
-) -> dict[str, float]:
+def own_text(target: Any, draft: Any, prompts: list[list[int]], temperature: float) -> dict[str, float]:
     """The draft on what the target writes: the share of tokens it would have had accepted.
 
     Greedy: its choice is the target's. Otherwise: the overlap of both distributions, which is the

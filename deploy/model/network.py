@@ -33,22 +33,13 @@ class Shape:
 
 TARGET = Shape()
 # At most a tenth of the target's bytes, and few layers: a draft is as slow as it is deep.
-DRAFT = Shape(
-    hidden_size=96,
-    num_layers=2,
-    num_heads=3,
-    num_kv_heads=1,
-    head_dim=32,
-    intermediate_size=352,
-)
+DRAFT = Shape(hidden_size=96, num_layers=2, num_heads=3, num_kv_heads=1, head_dim=32, intermediate_size=352)
 
 
 def rope_tables(shape: Shape) -> tuple[Tensor, Tensor]:
     """Cosine and sine of every position, each `[max_positions, head_dim]` (half-split layout)."""
     half = torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim
-    angles = torch.outer(
-        torch.arange(shape.max_positions, dtype=torch.float32), shape.rope_theta**-half
-    )
+    angles = torch.outer(torch.arange(shape.max_positions, dtype=torch.float32), shape.rope_theta**-half)
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
 

@@ -43,9 +43,7 @@ def optimizers_of(model: nn.Module, weight_decay: float) -> list[torch.optim.Opt
     norms = [p for _, p in named if p.ndim < 2]
     muon = torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=weight_decay)
     adam = torch.optim.Adam(
-        [{"params": table, "lr": 4e-3}, {"params": norms, "lr": 2e-3}],
-        betas=(0.9, 0.98),
-        fused=True,
+        [{"params": table, "lr": 4e-3}, {"params": norms, "lr": 2e-3}], betas=(0.9, 0.98), fused=True
     )
     for optimizer in (muon, adam):
         for group in optimizer.param_groups:

@@ -163,10 +163,7 @@ class _Lane:
         except TimeoutError:  # one that works is ended by its own limit before
             self._end(worker, job, Overloaded("no processor had time to work on the body"))
         except (EOFError, OSError):
-            self._end(
-                worker, job,
-                InvalidRequest("the body takes too much time or memory to work on"),
-            )  # fmt: skip
+            self._end(worker, job, InvalidRequest("the body takes too much time or memory to work on"))
         except BaseException:
             self._end(worker, job, Overloaded("this gateway ends"))
             raise

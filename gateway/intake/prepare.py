@@ -162,11 +162,7 @@ def _encoded(
 
 
 def _checked(
-    model: ServedModel,
-    question: Question,
-    body: Body | TokenizeBody,
-    ids: list[int],
-    param: str,
+    model: ServedModel, question: Question, body: Body | TokenizeBody, ids: list[int], param: str
 ) -> TokenIds:
     if isinstance(body, Body) and body.truncate_prompt_tokens is None:
         model.check_length(len(ids), question.max_prompt_tokens, param)
@@ -192,18 +188,11 @@ def _tokenized(model: ServedModel, question: Question, body: TokenizeBody) -> by
 
 def _fields(body: Body, placeholders: dict[str, object]) -> bytes:
     """The fields that are left when the prompt is token ids; what nobody reads is dropped."""
-    wanted = set(type(body).model_fields) - {
-        "messages",
-        "prompt",
-        "chat_template_kwargs",
-        "documents",
-    }
+    wanted = set(type(body).model_fields) - {"messages", "prompt", "chat_template_kwargs", "documents"}
     fields = body.model_dump(include=wanted, exclude_unset=True)
     data = json.dumps({**fields, **placeholders}).encode()
     if len(data) > MAX_FIELDS_BYTES:
-        raise InvalidRequest(
-            f"the fields beside the prompt take more than {MAX_FIELDS_BYTES} bytes"
-        )
+        raise InvalidRequest(f"the fields beside the prompt take more than {MAX_FIELDS_BYTES} bytes")
     return data
 
 

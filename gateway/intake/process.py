@@ -25,15 +25,7 @@ from common.child_process import die_with_parent
 from common.errors import InvalidRequest, PdqError, ResourceError
 from common.logs import get_logger
 from gateway.intake.prepare import Prepared, prepare
-from gateway.intake.wire import (
-    LENGTHS,
-    Parts,
-    error_frame,
-    hello_frame,
-    lengths,
-    prepared_frame,
-    question_in,
-)
+from gateway.intake.wire import LENGTHS, Parts, error_frame, hello_frame, lengths, prepared_frame, question_in
 from gateway.served_models import ServedModels
 
 PROCESSOR_S = 10.0  # processor time that one body may take

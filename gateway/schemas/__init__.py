@@ -14,6 +14,16 @@ from gateway.schemas.prompts import check_ids
 from gateway.schemas.tokens import DetokenizeBody, TokenizeBody
 
 __all__ = [
-    "Body", "ChatBody", "CompletionBody", "ConversationFields", "DetokenizeBody", "Fields",
-    "StreamOptions", "TextOptions", "TokenizeBody", "check_ids", "parse", "unknown_fields",
-]  # fmt: skip
+    "Body",
+    "ChatBody",
+    "CompletionBody",
+    "ConversationFields",
+    "DetokenizeBody",
+    "Fields",
+    "StreamOptions",
+    "TextOptions",
+    "TokenizeBody",
+    "check_ids",
+    "parse",
+    "unknown_fields",
+]

@@ -97,13 +97,9 @@ class ChatBody(Body, ConversationFields):
         if None not in (self.max_tokens, self.max_completion_tokens) and (
             self.max_tokens != self.max_completion_tokens
         ):
-            raise InvalidRequest(
-                "max_tokens and max_completion_tokens differ", param="max_completion_tokens"
-            )
+            raise InvalidRequest("max_tokens and max_completion_tokens differ", param="max_completion_tokens")
         if not 0 <= self.top_logprobs <= MAX_LOGPROBS:
-            raise InvalidRequest(
-                f"top_logprobs must be between 0 and {MAX_LOGPROBS}", param="top_logprobs"
-            )
+            raise InvalidRequest(f"top_logprobs must be between 0 and {MAX_LOGPROBS}", param="top_logprobs")
         if self.top_logprobs and not self.logprobs:
             raise InvalidRequest("top_logprobs goes with logprobs only", param="top_logprobs")
 

@@ -46,11 +46,18 @@ class Body(Fields):
 
     no_effect: ClassVar[frozenset[str]] = frozenset(
         {
-            "user", "store", "metadata", "service_tier", "safety_identifier", "session_id",
-            "prompt_cache_key", "prompt_cache_options", "prompt_cache_retention",
+            "user",
+            "store",
+            "metadata",
+            "service_tier",
+            "safety_identifier",
+            "session_id",
+            "prompt_cache_key",
+            "prompt_cache_options",
+            "prompt_cache_retention",
             "spaces_between_special_tokens",  # for the slow tokenizers of transformers
         }
-    )  # fmt: skip
+    )
     not_built: ClassVar[Mapping[str, tuple[object, ...]]] = {
         "response_format": ({"type": "text"},),
         "moderation": (),
@@ -129,13 +136,10 @@ class Body(Fields):
     def text_options(self) -> TextOptions:
         stops = [self.stop] if isinstance(self.stop, str) else given(self.stop, [])
         if not isinstance(stops, list) or not all(isinstance(s, str) and s for s in stops):
-            raise InvalidRequest(
-                "stop must be a string or a list of strings, not empty", param="stop"
-            )
+            raise InvalidRequest("stop must be a string or a list of strings, not empty", param="stop")
         if len(stops) > MAX_STOPS or any(len(stop) > MAX_STOP_LENGTH for stop in stops):
             raise InvalidRequest(
-                f"stop takes {MAX_STOPS} strings of {MAX_STOP_LENGTH} characters at most",
-                param="stop",
+                f"stop takes {MAX_STOPS} strings of {MAX_STOP_LENGTH} characters at most", param="stop"
             )
         return TextOptions(tuple(stops), self.include_stop_str_in_output, self.skip_special_tokens)
 

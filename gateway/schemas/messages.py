@@ -17,17 +17,26 @@ from gateway.schemas.fields import Fields, absent
 
 TEXT_TYPES = frozenset({"text", "input_text", "output_text"})
 OTHER_TYPES = frozenset(
-    {"image_url", "input_image", "image", "image_embeds", "input_audio", "audio_url", "audio",
-     "video_url", "video", "file", "input_file"}
-)  # fmt: skip
+    {
+        "image_url",
+        "input_image",
+        "image",
+        "image_embeds",
+        "input_audio",
+        "audio_url",
+        "audio",
+        "video_url",
+        "video",
+        "file",
+        "input_file",
+    }
+)
 
 
 class ContentPart(Fields):
     """Text, in one of OpenAI's spellings. A bare string counts as one, as with vLLM."""
 
-    no_effect: ClassVar[frozenset[str]] = frozenset(
-        {"annotations", "logprobs", "prompt_cache_breakpoint"}
-    )
+    no_effect: ClassVar[frozenset[str]] = frozenset({"annotations", "logprobs", "prompt_cache_breakpoint"})
 
     type: str = "text"
     text: str | None = None
@@ -44,9 +53,7 @@ class ContentPart(Fields):
         if kind in TEXT_TYPES or kind == "refusal":
             return kind
         problem = "not supported yet" if kind in OTHER_TYPES else "unknown"
-        raise PydanticCustomError(
-            "part", "parts of type {kind} are " + problem, {"kind": kind[:40]}
-        )
+        raise PydanticCustomError("part", "parts of type {kind} are " + problem, {"kind": kind[:40]})
 
     @model_validator(mode="after")
     def _has_text(self) -> ContentPart:
@@ -75,8 +82,7 @@ class ToolCall(Fields):
 
 
 Content = Annotated[
-    Annotated[str, Tag("<text>")]
-    | Annotated[list[ContentPart], Field(fail_fast=True), Tag("<parts>")],
+    Annotated[str, Tag("<text>")] | Annotated[list[ContentPart], Field(fail_fast=True), Tag("<parts>")],
     Discriminator(lambda given: "<parts>" if isinstance(given, list) else "<text>"),
 ]
 

@@ -21,9 +21,7 @@ def parse_prompts(value: Any, max_prompts: int, vocab_size: int) -> Prompts:
     else:
         prompts = [value]
     if len(prompts) > max_prompts:
-        raise InvalidRequest(
-            f"prompt has {len(prompts)} entries, {max_prompts} are allowed", param="prompt"
-        )
+        raise InvalidRequest(f"prompt has {len(prompts)} entries, {max_prompts} are allowed", param="prompt")
     for prompt in prompts:
         if not isinstance(prompt, (str, list)):
             raise InvalidRequest(
@@ -44,8 +42,7 @@ def check_ids(ids: list[Any], vocab_size: int, param: str) -> None:
             raise InvalidRequest(f"{param}: {token_id!r:.40} is no token id", param=param)
         if not 0 <= token_id < vocab_size:
             raise TokenOutOfRange(
-                f"{param}: token id {token_id} is outside the vocabulary of {vocab_size}",
-                param=param,
+                f"{param}: token id {token_id} is outside the vocabulary of {vocab_size}", param=param
             )
 
 

@@ -48,9 +48,7 @@ class CudaIpcReader:
         self._stream = cuda.stream()
 
     @classmethod
-    def open(
-        cls, link: str, proof: bytes, target: Target, *, cuda: Cuda, folder: str = ""
-    ) -> CudaIpcReader:
+    def open(cls, link: str, proof: bytes, target: Target, *, cuda: Cuda, folder: str = "") -> CudaIpcReader:
         """Prove that the other end is on this host and of this user, and map its pool."""
         with receive(proof, folder) as (fd, payload):
             if len(payload) != _PAYLOAD.size:

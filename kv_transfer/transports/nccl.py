@@ -58,9 +58,8 @@ class _Channel:
     """One end of a pair: its communicator, its stream, and the turn that it works in."""
 
     def __init__(
-        self, cuda: Cuda, nccl: Nccl, turn: threading.Lock, *, sends: bool,
-        is_closing: Callable[[], bool],
-    ) -> None:  # fmt: skip
+        self, cuda: Cuda, nccl: Nccl, turn: threading.Lock, *, sends: bool, is_closing: Callable[[], bool]
+    ) -> None:
         self._device, self._nccl = cuda.index, nccl
         self._turn, self._sends, self._is_closing = turn, sends, is_closing
         self._pair: Communicator | None = None
@@ -130,13 +129,21 @@ class NcclSource(tcp.TcpSource):
     name = "nccl"
 
     def __init__(
-        self, memory: PoolMemory, layout: KVLayout, leases: Leases, cuda: Cuda, nccl: Nccl,
-        turns: Turns, *, host: str = "127.0.0.1", advertise_host: str = "", secret_key: str = "",
-    ) -> None:  # fmt: skip
+        self,
+        memory: PoolMemory,
+        layout: KVLayout,
+        leases: Leases,
+        cuda: Cuda,
+        nccl: Nccl,
+        turns: Turns,
+        *,
+        host: str = "127.0.0.1",
+        advertise_host: str = "",
+        secret_key: str = "",
+    ) -> None:
         super().__init__(
-            memory, layout, leases, host=host, advertise_host=advertise_host,
-            secret_key=secret_key,
-        )  # fmt: skip
+            memory, layout, leases, host=host, advertise_host=advertise_host, secret_key=secret_key
+        )
         self.cuda, self.nccl, self.turns = cuda, nccl, turns
 
     def _wire(self, token: bytes) -> tuple[SendingWire, str]:
@@ -152,9 +159,7 @@ class _ServedNcclLink(tcp.ServedLink):
     def __init__(self, source: NcclSource, link: str, token: bytes, wire: SendingWire) -> None:
         turn = source.turns.of(source.cuda.index, "send")
         self._nccl, self._unique_id = source.nccl, b""
-        self._channel = _Channel(
-            source.cuda, source.nccl, turn, sends=True, is_closing=lambda: self._closing
-        )
+        self._channel = _Channel(source.cuda, source.nccl, turn, sends=True, is_closing=lambda: self._closing)
         self._is_set_up = False
         try:
             super().__init__(source, link, token, wire)
@@ -193,11 +198,7 @@ class _ServedNcclLink(tcp.ServedLink):
         memory = self._memory
         whole = [(0, memory.slab_bytes)]
         ranges = list(self._layout.tail_ranges(pull.fill)) if pull.fill else whole
-        return [
-            (memory.address(slot) + offset, length)
-            for slot in pull.slots
-            for offset, length in ranges
-        ]
+        return [(memory.address(slot) + offset, length) for slot in pull.slots for offset, length in ranges]
 
     def _on_ended(self) -> None:
         self._channel.abort()
@@ -207,9 +208,15 @@ class NcclReader(tcp.TcpReader):
     """The asking end of one link."""
 
     def __init__(
-        self, link: str, token: bytes, target: Target, wire: ReceivingWire,
-        cuda: Cuda, nccl: Nccl, turns: Turns,
-    ) -> None:  # fmt: skip
+        self,
+        link: str,
+        token: bytes,
+        target: Target,
+        wire: ReceivingWire,
+        cuda: Cuda,
+        nccl: Nccl,
+        turns: Turns,
+    ) -> None:
         turn = turns.of(cuda.index, "receive")
         self._channel = _Channel(cuda, nccl, turn, sends=False, is_closing=lambda: self._closed)
         self._unique_id = b""
@@ -222,9 +229,15 @@ class NcclReader(tcp.TcpReader):
 
     @classmethod
     def connect(
-        cls, link: str, proof: bytes, target: Target, cuda: Cuda, nccl: Nccl, turns: Turns,
+        cls,
+        link: str,
+        proof: bytes,
+        target: Target,
+        cuda: Cuda,
+        nccl: Nccl,
+        turns: Turns,
         secret_key: str = "",
-    ) -> NcclReader:  # fmt: skip
+    ) -> NcclReader:
         """Ask for the communicator's id, which proves the token, then meet the source in it."""
         token, _, host, port = tcp.split_proof(proof)
         wire = ReceivingFrames(f"tcp://{host}:{port}", secret_key, 0)

@@ -52,9 +52,10 @@ def _agent(*, serves: bool) -> Any:
         raise ConfigError(f"the nixl transport needs `pip install pdq[nixl]`: {error}") from error
     with _as_link_lost():
         config = nixl.nixl_agent_config(
-            enable_prog_thread=serves, backends=["UCX"],
+            enable_prog_thread=serves,
+            backends=["UCX"],
             sync_mode=nixl.nixl_thread_sync_t.NIXL_THREAD_SYNC_STRICT,
-        )  # fmt: skip
+        )
         return nixl.nixl_agent(secrets.token_hex(8), config)
 
 
@@ -80,8 +81,10 @@ class _Memory:
 
     def _register(self, memory: PoolMemory, own: Bytes) -> None:
         self.kind, device = _place(memory)
-        host = [(own.ctypes.data, own.nbytes, 0, ""),
-                (memory.generations.ctypes.data, memory.generations.nbytes, 0, "")]  # fmt: skip
+        host = [
+            (own.ctypes.data, own.nbytes, 0, ""),
+            (memory.generations.ctypes.data, memory.generations.nbytes, 0, ""),
+        ]
         pool = (memory.address(0), memory.num_blocks * memory.slab_bytes, device, "")
         if self.kind == "DRAM":
             self._registered += [self.agent.register_memory([*host, pool], "DRAM")]
@@ -127,10 +130,15 @@ class NixlSource:
             raise
         self._links[link] = registered, lies
         head = _PROOF.pack(
-            _MAGIC, nonce, lies.ctypes.data, memory.num_blocks, memory.slab_bytes,
-            memory.generations.ctypes.data, memory.address(0),
+            _MAGIC,
+            nonce,
+            lies.ctypes.data,
+            memory.num_blocks,
+            memory.slab_bytes,
+            memory.generations.ctypes.data,
+            memory.address(0),
             -1 if memory.cuda is None else memory.cuda.index,
-        )  # fmt: skip
+        )
         return _sealed(head + metadata)
 
     def close_link(self, link: str) -> None:
@@ -153,8 +161,16 @@ class NixlReader:
         body = proof[:-_SUM_BYTES]
         if len(body) <= _PROOF.size or not body.startswith(_MAGIC) or _sealed(body) != proof:
             raise MalformedMessage("not a proof of this nixl transport", param="proofs")
-        (_, self._nonce, self._nonce_at, self._num_blocks, slab_bytes,
-         self._generations_at, self._slabs_at, device) = _PROOF.unpack_from(proof)  # fmt: skip
+        (
+            _,
+            self._nonce,
+            self._nonce_at,
+            self._num_blocks,
+            slab_bytes,
+            self._generations_at,
+            self._slabs_at,
+            device,
+        ) = _PROOF.unpack_from(proof)
         if slab_bytes != target.memory.slab_bytes:
             raise MalformedMessage("the peer's slabs have another size", param="slab_bytes")
         self._target = target
@@ -180,8 +196,9 @@ class NixlReader:
         try:
             with reader._lock:
                 here = reader._own.ctypes.data
-                reader._read([(here, _NONCE_BYTES)], [(reader._nonce_at, _NONCE_BYTES)],
-                             "DRAM", "DRAM", _OPEN_TIMEOUT)  # fmt: skip
+                reader._read(
+                    [(here, _NONCE_BYTES)], [(reader._nonce_at, _NONCE_BYTES)], "DRAM", "DRAM", _OPEN_TIMEOUT
+                )
             if reader._own[:_NONCE_BYTES].tobytes() != reader._nonce:
                 raise LinkLost("the memory at the other end is another process's")
         except BaseException:
@@ -227,9 +244,7 @@ class NixlReader:
             if generation != piece.generation or generation % 2:
                 raise StaleBlock(f"block {piece.index} was reused while it was being copied")
 
-    def _read(
-        self, local: Ranges, remote: Ranges, local_kind: str, remote_kind: str, timeout: float
-    ) -> None:
+    def _read(self, local: Ranges, remote: Ranges, local_kind: str, remote_kind: str, timeout: float) -> None:
         """Run one READ to its end. When this raises, nothing more is written to our memory."""
         if self._stop.is_set() or self._memory is None:
             raise LinkLost("the link was closed")

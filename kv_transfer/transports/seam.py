@@ -30,6 +30,4 @@ def guarded(transport: str, call: Callable[P, T], *arguments: P.args, **named: P
     except BaseException as error:
         what = getattr(call, "__qualname__", type(call).__name__)  # no arguments: proofs are secret
         log.error("transport.failed", transport=transport, call=what, exc_info=error)
-        raise TransportFailed(
-            f"{transport}: {type(error).__name__}: {error}", param=transport
-        ) from error
+        raise TransportFailed(f"{transport}: {type(error).__name__}: {error}", param=transport) from error

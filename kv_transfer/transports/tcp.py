@@ -19,14 +19,7 @@ import secrets
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 
-from common.errors import (
-    DigestMismatch,
-    InsufficientMemory,
-    LinkLost,
-    MalformedMessage,
-    PdqError,
-    StaleBlock,
-)
+from common.errors import DigestMismatch, InsufficientMemory, LinkLost, MalformedMessage, PdqError, StaleBlock
 from common.kv_layout import KVLayout
 from common.settings.config import is_loopback
 from common.wire.codec import decode, encode
@@ -52,9 +45,16 @@ class TcpSource:
     name = "tcp"
 
     def __init__(
-        self, memory: PoolMemory, layout: KVLayout, leases: Leases, *, host: str = "127.0.0.1",
-        advertise_host: str = "", secret_key: str = "", encrypts: bool | None = True,
-    ) -> None:  # fmt: skip
+        self,
+        memory: PoolMemory,
+        layout: KVLayout,
+        leases: Leases,
+        *,
+        host: str = "127.0.0.1",
+        advertise_host: str = "",
+        secret_key: str = "",
+        encrypts: bool | None = True,
+    ) -> None:
         """`host` is where to listen, `advertise_host` what peers connect to if that differs. Slabs are
         encrypted with `secret_key`, if there is one, where `encrypts` says so; None means everywhere but
         on loopback."""
@@ -102,9 +102,7 @@ class ServedLink:
         self._link, self._token, self._wire = link, token, wire
         self._most_slots = slots_per_pull(wire, source.memory)
         self._closing = False
-        self._thread = threading.Thread(
-            target=self._run, args=(source.name,), name="tcp-source", daemon=True
-        )
+        self._thread = threading.Thread(target=self._run, args=(source.name,), name="tcp-source", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
@@ -153,9 +151,7 @@ class ServedLink:
         batches = self._memory.to_host(pull.slots)
         if pull.fill:
             ranges = self._layout.tail_ranges(pull.fill)
-            batches = (
-                [slab[at : at + n] for slab in batch for at, n in ranges] for batch in batches
-            )
+            batches = ([slab[at : at + n] for slab in batch for at, n in ranges] for batch in batches)
         self._wire.send_slabs(peer, encode(Slabs(self._link, pull.number, "")), batches)
 
     def _on_ended(self) -> None:
@@ -168,10 +164,11 @@ class ServedLink:
             return False
         generations = self._memory.generations
         return all(
-            0 <= slot < self._memory.num_blocks and generation % 2 == 0
+            0 <= slot < self._memory.num_blocks
+            and generation % 2 == 0
             and int(generations[slot]) == generation
             for slot, generation in zip(pull.slots, pull.generations, strict=True)
-        )  # fmt: skip
+        )
 
     def _send(self, peer: bytes, message: Message) -> None:
         self._wire.send(peer, encode(message))
@@ -191,9 +188,8 @@ class TcpReader:
 
     @classmethod
     def open(
-        cls, link: str, proof: bytes, target: Target, secret_key: str = "",
-        encrypts: bool | None = True,
-    ) -> TcpReader:  # fmt: skip
+        cls, link: str, proof: bytes, target: Target, secret_key: str = "", encrypts: bool | None = True
+    ) -> TcpReader:
         """Connect, and prove by an empty pull that the source answers and knows the token. A reader that
         `encrypts` (None means everywhere but on loopback) refuses plain text."""
         token, scheme, host, port = split_proof(proof)

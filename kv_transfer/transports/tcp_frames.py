@@ -68,9 +68,7 @@ class SendingFrames:
     def send(self, peer: bytes, message: bytes) -> None:
         self.send_slabs(peer, message, ())
 
-    def send_slabs(
-        self, peer: bytes, header: bytes, batches: Iterable[Sequence[memoryview]]
-    ) -> None:
+    def send_slabs(self, peer: bytes, header: bytes, batches: Iterable[Sequence[memoryview]]) -> None:
         """Wait while the queue to the reader is full. A reader that is gone is sent nothing."""
         try:
             self._send(peer, zmq.SNDMORE)
@@ -142,9 +140,12 @@ class ReceivingFrames:
             self._socket.curve_secretkey = secret_key.encode()
             self._socket.curve_publickey = self._socket.curve_serverkey = public
         return self._socket.get_monitor_socket(
-            zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED | zmq.EVENT_CONNECT_RETRIED
-            | zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
-        )  # fmt: skip
+            zmq.EVENT_DISCONNECTED
+            | zmq.EVENT_CLOSED
+            | zmq.EVENT_CONNECT_RETRIED
+            | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+            | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+        )
 
     def send(self, message: bytes) -> None:
         if self._stop.is_set:

@@ -139,9 +139,7 @@ class SendingStream:
     def send(self, peer: bytes, message: bytes) -> None:
         self.send_slabs(peer, message, ())
 
-    def send_slabs(
-        self, peer: bytes, header: bytes, batches: Iterable[Sequence[memoryview]]
-    ) -> None:
+    def send_slabs(self, peer: bytes, header: bytes, batches: Iterable[Sequence[memoryview]]) -> None:
         del peer  # there is one
         before = [record(header)]
         for batch in batches:

@@ -29,9 +29,7 @@ class SendingWire(Protocol):
     def send(self, peer: bytes, message: bytes) -> None:
         """Queue or send a message; `LinkLost`."""
 
-    def send_slabs(
-        self, peer: bytes, header: bytes, batches: Iterable[Sequence[memoryview]]
-    ) -> None:
+    def send_slabs(self, peer: bytes, header: bytes, batches: Iterable[Sequence[memoryview]]) -> None:
         """Send a message and slabs behind it. Each batch has left its memory when the next is taken,
         the last when this returns, and all of them when it raises. `LinkLost`."""
 

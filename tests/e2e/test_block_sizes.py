@@ -45,9 +45,13 @@ def fleet(request: pytest.FixtureRequest) -> Iterator[tuple[Deployment, int, int
         system.start_gateway("gateway")
         for role, size in (("prefill", theirs), ("decode", ours)):
             system.flags = (
-                "--transports", transport, "--block-size", str(size),
-                "--num-kv-blocks", str(POSITIONS // size),
-            )  # fmt: skip
+                "--transports",
+                transport,
+                "--block-size",
+                str(size),
+                "--num-kv-blocks",
+                str(POSITIONS // size),
+            )
             system.start_node(role, role)
         asyncio.run(system.wait_ready())
         yield system, theirs, ours
@@ -97,9 +101,15 @@ async def test_every_block_is_sent_each_time_and_is_prefix_cache_there(
     async with httpx.AsyncClient() as client:
         for _ in range(2):
             result = await complete(
-                client, system.url, model=STORIES.name, prompt=prompt, max_tokens=5,
-                temperature=0.0, ignore_eos=True, return_token_ids=True,
-            )  # fmt: skip
+                client,
+                system.url,
+                model=STORIES.name,
+                prompt=prompt,
+                max_tokens=5,
+                temperature=0.0,
+                ignore_eos=True,
+                return_token_ids=True,
+            )
             assert tuple(result["choices"][0]["token_ids"]) == completion.token_ids
     assert await received_blocks(system) - before == 2 * -(-len(prompt) // theirs)
     decode = (await system.records())["decode"]

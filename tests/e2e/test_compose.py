@@ -65,9 +65,7 @@ def test_nobody_in_a_container_is_root_or_could_compile(system: Compose) -> None
         assert system.inside(service, "id", "-u").strip() == "10001"
         found = system.inside(service, "sh", "-c", "command -v cc gcc g++ make clang || true")
         assert not found.strip()
-    assert system.inside("decode", "stat", "-c", "%a %u", "/run/pdq/bus.key").split() == [
-        "600", "10001",
-    ]  # fmt: skip
+    assert system.inside("decode", "stat", "-c", "%a %u", "/run/pdq/bus.key").split() == ["600", "10001"]
 
 
 async def test_the_tokens_are_the_engines_and_blocks_go_by_shared_memory(
@@ -83,9 +81,7 @@ async def test_the_tokens_are_the_engines_and_blocks_go_by_shared_memory(
     print(system.inside("gateway", "pdq", "nodes"))
 
 
-async def test_it_is_scaled_while_it_runs(
-    system: Compose, expected: list[list[Completion]]
-) -> None:
+async def test_it_is_scaled_while_it_runs(system: Compose, expected: list[list[Completion]]) -> None:
     script = ROOT / "deploy" / "examples" / "scale_and_watch.sh"
     async with Load(system.url, sent()) as load:
         said = await asyncio.to_thread(system.script, str(script), "2", "2")
@@ -94,8 +90,11 @@ async def test_it_is_scaled_while_it_runs(
     nodes = system.wait_ready(gateway=1, prefill=2, decode=2)
     pairs = {
         (p["incarnation"], d["incarnation"])
-        for p in nodes if p["role"] == "prefill" for d in nodes if d["role"] == "decode"
-    }  # fmt: skip
+        for p in nodes
+        if p["role"] == "prefill"
+        for d in nodes
+        if d["role"] == "decode"
+    }
     deadline = time.monotonic() + 120
     found: dict[tuple[str, str], str] = {}
     while found.keys() != pairs:  # until every prefill node has sent to every decode node
@@ -119,13 +118,9 @@ async def test_a_container_that_is_killed_under_load_costs_no_request(
         await load.finish(expected)
 
 
-async def test_the_queue_is_read_with_redis_cli(
-    system: Compose, expected: list[list[Completion]]
-) -> None:
+async def test_the_queue_is_read_with_redis_cli(system: Compose, expected: list[list[Completion]]) -> None:
     system.up("--no-recreate", "--scale", "prefill=1", "--scale", "decode=1")
-    (node,) = [
-        n for n in system.wait_ready(prefill=1, decode=1) if n["role"] == "prefill"
-    ]  # fmt: skip
+    (node,) = [n for n in system.wait_ready(prefill=1, decode=1) if n["role"] == "prefill"]
     stream = f"pdq:stream:{node['incarnation']}"
 
     def cli(*command: str) -> str:
@@ -135,8 +130,7 @@ async def test_the_queue_is_read_with_redis_cli(
     assert stream in cli("--scan", "--pattern", "pdq:*").split()
     # Entries stay until their prompts are computed: a moment, so it is looked for in a loop.
     look = (
-        f'until [ "$(redis-cli xlen {stream})" -gt 0 ]; do :; done; '
-        f"redis-cli --no-raw xinfo stream {stream}"
+        f'until [ "$(redis-cli xlen {stream})" -gt 0 ]; do :; done; redis-cli --no-raw xinfo stream {stream}'
     )
     looking = asyncio.create_task(
         asyncio.to_thread(system.inside, "redis", "timeout", "120", "sh", "-c", look)

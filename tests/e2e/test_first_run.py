@@ -58,13 +58,22 @@ def test_no_compiler_no_root_no_network_no_cache(tmp_path: Path) -> None:
         pytest.skip("this user may not make user and network namespaces (unshare)")
     program = PROGRAM.format(unshare=unshare, user=NOBODY)
     environment = {
-        "PATH": str(tmp_path / "empty"), "HOME": str(tmp_path), "TMPDIR": str(tmp_path),
-        "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1",
-    }  # fmt: skip
+        "PATH": str(tmp_path / "empty"),
+        "HOME": str(tmp_path),
+        "TMPDIR": str(tmp_path),
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(ROOT),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
     done = subprocess.run(
-        [*lonely, sys.executable, "-c", program], cwd=ROOT, env=environment,
-        capture_output=True, text=True, timeout=380, check=False,
-    )  # fmt: skip
+        [*lonely, sys.executable, "-c", program],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=380,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["code"] == 0
@@ -77,8 +86,11 @@ def test_it_installs_into_an_environment_that_is_there(tmp_path: Path) -> None:
     source = tmp_path / "source"
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if listed.returncode:
         pytest.skip("this is no git checkout")
     for name in filter(None, listed.stdout.split("\0")):
@@ -92,26 +104,47 @@ def test_it_installs_into_an_environment_that_is_there(tmp_path: Path) -> None:
     # What is there already: everything that this Python has, but not pdq itself.
     site = subprocess.run(
         [str(python), "-c", "import site; print(site.getsitepackages()[0])"],
-        capture_output=True, text=True, check=True,
-    ).stdout.strip()  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
     ours = next(path for path in sys.path if path.endswith("site-packages"))
     Path(site, "there_already.pth").write_text(f"{ours}\n")
     done = subprocess.run(
-        [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet",
-         "--editable", str(source)],
-        capture_output=True, text=True, timeout=280, check=False,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "--python",
+            str(python),
+            "install",
+            "--quiet",
+            "--editable",
+            str(source),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
     if "No matching distribution found for setuptools" in done.stderr:
         pytest.skip("pip reaches no index here, and the build needs setuptools")
     assert done.returncode == 0, done.stderr
     for command in (["pdq", "--version"], ["pdq", "serve", "--help"]):
         said = subprocess.run(
-            [str(environment / "bin" / command[0]), *command[1:]], cwd=tmp_path,
-            capture_output=True, text=True, timeout=60, check=False,
-        )  # fmt: skip
+            [str(environment / "bin" / command[0]), *command[1:]],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
         assert said.returncode == 0, said.stderr
     where = subprocess.run(
-        [str(python), "-c", "import common; print(common.__file__)"], cwd=tmp_path,
-        capture_output=True, text=True, check=True,
-    ).stdout  # fmt: skip
+        [str(python), "-c", "import common; print(common.__file__)"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     assert where.startswith(str(source))

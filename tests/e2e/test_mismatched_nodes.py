@@ -74,9 +74,7 @@ async def test_the_gateway_names_the_field_both_values_and_the_nodes(system: Dep
     assert reply.json()["error"]["message"].endswith(reason)
 
 
-async def test_a_prompt_for_a_node_that_refuses_the_link_goes_to_one_that_matches(
-    system: Deployment,
-) -> None:
+async def test_a_prompt_for_a_node_that_refuses_the_link_goes_to_one_that_matches(system: Deployment) -> None:
     """Somebody chose the wrong decode node, as a gateway with an old picture could: the node refuses
     the link, naming the field, and the prefill node goes to the other one."""
     system.start_node("matching", "decode")
@@ -85,9 +83,7 @@ async def test_a_prompt_for_a_node_that_refuses_the_link_goes_to_one_that_matche
     params = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)
     (truth,) = poisoned_engine().generate([prompt], params)
     async with system.redis_client() as redis:
-        answer = await dispatch(
-            redis, "stale", prompt, params, records["prefill"], records["other"]
-        )
+        answer = await dispatch(redis, "stale", prompt, params, records["prefill"], records["other"])
     assert answer.failed is None, (answer.failed, system.logs())
     assert answer.token_ids == truth.token_ids
     assert answer.took_over == {records["matching"].incarnation}
@@ -96,9 +92,7 @@ async def test_a_prompt_for_a_node_that_refuses_the_link_goes_to_one_that_matche
     assert all("dtype is 'bfloat16' there and 'float32' here" in line for line in refused)
 
 
-async def test_a_request_for_another_model_is_given_back_and_not_computed(
-    system: Deployment,
-) -> None:
+async def test_a_request_for_another_model_is_given_back_and_not_computed(system: Deployment) -> None:
     """Somebody put it into the wrong queue: the node says so at once, and whoever asked can go on."""
     system.model = BABYLLAMA
     system.start_node("stranger", "unified")

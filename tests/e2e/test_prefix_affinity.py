@@ -25,9 +25,7 @@ async def test_repeated_prompts_are_routed_to_their_blocks(system: Deployment) -
     async with httpx.AsyncClient() as client:
 
         async def cached(prompt: list[int]) -> int:
-            result = await complete(
-                client, system.url, model=STORIES.name, prompt=prompt, max_tokens=2
-            )
+            result = await complete(client, system.url, model=STORIES.name, prompt=prompt, max_tokens=2)
             count: int = result["usage"]["prompt_tokens_details"]["cached_tokens"]
             return count
 
@@ -43,8 +41,6 @@ async def test_repeated_prompts_are_routed_to_their_blocks(system: Deployment) -
         hits = [await cached(prompt) for prompt in prompts * 3]
     # A load that was read just before it fell may send a prompt astray: at random, 5 of 18 would.
     assert hits.count(240) >= 15, hits
-    used = [
-        record for record in (await system.records()).values() if record.role.value == "prefill"
-    ]
+    used = [record for record in (await system.records()).values() if record.role.value == "prefill"]
     assert all(record.steps > 1 for record in used), "one node got everything"
     await system.assert_idle()

@@ -64,8 +64,11 @@ def test_what_starts_a_server_serves(block: Block, tmp_path: Path) -> None:
             line = serve.line("^curl .*").group()
             done = subprocess.run(
                 ["sh", "-c", line.replace("curl ", "curl --fail --silent --show-error ", 1)],
-                capture_output=True, text=True, timeout=120, check=False,
-            )  # fmt: skip
+                capture_output=True,
+                text=True,
+                timeout=120,
+                check=False,
+            )
             assert done.returncode == 0, done.stderr
             for child in serve.children.values():
                 if child.is_running() and "serve" in child.cmdline():
@@ -82,9 +85,14 @@ def test_what_looks_at_a_server_works(block: Block, served: ServeProcess) -> Non
         if shutil.which(program) is None:
             pytest.skip(f"there is no {program} here")
         done = subprocess.run(
-            ["sh", "-c", beside(served, command)], cwd=ROOT, env=served.environment(),
-            capture_output=True, text=True, timeout=120, check=False,
-        )  # fmt: skip
+            ["sh", "-c", beside(served, command)],
+            cwd=ROOT,
+            env=served.environment(),
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         assert done.stdout.strip()
 
@@ -92,9 +100,14 @@ def test_what_looks_at_a_server_works(block: Block, served: ServeProcess) -> Non
 @each("python")
 def test_what_is_python_runs(block: Block, served: ServeProcess) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", beside(served, block.text)], cwd=ROOT, capture_output=True,
-        text=True, timeout=120, env=served.environment(), check=False,
-    )  # fmt: skip
+        [sys.executable, "-c", beside(served, block.text)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=served.environment(),
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
 
@@ -107,9 +120,14 @@ def test_what_takes_long_is_known(block: Block) -> None:
         else:
             shown = installed(command.partition("#")[0]) + " --help"
         done = subprocess.run(
-            ["sh", "-c", shown], cwd=ROOT, capture_output=True, text=True, timeout=120,
-            env=dict(os.environ), check=False,
-        )  # fmt: skip
+            ["sh", "-c", shown],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            env=dict(os.environ),
+            check=False,
+        )
         assert done.returncode == 0, done.stderr
 
 

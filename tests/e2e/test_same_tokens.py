@@ -19,11 +19,7 @@ from tests.support.checkpoints import STORIES
 from tests.support.deployment import Deployment, complete
 from tests.support.engines import poisoned_engine
 
-SHAPES = {
-    "1P1D": {"prefill": 1, "decode": 1},
-    "2P3D": {"prefill": 2, "decode": 3},
-    "unified": {"unified": 1},
-}
+SHAPES = {"1P1D": {"prefill": 1, "decode": 1}, "2P3D": {"prefill": 2, "decode": 3}, "unified": {"unified": 1}}
 
 
 def requests() -> list[dict[str, Any]]:
@@ -36,9 +32,11 @@ def requests() -> list[dict[str, Any]]:
         prompt = stem[: int(random.integers(0, 180))] if index % 3 else []
         prompt = [1, *prompt, *random.integers(3, 512, length).tolist()]
         body: dict[str, Any] = {
-            "prompt": prompt, "max_tokens": int(random.choice([1, 2, 20, 60])),
-            "temperature": 0.0 if index % 4 == 0 else 0.9, "seed": index * 7919,
-        }  # fmt: skip
+            "prompt": prompt,
+            "max_tokens": int(random.choice([1, 2, 20, 60])),
+            "temperature": 0.0 if index % 4 == 0 else 0.9,
+            "seed": index * 7919,
+        }
         if index % 4 == 2:
             body |= {"top_p": 0.9, "presence_penalty": 0.7, "frequency_penalty": 0.2}
         if index % 4 == 3:
@@ -63,10 +61,7 @@ def truth() -> list[list[Completion]]:
 
 
 # 2P3D has all that 1P1D has.
-@pytest.fixture(
-    scope="module",
-    params=[pytest.param("1P1D", marks=pytest.mark.slow), "2P3D", "unified"],
-)
+@pytest.fixture(scope="module", params=[pytest.param("1P1D", marks=pytest.mark.slow), "2P3D", "unified"])
 def system(request: pytest.FixtureRequest) -> Iterator[Deployment]:
     with Deployment(STORIES, **SHAPES[request.param]) as deployment:
         yield deployment
@@ -79,15 +74,11 @@ def check(result: dict[str, Any], completions: list[Completion]) -> None:
     assert result["usage"]["completion_tokens"] == sum(len(c.token_ids) for c in completions)
 
 
-async def test_alone_and_again_from_the_cache(
-    system: Deployment, truth: list[list[Completion]]
-) -> None:
+async def test_alone_and_again_from_the_cache(system: Deployment, truth: list[list[Completion]]) -> None:
     async with httpx.AsyncClient() as client:
         for _ in range(2):
             for body, completions in zip(requests()[:8], truth[:8], strict=True):
-                result = await complete(
-                    client, system.url, model=STORIES.name, return_token_ids=True, **body,
-                )  # fmt: skip
+                result = await complete(client, system.url, model=STORIES.name, return_token_ids=True, **body)
                 check(result, completions)
     await system.assert_idle()
 
@@ -97,12 +88,10 @@ async def test_all_at_once(system: Deployment, truth: list[list[Completion]]) ->
         for _ in range(2):
             results = await asyncio.gather(
                 *(
-                    complete(
-                        client, system.url, model=STORIES.name, return_token_ids=True, **body,
-                    )
+                    complete(client, system.url, model=STORIES.name, return_token_ids=True, **body)
                     for body in requests()
                 )
-            )  # fmt: skip
+            )
             for result, completions in zip(results, truth, strict=True):
                 check(result, completions)
     await system.assert_idle()

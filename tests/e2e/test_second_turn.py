@@ -22,8 +22,7 @@ TCP = pytest.param("tcp", marks=pytest.mark.slow)  # test_block_sizes.py counts 
 NIXL = pytest.param(
     "nixl",
     marks=pytest.mark.skipif(
-        importlib.util.find_spec("nixl") is None,
-        reason="nixl is not installed (pip install pdq[nixl])",
+        importlib.util.find_spec("nixl") is None, reason="nixl is not installed (pip install pdq[nixl])"
     ),
 )
 
@@ -55,9 +54,15 @@ async def test_a_second_turn_sends_only_the_blocks_that_are_new(system: Deployme
         async def ask(prompt: list[int]) -> list[int]:
             (truth,) = engine.generate([prompt], params)
             result = await complete(
-                client, system.url, model=STORIES.name, prompt=prompt, max_tokens=20,
-                temperature=0.0, ignore_eos=True, return_token_ids=True,
-            )  # fmt: skip
+                client,
+                system.url,
+                model=STORIES.name,
+                prompt=prompt,
+                max_tokens=20,
+                temperature=0.0,
+                ignore_eos=True,
+                return_token_ids=True,
+            )
             reply = result["choices"][0]["token_ids"]
             assert tuple(reply) == truth.token_ids
             counts.append(await copied(system))

@@ -45,9 +45,7 @@ def test_every_part_is_announced_with_its_state(served: ServeProcess) -> None:
 def test_the_curl_line_works_as_it_is(served: ServeProcess) -> None:
     line = served.line("^curl .*").group()
     if shutil.which("curl"):
-        done = subprocess.run(
-            ["sh", "-c", line], capture_output=True, text=True, timeout=30, check=True
-        )
+        done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, timeout=30, check=True)
         answer = json.loads(done.stdout)
     else:
         url, _, header, _, body = shlex.split(line)[1:]
@@ -59,9 +57,7 @@ def test_the_curl_line_works_as_it_is(served: ServeProcess) -> None:
 
 
 def test_each_node_keeps_to_its_share_of_the_cores(served: ServeProcess) -> None:
-    shares = [
-        psutil.Process(served.pid_of(part)).cpu_affinity() for part in ("prefill-1", "decode-1")
-    ]
+    shares = [psutil.Process(served.pid_of(part)).cpu_affinity() for part in ("prefill-1", "decode-1")]
     mine = os.sched_getaffinity(0)
     if len(mine) >= 2:
         assert not set(shares[0]) & set(shares[1])
@@ -74,11 +70,12 @@ def test_its_processes_share_a_session_in_which_the_gateway_goes_before_the_node
 ) -> None:
     """Where each has a session of its own, Linux lets a gateway wait 140 ms at a time for a node that
     computes all the time, whatever their niceness."""
-    gateway, *nodes = (
-        psutil.Process(served.pid_of(part)) for part in ("gateway-1", "prefill-1", "decode-1")
-    )
-    redis = [c for c in psutil.Process(served.process.pid).children() if c.pid not in
-             (gateway.pid, *(node.pid for node in nodes))]  # fmt: skip
+    gateway, *nodes = (psutil.Process(served.pid_of(part)) for part in ("gateway-1", "prefill-1", "decode-1"))
+    redis = [
+        c
+        for c in psutil.Process(served.process.pid).children()
+        if c.pid not in (gateway.pid, *(node.pid for node in nodes))
+    ]
     parts = [gateway, *nodes, *redis]
     assert {os.getsid(part.pid) for part in parts} == {os.getsid(served.process.pid)}
     assert all(node.nice() == min(gateway.nice() + BESIDE_GATEWAY, 19) for node in nodes)
@@ -92,8 +89,10 @@ def test_the_tables_find_the_running_deployment(served: ServeProcess) -> None:
 
     nodes = {node["name"]: node for node in served.pdq_json("nodes")}
     assert {name: node["role"] for name, node in nodes.items()} == {
-        "prefill-1": "prefill", "decode-1": "decode", "gateway-1": "gateway",
-    }  # fmt: skip
+        "prefill-1": "prefill",
+        "decode-1": "decode",
+        "gateway-1": "gateway",
+    }
     assert all(node["state"] == "ready" for node in nodes.values())
     assert all(node["pid"] == served.pid_of(name) for name, node in nodes.items())
     assert nodes["decode-1"]["num_blocks"] == 256
@@ -121,10 +120,25 @@ def test_the_tables_find_the_running_deployment(served: ServeProcess) -> None:
 def test_the_load_client_measures_it(served: ServeProcess, tmp_path: Path) -> None:
     report, picture = tmp_path / "bench.json", tmp_path / "bench.png"
     said = served.pdq(
-        "bench", "--requests", "12", "--rate", "20", "--prompt-len", "40", "--output-len", "12",
-        "--ignore-eos", "--ttft-slo", "60", "--tpot-slo", "60",
-        "--json", str(report), "--plot", str(picture),
-    )  # fmt: skip
+        "bench",
+        "--requests",
+        "12",
+        "--rate",
+        "20",
+        "--prompt-len",
+        "40",
+        "--output-len",
+        "12",
+        "--ignore-eos",
+        "--ttft-slo",
+        "60",
+        "--tpot-slo",
+        "60",
+        "--json",
+        str(report),
+        "--plot",
+        str(picture),
+    )
     assert "goodput" in said
     assert "TTFT" in said
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -200,10 +214,14 @@ def test_kill_9_of_the_command_leaves_no_process(tmp_path: Path) -> None:
         assert not alive
     # Its note stays behind, and counts for nothing.
     found = subprocess.run(
-        [*serve.process.args[:5], "nodes"], cwd=serve.folder,  # type: ignore[index]
+        [*serve.process.args[:5], "nodes"],
+        cwd=serve.folder,  # type: ignore[index]
         env={**serve.environment(), "PYTHONPATH": str(Path(__file__).parents[2])},
-        capture_output=True, text=True, timeout=30, check=False,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
     assert found.returncode == 1
     assert "no `pdq serve` of this user is running" in found.stderr
     assert not list(serve.notes.rglob("*.json"))
@@ -257,9 +275,7 @@ def test_an_unreachable_redis_is_one_line_without_its_password(tmp_path: Path) -
 @pytest.mark.parametrize("host", ["0.0.0.0", "::"])
 def test_a_public_address_without_keys_is_one_line(tmp_path: Path, host: str) -> None:
     line = _refusal(tmp_path, "--port", "0", "--host", host)
-    assert line.startswith(
-        f"pdq serve: without API keys only loopback can be listened on, not {host!r}"
-    )
+    assert line.startswith(f"pdq serve: without API keys only loopback can be listened on, not {host!r}")
     assert "--api-key-file" in line
 
 
@@ -301,18 +317,14 @@ def test_a_node_that_keeps_dying_ends_it(tmp_path: Path) -> None:
                 serve.line(r"^unified-1 +died +killed by SIGKILL; starts again", count=life)
         assert serve.end() == 1
     (line,) = [line for line in serve.errors if line.startswith("pdq serve:")]
-    assert line.startswith(
-        "pdq serve: unified-1 died at start 3 times in a row (killed by SIGKILL)"
-    )
+    assert line.startswith("pdq serve: unified-1 died at start 3 times in a row (killed by SIGKILL)")
     serve.assert_nothing_left()
 
 
 # ── Secrets ──────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_redis_of_its_own_has_a_password_that_only_its_user_can_find(
-    served: ServeProcess,
-) -> None:
+def test_a_redis_of_its_own_has_a_password_that_only_its_user_can_find(served: ServeProcess) -> None:
     (note,) = served.notes.rglob("*.json")
     assert note.stat().st_mode & 0o077 == 0
     url = json.loads(note.read_text())["redis_url"]
@@ -372,9 +384,7 @@ async def _refused(url: str) -> None:
 
 @contextlib.contextmanager
 def _open_stream(url: str, max_tokens: int) -> Iterator[Iterator[str]]:
-    body = {
-        "prompt": "Once upon a time", "max_tokens": max_tokens, "stream": True, "ignore_eos": True,
-    }  # fmt: skip
+    body = {"prompt": "Once upon a time", "max_tokens": max_tokens, "stream": True, "ignore_eos": True}
     with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as response:
         assert response.status_code == 200
         yield (line for line in response.iter_lines() if line)

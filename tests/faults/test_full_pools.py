@@ -42,9 +42,7 @@ async def test_clients_that_leave_free_their_room(tiny: Deployment, engine: Engi
 
 
 @pytest.mark.parametrize(("prompt", "max_tokens"), [(POOL + 20, 1), (200, POOL)])
-async def test_what_never_fits_is_refused_at_once(
-    tiny: Deployment, prompt: int, max_tokens: int
-) -> None:
+async def test_what_never_fits_is_refused_at_once(tiny: Deployment, prompt: int, max_tokens: int) -> None:
     body = {"model": STORIES.name, "prompt": [5] * prompt, "max_tokens": max_tokens}
     async with httpx.AsyncClient() as http:
         answer = await http.post(f"{tiny.url}/v1/completions", json=body, timeout=30.0)

@@ -49,12 +49,17 @@ MATRIX = (
     + [(point, fault) for point in POINTS if point in SENDING for fault in FRAMES]
     + [("mid-blocks, sender", "slab")]
     + [(point, "abort") for point in POINTS]
-)  # fmt: skip
+)
 SAMPLE = [
-    ("before OFFER", "kill"), ("OFFER is here", "stop"), ("GRANT leaves", "truncate"),
-    ("mid-blocks, sender", "slab"), ("mid-blocks, receiver", "kill"), ("ACK leaves", "lose"),
-    ("COMMIT is here", "cut 1"), ("ACK is here", "abort"),
-]  # fmt: skip
+    ("before OFFER", "kill"),
+    ("OFFER is here", "stop"),
+    ("GRANT leaves", "truncate"),
+    ("mid-blocks, sender", "slab"),
+    ("mid-blocks, receiver", "kill"),
+    ("ACK leaves", "lose"),
+    ("COMMIT is here", "cut 1"),
+    ("ACK is here", "abort"),
+]
 ALL = os.environ.get("CHAOS") == "all"
 TABLE = os.environ.get("CHAOS_TABLE")  # a file, to which each case adds its row
 

@@ -39,9 +39,7 @@ class Moving(Deployment):
     """`prefill-0`, `decode-1` and so on; orders for the nodes are files in `folder`."""
 
     def __init__(self, folder: Path, *flags: str, decode: int = 3) -> None:
-        super().__init__(
-            STORIES, prefill=1, decode=decode, flags=(*BEATS, *flags), gateway_flags=BEATS
-        )
+        super().__init__(STORIES, prefill=1, decode=decode, flags=(*BEATS, *flags), gateway_flags=BEATS)
         self.folder = folder
         self.since_ms = 0.0  # requests before are another test's
 
@@ -105,9 +103,7 @@ class Moving(Deployment):
         async def handed_over() -> bool:
             names, choices = await self.names(), await self.choices()
             at_work.clear()
-            at_work.update(
-                names.get(c.decode_node, "") for c in choices if c.state is State.DECODING
-            )
+            at_work.update(names.get(c.decode_node, "") for c in choices if c.state is State.DECODING)
             wanted = sum(body.get("n", 1) for body in asked)
             return sum(c.state.rank >= State.DECODING.rank for c in choices) == wanted
 
@@ -142,9 +138,7 @@ def long_ones(count: int, seed: int) -> list[Body]:
     return asked
 
 
-async def test_what_runs_moves_and_nothing_is_computed_twice(
-    system: Moving, engine: Engine
-) -> None:
+async def test_what_runs_moves_and_nothing_is_computed_twice(system: Moving, engine: Engine) -> None:
     asked = long_ones(8, seed=21)
     expected = truth(engine, asked)
     before = await system.counts()
@@ -164,29 +158,38 @@ async def test_what_runs_moves_and_nothing_is_computed_twice(
     gained = {name: after[name] - before[name] for name in after}
     assert 1 <= gained.pop("moves") <= most
     assert gained == {
-        "retries": 0, "mismatched_tokens": 0,
+        "retries": 0,
+        "mismatched_tokens": 0,
         "prompt_tokens": sum(len(body["prompt"]) for body in asked),
-    }  # fmt: skip
+    }
     assert {choice.attempt for choice in await system.choices()} == {1}
 
 
 # Where the next decode node that gets there fails, and how. The first four are the receiver's.
 POINTS = [
-    ("take Offer", "kill"), ("take Blocks", "kill"), ("take Commit", "kill"), ("send Ack", "kill"),
-    ("send Offer", "kill"), ("send Blocks", "kill"), ("send Commit", "kill"), ("take Ack", "kill"),
-    ("take Offer", "stop"), ("take Blocks", "stop"),
-    ("send Grant", "lose"), ("send Blocks", "lose"), ("send Commit", "lose"), ("send Ack", "lose"),
-    ("send Blocks", "truncate"), ("send Ack", "truncate"), ("send Commit", "duplicate"),
-]  # fmt: skip
-SAMPLE = [
-    ("send Ack", "kill"), ("send Blocks", "kill"), ("take Offer", "stop"), ("send Ack", "lose"),
-]  # fmt: skip
+    ("take Offer", "kill"),
+    ("take Blocks", "kill"),
+    ("take Commit", "kill"),
+    ("send Ack", "kill"),
+    ("send Offer", "kill"),
+    ("send Blocks", "kill"),
+    ("send Commit", "kill"),
+    ("take Ack", "kill"),
+    ("take Offer", "stop"),
+    ("take Blocks", "stop"),
+    ("send Grant", "lose"),
+    ("send Blocks", "lose"),
+    ("send Commit", "lose"),
+    ("send Ack", "lose"),
+    ("send Blocks", "truncate"),
+    ("send Ack", "truncate"),
+    ("send Commit", "duplicate"),
+]
+SAMPLE = [("send Ack", "kill"), ("send Blocks", "kill"), ("take Offer", "stop"), ("send Ack", "lose")]
 
 
 @pytest.mark.timeout(200)
-@pytest.mark.parametrize(
-    ("at", "fault"), POINTS if ALL else SAMPLE, ids=lambda text: text.replace(" ", "_")
-)
+@pytest.mark.parametrize(("at", "fault"), POINTS if ALL else SAMPLE, ids=lambda text: text.replace(" ", "_"))
 async def test_a_fault_in_the_middle_of_a_move_changes_no_token(
     system: Moving, engine: Engine, at: str, fault: str
 ) -> None:

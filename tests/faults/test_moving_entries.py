@@ -21,15 +21,11 @@ PATIENT = ("--bus-missed-beats", "1000")  # a stopped node is not dead here, it 
 
 @pytest.fixture(scope="module")
 def patient() -> Iterator[Deployment]:
-    with Deployment(
-        STORIES, prefill=2, decode=1, flags=PATIENT, gateway_flags=PATIENT
-    ) as deployment:
+    with Deployment(STORIES, prefill=2, decode=1, flags=PATIENT, gateway_flags=PATIENT) as deployment:
         yield deployment
 
 
-async def stop_reading(
-    system: Deployment, client: RedisClient, name: str, incarnation: str
-) -> None:
+async def stop_reading(system: Deployment, client: RedisClient, name: str, incarnation: str) -> None:
     """SIGSTOP, once no read of its queue waits in Redis."""
     system.signal(name, signal.SIGSTOP)
 
@@ -41,9 +37,7 @@ async def stop_reading(
     await wait_until(reads_nothing, "its last read has timed out")
 
 
-async def test_an_idle_node_takes_what_waits_unread_at_another(
-    patient: Deployment, engine: Engine
-) -> None:
+async def test_an_idle_node_takes_what_waits_unread_at_another(patient: Deployment, engine: Engine) -> None:
     asked = bodies(12, seed=3)
     expected = truth(engine, asked)
     records = await patient.records()

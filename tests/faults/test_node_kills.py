@@ -24,9 +24,7 @@ async def open_records(system: Deployment) -> list[RequestRecord]:
 
 
 @pytest.mark.parametrize("name", ["prefill-0", "decode-2"])
-async def test_under_load_the_others_take_over(
-    system: Deployment, engine: Engine, name: str
-) -> None:
+async def test_under_load_the_others_take_over(system: Deployment, engine: Engine, name: str) -> None:
     expected = truth(engine, LOAD)
     async with Load(system.url, LOAD) as load:
         await wait_until(lambda: load.num_begun >= 4, "some streams run")
@@ -52,9 +50,7 @@ async def test_prefill_dies_while_it_computes_prompts(system: Deployment, engine
     await system.assert_idle()
 
 
-async def test_prefill_dies_between_first_token_and_handover(
-    system: Deployment, engine: Engine
-) -> None:
+async def test_prefill_dies_between_first_token_and_handover(system: Deployment, engine: Engine) -> None:
     asked = bodies(8, max_tokens=(20, 40))
     expected = truth(engine, asked)
     for decode in ("decode-2", "decode-3"):
@@ -89,9 +85,7 @@ async def test_decode_dies_right_after_it_took_over(system: Deployment, engine: 
     await system.assert_idle()
 
 
-async def test_a_stopped_decode_node_is_superseded_and_comes_back(
-    system: Deployment, engine: Engine
-) -> None:
+async def test_a_stopped_decode_node_is_superseded_and_comes_back(system: Deployment, engine: Engine) -> None:
     asked = bodies(20, max_tokens=(150, 300))
     expected = truth(engine, asked)
     async with Load(system.url, asked) as load:

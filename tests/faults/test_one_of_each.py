@@ -24,9 +24,7 @@ def pair() -> Iterator[Deployment]:
 @pytest.mark.parametrize(
     ("name", "restarted"), [("prefill-0", True), ("decode-1", True), ("decode-1", False)]
 )
-async def test_every_request_ends(
-    pair: Deployment, engine: Engine, name: str, restarted: bool
-) -> None:
+async def test_every_request_ends(pair: Deployment, engine: Engine, name: str, restarted: bool) -> None:
     expected = truth(engine, LOAD)
     async with Load(pair.url, LOAD) as load:
         await wait_until(lambda: load.num_begun >= 3, "some streams run")

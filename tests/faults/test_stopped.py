@@ -28,8 +28,7 @@ TABLE = os.environ.get("CHAOS_TABLE")  # a file, to which each case adds its row
 
 # Long enough that all but the shortest stop catches them in the middle.
 LOAD = [
-    body | {"n": 8, "max_tokens": 200, "ignore_eos": True}
-    for body in bodies(4, prompt=(20, 60), seed=23)
+    body | {"n": 8, "max_tokens": 200, "ignore_eos": True} for body in bodies(4, prompt=(20, 60), seed=23)
 ]
 WHO = {
     "gateway": ("gateway",),
@@ -89,10 +88,13 @@ async def test_who_is_stopped_and_goes_on_costs_time_and_nothing_else(
     assert await system.terminate("decode-3") == 0, "nothing is left that a drain waits for"
     right = sum(len(client.token_ids) for client in load.clients)
     note(
-        who, f"{seconds} s", f"{right} right", f"{retries:.0f} retries so far",
+        who,
+        f"{seconds} s",
+        f"{right} right",
+        f"{retries:.0f} retries so far",
         f"{max(0.0, ended_at - went_on_at):.1f} s to the last answer",
         f"drained in {time.monotonic() - drained_at:.1f} s",
-    )  # fmt: skip
+    )
 
 
 def note(*parts: str) -> None:

@@ -18,17 +18,25 @@ from tests.fuzz.targets import TARGETS, seeds
 
 def fuzz(name: str, seconds: int, corpus: Path) -> bool:
     command = [
-        sys.executable, "-m", "tests.fuzz.child", name, f"-max_total_time={seconds}",
-        "-rss_limit_mb=2048", "-timeout=10", "-print_final_stats=1", str(corpus),
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "tests.fuzz.child",
+        name,
+        f"-max_total_time={seconds}",
+        "-rss_limit_mb=2048",
+        "-timeout=10",
+        "-print_final_stats=1",
+        str(corpus),
+    ]
     ended = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
     runs = re.findall(r"number_of_executed_units: (\d+)", ended.stderr)
     covered = re.findall(r"cov: (\d+)", ended.stderr)
     well = ended.returncode == 0 and bool(runs)
     print(
         f"{name:18} {(runs or ['0'])[-1]:>9} inputs, {(covered or ['0'])[-1]:>4} branches, "
-        f"{seconds} s: {'ok' if well else 'FAILED'}", flush=True,
-    )  # fmt: skip
+        f"{seconds} s: {'ok' if well else 'FAILED'}",
+        flush=True,
+    )
     if not well:
         print(ended.stderr[-4000:], flush=True)
     return well

@@ -52,9 +52,7 @@ from kv_transfer.transports.shm import ShmReader
 from tests.support.asked import a_request
 
 BLOCK = 4
-LAYOUT = KVLayout.paged_attention(
-    num_layers=2, num_kv_heads=2, head_dim=8, block_size=BLOCK, dtype="float32"
-)
+LAYOUT = KVLayout.paged_attention(num_layers=2, num_kv_heads=2, head_dim=8, block_size=BLOCK, dtype="float32")
 FINGERPRINT = Fingerprint("model", "rev", "layout", "numerics", BLOCK)
 TOKENS = tuple(range(10))
 HASHES = tuple(chain_hashes(root_hash(FINGERPRINT), TOKENS, BLOCK, len(TOKENS)))
@@ -105,9 +103,7 @@ def codec(data: bytes) -> None:
     stands for, and 8 for its entry in another; and 128 KiB for msgpack's own stack, twice what it
     takes, since whatever else this process does meanwhile is counted too."""
     for whole in (data, bytes([VERSION]) + data):
-        message = _decoded(
-            whole
-        )  # what decoding keeps for the next message of this kind is kept now
+        message = _decoded(whole)  # what decoding keeps for the next message of this kind is kept now
         tracemalloc.start()
         try:
             _decoded(whole)
@@ -132,9 +128,7 @@ def hello(data: bytes) -> None:
     source = Source(data)
     text = source.take(source.byte() % 40).decode("latin-1")
     proof = source.take(source.byte())
-    fields = {
-        "link": text, "node": text, "transports": ("shm", text), "proofs": {"shm": proof, text: proof},
-    }  # fmt: skip
+    fields = {"link": text, "node": text, "transports": ("shm", text), "proofs": {"shm": proof, text: proof}}
     own = handshake.hello("link", "peer", FINGERPRINT, LAYOUT.slab_bytes, {})
     parts = dataclasses.fields(Fingerprint)
     part = parts[source.byte() % len(parts)].name
@@ -200,8 +194,9 @@ def _for_intake(source: Source) -> Message:
     if kind == 2:
         fill = source.number()
         tokens = TOKENS[-2:] if source.byte() % 2 else source.numbers()
-        return Tail(KEY, source.number(), source.name(), tokens, fill, source.number(),
-                    source.number(), source.name())  # fmt: skip
+        return Tail(
+            KEY, source.number(), source.name(), tokens, fill, source.number(), source.number(), source.name()
+        )
     if kind == 3:
         position = len(TOKENS) if source.byte() % 2 else source.number()
         return Commit(KEY, position, source.number(), None, source.number())
@@ -321,31 +316,61 @@ def _fields(source: Source, known: Sequence[str]) -> dict[bytes, bytes]:
         name = known[first % len(known)].encode() if first < 230 else source.take(first % 9)
         kind = source.byte()
         fields[name] = (
-            str(source.number()).encode() if kind < 100
-            else KNOWN_VALUES[kind % len(KNOWN_VALUES)] if kind < 200
+            str(source.number()).encode()
+            if kind < 100
+            else KNOWN_VALUES[kind % len(KNOWN_VALUES)]
+            if kind < 200
             else source.take(kind - 200)
-        )  # fmt: skip
+        )
     return fields
 
 
 KNOWN_VALUES = (
-    b"", b"0", b"1", b"0,1", b"queued", b"finished", b"prefill", b"ready", b"1.5", b"nan", b"inf",
-    b"\xff", b"9" * 5000, b"tcp://127.0.0.1:1",
-)  # fmt: skip
+    b"",
+    b"0",
+    b"1",
+    b"0,1",
+    b"queued",
+    b"finished",
+    b"prefill",
+    b"ready",
+    b"1.5",
+    b"nan",
+    b"inf",
+    b"\xff",
+    b"9" * 5000,
+    b"tcp://127.0.0.1:1",
+)
 _NODE_FIELDS = [field.name for field in dataclasses.fields(NodeRecord)]
 _REQUEST_FIELDS = [
     *(field.name for field in dataclasses.fields(RequestRecord)),
-    *(f"c{choice}.{name}" for choice in (0, 1) for name in (
-        "state", "attempt", "prefill_node", "generated", "cached_tokens", "queued_at",
-        "seconds.prefill")),
-    "a1.choices", "a1.node", "a1.claim", "a2.choices", "a.choices", "aX.choices", "c0", "c.",
-]  # fmt: skip
+    *(
+        f"c{choice}.{name}"
+        for choice in (0, 1)
+        for name in (
+            "state",
+            "attempt",
+            "prefill_node",
+            "generated",
+            "cached_tokens",
+            "queued_at",
+            "seconds.prefill",
+        )
+    ),
+    "a1.choices",
+    "a1.node",
+    "a1.claim",
+    "a2.choices",
+    "a.choices",
+    "aX.choices",
+    "c0",
+    "c.",
+]
 
 
 def node_record(data: bytes) -> None:
     """A record of a node is one, or is left out."""
-    stored = {text(name): text(value) for name, value in
-              _fields(Source(data), _NODE_FIELDS).items()}  # fmt: skip
+    stored = {text(name): text(value) for name, value in _fields(Source(data), _NODE_FIELDS).items()}
     record = identity_from(stored)
     assert record is None or isinstance(record.role, Role)
     known = record or NodeRecord("n-1", "n", Role.DECODE)
@@ -389,7 +414,14 @@ def _sample(annotation: Any) -> Any:
 TARGETS: dict[str, Callable[[bytes], None]] = {
     target.__name__: target
     for target in (
-        codec, hello, intake, handoff, pool_file, same_host_proof, node_record, request_record,
+        codec,
+        hello,
+        intake,
+        handoff,
+        pool_file,
+        same_host_proof,
+        node_record,
+        request_record,
         load_record,
     )
-}  # fmt: skip
+}

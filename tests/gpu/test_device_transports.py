@@ -27,15 +27,10 @@ from kv_transfer.ports import Piece, Span
 from kv_transfer.transports.base import Target
 from kv_transfer.transports.cuda_ipc import CudaIpcReader
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 ROOT = Path(__file__).resolve().parents[2]
 BLOCKS = 256
-LAYOUT = KVLayout.paged_attention(
-    num_layers=16, num_kv_heads=8, head_dim=64, block_size=16, dtype="bfloat16"
-)
+LAYOUT = KVLayout.paged_attention(num_layers=16, num_kv_heads=8, head_dim=64, block_size=16, dtype="bfloat16")
 
 OWNER = """
 import sys
@@ -89,10 +84,13 @@ except PdqError as error:
 @contextlib.contextmanager
 def python(script: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
-        [sys.executable, "-c", script, *arguments], stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE, text=True, cwd=ROOT,
+        [sys.executable, "-c", script, *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
         env={**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"},
-    )  # fmt: skip
+    )
     try:
         yield process
     finally:

@@ -20,19 +20,21 @@ DEVICES = [
     "cpu",
     pytest.param(
         "cuda",
-        marks=[
-            pytest.mark.gpu,
-            pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
-        ],
+        marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")],
     ),
 ]
 
 
 def reference_engine(folder: Path, device: str, dtype: str = "float32", **fields: object) -> Engine:
     settings: dict[str, object] = {
-        "model": str(folder), "device": device, "dtype": dtype, "kernels": "reference",
-        "num_kv_blocks": 256, "max_num_seqs": 8, "max_num_batched_tokens": 96,
-    }  # fmt: skip
+        "model": str(folder),
+        "device": device,
+        "dtype": dtype,
+        "kernels": "reference",
+        "num_kv_blocks": 256,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 96,
+    }
     return with_poison(EngineSettings(**(settings | fields)))  # type: ignore[arg-type]
 
 
@@ -41,10 +43,18 @@ def reference_engine(folder: Path, device: str, dtype: str = "float32", **fields
 def test_logits_equal_transformers(model_type: str, device: str, tmp_path: Path) -> None:
     window = {"sliding_window": 20} if model_type == "mistral" else {}
     folder = save_random_model(
-        tmp_path, model_type, 4, vocab_size=300, hidden_size=96, intermediate_size=160,
-        num_hidden_layers=3, num_attention_heads=6, num_key_value_heads=2,
-        max_position_embeddings=256, **window,
-    )  # fmt: skip
+        tmp_path,
+        model_type,
+        4,
+        vocab_size=300,
+        hidden_size=96,
+        intermediate_size=160,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        **window,
+    )
     token_ids = torch.randint(0, 300, (150,), generator=torch.Generator().manual_seed(1)).tolist()
     mine = prompt_logits(reference_engine(folder, device), token_ids)
     with torch.inference_mode():
@@ -60,9 +70,8 @@ def test_the_shipped_model_writes_what_transformers_writes(device: str) -> None:
     (mine,) = engine.generate([prompt], params)
     with torch.inference_mode():
         theirs = transformers_model(SHIPPED_MODEL).generate(
-            torch.tensor([prompt]), max_new_tokens=100, do_sample=False,
-            eos_token_id=None, pad_token_id=0,
-        )  # fmt: skip
+            torch.tensor([prompt]), max_new_tokens=100, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
     assert list(mine.token_ids) == theirs[0, len(prompt) :].tolist()
     engine.check_idle()
 
@@ -72,9 +81,8 @@ def test_the_shipped_model_writes_what_transformers_writes(device: str) -> None:
 def test_batches_choices_and_preemption_leave_nothing_behind(device: str, dtype: str) -> None:
     engine = reference_engine(SHIPPED_MODEL, device, dtype, num_kv_blocks=24)
     params = SamplingParams(
-        max_tokens=60, temperature=0.8, top_p=0.95, seed=3, presence_penalty=0.3, logprobs=2,
-        ignore_eos=True,
-    )  # fmt: skip
+        max_tokens=60, temperature=0.8, top_p=0.95, seed=3, presence_penalty=0.3, logprobs=2, ignore_eos=True
+    )
     prompts = [list(range(3, 3 + length)) for length in (1, 17, 40, 90)]
     completions = engine.generate(prompts, params, n=2)
     assert [len(c.token_ids) for c in completions] == [60] * 8

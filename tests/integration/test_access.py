@@ -57,9 +57,19 @@ def error(answer: httpx.Response) -> tuple[int, str]:
 
 @pytest.mark.parametrize(
     "header",
-    [None, b"Bearer wrong", b"Basic sk-one", b"Bearer", b"Bearer ", b"sk-one", b"Bearer \xff",
-     b"Bearer sk-one,sk-two", b"Bearer sk-on", b"Bearer sk-onee"],
-)  # fmt: skip
+    [
+        None,
+        b"Bearer wrong",
+        b"Basic sk-one",
+        b"Bearer",
+        b"Bearer ",
+        b"sk-one",
+        b"Bearer \xff",
+        b"Bearer sk-one,sk-two",
+        b"Bearer sk-on",
+        b"Bearer sk-onee",
+    ],
+)
 @pytest.mark.parametrize("path", [*POSTS, "/v1/models", "/v1/models/stories"])
 async def test_without_a_key_nothing_is_served(path: str, header: bytes | None) -> None:
     headers = [(b"content-type", JSON.encode())]
@@ -95,10 +105,20 @@ async def test_keys_of_a_file_and_of_the_environment_count_alike(tmp_path: Path)
 
 @pytest.mark.parametrize(
     "kind",
-    [None, "", "text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x",
-     "text/plain; application/json", "text/plain, application/json", "application/jsonp",
-     "application/json, text/plain", "text/json", "json"],
-)  # fmt: skip
+    [
+        None,
+        "",
+        "text/plain",
+        "application/x-www-form-urlencoded",
+        "multipart/form-data; boundary=x",
+        "text/plain; application/json",
+        "text/plain, application/json",
+        "application/jsonp",
+        "application/json, text/plain",
+        "text/json",
+        "json",
+    ],
+)
 @pytest.mark.parametrize("path", POSTS)
 async def test_a_body_that_does_not_say_it_is_json_is_refused(path: str, kind: str | None) -> None:
     """A page of any origin may post these three types of form, and a body without a type."""
@@ -134,15 +154,11 @@ async def test_json_is_taken_under_any_of_its_names(kind: str) -> None:
     ],
 )
 @pytest.mark.parametrize("path", [*POSTS, *GETS])
-async def test_a_page_that_has_its_name_lead_here_is_refused(
-    path: str, headers: dict[str, str]
-) -> None:
+async def test_a_page_that_has_its_name_lead_here_is_refused(path: str, headers: dict[str, str]) -> None:
     """DNS rebinding: to the browser it is the page's own server, which it may send JSON and read."""
     async with app(LOCAL) as client:
         method = "POST" if path in POSTS else "GET"
-        answer = await client.request(
-            method, path, content=BODY, headers={"content-type": JSON, **headers}
-        )
+        answer = await client.request(method, path, content=BODY, headers={"content-type": JSON, **headers})
         assert error(answer) == (403, "host_not_allowed")
         assert dispatched(client) == 0
 
@@ -158,9 +174,7 @@ async def test_a_page_that_has_its_name_lead_here_is_refused(
     ],
 )
 async def test_this_machine_and_names_that_were_added_are_known(headers: dict[str, str]) -> None:
-    settings = GatewaySettings(
-        host="0.0.0.0", published_host="127.0.0.1", allowed_hosts=("Gateway",)
-    )
+    settings = GatewaySettings(host="0.0.0.0", published_host="127.0.0.1", allowed_hosts=("Gateway",))
     async with app(Access.of(settings)) as client:
         assert (await client.post("/v1/completions", json=GOOD, headers=headers)).is_success
 

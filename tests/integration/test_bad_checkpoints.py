@@ -69,9 +69,7 @@ def test_no_weights_at_all(folder: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["pipe", "folder", "device", "circle"])
 @pytest.mark.parametrize("sharded", [False, True])
-def test_weights_that_are_no_file_are_not_waited_for(
-    folder: Path, kind: str, sharded: bool
-) -> None:
+def test_weights_that_are_no_file_are_not_waited_for(folder: Path, kind: str, sharded: bool) -> None:
     path = folder / "model.safetensors"
     path.unlink()
     if sharded:
@@ -128,9 +126,7 @@ def test_a_tensor_that_no_layer_takes(folder: Path, name: str) -> None:
     assert name in str(error)
 
 
-def test_positions_that_no_memory_can_hold_are_refused_before_anything_is_read(
-    folder: Path,
-) -> None:
+def test_positions_that_no_memory_can_hold_are_refused_before_anything_is_read(folder: Path) -> None:
     change_config(folder, max_position_embeddings=2**31 - 1, head_dim=256, num_attention_heads=8)
     with pytest.raises(InsufficientMemory, match="max-model-len"):
         Engine.load(folder, num_kv_blocks=8)
@@ -159,11 +155,16 @@ def test_an_index_that_names_a_missing_file(folder: Path) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": "../../x"}}',
-        '{"weight_map": {"a": "x\\u0000y"}}', '{"weight_map": {"a": "x\\u0000.safetensors"}}',
+        "",
+        "[]",
+        "{}",
+        '{"weight_map": {}}',
+        '{"weight_map": {"a": "../../x"}}',
+        '{"weight_map": {"a": "x\\u0000y"}}',
+        '{"weight_map": {"a": "x\\u0000.safetensors"}}',
         '{"weight_map": {"a": "' + "x" * 300 + '.safetensors"}}',
     ],
-)  # fmt: skip
+)
 def test_an_index_that_is_none(folder: Path, text: str) -> None:
     (folder / "model.safetensors").unlink()
     path = folder / "model.safetensors.index.json"
@@ -193,12 +194,25 @@ def test_an_index_that_is_none(folder: Path, text: str) -> None:
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 0}}, "rope_parameters.factor"),
         ({"rope_scaling": {"full_attention": {"rope_type": "default"}}}, "rope_scaling"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2, "beta_fast": 1e300}},
-         "rope_parameters.beta_fast"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2, "attention_factor": -1}},
-         "rope_parameters.attention_factor"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 2, "low_freq_factor": 4,
-                           "high_freq_factor": 4}}, "rope_parameters.low_freq_factor"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 2, "beta_fast": 1e300}},
+            "rope_parameters.beta_fast",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 2, "attention_factor": -1}},
+            "rope_parameters.attention_factor",
+        ),
+        (
+            {
+                "rope_scaling": {
+                    "rope_type": "llama3",
+                    "factor": 2,
+                    "low_freq_factor": 4,
+                    "high_freq_factor": 4,
+                }
+            },
+            "rope_parameters.low_freq_factor",
+        ),
         ({"rope_scaling": ["linear"]}, "rope_scaling"),
         ({"rope_theta": -1.0}, "rope_theta"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
@@ -213,7 +227,7 @@ def test_an_index_that_is_none(folder: Path, text: str) -> None:
         ({"eos_token_id": [2, 512]}, "eos_token_id"),
         ({"layer_types": ["sliding_attention"] * 5}, "layer_types"),
     ],
-)  # fmt: skip
+)
 def test_a_field_that_is_not_supported(folder: Path, fields: dict[str, Any], param: str) -> None:
     (folder / "generation_config.json").unlink()
     change_config(folder, **fields)

@@ -54,9 +54,13 @@ class StubServer:
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode()
                 length = next(
-                    (int(line[15:]) for line in head.lower().split("\r\n")
-                     if line.startswith("content-length:")), 0,
-                )  # fmt: skip
+                    (
+                        int(line[15:])
+                        for line in head.lower().split("\r\n")
+                        if line.startswith("content-length:")
+                    ),
+                    0,
+                )
                 body = await reader.readexactly(length)
                 if head.startswith("GET /v1/models "):
                     model = {"id": "stub", "max_model_len": 100}
@@ -99,9 +103,21 @@ def stream(writer: asyncio.StreamWriter) -> None:
 
 async def bench(url: str, report: Path, *flags: str) -> tuple[int, dict[str, Any]]:
     arguments = [
-        "bench", "--url", url, "--json", str(report), "--warmup", "0", "--prompt-len", "8",
-        "--redis-url", "redis://127.0.0.1:1", "--redis-retry-s", "0", *flags,
-    ]  # fmt: skip
+        "bench",
+        "--url",
+        url,
+        "--json",
+        str(report),
+        "--warmup",
+        "0",
+        "--prompt-len",
+        "8",
+        "--redis-url",
+        "redis://127.0.0.1:1",
+        "--redis-retry-s",
+        "0",
+        *flags,
+    ]
     return await asyncio.to_thread(lambda: (cli.main(arguments), json.loads(report.read_text())))
 
 

@@ -231,9 +231,14 @@ async def a_peer_process(
     beat_interval_s: float, missed_beats: int = 5, *, connects_to: tuple[str, ...] = ()
 ) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", PEER, str(beat_interval_s), str(missed_beats), *connects_to,
+        sys.executable,
+        "-c",
+        PEER,
+        str(beat_interval_s),
+        str(missed_beats),
+        *connects_to,
         stdout=subprocess.PIPE,
-    )  # fmt: skip
+    )
     assert process.stdout is not None
     try:
         yield process, (await process.stdout.readline()).decode().strip()
@@ -284,10 +289,7 @@ async def test_a_peer_that_is_busy_without_progress_is_stalled() -> None:
     def progress() -> tuple[int, bool]:
         return (7 if stuck.is_set() else next(steps) + 100, True)
 
-    async with (
-        buses("b-1", settings=FAST, progress=progress) as (b,),
-        buses("a-1", settings=FAST) as (a,),
-    ):
+    async with buses("b-1", settings=FAST, progress=progress) as (b,), buses("a-1", settings=FAST) as (a,):
         a.connect("b-1", b.endpoint)
         await until_up(a)
         before = a.counts["received"]
@@ -369,9 +371,12 @@ async def test_garbage_is_counted_and_does_no_harm() -> None:
             anonymous.send_multipart([encode(Beat("x-1", 0, False))])
             raw.send_multipart([encode(Open("x-1", "a-1"))])
             for frames in (
-                [b""], [b"\x00" * 100], [b"", b"", b""], [encode(a_message())[:-1]],
+                [b""],
+                [b"\x00" * 100],
+                [b"", b"", b""],
+                [encode(a_message())[:-1]],
                 [encode(a_message()), b"more"],
-            ):  # fmt: skip
+            ):
                 raw.send_multipart(frames)
             raw.send_multipart([encode(a_message())])
             assert await received(a) == ("x-1", a_message())

@@ -71,9 +71,7 @@ def test_a_bus_hears_its_peers_whatever_a_stranger_sends_it(
     routing_id: bytes, talk: Sequence[Sequence[bytes]], raw: bytes
 ) -> None:
     async def scenario() -> None:
-        async with (
-            socket_of(zmq.DEALER) as stranger, Bus("a-1", CALM) as bus, Bus("b-1", CALM) as peer
-        ):  # fmt: skip
+        async with socket_of(zmq.DEALER) as stranger, Bus("a-1", CALM) as bus, Bus("b-1", CALM) as peer:
             stranger.setsockopt(zmq.ROUTING_ID, routing_id)
             host, _, port = bus.endpoint.removeprefix("tcp://").rpartition(":")
             with socket.create_connection((host, int(port))) as connection:
@@ -94,9 +92,7 @@ def test_a_bus_hears_its_peers_whatever_a_stranger_sends_it(
 @few
 def test_a_bus_hears_its_peers_whatever_it_is_connected_to(talk: Sequence[Sequence[bytes]]) -> None:
     async def scenario() -> None:
-        async with (
-            socket_of(zmq.ROUTER) as stranger, Bus("a-1", CALM) as bus, Bus("b-1", CALM) as peer
-        ):  # fmt: skip
+        async with socket_of(zmq.ROUTER) as stranger, Bus("a-1", CALM) as bus, Bus("b-1", CALM) as peer:
             port = stranger.bind_to_random_port("tcp://127.0.0.1")
             bus.connect("s-1", f"tcp://127.0.0.1:{port}")
             async with asyncio.timeout(HANGS_S):

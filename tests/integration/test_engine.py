@@ -39,9 +39,7 @@ def test_a_list_of_prompts_gets_what_each_gets_alone() -> None:
 
 def test_text_in_text_out() -> None:
     engine = poisoned_engine()
-    (completion,) = engine.generate(
-        ["Once upon a time"], SamplingParams(max_tokens=20, temperature=0.0)
-    )
+    (completion,) = engine.generate(["Once upon a time"], SamplingParams(max_tokens=20, temperature=0.0))
     assert completion.text is not None
     assert "there was a little girl named Lily" in completion.text
 
@@ -52,9 +50,9 @@ def test_a_sequence_joins_and_leaves_between_steps() -> None:
     seen: dict[str, list[int]] = {"first": [], "second": []}
     while engine.has_work:
         for output in engine.step():
-            assert output.position == len(
-                PROMPTS[0] if output.request_id == "first" else PROMPTS[1]
-            ) + len(seen[output.request_id])
+            assert output.position == len(PROMPTS[0] if output.request_id == "first" else PROMPTS[1]) + len(
+                seen[output.request_id]
+            )
             seen[output.request_id] += output.token_ids
             if output.request_id == "first" and len(seen["first"]) == 5:
                 engine.add_prompt("second", PROMPTS[1], sampled(10))
@@ -92,9 +90,7 @@ def test_logprobs_are_those_of_the_model() -> None:
     ids = [*prompt, *completion.token_ids]
     with torch.inference_mode():
         expected = transformers_model(STORIES)(torch.tensor([ids])).logits[0].log_softmax(-1)
-    for index, (token, entry) in enumerate(
-        zip(completion.token_ids, completion.logprobs, strict=True)
-    ):
+    for index, (token, entry) in enumerate(zip(completion.token_ids, completion.logprobs, strict=True)):
         row = expected[len(prompt) - 1 + index]
         assert entry.logprob == pytest.approx(float(row[token]), abs=1e-3)
         assert entry.rank == int((row > row[token]).sum()) + 1
@@ -104,9 +100,7 @@ def test_logprobs_are_those_of_the_model() -> None:
     for position, entry in enumerate(completion.prompt_logprobs[1:], start=1):
         assert entry is not None
         assert len(entry.top) == 2
-        assert entry.logprob == pytest.approx(
-            float(expected[position - 1][prompt[position]]), abs=1e-3
-        )
+        assert entry.logprob == pytest.approx(float(expected[position - 1][prompt[position]]), abs=1e-3)
     assert len(completion.prompt_logprobs) == len(prompt)
 
 
@@ -181,9 +175,7 @@ def test_any_stop_id_of_the_list_ends_a_sequence() -> None:
 def test_abort_frees_everything_at_any_moment() -> None:
     for steps in range(6):
         engine = poisoned_engine(max_num_batched_tokens=32)
-        engine.add_prompt(
-            "r", PROMPTS[2], sampled(presence_penalty=1.0, prompt_logprobs=1), choices=range(3)
-        )
+        engine.add_prompt("r", PROMPTS[2], sampled(presence_penalty=1.0, prompt_logprobs=1), choices=range(3))
         engine.add_prompt("other", PROMPTS[0], sampled(3))
         for _ in range(steps):
             engine.step()
@@ -278,9 +270,7 @@ def test_the_pool_has_the_size_that_was_asked_for() -> None:
         Engine.load(STORIES, kv_cache_memory_bytes=100)
 
 
-def test_weights_that_do_not_fit_are_refused_before_they_are_read(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_weights_that_do_not_fit_are_refused_before_they_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CpuDevice, "free_memory", lambda device: 1 << 19)
     with pytest.raises(InsufficientMemory, match=r"the weights take \d+ MiB as float32.*smaller"):
         Engine.load(STORIES, dtype="float32")

@@ -15,13 +15,7 @@ from common.engine.devices.cuda.device import CudaDevice
 from common.engine.devices.kv_cache import KVCache
 from common.engine.devices.rows import Rows
 from common.engine.runner.soundness import filled_blocks
-from common.errors import (
-    CheckpointError,
-    ConfigError,
-    InvalidRequest,
-    NotFiniteLogits,
-    PdqError,
-)
+from common.errors import CheckpointError, ConfigError, InvalidRequest, NotFiniteLogits, PdqError
 from common.settings.config import EngineSettings
 from tests.support.checkpoints import STORIES, save_random_model
 from tests.support.engines import poisoned_engine, watched_hidden_states
@@ -279,10 +273,19 @@ def test_prompt_logprobs_come_once_with_the_first_token() -> None:
 
 def test_a_vocabulary_smaller_than_the_logprobs_wanted(tmp_path: Path) -> None:
     folder = save_random_model(
-        tmp_path, "llama", 3, vocab_size=7, hidden_size=16, intermediate_size=8,
-        num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-        max_position_embeddings=64, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
+        tmp_path,
+        "llama",
+        3,
+        vocab_size=7,
+        hidden_size=16,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
     engine = Engine.load(folder, dtype="float32", num_kv_blocks=8)
     (completion,) = engine.generate([[1, 2]], greedy(2, logprobs=20, prompt_logprobs=20))
     assert completion.prompt_logprobs is not None
@@ -292,8 +295,7 @@ def test_a_vocabulary_smaller_than_the_logprobs_wanted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [{"max_model_len": 2}, {"num_kv_blocks": 1}, {"num_kv_blocks": 1, "block_size": 1}],
+    "settings", [{"max_model_len": 2}, {"num_kv_blocks": 1}, {"num_kv_blocks": 1, "block_size": 1}]
 )
 def test_the_smallest_engines_warm_up(settings: dict[str, int]) -> None:
     engine = poisoned_engine(**settings)
@@ -371,7 +373,5 @@ def test_errors_have_a_code_and_a_place_in_the_tree() -> None:
         (ValueError("CUDA error"), False),
     ],
 )
-def test_a_device_is_lost_by_errors_that_every_later_call_repeats(
-    error: Exception, lost: bool
-) -> None:
+def test_a_device_is_lost_by_errors_that_every_later_call_repeats(error: Exception, lost: bool) -> None:
     assert CudaDevice(EngineSettings()).is_lost(error) == lost

@@ -40,9 +40,7 @@ class FakeNode:
     def __init__(self, redis: RedisClient, *others: str) -> None:
         self.redis = redis
         self.gateways: Any = self
-        self.engine = SimpleNamespace(
-            has_work=False, fingerprint=FINGERPRINT, description=SimpleNamespace()
-        )
+        self.engine = SimpleNamespace(has_work=False, fingerprint=FINGERPRINT, description=SimpleNamespace())
         self.peers = Peers(self.incarnation, Role.PREFILL, FINGERPRINT)
         fields = dataclasses.asdict(FINGERPRINT)
         records = {
@@ -104,9 +102,7 @@ async def test_a_pull_under_way_when_the_node_begins_to_end_is_given_back(
         answered.set()
         await wait_until(lambda: entries.settled, "the node knows all it has")
         assert node.accepted == []
-        assert await queue_lengths(redis_client, ["p-1", "p-2"]) == [
-            QueueLength(0, 0), QueueLength(1, 0),
-        ]  # fmt: skip
+        assert await queue_lengths(redis_client, ["p-1", "p-2"]) == [QueueLength(0, 0), QueueLength(1, 0)]
 
 
 async def test_a_long_prompt_is_hashed_a_piece_at_a_time_before_the_role_has_it(

@@ -40,9 +40,13 @@ from tests.support.holdings import holdings
 from tests.support.redis import wait_until
 
 ENGINE = EngineSettings(
-    model=str(STORIES), dtype="float32", threads=1, num_kv_blocks=64, max_num_seqs=4,
+    model=str(STORIES),
+    dtype="float32",
+    threads=1,
+    num_kv_blocks=64,
+    max_num_seqs=4,
     max_num_batched_tokens=256,
-)  # fmt: skip
+)
 S = TypeVar("S", NodeSettings, GatewaySettings)
 Refusal = tuple[type[PdqError], str]
 
@@ -105,11 +109,7 @@ async def refusal(start: Callable[[], Awaitable[None]]) -> Refusal:
 
 @pytest.mark.parametrize(
     ("step", "error"),
-    [
-        ("bus_port", ResourceError),
-        ("metrics_port", ResourceError),
-        ("last_transport", ConfigError),
-    ],
+    [("bus_port", ResourceError), ("metrics_port", ResourceError), ("last_transport", ConfigError)],
 )
 async def test_a_setting_that_ends_the_start_leaves_nothing(
     step: str, error: type[PdqError], spoil: Spoil, redis_client: RedisClient
@@ -121,13 +121,11 @@ async def test_a_setting_that_ends_the_start_leaves_nothing(
 
 
 @pytest.mark.parametrize(
-    ("part", "step"),
-    [(NodeQueue, "open"), (Bus, "start"), (Engine, "warm_up"), (Registry, "announce")],
+    ("part", "step"), [(NodeQueue, "open"), (Bus, "start"), (Engine, "warm_up"), (Registry, "announce")]
 )
 async def test_a_part_that_fails_at_the_start_leaves_nothing(
-    part: type, step: str, redis_client: RedisClient, monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-) -> None:  # fmt: skip
+    part: type, step: str, redis_client: RedisClient, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """`shm` in a folder: its socket is a file there while the node lives."""
 
     def fail(*_: object) -> None:

@@ -21,12 +21,41 @@ from tests.support.gateway_server import make_service
 
 JSON = {"content-type": "application/json"}
 EXTREMES = [
-    "1e-300", "5e-324", "1e-45", "1e-38", "1e-10", "1e308", "-1e308", "1e39", "1e999", "-1e-300",
-    "-0.0", "0", "0.0", "1", "-1", "-2", "1.5", "NaN", "Infinity", "-Infinity",
-    "2147483648", "9223372036854775807", "9223372036854775808", "-9223372036854775809",
-    "18446744073709551615", "18446744073709551616", "1" * 400, "true", "false", '"1"',
-    '""', "[]", "{}", "[1]",
-]  # fmt: skip
+    "1e-300",
+    "5e-324",
+    "1e-45",
+    "1e-38",
+    "1e-10",
+    "1e308",
+    "-1e308",
+    "1e39",
+    "1e999",
+    "-1e-300",
+    "-0.0",
+    "0",
+    "0.0",
+    "1",
+    "-1",
+    "-2",
+    "1.5",
+    "NaN",
+    "Infinity",
+    "-Infinity",
+    "2147483648",
+    "9223372036854775807",
+    "9223372036854775808",
+    "-9223372036854775809",
+    "18446744073709551615",
+    "18446744073709551616",
+    "1" * 400,
+    "true",
+    "false",
+    '"1"',
+    '""',
+    "[]",
+    "{}",
+    "[1]",
+]
 LISTS = ("stop_token_ids", "allowed_token_ids", "logit_bias", "prompt")
 
 
@@ -35,10 +64,7 @@ def numbers(kind: Any) -> Iterator[str]:
     for name, field in kind.model_fields.items():
         found = field.annotation
         options = typing.get_args(found) if isinstance(found, types.UnionType) else (found,)
-        bare = {
-            typing.get_args(o)[0] if typing.get_origin(o) is typing.Annotated else o
-            for o in options
-        }
+        bare = {typing.get_args(o)[0] if typing.get_origin(o) is typing.Annotated else o for o in options}
         if bare & {int, float}:
             yield name
 
@@ -84,9 +110,7 @@ async def test_a_number_at_its_extremes_is_answered_or_named(engine: Engine, fie
 
 
 @pytest.mark.parametrize("field", LISTS)
-async def test_a_number_in_a_list_at_its_extremes_is_answered_or_named(
-    engine: Engine, field: str
-) -> None:
+async def test_a_number_in_a_list_at_its_extremes_is_answered_or_named(engine: Engine, field: str) -> None:
     if field != "logit_bias":
         await check(engine, field, [f"[{text}]" for text in EXTREMES])
         return

@@ -48,18 +48,58 @@ BODIES = {
 }
 
 VLLM = [
-    "add_generation_prompt", "add_special_tokens", "allowed_token_ids", "bad_words", "best_of",
-    "cache_salt", "chat_template", "chat_template_kwargs", "continue_final_message", "documents",
-    "echo", "ec_transfer_params", "guided_choice", "guided_decoding_backend", "guided_grammar",
-    "guided_json", "guided_regex", "guided_whitespace_pattern", "ignore_eos", "include_reasoning",
-    "include_stop_str_in_output", "kv_transfer_params", "length_penalty", "logits_processors",
-    "logprob_token_ids", "media_io_kwargs", "min_p", "min_tokens", "mm_processor_kwargs",
-    "priority", "prompt_embeds", "prompt_logprobs", "repetition_detection", "repetition_penalty",
-    "request_id", "response_format", "return_token_ids", "return_tokens_as_token_ids",
-    "session_id", "skip_special_tokens", "spaces_between_special_tokens", "stop_token_ids",
-    "stream_interval", "structured_outputs", "suffix", "thinking_token_budget", "top_k",
-    "truncate_prompt_tokens", "truncation_side", "use_beam_search", "vllm_xargs",
-]  # fmt: skip
+    "add_generation_prompt",
+    "add_special_tokens",
+    "allowed_token_ids",
+    "bad_words",
+    "best_of",
+    "cache_salt",
+    "chat_template",
+    "chat_template_kwargs",
+    "continue_final_message",
+    "documents",
+    "echo",
+    "ec_transfer_params",
+    "guided_choice",
+    "guided_decoding_backend",
+    "guided_grammar",
+    "guided_json",
+    "guided_regex",
+    "guided_whitespace_pattern",
+    "ignore_eos",
+    "include_reasoning",
+    "include_stop_str_in_output",
+    "kv_transfer_params",
+    "length_penalty",
+    "logits_processors",
+    "logprob_token_ids",
+    "media_io_kwargs",
+    "min_p",
+    "min_tokens",
+    "mm_processor_kwargs",
+    "priority",
+    "prompt_embeds",
+    "prompt_logprobs",
+    "repetition_detection",
+    "repetition_penalty",
+    "request_id",
+    "response_format",
+    "return_token_ids",
+    "return_tokens_as_token_ids",
+    "session_id",
+    "skip_special_tokens",
+    "spaces_between_special_tokens",
+    "stop_token_ids",
+    "stream_interval",
+    "structured_outputs",
+    "suffix",
+    "thinking_token_budget",
+    "top_k",
+    "truncate_prompt_tokens",
+    "truncation_side",
+    "use_beam_search",
+    "vllm_xargs",
+]
 
 
 def official(kind: Any) -> list[str]:
@@ -145,9 +185,7 @@ async def test_null_is_not_given_whatever_the_field(http: httpx.AsyncClient) -> 
             assert (await post(http, path, **{name: None})).status_code == 200, (path, name)
 
 
-async def test_every_field_of_the_official_client_and_of_vllm_is_known(
-    http: httpx.AsyncClient,
-) -> None:
+async def test_every_field_of_the_official_client_and_of_vllm_is_known(http: httpx.AsyncClient) -> None:
     """No field of theirs may be taken for a stranger, whatever is in it."""
     for path, name in sorted(paths_and_fields()):
         if path == "/v1/completions" and name in ChatBody.model_fields.keys() | ChatBody.not_built:
@@ -178,9 +216,7 @@ async def test_every_field_of_the_official_client_and_of_vllm_is_known(
         {"thinking_token_budget": -1, "stop_token_ids": [], "tools": None, "documents": []},
     ],
 )
-async def test_what_asks_for_nothing_is_taken(
-    http: httpx.AsyncClient, change: dict[str, Any]
-) -> None:
+async def test_what_asks_for_nothing_is_taken(http: httpx.AsyncClient, change: dict[str, Any]) -> None:
     answer = await post(http, "/v1/chat/completions", **change)
     assert answer.status_code == 200, answer.text
     assert "x-pdq-ignored-fields" not in answer.headers
@@ -220,20 +256,37 @@ UNKNOWN: list[tuple[str, dict[str, Any], str]] = [
     ("/detokenize", {"mood": 1}, "mood"),
     ("/v1/chat/completions", {"prompt": "x", "mood": None}, "prompt"),
     ("/v1/chat/completions", {"stream": True, "stream_options": {"u": 1}}, "stream_options.u"),
-    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x", "m": 1}]},
-     "messages.0.m"),
-    ("/v1/chat/completions",
-     {"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "m": 1}]}]},
-     "messages.0.content.0.m"),
-    ("/v1/chat/completions",
-     {"messages": [{"role": "assistant", "tool_calls": [
-         {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}", "m": 1}}]}]},
-     "messages.0.tool_calls.0.function.m"),
-    ("/v1/chat/completions", {"chat_template_kwargs": {"enable_thinking": False}},
-     "chat_template_kwargs.enable_thinking"),
-    ("/tokenize", {"prompt": None, "messages": [{"role": "user", "content": "x"}],
-                   "chat_template_kwargs": {"mood": 1}}, "chat_template_kwargs.mood"),
-]  # fmt: skip
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x", "m": 1}]}, "messages.0.m"),
+    (
+        "/v1/chat/completions",
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "m": 1}]}]},
+        "messages.0.content.0.m",
+    ),
+    (
+        "/v1/chat/completions",
+        {
+            "messages": [
+                {
+                    "role": "assistant",
+                    "tool_calls": [
+                        {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}", "m": 1}}
+                    ],
+                }
+            ]
+        },
+        "messages.0.tool_calls.0.function.m",
+    ),
+    (
+        "/v1/chat/completions",
+        {"chat_template_kwargs": {"enable_thinking": False}},
+        "chat_template_kwargs.enable_thinking",
+    ),
+    (
+        "/tokenize",
+        {"prompt": None, "messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": {"mood": 1}},
+        "chat_template_kwargs.mood",
+    ),
+]
 
 
 @pytest.mark.parametrize(("path", "change", "name"), UNKNOWN)
@@ -297,9 +350,7 @@ async def test_every_field_that_is_taken_is_read(
     def unknown(body: Fields) -> Iterator[str]:
         return iter(())
 
-    async def in_this_process(
-        self: Intake, client: str, question: Question, body: bytes
-    ) -> Prepared:
+    async def in_this_process(self: Intake, client: str, question: Question, body: bytes) -> Prepared:
         return module.prepare(self._models, question, body)
 
     original_parse = module.parse
@@ -310,12 +361,14 @@ async def test_every_field_that_is_taken_is_read(
     monkeypatch.setattr(Fields, "__getattribute__", noted)
     history = [
         {"role": "user", "content": [{"type": "text", "text": "x"}]},
-        {"role": "assistant", "tool_calls": [
-            {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]},
+        {
+            "role": "assistant",
+            "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}],
+        },
         {"role": "tool", "tool_call_id": "1", "content": [{"type": "text", "text": "x"}]},
         {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]},
         {"role": "user", "content": "x"},
-    ]  # fmt: skip
+    ]
     for stream in (False, True):
         options = {"stream": stream, "stream_options": {"include_usage": True} if stream else None}
         for more in ({"logprobs": 1}, {"echo": True}, {"truncate_prompt_tokens": -1}):
@@ -358,11 +411,18 @@ async def test_a_message_dumped_by_the_official_client_goes_back_in_as_history(
     first = ChatCompletion.model_validate((await post(http, "/v1/chat/completions")).json())
     message = first.choices[0].message
     calling = ChatCompletionMessage.model_validate(
-        {"role": "assistant", "content": None, "tool_calls": [
-            {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}]}
-    )  # fmt: skip
-    for dumped in (message.model_dump(), message.model_dump(exclude_none=True),
-                   json.loads(message.model_dump_json()), message.to_dict()):  # fmt: skip
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}],
+        }
+    )
+    for dumped in (
+        message.model_dump(),
+        message.model_dump(exclude_none=True),
+        json.loads(message.model_dump_json()),
+        message.to_dict(),
+    ):
         history = [*CHAT["messages"], dumped, {"role": "user", "content": "And?"}]
         answer = await post(http, "/v1/chat/completions", messages=history)
         assert answer.status_code == 200, answer.text
@@ -378,8 +438,12 @@ async def test_null_is_not_given_inside_messages_parts_and_calls(http: httpx.Asy
     def nulls(kind: Any, **known: Any) -> dict[str, Any]:
         return {**dict.fromkeys(official(kind)), **known}
 
-    call = nulls(ChatCompletionMessageFunctionToolCallParam, id="c", type="function",
-                 function={"name": "f", "arguments": "{}"})  # fmt: skip
+    call = nulls(
+        ChatCompletionMessageFunctionToolCallParam,
+        id="c",
+        type="function",
+        function={"name": "f", "arguments": "{}"},
+    )
     part = nulls(ChatCompletionContentPartTextParam, type="text", text="x")
     history = [
         nulls(ChatCompletionUserMessageParam, role="user", content=[part]),
@@ -389,9 +453,7 @@ async def test_null_is_not_given_inside_messages_parts_and_calls(http: httpx.Asy
         nulls(ChatCompletionUserMessageParam, role="user", content="x"),
     ]
     options = nulls(ChatCompletionStreamOptionsParam, continuous_usage_stats=None)
-    answer = await post(
-        http, "/v1/chat/completions", messages=history, stream=True, stream_options=options
-    )
+    answer = await post(http, "/v1/chat/completions", messages=history, stream=True, stream_options=options)
     assert answer.status_code == 200, answer.text
     assert "x-pdq-ignored-fields" not in answer.headers
 
@@ -462,9 +524,7 @@ async def test_what_is_a_field_of_its_own_is_not_taken_as_a_variable_of_the_temp
     assert name in answer.json()["error"]["message"]
 
 
-async def test_a_token_id_that_is_written_in_two_ways_has_no_two_biases(
-    http: httpx.AsyncClient,
-) -> None:
+async def test_a_token_id_that_is_written_in_two_ways_has_no_two_biases(http: httpx.AsyncClient) -> None:
     answer = await post(http, "/v1/completions", logit_bias={"7": 1, "007": 2})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "logit_bias")
 
@@ -490,9 +550,7 @@ def events(answer: httpx.Response) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-async def test_answers_have_what_the_official_clients_models_require(
-    http: httpx.AsyncClient,
-) -> None:
+async def test_answers_have_what_the_official_clients_models_require(http: httpx.AsyncClient) -> None:
     for more in ({}, {"logprobs": 2}):
         Completion.model_validate((await post(http, "/v1/completions", **more)).json())
         for event in events(await post(http, "/v1/completions", stream=True, **more)):
@@ -506,9 +564,7 @@ async def test_answers_have_what_the_official_clients_models_require(
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
-async def test_continuous_usage_counts_up_with_every_chunk(
-    http: httpx.AsyncClient, path: str
-) -> None:
+async def test_continuous_usage_counts_up_with_every_chunk(http: httpx.AsyncClient, path: str) -> None:
     options = {"include_usage": True, "continuous_usage_stats": True}
     chunks = events(await post(http, path, stream=True, stream_options=options))
     counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
@@ -532,9 +588,7 @@ async def test_token_ids_are_all_of_the_prompt_and_of_the_answer(http: httpx.Asy
     for index in (0, 1):
         mine = [c["choices"][0] for c in chunks if c["choices"][0]["index"] == index]
         assert [i for choice in mine for i in choice["token_ids"]] == ANSWER
-        assert [choice["prompt_token_ids"] for choice in mine if choice["prompt_token_ids"]] == [
-            prompt_ids
-        ]
+        assert [choice["prompt_token_ids"] for choice in mine if choice["prompt_token_ids"]] == [prompt_ids]
 
     rendered = (await http.post("/tokenize", json={"messages": CHAT["messages"]})).json()["tokens"]
     chat = (await post(http, "/v1/chat/completions", **options)).json()
@@ -569,10 +623,7 @@ async def test_what_stopped_an_answer_is_shown_where_asked(http: httpx.AsyncClie
     assert await text(stop="lo t", include_stop_str_in_output=True) == "Hello t"
     assert await text(skip_special_tokens=False) == "Hello there."
     assert await text(include_stop_str_in_output=True) == "Hello there."
-    assert (
-        await text(include_stop_str_in_output=True, skip_special_tokens=False)
-        == "Hello there.<|im_end|>"
-    )
+    assert await text(include_stop_str_in_output=True, skip_special_tokens=False) == "Hello there.<|im_end|>"
 
 
 async def test_a_prompt_is_cut_to_what_is_asked_or_fits(short_model: str) -> None:
@@ -583,9 +634,7 @@ async def test_a_prompt_is_cut_to_what_is_asked_or_fits(short_model: str) -> Non
         cluster.dispatched.clear()
         answer = await post(http, "/v1/completions", prompt=ids, **options)
         assert answer.status_code == 200, answer.text
-        assert answer.json()["usage"]["prompt_tokens"] == len(
-            cluster.dispatched[0][1].request.token_ids
-        )
+        assert answer.json()["usage"]["prompt_tokens"] == len(cluster.dispatched[0][1].request.token_ids)
         return cluster.dispatched[0][1].request.token_ids
 
     assert await prompt(truncate_prompt_tokens=5) == tuple(ids[-5:])
@@ -630,12 +679,10 @@ async def test_a_prompt_that_ends_inside_a_character_is_not_billed_to_the_comple
         ("/v1/completions", {"prompt": [5] * 50}, "prompt"),
         ("/v1/completions", {"max_tokens": 40}, "max_tokens"),
         ("/v1/chat/completions", {"max_tokens": 40}, "max_tokens"),
-        ("/v1/chat/completions", {"max_tokens": None, "max_completion_tokens": 40},
-         "max_completion_tokens"),
-        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a " * 50}]},
-         "messages"),
+        ("/v1/chat/completions", {"max_tokens": None, "max_completion_tokens": 40}, "max_completion_tokens"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a " * 50}]}, "messages"),
     ],
-)  # fmt: skip
+)
 async def test_what_overflows_the_context_says_what_clients_look_for(
     short_model: str, path: str, change: dict[str, Any], param: str
 ) -> None:

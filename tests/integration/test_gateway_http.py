@@ -23,13 +23,7 @@ from gateway.placement import Limits
 from gateway.service import ServiceLimits
 from gateway.tokenizer import Tokenizer
 from tests.support.fake_cluster import EOS, FakeCluster, pair, until
-from tests.support.gateway_server import (
-    MODELS,
-    Served,
-    load_tokenizer,
-    make_service,
-    serving,
-)
+from tests.support.gateway_server import MODELS, Served, load_tokenizer, make_service, serving
 
 STORIES = load_tokenizer("stories260K")
 QWEN = load_tokenizer("tokenizers/qwen2")
@@ -57,9 +51,7 @@ async def served() -> AsyncIterator[Served]:
 
 @pytest.fixture
 async def client(served: Served) -> AsyncIterator[openai.AsyncOpenAI]:
-    async with openai.AsyncOpenAI(
-        base_url=f"{served.url}/v1", api_key="none", max_retries=0
-    ) as made:
+    async with openai.AsyncOpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0) as made:
         yield made
 
 
@@ -89,9 +81,8 @@ async def test_a_completion(served: Served, client: openai.AsyncOpenAI) -> None:
 
 async def test_a_stream_is_the_same_text_in_pieces(client: openai.AsyncOpenAI) -> None:
     stream = await client.completions.create(
-        model="stories", prompt=PROMPT, max_tokens=200, stream=True,
-        stream_options={"include_usage": True},
-    )  # fmt: skip
+        model="stories", prompt=PROMPT, max_tokens=200, stream=True, stream_options={"include_usage": True}
+    )
     chunks = [chunk async for chunk in stream]
     pieces = [chunk.choices[0].text for chunk in chunks[:-1]]
     assert "".join(pieces) == TEXT
@@ -120,16 +111,14 @@ async def test_sixteen_tokens_are_the_default(client: openai.AsyncOpenAI) -> Non
 async def test_prompts_in_four_forms(served: Served, client: openai.AsyncOpenAI) -> None:
     ids, other = STORIES.encode_now(PROMPT), STORIES.encode_now("A dog")
     forms: list[tuple[Any, list[list[int]]]] = [
-        (PROMPT, [ids]), ([PROMPT, "A dog"], [ids, other]),
-        (ids, [ids]), ([ids, other], [ids, other]),
-    ]  # fmt: skip
+        (PROMPT, [ids]),
+        ([PROMPT, "A dog"], [ids, other]),
+        (ids, [ids]),
+        ([ids, other], [ids, other]),
+    ]
     for prompt, wanted in forms:
         served.cluster.dispatched.clear()
-        got = await client.completions.create(
-            model="stories",
-            prompt=prompt,
-            max_tokens=200,
-        )
+        got = await client.completions.create(model="stories", prompt=prompt, max_tokens=200)
         assert [choice.text for choice in got.choices] == [TEXT] * len(wanted)
         assert [choice.index for choice in got.choices] == list(range(len(wanted)))
         dispatched = sorted(dispatch.request.token_ids for _, dispatch in served.cluster.dispatched)
@@ -142,9 +131,9 @@ async def test_prompts_in_four_forms(served: Served, client: openai.AsyncOpenAI)
 async def test_n_choices_of_several_prompts_are_numbered_prompt_first(
     served: Served, client: openai.AsyncOpenAI
 ) -> None:
-    served.cluster.reply = lambda dispatch, choice: telling(
-        f"{len(dispatch.request.token_ids)} {choice}"
-    )(dispatch, choice)  # fmt: skip
+    served.cluster.reply = lambda dispatch, choice: telling(f"{len(dispatch.request.token_ids)} {choice}")(
+        dispatch, choice
+    )
     prompts = ["A dog", PROMPT]
     lengths = [len(STORIES.encode_now(prompt)) for prompt in prompts]
     wanted = [f" {length} {choice}" for length in lengths for choice in range(3)]
@@ -196,9 +185,7 @@ async def test_the_folder_limits_the_context_even_where_nodes_allow_more(
     assert served.cluster.dispatched == []
 
 
-async def test_stop_token_ids_are_passed_on_and_not_shown(
-    served: Served, client: openai.AsyncOpenAI
-) -> None:
+async def test_stop_token_ids_are_passed_on_and_not_shown(served: Served, client: openai.AsyncOpenAI) -> None:
     (last,) = STORIES.encode_now("x", add_special_tokens=False)[-1:]
     served.cluster.reply = telling(" a dog", end=(last,))
     got = await client.completions.create(
@@ -217,9 +204,7 @@ async def test_echo_repeats_the_prompt_first(client: openai.AsyncOpenAI, stream:
             )
             text = "".join([chunk.choices[0].text async for chunk in chunks])
         else:
-            got = await client.completions.create(
-                model="stories", prompt=prompt, max_tokens=200, echo=True
-            )
+            got = await client.completions.create(model="stories", prompt=prompt, max_tokens=200, echo=True)
             text = got.choices[0].text
         assert text == PROMPT + TEXT
 
@@ -239,9 +224,7 @@ async def test_logprobs_in_openais_shape(client: openai.AsyncOpenAI) -> None:
 
 
 async def test_streamed_logprobs_are_those_of_the_whole(client: openai.AsyncOpenAI) -> None:
-    options: dict[str, Any] = {
-        "model": "stories", "prompt": PROMPT, "max_tokens": 200, "logprobs": 1,
-    }  # fmt: skip
+    options: dict[str, Any] = {"model": "stories", "prompt": PROMPT, "max_tokens": 200, "logprobs": 1}
     whole = (await client.completions.create(**options)).choices[0].logprobs
     tokens: list[str] = []
     offsets: list[int] = []
@@ -255,12 +238,27 @@ async def test_streamed_logprobs_are_those_of_the_whole(client: openai.AsyncOpen
 
 async def test_every_sampling_field_arrives(served: Served, http: httpx.AsyncClient) -> None:
     body = {
-        "model": "stories", "prompt": PROMPT, "max_tokens": 9, "min_tokens": 2, "top_k": 7,
-        "top_p": 0.5, "min_p": 0.1, "repetition_penalty": 1.5, "presence_penalty": 1,
-        "frequency_penalty": -1, "logit_bias": {"7": 3, "5": -2}, "allowed_token_ids": [9, 8, 8],
-        "stop_token_ids": [4], "ignore_eos": True, "logprobs": 0, "seed": -1, "user": "me",
-        "priority": -3, "cache_salt": "tenant", "temperature": 0,
-    }  # fmt: skip
+        "model": "stories",
+        "prompt": PROMPT,
+        "max_tokens": 9,
+        "min_tokens": 2,
+        "top_k": 7,
+        "top_p": 0.5,
+        "min_p": 0.1,
+        "repetition_penalty": 1.5,
+        "presence_penalty": 1,
+        "frequency_penalty": -1,
+        "logit_bias": {"7": 3, "5": -2},
+        "allowed_token_ids": [9, 8, 8],
+        "stop_token_ids": [4],
+        "ignore_eos": True,
+        "logprobs": 0,
+        "seed": -1,
+        "user": "me",
+        "priority": -3,
+        "cache_salt": "tenant",
+        "temperature": 0,
+    }
     answer = await http.post("/v1/completions", json=body)
     assert answer.status_code == 200, answer.text
     ((_, dispatch),) = served.cluster.dispatched
@@ -275,9 +273,7 @@ async def test_every_sampling_field_arrives(served: Served, http: httpx.AsyncCli
     assert params.temperature == 0.0
 
 
-async def test_without_a_seed_each_request_gets_its_own(
-    served: Served, client: openai.AsyncOpenAI
-) -> None:
+async def test_without_a_seed_each_request_gets_its_own(served: Served, client: openai.AsyncOpenAI) -> None:
     for _ in range(2):
         await client.completions.create(model="stories", prompt=PROMPT)
     one, other = (dispatch.request.params.seed for _, dispatch in served.cluster.dispatched)
@@ -312,9 +308,7 @@ async def chat() -> AsyncIterator[tuple[Served, openai.AsyncOpenAI]]:
         yield running, made
 
 
-async def test_a_chat_goes_through_the_models_template(
-    chat: tuple[Served, openai.AsyncOpenAI],
-) -> None:
+async def test_a_chat_goes_through_the_models_template(chat: tuple[Served, openai.AsyncOpenAI]) -> None:
     served, client = chat
     got = await client.chat.completions.create(
         model="stories", messages=MESSAGES, logprobs=True, top_logprobs=2
@@ -338,9 +332,8 @@ async def test_a_chat_goes_through_the_models_template(
 async def test_a_streamed_chat(chat: tuple[Served, openai.AsyncOpenAI]) -> None:
     _, client = chat
     stream = await client.chat.completions.create(
-        model="stories", messages=MESSAGES, n=2, stream=True,
-        stream_options={"include_usage": True},
-    )  # fmt: skip
+        model="stories", messages=MESSAGES, n=2, stream=True, stream_options={"include_usage": True}
+    )
     chunks = [chunk async for chunk in stream]
     for index in (0, 1):
         mine = [c.choices[0] for c in chunks[:-1] if c.choices[0].index == index]
@@ -354,9 +347,7 @@ async def test_a_streamed_chat(chat: tuple[Served, openai.AsyncOpenAI]) -> None:
     )
 
 
-async def test_a_chat_may_fill_the_context_by_default(
-    chat: tuple[Served, openai.AsyncOpenAI],
-) -> None:
+async def test_a_chat_may_fill_the_context_by_default(chat: tuple[Served, openai.AsyncOpenAI]) -> None:
     served, client = chat
     served.cluster.add("u", max_model_len=32768, total_blocks=4096)
     for name in ("p1", "d1"):
@@ -367,26 +358,21 @@ async def test_a_chat_may_fill_the_context_by_default(
 
 
 async def test_a_model_without_a_template_says_so(http: httpx.AsyncClient) -> None:
-    answer = await http.post(
-        "/v1/chat/completions", json={"model": "stories", "messages": MESSAGES}
-    )
+    answer = await http.post("/v1/chat/completions", json={"model": "stories", "messages": MESSAGES})
     assert answer.status_code == 400
     assert "no chat template" in answer.json()["error"]["message"]
 
 
-async def test_what_is_not_built_yet_says_so(
-    chat: tuple[Served, openai.AsyncOpenAI],
-) -> None:
+async def test_what_is_not_built_yet_says_so(chat: tuple[Served, openai.AsyncOpenAI]) -> None:
     served, client = chat
     with pytest.raises(openai.BadRequestError, match="reasoning_effort is not supported"):
-        await client.chat.completions.create(
-            model="stories", messages=MESSAGES, reasoning_effort="low"
-        )
+        await client.chat.completions.create(model="stories", messages=MESSAGES, reasoning_effort="low")
     with pytest.raises(openai.BadRequestError, match="tools is not supported yet"):
         await client.chat.completions.create(
-            model="stories", messages=MESSAGES,
+            model="stories",
+            messages=MESSAGES,
             tools=[{"type": "function", "function": {"name": "f", "parameters": {}}}],
-        )  # fmt: skip
+        )
     assert served.cluster.dispatched == []
 
 
@@ -495,9 +481,18 @@ async def test_bad_input_names_the_field_and_enqueues_nothing(
 
 @pytest.mark.parametrize(
     "body",
-    [b"", b"{", b"[]", b"nul", b'{"prompt": "\xff"}', b'{"prompt": "\\ud800"}', b"[" * 10_000,
-     b'{"prompt": "a"} x', b"\xff\xfe{\x00}\x00"],
-)  # fmt: skip
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"nul",
+        b'{"prompt": "\xff"}',
+        b'{"prompt": "\\ud800"}',
+        b"[" * 10_000,
+        b'{"prompt": "a"} x',
+        b"\xff\xfe{\x00}\x00",
+    ],
+)
 async def test_what_is_not_json_is_a_bad_request(asgi: httpx.AsyncClient, body: bytes) -> None:
     answer = await asgi.post("/v1/completions", content=body, headers=JSON)
     assert answer.status_code == 400
@@ -586,9 +581,7 @@ async def test_a_client_that_goes_frees_everything(
     assert [state for state, _, _ in served.cluster.ended.values()] == ["cancelled"]
 
 
-async def test_a_client_that_goes_frees_all_of_its_prompts(
-    served: Served, http: httpx.AsyncClient
-) -> None:
+async def test_a_client_that_goes_frees_all_of_its_prompts(served: Served, http: httpx.AsyncClient) -> None:
     for node in served.cluster.members.values():
         node.hold_at = 2
     body = {"model": "stories", "prompt": [PROMPT] * 5, "max_tokens": 200, "n": 2}
@@ -599,13 +592,9 @@ async def test_a_client_that_goes_frees_all_of_its_prompts(
     await until(lambda: served.cluster.running == 0)
 
 
-async def test_a_stream_survives_the_death_of_its_node(
-    served: Served, client: openai.AsyncOpenAI
-) -> None:
+async def test_a_stream_survives_the_death_of_its_node(served: Served, client: openai.AsyncOpenAI) -> None:
     served.cluster.members["d1"].hold_at = 7
-    stream = await client.completions.create(
-        model="stories", prompt=PROMPT, max_tokens=200, stream=True
-    )
+    stream = await client.completions.create(model="stories", prompt=PROMPT, max_tokens=200, stream=True)
     text = ""
     async for chunk in stream:
         text += chunk.choices[0].text
@@ -620,10 +609,7 @@ async def test_overload_is_429_with_retry_after() -> None:
     cluster = FakeCluster()
     cluster.add("u1").hold_at = 0
     limits = Limits(max_open=1)
-    async with (
-        serving(cluster, limits=limits) as served,
-        httpx.AsyncClient(base_url=served.url) as http,
-    ):
+    async with serving(cluster, limits=limits) as served, httpx.AsyncClient(base_url=served.url) as http:
         first = asyncio.create_task(http.post("/v1/completions", json=GOOD))
         await until(lambda: served.dispatcher.num_open == 1)
         for stream in (False, True):
@@ -652,14 +638,10 @@ async def test_a_failure_in_the_middle_of_a_stream_is_its_last_event(
 ) -> None:
     def fail_in_time() -> None:
         ((_, dispatch),) = served.cluster.dispatched
-        served.cluster.deliver(
-            "d1", Failed("d1", dispatch.request.id, 1, 0, "never_fits", "no room", False)
-        )
+        served.cluster.deliver("d1", Failed("d1", dispatch.request.id, 1, 0, "never_fits", "no room", False))
 
     served.cluster.members["d1"].hold_at = 3
-    stream = await client.completions.create(
-        model="stories", prompt=PROMPT, max_tokens=200, stream=True
-    )
+    stream = await client.completions.create(model="stories", prompt=PROMPT, max_tokens=200, stream=True)
     with pytest.raises(openai.APIError, match="no room"):  # noqa: PT012
         async for _ in stream:
             fail_in_time()
@@ -706,9 +688,7 @@ async def test_tokenize_and_detokenize(http: httpx.AsyncClient) -> None:
         assert (await http.post(path, json=bad)).status_code == 400
 
 
-async def test_readiness_follows_the_nodes_and_the_drain(
-    served: Served, http: httpx.AsyncClient
-) -> None:
+async def test_readiness_follows_the_nodes_and_the_drain(served: Served, http: httpx.AsyncClient) -> None:
     assert (await http.get("/ready")).status_code == 200
     served.cluster.kill("d1")
     answer = await http.get("/ready")

@@ -24,9 +24,14 @@ from tests.support.model_folders import write
 
 MODEL = ModelIdentity("tuned", "main", "letters")
 GENERATION = {
-    "do_sample": False, "temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": 0.05,
-    "repetition_penalty": 1.05, "max_new_tokens": 9,
-}  # fmt: skip
+    "do_sample": False,
+    "temperature": 0.6,
+    "top_p": 0.95,
+    "top_k": 20,
+    "min_p": 0.05,
+    "repetition_penalty": 1.05,
+    "max_new_tokens": 9,
+}
 CHAT = "{% for m in messages %}{{ m.content }}{% endfor %}"
 
 
@@ -39,18 +44,13 @@ def folder(tmp_path: Path) -> Path:
 
 
 @contextlib.asynccontextmanager
-async def gateway_of(
-    folder: Path, **settings: Any
-) -> AsyncIterator[tuple[httpx.AsyncClient, FakeCluster]]:
+async def gateway_of(folder: Path, **settings: Any) -> AsyncIterator[tuple[httpx.AsyncClient, FakeCluster]]:
     (model,) = load_models(GatewaySettings(model=str(folder), **settings))
     cluster = FakeCluster()
     fingerprint = dataclasses.replace(FINGERPRINT, model=MODEL.name)
     cluster.add("node", fingerprint=fingerprint, max_model_len=4096)
     further = (dataclasses.replace(model, identity=MODEL),)
-    async with (
-        serving(cluster, further=further) as served,
-        httpx.AsyncClient(base_url=served.url) as client,
-    ):
+    async with serving(cluster, further=further) as served, httpx.AsyncClient(base_url=served.url) as client:
         yield client, cluster
 
 
@@ -65,9 +65,13 @@ async def params_of(client: httpx.AsyncClient, cluster: FakeCluster, **body: Any
 
 def chosen(params: SamplingParams) -> tuple[float, ...]:
     return (
-        params.temperature, params.top_p, params.top_k, params.min_p, params.repetition_penalty,
+        params.temperature,
+        params.top_p,
+        params.top_k,
+        params.min_p,
+        params.repetition_penalty,
         params.max_tokens,
-    )  # fmt: skip
+    )
 
 
 async def test_a_request_that_says_nothing_gets_the_models_defaults(folder: Path) -> None:
@@ -79,10 +83,7 @@ async def test_a_request_that_says_nothing_gets_the_models_defaults(folder: Path
 
 
 async def test_what_a_request_says_holds(folder: Path) -> None:
-    said = {
-        "temperature": 0, "top_p": 1, "top_k": -1, "min_p": 0, "repetition_penalty": 1,
-        "max_tokens": 12,
-    }  # fmt: skip
+    said = {"temperature": 0, "top_p": 1, "top_k": -1, "min_p": 0, "repetition_penalty": 1, "max_tokens": 12}
     async with gateway_of(folder) as (client, cluster):
         assert chosen(await params_of(client, cluster, **said)) == (0, 1, 0, 0, 1, 12)
 
@@ -136,8 +137,14 @@ def test_overrides_that_are_no_object_are_an_error_at_start(folder: Path, text: 
 
 async def test_text_whose_token_the_model_has_no_row_for_is_a_bad_request(folder: Path) -> None:
     content = json.loads((folder / "tokenizer.json").read_text())
-    extra = {"content": "<far>", "special": True, "single_word": False, "lstrip": False,
-             "rstrip": False, "normalized": False}  # fmt: skip
+    extra = {
+        "content": "<far>",
+        "special": True,
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+    }
     content["added_tokens"].append({"id": 512, **extra})
     write(folder, tokenizer_json=content)
     async with gateway_of(folder) as (client, cluster):
@@ -153,9 +160,7 @@ async def test_text_whose_token_the_model_has_no_row_for_is_a_bad_request(folder
 
 def test_overrides_make_another_revision() -> None:
     plain, longer, again = (
-        load_models(
-            GatewaySettings(model=str(STORIES), hf_overrides=text)
-        ).default.identity.revision
+        load_models(GatewaySettings(model=str(STORIES), hf_overrides=text)).default.identity.revision
         for text in ("", '{"rope_theta": 5000.0}', '{ "rope_theta": 5000.0 }')
     )
     assert plain != longer

@@ -154,9 +154,7 @@ def test_gateway_and_node_read_the_same_identity_from_the_same_folder(name: str)
     assert all(dataclasses.astuple(served.identity))
 
 
-def test_copies_that_differ_in_weights_tokenizer_or_stop_ids_are_other_models(
-    tmp_path: Path,
-) -> None:
+def test_copies_that_differ_in_weights_tokenizer_or_stop_ids_are_other_models(tmp_path: Path) -> None:
     def identity(change: Callable[[Path], object]) -> ModelIdentity:
         folder = tmp_path / change.__name__ / "copy"
         shutil.copytree(MODELS / "stories260K", folder)
@@ -192,11 +190,14 @@ def test_copies_that_differ_in_weights_tokenizer_or_stop_ids_are_other_models(
     settings = GatewaySettings(model=str(MODELS / "stories260K"), served_model_name="copy")
     assert load_models(settings).default.identity == original
     for change, part in (
-        (other_weights, "revision"), (other_tokenizer, "tokenizer"), (other_stop_ids, "tokenizer"),
-    ):  # fmt: skip
+        (other_weights, "revision"),
+        (other_tokenizer, "tokenizer"),
+        (other_stop_ids, "tokenizer"),
+    ):
         changed = identity(change)
-        differing = {f for f in ("name", "revision", "tokenizer")
-                     if getattr(changed, f) != getattr(original, f)}  # fmt: skip
+        differing = {
+            f for f in ("name", "revision", "tokenizer") if getattr(changed, f) != getattr(original, f)
+        }
         assert differing == {part}, change.__name__
     assert identity(no_weights) == dataclasses.replace(original, revision="")
 

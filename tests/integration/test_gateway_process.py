@@ -31,9 +31,7 @@ from tests.support.redis import HANGS_S, redis_client, redis_server, wait_until
 
 __all__ = ["redis_client", "redis_server"]
 
-BODY: dict[str, Any] = {
-    "model": "stories", "prompt": "Once upon a time", "max_tokens": 30, "seed": 3,
-}  # fmt: skip
+BODY: dict[str, Any] = {"model": "stories", "prompt": "Once upon a time", "max_tokens": 30, "seed": 3}
 ROOT = Path(__file__).parents[2]
 AT_ONCE_S = 20.0  # a drain would take 30
 
@@ -52,10 +50,21 @@ class Process:
 
 def command(*flags: str) -> list[str]:
     return [
-        sys.executable, "-W", "error", "-m", "gateway", "--port", "0", "--model",
-        str(MODELS / "stories260K"), "--served-model-name", "stories",
-        "--bus-beat-interval-s", "0.05", *flags,
-    ]  # fmt: skip
+        sys.executable,
+        "-W",
+        "error",
+        "-m",
+        "gateway",
+        "--port",
+        "0",
+        "--model",
+        str(MODELS / "stories260K"),
+        "--served-model-name",
+        "stories",
+        "--bus-beat-interval-s",
+        "0.05",
+        *flags,
+    ]
 
 
 def environment(redis_url: str) -> dict[str, str]:
@@ -67,9 +76,7 @@ def with_descriptors(count: int, command: list[str]) -> list[str]:
 
 
 @contextlib.asynccontextmanager
-async def started(
-    redis_url: str, *flags: str, descriptors: int | None = None
-) -> AsyncIterator[Process]:
+async def started(redis_url: str, *flags: str, descriptors: int | None = None) -> AsyncIterator[Process]:
     line = command(*flags)
     process = await asyncio.create_subprocess_exec(
         *(line if descriptors is None else with_descriptors(descriptors, line)),
@@ -145,8 +152,10 @@ async def test_a_request_goes_through_redis_and_back_over_the_bus(
         (record,) = await requests.recent()
         (choice,) = record.choices
         assert (choice.generated, choice.finish_reason, choice.prefill_node) == (
-            30, "length", node.incarnation,
-        )  # fmt: skip
+            30,
+            "length",
+            node.incarnation,
+        )
         (dispatch,) = node.taken
         key = (dispatch.request.id, 1, 0)
         await until(lambda: node.acknowledged.get(key) == dispatch.request.prompt_len + 30)
@@ -166,9 +175,7 @@ async def test_what_the_links_with_nodes_count_is_among_the_metrics(
     assert found["pdq_gateway_strangers_messages_total"] == 0
 
 
-async def test_the_death_of_a_node_changes_no_token(
-    gateway: Process, redis_client: RedisClient
-) -> None:
+async def test_the_death_of_a_node_changes_no_token(gateway: Process, redis_client: RedisClient) -> None:
     async with a_node(redis_client, gateway) as first:
         truth = await the_text(gateway)
         first.hold_at = 7
@@ -183,10 +190,7 @@ async def test_the_death_of_a_node_changes_no_token(
                     await first.die()
             assert text == truth
             (retry,) = second.taken
-            assert (retry.attempt, len(retry.request.token_ids)) == (
-                2,
-                retry.request.prompt_len + 7,
-            )
+            assert (retry.attempt, len(retry.request.token_ids)) == (2, retry.request.prompt_len + 7)
 
 
 async def test_a_disconnect_reaches_the_node(gateway: Process, redis_client: RedisClient) -> None:
@@ -224,9 +228,7 @@ async def test_an_open_request_outlives_the_memory_of_redis(
             assert (await asking).choices[0].text == truth
 
 
-async def test_a_drain_lets_open_streams_finish_and_leaves_nothing(
-    redis_client: RedisClient,
-) -> None:
+async def test_a_drain_lets_open_streams_finish_and_leaves_nothing(redis_client: RedisClient) -> None:
     async with started(redis_client.settings.url) as gateway:
         async with a_node(redis_client, gateway, hold_at=5) as node, gateway.openai() as client:
             asking = asyncio.create_task(client.completions.create(**BODY))
@@ -293,9 +295,7 @@ async def test_two_gateways_share_the_nodes(gateway: Process, redis_client: Redi
         assert len({dispatch.request.gateway for dispatch in node.taken}) == 2
 
 
-async def test_few_descriptors_mean_few_connections_and_a_short_log(
-    redis_client: RedisClient,
-) -> None:
+async def test_few_descriptors_mean_few_connections_and_a_short_log(redis_client: RedisClient) -> None:
     url = redis_client.settings.url
     async with started(url, descriptors=240) as gateway, a_node(redis_client, gateway):
         host, _, port = gateway.url.removeprefix("http://").partition(":")
@@ -310,9 +310,7 @@ async def test_few_descriptors_mean_few_connections_and_a_short_log(
     assert len("\n".join(gateway.lines)) < 20_000
 
 
-async def test_descriptors_that_run_out_are_one_line_and_connections_wait(
-    redis_client: RedisClient,
-) -> None:
+async def test_descriptors_that_run_out_are_one_line_and_connections_wait(redis_client: RedisClient) -> None:
     """The process's limit falls below what is open already: nothing can be accepted."""
     async with started(redis_client.settings.url) as gateway:
         host, _, port = gateway.url.removeprefix("http://").partition(":")
@@ -331,12 +329,8 @@ async def test_descriptors_that_run_out_are_one_line_and_connections_wait(
     assert len("\n".join(gateway.lines)) < 20_000
 
 
-@pytest.mark.parametrize(
-    "trouble", ["port", "redis", "model", "setting", "public", "key", "descriptors"]
-)
-async def test_what_keeps_it_from_starting_is_one_line(
-    redis_client: RedisClient, trouble: str
-) -> None:
+@pytest.mark.parametrize("trouble", ["port", "redis", "model", "setting", "public", "key", "descriptors"])
+async def test_what_keeps_it_from_starting_is_one_line(redis_client: RedisClient, trouble: str) -> None:
     url = redis_client.settings.url
     with socket.create_server(("127.0.0.1", 0)) as taken:
         flags, wanted = {
@@ -367,10 +361,15 @@ async def test_what_keeps_it_from_starting_is_one_line(
 async def pdq(redis_url: str, *arguments: str) -> tuple[int, str]:
     """Exit code and output of the command."""
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "common.cli", *arguments,
-        cwd=ROOT, env={**os.environ, "PDQ_REDIS_URL": redis_url},
-        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
-    )  # fmt: skip
+        sys.executable,
+        "-m",
+        "common.cli",
+        *arguments,
+        cwd=ROOT,
+        env={**os.environ, "PDQ_REDIS_URL": redis_url},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
     output, _ = await process.communicate()
     assert process.returncode is not None
     return process.returncode, output.decode()

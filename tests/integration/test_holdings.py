@@ -34,8 +34,9 @@ def test_every_kind_of_thing_is_seen_while_it_is_held() -> None:
         assert more == {"listening socket": 1, "unix socket": 2, "eventfd": 1, "memfd": 2}
         ends = Place(*client.getsockname()), Place(*server.getsockname())
         assert set(now.connections) - set(before.connections) == {
-            Connection(*ends), Connection(*reversed(ends)),
-        }  # fmt: skip
+            Connection(*ends),
+            Connection(*reversed(ends)),
+        }
         assert now.own - before.own == {os.fstat(memory).st_ino}
         assert now.foreign == before.foreign
     assert holdings(os.getpid()) == before
@@ -58,10 +59,7 @@ def test_nothing_passes_a_cable_that_is_pulled() -> None:
             place = listener.getsockname()
             say = f"import socket, sys; socket.create_connection({place}, float(sys.argv[1]))"
             connect = (*made.at("one"), sys.executable, "-c", say)
-            passes = (
-                *connect,
-                "30",
-            )  # a first packet may be lost, and is sent again after a second
+            passes = (*connect, "30")  # a first packet may be lost, and is sent again after a second
             subprocess.run(passes, check=True)
             subprocess.run(made.pull("one"), check=True)
             fails = subprocess.run((*connect, "1.5"), stderr=subprocess.DEVNULL, check=False)

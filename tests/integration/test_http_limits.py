@@ -193,29 +193,27 @@ async def test_a_client_that_does_not_read_its_answer_is_cut_off() -> None:
         (b"GET / HTTP/1.1\r\nhost: x\r\na: " + b"b" * 20_000, 431, "head_too_large"),
         (b"GET / HTTP/1.1\r\nhost: x\r\n" + b"a:b\r\n" * 9_000 + b"\r\n", 431, "head_too_large"),
         (b"GET /" + b"a" * 9_000 + b" HTTP/1.1\r\nhost: x\r\n\r\n", 414, "uri_too_long"),
-        (
-            b"POST /tokenize HTTP/1.1\r\nhost: x\r\ntransfer-encoding: gzip\r\n\r\n",
-            501, "not_implemented",
-        ),
+        (b"POST /tokenize HTTP/1.1\r\nhost: x\r\ntransfer-encoding: gzip\r\n\r\n", 501, "not_implemented"),
         (
             b"POST /tokenize HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\n"
             b"transfer-encoding: chunked\r\n\r\n0\r\n\r\n",
-            400, "malformed_http",  # two ends: whoever stands before us may see the other
+            400,
+            "malformed_http",  # two ends: whoever stands before us may see the other
         ),
         (
             b"POST /tokenize HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
             + b"1\r\n \r\n" * 5_000,
-            400, "malformed_http",
+            400,
+            "malformed_http",
         ),
         (
             b"POST /tokenize HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n",
-            400, "malformed_http",
+            400,
+            "malformed_http",
         ),
     ],
-)  # fmt: skip
-async def test_what_is_not_http_is_refused_in_openais_shape(
-    request_: bytes, status: int, code: str
-) -> None:
+)
+async def test_what_is_not_http_is_refused_in_openais_shape(request_: bytes, status: int, code: str) -> None:
     async with gateway() as served, connected(served) as client:
         client.send(request_)
         assert error_of(await client.rest()) == (status, code)
@@ -294,10 +292,7 @@ async def test_bodies_share_a_budget_and_one_client_gets_half_of_it() -> None:
 
 
 async def test_a_list_of_prompts_that_could_never_be_open_is_a_bad_request() -> None:
-    async with (
-        gateway(limits=Limits(max_open=3)) as served,
-        httpx.AsyncClient(base_url=served.url) as http,
-    ):
+    async with gateway(limits=Limits(max_open=3)) as served, httpx.AsyncClient(base_url=served.url) as http:
         answer = await http.post("/v1/completions", json={**BODY, "prompt": ["a"] * 4})
         assert answer.status_code == 400
         assert "3" in answer.json()["error"]["message"]
@@ -351,9 +346,7 @@ async def test_a_client_that_is_gone_is_seen_although_nothing_is_written(
 ) -> None:
     async with gateway() as served, connected(served) as client:
         served.cluster.members["u1"].hold_at = tokens
-        client.send(
-            post({**BODY, "stream": stream}).replace(b"HTTP/1.1", f"HTTP/{version}".encode())
-        )
+        client.send(post({**BODY, "stream": stream}).replace(b"HTTP/1.1", f"HTTP/{version}".encode()))
         await until(lambda: served.cluster.running == 1)
         if tokens:
             await client.reader.readuntil(b"data: ")
@@ -399,10 +392,7 @@ async def test_a_wrong_method_says_which_are_right() -> None:
 async def test_no_client_is_sent_elsewhere_by_what_it_calls_us(path: str) -> None:
     async with gateway() as served, httpx.AsyncClient(base_url=served.url) as http:
         answer = await http.get(served.url + path, headers={"host": "elsewhere.example"})
-        assert (answer.status_code, answer.json()["error"]["type"]) == (
-            404,
-            "invalid_request_error",
-        )
+        assert (answer.status_code, answer.json()["error"]["type"]) == (404, "invalid_request_error")
         assert "location" not in answer.headers
 
 

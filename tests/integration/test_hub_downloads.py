@@ -28,18 +28,32 @@ WEIGHTS = "model-0000{}-of-00002.safetensors"
 def repository(tmp_path: Path) -> Path:
     """A sharded checkpoint, and beside it what repositories have besides."""
     folder = save_random_model(
-        tmp_path / "repository", "llama", 5, vocab_size=512, hidden_size=64, intermediate_size=96,
-        num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=128, max_shard_size="140KB",
-    )  # fmt: skip
+        tmp_path / "repository",
+        "llama",
+        5,
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        max_shard_size="140KB",
+    )
     (folder / "tokenizer.json").write_bytes((STORIES / "tokenizer.json").read_bytes())
     (folder / "original").mkdir()
     (folder / "onnx").mkdir()
     for name in (
-        "consolidated.safetensors", "original/params.json", "original/tokenizer.model",
-        "original/consolidated.00.pth", "pytorch_model.bin", "onnx/config.json", "README.md",
-        "model.fp16.safetensors", "trainer_state.json",
-    ):  # fmt: skip
+        "consolidated.safetensors",
+        "original/params.json",
+        "original/tokenizer.model",
+        "original/consolidated.00.pth",
+        "pytorch_model.bin",
+        "onnx/config.json",
+        "README.md",
+        "model.fp16.safetensors",
+        "trainer_state.json",
+    ):
         (folder / name).write_bytes(b"{}")
     return folder
 
@@ -104,8 +118,7 @@ def test_random_weights_are_not_fetched(hub: FakeHub) -> None:
 
 
 @pytest.mark.parametrize(
-    "fields",
-    [{"model_type": "gpt2"}, {"architectures": ["OtherForCausalLM"]}, {"hidden_act": "relu2"}],
+    "fields", [{"model_type": "gpt2"}, {"architectures": ["OtherForCausalLM"]}, {"hidden_act": "relu2"}]
 )
 def test_a_model_that_cannot_run_is_refused_before_its_weights_come(
     hub: FakeHub, repository: Path, fields: dict[str, Any]

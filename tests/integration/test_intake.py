@@ -128,12 +128,7 @@ def with_pattern(folder: Path, pattern: str) -> ServedModels:
     """The gpt2 tokenizer with a pattern of its own before the bytes."""
     shutil.copytree(MODELS / "tokenizers/gpt2", folder, dirs_exist_ok=True)
     data = json.loads((folder / "tokenizer.json").read_text())
-    split = {
-        "type": "Split",
-        "pattern": {"Regex": pattern},
-        "behavior": "Isolated",
-        "invert": False,
-    }
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
     steps = [split, data["pre_tokenizer"]]
     data["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
     (folder / "tokenizer.json").write_text(json.dumps(data))
@@ -320,9 +315,8 @@ async def test_no_process_outlives_its_gateway() -> None:
 async def stopped(running: Intake, count: int = 1) -> AsyncIterator[None]:
     """All long workers are stopped meanwhile."""
     await asyncio.gather(
-        *(running.prepare(f"warm{n}", COMPLETIONS, padded(SHORT_BODY + 1, prompt="x"))
-          for n in range(count))
-    )  # fmt: skip
+        *(running.prepare(f"warm{n}", COMPLETIONS, padded(SHORT_BODY + 1, prompt="x")) for n in range(count))
+    )
     known = workers(running)
     for worker in known:
         worker.suspend()
@@ -363,9 +357,7 @@ async def test_one_client_leaves_a_worker_for_the_others() -> None:
     async with intake(processes=2) as running:
         async with stopped(running, 2):
             data = padded(SHORT_BODY + 1, prompt="x")
-            asked = [
-                asyncio.create_task(running.prepare("greedy", COMPLETIONS, data)) for _ in range(5)
-            ]
+            asked = [asyncio.create_task(running.prepare("greedy", COMPLETIONS, data)) for _ in range(5)]
             await until(lambda: running._long._running["greedy"] == 1)
             asked.append(asyncio.create_task(running.prepare("other", COMPLETIONS, data)))
             await until(lambda: running._long._running["other"] == 1)
@@ -373,16 +365,12 @@ async def test_one_client_leaves_a_worker_for_the_others() -> None:
         await asyncio.gather(*asked)
 
 
-async def test_when_too_much_waits_whoever_has_most_of_it_is_told_so(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_when_too_much_waits_whoever_has_most_of_it_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool, "MAX_WAITING", 4)
     data = padded(SHORT_BODY + 1, prompt="x")
     async with intake(processes=1) as running:
         async with stopped(running):
-            greedy = [
-                asyncio.create_task(running.prepare("greedy", COMPLETIONS, data)) for _ in range(5)
-            ]
+            greedy = [asyncio.create_task(running.prepare("greedy", COMPLETIONS, data)) for _ in range(5)]
             await until(lambda: len(running._long._waiting.get("greedy", ())) == 4)
             other = asyncio.create_task(running.prepare("other", COMPLETIONS, data))
             await until(lambda: any(task.done() for task in greedy))
@@ -394,9 +382,7 @@ async def test_when_too_much_waits_whoever_has_most_of_it_is_told_so(
 async def test_short_bodies_do_not_wait_for_long_ones() -> None:
     async with intake(models("tokenizers/qwen2"), processes=1) as running:
         async with stopped(running):
-            long = asyncio.create_task(
-                running.prepare("a", COMPLETIONS, padded(SHORT_BODY + 1, prompt="x"))
-            )
+            long = asyncio.create_task(running.prepare("a", COMPLETIONS, padded(SHORT_BODY + 1, prompt="x")))
             assert await running.prepare("a", CHAT, chat())
             assert not long.done()
         await long
@@ -406,9 +392,7 @@ async def test_a_client_that_goes_while_its_body_waits_gives_up_its_place() -> N
     data = padded(SHORT_BODY + 1, prompt="x")
     async with intake(processes=1) as running:
         async with stopped(running):
-            first, second = (
-                asyncio.create_task(running.prepare("a", COMPLETIONS, data)) for _ in range(2)
-            )
+            first, second = (asyncio.create_task(running.prepare("a", COMPLETIONS, data)) for _ in range(2))
             await until(lambda: "a" in running._long._waiting)
             second.cancel()
             await asyncio.gather(second, return_exceptions=True)
@@ -422,9 +406,21 @@ async def test_a_client_that_goes_while_its_body_waits_gives_up_its_place() -> N
 @pytest.mark.parametrize("name", ["stories260K", "tokenizers/qwen2", "tokenizers/gpt2"])
 @pytest.mark.parametrize(
     "text",
-    ["", "a" * 5000, " " * 5000, "\n" * 3000, "é" * 2000, "e\u0301" * 2000, "\u1112\u1161\u11ab" * 999,
-     "the quick brown fox " * 100, "<|im_end|>" * 300, "👩‍👧" * 500, "----" * 2000, "\0" * 100],
-)  # fmt: skip
+    [
+        "",
+        "a" * 5000,
+        " " * 5000,
+        "\n" * 3000,
+        "é" * 2000,
+        "e\u0301" * 2000,
+        "\u1112\u1161\u11ab" * 999,
+        "the quick brown fox " * 100,
+        "<|im_end|>" * 300,
+        "👩‍👧" * 500,
+        "----" * 2000,
+        "\0" * 100,
+    ],
+)
 def test_a_text_has_at_least_so_many_tokens(name: str, text: str) -> None:
     tokenizer = load_tokenizer(name)
     ids = tokenizer.encode_now(text, add_special_tokens=False)
@@ -433,9 +429,11 @@ def test_a_text_has_at_least_so_many_tokens(name: str, text: str) -> None:
 
 def test_a_normalizer_may_make_one_character_of_four() -> None:
     pipeline = {
-        "normalizer": {"type": "NFC"}, "pre_tokenizer": {"type": "ByteLevel"}, "added_tokens": [],
+        "normalizer": {"type": "NFC"},
+        "pre_tokenizer": {"type": "ByteLevel"},
+        "added_tokens": [],
         "model": {"type": "BPE", "vocab": {"a": 0}},
-    }  # fmt: skip
+    }
     text = "\u03b1\u0313\u0300\u0345"
     assert len(unicodedata.normalize("NFC", text)) == 1
     assert most_characters(pipeline) == len(text)
@@ -456,14 +454,9 @@ async def test_every_choice_echoes_its_prompt(stream: bool, size: int) -> None:
     cluster.add("u1")
     prompts = ["Once upon a time", '"é\n\u2028']
     fields = {"model": "stories", "echo": True, "n": 2, "stream": stream, "prompt": prompts}
-    async with (
-        serving(cluster) as served,
-        httpx.AsyncClient(base_url=served.url, timeout=30) as http,
-    ):
+    async with serving(cluster) as served, httpx.AsyncClient(base_url=served.url, timeout=30) as http:
         answer = await http.post(
-            "/v1/completions",
-            content=padded(size, **fields),
-            headers={"content-type": "application/json"},
+            "/v1/completions", content=padded(size, **fields), headers={"content-type": "application/json"}
         )
     assert answer.status_code == 200, answer.text
     texts = [""] * 4

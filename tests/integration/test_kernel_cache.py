@@ -134,9 +134,7 @@ def test_without_a_home_the_cache_is_a_private_temporary_folder(
     assert Path(kernel_cache.directory(())).parent == folder
 
 
-def test_where_nothing_can_be_written_kernels_are_compiled_anew(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_where_nothing_can_be_written_kernels_are_compiled_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", "/proc/no/such/folder")
     monkeypatch.setenv("HOME", "/proc/no/such/home")
     assert kernel_cache.directory(()) == ""
@@ -223,9 +221,7 @@ def test_a_folder_that_is_gone_or_is_none_costs_a_compilation(cold: Path, when: 
     assert not from_cache(cold)
 
 
-def test_a_folder_of_somebody_else_is_not_used(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_folder_of_somebody_else_is_not_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """What lies in it would be run."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setenv("HOME", str(tmp_path))

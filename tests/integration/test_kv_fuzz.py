@@ -36,9 +36,7 @@ from tests.fuzz.targets import LAYOUT
 from tests.support.fake_cuda import FakeCuda
 from tests.support.fake_nccl import FakeNccl
 
-few = settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+few = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 KEY_PAIR = new_secret_key()
@@ -79,9 +77,14 @@ def link() -> Iterator[tuple[TcpSource, PoolMemory, bytes]]:
 def pulls(token: bytes) -> st.SearchStrategy[Pull]:
     numbers = st.lists(st.integers(-2, 5) | st.integers(-(2**63), 2**64 - 1), max_size=4)
     return st.builds(
-        Pull, st.sampled_from(["link", "other"]), st.sampled_from([token, b"", b"x" * 16]),
-        st.integers(0, 9), numbers.map(tuple), numbers.map(tuple), st.integers(-2, 6),
-    )  # fmt: skip
+        Pull,
+        st.sampled_from(["link", "other"]),
+        st.sampled_from([token, b"", b"x" * 16]),
+        st.integers(0, 9),
+        numbers.map(tuple),
+        numbers.map(tuple),
+        st.integers(-2, 6),
+    )
 
 
 def messages(token: bytes) -> st.SearchStrategy[bytes]:
@@ -124,9 +127,7 @@ def test_a_source_gives_out_nothing_but_leased_blocks_whatever_it_is_sent(
 
 @given(data=st.data())
 @few
-def test_a_stream_gives_out_nothing_but_leased_blocks_whatever_it_is_sent(
-    data: st.DataObject,
-) -> None:
+def test_a_stream_gives_out_nothing_but_leased_blocks_whatever_it_is_sent(data: st.DataObject) -> None:
     with served() as (source, memory, proof):
         token, _, host, port = split_proof(proof)
         first = data.draw(st.just(token) | st.binary(max_size=20))
@@ -159,7 +160,7 @@ def ends_typed(reader: TcpReader, memory: HostPoolMemory) -> None:
 answers = st.one_of(
     st.builds(Slabs, st.just("link"), st.integers(0, 1), st.sampled_from(["", "stale"])),
     st.builds(Proved, st.just("link"), st.integers(0, 1), st.booleans()),
-).map(encode)  # fmt: skip
+).map(encode)
 slabs = st.binary(max_size=64) | st.just(bytes(LAYOUT.slab_bytes))
 
 
@@ -189,9 +190,7 @@ def test_a_reader_ends_with_a_typed_error_whatever_a_source_sends(data: st.DataO
 
 @given(data=st.data())
 @few
-def test_a_reader_of_a_stream_ends_with_a_typed_error_whatever_a_source_sends(
-    data: st.DataObject,
-) -> None:
+def test_a_reader_of_a_stream_ends_with_a_typed_error_whatever_a_source_sends(data: st.DataObject) -> None:
     whole = answers.map(tcp_stream.record)
     echo = tcp_stream.record(b"t" * 16)
     answer = data.draw(st.just(echo) | st.binary(min_size=1, max_size=16))
@@ -267,9 +266,11 @@ def nixl_proof() -> Iterator[bytes]:
 
 
 @given(
-    at=st.integers(0, 10_000), damage=st.sampled_from(["cut", "flip", "insert", "number"]),
-    number=st.sampled_from([0, 1, 2**31, 2**40, 2**63 - 1, 2**64 - 1]), byte=st.integers(0, 255),
-)  # fmt: skip
+    at=st.integers(0, 10_000),
+    damage=st.sampled_from(["cut", "flip", "insert", "number"]),
+    number=st.sampled_from([0, 1, 2**31, 2**40, 2**63 - 1, 2**64 - 1]),
+    byte=st.integers(0, 255),
+)
 @few
 def test_a_damaged_proof_of_nixl_is_refused_before_nixl_sees_it(
     nixl_proof: bytes, at: int, damage: str, number: int, byte: int
@@ -294,9 +295,7 @@ def test_a_damaged_proof_of_nixl_is_refused_before_nixl_sees_it(
 
 @given(data=st.data())
 @few
-def test_a_reader_of_nccl_ends_with_a_typed_error_whatever_a_source_answers(
-    data: st.DataObject,
-) -> None:
+def test_a_reader_of_nccl_ends_with_a_typed_error_whatever_a_source_answers(data: st.DataObject) -> None:
     """The control socket as it is; the communicator and the device are not there."""
     context = zmq.Context()
     router = context.socket(zmq.ROUTER)

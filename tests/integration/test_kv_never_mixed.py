@@ -71,9 +71,7 @@ LAYOUT = KVLayout.paged_attention(
 SEGMENTS, WORDS = len(LAYOUT.segments), LAYOUT.slab_bytes // 8 // BLOCK // len(LAYOUT.segments)
 FINGERPRINT = Fingerprint("model", "rev", LAYOUT.describe(), "numerics", BLOCK)
 ALIKE, CONVERTING = (BLOCK, BLOCK, BLOCK), (4, 6, 3)  # block sizes of the three nodes
-SETTINGS = TransferSettings(
-    credits=4, repeat=0.03, answer=3.0, patience=0.2, quiet=0.2, copy_blocks=3
-)
+SETTINGS = TransferSettings(credits=4, repeat=0.03, answer=3.0, patience=0.2, quiet=0.2, copy_blocks=3)
 
 KEY_PAIR = new_secret_key()
 POISON = 0xA5
@@ -221,9 +219,7 @@ class Air:
         self.connections[frozenset((a, b))] += 1
         for node in (a, b):
             late = self.random.random() * self.random.choice((0.002, 0.03))
-            asyncio.get_running_loop().call_later(
-                late, self.nodes[node].links.connection_lost, lost
-            )
+            asyncio.get_running_loop().call_later(late, self.nodes[node].links.connection_lost, lost)
 
     def send(self, source: str, peer: str, message: Message, link: str | None) -> None:
         connection = self.name(source, peer)
@@ -267,27 +263,33 @@ class Node:
         self.failure: BaseException | None = None
         key = KEY_PAIR if transport == "tcp+curve" else ""
         source: Source = (
-            ShmSource(self.memory) if transport == "shm"
+            ShmSource(self.memory)
+            if transport == "shm"
             else TcpSource(self.memory, layout, self.leases, secret_key=key)
-        )  # fmt: skip
+        )
         openers: dict[str, Opener] = {
-            "shm": ShmReader.open, "tcp": functools.partial(TcpReader.open, secret_key=key),
-        }  # fmt: skip
+            "shm": ShmReader.open,
+            "tcp": functools.partial(TcpReader.open, secret_key=key),
+        }
         self.links = Links(
-            Port(air, name), name, dataclasses.replace(FINGERPRINT, block_size=size),
-            Target(self.memory, layout), pool=self.pool, leases=self.leases,
-            make_transports=lambda: ([source], openers), on_arrival=self.arrived,
-            on_intake_ended=lambda _: None, settings=SETTINGS,
-        )  # fmt: skip
+            Port(air, name),
+            name,
+            dataclasses.replace(FINGERPRINT, block_size=size),
+            Target(self.memory, layout),
+            pool=self.pool,
+            leases=self.leases,
+            make_transports=lambda: ([source], openers),
+            on_arrival=self.arrived,
+            on_intake_ended=lambda _: None,
+            settings=SETTINGS,
+        )
         air.nodes[name] = self
         self.links.start()
 
     def heard(self, effect: Granted | Ended) -> None:
         if isinstance(effect, Ended):
             arrived = effect.key in self.air.adopted
-            if effect.outcome is not Outcome.LINK_LOST and arrived != (
-                effect.outcome is Outcome.ADOPTED
-            ):
+            if effect.outcome is not Outcome.LINK_LOST and arrived != (effect.outcome is Outcome.ADOPTED):
                 self.failure = Mixed(f"arrived: {arrived}, here: {effect.outcome.value}")
             future = self.ended[effect.key]
             if not future.done():
@@ -337,9 +339,7 @@ class Node:
         ended = self.ended[key] = asyncio.get_running_loop().create_future()
         try:
             self.pool.check(blocks[:cached], tokens[: cached * self.size])
-            offer = Offer(
-                key, a_request(tokens, name=request), names[:full], len(tokens) % self.size, 0
-            )  # fmt: skip
+            offer = Offer(key, a_request(tokens, name=request), names[:full], len(tokens) % self.size, 0)
             try:
                 self.links.offer(offer, self.heard)
             except LinkLost:
@@ -378,9 +378,11 @@ class Node:
         deadline = asyncio.get_running_loop().time() + NEVER
         while True:
             if not (
-                any(self.leases.count().values()) or self.links.intakes()
-                or self.links.handoffs() or self.decoding
-            ):  # fmt: skip
+                any(self.leases.count().values())
+                or self.links.intakes()
+                or self.links.handoffs()
+                or self.decoding
+            ):
                 break
             if asyncio.get_running_loop().time() > deadline:
                 raise Mixed("something never ends")
@@ -396,9 +398,7 @@ async def three_nodes(
     transport: str, seed: int, *, sizes: tuple[int, ...] = ALIKE, digests: bool = True
 ) -> AsyncIterator[tuple[Air, list[Node]]]:
     air = Air(seed)
-    nodes = [
-        Node(air, name, transport, size, digests) for name, size in zip("abc", sizes, strict=True)
-    ]
+    nodes = [Node(air, name, transport, size, digests) for name, size in zip("abc", sizes, strict=True)]
     try:
         yield air, nodes
     finally:
@@ -414,9 +414,15 @@ def prompts(rng: random.Random) -> tuple[int, ...]:
 
 
 async def hand_over(
-    transport: str, seed: int, count: int, *, sizes: tuple[int, ...] = ALIKE,
-    digests: bool = True, cuts: float = 0.03, aborts: int = 40,
-) -> int:  # fmt: skip
+    transport: str,
+    seed: int,
+    count: int,
+    *,
+    sizes: tuple[int, ...] = ALIKE,
+    digests: bool = True,
+    cuts: float = 0.03,
+    aborts: int = 40,
+) -> int:
     """`count` random prompts between random nodes, some at once, tried up to three times each; how
     many arrived."""
     async with three_nodes(transport, seed, sizes=sizes, digests=digests) as (air, nodes):
@@ -636,13 +642,7 @@ MUTATIONS = [
     Mutation(lease_outlives_its_link),
     Mutation(a_position_is_copied_one_off, sizes=CONVERTING),
     Mutation(a_position_is_copied_one_off, "tcp", sizes=CONVERTING),
-    Mutation(
-        a_block_is_whole_when_part_of_it_has_come,
-        digests=True,
-        aborts=6,
-        flips=0.1,
-        sizes=CONVERTING,
-    ),
+    Mutation(a_block_is_whole_when_part_of_it_has_come, digests=True, aborts=6, flips=0.1, sizes=CONVERTING),
     Mutation(what_failed_its_proof_is_converted, digests=True, flips=0.02, sizes=CONVERTING),
     Mutation(what_failed_its_proof_is_converted, "tcp", True, flips=0.02, sizes=CONVERTING),
     Mutation(no_generation_check, cuts=0.2, slow=0.5, sizes=CONVERTING),
@@ -661,6 +661,11 @@ async def test_a_rule_that_is_taken_out_is_noticed(
     mutation.take_out(monkeypatch)
     with pytest.raises(Mixed):
         await hand_over(
-            mutation.transport, 4, 3000, sizes=mutation.sizes, digests=mutation.digests,
-            cuts=mutation.cuts, aborts=mutation.aborts,
-        )  # fmt: skip
+            mutation.transport,
+            4,
+            3000,
+            sizes=mutation.sizes,
+            digests=mutation.digests,
+            cuts=mutation.cuts,
+            aborts=mutation.aborts,
+        )

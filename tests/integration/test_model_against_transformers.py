@@ -17,12 +17,7 @@ from common.engine import Engine, SamplingParams
 from common.errors import ConfigError, UnsupportedModel
 from common.model_files import SHIPPED_DRAFT, SHIPPED_MODEL
 from common.model_folder.model_config import load_model_config
-from tests.support.checkpoints import (
-    BABYLLAMA,
-    STORIES,
-    save_random_model,
-    transformers_model,
-)
+from tests.support.checkpoints import BABYLLAMA, STORIES, save_random_model, transformers_model
 from tests.support.engines import prompt_logits
 
 TOLERANCE = 1e-4  # of the largest logit
@@ -92,10 +87,7 @@ def configurations(draw: st.DrawFn, model_type: str) -> dict[str, Any]:
 def test_random_configurations_give_transformers_logits(
     model_type: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    @settings(
-        max_examples=12, deadline=None, derandomize=True,
-        suppress_health_check=list(HealthCheck),
-    )  # fmt: skip
+    @settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(fields=configurations(model_type), length=st.integers(1, 200), seed=st.integers(0, 99))
     def check(fields: dict[str, Any], length: int, seed: int) -> None:
         folder = save_random_model(tmp_path_factory.mktemp("model"), model_type, seed, **fields)
@@ -106,10 +98,15 @@ def test_random_configurations_give_transformers_logits(
 
 
 TINY: dict[str, Any] = {
-    "vocab_size": 97, "hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 2,
-    "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8,
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
     "max_position_embeddings": 256,
-}  # fmt: skip
+}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
 YARN_64 = YARN | {"original_max_position_embeddings": 64}
 
@@ -117,15 +114,19 @@ CORNERS: dict[str, tuple[str, dict[str, Any]]] = {
     "head_dim 4": ("llama", {"head_dim": 4}),
     "head_dim 20": ("qwen3", {"head_dim": 20}),
     "head_dim 100": ("llama", {"head_dim": 100}),
-    "groups of 7": ("llama", {"num_attention_heads": 7, "num_key_value_heads": 1,
-                              "hidden_size": 56}),
+    "groups of 7": ("llama", {"num_attention_heads": 7, "num_key_value_heads": 1, "hidden_size": 56}),
     "as many keys as queries": ("qwen3", {"num_key_value_heads": 6}),
     "window 1": ("mistral", {"sliding_window": 1}),
     "window of a block": ("mistral", {"sliding_window": 16}),
     "window of a key block and one": ("mistral", {"sliding_window": 65}),
-    "some layers with a window": ("qwen3", {
-        "use_sliding_window": True, "sliding_window": 9,
-        "layer_types": ["sliding_attention", "full_attention"]}),
+    "some layers with a window": (
+        "qwen3",
+        {
+            "use_sliding_window": True,
+            "sliding_window": 9,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
     "yarn that contradicts its length": ("llama", {"rope_parameters": YARN_64 | {"factor": 8.0}}),
     "yarn attention_factor": ("llama", {"rope_parameters": YARN_64 | {"attention_factor": 0.7}}),
     "yarn mscale": ("llama", {"rope_parameters": YARN_64 | {"mscale": 0.7, "mscale_all_dim": 1.0}}),
@@ -134,7 +135,7 @@ CORNERS: dict[str, tuple[str, dict[str, Any]]] = {
     "yarn without a length": ("llama", {"rope_parameters": YARN}),
     "flags of another family": ("mistral", {"attention_bias": True, "mlp_bias": True}),
     "a large eps": ("llama", {"rms_norm_eps": 0.01}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CORNERS)
@@ -162,29 +163,43 @@ def test_the_old_spelling_of_rope_means_the_same(kind: str, tmp_path: Path) -> N
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 SPELLINGS: dict[str, tuple[dict[str, Any], int]] = {  # fields, and the context that follows
     "yarn beyond what was trained": ({"rope_scaling": YARN}, 1024),
-    "yarn with its length at the top": (
-        {"rope_scaling": YARN, "original_max_position_embeddings": 64}, 256),
-    "the length at the top wins": (
-        {"rope_scaling": YARN_64, "original_max_position_embeddings": 128}, 512),
+    "yarn with its length at the top": ({"rope_scaling": YARN, "original_max_position_embeddings": 64}, 256),
+    "the length at the top wins": ({"rope_scaling": YARN_64, "original_max_position_embeddings": 128}, 512),
     "yarn whose factor is null": ({"rope_scaling": YARN_64 | {"factor": None}}, 256),
     "linear beyond what was trained": (
-        {"rope_scaling": {"type": "linear", "factor": 3.0}, "rope_theta": 5e3}, 768),
+        {"rope_scaling": {"type": "linear", "factor": 3.0}, "rope_theta": 5e3},
+        768,
+    ),
     "llama3 with its length at the top": (
-        {"rope_scaling": LLAMA3 | {"rope_type": "llama3"}, "rope_theta": 5e3,
-         "original_max_position_embeddings": 64}, 256),
-    "llama3 without a length": (
-        {"rope_scaling": LLAMA3 | {"rope_type": "llama3"}, "rope_theta": 5e3}, 256),
+        {
+            "rope_scaling": LLAMA3 | {"rope_type": "llama3"},
+            "rope_theta": 5e3,
+            "original_max_position_embeddings": 64,
+        },
+        256,
+    ),
+    "llama3 without a length": ({"rope_scaling": LLAMA3 | {"rope_type": "llama3"}, "rope_theta": 5e3}, 256),
     "rope_scaling beside rope_parameters": (
-        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
-         "rope_scaling": YARN_64}, 256),
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, "rope_scaling": YARN_64},
+        256,
+    ),
     "an empty rope_scaling beside it": (
-        {"rope_parameters": YARN_64 | {"rope_theta": 5e3}, "rope_scaling": {}}, 256),
+        {"rope_parameters": YARN_64 | {"rope_theta": 5e3}, "rope_scaling": {}},
+        256,
+    ),
     "three bases": (
-        {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
-         "rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 5e3}, 512),
+        {
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+            "rope_scaling": {"type": "linear", "factor": 2.0},
+            "rope_theta": 5e3,
+        },
+        512,
+    ),
     "the older theta beside rope_parameters": (
-        {"rope_parameters": {"rope_type": "linear", "factor": 2.0}, "rope_theta": 5e3}, 512),
-}  # fmt: skip
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0}, "rope_theta": 5e3},
+        512,
+    ),
+}
 
 
 @pytest.mark.parametrize("name", SPELLINGS)
@@ -198,9 +213,12 @@ def test_rope_reaches_and_turns_as_its_spelling_says(name: str, tmp_path: Path) 
 
 
 LONGROPE = {
-    "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64,
-    "short_factor": [1.0, 1.1, 1.3, 2.0], "long_factor": [1.0, 2.5, 6.0, 16.0],
-}  # fmt: skip
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "original_max_position_embeddings": 64,
+    "short_factor": [1.0, 1.1, 1.3, 2.0],
+    "long_factor": [1.0, 2.5, 6.0, 16.0],
+}
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen3"])
@@ -220,8 +238,7 @@ def test_nodes_with_other_sets_of_longrope_do_not_go_together(tmp_path: Path) ->
     """Their keys are turned otherwise, so a handoff would be of another model's."""
     folder = save_random_model(tmp_path, "llama", 7, **TINY, rope_parameters=LONGROPE)
     short, middle, long = (
-        Engine.load(folder, max_model_len=length, num_kv_blocks=8).fingerprint
-        for length in (64, 65, 256)
+        Engine.load(folder, max_model_len=length, num_kv_blocks=8).fingerprint for length in (64, 65, 256)
     )
     assert middle.mismatch(long) is None
     differs = short.mismatch(long)
@@ -284,9 +301,7 @@ def test_what_a_config_does_not_say_is_what_transformers_assumes(tmp_path: Path)
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.1])
-def test_a_tied_head_that_is_stored_too_counts_where_it_differs(
-    scale: float, tmp_path: Path
-) -> None:
+def test_a_tied_head_that_is_stored_too_counts_where_it_differs(scale: float, tmp_path: Path) -> None:
     folder = save_random_model(tmp_path, "llama", 7, **TINY, tie_word_embeddings=True)
     tensors = load_file(folder / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].flip(1) * scale
@@ -304,10 +319,18 @@ def test_a_checkpoint_of_another_dtype_is_converted(stored: torch.dtype, tmp_pat
 
 def test_sharded_checkpoints_load(tmp_path: Path) -> None:
     folder = save_random_model(
-        tmp_path, "llama", 5, vocab_size=300, hidden_size=64, intermediate_size=96,
-        num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=128, max_shard_size="60KB",
-    )  # fmt: skip
+        tmp_path,
+        "llama",
+        5,
+        vocab_size=300,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        max_shard_size="60KB",
+    )
     assert len(list(folder.glob("*.safetensors"))) > 1
     assert_same_logits(folder, list(range(40)))
 
@@ -329,9 +352,12 @@ def greedy_pair(folder: Path, token_ids: list[int], count: int) -> tuple[list[in
     (mine,) = engine.generate([token_ids], params)
     with torch.inference_mode():
         theirs = transformers_model(folder).generate(
-            torch.tensor([token_ids]), max_new_tokens=count, do_sample=False,
-            eos_token_id=None, pad_token_id=0,
-        )  # fmt: skip
+            torch.tensor([token_ids]),
+            max_new_tokens=count,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
     return list(mine.token_ids), theirs[0, len(token_ids) :].tolist()
 
 
@@ -343,10 +369,19 @@ def test_real_models_write_the_same_200_tokens(folder: Path) -> None:
 
 def test_a_prompt_longer_than_the_window_continues_the_same(tmp_path: Path) -> None:
     folder = save_random_model(
-        tmp_path, "mistral", 3, vocab_size=256, hidden_size=64, intermediate_size=96,
-        num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
-        max_position_embeddings=512, sliding_window=32,
-    )  # fmt: skip
+        tmp_path,
+        "mistral",
+        3,
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=512,
+        sliding_window=32,
+    )
     prompt = np.random.default_rng(2).integers(0, 256, 150).tolist()
     mine, theirs = greedy_pair(folder, prompt, 200)
     assert mine == theirs

@@ -25,10 +25,16 @@ KINDS = {
     "greedy": SamplingParams(max_tokens=LENGTH, temperature=0.0, ignore_eos=True),
     "seeded": SamplingParams(max_tokens=LENGTH, temperature=0.9, seed=5, ignore_eos=True),
     "penalties": SamplingParams(
-        max_tokens=LENGTH, temperature=0.8, seed=6, presence_penalty=0.7, frequency_penalty=0.3,
-        repetition_penalty=1.1, min_tokens=50, logprobs=3,
+        max_tokens=LENGTH,
+        temperature=0.8,
+        seed=6,
+        presence_penalty=0.7,
+        frequency_penalty=0.3,
+        repetition_penalty=1.1,
+        min_tokens=50,
+        logprobs=3,
     ),
-}  # fmt: skip
+}
 
 
 class EngineWithMemory:
@@ -67,13 +73,15 @@ def reference() -> Engine:
 def offer_of(sequence: Sequence, salt: str, block_size: int) -> Offer:
     length = sequence.num_computed
     request = a_request(
-        sequence.token_ids[:length], sequence.params, prompt_len=sequence.prompt_len,
-        cache_salt=salt,
-    )  # fmt: skip
+        sequence.token_ids[:length], sequence.params, prompt_len=sequence.prompt_len, cache_salt=salt
+    )
     return Offer(
-        HandoffKey("l", "r", 1, sequence.choice), request,
-        tuple(sequence.hashes(length // block_size, block_size)), length % block_size, 1,
-    )  # fmt: skip
+        HandoffKey("l", "r", 1, sequence.choice),
+        request,
+        tuple(sequence.hashes(length // block_size, block_size)),
+        length % block_size,
+        1,
+    )
 
 
 def move(here: EngineWithMemory, sequence: Sequence, there: EngineWithMemory) -> Sequence:
@@ -103,9 +111,7 @@ def move(here: EngineWithMemory, sequence: Sequence, there: EngineWithMemory) ->
 
 @pytest.mark.parametrize("kind", list(KINDS))
 @pytest.mark.parametrize("after", [1, 7, 8, 23])  # a tail, a full block, prompt and generated ones
-def test_a_sequence_that_moves_twice_makes_the_same_tokens(
-    reference: Engine, kind: str, after: int
-) -> None:
+def test_a_sequence_that_moves_twice_makes_the_same_tokens(reference: Engine, kind: str, after: int) -> None:
     params = KINDS[kind]
     (expected,) = reference.generate([PROMPT], params)
     nodes = [EngineWithMemory() for _ in range(3)]
@@ -124,9 +130,7 @@ def test_a_sequence_that_moves_twice_makes_the_same_tokens(
         node.engine.check_idle()
 
 
-def test_a_sequence_that_was_offered_in_vain_can_be_offered_again_with_more(
-    reference: Engine,
-) -> None:
+def test_a_sequence_that_was_offered_in_vain_can_be_offered_again_with_more(reference: Engine) -> None:
     """The tail's seal and digest are of what it held then, and must not outlive that."""
     params = KINDS["seeded"]
     (expected,) = reference.generate([PROMPT], params)
@@ -137,9 +141,7 @@ def test_a_sequence_that_was_offered_in_vain_can_be_offered_again_with_more(
         node.steps(4)
         node.engine.scheduler.pause(sequence)
         blocks = pool.blocks_for(sequence.num_computed)
-        ready = node.kv.ready_blocks(
-            sequence, sequence.block_table, 0, blocks, sequence.num_computed
-        )
+        ready = node.kv.ready_blocks(sequence, sequence.block_table, 0, blocks, sequence.num_computed)
         for index, block in enumerate(ready[: sequence.num_computed // block_size]):
             node.memory.digests[block.slot] = b""
             again = node.kv.ready_blocks(

@@ -64,9 +64,7 @@ async def running(
     await asyncio.gather(*tasks)
 
 
-async def test_a_handoff_is_counted_at_both_ends_by_transport_and_outcome(
-    redis_client: RedisClient,
-) -> None:
+async def test_a_handoff_is_counted_at_both_ends_by_transport_and_outcome(redis_client: RedisClient) -> None:
     async with running(redis_client, "prefill", "decode") as (prefill, decode):
         for name in ("r-1", "r-2"):
             params = SamplingParams(max_tokens=GENERATED, ignore_eos=True, temperature=0.0)

@@ -52,12 +52,22 @@ REGIMES = [
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Wide enough that oneDNN would choose other kernels for other batches (K above 1,024)."""
     return save_random_model(
-        tmp_path_factory.mktemp("model"), "qwen3", 11, vocab_size=VOCAB, hidden_size=192,
-        intermediate_size=1088, num_hidden_layers=2, num_attention_heads=6,
-        num_key_value_heads=2, head_dim=64, max_position_embeddings=LONGEST,
-        use_sliding_window=True, sliding_window=100, max_window_layers=1,
+        tmp_path_factory.mktemp("model"),
+        "qwen3",
+        11,
+        vocab_size=VOCAB,
+        hidden_size=192,
+        intermediate_size=1088,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=LONGEST,
+        use_sliding_window=True,
+        sliding_window=100,
+        max_window_layers=1,
         rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
-    )  # fmt: skip
+    )
 
 
 def requests(seed: int) -> tuple[dict[str, list[int]], dict[str, SamplingParams]]:
@@ -74,23 +84,27 @@ def requests(seed: int) -> tuple[dict[str, list[int]], dict[str, SamplingParams]
     params = {
         name: SamplingParams(
             max_tokens=96 if name == "longest" else int(random.integers(60, 250)),
-            temperature=1.0, seed=int(random.integers(1 << 60)), ignore_eos=True,
+            temperature=1.0,
+            seed=int(random.integers(1 << 60)),
+            ignore_eos=True,
         )
         for name in prompts
-    }  # fmt: skip
+    }
     return prompts, params
 
 
-def run(
-    folder: Path, regime: Regime, dtype: str, threads: int, seed: int, truth: Run | None
-) -> Run:
+def run(folder: Path, regime: Regime, dtype: str, threads: int, seed: int, truth: Run | None) -> Run:
     engine = with_poison(
         EngineSettings(
-            model=str(folder), dtype=dtype, threads=threads, max_num_seqs=regime.max_num_seqs,
+            model=str(folder),
+            dtype=dtype,
+            threads=threads,
+            max_num_seqs=regime.max_num_seqs,
             max_num_batched_tokens=regime.max_num_batched_tokens,
-            num_kv_blocks=regime.num_kv_blocks, enable_prefix_caching=regime.prefix_caching,
+            num_kv_blocks=regime.num_kv_blocks,
+            enable_prefix_caching=regime.prefix_caching,
         )
-    )  # fmt: skip
+    )
     if regime.drafts and truth:
         engine.proposer = RandomProposer(truth.tokens, VOCAB, seed)
     prompts, params = requests(seed)
@@ -137,9 +151,13 @@ def test_no_logit_depends_on_the_block_size_or_the_context(folder: Path, dtype: 
     params = SamplingParams(max_tokens=40, seed=5, ignore_eos=True)
     runs = []
     for settings in (
-        {}, {"block_size": 1, "num_kv_blocks": 400}, {"block_size": 7}, {"block_size": 128},
-        {"max_model_len": 400}, {"max_num_batched_tokens": 9},
-    ):  # fmt: skip
+        {},
+        {"block_size": 1, "num_kv_blocks": 400},
+        {"block_size": 7},
+        {"block_size": 128},
+        {"max_model_len": 400},
+        {"max_num_batched_tokens": 9},
+    ):
         fields = {"num_kv_blocks": 100, "max_num_seqs": 4, "threads": 1} | settings
         engine = Engine.load(folder, dtype=dtype, **fields)
         recorded = run_recorded(engine, {"r": prompt}, {"r": params}, ["r"])
@@ -151,9 +169,7 @@ def test_no_logit_depends_on_the_block_size_or_the_context(folder: Path, dtype: 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_settle_sees_every_count_of_rows_that_gives_other_bits(
-    dtype: torch.dtype, threads: int
-) -> None:
+def test_settle_sees_every_count_of_rows_that_gives_other_bits(dtype: torch.dtype, threads: int) -> None:
     """With biases, heads on embeddings, and sizes that fit no vector."""
     generator = torch.Generator().manual_seed(2)
     for inputs, outputs in ((64, 192), (101, 300), (1089, 513), (4865, 97), (17, 2048), (1, 9)):
@@ -173,9 +189,7 @@ def test_settle_sees_every_count_of_rows_that_gives_other_bits(
 
 def test_the_class_names_what_the_bits_depend_on(folder: Path) -> None:
     def fingerprint(dtype: str, threads: int, block_size: int = 16) -> str:
-        engine = Engine.load(
-            folder, dtype=dtype, threads=threads, num_kv_blocks=8, block_size=block_size
-        )
+        engine = Engine.load(folder, dtype=dtype, threads=threads, num_kv_blocks=8, block_size=block_size)
         return engine.fingerprint.numerics
 
     assert fingerprint("bfloat16", 1) != fingerprint("float32", 1)

@@ -24,9 +24,24 @@ from tests.support.scripted_nodes import World, answer
 __all__ = ["redis_server"]
 
 STEPS = (
-    "ask", "take", "speak", "compute", "hand over", "pull", "kill", "notice", "drain", "start",
-    "break", "mend", "look", "lose", "cancel", "late pull", "late read",
-)  # fmt: skip
+    "ask",
+    "take",
+    "speak",
+    "compute",
+    "hand over",
+    "pull",
+    "kill",
+    "notice",
+    "drain",
+    "start",
+    "break",
+    "mend",
+    "look",
+    "lose",
+    "cancel",
+    "late pull",
+    "late read",
+)
 Step = tuple[str, int, int]
 
 
@@ -41,16 +56,16 @@ def impatient() -> Iterator[None]:
 
 
 @settings(
-    max_examples=60, deadline=None, derandomize=True,
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
     phases=[Phase.generate],  # a loss takes the whole time limit to show, so nothing is shrunk
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)  # fmt: skip
+)
 @given(
     separate=st.booleans(),
     steps=st.lists(
-        st.tuples(st.sampled_from(STEPS), st.integers(0, 7), st.integers(0, 7)),
-        min_size=8,
-        max_size=40,
+        st.tuples(st.sampled_from(STEPS), st.integers(0, 7), st.integers(0, 7)), min_size=8, max_size=40
     ),
 )
 def test_whatever_happens_every_accepted_request_ends_and_nothing_is_left(

@@ -29,9 +29,7 @@ async def fill(client: RedisClient, node: str, count: int, first: int = 0) -> li
     return names
 
 
-async def test_entries_come_in_order_and_no_more_than_there_is_room_for(
-    redis_client: RedisClient,
-) -> None:
+async def test_entries_come_in_order_and_no_more_than_there_is_room_for(redis_client: RedisClient) -> None:
     queue = await a_queue(redis_client, "p-1")
     names = await fill(redis_client, "p-1", 5)
     assert await queue.take(0) == []
@@ -58,9 +56,7 @@ async def test_the_lengths_of_many_queues_cost_one_round_trip(redis_client: Redi
     assert traffic.commands["xlen"] == len(names)  # asked by the script
 
 
-async def test_done_deletes_entries_and_does_not_only_acknowledge_them(
-    redis_client: RedisClient,
-) -> None:
+async def test_done_deletes_entries_and_does_not_only_acknowledge_them(redis_client: RedisClient) -> None:
     queue = await a_queue(redis_client, "p-1")
     await fill(redis_client, "p-1", 2)
     entries = await queue.take(2)
@@ -143,9 +139,7 @@ async def test_attempts_no_longer_wanted_are_dropped_on_the_way(redis_client: Re
     assert await redis_client.command("XLEN", redis_client.keys.stream("p-1")) == 1
 
 
-async def test_an_entry_that_is_no_dispatch_is_deleted_and_counted(
-    redis_client: RedisClient,
-) -> None:
+async def test_an_entry_that_is_no_dispatch_is_deleted_and_counted(redis_client: RedisClient) -> None:
     queue, stream = await a_queue(redis_client, "p-1"), redis_client.keys.stream("p-1")
     await redis_client.command("XADD", stream, "*", "dispatch", b"\xff\x00garbage")
     await redis_client.command("XADD", stream, "*", "something", "else")
@@ -186,10 +180,7 @@ async def test_nothing_moves_to_a_node_that_is_not_there(redis_client: RedisClie
     await Registry(redis_client).leave("p-2")
     await fill(redis_client, "p-2", 1, first=9)
     assert await move_unread(redis_client, "p-1", "p-2", 99) == 0
-    assert await queue_lengths(redis_client, ["p-1", "p-2"]) == [
-        QueueLength(3, 0),
-        QueueLength(1, 0),
-    ]
+    assert await queue_lengths(redis_client, ["p-1", "p-2"]) == [QueueLength(3, 0), QueueLength(1, 0)]
 
 
 async def test_moving_deletes_what_the_record_does_not_name(redis_client: RedisClient) -> None:
@@ -206,9 +197,7 @@ async def test_moving_deletes_what_the_record_does_not_name(redis_client: RedisC
     assert await move_unread(redis_client, "p-2", "p-2", 1) == 0
 
 
-async def test_reading_and_moving_at_once_give_each_entry_to_one_node(
-    redis_client: RedisClient,
-) -> None:
+async def test_reading_and_moving_at_once_give_each_entry_to_one_node(redis_client: RedisClient) -> None:
     queues = [await a_queue(redis_client, f"p-{i}") for i in range(3)]
     names = await fill(redis_client, "p-0", 30)
     taken: list[str] = []
@@ -233,23 +222,13 @@ async def test_reading_and_moving_at_once_give_each_entry_to_one_node(
 # ── Leaving ──────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_a_node_gives_back_what_it_has_not_claimed_to_another(
-    redis_client: RedisClient,
-) -> None:
+async def test_a_node_gives_back_what_it_has_not_claimed_to_another(redis_client: RedisClient) -> None:
     requests = Requests(redis_client)
     leaving, other = await a_queue(redis_client, "p-1"), await a_queue(redis_client, "p-2")
     await fill(redis_client, "p-1", 4)
     (at_work,) = await leaving.take(1)
     await redis_client.command(
-        "XREADGROUP",
-        "GROUP",
-        "node",
-        "p-1",
-        "COUNT",
-        1,
-        "STREAMS",
-        redis_client.keys.stream("p-1"),
-        ">",
+        "XREADGROUP", "GROUP", "node", "p-1", "COUNT", 1, "STREAMS", redis_client.keys.stream("p-1"), ">"
     )  # read, and not claimed
     assert await leaving.give_back("nobody") == 0
     assert await leaving.give_back("p-2") == 3
@@ -317,15 +296,7 @@ async def test_an_entry_that_a_late_read_has_delivered_is_found(
     assert await queue.take(4) == []
     await fill(redis_client, "p-1", 1)
     await redis_client.command(
-        "XREADGROUP",
-        "GROUP",
-        "node",
-        "p-1",
-        "COUNT",
-        9,
-        "STREAMS",
-        redis_client.keys.stream("p-1"),
-        ">",
+        "XREADGROUP", "GROUP", "node", "p-1", "COUNT", 9, "STREAMS", redis_client.keys.stream("p-1"), ">"
     )
     monkeypatch.setattr("common.store.queue.STRAYS_INTERVAL_S", 0.0)
     assert [entry.dispatch.request.id for entry in await queue.take(4)] == ["r-0"]

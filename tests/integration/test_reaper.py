@@ -156,9 +156,7 @@ async def test_traces_of_names_nobody_announced_are_found(redis_client: RedisCli
     }
 
 
-async def test_a_gateway_taken_for_dead_may_still_finish_its_request(
-    redis_client: RedisClient,
-) -> None:
+async def test_a_gateway_taken_for_dead_may_still_finish_its_request(redis_client: RedisClient) -> None:
     clock, requests = Clock(), Requests(redis_client)
     await announce(redis_client, "gateway-1", Role.GATEWAY)
     await requests.accept(a_dispatch(), "p-1")
@@ -170,9 +168,7 @@ async def test_a_gateway_taken_for_dead_may_still_finish_its_request(
     assert await leaked_keys(redis_client) == []
 
 
-async def test_ids_of_expired_records_leave_the_list_of_recent_requests(
-    redis_client: RedisClient,
-) -> None:
+async def test_ids_of_expired_records_leave_the_list_of_recent_requests(redis_client: RedisClient) -> None:
     clock, requests = Clock(), Requests(redis_client)
     await requests.accept(a_dispatch("r-1"), "p-1")
     await requests.accept(a_dispatch("r-2"), "p-1")

@@ -169,9 +169,7 @@ async def test_links_are_read_by_those_who_ask_for_them(redis_client: RedisClien
     assert await registry.kv_links(["p-1"]) == {"p-1": []}
 
 
-async def test_who_lost_its_record_writes_all_of_it_with_its_next_beat(
-    redis_client: RedisClient,
-) -> None:
+async def test_who_lost_its_record_writes_all_of_it_with_its_next_beat(redis_client: RedisClient) -> None:
     registry = Registry(redis_client)
     links = [{"link": "1", "peer": "d-1", "transport": "shm"}]
     await registry.announce(a_node(), links)
@@ -183,9 +181,7 @@ async def test_who_lost_its_record_writes_all_of_it_with_its_next_beat(
     assert await registry.kv_links(["p-1"]) == {"p-1": links}
 
 
-async def test_a_reader_notices_that_an_incarnation_describes_itself_anew(
-    redis_client: RedisClient,
-) -> None:
+async def test_a_reader_notices_that_an_incarnation_describes_itself_anew(redis_client: RedisClient) -> None:
     writer, reader = Registry(redis_client), Registry(redis_client)
     await writer.announce(a_node())
     await reader.snapshot()

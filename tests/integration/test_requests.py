@@ -44,12 +44,7 @@ async def test_accepting_writes_record_entry_load_and_open_request(
     assert await requests.accept(dispatch, "p-1")
     record = await requests.get("r-1")
     assert record is not None
-    assert (record.state, record.attempt, record.prompt_len, record.model) == (
-        State.QUEUED,
-        1,
-        7,
-        "tiny",
-    )
+    assert (record.state, record.attempt, record.prompt_len, record.model) == (State.QUEUED, 1, 7, "tiny")
     assert record.accepted_at > 1_600_000_000_000
     assert record.attempts[0].node == "p-1"
     assert record.attempts[0].claim == ""
@@ -89,12 +84,7 @@ async def test_a_newer_attempt_takes_over_record_and_load(requests: Requests) ->
     record = await requests.get("r-1")
     assert record is not None
     choice = record.choices[0]
-    assert (choice.state, choice.attempt, choice.decode_node, choice.seconds) == (
-        State.QUEUED,
-        2,
-        "",
-        {},
-    )
+    assert (choice.state, choice.attempt, choice.decode_node, choice.seconds) == (State.QUEUED, 2, "", {})
     loads = await requests.loads(["p-1", "d-1", "p-2"])
     assert loads == {"p-1": IDLE, "d-1": IDLE, "p-2": Load(1, 9)}
     assert not await requests.accept(a_dispatch(attempt=1), "p-1")
@@ -142,9 +132,7 @@ async def test_claims_and_places_tell_what_became_of_an_attempt(requests: Reques
     ]
 
 
-async def test_an_entry_goes_with_its_attempt(
-    requests: Requests, redis_client: RedisClient
-) -> None:
+async def test_an_entry_goes_with_its_attempt(requests: Requests, redis_client: RedisClient) -> None:
     """What is cancelled or superseded before anybody claims it waits in no queue."""
     await requests.accept(a_dispatch("r-1"), "p-1")
     await requests.accept(a_dispatch("r-1", attempt=2), "p-2")
@@ -169,9 +157,7 @@ async def test_late_writes_of_older_states_and_attempts_change_nothing(requests:
     assert await requests.loads(["d-1", "d-2"]) == {"d-1": IDLE, "d-2": Load(1, 0)}
 
 
-async def test_a_choice_that_moves_to_another_decode_node_takes_its_load_with_it(
-    requests: Requests,
-) -> None:
+async def test_a_choice_that_moves_to_another_decode_node_takes_its_load_with_it(requests: Requests) -> None:
     await requests.accept(a_dispatch(), "p-1")
     assert await requests.advance("r-1", 1, (0,), State.DECODING, node="d-1")
     for _ in range(2):
@@ -210,9 +196,7 @@ WRITES = st.lists(
 
 
 @given(writes=WRITES, data=st.data())
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 async def test_writes_in_any_order_converge_and_leave_the_loads_right(
     redis_client: RedisClient, writes: list[tuple[int, tuple[int, ...], State]], data: st.DataObject
 ) -> None:
@@ -226,9 +210,7 @@ async def test_writes_in_any_order_converge_and_leave_the_loads_right(
         for attempt, choices, state in order:
             write = requests.finish if state.terminal else requests.advance
             node = {} if state.terminal else {"node": f"n-{attempt}"}
-            await write(
-                request, attempt, choices, state, seconds={state.value: float(attempt)}, **node
-            )
+            await write(request, attempt, choices, state, seconds={state.value: float(attempt)}, **node)
             record = await requests.get(request)
             assert record is not None
             now = [(choice.attempt, choice.state.rank) for choice in record.choices]
@@ -261,9 +243,7 @@ async def test_writes_in_any_order_converge_and_leave_the_loads_right(
 # ── Closing ──────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_a_request_closes_with_its_last_choice(
-    requests: Requests, redis_client: RedisClient
-) -> None:
+async def test_a_request_closes_with_its_last_choice(requests: Requests, redis_client: RedisClient) -> None:
     await requests.accept(a_dispatch(choices=(0, 1)), "p-1")
     await requests.claim("r-1", 1, "p-1")
     for choice in (0, 1):
@@ -315,9 +295,7 @@ async def test_one_choice_may_be_retried_while_the_other_goes_on(requests: Reque
     assert record.attempt == 2
 
 
-async def test_a_failure_keeps_its_code_and_cancel_ends_what_is_open_only(
-    requests: Requests,
-) -> None:
+async def test_a_failure_keeps_its_code_and_cancel_ends_what_is_open_only(requests: Requests) -> None:
     await requests.accept(a_dispatch(choices=(0, 1)), "p-1")
     await requests.finish("r-1", 1, (0,), State.FAILED, error="link_lost", message="d-1 is gone")
     assert await requests.cancel("r-1", "client is gone")
@@ -350,9 +328,7 @@ async def test_recent_requests_come_newest_first(requests: Requests) -> None:
     assert {r.request for r in await requests.recent()} == {"r-0", "r-1", "r-2"}
 
 
-async def test_dead_letters_are_kept_for_a_person(
-    requests: Requests, redis_client: RedisClient
-) -> None:
+async def test_dead_letters_are_kept_for_a_person(requests: Requests, redis_client: RedisClient) -> None:
     await requests.dead_letter(a_dispatch("r-1"), "killed p-1 while alone")
     await requests.dead_letter(a_dispatch("r-2", 3), "killed p-2 while alone")
     await redis_client.command("XADD", redis_client.keys.dead_letters(), "*", "dispatch", b"old")
@@ -412,9 +388,7 @@ async def test_a_redis_that_stays_away_is_a_typed_error_in_time(
         await client.close()
 
 
-async def test_a_redis_without_memory_is_a_typed_error(
-    requests: Requests, redis_client: RedisClient
-) -> None:
+async def test_a_redis_without_memory_is_a_typed_error(requests: Requests, redis_client: RedisClient) -> None:
     await redis_client.command("CONFIG", "SET", "maxmemory", "1")
     try:
         with pytest.raises(ServiceUnavailable, match="out of memory"):

@@ -14,9 +14,13 @@ from tests.support.engines import poisoned_engine
 from tests.support.process_runner import ProcessRunner, read
 
 SETTINGS = {
-    "model": str(STORIES), "dtype": "float32", "threads": 1, "num_kv_blocks": 12,
-    "max_num_seqs": 4, "max_num_batched_tokens": 48,
-}  # fmt: skip
+    "model": str(STORIES),
+    "dtype": "float32",
+    "threads": 1,
+    "num_kv_blocks": 12,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 48,
+}
 PROMPT = [1, 403, 407, 261, 378]
 LONG = [1, 320, 321, 322, 323, 324, 325] * 9
 
@@ -49,18 +53,27 @@ def apart() -> Iterator[Engine]:
 def run(engine: Engine) -> list[tuple[object, ...]]:
     """All of it that a client could see, of prompts that together do not fit into the pool."""
     warm = SamplingParams(
-        max_tokens=40, temperature=0.9, seed=5, ignore_eos=True, presence_penalty=0.7,
-        repetition_penalty=1.2, logprobs=3, prompt_logprobs=2,
-    )  # fmt: skip
+        max_tokens=40,
+        temperature=0.9,
+        seed=5,
+        ignore_eos=True,
+        presence_penalty=0.7,
+        repetition_penalty=1.2,
+        logprobs=3,
+        prompt_logprobs=2,
+    )
     edited = SamplingParams(
-        max_tokens=30, temperature=0.7, seed=6, top_p=0.9, min_tokens=9, logit_bias=((403, 5.0),),
+        max_tokens=30,
+        temperature=0.7,
+        seed=6,
+        top_p=0.9,
+        min_tokens=9,
+        logit_bias=((403, 5.0),),
         banned_token_ids=(261,),
-    )  # fmt: skip
+    )
     engine.add_prompt("warm", LONG, warm, choices=range(3))
     engine.add_prompt("edited", PROMPT, edited)
-    engine.add_prompt(
-        "greedy", LONG[:50], SamplingParams(max_tokens=60, temperature=0.0, ignore_eos=True)
-    )
+    engine.add_prompt("greedy", LONG[:50], SamplingParams(max_tokens=60, temperature=0.0, ignore_eos=True))
     engine.add_prompt("gone", LONG, warm)
     outputs: list[StepOutput] = []
     while engine.has_work:
@@ -90,9 +103,7 @@ def steps_ahead(request: pytest.FixtureRequest, apart: Engine) -> Iterator[int]:
     apart.steps_ahead = 0
 
 
-def test_a_runner_in_another_process_computes_the_same_bits(
-    apart: Engine, steps_ahead: int
-) -> None:
+def test_a_runner_in_another_process_computes_the_same_bits(apart: Engine, steps_ahead: int) -> None:
     here = poisoned_engine(**SETTINGS)
     expected = run(here)
     assert here.scheduler.num_preemptions, "the pool was too large for this test"

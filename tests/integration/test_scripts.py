@@ -65,9 +65,7 @@ EXAMPLES: list[tuple[Script[Any], Any]] = [
         Claim.WON,
     ),
     (
-        LocateChoices(
-            records=[KEYS.request("r-1"), KEYS.request("r-9")], attempts=[1, 1], choices=[0, 0]
-        ),
+        LocateChoices(records=[KEYS.request("r-1"), KEYS.request("r-9")], attempts=[1, 1], choices=[0, 0]),
         [(Place.QUEUED, "a"), (Place.UNKNOWN, "")],
     ),
     (
@@ -137,20 +135,11 @@ EXAMPLES: list[tuple[Script[Any], Any]] = [
     ),
     (
         GiveBack(
-            stream=KEYS.stream("a"),
-            target=KEYS.stream("b"),
-            node="b",
-            record_stem=RECORD,
-            load_stem=LOAD,
+            stream=KEYS.stream("a"), target=KEYS.stream("b"), node="b", record_stem=RECORD, load_stem=LOAD
         ),
         1,
     ),
-    (
-        DropEntries(
-            stream=KEYS.stream("a"), record_stem=RECORD, load_stem=LOAD, ids=["1-1", "1-2"]
-        ),
-        2,
-    ),
+    (DropEntries(stream=KEYS.stream("a"), record_stem=RECORD, load_stem=LOAD, ids=["1-1", "1-2"]), 2),
     (QueueLengths(streams=[KEYS.stream("a"), KEYS.stream("z")]), [(1, 0), (0, 0)]),
 ]
 
@@ -168,9 +157,7 @@ def test_every_script_of_the_project_is_run_here() -> None:
     assert shown | {AddDeadLetter} == scripts_of_the_project()
 
 
-@pytest.mark.parametrize(
-    ("call", "answer"), EXAMPLES, ids=[type(call).__name__ for call, _ in EXAMPLES]
-)
+@pytest.mark.parametrize(("call", "answer"), EXAMPLES, ids=[type(call).__name__ for call, _ in EXAMPLES])
 async def test_a_script_does_what_it_says(
     redis_client: RedisClient, call: Script[Any], answer: object
 ) -> None:
@@ -242,9 +229,7 @@ def an_echo(**changes: Any) -> Echo:
     return Echo(**(values | changes))
 
 
-async def test_lua_finds_every_field_under_its_name_and_with_its_type(
-    redis_client: RedisClient,
-) -> None:
+async def test_lua_finds_every_field_under_its_name_and_with_its_type(redis_client: RedisClient) -> None:
     assert await redis_client.call(an_echo()) == [
         "k1",
         "k2|k3",

@@ -17,9 +17,12 @@ pytest.importorskip("google.protobuf", reason="pdq[tokenizers] is not installed"
 
 TALE = "Once upon a time there was a king who had a daughter. She said: naïve, café! 1234\n" * 30
 SPECIAL = {
-    "tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>",
-    "unk_token": "<unk>", "add_bos_token": True,
-}  # fmt: skip
+    "tokenizer_class": "LlamaTokenizer",
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+    "add_bos_token": True,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -34,10 +37,16 @@ def sentencepiece_folder(tmp_path: Path) -> Path:
     """A folder with a small `tokenizer.model` of Llama's kind."""
     written = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TALE.splitlines()), model_writer=written, vocab_size=330,
-        model_type="bpe", byte_fallback=True, split_digits=True, minloglevel=2,
-        normalization_rule_name="identity", hard_vocab_limit=False,
-    )  # fmt: skip
+        sentence_iterator=iter(TALE.splitlines()),
+        model_writer=written,
+        vocab_size=330,
+        model_type="bpe",
+        byte_fallback=True,
+        split_digits=True,
+        minloglevel=2,
+        normalization_rule_name="identity",
+        hard_vocab_limit=False,
+    )
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "tokenizer.model").write_bytes(written.getvalue())
@@ -59,9 +68,7 @@ def test_a_sentencepiece_model_is_converted_once(sentencepiece_folder: Path, cac
     assert again.token_to_id("<x>") == 1
 
 
-def test_a_cache_that_cannot_be_written_is_done_without(
-    sentencepiece_folder: Path, cache: Path
-) -> None:
+def test_a_cache_that_cannot_be_written_is_done_without(sentencepiece_folder: Path, cache: Path) -> None:
     cache.write_text("no folder")
     assert describe_model(sentencepiece_folder).special_tokens["bos_token"] == "<s>"
 

@@ -44,9 +44,7 @@ CHOICES, TOKENS = 4, 60
 
 
 def body(prompt: list[int]) -> dict[str, Any]:
-    return {
-        "model": "stories", "prompt": prompt, "seed": 3, "n": CHOICES, "max_tokens": TOKENS,
-    }  # fmt: skip
+    return {"model": "stories", "prompt": prompt, "seed": 3, "n": CHOICES, "max_tokens": TOKENS}
 
 
 def truth(prompt: list[int]) -> dict[int, list[int]]:
@@ -57,9 +55,14 @@ def truth(prompt: list[int]) -> dict[int, list[int]]:
 @contextlib.asynccontextmanager
 async def a_node_process(redis_url: str) -> AsyncIterator[asyncio.subprocess.Process]:
     node = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "tests.support.mini_node", redis_url, *map(str, BEATS),
-        stdout=subprocess.PIPE, cwd=Path(__file__).parents[2],
-    )  # fmt: skip
+        sys.executable,
+        "-m",
+        "tests.support.mini_node",
+        redis_url,
+        *map(str, BEATS),
+        stdout=subprocess.PIPE,
+        cwd=Path(__file__).parents[2],
+    )
     assert node.stdout is not None
     try:
         await node.stdout.readline()
@@ -81,9 +84,7 @@ async def stopped(process: asyncio.subprocess.Process, seconds: float) -> AsyncI
         process.send_signal(signal.SIGCONT)
 
 
-async def stop(
-    who: str, gateway: Process, node: asyncio.subprocess.Process, seconds: float
-) -> None:
+async def stop(who: str, gateway: Process, node: asyncio.subprocess.Process, seconds: float) -> None:
     if who == "gateway":
         async with stopped(gateway.process, seconds):
             pass
@@ -110,8 +111,9 @@ async def test_who_is_stopped_and_goes_on_costs_time_and_nothing_else(
     url = redis_client.settings.url
     async with (
         started(url, "--bus-beat-interval-s", str(BEATS[0])) as gateway,
-        a_node_process(url) as node, a_node_process(url),
-    ):  # fmt: skip
+        a_node_process(url) as node,
+        a_node_process(url),
+    ):
         await wait_until(lambda: str(gateway.lines).count("node.linked") == 2, "both are linked")
         async with Load(gateway.url, [body(prompt) for prompt in PROMPTS], streams=True) as load:
             await wait_until(lambda: load.num_begun == len(PROMPTS), "all streams run")
@@ -128,11 +130,13 @@ async def test_who_is_stopped_and_goes_on_costs_time_and_nothing_else(
 
         await wait_until(idle, "nothing is open, and nothing unacknowledged")
         note(
-            who, f"{seconds:g} s", f"{len(PROMPTS) * CHOICES} right",
+            who,
+            f"{seconds:g} s",
+            f"{len(PROMPTS) * CHOICES} right",
             f"{str(gateway.lines).count('node.lost')} deaths declared by the gateway",
             f"the last answer {max(0.0, ended_at - went_on_at):.1f} s after",
             f"idle {time.monotonic() - ended_at:.1f} s after that",
-        )  # fmt: skip
+        )
 
 
 def note(*parts: str) -> None:

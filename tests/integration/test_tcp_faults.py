@@ -103,9 +103,7 @@ def test_a_pull_that_found_no_pinned_memory_leaves_its_link_in_step_or_lost(tran
         pieces = [end.piece(b, b, index=b) for b in range(8)]
         with pytest.MonkeyPatch.context() as patch:
             pinned = CUDA.pinned  # by the reader, a slab at a time
-            patch.setattr(
-                CUDA, "pinned", lambda n: no_memory() if n == LAYOUT.slab_bytes else pinned(n)
-            )
+            patch.setattr(CUDA, "pinned", lambda n: no_memory() if n == LAYOUT.slab_bytes else pinned(n))
             with pytest.raises(PdqError):
                 reader.pull(pieces)
         try:

@@ -112,9 +112,7 @@ def test_a_link_that_fails_anywhere_while_it_opens_leaves_nothing(transport: str
         assert all(end.same(block, block) for block in range(3))
 
 
-@pytest.mark.parametrize(
-    "transport", ["shm", "tcp", "tcp+curve", "tcp+staged", "cuda_ipc", "nccl", "shm:3"]
-)
+@pytest.mark.parametrize("transport", ["shm", "tcp", "tcp+curve", "tcp+staged", "cuda_ipc", "nccl", "shm:3"])
 def test_a_pull_that_fails_anywhere_leaves_nothing_once_its_link_is_closed(transport: str) -> None:
     with used_before(transport) as (end, pieces, look):
         end.reader()

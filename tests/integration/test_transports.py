@@ -51,18 +51,17 @@ from tests.support.fake_nccl import FakeNccl, FakePair
 from tests.support.holdings import shared_files
 from tests.support.redis import HANGS_S
 
-LAYOUT = KVLayout.paged_attention(
-    num_layers=3, num_kv_heads=2, head_dim=8, block_size=4, dtype="float32"
-)
-LARGE = KVLayout.paged_attention(
-    num_layers=8, num_kv_heads=8, head_dim=64, block_size=16, dtype="float32"
-)
+LAYOUT = KVLayout.paged_attention(num_layers=3, num_kv_heads=2, head_dim=8, block_size=4, dtype="float32")
+LARGE = KVLayout.paged_attention(num_layers=8, num_kv_heads=8, head_dim=64, block_size=16, dtype="float32")
 KEY = HandoffKey("link", "request", 1, 0)
 SEED = b"the block's hash"
 KEY_PAIR = new_secret_key()
-NIXL = pytest.param("nixl", marks=pytest.mark.skipif(
-    importlib.util.find_spec("nixl") is None, reason="nixl is not installed (pip install pdq[nixl])"
-))  # fmt: skip
+NIXL = pytest.param(
+    "nixl",
+    marks=pytest.mark.skipif(
+        importlib.util.find_spec("nixl") is None, reason="nixl is not installed (pip install pdq[nixl])"
+    ),
+)
 FOLDER = tempfile.TemporaryDirectory(prefix="pdq-shm-")  # where sockets of "shm+folder" lie
 
 
@@ -206,8 +205,15 @@ def both_ends(transport: str, layout: KVLayout = LAYOUT, blocks: int = 8) -> Ite
     target = target_for(transport, layout, blocks)
     source = make_source(base, memory, layout, leases)
     open_reader = opener(transport, layout)
-    end = End(source, memory, leases, pool, layout, target,
-              lambda link: open_reader(link, source.open_link(link), target))  # fmt: skip
+    end = End(
+        source,
+        memory,
+        leases,
+        pool,
+        layout,
+        target,
+        lambda link: open_reader(link, source.open_link(link), target),
+    )
     try:
         yield end
     finally:
@@ -249,21 +255,9 @@ def _nothing_is_left() -> Iterator[None]:
 
 
 NIXL_TO_24 = pytest.param("nixl:24", marks=NIXL.marks)
-with_digests = [
-    "shm",
-    "shm+folder",
-    "tcp",
-    "tcp+curve",
-    NIXL,
-    "shm:3",
-    "tcp:24",
-    "tcp+curve:2",
-    NIXL_TO_24,
-]
+with_digests = ["shm", "shm+folder", "tcp", "tcp+curve", NIXL, "shm:3", "tcp:24", "tcp+curve:2", NIXL_TO_24]
 converting_on_device = ["tcp+staged:1", "cuda_ipc:12", "nccl:3"]
-every_transport = pytest.mark.parametrize(
-    "transport", [*with_digests, *ON_DEVICE, *converting_on_device]
-)
+every_transport = pytest.mark.parametrize("transport", [*with_digests, *ON_DEVICE, *converting_on_device])
 every_with_digests = pytest.mark.parametrize("transport", with_digests)
 
 
@@ -773,9 +767,7 @@ def test_staging_is_bounded_whatever_the_prompt_and_given_back(transport: str) -
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(CUDA, "pinned", counted)
             end.reader().pull([end.piece(b, b, index=b) for b in range(48)])
-        assert LARGE.slab_bytes <= most <= STAGED_BYTES + 2 * LARGE.slab_bytes, (
-            "one of the reader's"
-        )
+        assert LARGE.slab_bytes <= most <= STAGED_BYTES + 2 * LARGE.slab_bytes, "one of the reader's"
         assert 48 * LARGE.slab_bytes > 2 * STAGED_BYTES
         wait_until(lambda: not staged, "nothing is staged")
 
@@ -865,12 +857,7 @@ def test_nccl_links_that_cross_do_not_wait_for_each_other() -> None:
             for receiver in "abc".replace(sender, ""):
                 target = Target(memories[receiver], layout)
                 reader = NcclReader.connect(
-                    receiver,
-                    sources[sender].open_link(receiver),
-                    target,
-                    CUDA,
-                    NCCL,
-                    turns[receiver],
+                    receiver, sources[sender].open_link(receiver), target, CUDA, NCCL, turns[receiver]
                 )
                 stack.callback(reader.close)
                 into = 4 + 2 * "abc".replace(receiver, "").index(sender)
@@ -954,9 +941,12 @@ def source_process(transport: str, *before: str) -> Iterator[tuple[subprocess.Po
     folder = FOLDER.name if transport == "shm+folder" else ""
     process = subprocess.Popen(
         [*before, sys.executable, "-c", OWNER, transport, folder, key_of(transport)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=root,
         env={**os.environ, "PYTHONPATH": str(root)},
-    )  # fmt: skip
+    )
     try:
         assert process.stdout is not None
         while not (line := process.stdout.readline()).startswith("proof "):
@@ -979,9 +969,7 @@ def pull_until_it_fails(
         errors.append(error)
 
 
-@pytest.mark.parametrize(
-    "transport", ["shm", "tcp", "tcp+curve", "cuda_ipc", NIXL, "shm:48", "tcp:5"]
-)
+@pytest.mark.parametrize("transport", ["shm", "tcp", "tcp+curve", "cuda_ipc", NIXL, "shm:48", "tcp:5"])
 def test_kill_9_of_the_owner_while_the_reader_copies(transport: str) -> None:
     """tcp, nixl: a typed error at once. shm, cuda_ipc: the mapping outlives its owner, and is given
     back at close. In all no half-written block passes, and nothing is left behind."""
@@ -1171,7 +1159,12 @@ def test_shm_is_for_processes_of_one_host_and_user(prefix: list[str], outcome: s
     with both_ends("shm") as end:
         proof = end.source.open_link("link").hex()
         done = subprocess.run(
-            [*prefix, sys.executable, "-c", STRANGER, proof], cwd=root, text=True, check=False,
-            capture_output=True, env={**os.environ, "PYTHONPATH": str(root)}, timeout=60,
-        )  # fmt: skip
+            [*prefix, sys.executable, "-c", STRANGER, proof],
+            cwd=root,
+            text=True,
+            check=False,
+            capture_output=True,
+            env={**os.environ, "PYTHONPATH": str(root)},
+            timeout=60,
+        )
     assert done.stdout.startswith(outcome), done.stderr

@@ -11,10 +11,7 @@ from common.sampling import SamplingParams
 
 
 def a_request(
-    token_ids: Iterable[int] = (1, 2, 3),
-    params: SamplingParams | None = None,
-    name: str = "r",
-    **fields: Any,
+    token_ids: Iterable[int] = (1, 2, 3), params: SamplingParams | None = None, name: str = "r", **fields: Any
 ) -> Request:
     """All its tokens are prompt, but for those beyond `prompt_len`."""
     tokens = tuple(token_ids)

@@ -52,9 +52,8 @@ class Chaotic(Deployment):
             gateway_flags = (*BEATS, *key, "--bus-host", HUB)
             options = ("--bind", "127.0.0.1", HUB, "--protected-mode", "no")
         super().__init__(
-            STORIES, prefill=2, decode=2, flags=flags, gateway_flags=gateway_flags,
-            redis_options=options,
-        )  # fmt: skip
+            STORIES, prefill=2, decode=2, flags=flags, gateway_flags=gateway_flags, redis_options=options
+        )
         for name in self.roles if network is not None else ():
             network.add(name)
         self.transport = transport
@@ -131,9 +130,7 @@ class Chaotic(Deployment):
         while not await self._all_linked():
             self._rounds += 1
             assert self._rounds < 1000, "some nodes never hand over to each other"
-            async with Load(
-                self.url, bodies(8, max_tokens=(2, 4), seed=5000 + self._rounds)
-            ) as load:
+            async with Load(self.url, bodies(8, max_tokens=(2, 4), seed=5000 + self._rounds)) as load:
                 await asyncio.gather(*load.tasks)
         await self.assert_idle()
         for process in self.processes.values():
@@ -171,9 +168,10 @@ class Chaotic(Deployment):
         """Until `name`, cut off, has declared everybody dead whom it knew; when it did so last."""
         records = await self.records()
         known = [
-            records[other].incarnation for other in self.processes
+            records[other].incarnation
+            for other in self.processes
             if self.roles.get(other) != self.roles[name]
-        ]  # fmt: skip
+        ]
         found: list[float | None] = []
 
         def declared() -> bool:
@@ -245,9 +243,10 @@ class Chaotic(Deployment):
         bus's, of which there may be one each way."""
         redis = int(self.redis.url.rpartition(":")[2].partition("/")[0])
         return [
-            connection for connection in held.connections
+            connection
+            for connection in held.connections
             if connection.peer.port != redis and not buses & {connection.own, connection.peer}
-        ]  # fmt: skip
+        ]
 
 
 class Dead:

@@ -149,10 +149,13 @@ class Notes:
         of.update(link.peer for link in node.links._links.values())
         held = {
             "used blocks": node.engine.pool.num_blocks - node.engine.pool.num_free,
-            "waiting": scheduler.num_waiting, "running": scheduler.num_running,
-            "open": node.role.num_open, "leases": sum(leases.count().values()),
-            "reserved": node.kv.num_reserved, "unacknowledged": node.gateways.tokens.num_unacknowledged,
-        }  # fmt: skip
+            "waiting": scheduler.num_waiting,
+            "running": scheduler.num_running,
+            "open": node.role.num_open,
+            "leases": sum(leases.count().values()),
+            "reserved": node.kv.num_reserved,
+            "unacknowledged": node.gateways.tokens.num_unacknowledged,
+        }
         return {"held": {name: n for name, n in held.items() if n}, "of": dict(of)}
 
 

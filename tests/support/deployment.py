@@ -39,10 +39,16 @@ class Deployment:
     """`with Deployment(model, prefill=1, decode=1) as system`. `flags` go to every node."""
 
     def __init__(
-        self, model: Path, *, prefill: int = 0, decode: int = 0, unified: int = 0,
-        flags: tuple[str, ...] = (), gateway_flags: tuple[str, ...] = (),
+        self,
+        model: Path,
+        *,
+        prefill: int = 0,
+        decode: int = 0,
+        unified: int = 0,
+        flags: tuple[str, ...] = (),
+        gateway_flags: tuple[str, ...] = (),
         redis_options: tuple[str, ...] = (),
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.model = model
         roles = ["prefill"] * prefill + ["decode"] * decode + ["unified"] * unified
         self.roles = {f"{role}-{index}": role for index, role in enumerate(roles)}
@@ -80,16 +86,41 @@ class Deployment:
 
     def start_gateway(self, name: str) -> None:
         self.start(
-            name, "gateway", "--name", name, "--host", "127.0.0.1", "--port", "0",
-            "--model", str(self.model), *self.gateway_flags,
-        )  # fmt: skip
+            name,
+            "gateway",
+            "--name",
+            name,
+            "--host",
+            "127.0.0.1",
+            "--port",
+            "0",
+            "--model",
+            str(self.model),
+            *self.gateway_flags,
+        )
 
     def start_node(self, name: str, role: str) -> None:
         self.start(
-            name, "common.node", "--role", role, "--name", name, "--model", str(self.model),
-            "--dtype", "float32", "--threads", "1", "--num-kv-blocks", "256",
-            "--max-num-seqs", "16", "--max-num-batched-tokens", "256", *self.flags,
-        )  # fmt: skip
+            name,
+            "common.node",
+            "--role",
+            role,
+            "--name",
+            name,
+            "--model",
+            str(self.model),
+            "--dtype",
+            "float32",
+            "--threads",
+            "1",
+            "--num-kv-blocks",
+            "256",
+            "--max-num-seqs",
+            "16",
+            "--max-num-batched-tokens",
+            "256",
+            *self.flags,
+        )
 
     def command(self, name: str, module: str, *arguments: str) -> list[str]:
         """What is started under this name."""
@@ -103,14 +134,15 @@ class Deployment:
         log = (self._logs / f"{name}.log").open("ab")
         with log:
             self.processes[name] = subprocess.Popen(
-                self.command(name, module, *arguments), cwd=ROOT,
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                env=os.environ | {
-                    "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1",
-                    "PDQ_REDIS_URL": self.redis_url(name),
-                },
+                self.command(name, module, *arguments),
+                cwd=ROOT,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=os.environ
+                | {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", "PDQ_REDIS_URL": self.redis_url(name)},
                 preexec_fn=die_with_parent(os.getpid()),
-            )  # fmt: skip
+            )
 
     def kill(self, name: str) -> None:
         """As power loss: no goodbye."""
@@ -215,12 +247,15 @@ class Deployment:
                 for r in nodes
                 for field, value in {
                     "used blocks": r.num_blocks - r.free_blocks,
-                    "waiting": r.waiting, "running": r.running, "open": r.open_attempts,
-                    "leases": r.leases, "reserved": r.reserved,
+                    "waiting": r.waiting,
+                    "running": r.running,
+                    "open": r.open_attempts,
+                    "leases": r.leases,
+                    "reserved": r.reserved,
                     "unacknowledged": r.unacknowledged,
                 }.items()
                 if value
-            ]  # fmt: skip
+            ]
             names = [r.incarnation for r in nodes]
             for name, length in zip(names, await queue_lengths(client, names), strict=True):
                 if length.waiting or length.at_work:

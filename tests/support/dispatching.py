@@ -35,20 +35,31 @@ class Answer:
 
 
 async def dispatch(
-    redis: RedisClient, name: str, prompt: Sequence[int], params: SamplingParams, first: NodeRecord,
-    decode: NodeRecord | None = None, *, model: ModelIdentity | None = None, limit_s: float = 120.0,
-) -> Answer:  # fmt: skip
+    redis: RedisClient,
+    name: str,
+    prompt: Sequence[int],
+    params: SamplingParams,
+    first: NodeRecord,
+    decode: NodeRecord | None = None,
+    *,
+    model: ModelIdentity | None = None,
+    limit_s: float = 120.0,
+) -> Answer:
     """Request `name` at node `first`, which is to hand it over to `decode`; until its end. It is for
     the model of `first`, unless another is given."""
     answer = Answer()
     async with Bus(f"gateway-{name}", bus_settings()) as bus, asyncio.timeout(limit_s):
         asked = a_request(
-            prompt, params, name, gateway=f"gateway-{name}", gateway_endpoint=bus.endpoint,
+            prompt,
+            params,
+            name,
+            gateway=f"gateway-{name}",
+            gateway_endpoint=bus.endpoint,
             model=model or ModelIdentity(first.model, first.revision, first.tokenizer),
-        )  # fmt: skip
+        )
         sent = Dispatch(
-            asked, 1, (0,), decode.incarnation if decode else "", decode.endpoint if decode else "",
-        )  # fmt: skip
+            asked, 1, (0,), decode.incarnation if decode else "", decode.endpoint if decode else ""
+        )
         assert await Requests(redis).accept(sent, first.incarnation)
         reason = ""
         while not reason or len(answer.tokens) < max(answer.tokens) - len(prompt) + 1:

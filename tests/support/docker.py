@@ -75,14 +75,19 @@ class Engine:
 
 
 def run(
-    command: Sequence[str], *, env: Mapping[str, str] | None = None, limit_s: float = 120.0,
-    cwd: Path = ROOT,
-) -> str:  # fmt: skip
+    command: Sequence[str], *, env: Mapping[str, str] | None = None, limit_s: float = 120.0, cwd: Path = ROOT
+) -> str:
     """The command's stdout; an AssertionError with all that it said if it fails."""
     done = subprocess.run(
-        command, env=env, cwd=cwd, capture_output=True, text=True, timeout=limit_s, check=False,
+        command,
+        env=env,
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=limit_s,
+        check=False,
         stdin=subprocess.DEVNULL,
-    )  # fmt: skip
+    )
     said = "\n".join((done.stdout + done.stderr).splitlines()[-60:])
     assert done.returncode == 0, f"{shlex.join(command)}: exit code {done.returncode}\n{said}"
     return done.stdout
@@ -114,10 +119,22 @@ def own_engine() -> Iterator[Engine]:
     log = folder / "log"
     with log.open("wb") as output:
         process = subprocess.Popen(
-            ["dockerd", "--host", host, "--data-root", str(folder / "data"),
-             "--exec-root", str(folder / "exec"), "--pidfile", str(folder / "pid")],
-            stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
-        )  # fmt: skip
+            [
+                "dockerd",
+                "--host",
+                host,
+                "--data-root",
+                str(folder / "data"),
+                "--exec-root",
+                str(folder / "exec"),
+                "--pidfile",
+                str(folder / "pid"),
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
     try:
         engine = Engine(host)
         deadline = time.monotonic() + ENGINE_LIMIT_S
@@ -147,9 +164,7 @@ def images(engine: Engine, check: Callable[[], None]) -> dict[str, str]:
     registry can be reached. `NoEngine` where there is no base to build on. `check` is called
     between the steps, and raises where the rest is not wanted any more."""
     # Prometheus is started with a profile of its own only.
-    wanted = re.findall(
-        r"(?:BASE|REDIS)_IMAGE:-([^}]+)\}", (ROOT / "docker-compose.yml").read_text()
-    )
+    wanted = re.findall(r"(?:BASE|REDIS)_IMAGE:-([^}]+)\}", (ROOT / "docker-compose.yml").read_text())
     published = sorted(set(wanted))
     assert len(published) == 2, published
     try:
@@ -181,19 +196,29 @@ def _debian(engine: Engine, why: str) -> str:
     with tempfile.TemporaryDirectory(prefix="pdq-debian-", dir="/var/tmp") as folder:
         root = Path(folder, "root")
         run(
-            ["debootstrap", "--variant=minbase", f"--include={PACKAGES}",
-             release["VERSION_CODENAME"], str(root), mirror[1]],
+            [
+                "debootstrap",
+                "--variant=minbase",
+                f"--include={PACKAGES}",
+                release["VERSION_CODENAME"],
+                str(root),
+                mirror[1],
+            ],
             limit_s=BUILD_LIMIT_S,
-        )  # fmt: skip
+        )
         # The tools' package holds the server, too, under the name of one of the tools.
         (root / "usr/bin/redis-server").symlink_to("redis-check-rdb")
         for leftover in (root / "var/cache/apt/archives").glob("*.deb"):
             leftover.unlink()
         with subprocess.Popen(["tar", "-C", str(root), "-c", "."], stdout=subprocess.PIPE) as tar:
             subprocess.run(
-                ["docker", "import", "-", tag], stdin=tar.stdout, env=engine.environment,
-                stdout=subprocess.DEVNULL, check=True, timeout=BUILD_LIMIT_S,
-            )  # fmt: skip
+                ["docker", "import", "-", tag],
+                stdin=tar.stdout,
+                env=engine.environment,
+                stdout=subprocess.DEVNULL,
+                check=True,
+                timeout=BUILD_LIMIT_S,
+            )
     return tag
 
 
@@ -211,21 +236,32 @@ def _with_wheels(engine: Engine, bare: str) -> str:
         "print(*project['project']['dependencies'], *project['build-system']['requires'], 'wheel',"
         " sep=chr(10))"
     )
-    script = "; ".join([
-        "set -e",
-        f"python3 -c {shlex.quote(wanted)} > /requirements.txt",
-        f"env {shlex.join(f'{name}={value}' for name, value in settings.items())} "
-        "python3 -m pip download --quiet --only-binary=:all: --dest /wheels "
-        f"--constraint {ROOT}/constraints.txt --requirement /requirements.txt",
-        "printf '[global]\\nno-index = true\\nfind-links = /wheels\\n' > /etc/pip.conf",
-    ])  # fmt: skip
+    script = "; ".join(
+        [
+            "set -e",
+            f"python3 -c {shlex.quote(wanted)} > /requirements.txt",
+            f"env {shlex.join(f'{name}={value}' for name, value in settings.items())} "
+            "python3 -m pip download --quiet --only-binary=:all: --dest /wheels "
+            f"--constraint {ROOT}/constraints.txt --requirement /requirements.txt",
+            "printf '[global]\\nno-index = true\\nfind-links = /wheels\\n' > /etc/pip.conf",
+        ]
+    )
     name = f"pdq-test-{secrets.token_hex(4)}"
     volumes = [f"--volume={path}:{path}:ro" for path in sorted(mounts)]
     try:
         engine.run(
-            "run", "--name", name, "--network", "host", *volumes, bare, "sh", "-c", script,
+            "run",
+            "--name",
+            name,
+            "--network",
+            "host",
+            *volumes,
+            bare,
+            "sh",
+            "-c",
+            script,
             limit_s=BUILD_LIMIT_S,
-        )  # fmt: skip
+        )
         engine.run("commit", name, tag)
     finally:
         engine.run("rm", "--force", "--volumes", name)
@@ -236,9 +272,7 @@ def _pip_settings() -> tuple[dict[str, str], set[str]]:
     """This machine's settings of pip, as variables; and the files and folders that they name."""
     listed = run([sys.executable, "-m", "pip", "config", "list"])
     settings: dict[str, str] = {}
-    for name, value in re.findall(
-        r"^(?:global|:env:|install|download)\.(\S+?)='(.*)'$", listed, re.M
-    ):
+    for name, value in re.findall(r"^(?:global|:env:|install|download)\.(\S+?)='(.*)'$", listed, re.M):
         settings["PIP_" + name.upper().replace("-", "_")] = value.replace("\\n", " ").strip()
     places = set()
     for word in " ".join(settings.values()).split():
@@ -262,9 +296,12 @@ class Compose:
         self.engine = engine
         self.name = f"pdqtest{secrets.token_hex(3)}"
         self.variables = {
-            "COMPOSE_PROJECT_NAME": self.name, "IMAGE": f"{self.name}:cpu", "PORT": "0",
-            "HF_HUB_OFFLINE": "1", **variables,
-        }  # fmt: skip
+            "COMPOSE_PROJECT_NAME": self.name,
+            "IMAGE": f"{self.name}:cpu",
+            "PORT": "0",
+            "HF_HUB_OFFLINE": "1",
+            **variables,
+        }
         self.url = ""
 
     def __enter__(self) -> Compose:
@@ -282,15 +319,17 @@ class Compose:
     def compose(self, *arguments: str, limit_s: float = 300.0, **variables: str) -> str:
         return run(
             [*self.engine.compose_command, *arguments],
-            env={**self.engine.environment, **self.variables, **variables}, limit_s=limit_s,
-        )  # fmt: skip
+            env={**self.engine.environment, **self.variables, **variables},
+            limit_s=limit_s,
+        )
 
     def script(self, *command: str, limit_s: float = BUILD_LIMIT_S) -> str:
         """What a command prints that calls compose itself, by $COMPOSE."""
         environment = {
-            **self.engine.environment, **self.variables,
+            **self.engine.environment,
+            **self.variables,
             "COMPOSE": shlex.join(self.engine.compose_command),
-        }  # fmt: skip
+        }
         return run(command, env=environment, limit_s=limit_s) or "(nothing)"
 
     def up(self, *arguments: str, **variables: str) -> None:

@@ -54,9 +54,13 @@ def prompt_logits(engine: Engine, token_ids: list[int]) -> Tensor:
 def poisoned_engine(**settings: Any) -> Engine:
     """The stories model in float32, with NaN in every block that nobody holds."""
     fields: dict[str, Any] = {
-        "model": str(STORIES), "dtype": "float32", "threads": 1, "num_kv_blocks": 256,
-        "max_num_seqs": 8, "max_num_batched_tokens": 256,
-    }  # fmt: skip
+        "model": str(STORIES),
+        "dtype": "float32",
+        "threads": 1,
+        "num_kv_blocks": 256,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 256,
+    }
     return with_poison(EngineSettings(**(fields | settings)))
 
 

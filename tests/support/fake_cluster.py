@@ -76,9 +76,7 @@ class FakeCluster:
 
     endpoint = "fake://gateway"
 
-    def __init__(
-        self, reply: Reply = lambda dispatch, choice: endless(dispatch.request, choice)
-    ) -> None:
+    def __init__(self, reply: Reply = lambda dispatch, choice: endless(dispatch.request, choice)) -> None:
         self.inbox: Inbox
         self.reply = reply
         self.members: dict[str, FakeNode] = {}
@@ -99,9 +97,7 @@ class FakeCluster:
     # ── What a test does ─────────────────────────────────────────────────────────────────────────
 
     def add(self, name: str, role: str = UNIFIED, **fields: object) -> FakeNode:
-        view = NodeView(
-            name, role, f"fake://{name}", FINGERPRINT, 512, 64, load=NodeLoad(free_blocks=64)
-        )
+        view = NodeView(name, role, f"fake://{name}", FINGERPRINT, 512, 64, load=NodeLoad(free_blocks=64))
         node = FakeNode(dataclasses.replace(view, **fields))  # type: ignore[arg-type]
         self.members[name] = node
         if hasattr(self, "inbox"):
@@ -183,9 +179,7 @@ class FakeCluster:
         self.buried.append((dispatch, reason))
 
     async def open_requests(self, gateway: str) -> set[str]:
-        accepted = {
-            sent.request.id for _, sent in self.dispatched if sent.request.gateway == gateway
-        }
+        accepted = {sent.request.id for _, sent in self.dispatched if sent.request.gateway == gateway}
         return accepted - self.finished.keys() - self.ended.keys()
 
     async def end(self, request: str, state: str, code: str, message: str) -> None:
@@ -219,9 +213,7 @@ class FakeCluster:
 
     async def _compute(self, node: FakeNode, dispatch: Dispatch, choice: int) -> None:
         name, attempt = node.view.incarnation, dispatch.attempt
-        stage = Stage(
-            name, dispatch.request.id, attempt, choice, "prefilling", {}, node.cached_tokens
-        )
+        stage = Stage(name, dispatch.request.id, attempt, choice, "prefilling", {}, node.cached_tokens)
         self.deliver(name, stage)
         if node.refusal is not None:
             refusal = dataclasses.replace(
@@ -241,17 +233,20 @@ class FakeCluster:
             end = min(index + self.batch, len(ids))
             reason = ("stop" if stopped else "length") if end == len(ids) else ""
             run = TokenRun(
-                dispatch.request.id, attempt, choice, dispatch.request.prompt_len + index,
-                tuple(ids[index:end]), self._logprobs(dispatch, ids[index:end]), reason,
-            )  # fmt: skip
+                dispatch.request.id,
+                attempt,
+                choice,
+                dispatch.request.prompt_len + index,
+                tuple(ids[index:end]),
+                self._logprobs(dispatch, ids[index:end]),
+                reason,
+            )
             self.deliver(sender.view.incarnation, Tokens(sender.view.incarnation, (run,)))
             index = end
             if dispatch.decode_node and sender is node and not reason:
                 decoder = self._decoder(dispatch)
                 if decoder is None:
-                    lost = Failed(
-                        name, dispatch.request.id, attempt, choice, "link_lost", "no peer", True
-                    )
+                    lost = Failed(name, dispatch.request.id, attempt, choice, "link_lost", "no peer", True)
                     self.deliver(name, lost)
                     return
                 sender = self._hand_over(node, decoder, dispatch, choice, index)

@@ -70,11 +70,13 @@ class FakeHub:
             if path.startswith(f"/api/models/{name}/tree/"):
                 entries = [
                     {
-                        "type": "file", "path": str(file.relative_to(folder)),
-                        "size": file.stat().st_size, "oid": _etag(file),
+                        "type": "file",
+                        "path": str(file.relative_to(folder)),
+                        "size": file.stat().st_size,
+                        "oid": _etag(file),
                     }
                     for file in self.files(name)
-                ]  # fmt: skip
+                ]
                 return self._json(entries)
             prefix = f"/{name}/resolve/{COMMIT}/"
             if path.startswith(prefix) and (file := folder / path.removeprefix(prefix)).is_file():

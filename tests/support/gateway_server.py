@@ -97,9 +97,7 @@ class LazyForker(Forker):
 
 
 @contextlib.asynccontextmanager
-async def listening(
-    service: Service, http: HTTPSettings = HTTP
-) -> AsyncIterator[tuple[str, Roster]]:
+async def listening(service: Service, http: HTTPSettings = HTTP) -> AsyncIterator[tuple[str, Roster]]:
     """The service over HTTP: its URL and its connections."""
     server = Server(create_app(service), http)
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -127,12 +125,7 @@ async def serving(
 ) -> AsyncIterator[Served]:
     """Serve, and afterwards see that nothing is left: no request, no computation, no record."""
     service = make_service(
-        cluster,
-        model,
-        service_limits=service_limits,
-        limits=limits,
-        further=further,
-        access=access,
+        cluster, model, service_limits=service_limits, limits=limits, further=further, access=access
     )
     async with listening(service, http) as (url, connections):
         yield Served(url, service, cluster, connections)

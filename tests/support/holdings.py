@@ -63,11 +63,7 @@ def holdings(pid: int) -> Holdings:
 
 def shared_files() -> frozenset[str]:
     """What of ours lies in /dev/shm under a name: nothing should, ever. Others may use it, too."""
-    return (
-        frozenset(name for name in os.listdir(SHM) if "pdq" in name)
-        if SHM.exists()
-        else frozenset()
-    )
+    return frozenset(name for name in os.listdir(SHM) if "pdq" in name) if SHM.exists() else frozenset()
 
 
 def _links(pid: int) -> list[str]:

@@ -28,9 +28,8 @@ TYPED = {"service_unavailable": 503, "overloaded": 429, "request_aborted": 504, 
 
 
 def bodies(
-    count: int, *, max_tokens: tuple[int, int] = (60, 220), prompt: tuple[int, int] = (1, 200),
-    seed: int = 11,
-) -> list[Body]:  # fmt: skip
+    count: int, *, max_tokens: tuple[int, int] = (60, 220), prompt: tuple[int, int] = (1, 200), seed: int = 11
+) -> list[Body]:
     """Requests of every kind: greedy and seeded, penalties, one choice and three; long enough to
     be caught in the middle, so most of them ignore the end of a text."""
     random = np.random.default_rng(seed)
@@ -61,9 +60,7 @@ def truth(engine: Engine, asked: Sequence[Body]) -> list[list[Completion]]:
     return known[key]
 
 
-_KNOWN: weakref.WeakKeyDictionary[Engine, dict[str, list[list[Completion]]]] = (
-    weakref.WeakKeyDictionary()
-)
+_KNOWN: weakref.WeakKeyDictionary[Engine, dict[str, list[list[Completion]]]] = weakref.WeakKeyDictionary()
 
 
 def _answers(engine: Engine, asked: Sequence[Body]) -> list[list[Completion]]:
@@ -71,8 +68,7 @@ def _answers(engine: Engine, asked: Sequence[Body]) -> list[list[Completion]]:
     for n in {body.get("n", 1) for body in asked}:
         group = [index for index, body in enumerate(asked) if body.get("n", 1) == n]
         params = [
-            SamplingParams(**{k: v for k, v in asked[i].items() if k not in ("prompt", "n")})
-            for i in group
+            SamplingParams(**{k: v for k, v in asked[i].items() if k not in ("prompt", "n")}) for i in group
         ]
         completions = engine.generate([asked[i]["prompt"] for i in group], params, n=n)
         for place, index in enumerate(group):
@@ -159,17 +155,14 @@ class Load:
 
     def __init__(self, url: str, asked: Sequence[Body], *, streams: bool | None = None) -> None:
         self.clients = [
-            Client(body, index % 2 == 0 if streams is None else streams)
-            for index, body in enumerate(asked)
+            Client(body, index % 2 == 0 if streams is None else streams) for index, body in enumerate(asked)
         ]
         self.tasks: list[asyncio.Task[None]] = []
         self._url = url
         self.http = httpx.AsyncClient(limits=httpx.Limits(max_connections=None), timeout=120.0)
 
     async def __aenter__(self) -> Load:
-        self.tasks = [
-            asyncio.create_task(client.ask(self.http, self._url)) for client in self.clients
-        ]
+        self.tasks = [asyncio.create_task(client.ask(self.http, self._url)) for client in self.clients]
         return self
 
     async def __aexit__(self, *_: object) -> None:

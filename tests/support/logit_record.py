@@ -43,10 +43,7 @@ class RandomProposer:
 
 
 def run_recorded(
-    engine: Engine,
-    prompts: dict[str, list[int]],
-    params: dict[str, SamplingParams],
-    order: list[str],
+    engine: Engine, prompts: dict[str, list[int]], params: dict[str, SamplingParams], order: list[str]
 ) -> Run:
     """Add the requests in `order`, run to the end, keep the logits of all accepted positions."""
     tokens = {name: list(prompts[name]) for name in order}
@@ -64,9 +61,7 @@ def run_recorded(
             first_draft = chunk.end - chunk.num_drafted
             for index in range(chunk.length):
                 position = chunk.start + index
-                drafted = tuple(
-                    chunk.sequence.draft_token_ids[: max(0, position + 1 - first_draft)]
-                )
+                drafted = tuple(chunk.sequence.draft_token_ids[: max(0, position + 1 - first_draft)])
                 rows_seen.append((chunk.sequence.request_id, position, drafted, logits[index]))
             row += chunk.length
         return hidden

@@ -35,9 +35,8 @@ class MiniNode:
     `pace_s`: seconds for each token."""
 
     def __init__(
-        self, client: RedisClient, *, hold_at: int | None = None, beat_s: float = BEAT_S,
-        pace_s: float = 0.0,
-    ) -> None:  # fmt: skip
+        self, client: RedisClient, *, hold_at: int | None = None, beat_s: float = BEAT_S, pace_s: float = 0.0
+    ) -> None:
         self.incarnation = new_incarnation("mini")
         self.hold_at, self.pace_s = hold_at, pace_s
         self.acknowledged: dict[tuple[str, int, int], int] = {}
@@ -83,13 +82,22 @@ class MiniNode:
         for beats in range(10**6):
             await self._registry.announce(
                 NodeRecord(
-                    self.incarnation, "mini", Role.UNIFIED, NodeState.READY, self._bus.endpoint,
-                    model="stories", revision=model_revision(STORIES), tokenizer=TOKENIZER,
-                    block_size=16, num_blocks=64, max_model_len=512, beats=beats,
+                    self.incarnation,
+                    "mini",
+                    Role.UNIFIED,
+                    NodeState.READY,
+                    self._bus.endpoint,
+                    model="stories",
+                    revision=model_revision(STORIES),
+                    tokenizer=TOKENIZER,
+                    block_size=16,
+                    num_blocks=64,
+                    max_model_len=512,
+                    beats=beats,
                     open_attempts=len(self.computing),
                     unacknowledged=self._gateways.tokens.num_unacknowledged,
                 )
-            )  # fmt: skip
+            )
             await asyncio.sleep(BEAT_S)
 
     async def _take(self) -> None:
@@ -131,9 +139,7 @@ class MiniNode:
 
     async def _compute(self, entry: Entry) -> None:
         dispatch = entry.dispatch
-        keys = [
-            ChoiceKey(dispatch.request.id, dispatch.attempt, choice) for choice in dispatch.choices
-        ]
+        keys = [ChoiceKey(dispatch.request.id, dispatch.attempt, choice) for choice in dispatch.choices]
         self._choices.update(dict.fromkeys(keys, dispatch))
         try:
             async with asyncio.TaskGroup() as group:
@@ -174,10 +180,7 @@ class MiniNode:
 
     def gateway_lost(self, gateway: str) -> None:
         for key, dispatch in self._choices.items():
-            if (
-                dispatch.request.gateway == gateway
-                and (task := self.computing.get(key[:2])) is not None
-            ):
+            if dispatch.request.gateway == gateway and (task := self.computing.get(key[:2])) is not None:
                 task.cancel()
 
 

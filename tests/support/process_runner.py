@@ -26,12 +26,17 @@ PLAIN = {
     "numpy.core.multiarray": {"_reconstruct", "scalar"},
     "numpy.core.numeric": {"_frombuffer"},
     "common.engine.interface": {
-        "EngineFacts", "ScoredChunk", "SlotChanges", "SlotOpening", "StepInput", "StepResult",
+        "EngineFacts",
+        "ScoredChunk",
+        "SlotChanges",
+        "SlotOpening",
+        "StepInput",
+        "StepResult",
     },
     "common.engine.sampling.records": {"Logprobs", "SampleOutput", "SampleRows", "TokenLogprob"},
     "common.kv_layout": {"Fingerprint", "KVLayout", "Segment"},
     "common.sampling": {"SamplingParams"},
-}  # fmt: skip
+}
 
 
 class PlainReader(pickle.Unpickler):

@@ -18,9 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = ("serve", "use", "python", "plan", "docker", "network", "gpu")
 MARK = re.compile(r"<!-- test: (\w+) -->")
-COMMAND = re.compile(
-    r"(make|\.venv/|docker|curl|redis-cli|pip|python3?|from|import|deploy/\S+\.sh)\b"
-)
+COMMAND = re.compile(r"(make|\.venv/|docker|curl|redis-cli|pip|python3?|from|import|deploy/\S+\.sh)\b")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -102,9 +102,7 @@ def a_dispatch(
 ) -> Dispatch:
     """An attempt with a prompt of `prompt` tokens; `fields` of it, or of its request."""
     given = {"token_ids": tuple(range(prompt)), "gateway_endpoint": "tcp://127.0.0.1:1"} | fields
-    asked = a_request(
-        name=request, gateway=gateway, **{n: v for n, v in given.items() if n in OF_REQUESTS}
-    )
+    asked = a_request(name=request, gateway=gateway, **{n: v for n, v in given.items() if n in OF_REQUESTS})
     own = {"decode_node": "", "decode_endpoint": ""} | {
         name: value for name, value in given.items() if name not in OF_REQUESTS
     }

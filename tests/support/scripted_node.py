@@ -107,9 +107,8 @@ class ScriptedNode:
     def run_role(self, role: Any, stall_limit_s: float = 60.0) -> None:
         self.role = role
         self.steps = Steps(
-            self, role, stall_limit_s=stall_limit_s, say_alone=self._say_alone,
-            room_changed=lambda: None,
-        )  # fmt: skip
+            self, role, stall_limit_s=stall_limit_s, say_alone=self._say_alone, room_changed=lambda: None
+        )
 
     async def _say_alone(self, alone: str) -> None:
         self.alone.append(alone)
@@ -187,9 +186,7 @@ class ScriptedNode:
         """There is this one too, which computes what this node does unless its record says other."""
         mine = dataclasses.asdict(self.engine.fingerprint)
         room = {"free_blocks": 100, "max_num_seqs": 8}
-        self._records[name] = NodeRecord(
-            name, name, Role.DECODE, NodeState.READY, **(mine | room | fields)
-        )
+        self._records[name] = NodeRecord(name, name, Role.DECODE, NodeState.READY, **(mine | room | fields))
         self.peers.read(Snapshot(self._records, {}, ""))
 
 

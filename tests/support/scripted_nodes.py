@@ -119,10 +119,14 @@ class World:
         self.asked: list[asyncio.Task[list[list[int]]]] = []
         self.metrics = GatewayMetrics(Metrics())
         self.dispatcher = Dispatcher(
-            gateway=GATEWAY, store=RecordStore(Requests(self.gateway)), bus=self,
-            directory=self, router=LeastLoadedRouter(PrefixIndex()), metrics=self.metrics,
+            gateway=GATEWAY,
+            store=RecordStore(Requests(self.gateway)),
+            bus=self,
+            directory=self,
+            router=LeastLoadedRouter(PrefixIndex()),
+            metrics=self.metrics,
             limits=Limits(max_attempts=1000),
-        )  # fmt: skip
+        )
 
     async def __aenter__(self) -> World:
         await self.client.command("FLUSHALL")
@@ -234,9 +238,7 @@ class World:
     async def late_read(self, node: ScriptedNode) -> None:
         """A read that the node has given up, served after the next one."""
         stream = self.client.keys.stream(node.name)
-        await self.client.command(
-            "XREADGROUP", "GROUP", GROUP, node.name, "COUNT", 2, "STREAMS", stream, ">"
-        )
+        await self.client.command("XREADGROUP", "GROUP", GROUP, node.name, "COUNT", 2, "STREAMS", stream, ">")
 
     def break_link(self, node: ScriptedNode) -> None:
         """The gateway takes it for dead. It may live."""
@@ -326,15 +328,7 @@ class World:
     def nodes(self) -> Sequence[NodeView]:
         known = [*self.living, *(name for name in self.dead if name not in self._lost)]
         return [
-            NodeView(
-                name,
-                self._roles[name].value,
-                name,
-                FINGERPRINT,
-                512,
-                64,
-                load=NodeLoad(free_blocks=64),
-            )
+            NodeView(name, self._roles[name].value, name, FINGERPRINT, 512, 64, load=NodeLoad(free_blocks=64))
             for name in known
             if name not in self._lost
         ]
@@ -353,9 +347,10 @@ class World:
             mine = [
                 held
                 for held in there.held
-                if held.key[0] == message.request and held.key[1] <= message.attempt
+                if held.key[0] == message.request
+                and held.key[1] <= message.attempt
                 and (not message.choices or held.choice in message.choices)
-            ]  # fmt: skip
+            ]
             for entry in there.drop(mine):
                 there.queue.over(entry)
         elif isinstance(message, HoldsQuery):

@@ -32,9 +32,12 @@ class ServeProcess:
     """Use `serving`. `lines` are those of stdout, `errors` those of stderr."""
 
     def __init__(
-        self, folder: Path, *flags: str, command: Sequence[str] = (),
+        self,
+        folder: Path,
+        *flags: str,
+        command: Sequence[str] = (),
         variables: Mapping[str, str] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.folder = folder
         self.variables = dict(variables or {})
         self.temporary, self.notes = folder / "tmp", folder / "run"
@@ -47,9 +50,13 @@ class ServeProcess:
         self._heard = threading.Condition()
         self.process = subprocess.Popen(
             command or [sys.executable, "-W", "error", "-m", "common.cli", "serve", *flags],
-            cwd=ROOT, env=self.environment() | self.variables, text=True,
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
+            cwd=ROOT,
+            env=self.environment() | self.variables,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
         streams = ((self.process.stdout, self.lines), (self.process.stderr, self.errors))
         self._readers = [
             threading.Thread(target=self._read, args=stream_and_lines, daemon=True)
@@ -108,9 +115,7 @@ class ServeProcess:
 
     def pid_of(self, part: str) -> int:
         """Of the latest life of a part."""
-        return int(
-            [m for line in self.lines if (m := re.search(rf"^{part} .* pid (\d+)", line))][-1][1]
-        )
+        return int([m for line in self.lines if (m := re.search(rf"^{part} .* pid (\d+)", line))][-1][1])
 
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
@@ -137,9 +142,13 @@ class ServeProcess:
         """Output of another command of the same user."""
         done = subprocess.run(
             [sys.executable, "-W", "error", "-m", "common.cli", *arguments],
-            cwd=ROOT, env=self.environment(), capture_output=True, text=True, timeout=60,
+            cwd=ROOT,
+            env=self.environment(),
+            capture_output=True,
+            text=True,
+            timeout=60,
             check=False,
-        )  # fmt: skip
+        )
         assert done.returncode == 0, done.stderr
         assert not done.stderr
         return done.stdout
@@ -150,9 +159,8 @@ class ServeProcess:
 
 @contextlib.contextmanager
 def serving(
-    folder: Path, *flags: str, command: Sequence[str] = (),
-    variables: Mapping[str, str] | None = None,
-) -> Iterator[ServeProcess]:  # fmt: skip
+    folder: Path, *flags: str, command: Sequence[str] = (), variables: Mapping[str, str] | None = None
+) -> Iterator[ServeProcess]:
     """A started one, by `command` where that is given, with these variables more; whatever happens,
     it is ended, by Ctrl-C if it can be."""
     serve = ServeProcess(folder, *flags, command=command, variables=variables)

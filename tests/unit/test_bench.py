@@ -37,10 +37,8 @@ def an_event(text: str = "", reason: str | None = None, **more: Any) -> bytes:
 
 USAGE = an_event(
     choices=[],
-    usage={
-        "prompt_tokens": 7, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 4},
-    },
-)  # fmt: skip
+    usage={"prompt_tokens": 7, "completion_tokens": 3, "prompt_tokens_details": {"cached_tokens": 4}},
+)
 DONE = b"data: [DONE]\n\n"
 STREAM = [an_event("a"), an_event("b"), an_event("", "length"), USAGE, DONE]
 
@@ -159,11 +157,14 @@ def test_text_from_a_file_is_a_passage_of_it() -> None:
     ("name", "content"),
     [
         ("azure.csv", "TIMESTAMP,ContextTokens,GeneratedTokens\nx,374,44\ny,396,109\n"),
-        ("mooncake.jsonl", '{"timestamp": 0, "input_length": 374, "output_length": 44}\n'
-         '{"timestamp": 9, "input_length": 396, "output_length": 109}\n'),
+        (
+            "mooncake.jsonl",
+            '{"timestamp": 0, "input_length": 374, "output_length": 44}\n'
+            '{"timestamp": 9, "input_length": 396, "output_length": 109}\n',
+        ),
         ("splitwise.csv", "model,prompt_size,token_size\na,374,44\na,396,109\n"),
     ],
-)  # fmt: skip
+)
 def test_known_traces_are_read(tmp_path: Path, name: str, content: str) -> None:
     path = tmp_path / name
     path.write_text(content)
@@ -194,9 +195,14 @@ def test_lengths_beyond_the_context_are_cut_and_counted() -> None:
 
 
 def an_outcome(
-    times: tuple[float, ...] = (1.0, 1.5, 3.0), *, arrived: float = 0.5, sent: float = 0.75,
-    ended: float = 3.25, tokens: int = 5, error: str = "",
-) -> Outcome:  # fmt: skip
+    times: tuple[float, ...] = (1.0, 1.5, 3.0),
+    *,
+    arrived: float = 0.5,
+    sent: float = 0.75,
+    ended: float = 3.25,
+    tokens: int = 5,
+    error: str = "",
+) -> Outcome:
     answer = Answer(times, 10, tokens, 2, "length", error, "")
     return Outcome(Job(0, arrived, [1], 1, 1), arrived, sent, ended, answer, times)
 
@@ -246,6 +252,4 @@ def test_percentiles_are_the_usual_ones(values: list[float], percent: int) -> No
 
 
 def test_a_distribution_of_nothing_says_so() -> None:
-    assert distribution([]) == {
-        "count": 0, "mean": None, "p50": None, "p90": None, "p99": None, "max": None,
-    }  # fmt: skip
+    assert distribution([]) == {"count": 0, "mean": None, "p50": None, "p90": None, "p99": None, "max": None}

@@ -19,13 +19,7 @@ from common.commands.redis_shell import command_line
 from common.commands.serve import curl_line
 from common.commands.settings import ServeSettings, load_deployment
 from common.errors import ConfigError
-from common.settings.config import (
-    GatewaySettings,
-    NodeSettings,
-    RedisSettings,
-    child_environment,
-    describe,
-)
+from common.settings.config import GatewaySettings, NodeSettings, RedisSettings, child_environment, describe
 from common.store.request_record import ChoiceRecord
 from common.store.request_state import State
 
@@ -42,9 +36,7 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("command", list(cli.COMMANDS))
-def test_help_of_a_command_lists_its_settings(
-    command: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_help_of_a_command_lists_its_settings(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main([command, "--help"])
     assert ended.value.code == 0
@@ -59,13 +51,19 @@ def test_help_of_a_command_lists_its_settings(
         (["sevre"], 2, "pdq: no command 'sevre'; there are serve, nodes, queue, requests, redis, bench"),
         (["nodes", "--wide"], 1, "pdq nodes: unrecognized arguments: --wide (see pdq nodes --help)"),
         (["requests", "--limit", "0"], 1, "pdq requests: --limit must be at least 1, not 0"),
-        (["bench", "--rate", "1", "--concurrency", "1"], 1,
-         "pdq bench: use --rate or --concurrency, not both"),
-        (["serve", "--prefill", "0"], 1,
-         "pdq serve: 0 prefill and 1 decode nodes cannot serve: at least one of each, or --unified, "
-         "is needed"),
+        (
+            ["bench", "--rate", "1", "--concurrency", "1"],
+            1,
+            "pdq bench: use --rate or --concurrency, not both",
+        ),
+        (
+            ["serve", "--prefill", "0"],
+            1,
+            "pdq serve: 0 prefill and 1 decode nodes cannot serve: at least one of each, or --unified, "
+            "is needed",
+        ),
     ],
-)  # fmt: skip
+)
 def test_an_error_is_one_line_and_an_exit_code(
     arguments: list[str], code: int, line: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -102,9 +100,21 @@ def test_every_setting_of_gateway_and_nodes_is_one_of_serve() -> None:
 
 def test_a_setting_that_both_have_reaches_both() -> None:
     deployment = load_deployment(
-        ["some/model", "--served-model-name", "it", "--port", "1234", "--block-size", "32",
-         "--redis-url", "redis://somewhere", "--grace-period-s", "7"], {},
-    )  # fmt: skip
+        [
+            "some/model",
+            "--served-model-name",
+            "it",
+            "--port",
+            "1234",
+            "--block-size",
+            "32",
+            "--redis-url",
+            "redis://somewhere",
+            "--grace-period-s",
+            "7",
+        ],
+        {},
+    )
     gateway, node = deployment.gateway, deployment.node
     assert gateway.model == node.engine.model == "some/model"
     assert gateway.served_model_name == node.engine.served_model_name == "it"
@@ -216,9 +226,7 @@ def test_a_running_serve_is_found_and_its_note_private(tmp_path: Path) -> None:
         running.redis_of(RedisSettings(), environ)
 
 
-@pytest.mark.parametrize(
-    "content", ["", "{}", '{"pid": 1}', "[1, 2]", '{"pid": "x", "started": 1}']
-)
+@pytest.mark.parametrize("content", ["", "{}", '{"pid": 1}', "[1, 2]", '{"pid": "x", "started": 1}'])
 def test_a_note_that_cannot_be_read_is_removed(tmp_path: Path, content: str) -> None:
     path = tmp_path / "pdq" / "serve-1.json"
     path.parent.mkdir()
@@ -244,11 +252,10 @@ def test_a_note_of_a_process_that_is_gone_is_removed(tmp_path: Path) -> None:
     [
         ("redis://127.0.0.1:7000/2", ["-h", "127.0.0.1", "-p", "7000", "-n", "2"], ""),
         ("redis://:p%2Fw@[::1]", ["-h", "::1", "-p", "6379"], "p/w"),
-        ("rediss://me:pw@host/0", ["-h", "host", "-p", "6379", "-n", "0", "--tls", "--user", "me"],
-         "pw"),
+        ("rediss://me:pw@host/0", ["-h", "host", "-p", "6379", "-n", "0", "--tls", "--user", "me"], "pw"),
         ("unix://:pw@/run/r%20s.sock", ["-s", "/run/r s.sock"], "pw"),
     ],
-)  # fmt: skip
+)
 def test_redis_cli_is_led_to_any_address_with_the_password_apart(
     url: str, place: list[str], password: str
 ) -> None:
@@ -268,9 +275,19 @@ def test_the_curl_line_survives_any_model_name_and_shows_no_key() -> None:
 
 def test_stages_show_what_does_not_add_up() -> None:
     choice = ChoiceRecord(
-        0, State.FINISHED, 1, "p", "d", 5, 0, "stop", "", "", {},
+        0,
+        State.FINISHED,
+        1,
+        "p",
+        "d",
+        5,
+        0,
+        "stop",
+        "",
+        "",
+        {},
         {"queue": 0.003, "prefill": 0.02, "decode": 12.0},
-    )  # fmt: skip
+    )
     assert stages(choice, 12_050) == "queue 3ms prefill 20ms decode 12.0s rest 27ms"
     assert stages(choice, None) == "queue 3ms prefill 20ms decode 12.0s"
 

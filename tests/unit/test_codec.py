@@ -34,11 +34,8 @@ PARAMS = st.builds(
     repetition_penalty=PROBABILITY,
     presence_penalty=st.floats(-2.0, 2.0),
     frequency_penalty=st.floats(-2.0, 2.0),
-    logit_bias=st.lists(st.tuples(st.integers(0, 2**31), st.floats(-100, 100)), max_size=3).map(
-        tuple
-    ),
-    allowed_token_ids=st.none()
-    | st.lists(st.integers(0, 2**31), min_size=1, max_size=3).map(tuple),
+    logit_bias=st.lists(st.tuples(st.integers(0, 2**31), st.floats(-100, 100)), max_size=3).map(tuple),
+    allowed_token_ids=st.none() | st.lists(st.integers(0, 2**31), min_size=1, max_size=3).map(tuple),
     stop_token_ids=st.lists(st.integers(0, 2**31), max_size=3).map(tuple),
     ignore_eos=st.booleans(),
     logprobs=st.none() | st.integers(0, 20),
@@ -75,12 +72,18 @@ def of_type(annotation: Any) -> st.SearchStrategy[Any]:
 
 MESSAGE = st.sampled_from(sorted(MESSAGES.values(), key=lambda m: m.kind)).flatmap(of_type)
 ANY_VALUE: st.SearchStrategy[Any] = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats()
-    | st.text(max_size=4) | st.binary(max_size=4),
-    lambda inner: st.lists(inner, max_size=4)
-    | st.dictionaries(st.text(max_size=2) | st.integers(0, 9), inner, max_size=3),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats()
+    | st.text(max_size=4)
+    | st.binary(max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.text(max_size=2) | st.integers(0, 9), inner, max_size=3)
+    ),
     max_leaves=8,
-)  # fmt: skip
+)
 
 
 def decodes_or_is_refused(data: bytes) -> None:
@@ -115,9 +118,7 @@ def test_arbitrary_values_in_the_fields_are_refused(kind: int, values: list[Any]
 
 @given(message=MESSAGE, data=st.data())
 @settings(max_examples=400, deadline=None)
-def test_a_damaged_message_is_refused_or_is_another_valid_one(
-    message: Message, data: st.DataObject
-) -> None:
+def test_a_damaged_message_is_refused_or_is_another_valid_one(message: Message, data: st.DataObject) -> None:
     whole = encode(message)
     at = data.draw(st.integers(0, len(whole) - 1))
     damage = data.draw(st.sampled_from(["cut", "flip", "insert", "repeat"]))
@@ -200,10 +201,13 @@ def test_what_is_only_claimed_takes_no_memory(header: bytes, depth: int, rest: i
 
 
 @given(
-    length=st.integers(0, 2**32 - 1), depth=st.integers(0, 1100),
+    length=st.integers(0, 2**32 - 1),
+    depth=st.integers(0, 1100),
     header=st.sampled_from([0xDC, 0xDD, 0xDE, 0xDF, 0xC4, 0xC6, 0xDB, 0xC9]),
-    before=st.binary(max_size=20), rest=st.binary(max_size=2000), copies=st.integers(1, 40),
-)  # fmt: skip
+    before=st.binary(max_size=20),
+    rest=st.binary(max_size=2000),
+    copies=st.integers(1, 40),
+)
 @settings(max_examples=200, deadline=None)
 def test_no_length_that_is_claimed_takes_more_than_the_input_holds(
     length: int, depth: int, header: int, before: bytes, rest: bytes, copies: int
@@ -251,8 +255,7 @@ def test_values_that_sampling_forbids_are_malformed_not_a_crash() -> None:
     values = msgpack.unpackb(encode(a_dispatch())[1:])
     kinds_and_names = ((Dispatch, "request"), (Request, "params"), (SamplingParams, "temperature"))
     request, params, temperature = (
-        [field.name for field in dataclasses.fields(kind)].index(name)
-        for kind, name in kinds_and_names
+        [field.name for field in dataclasses.fields(kind)].index(name) for kind, name in kinds_and_names
     )
     values[1 + request][params][temperature] = math.nan
     with pytest.raises(MalformedMessage, match="temperature"):

@@ -31,9 +31,7 @@ def toml(folder: Path, text: str) -> str:
     return str(path)
 
 
-def test_a_flag_beats_the_environment_which_beats_the_file_which_beats_the_default(
-    tmp_path: Path,
-) -> None:
+def test_a_flag_beats_the_environment_which_beats_the_file_which_beats_the_default(tmp_path: Path) -> None:
     path = toml(tmp_path, "[engine]\nmax_num_seqs = 3\nblock_size = 32\nmax_model_len = 100\n")
     environ = {"PDQ_CONFIG": path, "PDQ_MAX_NUM_SEQS": "5", "PDQ_BLOCK_SIZE": "8"}
     settings = load(NodeSettings, ["--max-num-seqs", "7"], environ)
@@ -124,9 +122,13 @@ def test_an_empty_variable_counts_as_absent() -> None:
 
 EVERYTHING: list[type[Any]] = [*SERVICES, *COMMANDS]
 REDIS_WITH_PASSWORD = [
-    "redis://:tops3cret@h", "redis://u:tops3cret@h/0", "redis://h?password=tops3cret",
-    "rediss://:tops3cret/slash@h:1", "unix://u:tops3cret@/run/r.sock", "redis://[tops3cret",
-]  # fmt: skip
+    "redis://:tops3cret@h",
+    "redis://u:tops3cret@h/0",
+    "redis://h?password=tops3cret",
+    "rediss://:tops3cret/slash@h:1",
+    "unix://u:tops3cret@/run/r.sock",
+    "redis://[tops3cret",
+]
 
 
 def test_secrets_appear_neither_in_descriptions_nor_in_errors() -> None:
@@ -177,9 +179,7 @@ def test_a_settings_file_with_a_secret_is_for_its_user_only(tmp_path: Path) -> N
     assert load(GatewaySettings, ["--config", path], {}).api_keys == ("tops3cret",)
 
 
-@pytest.mark.parametrize(
-    "key", ["", " ", "a b", "a,b", "tab\t", "schlüssel", "\udcff", "new\nline"]
-)
+@pytest.mark.parametrize("key", ["", " ", "a b", "a,b", "tab\t", "schlüssel", "\udcff", "new\nline"])
 def test_a_key_that_no_client_could_show_is_refused_unseen(key: str) -> None:
     with pytest.raises(ConfigError, match="key 2 of PDQ_API_KEYS") as caught:
         GatewaySettings(api_keys=("tops3cret", key))
@@ -308,9 +308,7 @@ SECRET = ("api-keys", "bus-secret-key")  # those that no flag gives
 
 
 @pytest.mark.parametrize("service", SERVICES)
-def test_help_has_one_line_for_every_setting(
-    service: type, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_help_has_one_line_for_every_setting(service: type, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         load(service, ["--help"], {})
     assert ended.value.code == 0

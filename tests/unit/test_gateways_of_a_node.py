@@ -85,9 +85,7 @@ def test_a_question_acknowledges_and_the_rest_is_sent_again(node: Node) -> None:
     assert node.asked(22) == [not_held()], "and what was acknowledged is never sent again"
 
 
-@pytest.mark.parametrize(
-    "word", [Failed("n1", *KEY, "no_token", "…", False), TookOver("d", *KEY, 5)]
-)
+@pytest.mark.parametrize("word", [Failed("n1", *KEY, "no_token", "…", False), TookOver("d", *KEY, 5)])
 def test_the_last_word_about_a_choice_is_said_again_to_who_asks(node: Node, word: Any) -> None:
     node.gateways.end("g1", word)
     assert node.asked(20) == [word]
@@ -135,9 +133,7 @@ def test_when_one_of_two_links_ends_what_it_lost_goes_over_the_other(node: Node)
     assert node.sent == [Tokens("n1", (run(20),))]
 
 
-async def test_what_cannot_be_sent_is_kept_for_a_while_and_no_longer(
-    node: Node, no_grace: None
-) -> None:
+async def test_what_cannot_be_sent_is_kept_for_a_while_and_no_longer(node: Node, no_grace: None) -> None:
     """Also where no link ever ended, because there never was one."""
     node.linked = 0
     node.push(20)
@@ -147,9 +143,7 @@ async def test_what_cannot_be_sent_is_kept_for_a_while_and_no_longer(
     assert (node.freed, node.gateways.tokens.num_unacknowledged) == (["g1"], 0)
 
 
-async def test_a_gateway_that_comes_back_in_time_is_not_given_up(
-    node: Node, no_grace: None
-) -> None:
+async def test_a_gateway_that_comes_back_in_time_is_not_given_up(node: Node, no_grace: None) -> None:
     node.linked = 0
     node.gateways.unlinked("g1")
     node.linked = 1

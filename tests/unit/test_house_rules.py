@@ -14,10 +14,7 @@ PACKAGES = ("common", "kv_transfer", "prefill_node", "decode_node", "gateway")
 
 DOORS = {
     "redis": {"common/store/client.py"},
-    "zmq": {
-        "common/wire/bus.py",
-        "kv_transfer/transports/tcp_frames.py",
-    },
+    "zmq": {"common/wire/bus.py", "kv_transfer/transports/tcp_frames.py"},
     "msgpack": {"common/wire/codec.py"},
     "xxhash": {"kv_transfer/digests.py"},
     "nixl": {"kv_transfer/transports/nixl.py"},
@@ -65,9 +62,7 @@ def test_a_library_is_loaded_by_its_own_door(library: str) -> None:
         str(path.relative_to(ROOT))
         for path in sources()
         if any(
-            isinstance(node, ast.Constant)
-            and isinstance(node.value, str)
-            and node.value.startswith(library)
+            isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith(library)
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         )
     }
@@ -89,8 +84,6 @@ def test_the_environment_is_read_where_a_process_begins() -> None:
         if re.search(r"\bos\.(environ|getenv)\b", path.read_text(encoding="utf-8"))
     }
     entries = {path for path in users if path.endswith("__main__.py")}
-    assert users - entries <= {
-        "common/cli.py",
-        "common/settings/config.py",
-        "common/settings/loader.py",
-    } | {user for user in users if user.startswith("common/commands/")}
+    assert users - entries <= {"common/cli.py", "common/settings/config.py", "common/settings/loader.py"} | {
+        user for user in users if user.startswith("common/commands/")
+    }

@@ -23,15 +23,17 @@ from common.kv_layout import (
     root_hash,
 )
 
-LAYOUT = KVLayout.paged_attention(
-    num_layers=24, num_kv_heads=4, head_dim=64, block_size=16, dtype="bfloat16"
-)
+LAYOUT = KVLayout.paged_attention(num_layers=24, num_kv_heads=4, head_dim=64, block_size=16, dtype="bfloat16")
 
 
 def layout(**fields: Any) -> KVLayout:
     same: dict[str, Any] = {
-        "num_layers": 24, "num_kv_heads": 4, "head_dim": 64, "block_size": 16, "dtype": "bfloat16",
-    }  # fmt: skip
+        "num_layers": 24,
+        "num_kv_heads": 4,
+        "head_dim": 64,
+        "block_size": 16,
+        "dtype": "bfloat16",
+    }
     return KVLayout.paged_attention(**(same | fields))
 
 
@@ -45,9 +47,7 @@ def fingerprint(lies: KVLayout = LAYOUT, **fields: Any) -> Fingerprint:
 
 
 def test_a_layout_of_equal_layers_is_described_in_one_line() -> None:
-    assert LAYOUT.describe() == (
-        "layers 0-24: k bfloat16 heads 0-4 of 64, v bfloat16 heads 0-4 of 64"
-    )
+    assert LAYOUT.describe() == ("layers 0-24: k bfloat16 heads 0-4 of 64, v bfloat16 heads 0-4 of 64")
 
 
 def test_layers_that_differ_are_described_in_groups() -> None:
@@ -102,12 +102,17 @@ def test_the_field_that_differs_is_named_with_both_values(
 @pytest.mark.parametrize(
     "text",
     [
-        "", "5f0c" * 8, "layers 0-24: ", "layers 0-24: k", "layers 1-24: k bfloat16 heads 0-4 of 64",
+        "",
+        "5f0c" * 8,
+        "layers 0-24: ",
+        "layers 0-24: k",
+        "layers 1-24: k bfloat16 heads 0-4 of 64",
         "layers 0-24: v bfloat16 heads 0-4 of 64, k bfloat16 heads 0-4 of 64",
-        "layers 0-24: k bfloat16 heads 0-4 of 64", LAYOUT.describe() + "; layers 24-25: k",
+        "layers 0-24: k bfloat16 heads 0-4 of 64",
+        LAYOUT.describe() + "; layers 24-25: k",
         "layers 0-" + "9" * 5000 + ": k bfloat16 heads 0-4 of 64",
     ],
-)  # fmt: skip
+)
 def test_a_layout_whose_difference_has_no_name_differs_as_a_whole(text: str) -> None:
     """Of another version, of other kinds, or nonsense: said as it is, never an exception."""
     mine, other = fingerprint(), fingerprint(layout=text)
@@ -123,9 +128,7 @@ def test_whatever_a_peer_says_of_its_layout_has_a_field_that_differs(text: str) 
     differs = fingerprint().mismatch(fingerprint(layout=text))
     assert differs is not None
     assert differs.mine != differs.yours
-    assert differs.field in (
-        "layout", "num_layers", "dtype", "num_kv_heads", "head_range", "head_dim",
-    )  # fmt: skip
+    assert differs.field in ("layout", "num_layers", "dtype", "num_kv_heads", "head_range", "head_dim")
 
 
 def test_the_block_size_is_everybodys_own_choice_and_part_of_every_hash() -> None:
@@ -135,9 +138,11 @@ def test_the_block_size_is_everybodys_own_choice_and_part_of_every_hash() -> Non
 
 
 @given(
-    length=st.integers(0, 70), size=st.integers(1, 9), border=st.integers(0, 70),
+    length=st.integers(0, 70),
+    size=st.integers(1, 9),
+    border=st.integers(0, 70),
     pieces=st.lists(st.integers(0, 40), max_size=8),
-)  # fmt: skip
+)
 def test_hashes_do_not_depend_on_the_pieces_in_which_they_are_computed(
     length: int, size: int, border: int, pieces: list[int]
 ) -> None:

@@ -82,9 +82,7 @@ def test_many_different_events_hold_no_memory() -> None:
     assert len(limit._seen) <= logs.MOST_EVENTS
 
 
-def test_other_libraries_are_counted_by_their_message_without_its_values(
-    stream: io.StringIO,
-) -> None:
+def test_other_libraries_are_counted_by_their_message_without_its_values(stream: io.StringIO) -> None:
     for number in range(logs.BURST * 2):
         logging.getLogger("library").warning("cannot do %d", number)
     assert len(stream.getvalue().splitlines()) == logs.BURST

@@ -98,9 +98,7 @@ async def test_a_client_that_leaves_before_its_request_is_complete_harms_nobody(
 
 async def test_who_waits_longest_for_its_own_request_makes_way_for_one_too_many() -> None:
     async with serving() as (server, _):
-        idle = [
-            await asyncio.open_connection("127.0.0.1", server.port) for _ in range(MOST_CONNECTIONS)
-        ]
+        idle = [await asyncio.open_connection("127.0.0.1", server.port) for _ in range(MOST_CONNECTIONS)]
         await wait_until(lambda: server.num_open == MOST_CONNECTIONS, "all are heard")
         assert b" 200 " in await ask(server, GET)
         with contextlib.suppress(ConnectionError):

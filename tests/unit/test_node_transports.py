@@ -22,9 +22,7 @@ from kv_transfer.pool_memory import HostPoolMemory, PoolMemory
 from kv_transfer.transports.base import Source, Target
 from tests.support.fake_cuda import FakeCuda
 
-LAYOUT = KVLayout.paged_attention(
-    num_layers=1, num_kv_heads=1, head_dim=8, block_size=4, dtype="float32"
-)
+LAYOUT = KVLayout.paged_attention(num_layers=1, num_kv_heads=1, head_dim=8, block_size=4, dtype="float32")
 KEY_PAIR = new_secret_key()
 SAME = Fingerprint("m", "r", "l", "n", 4)
 
@@ -45,16 +43,17 @@ class Nodes:
 
     def memory(self, *, device: bool) -> PoolMemory:
         slab_bytes = LAYOUT.slab_bytes
-        made = (
-            DevicePoolMemory(2, slab_bytes, self.cuda) if device else HostPoolMemory(2, slab_bytes)
-        )
+        made = DevicePoolMemory(2, slab_bytes, self.cuda) if device else HostPoolMemory(2, slab_bytes)
         self.memories.append(made)
         return made
 
     def make(
-        self, names: tuple[str, ...] | None, *, device: bool,
+        self,
+        names: tuple[str, ...] | None,
+        *,
+        device: bool,
         settings: NodeSettings = NodeSettings(),  # noqa: B008
-    ) -> transports.Made:  # fmt: skip
+    ) -> transports.Made:
         if names is not None:
             settings = dataclasses.replace(settings, transports=names)  # type: ignore[arg-type]
         made = make_transports(settings, self.memory(device=device), LAYOUT, Leases(NoPool()))
@@ -107,9 +106,7 @@ def test_on_loopback_blocks_are_encrypted_only_where_a_setting_says_so(
     assert answer.reason.endswith(remark)
 
 
-@pytest.mark.parametrize(
-    ("encrypt_blocks", "scheme"), [(None, b"zmq"), (True, b"zmq"), (False, b"tcp")]
-)
+@pytest.mark.parametrize(("encrypt_blocks", "scheme"), [(None, b"zmq"), (True, b"zmq"), (False, b"tcp")])
 def test_between_hosts_blocks_are_encrypted_unless_a_setting_says_no(
     nodes: Nodes, encrypt_blocks: bool | None, scheme: bytes
 ) -> None:
@@ -133,9 +130,7 @@ def test_none_is_none(nodes: Nodes) -> None:
 
 
 @pytest.mark.parametrize(("name", "device"), [("shm", True), ("cuda_ipc", False)])
-def test_a_node_whose_pool_none_of_them_reads_does_not_start(
-    nodes: Nodes, name: str, device: bool
-) -> None:
+def test_a_node_whose_pool_none_of_them_reads_does_not_start(nodes: Nodes, name: str, device: bool) -> None:
     with pytest.raises(ConfigError, match="--transports"):
         nodes.make((name,), device=device)
 

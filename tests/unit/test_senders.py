@@ -44,8 +44,7 @@ class Wire:
 def linked(hears: Any) -> tuple[LinkTable, Wire]:
     """A table with one link, that `peer` opened."""
     wire = Wire()
-    table = LinkTable("me", BusSettings(), wire, progress=lambda: (0, False),
-                      say=lambda _: None, hears=hears)  # fmt: skip
+    table = LinkTable("me", BusSettings(), wire, progress=lambda: (0, False), say=lambda _: None, hears=hears)
     table.heard(b"peer/1", Open("peer", "me"), 0.0)
     return table, wire
 
@@ -75,9 +74,7 @@ def test_whoever_speaks_of_requests_names_itself(kind: type[Message]) -> None:
 
 
 @given(message=MESSAGE, to_gateway=st.booleans())
-def test_only_what_is_for_us_and_in_the_peers_own_name_is_heard(
-    message: Message, to_gateway: bool
-) -> None:
+def test_only_what_is_for_us_and_in_the_peers_own_name_is_heard(message: Message, to_gateway: bool) -> None:
     hears = TO_GATEWAYS if to_gateway else TO_NODES
     for name in ("peer", "somebody-else"):
         table, _ = linked(hears)

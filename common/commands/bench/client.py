@@ -76,9 +76,8 @@ class Client:
         try:
             async with asyncio.timeout(self._timeout_s):
                 transport, _ = await loop.create_connection(
-                    lambda: _Collector(request, result.pieces, closed),
-                    self._host, self._port, ssl=self._ssl,
-                )  # fmt: skip
+                    lambda: _Collector(request, result.pieces, closed), self._host, self._port, ssl=self._ssl
+                )
                 if await closed is not None:
                     result.failure = "connection_lost"
         except TimeoutError:
@@ -96,10 +95,7 @@ class Client:
 
 class _Collector(asyncio.Protocol):
     def __init__(
-        self,
-        request: bytes,
-        pieces: list[tuple[float, bytes]],
-        closed: asyncio.Future[Exception | None],
+        self, request: bytes, pieces: list[tuple[float, bytes]], closed: asyncio.Future[Exception | None]
     ) -> None:
         self._request, self._pieces, self._closed = request, pieces, closed
 
@@ -148,9 +144,14 @@ def read(exchange: Exchange) -> Answer:
         error = exchange.failure or "connection_lost"
     details = usage.get("prompt_tokens_details") or {}
     return Answer(
-        tuple(times), int(usage.get("prompt_tokens", 0)), int(usage.get("completion_tokens", 0)),
-        int(details.get("cached_tokens") or 0), reason, error, message,
-    )  # fmt: skip
+        tuple(times),
+        int(usage.get("prompt_tokens", 0)),
+        int(usage.get("completion_tokens", 0)),
+        int(details.get("cached_tokens") or 0),
+        reason,
+        error,
+        message,
+    )
 
 
 def _failed(error: str, message: str = "") -> Answer:
@@ -166,9 +167,7 @@ def _head(exchange: Exchange) -> tuple[int, bool, int]:
             lines = raw[:end].decode("latin-1").split("\r\n")
             fields = lines[0].split(" ", 2)
             status = int(fields[1]) if len(fields) > 1 and fields[1].isdigit() else 0
-            chunked = any(
-                line.lower().replace(" ", "") == "transfer-encoding:chunked" for line in lines
-            )
+            chunked = any(line.lower().replace(" ", "") == "transfer-encoding:chunked" for line in lines)
             return status, chunked, end + 4
     return 0, False, 0
 

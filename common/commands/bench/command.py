@@ -169,9 +169,7 @@ async def _prepare(settings: BenchSettings) -> tuple[Target, list[Job], int]:
             target = await _target(http, url, settings.served_model_name)
             source = await _source(http, target, settings)
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
-        raise ServiceUnavailable(
-            f"no OpenAI-compatible server answers at {url}: {error}"
-        ) from error
+        raise ServiceUnavailable(f"no OpenAI-compatible server answers at {url}: {error}") from error
     # A generator for each, so that another rate or dataset leaves the rest as it was.
     rngs = {part: random.Random(f"{settings.seed} {part}") for part in ("time", "length", "text")}
     count = settings.warmup + settings.requests
@@ -185,11 +183,7 @@ async def _prepare(settings: BenchSettings) -> tuple[Target, list[Job], int]:
     lengths, num_cut = fit(lengths, longest)
     rate = settings.rate or (None if settings.concurrency else DEFAULT_RATE)
     moments = [0.0] * settings.warmup + arrivals(settings.requests, rate, rngs["time"])
-    return (
-        target,
-        make_jobs(source, lengths, moments, settings.shared_prefix, rngs["text"]),
-        num_cut,
-    )
+    return (target, make_jobs(source, lengths, moments, settings.shared_prefix, rngs["text"]), num_cut)
 
 
 async def _target(http: httpx.AsyncClient, url: str, wanted: str) -> Target:
@@ -199,8 +193,7 @@ async def _target(http: httpx.AsyncClient, url: str, wanted: str) -> Target:
     name = wanted or next(iter(served), "")
     if name not in served:
         raise ConfigError(
-            f"{url} serves {', '.join(served) or 'no model'}, not {name!r}",
-            param="served_model_name",
+            f"{url} serves {', '.join(served) or 'no model'}, not {name!r}", param="served_model_name"
         )
     longest = served[name].get("max_model_len")
     return Target(url, name, int(longest) if longest else None)

@@ -47,14 +47,10 @@ class Outcome:
     event_times: tuple[float, ...]
 
     @classmethod
-    def of(
-        cls, job: Job, arrived: float, exchange: Exchange, answer: Answer, start: float
-    ) -> Outcome:
+    def of(cls, job: Job, arrived: float, exchange: Exchange, answer: Answer, start: float) -> Outcome:
         """`start` and `arrived` are on the client's clock."""
         times = tuple(moment - start for moment in answer.token_times)
-        return cls(
-            job, arrived - start, exchange.sent_at - start, exchange.ended_at - start, answer, times
-        )
+        return cls(job, arrived - start, exchange.sent_at - start, exchange.ended_at - start, answer, times)
 
     @property
     def ok(self) -> bool:
@@ -116,9 +112,7 @@ def distribution(values: Iterable[float]) -> dict[str, float | int | None]:
     }
 
 
-def summarize(
-    outcomes: Sequence[Outcome], ttft_slo: float | None, tpot_slo: float | None
-) -> dict[str, Any]:
+def summarize(outcomes: Sequence[Outcome], ttft_slo: float | None, tpot_slo: float | None) -> dict[str, Any]:
     """All numbers of a run; times in seconds."""
     good = [outcome for outcome in outcomes if outcome.ok]
     duration_s = max((outcome.ended_at for outcome in outcomes), default=0.0)
@@ -152,8 +146,10 @@ def summarize(
             "tpot_slo_s": tpot_slo,
             "requests_per_s": per_second(kept),
             "share": kept / len(outcomes) if outcomes else 0.0,
-        } if wanted else None,
-    }  # fmt: skip
+        }
+        if wanted
+        else None,
+    }
 
 
 def rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
@@ -204,8 +200,7 @@ def show(out: Console, summary: dict[str, Any], uses: Sequence[Use], client_core
             if goodput[key] is not None
         )
         out.print(
-            f"goodput: {goodput['requests_per_s']:.2f} requests/s, {goodput['share']:.1%} of all "
-            f"({targets})"
+            f"goodput: {goodput['requests_per_s']:.2f} requests/s, {goodput['share']:.1%} of all ({targets})"
         )
     if summary["errors"]:
         counts = ", ".join(f"{code} {count}" for code, count in summary["errors"].items())
@@ -225,9 +220,7 @@ def _show_uses(out: Console, uses: Sequence[Use]) -> None:
     table = _table("process", ">pid", ">PSS MB", ">RSS MB", ">of a core")
     for use in uses:
         pss = "-" if use.pss_bytes is None else f"{use.pss_bytes / 1e6:.0f}"
-        table.add_row(
-            use.name, str(use.pid), pss, f"{use.rss_bytes / 1e6:.0f}", f"{use.cores_used:.1%}"
-        )
+        table.add_row(use.name, str(use.pid), pss, f"{use.rss_bytes / 1e6:.0f}", f"{use.cores_used:.1%}")
     out.print(table, crop=False)
     out.print()
 

@@ -107,9 +107,7 @@ def draw_lengths(
     return [(max(1, round(p * scale)), max(1, round(o * scale))) for p, o in drawn]
 
 
-def fit(
-    lengths: Sequence[tuple[int, int]], longest: int | None
-) -> tuple[list[tuple[int, int]], int]:
+def fit(lengths: Sequence[tuple[int, int]], longest: int | None) -> tuple[list[tuple[int, int]], int]:
     """Lengths that the context of `longest` tokens can take, and how many had to be cut."""
     if longest is None:
         return list(lengths), 0

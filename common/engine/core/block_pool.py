@@ -171,9 +171,7 @@ class BlockPool:
         self.num_hit_blocks += len(found)
         return found
 
-    def reserve(
-        self, hashes: Sequence[bytes], count: int, headroom: int = 0
-    ) -> tuple[list[int], int] | None:
+    def reserve(self, hashes: Sequence[bytes], count: int, headroom: int = 0) -> tuple[list[int], int] | None:
         """`count` blocks for one prompt, with a reference each: first those of its longest cached
         prefix, whose number comes with them, then blocks with undefined content.
 
@@ -225,9 +223,7 @@ class BlockPool:
         free = set(self._free)
         assert len(free) == len(self._free), "a block is free twice"
         assert not free & self._idle.keys(), "a block is free and idle"
-        for block_id, (count, block_hash) in enumerate(
-            zip(self._references, self._hashes, strict=True)
-        ):
+        for block_id, (count, block_hash) in enumerate(zip(self._references, self._hashes, strict=True)):
             if block_id in free:
                 place = count == 0 and block_hash is None
             elif block_id in self._idle:

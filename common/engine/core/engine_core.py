@@ -23,12 +23,7 @@ from common.engine.core.sequence import Sequence, SequenceStatus
 from common.engine.core.sequence_slots import SequenceSlots
 from common.engine.core.step import Chunk, Delivery, Step
 from common.engine.core.step_input import step_input
-from common.engine.interface import (
-    MAX_CHOICES,
-    EngineFacts,
-    StepResult,
-    num_sampler_slots,
-)
+from common.engine.interface import MAX_CHOICES, EngineFacts, StepResult, num_sampler_slots
 from common.engine.sampling.records import RowFault, SampleOutput, TokenLogprob
 from common.engine.speculation import HostProposer
 from common.errors import InvalidRequest, NotFiniteLogits, TokenOutOfRange
@@ -65,14 +60,17 @@ class EngineCore:
         self.facts = facts
         self.settings = settings
         self.pool = BlockPool(
-            facts.num_blocks, facts.layout.block_size,
-            enable_prefix_cache=settings.enable_prefix_caching, on_free=on_free,
-        )  # fmt: skip
+            facts.num_blocks,
+            facts.layout.block_size,
+            enable_prefix_cache=settings.enable_prefix_caching,
+            on_free=on_free,
+        )
         self.scheduler = Scheduler(
-            self.pool, max_num_seqs=settings.max_num_seqs,
+            self.pool,
+            max_num_seqs=settings.max_num_seqs,
             max_num_batched_tokens=settings.max_num_batched_tokens,
             max_model_len=facts.max_model_len,
-        )  # fmt: skip
+        )
         self.proposer = proposer
         self.num_steps = 0
         self._slots = SequenceSlots(num_sampler_slots(settings))
@@ -136,11 +134,17 @@ class EngineCore:
         request.params.check_vocabulary(vocab_size)
         number = next(self._sequence_ids)
         return Sequence(
-            sequence_id=number, request_id=engine_id, choice=choice,
-            prompt_len=request.prompt_len, token_ids=tokens.tolist(), params=request.params,
-            stop_ids=frozenset(self.facts.stop_token_ids), priority=request.priority,
-            arrival=number, cache_root=request.cache_root(self.fingerprint),
-        )  # fmt: skip
+            sequence_id=number,
+            request_id=engine_id,
+            choice=choice,
+            prompt_len=request.prompt_len,
+            token_ids=tokens.tolist(),
+            params=request.params,
+            stop_ids=frozenset(self.facts.stop_token_ids),
+            priority=request.priority,
+            arrival=number,
+            cache_root=request.cache_root(self.fingerprint),
+        )
 
     def expect(
         self,
@@ -288,17 +292,13 @@ class EngineCore:
         """Whatever came of it."""
         self.pool.release(step.chunks[0].sequence.block_table)
 
-    def _accept(
-        self, step: Step, sampled: SampleOutput, kept: NDArray[np.int64]
-    ) -> list[StepOutput]:
+    def _accept(self, step: Step, sampled: SampleOutput, kept: NDArray[np.int64]) -> list[StepOutput]:
         """Deliver the tokens that are kept of each chunk's."""
         accepted: dict[int, list[int]] = {}
         first: dict[int, int] = {}
         outputs: list[StepOutput] = []
         tokens = sampled.token_ids.tolist()
-        for chunk, start, count in zip(
-            step.sampling, step.sampled_rows(), kept.tolist(), strict=True
-        ):
+        for chunk, start, count in zip(step.sampling, step.sampled_rows(), kept.tolist(), strict=True):
             sequence = chunk.sequence
             if sequence.status is SequenceStatus.FINISHED:  # aborted meanwhile
                 continue
@@ -327,10 +327,15 @@ class EngineCore:
             logprobs = tuple(TokenLogprob.of(sampled.logprobs, row, top) for row in rows)
         prompt_logprobs = self._prompt_logprobs.pop(sequence.sequence_id, None)
         return StepOutput(
-            sequence.request_id, sequence.choice, delivery.position, tuple(delivery.token_ids),
-            logprobs, delivery.finish_reason, sequence,
+            sequence.request_id,
+            sequence.choice,
+            delivery.position,
+            tuple(delivery.token_ids),
+            logprobs,
+            delivery.finish_reason,
+            sequence,
             None if prompt_logprobs is None else tuple(prompt_logprobs),
-        )  # fmt: skip
+        )
 
     # Sequences end.
 
@@ -374,6 +379,5 @@ def _error_of(sequence: Sequence, what: str) -> StepOutput:
     position = len(sequence.token_ids)
     error = NotFiniteLogits(f"the model gave {what} at position {position}")
     return StepOutput(
-        sequence.request_id, sequence.choice, position, (), (), FinishReason.ERROR, sequence,
-        error=error,
-    )  # fmt: skip
+        sequence.request_id, sequence.choice, position, (), (), FinishReason.ERROR, sequence, error=error
+    )

@@ -37,12 +37,7 @@ from common.engine.core.admission import Admission, ExpectedPrompt, Room
 from common.engine.core.block_pool import BlockPool
 from common.engine.core.sequence import Sequence, SequenceStatus
 from common.engine.core.step import Chunk, Delivery, Step
-from common.errors import (
-    ConfigError,
-    ContextLengthExceeded,
-    InvalidRequest,
-    NeverFits,
-)
+from common.errors import ConfigError, ContextLengthExceeded, InvalidRequest, NeverFits
 from common.sampling import FinishReason
 
 MAX_STEPS = 2  # under way at once
@@ -222,9 +217,7 @@ class Scheduler:
         self._paused.remove(sequence)
         self._run(sequence)
 
-    def finish(
-        self, sequence: Sequence, reason: FinishReason, *, keep_blocks: bool = False
-    ) -> list[int]:
+    def finish(self, sequence: Sequence, reason: FinishReason, *, keep_blocks: bool = False) -> list[int]:
         """End a sequence; one that has ended already stays as it is.
 
         Its blocks are released, or with `keep_blocks` returned together with their references.
@@ -261,9 +254,7 @@ class Scheduler:
         members = self._requests.get(request_id, {}).values()
         return next((sequence for sequence in members if sequence.choice == choice), None)
 
-    def abort(
-        self, request_id: str, reason: FinishReason = FinishReason.CANCELLED
-    ) -> list[Sequence]:
+    def abort(self, request_id: str, reason: FinishReason = FinishReason.CANCELLED) -> list[Sequence]:
         """Finish every sequence of a request; returns those that had not ended."""
         sequences = list(self._requests.get(request_id, {}).values())
         for sequence in sequences:
@@ -279,9 +270,7 @@ class Scheduler:
         `only` those sequences have chunks in it, and all others stay as they are; admission is as
         ever, so that nobody loses its place in line.
         """
-        assert len(self._steps) < MAX_STEPS, (
-            "so many steps were neither postprocessed nor abandoned"
-        )
+        assert len(self._steps) < MAX_STEPS, "so many steps were neither postprocessed nor abandoned"
         step = Step()
         plan = self._plan(only)
         stalled = self._secure_blocks(plan, step)

@@ -55,9 +55,14 @@ class SequenceSlots:
                 tokens = np.array(sequence.token_ids, np.int64)
                 prompt, generated = np.split(tokens, [sequence.prompt_len])
             opening = SlotOpening(
-                slot, sequence.params, sequence.choice, tuple(sorted(sequence.stop_ids)),
-                sequence.prompt_len, prompt, generated,
-            )  # fmt: skip
+                slot,
+                sequence.params,
+                sequence.choice,
+                tuple(sorted(sequence.stop_ids)),
+                sequence.prompt_len,
+                prompt,
+                generated,
+            )
             self._opened.append(opening)
         return slot
 

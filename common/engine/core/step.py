@@ -43,9 +43,7 @@ class Step:
     num_generated_chunks: int = 0
     num_generated_tokens: int = 0  # drafted ones included
     num_prompt_tokens: int = 0
-    input: StepInput = dataclasses.field(
-        init=False, repr=False
-    )  # what the runner gets; made by the core
+    input: StepInput = dataclasses.field(init=False, repr=False)  # what the runner gets; made by the core
 
     @property
     def num_tokens(self) -> int:
@@ -64,9 +62,7 @@ class Step:
     def sampled_sources(self) -> list[int]:
         """For each sampled row, which of the positions of `chunks` that sample has its logits: a fork
         has its parent's."""
-        rows = {
-            id(chunk): row for chunk, row in zip(self.sampling, self.sampled_rows(), strict=True)
-        }
+        rows = {id(chunk): row for chunk, row in zip(self.sampling, self.sampled_rows(), strict=True)}
         own = sum(1 + chunk.num_drafted for chunk in self.chunks if chunk.samples)
         return [*range(own), *(rows[id(parent)] for parent in self.parents)]
 

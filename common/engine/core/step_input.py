@@ -18,9 +18,7 @@ from common.engine.core.step import Chunk, Step
 from common.engine.interface import ScoredChunk, StepInput
 
 
-def step_input(
-    step: Step, slots: SequenceSlots, number: int, before: Step | None = None
-) -> StepInput:
+def step_input(step: Step, slots: SequenceSlots, number: int, before: Step | None = None) -> StepInput:
     """Takes a sampler slot for each sequence that samples its first token. `before`: the step under way,
     whose tokens this one goes on from."""
     chunks, num_generated = step.chunks, step.num_generated_chunks
@@ -40,9 +38,7 @@ def step_input(
         num_drafted=_numbers(chunk.num_drafted for chunk in chunks),
         samples=np.array([chunk.samples for chunk in chunks], np.bool_),
         token_ids=np.fromiter(
-            chain.from_iterable(_tokens(chunk, rows) for chunk in chunks),
-            np.int64,
-            step.num_tokens,
+            chain.from_iterable(_tokens(chunk, rows) for chunk in chunks), np.int64, step.num_tokens
         ),
         generated_tables=_tables(chunks[:num_generated]),
         prompt_tables=_tables(chunks[num_generated:]),

@@ -9,10 +9,7 @@ from common.errors import ConfigError
 from common.settings.config import EngineSettings
 
 # By their names in the settings; `auto` is the first that this machine has.
-DEVICES: dict[str, type[Device]] = {
-    "cuda": CudaDevice,
-    "cpu": CpuDevice,
-}
+DEVICES: dict[str, type[Device]] = {"cuda": CudaDevice, "cpu": CpuDevice}
 
 
 def choose_device(settings: EngineSettings) -> Device:
@@ -23,7 +20,5 @@ def choose_device(settings: EngineSettings) -> Device:
         kind = DEVICES[settings.device]
     if not kind.is_present():
         name = settings.device
-        raise ConfigError(
-            f"device {name} is set, but torch finds no {name.upper()} device", param="device"
-        )
+        raise ConfigError(f"device {name} is set, but torch finds no {name.upper()} device", param="device")
     return kind(settings)

@@ -14,11 +14,7 @@ from torch import Tensor
 from common.errors import ConfigError, InsufficientMemory
 from common.kv_layout import KVLayout
 
-TORCH_DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class KVCache:
@@ -28,12 +24,7 @@ class KVCache:
     the layout's dtype. `storage` is such a byte tensor.
     """
 
-    def __init__(
-        self,
-        layout: KVLayout,
-        num_blocks: int,
-        storage: Tensor,
-    ) -> None:
+    def __init__(self, layout: KVLayout, num_blocks: int, storage: Tensor) -> None:
         dtypes = {segment.dtype for segment in layout.segments}
         if len(dtypes) != 1:
             raise ConfigError(f"a slab of several dtypes {sorted(dtypes)} needs another kernel")

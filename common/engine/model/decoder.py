@@ -58,9 +58,7 @@ class Model:
         source.check(tensor_shapes(config, has_head=source.has("lm_head.weight")))
         cosines, sines = rope_table(config, max_model_len)
         self._rope = (cosines.to(backend.device), sines.to(backend.device))
-        embedding = source.read(
-            "model.embed_tokens.weight", (config.vocab_size, config.hidden_size)
-        )
+        embedding = source.read("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
         self._embedding = backend.tensor(embedding)
         del embedding
         self._layers = [self._load_layer(index, source) for index in range(config.num_layers)]
@@ -105,7 +103,7 @@ class Model:
             mlp_norm=backend.tensor(read("post_attention_layernorm.weight")),
             gate_up=linear("mlp.gate_proj", "mlp.up_proj"),
             down=linear("mlp.down_proj"),
-        )  # fmt: skip
+        )
 
     @torch.inference_mode()
     def forward(self, rows: Rows, cache: KVCache) -> Tensor:
@@ -120,9 +118,8 @@ class Model:
             else:
                 hidden = backend.add_rms_norm(hidden, residual, layer.input_norm, eps)
             attended = backend.attention(
-                layer.qkv(hidden, border), rows, cache, index, layer.shape, self._rope,
-                layer.head_norms, eps,
-            )  # fmt: skip
+                layer.qkv(hidden, border), rows, cache, index, layer.shape, self._rope, layer.head_norms, eps
+            )
             hidden = layer.output(attended, border)
             hidden = backend.add_rms_norm(hidden, residual, layer.mlp_norm, eps)
             hidden = backend.gated_mlp(hidden, layer.gate_up, layer.down, border)
@@ -145,9 +142,8 @@ class Model:
 
 def _head_shape(config: ModelConfig, index: int) -> HeadShape:
     return HeadShape(
-        config.num_heads, config.num_kv_heads, config.head_dim,
-        config.head_dim, config.windows[index],
-    )  # fmt: skip
+        config.num_heads, config.num_kv_heads, config.head_dim, config.head_dim, config.windows[index]
+    )
 
 
 def layer_shapes(config: ModelConfig, index: int) -> dict[str, tuple[int, ...]]:

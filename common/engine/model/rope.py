@@ -38,9 +38,7 @@ def rope_table(config: ModelConfig, max_positions: int) -> tuple[torch.Tensor, t
     return (angles.cos() * scale).contiguous(), (angles.sin() * scale).contiguous()
 
 
-def _inverse_frequencies(
-    rope: RopeConfig, dim: int, max_positions: int
-) -> tuple[torch.Tensor, float]:
+def _inverse_frequencies(rope: RopeConfig, dim: int, max_positions: int) -> tuple[torch.Tensor, float]:
     """Radians per position `[head_dim / 2]`, and the factor on cosines and sines."""
     exponents = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim
     inverse = 1.0 / (rope.theta**exponents)
@@ -71,9 +69,7 @@ def _llama3(inverse: torch.Tensor, rope: RopeConfig) -> torch.Tensor:
     return torch.where(medium, blended, scaled)
 
 
-def _longrope(
-    rope: RopeConfig, exponents: torch.Tensor, max_positions: int
-) -> tuple[torch.Tensor, float]:
+def _longrope(rope: RopeConfig, exponents: torch.Tensor, max_positions: int) -> tuple[torch.Tensor, float]:
     """One set of divisors for all positions of a node; transformers changes from the short set to
     the long one, within a sequence, which leaves the keys that it has cached turned otherwise."""
     divisors = torch.tensor(rope.factors(max_positions, len(exponents)), dtype=torch.float32)

@@ -60,9 +60,7 @@ class Checkpoint:
         self._files[path] = file
         for name in file.keys():  # noqa: SIM118 (not a mapping)
             if name in self._where:
-                raise CheckpointError(
-                    f"tensor {name} is in both {self._where[name]} and {path}", param=name
-                )
+                raise CheckpointError(f"tensor {name} is in both {self._where[name]} and {path}", param=name)
             self._where[name] = path
 
     def has(self, name: str) -> bool:
@@ -91,14 +89,12 @@ class Checkpoint:
         found = tuple(header.get_shape())
         if found != shape:
             raise CheckpointError(
-                f"tensor {name} in {path} has shape {list(found)}, the configuration asks for "
-                f"{list(shape)}",
+                f"tensor {name} in {path} has shape {list(found)}, the configuration asks for {list(shape)}",
                 param=name,
             )
         if header.get_dtype() not in _DTYPES:
             raise CheckpointError(
-                f"tensor {name} in {path} has dtype {header.get_dtype()}; {', '.join(_DTYPES)} "
-                "can be loaded",
+                f"tensor {name} in {path} has dtype {header.get_dtype()}; {', '.join(_DTYPES)} can be loaded",
                 param=name,
             )
 
@@ -108,9 +104,7 @@ class Checkpoint:
         try:
             tensor: torch.Tensor = self._files[path].get_tensor(name)
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(
-                f"tensor {name} in {path} cannot be read: {error}", param=name
-            ) from error
+            raise CheckpointError(f"tensor {name} in {path} cannot be read: {error}", param=name) from error
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"tensor {name} in {path} has NaN or infinity", param=name)
         return tensor
@@ -124,10 +118,7 @@ class Checkpoint:
         return self
 
     def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
 
@@ -157,7 +148,5 @@ class RandomWeights:
 def _weight_paths(folder: Path) -> list[Path]:
     names = weight_files(folder)
     if names == [SINGLE] and not (folder / SINGLE).exists():
-        raise CheckpointError(
-            f"{folder} has neither {SINGLE} nor {INDEX}", param=str(folder / SINGLE)
-        )
+        raise CheckpointError(f"{folder} has neither {SINGLE} nor {INDEX}", param=str(folder / SINGLE))
     return [folder / name for name in names]

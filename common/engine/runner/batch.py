@@ -42,9 +42,7 @@ def lay_out(step: StepInput, block_size: int, plan: RowPlan) -> Batch:
         (np.arange(num_generated), np.arange(num_prompt) + border), dtype=np.int64
     )  # the rows that are no padding
     chunk_of = np.repeat(np.arange(step.num_chunks), lengths)
-    here = (
-        np.arange(len(known)) - np.repeat(ends - lengths, lengths) + np.repeat(step.starts, lengths)
-    )
+    here = np.arange(len(known)) - np.repeat(ends - lengths, lengths) + np.repeat(step.starts, lengths)
     at = here // block_size
     blocks = np.concatenate(
         (

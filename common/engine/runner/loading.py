@@ -45,12 +45,7 @@ def context_length(settings: EngineSettings, config: ModelConfig) -> int:
 
 
 def load_model(
-    settings: EngineSettings,
-    folder: Path,
-    config: ModelConfig,
-    device: Device,
-    backend: Backend,
-    length: int,
+    settings: EngineSettings, folder: Path, config: ModelConfig, device: Device, backend: Backend, length: int
 ) -> Model:
     _check_weights_fit(config, backend.dtype, device, length)
     if settings.load_format == "dummy":
@@ -64,9 +59,7 @@ def load_model(
     return model
 
 
-def _check_weights_fit(
-    config: ModelConfig, dtype: torch.dtype, device: Device, length: int
-) -> None:
+def _check_weights_fit(config: ModelConfig, dtype: torch.dtype, device: Device, length: int) -> None:
     """Refuse before anything is read what would be killed for its memory half-way."""
     shapes = tensor_shapes(config, has_head=not config.tie_word_embeddings)
     needed = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
@@ -86,9 +79,7 @@ def _check_weights_fit(
         )
 
 
-def pool_size(
-    settings: EngineSettings, layout: KVLayout, max_model_len: int, device: Device
-) -> int:
+def pool_size(settings: EngineSettings, layout: KVLayout, max_model_len: int, device: Device) -> int:
     """From the settings, or as much as all sequences can use, within what the device gives a pool."""
     free = device.free_memory()
     if settings.num_kv_blocks is not None:

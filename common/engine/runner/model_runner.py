@@ -17,13 +17,7 @@ from torch import Tensor
 
 from common.engine.devices.choice import choose_device
 from common.engine.devices.kv_cache import KVCache
-from common.engine.interface import (
-    EngineFacts,
-    Filled,
-    StepInput,
-    StepResult,
-    num_sampler_slots,
-)
+from common.engine.interface import EngineFacts, Filled, StepInput, StepResult, num_sampler_slots
 from common.engine.runner import loading
 from common.engine.runner.batch import Batch, lay_out
 from common.engine.runner.sampler import Sampler
@@ -62,9 +56,8 @@ class ModelRunner:
         self.device = device = choose_device(settings)
         overrides = parse_overrides(settings.hf_overrides)
         folder = resolve_model(
-            settings.model, settings.revision,
-            weights=settings.load_format == "auto", overrides=overrides,
-        )  # fmt: skip
+            settings.model, settings.revision, weights=settings.load_format == "auto", overrides=overrides
+        )
         config = read_config(folder, overrides, required=True)
         self.config = parse_model_config(config)
         description = describe_model(folder, config, with_sampling_defaults=False)
@@ -74,10 +67,12 @@ class ModelRunner:
         self.model = loading.load_model(settings, folder, self.config, device, self.backend, length)
 
         layout = KVLayout.paged_attention(
-            num_layers=self.config.num_layers, num_kv_heads=self.config.num_kv_heads,
-            head_dim=self.config.head_dim, block_size=settings.block_size,
+            num_layers=self.config.num_layers,
+            num_kv_heads=self.config.num_kv_heads,
+            head_dim=self.config.head_dim,
+            block_size=settings.block_size,
             dtype=loading.dtype_name(dtype),
-        )  # fmt: skip
+        )
         num_blocks = loading.pool_size(settings, layout, length, device)
         slab_bytes = layout.slab_bytes
         memory = (
@@ -89,10 +84,7 @@ class ModelRunner:
         vocab_size = self.config.vocab_size
         self.sampler = Sampler(vocab_size, num_sampler_slots(settings), device.sampling(vocab_size))
         self._proposer = proposer
-        self._last: tuple[int, NDArray[np.int64]] = (
-            -1,
-            np.empty(0, np.int64),
-        )  # its number, its tokens
+        self._last: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))  # its number, its tokens
         self.facts = EngineFacts(
             fingerprint=Fingerprint(
                 model=settings.served_model_name or model_name(settings.model, folder),
@@ -101,12 +93,17 @@ class ModelRunner:
                 else f"dummy-{settings.seed}",
                 layout=layout.describe(),
                 numerics=self.backend.numerics_class + self.config.rope.numerics(length),
-                block_size=settings.block_size, tokenizer=description.tokenizer_digest,
+                block_size=settings.block_size,
+                tokenizer=description.tokenizer_digest,
             ),
-            layout=layout, num_blocks=num_blocks, vocab_size=self.config.vocab_size,
-            max_model_len=length, stop_token_ids=tuple(description.stop_token_ids), folder=folder,
+            layout=layout,
+            num_blocks=num_blocks,
+            vocab_size=self.config.vocab_size,
+            max_model_len=length,
+            stop_token_ids=tuple(description.stop_token_ids),
+            folder=folder,
             unread_fields=tuple(unknown_fields(description.config)),
-        )  # fmt: skip
+        )
 
     def submit(self, step: StepInput, filled: Filled | None = None, /) -> Future[StepResult]:
         future: Future[StepResult] = Future()

@@ -46,9 +46,14 @@ class Sampler:
             self.remove(slot)
         for opening in changes.opened:
             self.add(
-                opening.slot, opening.params, opening.choice, opening.stop_ids, opening.prompt_ids,
-                opening.generated_ids, prompt_len=opening.prompt_len,
-            )  # fmt: skip
+                opening.slot,
+                opening.params,
+                opening.choice,
+                opening.stop_ids,
+                opening.prompt_ids,
+                opening.generated_ids,
+                prompt_len=opening.prompt_len,
+            )
 
     def add(
         self,
@@ -143,7 +148,6 @@ class Sampler:
         outside = (tokens < 0) | (tokens >= self.vocab_size)
         if outside.any():
             raise TokenOutOfRange(
-                f"token id {tokens[outside][0]}, the vocabulary has {self.vocab_size}",
-                param="prompt",
+                f"token id {tokens[outside][0]}, the vocabulary has {self.vocab_size}", param="prompt"
             )
         return tokens

@@ -47,9 +47,9 @@ def schedules(seconds: float) -> None:
     with concurrent.futures.ProcessPoolExecutor(
         PROCESSES, fork, initializer=die_with_parent(os.getpid())
     ) as pool:
-        counts = pool.map(run_for, *zip(
-            *((seconds, first, PROCESSES) for first in range(PROCESSES)), strict=True,
-        ))  # fmt: skip
+        counts = pool.map(
+            run_for, *zip(*((seconds, first, PROCESSES) for first in range(PROCESSES)), strict=True)
+        )
         count = sum(counts)
     took = time.monotonic() - began
     print(
@@ -64,9 +64,7 @@ def exhaustive(prompts: int, faults: int, digests: bool, part: int, parts: int) 
     def say(what: str) -> None:
         print(f"{time.monotonic() - began:7.1f} s  {what}", flush=True)
 
-    found = explore(
-        prompts, faults, digests=digests, processes=PROCESSES, part=part, parts=parts, say=say
-    )
+    found = explore(prompts, faults, digests=digests, processes=PROCESSES, part=part, parts=parts, say=say)
     print(
         f"{prompts} prompts, 3 blocks, {faults} faults, part {part} of {parts}: {found.states} states, "
         f"{found.transitions} transitions, {found.ends} ends, all idle, "
@@ -122,9 +120,7 @@ def main() -> int:
         schedules(arguments.seconds)
     elif arguments.command == "exhaustive":
         part, _, parts = arguments.part.partition("/")
-        exhaustive(
-            arguments.prompts, arguments.faults, not arguments.no_digests, int(part), int(parts)
-        )
+        exhaustive(arguments.prompts, arguments.faults, not arguments.no_digests, int(part), int(parts))
     else:
         return 0 if mutations() else 1
     return 0

@@ -26,15 +26,7 @@ from kv_transfer.ports import (
     Teardown,
     TransferSettings,
 )
-from tests.support.protocol.model import (
-    BLOCK,
-    FINGERPRINT,
-    RUBBISH,
-    Pool,
-    identities,
-    offer_of,
-    require,
-)
+from tests.support.protocol.model import BLOCK, FINGERPRINT, RUBBISH, Pool, identities, offer_of, require
 
 FLIPPED = b"flipped".ljust(16)
 
@@ -232,9 +224,10 @@ class Driver:
     def landing(self, pool: Pool, block: int) -> bool:
         return any(
             piece.block == block
-            for running in self.copies if running.node.pool is pool
+            for running in self.copies
+            if running.node.pool is pool
             for piece in running.copy.pieces
-        )  # fmt: skip
+        )
 
     # A prompt on the sending node: the prefill role in miniature
 
@@ -263,10 +256,9 @@ class Driver:
         node, pool, key = prefill.node, prefill.node.pool, prefill.key
         assert key is not None
         blocks = [
-            ReadyBlock(index, slot, pool.generation[slot],
-                       pool.content[slot] if self.digests else b"")
+            ReadyBlock(index, slot, pool.generation[slot], pool.content[slot] if self.digests else b"")
             for index, slot in enumerate(prefill.blocks[start:end], start)
-        ]  # fmt: skip
+        ]
         if blocks:
             self.perform(node, node.handoff.ready(key, blocks, now=self.now))
 
@@ -274,9 +266,8 @@ class Driver:
         node = prefill.node
         assert prefill.key is not None
         effects = node.handoff.finished(
-            prefill.key, position=len(prefill.token_ids), first_token=7, logprobs=None,
-            now=self.now,
-        )  # fmt: skip
+            prefill.key, position=len(prefill.token_ids), first_token=7, logprobs=None, now=self.now
+        )
         self.perform(node, effects)
         self.let_go(prefill)
 
@@ -311,9 +302,7 @@ class Driver:
         require(adopted.key not in self.adoptions, "adopted twice")
         self.adoptions.add(adopted.key)
         node.pool.check(
-            adopted.reservation.blocks,
-            adopted.offer.request.token_ids,
-            "an adopted block has wrong content",
+            adopted.reservation.blocks, adopted.offer.request.token_ids, "an adopted block has wrong content"
         )
         self.decodes(node, adopted)
 

@@ -22,9 +22,7 @@ from tests.support.protocol.driver import Driver
 
 def failed_copy_counts_as_good(patch: pytest.MonkeyPatch) -> None:
     copied = Intake.copied
-    patch.setattr(
-        Intake, "copied", lambda self, number, _, *, now: copied(self, number, "", now=now)
-    )
+    patch.setattr(Intake, "copied", lambda self, number, _, *, now: copied(self, number, "", now=now))
 
 
 def adopted_with_blocks_missing(patch: pytest.MonkeyPatch) -> None:
@@ -148,9 +146,10 @@ class Mutation:
 
 WRONG = ("a wrong block was published", "an adopted block has wrong content")
 TOUCHED = (
-    "freed a block that the peer is reading", "a leased block was reused",
+    "freed a block that the peer is reading",
+    "a leased block was reused",
     "a copy of a block that is free",
-)  # fmt: skip
+)
 
 MUTATIONS = (
     Mutation(no_generation_check, "torn", WRONG, digests=False),

@@ -74,9 +74,7 @@ class Walk:
     def __init__(self, *, last: bool, reduced: bool, before: Walk | None = None) -> None:
         self.last, self.reduced = last, reduced
         self.seen: set[int] = before.seen if before else set()
-        self.led_to: dict[
-            int, set[str]
-        ] = {}  # states of this layer: by a step of whom in this layer
+        self.led_to: dict[int, set[str]] = {}  # states of this layer: by a step of whom in this layer
         self.entered = array.array("q")
         self.ended = array.array("q")
         self.transitions = 0
@@ -113,9 +111,7 @@ class Walk:
             system, frame.system = frame.system or load(frame.data), None
             choice, way, independent = frame.steps.pop(), frame.way, frame.independent
 
-    def _enter(
-        self, system: System, way: Way, standing: set[int], alone: Choice | None
-    ) -> _Frame | None:
+    def _enter(self, system: System, way: Way, standing: set[int], alone: Choice | None) -> _Frame | None:
         """A state that was not seen before, checked; None for one that was. `alone`: the step that
         led to it, if it could not matter to other prompts."""
         view = hash(system.view())
@@ -184,9 +180,16 @@ def _share(part: int, parts: int) -> tuple[array.array[int], array.array[int], i
 
 
 def explore(
-    prompts: int, faults: int, *, digests: bool = True, reduced: bool = True, processes: int = 1,
-    part: int = 1, parts: int = 1, say: Callable[[str], object] = lambda _: None,
-) -> Found:  # fmt: skip
+    prompts: int,
+    faults: int,
+    *,
+    digests: bool = True,
+    reduced: bool = True,
+    processes: int = 1,
+    part: int = 1,
+    parts: int = 1,
+    say: Callable[[str], object] = lambda _: None,
+) -> Found:
     """Walk everything; not `reduced`: every interleaving too. `Violation` for anything that must
     not be.
 
@@ -213,9 +216,7 @@ def explore(
     return total
 
 
-def _in_processes(
-    walk: Walk, states: list[Kept], led_to: Mapping[int, set[str]], processes: int
-) -> None:
+def _in_processes(walk: Walk, states: list[Kept], led_to: Mapping[int, set[str]], processes: int) -> None:
     global _shared, _states, _led_to
     _shared, _states, _led_to = walk, states, led_to
     fork = multiprocessing.get_context("fork")

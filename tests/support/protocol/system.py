@@ -21,15 +21,7 @@ from common.wire.messages import MESSAGES, Abort, Grant, HandoffKey, Message
 from kv_transfer import handoff, intake
 from kv_transfer import lease as lease_module
 from kv_transfer.lease import Lease, Leases
-from kv_transfer.ports import (
-    Adopted,
-    Copy,
-    Outcome,
-    Piece,
-    ReadyBlock,
-    Reservation,
-    TransferSettings,
-)
+from kv_transfer.ports import Adopted, Copy, Outcome, Piece, ReadyBlock, Reservation, TransferSettings
 from tests.support.protocol.driver import Driver, Node, Prefill, Running
 from tests.support.protocol.model import BLOCK, FINGERPRINT, Pool, identities, require
 from tests.support.protocol.snapshots import HASHES, VALUES, keep_by_code, keep_by_number, number_of
@@ -108,9 +100,7 @@ class System(Driver):
         """What happens without any fault. Empty: all is over."""
         found = [Choice("role", name, name) for name, p in self.work.items() if not p.released]
         found += [Choice("deliver", i, request) for i, request in self._on_the_way()]
-        found += [
-            Choice("copied", i, running.copy.key.request) for i, running in enumerate(self.copies)
-        ]
+        found += [Choice("copied", i, running.copy.key.request) for i, running in enumerate(self.copies)]
         found += [Choice("rewritten", slot, self._whose(slot)) for slot in self._reusable()]
         if self._is_half_down():
             found.append(Choice("down", 0 if LINK in self.source.open else 1))
@@ -125,8 +115,7 @@ class System(Driver):
             found += [Choice("lost", i, request), Choice("doubled", i, request)]
         if self.digests:  # nothing else notices that
             found += [
-                Choice("corrupted", i, running.copy.key.request)
-                for i, running in enumerate(self.copies)
+                Choice("corrupted", i, running.copy.key.request) for i, running in enumerate(self.copies)
             ]
         for node, kind in ((self.source, "cancel_sending"), (self.target, "cancel_receiving")):
             end = node.handoff if node is self.source else node.intake
@@ -168,9 +157,8 @@ class System(Driver):
         """One index of each message that is on the network, and whose it is."""
         net = self.net
         return [
-            (i, VALUES[number].key.request)
-            for i, (_, number) in enumerate(net) if net.index(net[i]) == i
-        ]  # fmt: skip
+            (i, VALUES[number].key.request) for i, (_, number) in enumerate(net) if net.index(net[i]) == i
+        ]
 
     def _reusable(self) -> list[int]:
         """Freed blocks of the source that the target reads, or will: they may be written anew."""
@@ -327,9 +315,7 @@ class System(Driver):
                 "a copy of a block that is free",
             )
         held = [0] * target.pool.size
-        for reservation in [
-            *target.pool.reservations, *(a.reservation for a in self.decoding.values())
-        ]:  # fmt: skip
+        for reservation in [*target.pool.reservations, *(a.reservation for a in self.decoding.values())]:
             for block in reservation.blocks:
                 held[block] += 1
         require(held == target.pool.references, "blocks left in use")
@@ -360,43 +346,62 @@ class System(Driver):
             if prefill.released and out is None and into is None and answered:
                 parts.append(decoding is not None)
             else:
-                parts.append((
-                    prefill.computed, prefill.key is None, prefill.released, prefill.over,
-                    out and self._view_of_sending(out, key), into and self._view_of_receiving(into),
-                    answered and receiving and type(receiving.answers[key]), decoding is not None,
-                ))  # fmt: skip
+                parts.append(
+                    (
+                        prefill.computed,
+                        prefill.key is None,
+                        prefill.released,
+                        prefill.over,
+                        out and self._view_of_sending(out, key),
+                        into and self._view_of_receiving(into),
+                        answered and receiving and type(receiving.answers[key]),
+                        decoding is not None,
+                    )
+                )
         pool, source = self.target.pool, self.source
         blocks = sorted(
             (pool.content[b], pool.references[b], b"" if independent else pool.identity[b], users[b])
-            for b in range(ROOM) if pool.references[b] or not independent
-        )  # fmt: skip
+            for b in range(ROOM)
+            if pool.references[b] or not independent
+        )
         waiting = self.target.intake._waiting
         order = sorted(waiting, key=lambda key: waiting[key].order) if len(waiting) > 1 else ()
         return (
-            tuple(parts), repr(blocks), tuple(key.request for key in order),
+            tuple(parts),
+            repr(blocks),
+            tuple(key.request for key in order),
             tuple(sorted((to_source, HASHES[number]) for to_source, number in self.net)),
-            LINK in source.open, LINK in self.target.open,
-            tuple(source.pool.references), tuple(source.pool.generation),
+            LINK in source.open,
+            LINK in self.target.open,
+            tuple(source.pool.references),
+            tuple(source.pool.generation),
             tuple((r.copy.key.request, r.copy.pieces[0].index, r.found[0][0]) for r in self.copies),
             tuple((key.request, *lease.blocks) for key, lease in source.leases._open.items()),
-        )  # fmt: skip
+        )
 
     def _view_of_sending(self, entry: handoff._Entry, key: HandoffKey) -> object:
         timed = entry.state in handoff.AWAITING
         return (
-            entry.state.value, tuple(entry.ready), tuple(entry.wanted), entry.commit is not None,
+            entry.state.value,
+            tuple(entry.ready),
+            tuple(entry.wanted),
+            entry.commit is not None,
             max(0.0, entry.repeat_at - self.now) if timed else 0.0,
-            self.now - entry.heard_at if timed else 0.0, key in self.adoptions,
-        )  # fmt: skip
+            self.now - entry.heard_at if timed else 0.0,
+            key in self.adoptions,
+        )
 
     def _view_of_receiving(self, entry: intake._Entry) -> object:
         waits = entry.state is intake.State.WAITING
         return (
-            entry.state.value, tuple(sorted(entry.unannounced)),
-            tuple(piece.index for piece in entry.pieces), entry.copy is not None, entry.asked,
+            entry.state.value,
+            tuple(sorted(entry.unannounced)),
+            tuple(piece.index for piece in entry.pieces),
+            entry.copy is not None,
+            entry.asked,
             max(0.0, entry.deadline - self.now) if waits else 0.0,
             self.now - entry.heard_at if entry.state in GRANTED else 0.0,
-        )  # fmt: skip
+        )
 
 
 NO_LOCK, UNCOUNTED = NoLock(), Uncounted()
@@ -404,13 +409,44 @@ NO_HANDOFF = NoHandoff(Leases(Pool(cast(Any, None), 0)), SETTINGS)
 NO_INTAKE = NoIntake(Pool(cast(Any, None), 0), FINGERPRINT, SETTINGS)
 
 keep_by_number(
-    [*MESSAGES.values(), HandoffKey, Copy, Piece, ReadyBlock, TransferSettings, Fingerprint, Outcome,
-     handoff.State, intake.State, NoLock, Uncounted, NoHandoff, NoIntake]
-)  # fmt: skip
+    [
+        *MESSAGES.values(),
+        HandoffKey,
+        Copy,
+        Piece,
+        ReadyBlock,
+        TransferSettings,
+        Fingerprint,
+        Outcome,
+        handoff.State,
+        intake.State,
+        NoLock,
+        Uncounted,
+        NoHandoff,
+        NoIntake,
+    ]
+)
 keep_by_code(
-    [System, Node, Pool, Prefill, Running, Reservation, Adopted, Lease, Leases, lease_module._nothing,
-     handoff.Handoff, handoff._SendingLink, handoff._Entry,
-     intake.Intake, intake._ReceivingLink, intake._Entry,
-     collections.Counter, collections.OrderedDict, collections.deque]
-)  # fmt: skip
+    [
+        System,
+        Node,
+        Pool,
+        Prefill,
+        Running,
+        Reservation,
+        Adopted,
+        Lease,
+        Leases,
+        lease_module._nothing,
+        handoff.Handoff,
+        handoff._SendingLink,
+        handoff._Entry,
+        intake.Intake,
+        intake._ReceivingLink,
+        intake._Entry,
+        collections.Counter,
+        collections.OrderedDict,
+        collections.deque,
+    ]
+)
 assert Reservation.__eq__ is object.__eq__, "a reservation is one of a kind: copies keep that"

@@ -41,9 +41,7 @@ FAULTS = {
     "lossy": Faults(loss=0.1, duplicate=0.1),
     "torn": Faults(tear=0.7, corrupt=0.02),
     "cancelled": Faults(duplicate=0.1, cancel=1.0),
-    "all": Faults(
-        loss=0.05, duplicate=0.1, tear=0.3, death=0.3, stop=0.3, cancel=0.5, corrupt=0.01
-    ),
+    "all": Faults(loss=0.05, duplicate=0.1, tear=0.3, death=0.3, stop=0.3, cancel=0.5, corrupt=0.01),
 }
 
 
@@ -59,10 +57,19 @@ class World(Driver):
     """Nodes, requests, links and a heap of what happens next."""
 
     def __init__(
-        self, seed: int, faults: Faults, *, nodes: int = 3, requests: int = 3, pool: int = 5,
-        longest: int = 7, attempts: int = 3, both_ways: bool = True, digests: bool = True,
+        self,
+        seed: int,
+        faults: Faults,
+        *,
+        nodes: int = 3,
+        requests: int = 3,
+        pool: int = 5,
+        longest: int = 7,
+        attempts: int = 3,
+        both_ways: bool = True,
+        digests: bool = True,
         settings: TransferSettings = SETTINGS,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(settings, digests=digests)
         rng = self.rng = random.Random(seed)
         self.faults, self.attempts = faults, attempts
@@ -79,8 +86,7 @@ class World(Driver):
         for i in range(requests):
             shared = rng.randrange(0, longest)
             tokens = tuple(range(shared)) + tuple(
-                100 * rng.randrange(3) + j
-                for j in range(shared, rng.randrange(shared, longest) + 1)
+                100 * rng.randrange(3) + j for j in range(shared, rng.randrange(shared, longest) + 1)
             )
             request = self.requests[f"r{i}"] = Request(f"r{i}", tokens or (1,))
             self.at(rng.random() * 3, "start", request)

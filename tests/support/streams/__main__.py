@@ -42,9 +42,9 @@ def schedules(seconds: float) -> None:
     with concurrent.futures.ProcessPoolExecutor(
         PROCESSES, fork, initializer=die_with_parent(os.getpid())
     ) as pool:
-        counts = pool.map(run_for, *zip(
-            *((seconds, first, PROCESSES) for first in range(PROCESSES)), strict=True,
-        ))  # fmt: skip
+        counts = pool.map(
+            run_for, *zip(*((seconds, first, PROCESSES) for first in range(PROCESSES)), strict=True)
+        )
         count = sum(counts)
     took = time.perf_counter() - began
     print(f"{count} random schedules of streams in {took:.1f} s on {PROCESSES} processes")

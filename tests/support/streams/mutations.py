@@ -35,10 +35,12 @@ MUTATIONS: dict[str, tuple[type, str, Callable[..., Any]]] = {
     "a gateway never asks": (Holders, "_ask", _nothing),
     "a gateway asks on new links only": (Holders, "look", _nothing),
     "a gateway acknowledges what is still missing": (
-        ChoiceStream, "acknowledged", lambda self, run: run.position + len(run.token_ids),
+        ChoiceStream,
+        "acknowledged",
+        lambda self, run: run.position + len(run.token_ids),
     ),
     "a gateway takes the end of a link for nothing": (NodeLinks, "_link_ended", _nothing),
-}  # fmt: skip
+}
 
 
 @contextmanager

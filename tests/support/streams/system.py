@@ -157,9 +157,7 @@ class Store:
     async def watch(self, interval_s: float) -> AsyncIterator[Snapshot]:
         while True:
             if not self.away:
-                yield Snapshot(
-                    dict(self.records), dict.fromkeys(self.records, 0.0), str(self.generation)
-                )
+                yield Snapshot(dict(self.records), dict.fromkeys(self.records, 0.0), str(self.generation))
             await asyncio.sleep(interval_s)
 
     async def alone(self, incarnation: str) -> str | None:
@@ -233,20 +231,30 @@ class VirtualNode:
         self.acknowledged: Counter[ChoiceKey] = Counter()  # below which position
         self.gateways.send = self._check_sent  # type: ignore[method-assign]
         store.nodes[self.name] = self
-        for loop in (self.bus.beat, self._listen, self._watch, self._announce, self._take,
-                     self._compute):  # fmt: skip
+        for loop in (self.bus.beat, self._listen, self._watch, self._announce, self._take, self._compute):
             process.start(loop())
 
     async def _announce(self) -> None:
         while True:
             self.beats += not self.store.away
             self.store.records[self.name] = NodeRecord(
-                self.name, self.name, self.role, NodeState.READY, self.bus.endpoint,
-                model=FINGERPRINT.model, revision=FINGERPRINT.revision, layout=FINGERPRINT.layout,
-                numerics=FINGERPRINT.numerics, tokenizer=FINGERPRINT.tokenizer, block_size=16,
-                num_blocks=64, free_blocks=64, max_num_seqs=16, max_model_len=512,
+                self.name,
+                self.name,
+                self.role,
+                NodeState.READY,
+                self.bus.endpoint,
+                model=FINGERPRINT.model,
+                revision=FINGERPRINT.revision,
+                layout=FINGERPRINT.layout,
+                numerics=FINGERPRINT.numerics,
+                tokenizer=FINGERPRINT.tokenizer,
+                block_size=16,
+                num_blocks=64,
+                free_blocks=64,
+                max_num_seqs=16,
+                max_model_len=512,
                 beats=self.beats,
-            )  # fmt: skip
+            )
             await asyncio.sleep(0.5)
 
     async def _take(self) -> None:
@@ -425,10 +433,14 @@ class VirtualGateway:
         index = PrefixIndex()
         self.links = NodeLinks(self.bus, store, store, index)  # type: ignore[arg-type]
         self.dispatcher = Dispatcher(
-            gateway=process.name, store=store, bus=self.links, directory=self.links,
-            router=LeastLoadedRouter(index), limits=Limits(max_attempts=50, placement_timeout_s=60.0),
+            gateway=process.name,
+            store=store,
+            bus=self.links,
+            directory=self.links,
+            router=LeastLoadedRouter(index),
+            limits=Limits(max_attempts=50, placement_timeout_s=60.0),
             metrics=GatewayMetrics(Metrics()),
-        )  # fmt: skip
+        )
         self.links.inbox = self.dispatcher
         self.links.on_redis_lost = self.dispatcher.reassert
         self._send, self.links.send = self.links.send, self._check_sent  # type: ignore[method-assign]
@@ -500,9 +512,9 @@ class Schedule:
     def _run(self) -> None:
         random, world = self.random, self.world
         self.gateway = VirtualGateway(Process(world, GATEWAY), self.store)
-        roles = random.choice([
-            [Role.UNIFIED] * 2, [Role.PREFILL, Role.DECODE], [Role.PREFILL] * 2 + [Role.DECODE] * 2,
-        ])  # fmt: skip
+        roles = random.choice(
+            [[Role.UNIFIED] * 2, [Role.PREFILL, Role.DECODE], [Role.PREFILL] * 2 + [Role.DECODE] * 2]
+        )
         for role in roles:
             self._start_node(role)
         world.run_until(lambda: len(self.gateway.bus.peers()) == len(roles), 5.0)
@@ -521,9 +533,7 @@ class Schedule:
         clients = self.gateway.clients.values()
         assert world.run_until(lambda: all(c.done() for c in clients), HEALED_S), self._left()
         for name, client in self.gateway.clients.items():
-            if not isinstance(
-                client.exception(), ServiceUnavailable
-            ):  # not accepted: Redis was away
+            if not isinstance(client.exception(), ServiceUnavailable):  # not accepted: Redis was away
                 assert client.exception() is None, client.exception()
                 assert self.gateway.got[name] == _truth(self.gateway.asked[name])
         assert world.run_until(lambda: not self._held(), HEALED_S), self._held()
@@ -558,9 +568,7 @@ class Schedule:
 
     def _fault(self, kind: str) -> None:
         random, world = self.random, self.world
-        lasting = self._lasting or random.choice(
-            [0.5, 1.0, 2.9, 4.0, 5.0, 6.1, 7.0, 8.0, 12.0, 30.0]
-        )
+        lasting = self._lasting or random.choice([0.5, 1.0, 2.9, 4.0, 5.0, 6.1, 7.0, 8.0, 12.0, 30.0])
         if not self.store.nodes:
             return
         node = random.choice(list(self.store.nodes.values()))
@@ -572,9 +580,7 @@ class Schedule:
         elif kind == "part":
             names = random.sample([GATEWAY, *self.store.nodes], 2)
             world.parted.add(frozenset(names))
-            self._until(
-                lasting, f"{names} are parted", lambda: world.parted.discard(frozenset(names))
-            )
+            self._until(lasting, f"{names} are parted", lambda: world.parted.discard(frozenset(names)))
         elif kind == "cut":
             live = [c for c in world.connections.values() if not (c.broken or c.closed)]
             if live:
@@ -633,6 +639,4 @@ def _known(prompt: tuple[int, ...], params: SamplingParams, choice: int) -> tupl
 
 
 def _truth(work: Work) -> list[list[int]]:
-    return [
-        endless(work.request, choice)[: work.request.params.max_tokens] for choice in range(work.n)
-    ]
+    return [endless(work.request, choice)[: work.request.params.max_tokens] for choice in range(work.n)]

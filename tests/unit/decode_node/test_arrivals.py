@@ -61,9 +61,7 @@ def arrives(node: ScriptedNode, offer: Offer, reservation: Reservation) -> None:
     node.role.arrived(Adopted(key, offer, commit, reservation, 0.0))
 
 
-async def test_a_prompt_that_was_granted_room_is_taken_whatever_came_meanwhile(
-    small: ScriptedNode,
-) -> None:
+async def test_a_prompt_that_was_granted_room_is_taken_whatever_came_meanwhile(small: ScriptedNode) -> None:
     offer = an_offer(small)
     reservation = small.kv.reserve(offer)
     assert reservation is not None
@@ -107,9 +105,7 @@ async def test_what_cannot_run_after_its_arrival_gives_its_room_back(small: Scri
 @pytest.mark.parametrize(
     "params", [SamplingParams(max_tokens=100_000), SamplingParams(stop_token_ids=(10**6,))]
 )
-def test_a_prompt_that_could_not_run_here_gets_no_room(
-    small: ScriptedNode, params: SamplingParams
-) -> None:
+def test_a_prompt_that_could_not_run_here_gets_no_room(small: ScriptedNode, params: SamplingParams) -> None:
     with pytest.raises(NeverFits):
         small.kv.reserve(an_offer(small, params=params))
 
@@ -170,9 +166,7 @@ async def test_a_choice_that_is_cancelled_ends_at_once_and_its_siblings_go_on(
     node.engine.check_idle()
 
 
-async def test_choices_that_wait_for_a_prompt_are_not_cancelled_with_the_one_that_computes_it() -> (
-    None
-):
+async def test_choices_that_wait_for_a_prompt_are_not_cancelled_with_the_one_that_computes_it() -> None:
     """The gateway, which gets no token of it before that, does not ask for it; if it did, it would
     say so again."""
     node = a_node(slots=4)

@@ -65,9 +65,7 @@ def tokens(node: ScriptedNode) -> tuple[int, ...]:
     return tuple(token for run in node.runs for token in run.token_ids)
 
 
-async def test_it_offers_what_it_has_and_commits_the_last_token(
-    node: ScriptedNode, role: DecodeRole
-) -> None:
+async def test_it_offers_what_it_has_and_commits_the_last_token(node: ScriptedNode, role: DecodeRole) -> None:
     expected = truth(node.engine)
     await drained(node, role, "d1")
     (offer,) = node.links.offers
@@ -134,9 +132,7 @@ async def test_one_whose_blocks_fail_their_proof_does_not_go_on_here_either(
     assert not node.engine.has_work
 
 
-async def test_a_node_that_cannot_be_reached_costs_no_pause(
-    node: ScriptedNode, role: DecodeRole
-) -> None:
+async def test_a_node_that_cannot_be_reached_costs_no_pause(node: ScriptedNode, role: DecodeRole) -> None:
     expected = truth(node.engine)
     node.links.unreachable = {"d1": LinkLost, "d2": LinkLost}
     await drained(node, role, "d1", "d2")
@@ -167,9 +163,8 @@ class Sealing(HostPoolMemory):
 def sealing() -> Iterator[tuple[ScriptedNode, Sealing]]:
     """A node whose blocks lie in memory that others may read."""
     settings = EngineSettings(
-        model=str(STORIES), dtype="float32", threads=1, num_kv_blocks=64, max_num_seqs=8,
-        block_size=4,
-    )  # fmt: skip
+        model=str(STORIES), dtype="float32", threads=1, num_kv_blocks=64, max_num_seqs=8, block_size=4
+    )
     memories: list[Sealing] = []
 
     def storage(device: torch.device, num_blocks: int, slab_bytes: int) -> torch.Tensor:
@@ -198,9 +193,7 @@ async def test_digests_of_what_moves_do_not_hold_up_the_streams_of_others(
     await drained(node, role, "d1")
     blocks = [announced.slot for announced in node.links.announced]
     assert len(blocks) == -(-(PROMPT + 2) // 4)
-    assert memory.sealed == [
-        *((block, "thread", False) for block in blocks[:-1]), (blocks[-1], "loop", True),
-    ]  # fmt: skip
+    assert memory.sealed == [*((block, "thread", False) for block in blocks[:-1]), (blocks[-1], "loop", True)]
     node.links.tell(Granted(key("d1"), tuple(range(len(blocks)))))
     node.links.tell(ended("d1", Outcome.ADOPTED))
 
@@ -308,16 +301,12 @@ async def test_a_cancel_in_the_middle_frees_everything_when_the_other_end_has_an
     role.cancel("gateway-1", "r-1", 1, "client went away")
     assert node.links.cancelled == [key("d1")]
     assert role.num_open == 1
-    node.links.tell(
-        ended("d1", Outcome.ADOPTED)
-    )  # the Ack crossed it; that node is told by the gateway
+    node.links.tell(ended("d1", Outcome.ADOPTED))  # the Ack crossed it; that node is told by the gateway
     assert role.num_open == 0
     assert node.said == []
 
 
-async def test_choices_go_one_after_the_other_to_the_same_node(
-    node: ScriptedNode, role: DecodeRole
-) -> None:
+async def test_choices_go_one_after_the_other_to_the_same_node(node: ScriptedNode, role: DecodeRole) -> None:
     node.decode_nodes("d1", "d2")
     role.accept(an_entry(choices=(0, 1)))
     for _ in range(2):

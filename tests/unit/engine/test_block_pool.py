@@ -52,9 +52,7 @@ def test_what_is_forgotten_is_found_no_more_and_kept_by_its_holders() -> None:
     pool.publish(first, b"first")
     pool.forget([first, second])
     assert pool.lookup([b"first"]) == []
-    assert [event.kind for event in pool.drain_events()] == [
-        CacheEventKind.STORED, CacheEventKind.EVICTED,
-    ]  # fmt: skip
+    assert [event.kind for event in pool.drain_events()] == [CacheEventKind.STORED, CacheEventKind.EVICTED]
     assert pool.references(first) == 1
     pool.publish(second, b"first")
     pool.release([first, second])
@@ -247,7 +245,5 @@ class PoolAgainstModel(RuleBasedStateMachine):
         assert self.pool.num_used == sum(count > 0 for count in counts)
 
 
-PoolAgainstModel.TestCase.settings = settings(
-    max_examples=100, stateful_step_count=40, deadline=None
-)
+PoolAgainstModel.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
 TestPoolAgainstModel = PoolAgainstModel.TestCase

@@ -30,9 +30,14 @@ print(*loaded, sep="\\n")
 def test_a_process_has_one_openmp_and_it_is_torchs(tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(PROGRAM)
     done = subprocess.run(
-        [sys.executable, str(tmp_path / "program.py")], cwd=ROOT, capture_output=True, text=True,
-        env={"PYTHONPATH": str(ROOT), "HOME": str(tmp_path)}, timeout=120, check=False,
-    )  # fmt: skip
+        [sys.executable, str(tmp_path / "program.py")],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={"PYTHONPATH": str(ROOT), "HOME": str(tmp_path)},
+        timeout=120,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     (library,) = done.stdout.split()
     assert "/torch/lib/libgomp" in library

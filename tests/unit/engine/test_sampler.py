@@ -85,8 +85,7 @@ def reference_edited(logits, params, prompt, before, stop_ids):
 
 def reference_kept(values, params):
     """The ids that may be chosen, most likely first."""
-    order = sorted((i for i in range(len(values)) if values[i] > -np.inf),
-                   key=lambda i: (-values[i], i))  # fmt: skip
+    order = sorted((i for i in range(len(values)) if values[i] > -np.inf), key=lambda i: (-values[i], i))
     peak = values.max()
     if params.min_p > 0:
         bound = np.float32(np.float64(peak) + params.temperature * math.log(params.min_p))
@@ -158,10 +157,13 @@ def random_logits(rows, vocab, scale=3.0, seed=0):
     [  # Random123's known-answer file, philox4x32 10
         ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
         ((M32,) * 4, (M32,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
-        ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0),
-         (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
     ],
-)  # fmt: skip
+)
 def test_philox_gives_the_published_vectors(counter, key, expected):
     words = tuple(np.uint64(w) for w in (*counter, *key))
     assert tuple(int(w) for w in philox_cpu.philox(*words)) == expected
@@ -171,8 +173,9 @@ def test_philox_gives_the_published_vectors(counter, key, expected):
 
 
 def noise_table(positions, vocab, seed=7, choice=0):
-    key = philox.NoiseKey(torch.full((positions,), seed), torch.full((positions,), choice),
-                          torch.arange(positions))  # fmt: skip
+    key = philox.NoiseKey(
+        torch.full((positions,), seed), torch.full((positions,), choice), torch.arange(positions)
+    )
     tokens = torch.arange(vocab).unsqueeze(0)
     least, holder = philox.group_noise(key, torch.arange(-(-vocab // 256)).unsqueeze(0))
     group = (tokens // 256).expand(positions, -1)
@@ -195,11 +198,7 @@ def test_noise_depends_on_seed_choice_and_position_and_not_on_the_vocabulary():
     table = noise_table(3, 300)
     assert torch.equal(noise_table(3, 700)[:, :300], table)
     np.testing.assert_allclose(table[2].numpy(), reference_noise(7, 0, 2, 300), rtol=1e-14)
-    for other in (
-        noise_table(3, 300, seed=7 + 2**32),
-        noise_table(3, 300, choice=1),
-        table.roll(1, 0),
-    ):
+    for other in (noise_table(3, 300, seed=7 + 2**32), noise_table(3, 300, choice=1), table.roll(1, 0)):
         assert (other == table).double().mean() < 0.01
 
 
@@ -298,8 +297,7 @@ params_strategy = st.builds(
 )
 
 
-@settings(max_examples=120, deadline=None, derandomize=True,
-          suppress_health_check=[HealthCheck.too_slow])  # fmt: skip
+@settings(max_examples=120, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(
     params=params_strategy,
     shape=st.sampled_from(SHAPES),
@@ -323,15 +321,19 @@ def test_implementations_agree_on_large_vocabularies(shape, vocab):
     params = [
         SamplingParams(seed=s, temperature=t, top_k=k, top_p=p, min_p=m)
         for s, (t, k, p, m) in enumerate(
-            [(1.0, 0, 1.0, 0.0), (0.7, 0, 0.9, 0.0), (1.0, 50, 1.0, 0.0), (1.5, 3000, 0.99, 0.0),
-             (1.0, 700, 1.0, 1e-3), (0.0, 0, 1.0, 0.0)]
+            [
+                (1.0, 0, 1.0, 0.0),
+                (0.7, 0, 0.9, 0.0),
+                (1.0, 50, 1.0, 0.0),
+                (1.5, 3000, 0.99, 0.0),
+                (1.0, 700, 1.0, 1e-3),
+                (0.0, 0, 1.0, 0.0),
+            ]
         )
-    ]  # fmt: skip
+    ]
     logits = torch.from_numpy(np.stack([shaped_logits(shape, vocab, i) for i in range(6)]))
     rows = at(range(6), range(3, 9))
-    tokens = [
-        make_sampler(params, vocab, i).sample(logits, rows).token_ids for i in IMPLEMENTATIONS
-    ]
+    tokens = [make_sampler(params, vocab, i).sample(logits, rows).token_ids for i in IMPLEMENTATIONS]
     np.testing.assert_array_equal(*tokens)
     # Those without a cut, against the rule with noise for every token.
     noise = noise_table(4, vocab, seed=0)[3].numpy()
@@ -351,16 +353,24 @@ def test_cuts_equal_those_of_a_full_sort(decimals):
     assert selection.find_peaks(values.view(np.int32), peaks)
     scratch = sampling_cpu.make_scratch(vocab, 1)
     peak, one = values.max(), np.float32(1.0)
-    masses = sampling_torch.mass(
-        torch.from_numpy(values[order]), torch.tensor(peak), torch.ones(())
-    )
+    masses = sampling_torch.mass(torch.from_numpy(values[order]), torch.tensor(peak), torch.ones(()))
     running = masses.numpy().cumsum()
 
     def cut(top_k, top_p):
         return selection.cut_of(
-            values, peaks, peak, 1.0, one, top_k, top_p, -math.inf,
-            scratch.near[0], scratch.near_ids[0], scratch.bins[0], scratch.keys[0],
-        )  # fmt: skip
+            values,
+            peaks,
+            peak,
+            1.0,
+            one,
+            top_k,
+            top_p,
+            -math.inf,
+            scratch.near[0],
+            scratch.near_ids[0],
+            scratch.bins[0],
+            scratch.keys[0],
+        )
 
     for k in range(1, vocab, 7):
         assert cut(k, 1.0) == (values[order[k - 1]], order[k - 1])
@@ -437,8 +447,9 @@ edits_strategy = st.builds(
     max_tokens=st.just(50),
     temperature=st.sampled_from([0.0, 1.0]),
     seed=st.integers(0, 1000),
-    logit_bias=st.lists(st.tuples(token_ids, st.floats(-100, 100, width=32)), max_size=5,
-                        unique_by=lambda pair: pair[0]).map(tuple),
+    logit_bias=st.lists(
+        st.tuples(token_ids, st.floats(-100, 100, width=32)), max_size=5, unique_by=lambda pair: pair[0]
+    ).map(tuple),
     banned_token_ids=st.lists(token_ids, max_size=5).map(tuple),
     allowed_token_ids=st.none() | st.lists(token_ids, min_size=9, unique=True).map(tuple),
     stop_token_ids=st.lists(token_ids, max_size=2).map(tuple),
@@ -446,7 +457,7 @@ edits_strategy = st.builds(
     repetition_penalty=st.sampled_from([1.0, 0.5, 1.3]),
     presence_penalty=st.sampled_from([0.0, -2.0, 1.1]),
     frequency_penalty=st.sampled_from([0.0, 0.7, -0.3]),
-)  # fmt: skip
+)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -472,8 +483,13 @@ def test_edits_penalties_and_drafts_equal_the_reference(params, prompt, appended
         sampler.add(2, params, 1, stop_ids, prompt, appended[:2])
         sampler.append(np.full(len(appended[2:]), 2), np.array(appended[2:], np.int64))
         # All rows in one call, as verification does.
-        rows = at([2] * len(places), [start + i for i in places], drafted=[9, *drafts],
-                  draft_start=[1] * len(places), draft_length=list(places))  # fmt: skip
+        rows = at(
+            [2] * len(places),
+            [start + i for i in places],
+            drafted=[9, *drafts],
+            draft_start=[1] * len(places),
+            draft_length=list(places),
+        )
         assert sampler.sample(logits, rows).token_ids.tolist() == expected, implementation
         # One by one, each after the tokens before it were appended.
         for row in places:
@@ -543,10 +559,11 @@ def test_a_slot_refuses_what_the_vocabulary_does_not_have():
 def test_logprobs_are_those_of_the_models_own_logits(implementation, dtype):
     wanted = [None, 0, 3, 20]
     params = [
-        SamplingParams(logprobs=n, seed=i, temperature=0.5, top_k=9, presence_penalty=1.0,
-                       logit_bias=((4, 5.0),))
+        SamplingParams(
+            logprobs=n, seed=i, temperature=0.5, top_k=9, presence_penalty=1.0, logit_bias=((4, 5.0),)
+        )
         for i, n in enumerate(wanted)
-    ]  # fmt: skip
+    ]
     logits = random_logits(4, 5000, 1.0).to(dtype)
     output = make_sampler(params, 5000, implementation).sample(logits, at(range(4), [3] * 4))
     logprobs = output.logprobs
@@ -594,8 +611,7 @@ def test_logprobs_of_prompt_tokens(implementation):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("token", [0, 299, 777, 999])
 def test_a_row_that_is_not_finite_is_flagged_and_others_are_not(implementation, dtype, token):
-    params = [SamplingParams(seed=i, temperature=t, logprobs=1)
-              for i, t in enumerate([0.0, 1.0] * 4)]  # fmt: skip
+    params = [SamplingParams(seed=i, temperature=t, logprobs=1) for i, t in enumerate([0.0, 1.0] * 4)]
     logits = random_logits(8, 1000).to(dtype)
     sampler = make_sampler(params, 1000, implementation)
     rows = at(range(8), [3] * 8)
@@ -614,9 +630,7 @@ def test_a_row_that_is_not_finite_is_flagged_and_others_are_not(implementation, 
 
 @both
 def test_a_banned_token_never_comes_back(implementation):
-    params = SamplingParams(
-        allowed_token_ids=(3, 4), seed=1, temperature=100.0, top_k=50, top_p=0.99
-    )
+    params = SamplingParams(allowed_token_ids=(3, 4), seed=1, temperature=100.0, top_k=50, top_p=0.99)
     tokens = sample_many(params, torch.zeros(300), 200, implementation)
     assert set(tokens.tolist()) == {3, 4}
 

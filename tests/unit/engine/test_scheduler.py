@@ -22,12 +22,7 @@ from common.engine.core.block_pool import BlockPool
 from common.engine.core.scheduler import Scheduler
 from common.engine.core.sequence import Sequence, SequenceStatus
 from common.engine.core.step import Chunk, Delivery, Step
-from common.errors import (
-    ConfigError,
-    ContextLengthExceeded,
-    InvalidRequest,
-    NeverFits,
-)
+from common.errors import ConfigError, ContextLengthExceeded, InvalidRequest, NeverFits
 from common.kv_layout import chain_hashes
 from common.sampling import FinishReason, SamplingParams
 
@@ -74,10 +69,7 @@ class Machine:
     ) -> None:
         self.cells: list[list[int | None]] = [[None] * block_size for _ in range(num_blocks)]
         self.pool = BlockPool(
-            num_blocks,
-            block_size,
-            enable_prefix_cache=enable_prefix_cache,
-            on_free=self.spoil,
+            num_blocks, block_size, enable_prefix_cache=enable_prefix_cache, on_free=self.spoil
         )
         self.scheduler = Scheduler(
             self.pool,
@@ -311,9 +303,7 @@ def test_a_replay_stops_at_the_border_and_goes_on_as_generated() -> None:
     machine.add(PROMPT[:6], replayed=5, max_tokens=7)
     first, second = machine.step(), machine.step()
     assert [(c.start, c.end, c.is_prompt, c.samples) for c in first.chunks] == [(0, 6, True, False)]
-    assert [(c.start, c.end, c.is_prompt, c.samples) for c in second.chunks] == [
-        (6, 11, False, True)
-    ]
+    assert [(c.start, c.end, c.is_prompt, c.samples) for c in second.chunks] == [(6, 11, False, True)]
     machine.run_until_idle()
 
 
@@ -708,10 +698,7 @@ def test_an_abandoned_step_is_computed_again() -> None:
     ],
 )
 def test_what_follows_the_end_is_cut_off(
-    params: dict[str, object],
-    accepted: list[int],
-    tokens: list[int],
-    reason: FinishReason | None,
+    params: dict[str, object], accepted: list[int], tokens: list[int], reason: FinishReason | None
 ) -> None:
     machine = Machine()
     sequence = machine.add(PROMPT[:4], **({"ignore_eos": False, "max_tokens": 9} | params))
@@ -756,11 +743,22 @@ class Storm:
 
     def run(self, num_events: int) -> None:
         events = {
-            self.add: 6, self.step: 15, self.step_with_abort: 2, self.step_that_crashes: 1,
+            self.add: 6,
+            self.step: 15,
+            self.step_with_abort: 2,
+            self.step_that_crashes: 1,
             self.step_ahead: 10,
-            self.abort: 1, self.lease: 2, self.take: 1, self.release_lease: 4, self.offer: 3,
-            self.ask: 4, self.land: 4, self.give_up: 1, self.pause: 2, self.resume: 3,
-        }  # fmt: skip
+            self.abort: 1,
+            self.lease: 2,
+            self.take: 1,
+            self.release_lease: 4,
+            self.offer: 3,
+            self.ask: 4,
+            self.land: 4,
+            self.give_up: 1,
+            self.pause: 2,
+            self.resume: 3,
+        }
         for act in self.chance.choices(list(events), list(events.values()), k=num_events):
             act()
             self.assert_references_equal_holders()
@@ -869,11 +867,16 @@ class Storm:
 
     def meanwhile(self) -> None:
         """What may happen while a step is under way."""
-        events = {self.abort: 2, self.take: 1, self.release_lease: 2, self.offer: 1, self.ask: 3,
-                  self.land: 3, self.resume: 1}  # fmt: skip
-        for act in self.chance.choices(
-            list(events), list(events.values()), k=self.chance.randrange(6)
-        ):
+        events = {
+            self.abort: 2,
+            self.take: 1,
+            self.release_lease: 2,
+            self.offer: 1,
+            self.ask: 3,
+            self.land: 3,
+            self.resume: 1,
+        }
+        for act in self.chance.choices(list(events), list(events.values()), k=self.chance.randrange(6)):
             act()
             self.assert_references_equal_holders()
 
@@ -973,9 +976,7 @@ class Storm:
         priority = self.chance.randint(-1, 1)
         if self.pool.blocks_for(len(prompt) + max_tokens - 1) > self.pool.num_blocks:
             return
-        sequence = self.machine.sequence(
-            prompt, replayed=1, max_tokens=max_tokens, priority=priority
-        )
+        sequence = self.machine.sequence(prompt, replayed=1, max_tokens=max_tokens, priority=priority)
         self.offered.append((sequence, self.machine.expect(sequence)))
         self.offered.sort(key=lambda one: one[1].order)
 

@@ -46,8 +46,7 @@ TEMPLATES = {
     "the first part": EACH + "{{ message.content[0].text }}" + END,
     "either, by test": EACH + "{% if message.content is string %}{{ message.content }}{% else %}"
     "{% for part in message.content %}{{ part.text }}{% endfor %}{% endif %}" + END,
-    "either, by iterable": EACH
-    + "{% if message.content is iterable and message.content is not string %}"
+    "either, by iterable": EACH + "{% if message.content is iterable and message.content is not string %}"
     "{{ message.content | map(attribute='text') | join('') }}{% else %}{{ message.content }}"
     "{% endif %}" + END,
     "iterable only": EACH
@@ -90,9 +89,13 @@ TEMPLATES = {
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_what_was_said_comes_out_of_every_template(name: str) -> None:
     conversation = [
-        says("system", "Be good."), says("user", "One", "two"), says("assistant", "Three"),
-        says("user", "Four"), says("assistant", "Five", "six"), says("user", "Seven"),
-    ]  # fmt: skip
+        says("system", "Be good."),
+        says("user", "One", "two"),
+        says("assistant", "Three"),
+        says("user", "Four"),
+        says("assistant", "Five", "six"),
+        says("user", "Seven"),
+    ]
     text = render(TEMPLATES[name], *conversation)
     for said in ("Be good.", "One", "two", "Three", "Four", "Five", "six", "Seven"):
         assert text.count(said) == 1, text
@@ -102,9 +105,11 @@ def test_what_was_said_comes_out_of_every_template(name: str) -> None:
 
 
 def test_content_is_passed_on_as_given_where_a_template_takes_both() -> None:
-    source = "{% for m in messages %}{{ 'text' if m.content is string else 'parts' }}" \
-        "{% for part in m.content if m.content is not string %}{{ part.text }}{% endfor %}" \
-        "{{ m.content if m.content is string }}{% endfor %}"  # fmt: skip
+    source = (
+        "{% for m in messages %}{{ 'text' if m.content is string else 'parts' }}"
+        "{% for part in m.content if m.content is not string %}{{ part.text }}{% endfor %}"
+        "{{ m.content if m.content is string }}{% endfor %}"
+    )
     assert render(source, says("user", "a")) == "texta"
     assert render(source, says("user", "a", "b")) == "partsab"
 
@@ -120,8 +125,13 @@ def test_nothing_said_is_nothing_printed(source: str) -> None:
 
 
 def test_every_spelling_of_a_text_part_comes_out() -> None:
-    parts = ["a", {"type": "input_text", "text": "b"}, {"text": "c"},
-             {"type": "output_text", "text": "d"}, {"type": "refusal", "refusal": "e"}]  # fmt: skip
+    parts = [
+        "a",
+        {"type": "input_text", "text": "b"},
+        {"text": "c"},
+        {"type": "output_text", "text": "d"},
+        {"type": "refusal", "refusal": "e"},
+    ]
     for source in (TEMPLATES["parts of a type"], TEMPLATES["a string"]):
         text = render(source, {"role": "assistant", "content": parts})
         assert text.replace("\n", "") == "<assistant>abcde"
@@ -129,15 +139,12 @@ def test_every_spelling_of_a_text_part_comes_out() -> None:
 
 def test_a_refusal_is_what_the_assistant_said() -> None:
     refused = {"role": "assistant", "content": None, "refusal": "I will not."}
-    assert render(TEMPLATES["a string"], refused, says("user", "x")) == (
-        "<assistant>I will not.<user>x"
-    )
+    assert render(TEMPLATES["a string"], refused, says("user", "x")) == ("<assistant>I will not.<user>x")
 
 
 # ── What a template leaves out ───────────────────────────────────────────────────────────────────
 
-ONLY = "{% for m in messages %}{% if m.role in ROLES %}<{{ m.role }}>{{ m.content }}" \
-    "{% endif %}{% endfor %}"  # fmt: skip
+ONLY = "{% for m in messages %}{% if m.role in ROLES %}<{{ m.role }}>{{ m.content }}{% endif %}{% endfor %}"
 
 
 @pytest.mark.parametrize(
@@ -148,10 +155,13 @@ ONLY = "{% for m in messages %}{% if m.role in ROLES %}<{{ m.role }}>{{ m.conten
         ("{{ messages[-1].content }}", [says("user", "first"), says("user", "last")], 0),
         ("{{ messages[0].content }}", [says("user", "first"), says("user", "last")], 1),
         ("fixed", [says("user", "x")], 0),
-        (ONLY.replace("ROLES", "['user', 'assistant']"),
-         [says("user", "u"), {"role": "tool", "content": "5", "tool_call_id": "1"}], 1),
+        (
+            ONLY.replace("ROLES", "['user', 'assistant']"),
+            [says("user", "u"), {"role": "tool", "content": "5", "tool_call_id": "1"}],
+            1,
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_message_that_would_vanish_is_a_bad_request_that_names_it(
     source: str, conversation: list[dict[str, Any]], lost: int
 ) -> None:
@@ -219,9 +229,7 @@ SILENCES = {
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("silence", SILENCES)
 @pytest.mark.parametrize("content", [None, "", [], "missing"])
-def test_a_call_in_history_comes_out_of_every_template(
-    call: str, silence: str, content: Any
-) -> None:
+def test_a_call_in_history_comes_out_of_every_template(call: str, silence: str, content: Any) -> None:
     source = EACH + SILENCES[silence].replace("ARGUMENTS", CALLS[call]) + END
     calling: dict[str, Any] = {**CALLING, "content": content}
     if content == "missing":
@@ -232,8 +240,7 @@ def test_a_call_in_history_comes_out_of_every_template(
 
 def test_a_call_may_be_named_by_its_id() -> None:
     source = (
-        EACH
-        + "{% for call in message.tool_calls or [] %}{{ call.id }}{{ call.function.arguments | tojson }}"
+        EACH + "{% for call in message.tool_calls or [] %}{{ call.id }}{{ call.function.arguments | tojson }}"
         "{% endfor %}{{ message.content or '' }}" + END
     )
     text = render(source, says("user", "x"), CALLING, RESULT)
@@ -255,8 +262,10 @@ def test_reasoning_goes_by_any_of_its_names(given: str, read: str) -> None:
 
 # ── Options ──────────────────────────────────────────────────────────────────────────────────────
 
-CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n" \
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"  # fmt: skip
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 
 
 @pytest.mark.parametrize(
@@ -269,9 +278,8 @@ CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }
 def test_the_last_message_can_be_continued(source: str) -> None:
     for last in (says("assistant", "Once upon a "), says("assistant", "x", "Once upon a ")):
         text = render(
-            source, says("user", "x"), last, add_generation_prompt=False,
-            continue_final_message=True,
-        )  # fmt: skip
+            source, says("user", "x"), last, add_generation_prompt=False, continue_final_message=True
+        )
         assert text.endswith("Once upon a ")
         assert text.startswith("<|im_start|>user\nx<|im_end|>\n<|im_start|>assistant\n")
 
@@ -279,9 +287,12 @@ def test_the_last_message_can_be_continued(source: str) -> None:
 def test_what_the_template_trims_is_continued_without_it() -> None:
     """As in transformers: the model has never seen the space there."""
     text = render(
-        CHATML, says("user", "x"), says("assistant", "Once upon a \n"),
-        add_generation_prompt=False, continue_final_message=True,
-    )  # fmt: skip
+        CHATML,
+        says("user", "x"),
+        says("assistant", "Once upon a \n"),
+        add_generation_prompt=False,
+        continue_final_message=True,
+    )
     assert text.endswith("assistant\nOnce upon a")
 
 
@@ -294,9 +305,7 @@ def test_what_a_template_changes_cannot_be_continued() -> None:
 
 def test_the_message_that_is_lost_among_many_is_the_one_that_is_named() -> None:
     """Its text is in the others too."""
-    source = (
-        "{% for m in messages %}{% if loop.index0 != 11 %}{{ m.content }}{% endif %}{% endfor %}"
-    )
+    source = "{% for m in messages %}{% if loop.index0 != 11 %}{{ m.content }}{% endif %}{% endfor %}"
     conversation = [says(role, "the same words again") for role in ("user", "assistant") * 8]
     with pytest.raises(InvalidRequest, match=r"leaves out messages\.11 "):
         render(source, *conversation)
@@ -310,9 +319,7 @@ def test_what_says_nothing_cannot_be_continued(last: dict[str, Any]) -> None:
     assert caught.value.param == "continue_final_message"
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("documents", [{"text": "a"}]), ("reasoning_effort", "high")]
-)
+@pytest.mark.parametrize(("name", "value"), [("documents", [{"text": "a"}]), ("reasoning_effort", "high")])
 def test_what_the_template_is_to_read_is_refused_where_it_does_not(name: str, value: Any) -> None:
     read = EACH + "{{ message.content }}{{ " + name + " | string }}" + END
     text = render(read, says("user", "x"), variables={name: value})
@@ -328,8 +335,10 @@ def test_no_effort_and_the_usual_one_are_fine_with_every_model(effort: str) -> N
 
 
 def test_what_a_template_raises_reaches_the_client() -> None:
-    source = "{% if messages[0].role == 'system' %}{{ raise_exception('No system here!') }}" \
-        "{% endif %}{{ messages[0].content }}"  # fmt: skip
+    source = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('No system here!') }}"
+        "{% endif %}{{ messages[0].content }}"
+    )
     with pytest.raises(InvalidRequest, match="No system here!") as caught:
         render(source, says("system", "x"))
     assert caught.value.param == "messages"

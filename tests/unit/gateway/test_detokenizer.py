@@ -22,9 +22,7 @@ from gateway.tokenizer import Tokenizer
 MODELS = Path(__file__).parents[4] / "shared" / "models"
 FOLDERS = ["tokenizers/gpt2", "tokenizers/qwen2", "stories260K", "babyllama361"]
 LOADED = {name: Tokenizer(describe_model(MODELS / name)) for name in FOLDERS}
-WHOLE = {
-    name: tokenizers.Tokenizer.from_file(str(MODELS / name / "tokenizer.json")) for name in FOLDERS
-}
+WHOLE = {name: tokenizers.Tokenizer.from_file(str(MODELS / name / "tokenizer.json")) for name in FOLDERS}
 TEXTS = [
     "Once upon a time, there was a  little girl.\n\tShe  smiled.",
     "naïve café – “quotes” … €",
@@ -99,20 +97,71 @@ def test_text_leaves_as_soon_as_it_is_certain() -> None:
 # ── Every decoder of the library ─────────────────────────────────────────────────────────────────
 
 WORDS = [
-    "[UNK]", "<s>", "</s>", "hello", "##ing", "##", "##'s", "world", ".", " .", ",", " ?", "n't",
-    "a", "aa", " ", "  ", "▁", "▁▁", "▁new", "▁day", "x▁y", "▁.", "lo</w>", "w</w>", "</w>", "<",
-    "/w>", "</", "|", "<pad>", "日本", "é", "Ġthe", "ĠĠ", "Ã", "©", "ðŁĺ", "Ģ", "Ċ", "",
-    *(f"<0x{byte:02X}>" for byte in (*"é日😀a ▁".encode(), 0xFF, 0xC3)), "<0xzz>", "<0x1",
-]  # fmt: skip
+    "[UNK]",
+    "<s>",
+    "</s>",
+    "hello",
+    "##ing",
+    "##",
+    "##'s",
+    "world",
+    ".",
+    " .",
+    ",",
+    " ?",
+    "n't",
+    "a",
+    "aa",
+    " ",
+    "  ",
+    "▁",
+    "▁▁",
+    "▁new",
+    "▁day",
+    "x▁y",
+    "▁.",
+    "lo</w>",
+    "w</w>",
+    "</w>",
+    "<",
+    "/w>",
+    "</",
+    "|",
+    "<pad>",
+    "日本",
+    "é",
+    "Ġthe",
+    "ĠĠ",
+    "Ã",
+    "©",
+    "ðŁĺ",
+    "Ģ",
+    "Ċ",
+    "",
+    *(f"<0x{byte:02X}>" for byte in (*"é日😀a ▁".encode(), 0xFF, 0xC3)),
+    "<0xzz>",
+    "<0x1",
+]
 ANY = tokenizers.Regex
 STEPS: list[Any] = [
-    decoders.ByteLevel(), decoders.ByteFallback(), decoders.Fuse(), decoders.BPEDecoder(),
-    decoders.WordPiece(), decoders.WordPiece("##", False), decoders.CTC(),
-    decoders.Metaspace(), decoders.Metaspace(prepend_scheme="never"),
-    decoders.Metaspace(prepend_scheme="first"), decoders.Replace("▁", " "),
-    decoders.Replace("aa", "b"), decoders.Replace("</w>", ""), decoders.Replace(ANY("^▁"), ""),
-    decoders.Replace(ANY(r"\s+"), "_"), decoders.Strip(" ", 1, 0), decoders.Strip("▁", 2, 0),
-]  # fmt: skip
+    decoders.ByteLevel(),
+    decoders.ByteFallback(),
+    decoders.Fuse(),
+    decoders.BPEDecoder(),
+    decoders.WordPiece(),
+    decoders.WordPiece("##", False),
+    decoders.CTC(),
+    decoders.Metaspace(),
+    decoders.Metaspace(prepend_scheme="never"),
+    decoders.Metaspace(prepend_scheme="first"),
+    decoders.Replace("▁", " "),
+    decoders.Replace("aa", "b"),
+    decoders.Replace("</w>", ""),
+    decoders.Replace(ANY("^▁"), ""),
+    decoders.Replace(ANY(r"\s+"), "_"),
+    decoders.Strip(" ", 1, 0),
+    decoders.Strip("▁", 2, 0),
+]
 SENTENCEPIECE = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
 REAL: dict[str, Any] = {
     "none": None,
@@ -178,9 +227,7 @@ USABLE = st.tuples(IDS, st.integers(0, 24), st.booleans())
 @pytest.mark.parametrize("name", REAL)
 @settings(max_examples=100, deadline=None)
 @given(case=USABLE)
-def test_every_decoder_streams_what_it_decodes_at_once(
-    name: str, case: tuple[list[int], int, bool]
-) -> None:
+def test_every_decoder_streams_what_it_decodes_at_once(name: str, case: tuple[list[int], int, bool]) -> None:
     if name == "strip at the end":  # the library panics on a text that is shorter than that
         case = ([3, *case[0]], 1 + case[1], case[2])
     check(real(name), *case)
@@ -211,9 +258,7 @@ def test_each_token_of_a_text_has_its_own_bytes() -> None:
 
 @pytest.mark.parametrize("name", ["tokenizers/gpt2", "stories260K"])
 @pytest.mark.parametrize("character", ["😀", "𒀀"])
-def test_a_character_that_is_never_finished_stays_with_the_prompt(
-    name: str, character: str
-) -> None:
+def test_a_character_that_is_never_finished_stays_with_the_prompt(name: str, character: str) -> None:
     tokenizer = LOADED[name]
     first = tokenizer.encode_now("a", add_special_tokens=False)
     ids = tokenizer.encode_now("a" + character, add_special_tokens=False)

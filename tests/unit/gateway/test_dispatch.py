@@ -116,9 +116,7 @@ async def test_choices_differ_and_come_from_one_dispatch(cluster: FakeCluster) -
 
 @pytest.mark.parametrize("victim", ["p1", "d1"])
 @pytest.mark.parametrize("after", [0, 1, 5, TOKENS - 1])
-async def test_a_node_that_dies_changes_no_token(
-    cluster: FakeCluster, victim: str, after: int
-) -> None:
+async def test_a_node_that_dies_changes_no_token(cluster: FakeCluster, victim: str, after: int) -> None:
     pair(cluster)
     for node in cluster.members.values():
         node.hold_at = after
@@ -146,9 +144,7 @@ async def test_a_node_that_dies_changes_no_token(
     )
 
 
-async def test_each_lost_choice_is_retried_by_itself_from_its_own_border(
-    cluster: FakeCluster,
-) -> None:
+async def test_each_lost_choice_is_retried_by_itself_from_its_own_border(cluster: FakeCluster) -> None:
     node = cluster.add("u1")
     node.hold_at = 4
     dispatcher = connect(cluster)
@@ -172,9 +168,7 @@ async def test_a_retryable_failure_goes_to_another_node(cluster: FakeCluster) ->
     assert cluster.dispatched[-1][0] == "good"
 
 
-async def test_tokens_that_waited_for_the_first_are_acknowledged_when_it_comes(
-    cluster: FakeCluster,
-) -> None:
+async def test_tokens_that_waited_for_the_first_are_acknowledged_when_it_comes(cluster: FakeCluster) -> None:
     cluster.add("u1").hold_at = 1
     dispatcher = connect(cluster)
     running = asyncio.create_task(run(dispatcher))
@@ -224,9 +218,7 @@ async def test_what_would_fail_anywhere_is_not_retried(cluster: FakeCluster) -> 
     assert cluster.ended["r1"] == ("failed", "never_fits", "too long")
 
 
-async def test_what_fails_an_engine_alone_is_a_dead_letter_and_is_not_retried(
-    cluster: FakeCluster,
-) -> None:
+async def test_what_fails_an_engine_alone_is_a_dead_letter_and_is_not_retried(cluster: FakeCluster) -> None:
     cluster.add("u1").refusal = dataclasses.replace(
         OVERLOADED, code="poisoned_request", message="a kernel failed", retryable=False
     )
@@ -254,9 +246,7 @@ async def test_what_a_node_had_begun_when_it_crashed_is_computed_alone_afterward
 
 
 @pytest.mark.parametrize("reason", [Down.GOODBYE, Down.FULL])
-async def test_a_node_that_does_not_crash_speaks_against_nobody(
-    cluster: FakeCluster, reason: Down
-) -> None:
+async def test_a_node_that_does_not_crash_speaks_against_nobody(cluster: FakeCluster, reason: Down) -> None:
     for name in ("u1", "u2"):
         cluster.add(name).hold_at = 2
     running = asyncio.create_task(run(connect(cluster)))
@@ -333,9 +323,7 @@ async def test_nodes_that_are_killed_one_after_the_other_do_not_make_their_reque
     assert cluster.buried == []
 
 
-async def test_what_was_in_a_step_that_broke_an_engine_is_computed_alone(
-    cluster: FakeCluster,
-) -> None:
+async def test_what_was_in_a_step_that_broke_an_engine_is_computed_alone(cluster: FakeCluster) -> None:
     broken = cluster.add("u1")
     broken.refusal = dataclasses.replace(OVERLOADED, code="engine_broken")
     dispatcher = connect(cluster)
@@ -353,13 +341,10 @@ async def test_a_node_that_comes_in_time_takes_the_request(cluster: FakeCluster)
     assert await running == expected()
 
 
-async def test_without_any_node_the_request_fails_in_time_and_says_why(
-    cluster: FakeCluster,
-) -> None:
+async def test_without_any_node_the_request_fails_in_time_and_says_why(cluster: FakeCluster) -> None:
     cluster.add("p1", PREFILL)
     with pytest.raises(
-        ServiceUnavailable,
-        match=r"no node could take .* 1 prefill; no decode node of 'stories' is here",
+        ServiceUnavailable, match=r"no node could take .* 1 prefill; no decode node of 'stories' is here"
     ):
         await run(connect(cluster, placement_timeout_s=0.05))
     assert cluster.dispatched == []
@@ -419,9 +404,7 @@ async def test_a_choice_that_is_stopped_ends_at_its_nodes_while_its_siblings_go_
     assert {ending.finish_reason for ending in cluster.finished["r1"]} == {"stop", "length"}
 
 
-async def test_a_node_that_goes_on_with_a_stopped_choice_is_told_again(
-    cluster: FakeCluster,
-) -> None:
+async def test_a_node_that_goes_on_with_a_stopped_choice_is_told_again(cluster: FakeCluster) -> None:
     """The first word was lost, or the choice was on its way to another node."""
     cluster.add("u1").hold_at = 3
     dispatcher = connect(cluster)
@@ -494,9 +477,7 @@ async def test_requests_are_asserted_again_after_redis_forgot(cluster: FakeClust
     assert cluster.asserted == [("r1", 1, "u1")]
 
 
-async def test_tokens_of_a_closed_request_are_acknowledged_and_stopped(
-    cluster: FakeCluster,
-) -> None:
+async def test_tokens_of_a_closed_request_are_acknowledged_and_stopped(cluster: FakeCluster) -> None:
     dispatcher = connect(cluster)
     sent: list[object] = []
     cluster.send = lambda node, message: sent.append((node, message))  # type: ignore[method-assign]
@@ -504,9 +485,7 @@ async def test_tokens_of_a_closed_request_are_acknowledged_and_stopped(
     dispatcher.on_message("d9", Tokens("d9", (run_,)))
     dispatcher.on_message("d9", TookOver("d9", "gone", 2, 0, 50))
     cancel = Cancel("g1", "gone", 2, "closed")
-    assert sent == [
-        ("d9", cancel), ("d9", TokensAck("g1", (("gone", 2, 0, 52),))), ("d9", cancel),
-    ]  # fmt: skip
+    assert sent == [("d9", cancel), ("d9", TokensAck("g1", (("gone", 2, 0, 52),))), ("d9", cancel)]
 
 
 async def test_an_old_attempt_that_lives_on_is_dropped_and_stopped(cluster: FakeCluster) -> None:
@@ -548,9 +527,7 @@ async def test_what_a_dead_node_said_before_it_died_does_not_hold_a_choice(
     assert len(cluster.dispatched) == (2 if kind == "TookOver" else 1)
 
 
-async def test_a_node_that_dies_while_the_request_is_queued_is_no_end(
-    cluster: FakeCluster,
-) -> None:
+async def test_a_node_that_dies_while_the_request_is_queued_is_no_end(cluster: FakeCluster) -> None:
     cluster.add("u1")
     dispatcher = connect(cluster)
     running = asyncio.create_task(run(dispatcher))
@@ -586,9 +563,7 @@ async def test_malformed_runs_are_counted_and_harm_nobody(cluster: FakeCluster) 
 
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
-def test_any_sequence_of_deaths_ends_in_the_right_tokens_or_a_typed_error(
-    data: st.DataObject,
-) -> None:
+def test_any_sequence_of_deaths_ends_in_the_right_tokens_or_a_typed_error(data: st.DataObject) -> None:
     """Nodes die and come at random moments; what the client got is always a prefix of the truth."""
 
     async def scenario() -> None:
@@ -623,9 +598,7 @@ def test_any_sequence_of_deaths_ends_in_the_right_tokens_or_a_typed_error(
     asyncio.run(scenario())
 
 
-async def test_a_late_stage_does_not_take_a_choice_from_the_node_that_took_over(
-    cluster: FakeCluster,
-) -> None:
+async def test_a_late_stage_does_not_take_a_choice_from_the_node_that_took_over(cluster: FakeCluster) -> None:
     cluster.add("u1").hold_at = 2
     dispatcher = connect(cluster)
     async with dispatcher.run(WORK) as request:
@@ -655,9 +628,7 @@ async def test_tokens_alone_say_who_holds_a_choice(cluster: FakeCluster) -> None
         assert await collect(request) == expected()
 
 
-async def test_a_takeover_that_was_overtaken_by_the_next_one_changes_nothing(
-    cluster: FakeCluster,
-) -> None:
+async def test_a_takeover_that_was_overtaken_by_the_next_one_changes_nothing(cluster: FakeCluster) -> None:
     """Both ends of each move say who took over: what the first sender says may come last."""
     cluster.add("u1").hold_at = 2
     dispatcher = connect(cluster)

@@ -24,8 +24,9 @@ KV = "layers 0-24: k bfloat16 heads 0-4"
 PROMPT = tuple(range(40))
 
 
-def node(name: str, role: str = "unified", *, waiting: int = 0, running: int = 0,
-         **fields: object) -> NodeView:  # fmt: skip
+def node(
+    name: str, role: str = "unified", *, waiting: int = 0, running: int = 0, **fields: object
+) -> NodeView:
     view = NodeView(name, role, f"tcp://{name}", PRINT, 512, 64, load=NodeLoad(waiting, running))
     return replace(view, **fields)  # type: ignore[arg-type]
 
@@ -78,9 +79,7 @@ def test_a_cached_prefix_attracts_until_its_node_is_busier_than_it_saves() -> No
     assert chosen([node("a", waiting=200), node("b")], index=index) == "b"
 
 
-async def test_a_long_prompt_is_hashed_before_the_router_is_asked(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_a_long_prompt_is_hashed_before_the_router_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     """A piece at a time, once for all nodes that name its blocks alike."""
     tokens = tuple(range(3 * HASHED_AT_ONCE))
     asked = question(token_ids=tokens, prompt_len=len(tokens))
@@ -114,13 +113,7 @@ def test_the_same_question_has_the_same_answer_whatever_the_order_of_nodes() -> 
 
 
 @pytest.mark.parametrize(
-    "bad",
-    [
-        {"healthy": False},
-        {"draining": True},
-        {"max_model_len": 45},
-        {"total_blocks": 12},
-    ],
+    "bad", [{"healthy": False}, {"draining": True}, {"max_model_len": 45}, {"total_blocks": 12}]
 )
 def test_who_is_no_candidate(bad: dict[str, Any]) -> None:
     assert chosen([node("a", **bad), node("b", waiting=1000)]) == "b"
@@ -220,10 +213,7 @@ def test_what_can_never_fit_is_refused_at_once() -> None:
 def test_a_decision_explains_itself() -> None:
     decision = route([node("a", waiting=7), node("b", waiting=90)], index=holding("a", blocks=3))
     assert decision is not None
-    assert [(w.incarnation, w.waiting, w.uncached) for w in decision.weighed] == [
-        ("a", 7, 28),
-        ("b", 90, 40),
-    ]
+    assert [(w.incarnation, w.waiting, w.uncached) for w in decision.weighed] == [("a", 7, 28), ("b", 90, 40)]
     assert "7 tokens wait, 28 of 40 not cached" in decision.reason
 
 
@@ -243,10 +233,7 @@ def test_a_decision_explains_itself() -> None:
             "a runs another 'm': tokenizer is 'u' there and 't' here; start both from the same",
         ),
         (
-            [
-                node("a", "prefill"),
-                node("b", "decode", fingerprint=replace(PRINT, numerics="cpu-f32")),
-            ],
+            [node("a", "prefill"), node("b", "decode", fingerprint=replace(PRINT, numerics="cpu-f32"))],
             "numerics is 'cpu-bf16' at a and 'cpu-f32' at b; start them with the same model, "
             "version and settings",
         ),
@@ -259,9 +246,7 @@ def test_a_decision_explains_itself() -> None:
         ),
     ],
 )
-def test_what_keeps_requests_from_being_placed_says_what_to_do(
-    nodes: list[NodeView], said: str
-) -> None:
+def test_what_keeps_requests_from_being_placed_says_what_to_do(nodes: list[NodeView], said: str) -> None:
     assert route(nodes) is None
     assert said in what_lacks(MODEL, nodes)
 

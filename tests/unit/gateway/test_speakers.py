@@ -24,9 +24,7 @@ LIES: dict[str, Words] = {
     "Tokens": lambda node, attempt, position: Tokens(
         node, (TokenRun("r1", attempt, 0, position, (7, 7, 7), (), "stop"),)
     ),
-    "Failed, for good": lambda node, attempt, _: Failed(
-        node, "r1", attempt, 0, "never_fits", "no", False
-    ),
+    "Failed, for good": lambda node, attempt, _: Failed(node, "r1", attempt, 0, "never_fits", "no", False),
     "Failed": lambda node, attempt, _: Failed(node, "r1", attempt, 0, "overloaded", "no", True),
     "Stage": lambda node, attempt, _: Stage(node, "r1", attempt, 0, "prefilling", {"q": 9.0}, 99),
     "TookOver": lambda node, attempt, position: TookOver(node, "r1", attempt, 0, position),
@@ -47,11 +45,22 @@ class Scene:
         """All that a word could have changed."""
         (choice,) = self.request.choices
         return (
-            choice.holder, choice.heard, choice.held_from, dict(choice.owing), choice.tries,
-            choice.stream.attempt, choice.stream.below, choice.done, self.request.failed,
-            set(self.request.involved), self.request.cached_tokens, list(self.cluster.stages),
-            len(self.cluster.dispatched), dict(self.cluster.ended), list(self.cluster.cancelled),
-        )  # fmt: skip
+            choice.holder,
+            choice.heard,
+            choice.held_from,
+            dict(choice.owing),
+            choice.tries,
+            choice.stream.attempt,
+            choice.stream.below,
+            choice.done,
+            self.request.failed,
+            set(self.request.involved),
+            self.request.cached_tokens,
+            list(self.cluster.stages),
+            len(self.cluster.dispatched),
+            dict(self.cluster.ended),
+            list(self.cluster.cancelled),
+        )
 
 
 @pytest.fixture
@@ -88,9 +97,7 @@ async def test_a_node_that_was_not_handed_a_choice_says_nothing_about_it(
 
 
 @pytest.mark.parametrize("liar", ["alien", "nobody"])
-async def test_who_could_not_compute_a_choice_does_not_take_it_over(
-    cluster: FakeCluster, liar: str
-) -> None:
+async def test_who_could_not_compute_a_choice_does_not_take_it_over(cluster: FakeCluster, liar: str) -> None:
     def then(now: Scene) -> None:
         before = now.state()
         now.dispatcher.on_message(liar, LIES["TookOver"](liar, 1, 99))
@@ -99,9 +106,7 @@ async def test_who_could_not_compute_a_choice_does_not_take_it_over(
     await scene(cluster, then)
 
 
-async def test_nobody_but_who_has_a_choice_says_that_another_took_it_over(
-    cluster: FakeCluster,
-) -> None:
+async def test_nobody_but_who_has_a_choice_says_that_another_took_it_over(cluster: FakeCluster) -> None:
     def then(now: Scene) -> None:
         before = now.state()
         for liar in ("d2", "alien", "nobody"):

@@ -23,8 +23,11 @@ def first_cut(text: str, stops: list[str]) -> tuple[str, str | None]:
     return text, None
 
 
-@given(text=SMALL, stops=st.lists(st.text(alphabet="ab\n", min_size=1, max_size=4), max_size=3),
-       cuts=st.lists(st.integers(0, 30)))  # fmt: skip
+@given(
+    text=SMALL,
+    stops=st.lists(st.text(alphabet="ab\n", min_size=1, max_size=4), max_size=3),
+    cuts=st.lists(st.integers(0, 30)),
+)
 def test_the_cut_does_not_depend_on_how_the_text_arrives(
     text: str, stops: list[str], cuts: list[int]
 ) -> None:
@@ -36,8 +39,7 @@ def test_the_cut_does_not_depend_on_how_the_text_arrives(
         if matcher.stopped is None:
             held = text[:end].removeprefix(seen)
             longest = max(
-                (k for stop in stops for k in range(len(stop)) if text[:end].endswith(stop[:k])),
-                default=0,
+                (k for stop in stops for k in range(len(stop)) if text[:end].endswith(stop[:k])), default=0
             )
             assert len(held) == longest, "holds back exactly what could begin a stop string"
     seen += matcher.finish()

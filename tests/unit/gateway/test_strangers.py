@@ -40,9 +40,7 @@ def scene() -> Scene:
 
 
 @pytest.mark.parametrize("readings", range(READINGS))
-def test_what_a_node_said_before_it_was_named_is_heard_in_its_order(
-    scene: Scene, readings: int
-) -> None:
+def test_what_a_node_said_before_it_was_named_is_heard_in_its_order(scene: Scene, readings: int) -> None:
     for number in range(3):
         scene.say("n1", number)
     for _ in range(readings):
@@ -111,9 +109,7 @@ def test_of_one_whose_later_words_found_no_room_the_first_ones_are_heard(scene: 
     assert [about for _, about in scene.read()] == [f"r{n}" for n in range(WAITING_OF_ONE)]
 
 
-def test_all_of_them_together_are_bounded_and_who_found_no_room_is_cut_off_too(
-    scene: Scene,
-) -> None:
+def test_all_of_them_together_are_bounded_and_who_found_no_room_is_cut_off_too(scene: Scene) -> None:
     crowd = [f"x{number}" for number in range(3 * WAITING)]
     for peer in crowd:
         scene.say(peer, 0)
@@ -167,9 +163,7 @@ class Gateway:
     def on_interval(self) -> None: ...
 
 
-async def test_a_node_that_spoke_before_it_was_named_is_asked_for_what_there_was_no_room_for() -> (
-    None
-):
+async def test_a_node_that_spoke_before_it_was_named_is_asked_for_what_there_was_no_room_for() -> None:
     gateway = Gateway()
     links = NodeLinks(gateway, gateway, gateway, PrefixIndex())  # type: ignore[arg-type]
     links.inbox = gateway  # type: ignore[assignment]

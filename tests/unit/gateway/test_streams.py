@@ -60,8 +60,10 @@ def test_a_retry_goes_on_where_delivery_stopped(data: st.DataObject) -> None:
         seen += [token.token_id for token in stream.accept(one).delivered]
     stream.begin(2)
     border = stream.below - PROMPT
-    new = [run(PROMPT + i, ids[i], attempt=2, finish="stop" if i == len(ids) - 1 else "")
-           for i in range(border, len(ids))]  # fmt: skip
+    new = [
+        run(PROMPT + i, ids[i], attempt=2, finish="stop" if i == len(ids) - 1 else "")
+        for i in range(border, len(ids))
+    ]
     for one in data.draw(st.permutations(old + new)):
         arrival = stream.accept(one)
         assert arrival.mismatched == 0

@@ -38,10 +38,7 @@ def test_a_folder_without_a_tokenizer_says_so(tmp_path: Path) -> None:
 
 
 def test_a_chat_is_rendered_with_the_templates_and_tokens_of_the_folder(tmp_path: Path) -> None:
-    config = {
-        "chat_template": "{{ bos_token }}{{ eos_token }} {{ messages[0].content }}",
-        "bos_token": "<s>",
-    }
+    config = {"chat_template": "{{ bos_token }}{{ eos_token }} {{ messages[0].content }}", "bos_token": "<s>"}
     path = folder(tmp_path, tokenizer_config_json=config)
     assert tokenizer_of(path).render_chat(SAY_HI) == "<s> hi"
 
@@ -76,9 +73,7 @@ def test_a_text_that_the_tokenizer_fails_on_is_a_bad_request(tmp_path: Path) -> 
         tokenizer.encode_now("b")
 
 
-@pytest.mark.parametrize(
-    "bomb", ["{{ 'a' * 9000000000000 }}", "{% set x = '%99999999999999d' % 1 %}"]
-)
+@pytest.mark.parametrize("bomb", ["{{ 'a' * 9000000000000 }}", "{% set x = '%99999999999999d' % 1 %}"])
 def test_nothing_of_a_template_is_computed_when_it_is_compiled(bomb: str) -> None:
     """A constant of nine terabytes would be a `MemoryError` here."""
     ChatTemplate(bomb, {})

@@ -68,10 +68,7 @@ def content(layout: KVLayout, tokens: Sequence[int], start: int) -> list[np.ndar
 def rows(memory: PoolMemory, layout: KVLayout, block: int) -> list[np.ndarray]:
     """For each segment of a block its bytes, `[block_size, bytes of a position]`."""
     slab = memory.slabs[block].numpy()
-    return [
-        slab[s.offset : s.offset + s.num_bytes].reshape(layout.block_size, -1)
-        for s in layout.segments
-    ]
+    return [slab[s.offset : s.offset + s.num_bytes].reshape(layout.block_size, -1) for s in layout.segments]
 
 
 class Receiver:
@@ -146,9 +143,7 @@ class Sender:
 
     def __init__(self, block_size: int, chance: random.Random) -> None:
         self.layout, self.chance = layout(block_size), chance
-        self.memory = HostPoolMemory(
-            -(-POSITIONS // block_size), self.layout.slab_bytes, warm=False
-        )
+        self.memory = HostPoolMemory(-(-POSITIONS // block_size), self.layout.slab_bytes, warm=False)
         self.source = ShmSource(self.memory)
 
     def fill(self, offer: Offer, root: bytes) -> tuple[list[int], list[bytes]]:
@@ -160,13 +155,9 @@ class Sender:
         for index, block in enumerate(blocks):
             part = tokens[index * size : (index + 1) * size]
             self.memory.begin_write(block)
-            self.memory.slabs[block] = torch.randint(0, 256, (self.layout.slab_bytes,)).to(
-                torch.uint8
-            )
+            self.memory.slabs[block] = torch.randint(0, 256, (self.layout.slab_bytes,)).to(torch.uint8)
             for wanted, found in zip(
-                content(self.layout, part, index * size),
-                rows(self.memory, self.layout, block),
-                strict=True,
+                content(self.layout, part, index * size), rows(self.memory, self.layout, block), strict=True
             ):
                 found[: len(part)] = wanted
             if len(part) == size:
@@ -182,8 +173,9 @@ class Sender:
 class Handover:
     """One prompt from a sender to the intake of a receiver, over a reader that converts."""
 
-    def __init__(self, sender: Sender, receiver: Receiver, reader: ConvertingReader,
-                 chance: random.Random, name: str) -> None:  # fmt: skip
+    def __init__(
+        self, sender: Sender, receiver: Receiver, reader: ConvertingReader, chance: random.Random, name: str
+    ) -> None:
         self.sender, self.receiver, self.reader, self.chance = sender, receiver, reader, chance
         self.key = HandoffKey("link", name, 1, 0)
         size, mine = sender.layout.block_size, receiver.fingerprint
@@ -193,9 +185,12 @@ class Handover:
         border = chance.choice((len(tokens), chance.randint(1, len(tokens))))
         self.root = root_hash(dataclasses.replace(mine, block_size=size), "salt")
         self.offer = Offer(
-            self.key, a_request(tokens, name=name, prompt_len=border, cache_salt="salt"),
-            tuple(chain_hashes(self.root, tokens, size, border)), len(tokens) % size, 0,
-        )  # fmt: skip
+            self.key,
+            a_request(tokens, name=name, prompt_len=border, cache_salt="salt"),
+            tuple(chain_hashes(self.root, tokens, size, border)),
+            len(tokens) % size,
+            0,
+        )
         self.blocks, self.seeds = sender.fill(self.offer, self.root)
         self.sent: list[object] = []
         self.ended: Adopted | Ended | None = None
@@ -227,19 +222,29 @@ class Handover:
         while start < len(full):
             end = start + self.chance.randint(1, 9)
             part = slice(start, end)
-            messages.append(Blocks(
-                self.key, tuple(full[part]), tuple(slot for slot, _ in places[part]),
-                tuple(generation for _, generation in places[part]),
-                tuple(memory.digests[slot] for slot, _ in places[part]),
-            ))  # fmt: skip
+            messages.append(
+                Blocks(
+                    self.key,
+                    tuple(full[part]),
+                    tuple(slot for slot, _ in places[part]),
+                    tuple(generation for _, generation in places[part]),
+                    tuple(memory.digests[slot] for slot, _ in places[part]),
+                )
+            )
             start = end
         if fill := self.offer.tail_fill:
             slot = self.blocks[-1]
             parent = self.offer.block_hashes[-1] if self.offer.block_hashes else b""
             tail = Tail(
-                self.key, len(self.offer.block_hashes), parent, self.offer.request.token_ids[-fill:],
-                fill, slot, int(memory.generations[slot]), memory.digests[slot],
-            )  # fmt: skip
+                self.key,
+                len(self.offer.block_hashes),
+                parent,
+                self.offer.request.token_ids[-fill:],
+                fill,
+                slot,
+                int(memory.generations[slot]),
+                memory.digests[slot],
+            )
             messages.insert(self.chance.choice((len(messages), 0)), tail)  # type: ignore[arg-type]
         yield from messages
 
@@ -292,10 +297,7 @@ def test_every_position_of_every_prompt_is_where_it_belongs(
         adopted, sent = handover.ended.offer, handover.offer
         ours, length = receiver.fingerprint, len(sent.request.token_ids)
         own = chain_hashes(
-            root_hash(ours, "salt"),
-            sent.request.token_ids,
-            ours.block_size,
-            sent.request.prompt_len,
+            root_hash(ours, "salt"), sent.request.token_ids, ours.block_size, sent.request.prompt_len
         )
         assert adopted == dataclasses.replace(
             sent, block_hashes=tuple(own), tail_fill=length % ours.block_size
@@ -341,7 +343,5 @@ def test_an_offer_in_hashes_of_the_wrong_size_is_malformed(
     tokens = tuple(range(64))
     own = chain_hashes(root_hash(receiver.fingerprint, "salt"), tokens, 32, 64)
     request = dataclasses.replace(handover.offer.request, token_ids=tokens, prompt_len=64)
-    handover.say(
-        dataclasses.replace(handover.offer, request=request, tail_fill=0, block_hashes=tuple(own))
-    )
+    handover.say(dataclasses.replace(handover.offer, request=request, tail_fill=0, block_hashes=tuple(own)))
     assert handover.sent == [Deny(handover.key, "malformed")]

@@ -28,9 +28,7 @@ def test_without_digests_the_generations_alone_keep_every_order_right() -> None:
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
-def test_a_rule_that_is_taken_out_is_noticed(
-    monkeypatch: pytest.MonkeyPatch, mutation: Mutation
-) -> None:
+def test_a_rule_that_is_taken_out_is_noticed(monkeypatch: pytest.MonkeyPatch, mutation: Mutation) -> None:
     """Without a digest, where that would hide it; by one prompt, or by what two do to each other."""
     mutation.take_out(monkeypatch)
     with pytest.raises(Violation, match=mutation.pattern):

@@ -58,9 +58,7 @@ def test_small_prompts_do_not_pass_a_large_one_for_ever() -> None:
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
-def test_a_rule_that_is_taken_out_is_noticed(
-    monkeypatch: pytest.MonkeyPatch, mutation: Mutation
-) -> None:
+def test_a_rule_that_is_taken_out_is_noticed(monkeypatch: pytest.MonkeyPatch, mutation: Mutation) -> None:
     faults = FAULTS[mutation.faults]
     if not mutation.digests:
         faults = dataclasses.replace(faults, corrupt=0.0)

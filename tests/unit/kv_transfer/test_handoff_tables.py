@@ -318,11 +318,19 @@ def test_a_grant_that_nobody_waits_for_is_answered_with_abort() -> None:
 
 
 EXAMPLES: list[Message] = [
-    offer(), Grant(KEY, (0, 1)), Deny(KEY, "x"), blocks(0, 1),
-    Tail(KEY, 1, b"p", (3,), 1, 5, 2, b""), Commit(KEY, 3, 9, None, 2), Ack(KEY),
-    Abort(KEY, "x"), Release(KEY), Pull("l", b"t", 0, (1, 2), (2, 2), 0), Slabs("l", 0, ""),
+    offer(),
+    Grant(KEY, (0, 1)),
+    Deny(KEY, "x"),
+    blocks(0, 1),
+    Tail(KEY, 1, b"p", (3,), 1, 5, 2, b""),
+    Commit(KEY, 3, 9, None, 2),
+    Ack(KEY),
+    Abort(KEY, "x"),
+    Release(KEY),
+    Pull("l", b"t", 0, (1, 2), (2, 2), 0),
+    Slabs("l", 0, ""),
     Proved("l", 0, True),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("message", EXAMPLES, ids=lambda message: type(message).__name__)
@@ -331,9 +339,7 @@ def test_transfer_messages_survive_the_wire(message: Message) -> None:
 
 
 @given(st.sampled_from(EXAMPLES), st.integers(0, 400), st.integers(0, 255))
-def test_a_changed_byte_is_another_message_or_a_typed_error(
-    message: Message, where: int, value: int
-) -> None:
+def test_a_changed_byte_is_another_message_or_a_typed_error(message: Message, where: int, value: int) -> None:
     data = bytearray(encode(message))
     data[where % len(data)] = value
     try:

@@ -33,9 +33,7 @@ from kv_transfer.transports.tcp import TcpReader, TcpSource
 from tests.support.asked import a_request
 from tests.support.redis import HANGS_S
 
-LAYOUT = KVLayout.paged_attention(
-    num_layers=2, num_kv_heads=2, head_dim=8, block_size=4, dtype="float32"
-)
+LAYOUT = KVLayout.paged_attention(num_layers=2, num_kv_heads=2, head_dim=8, block_size=4, dtype="float32")
 
 FINGERPRINT = Fingerprint("model", "rev", LAYOUT.describe(), "numerics", 4)
 OPENERS = {"shm": ShmReader.open, "tcp": TcpReader.open}
@@ -135,9 +133,13 @@ class Pool:
 
 class Node:
     def __init__(
-        self, wires: Wires, name: str, transport: str, fingerprint: Fingerprint = FINGERPRINT,
+        self,
+        wires: Wires,
+        name: str,
+        transport: str,
+        fingerprint: Fingerprint = FINGERPRINT,
         settings: TransferSettings = SETTINGS,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.layout = LAYOUT.with_block_size(fingerprint.block_size)
         self.memory = HostPoolMemory(BLOCKS, self.layout.slab_bytes)
         self.pool = Pool(self.memory, fingerprint.block_size)
@@ -145,16 +147,19 @@ class Node:
         self.sent: list[Granted | Ended] = []
         self.received: list[Adopted | Ended] = []
         self.happened = asyncio.Event()
-        sources: list[Source] = [
-            ShmSource(self.memory),
-            TcpSource(self.memory, self.layout, self.leases),
-        ]
+        sources: list[Source] = [ShmSource(self.memory), TcpSource(self.memory, self.layout, self.leases)]
         self.links = Links(
-            Port(wires, name), name, fingerprint, Target(self.memory, self.layout), pool=self.pool,
-            leases=self.leases, make_transports=lambda: (sources, dict(OPENERS)),
-            on_arrival=self.hear(self.received), on_intake_ended=self.hear(self.received),
+            Port(wires, name),
+            name,
+            fingerprint,
+            Target(self.memory, self.layout),
+            pool=self.pool,
+            leases=self.leases,
+            make_transports=lambda: (sources, dict(OPENERS)),
+            on_arrival=self.hear(self.received),
+            on_intake_ended=self.hear(self.received),
             settings=dataclasses.replace(settings, transport=transport),
-        )  # fmt: skip
+        )
         wires.nodes[name] = self
         self.links.start()
 
@@ -217,9 +222,7 @@ class Prompt:
 
     def offer(self, link: str, attempt: int = 1, ask: int = 1) -> HandoffKey:
         key = HandoffKey(link, self.name, attempt, 0, ask)
-        offer = Offer(
-            key, a_request(self.tokens, name=self.name), tuple(self.hashes), self.fill, 0
-        )  # fmt: skip
+        offer = Offer(key, a_request(self.tokens, name=self.name), tuple(self.hashes), self.fill, 0)
         self.node.links.offer(offer, self.node.hear(self.node.sent))
         return key
 
@@ -320,9 +323,7 @@ async def test_blocks_the_decode_side_holds_are_not_sent(transport: str) -> None
 
 
 @every_link
-async def test_a_corrupted_block_fails_the_attempt_and_the_next_one_succeeds(
-    transport: str,
-) -> None:
+async def test_a_corrupted_block_fails_the_attempt_and_the_next_one_succeeds(transport: str) -> None:
     async with two_nodes(transport) as (_, p, d):
         link = await p.links.open("d")
         prompt = Prompt(p, "r", 12)
@@ -344,9 +345,7 @@ async def test_a_corrupted_block_fails_the_attempt_and_the_next_one_succeeds(
 
 
 @every_transport
-async def test_a_prompt_for_which_there_is_no_room_is_denied_after_the_patience(
-    transport: str,
-) -> None:
+async def test_a_prompt_for_which_there_is_no_room_is_denied_after_the_patience(transport: str) -> None:
     async with two_nodes(transport) as (_, p, d):
         link = await p.links.open("d")
         assert d.pool.allocate(BLOCKS - 2) is not None
@@ -357,9 +356,7 @@ async def test_a_prompt_for_which_there_is_no_room_is_denied_after_the_patience(
 
 
 @every_link
-async def test_a_prompt_that_was_denied_is_taken_on_the_same_link_when_room_has_come(
-    transport: str,
-) -> None:
+async def test_a_prompt_that_was_denied_is_taken_on_the_same_link_when_room_has_come(transport: str) -> None:
     async with two_nodes(transport) as (_, p, d):
         link = await p.links.open("d")
         held = d.pool.allocate(BLOCKS - 2)

@@ -241,9 +241,7 @@ async def test_what_is_not_chosen_is_never_opened_and_what_is_refused_is_closed(
         assert shm._links == {}  # type: ignore[attr-defined]
 
 
-async def test_transports_are_opened_and_closed_off_the_event_loop(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_transports_are_opened_and_closed_off_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     """nixl registers the whole pool, CURVE makes threads."""
     called: dict[str, str] = {}
 
@@ -264,8 +262,11 @@ async def test_transports_are_opened_and_closed_off_the_event_loop(
         noted(TcpReader, "pull")
         await arrives(p, d, await p.links.open("d"), "r")
     assert {name: thread.partition("_")[0] for name, thread in called.items()} == {
-        "open_link": "kv-open", "_prove_link": "kv-open", "pull": "kv-copy", "close_link": "kv-close",
-    }  # fmt: skip
+        "open_link": "kv-open",
+        "_prove_link": "kv-open",
+        "pull": "kv-copy",
+        "close_link": "kv-close",
+    }
 
 
 async def test_whoever_opens_at_the_same_time_gets_the_same_link_and_may_go_away() -> None:

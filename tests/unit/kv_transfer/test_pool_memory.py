@@ -22,9 +22,7 @@ from kv_transfer.pool_memory import HostPoolMemory, PoolMemory
 from kv_transfer.ports import Span
 from tests.support.fake_cuda import FakeCuda
 
-LAYOUT = KVLayout.paged_attention(
-    num_layers=2, num_kv_heads=1, head_dim=4, block_size=4, dtype="float32"
-)
+LAYOUT = KVLayout.paged_attention(num_layers=2, num_kv_heads=1, head_dim=4, block_size=4, dtype="float32")
 
 
 def resident_bytes() -> int:
@@ -54,9 +52,7 @@ def memory(request: pytest.FixtureRequest) -> Iterator[PoolMemory]:
     cuda = FakeCuda()
     on_host = request.param == "host"
     made: PoolMemory = (
-        HostPoolMemory(5, LAYOUT.slab_bytes)
-        if on_host
-        else DevicePoolMemory(5, LAYOUT.slab_bytes, cuda)
+        HostPoolMemory(5, LAYOUT.slab_bytes) if on_host else DevicePoolMemory(5, LAYOUT.slab_bytes, cuda)
     )
     made.slabs[:] = torch.arange(5 * LAYOUT.slab_bytes).view(5, -1).remainder(251)
     assert (made.cuda is None) == on_host
@@ -103,9 +99,7 @@ def test_positions_go_to_blocks_of_another_size(memory: PoolMemory) -> None:
         assert content[ours.offset :][: ours.num_bytes] == expected
 
 
-def test_a_block_is_odd_while_it_is_written_and_never_gets_a_number_again(
-    memory: PoolMemory,
-) -> None:
+def test_a_block_is_odd_while_it_is_written_and_never_gets_a_number_again(memory: PoolMemory) -> None:
     seen = [int(memory.generations[1])]
     for change in (memory.begin_write, memory.begin_write, memory.seal, memory.seal):
         change(1)

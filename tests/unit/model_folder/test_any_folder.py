@@ -20,10 +20,21 @@ from tests.support.checkpoints import STORIES
 NUMBERS = st.integers() | st.floats() | st.sampled_from([0, 1, 2, 8, 64, 512, 2**31, 10**30])
 SCALARS = st.none() | st.booleans() | NUMBERS | st.text(max_size=5) | st.just("</s>")
 ROPE = st.dictionaries(
-    st.sampled_from(["rope_type", "type", "factor", "rope_theta", "mscale", "beta_fast",
-                     "original_max_position_embeddings", "low_freq_factor"]),
-    SCALARS | st.sampled_from(["yarn", "linear", "llama3", "dynamic", "default"]), max_size=5,
-)  # fmt: skip
+    st.sampled_from(
+        [
+            "rope_type",
+            "type",
+            "factor",
+            "rope_theta",
+            "mscale",
+            "beta_fast",
+            "original_max_position_embeddings",
+            "low_freq_factor",
+        ]
+    ),
+    SCALARS | st.sampled_from(["yarn", "linear", "llama3", "dynamic", "default"]),
+    max_size=5,
+)
 TOKEN = st.dictionaries(
     st.sampled_from(["content", "special", "normalized", "lstrip", "__type"]), SCALARS, max_size=3
 )
@@ -31,36 +42,49 @@ VALUES = st.recursive(
     SCALARS | ROPE | TOKEN,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
     max_leaves=6,
-)  # fmt: skip
+)
 FIELDS = {
     "config.json": sorted(READ | HARMLESS | OFF | ONE | {"hidden_act", "no_rope_layers"}),
     "generation_config.json": [
-        "eos_token_id", "temperature", "top_p", "top_k", "min_p", "repetition_penalty",
+        "eos_token_id",
+        "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "repetition_penalty",
         "max_new_tokens",
     ],
     "tokenizer_config.json": [
-        "eos_token", "bos_token", "pad_token", "chat_template", "model_max_length",
-        "added_tokens_decoder", "additional_special_tokens", "extra_special_tokens",
-        "add_bos_token", "tokenizer_class",
+        "eos_token",
+        "bos_token",
+        "pad_token",
+        "chat_template",
+        "model_max_length",
+        "added_tokens_decoder",
+        "additional_special_tokens",
+        "extra_special_tokens",
+        "add_bos_token",
+        "tokenizer_class",
     ],
     "special_tokens_map.json": ["eos_token", "unk_token", "additional_special_tokens"],
     "added_tokens.json": ["<new>", "</s>"],
     "chat_template.json": ["chat_template"],
     "model.safetensors.index.json": ["weight_map"],
-}  # fmt: skip
+}
 FOLDERS = st.fixed_dictionaries(
     {},
     optional={
-        file: st.dictionaries(st.sampled_from(fields), VALUES, max_size=3)
-        for file, fields in FIELDS.items()
+        file: st.dictionaries(st.sampled_from(fields), VALUES, max_size=3) for file, fields in FIELDS.items()
     },
 )
 
 
 @settings(
-    max_examples=150, deadline=None, derandomize=True,
+    max_examples=150,
+    deadline=None,
+    derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
-)  # fmt: skip
+)
 @given(files=FOLDERS)
 @example(files={"config.json": {"head_dim": 8, "rope_scaling": {"type": "yarn", "factor": 1e-300}}})
 def test_a_folder_is_described_or_refused(tmp_path: Path, files: dict[str, Any]) -> None:

@@ -23,9 +23,7 @@ def test_a_whole_folder_is_described() -> None:
     model = describe_model(STORIES)
     assert (model.context_length, model.vocab_size) == (512, 512)
     assert model.stop_token_ids == (2, 1)
-    assert dict(model.special_tokens) == {
-        "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
-    }  # fmt: skip
+    assert dict(model.special_tokens) == {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 
 def test_a_folder_of_a_tokenizer_alone_is_described_too() -> None:
@@ -45,8 +43,9 @@ def test_an_empty_folder_says_nothing(tmp_path: Path) -> None:
 def test_the_text_part_of_a_model_with_several_counts(tmp_path: Path) -> None:
     nested = {
         "text_config": {"vocab_size": 600, "max_position_embeddings": 64, "eos_token_id": [7]},
-        "vocab_size": 10, "eos_token_id": 5,
-    }  # fmt: skip
+        "vocab_size": 10,
+        "eos_token_id": 5,
+    }
     model = described(tmp_path, config_json=nested)
     assert (model.vocab_size, model.context_length) == (600, 64)
     assert set(model.stop_token_ids) == {5, 7, *described(tmp_path).stop_token_ids}
@@ -69,8 +68,15 @@ YARN = {"rope_type": "yarn", "factor": 4.0}
         ({"rope_scaling": YARN | {"factor": None}, "original_max_position_embeddings": 128}, 512),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, 512),
         (
-            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
-                              "high_freq_factor": 4.0, "original_max_position_embeddings": 64}},
+            {
+                "rope_scaling": {
+                    "rope_type": "llama3",
+                    "factor": 8.0,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 64,
+                }
+            },
             512,
         ),
         ({"rope_parameters": {"rope_type": "default"}, "rope_scaling": YARN}, 2048),
@@ -78,7 +84,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0}
         ({"rope_parameters": YARN, "rope_scaling": None}, 2048),
         ({"rope_parameters": YARN, "rope_scaling": {"type": "default"}}, 512),
     ],
-)  # fmt: skip
+)
 def test_the_context_is_as_long_as_the_rope_reaches(
     tmp_path: Path, fields: dict[str, Any], length: int
 ) -> None:
@@ -88,12 +94,11 @@ def test_the_context_is_as_long_as_the_rope_reaches(
 def test_where_config_is_silent_the_family_speaks_and_then_the_tokenizer(tmp_path: Path) -> None:
     config = {"model_type": "mistral", "vocab_size": 512}
     assert described(tmp_path, config_json=config).context_length == 131_072
-    assert described(
-        tmp_path, config_json={}, tokenizer_config_json={"model_max_length": 100}
-    ).context_length == 100  # fmt: skip
     assert (
-        described(tmp_path, tokenizer_config_json={"model_max_length": 1e30}).context_length is None
+        described(tmp_path, config_json={}, tokenizer_config_json={"model_max_length": 100}).context_length
+        == 100
     )
+    assert described(tmp_path, tokenizer_config_json={"model_max_length": 1e30}).context_length is None
 
 
 # ── Stop ids ─────────────────────────────────────────────────────────────────────────────────────
@@ -102,20 +107,23 @@ def test_where_config_is_silent_the_family_speaks_and_then_the_tokenizer(tmp_pat
 def test_a_sequence_ends_at_every_id_that_some_file_names(tmp_path: Path) -> None:
     """A fine-tune for ChatML that kept the base model's id in `config.json`."""
     model = described(
-        tmp_path, tokenizer=QWEN,
+        tmp_path,
+        tokenizer=QWEN,
         config_json=LLAMA | {"vocab_size": 151936, "eos_token_id": 151643},
         generation_config_json={"eos_token_id": [151643, 5]},
         tokenizer_config_json={"eos_token": "<|im_end|>"},
-    )  # fmt: skip
+    )
     assert model.stop_token_ids == (151643, 5, 151645)
 
 
 @pytest.mark.parametrize("generation", [{}, {"eos_token_id": None}, {"eos_token_id": []}])
 def test_null_says_nothing_about_where_to_stop(tmp_path: Path, generation: dict[str, Any]) -> None:
     model = described(
-        tmp_path, config_json=LLAMA | {"eos_token_id": 5}, generation_config_json=generation,
+        tmp_path,
+        config_json=LLAMA | {"eos_token_id": 5},
+        generation_config_json=generation,
         tokenizer_config_json={"eos_token": None},
-    )  # fmt: skip
+    )
     assert model.stop_token_ids == (5,)
 
 
@@ -131,9 +139,15 @@ def test_a_stop_id_that_is_none_is_an_error_naming_the_field(tmp_path: Path, val
 
 def test_what_requests_get_that_say_nothing(tmp_path: Path) -> None:
     generation = {
-        "do_sample": False, "temperature": 0.6, "top_p": 0.95, "top_k": 20, "min_p": 0.1,
-        "repetition_penalty": 1.05, "max_new_tokens": 77, "transformers_version": "4.51.0",
-    }  # fmt: skip
+        "do_sample": False,
+        "temperature": 0.6,
+        "top_p": 0.95,
+        "top_k": 20,
+        "min_p": 0.1,
+        "repetition_penalty": 1.05,
+        "max_new_tokens": 77,
+        "transformers_version": "4.51.0",
+    }
     model = described(tmp_path, config_json=LLAMA, generation_config_json=generation)
     assert model.sampling_defaults == SamplingDefaults(0.6, 0.95, 20, 0.1, 1.05, 77)
     nothing = dict.fromkeys(generation)
@@ -144,15 +158,22 @@ def test_what_requests_get_that_say_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("temperature", -1.0), ("temperature", "hot"), ("temperature", float("nan")),
-        ("top_p", 0), ("top_p", True), ("top_k", 1.5), ("top_k", -2), ("min_p", 2),
-        ("repetition_penalty", 0), ("repetition_penalty", float("inf")), ("max_new_tokens", 0),
-        ("max_new_tokens", 10**12), ("temperature", 10**400),
+        ("temperature", -1.0),
+        ("temperature", "hot"),
+        ("temperature", float("nan")),
+        ("top_p", 0),
+        ("top_p", True),
+        ("top_k", 1.5),
+        ("top_k", -2),
+        ("min_p", 2),
+        ("repetition_penalty", 0),
+        ("repetition_penalty", float("inf")),
+        ("max_new_tokens", 0),
+        ("max_new_tokens", 10**12),
+        ("temperature", 10**400),
     ],
-)  # fmt: skip
-def test_a_default_that_no_request_could_have_is_an_error(
-    tmp_path: Path, field: str, value: Any
-) -> None:
+)
+def test_a_default_that_no_request_could_have_is_an_error(tmp_path: Path, field: str, value: Any) -> None:
     with pytest.raises(UnsupportedModel, match=rf"generation_config\.json: {field}") as caught:
         described(tmp_path, config_json=LLAMA, generation_config_json={field: value})
     assert caught.value.param == field
@@ -179,9 +200,7 @@ def test_templates_are_found_wherever_they_stand(tmp_path: Path) -> None:
     assert described(tmp_path, **files).chat_templates["default"] == "jinja"
     (tmp_path / "additional_chat_templates").mkdir()
     (tmp_path / "additional_chat_templates" / "rag.jinja").write_text("rag")
-    assert describe_model(tmp_path).chat_templates == {
-        "default": "jinja", "tool_use": "tools", "rag": "rag",
-    }  # fmt: skip
+    assert describe_model(tmp_path).chat_templates == {"default": "jinja", "tool_use": "tools", "rag": "rag"}
 
 
 @pytest.mark.parametrize("value", [5, [5], [{"name": "x"}], {"default": 1}, [["a", "b"]]])
@@ -211,16 +230,26 @@ def test_the_links_of_the_hubs_cache_are_followed(tmp_path: Path) -> None:
 # ── Broken files ─────────────────────────────────────────────────────────────────────────────────
 
 JSON_FILES = [
-    "config", "generation_config", "tokenizer_config", "special_tokens_map", "added_tokens",
-    "chat_template", "tokenizer",
-]  # fmt: skip
+    "config",
+    "generation_config",
+    "tokenizer_config",
+    "special_tokens_map",
+    "added_tokens",
+    "chat_template",
+    "tokenizer",
+]
 BROKEN = {
-    "nothing": b"", "half": b"{", "a list": b"[]", "text": b'"x"', "no UTF-8": b'{"a": "\xff"}',
-    "UTF-16": '{"a": 1}'.encode("utf-16"), "deep": b'{"a": ' + b"[" * 100_000,
+    "nothing": b"",
+    "half": b"{",
+    "a list": b"[]",
+    "text": b'"x"',
+    "no UTF-8": b'{"a": "\xff"}',
+    "UTF-16": '{"a": 1}'.encode("utf-16"),
+    "deep": b'{"a": ' + b"[" * 100_000,
     "twice": b'{"eos_token_id": 1, "eos_token_id": 2}',
     "a long number": b'{"vocab_size": ' + b"9" * 5000 + b"}",
     "half a surrogate pair": b'{"eos_token": "a\\uD83D"}',
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("broken", BROKEN)
@@ -292,13 +321,10 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
         ({"rope_theta": 10**400}, "rope_theta"),
         ({"rope_theta": "big"}, "rope_theta"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-        ({"original_max_position_embeddings": 0, "rope_scaling": YARN},
-         "original_max_position_embeddings"),
+        ({"original_max_position_embeddings": 0, "rope_scaling": YARN}, "original_max_position_embeddings"),
     ],
-)  # fmt: skip
-def test_a_field_that_cannot_be_used_is_named(
-    tmp_path: Path, fields: dict[str, Any], param: str
-) -> None:
+)
+def test_a_field_that_cannot_be_used_is_named(tmp_path: Path, fields: dict[str, Any], param: str) -> None:
     with pytest.raises(UnsupportedModel) as caught:
         described(tmp_path, config_json=LLAMA | fields)
     assert caught.value.param == param

@@ -45,12 +45,19 @@ def transformers_ids(folder: Path, text: str) -> list[int]:
 def test_truncation_padding_and_dropout_that_were_saved_are_off(tmp_path: Path) -> None:
     def save(content: dict[str, Any]) -> None:
         content["truncation"] = {
-            "direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0,
-        }  # fmt: skip
+            "direction": "Right",
+            "max_length": 4,
+            "strategy": "LongestFirst",
+            "stride": 0,
+        }
         content["padding"] = {
-            "strategy": {"Fixed": 64}, "direction": "Left", "pad_to_multiple_of": None,
-            "pad_id": 0, "pad_type_id": 0, "pad_token": "<unk>",
-        }  # fmt: skip
+            "strategy": {"Fixed": 64},
+            "direction": "Left",
+            "pad_to_multiple_of": None,
+            "pad_id": 0,
+            "pad_type_id": 0,
+            "pad_token": "<unk>",
+        }
         content["model"]["dropout"] = 0.5
 
     text = "Once upon a time there was a king. " * 5
@@ -59,25 +66,19 @@ def test_truncation_padding_and_dropout_that_were_saved_are_off(tmp_path: Path) 
 
 EXTRA = {"content": "<|im_start|>", "special": True, "normalized": False}
 ADDITIONS: dict[str, dict[str, Any]] = {
-    "added_tokens_decoder": {
-        "tokenizer_config_json": {"added_tokens_decoder": {"512": EXTRA}},
-    },
+    "added_tokens_decoder": {"tokenizer_config_json": {"added_tokens_decoder": {"512": EXTRA}}},
     "added_tokens.json": {"added_tokens_json": {"<|im_start|>": 512}},
-    "additional_special_tokens": {
-        "tokenizer_config_json": {"additional_special_tokens": ["<|im_start|>"]},
-    },
+    "additional_special_tokens": {"tokenizer_config_json": {"additional_special_tokens": ["<|im_start|>"]}},
     "extra_special_tokens": {
-        "tokenizer_config_json": {"extra_special_tokens": {"start_token": "<|im_start|>"}},
+        "tokenizer_config_json": {"extra_special_tokens": {"start_token": "<|im_start|>"}}
     },
     "model_specific_special_tokens": {
-        "tokenizer_config_json": {"model_specific_special_tokens": {"start": "<|im_start|>"}},
+        "tokenizer_config_json": {"model_specific_special_tokens": {"start": "<|im_start|>"}}
     },
-    "special_tokens_map.json": {
-        "special_tokens_map_json": {"additional_special_tokens": ["<|im_start|>"]},
-    },
+    "special_tokens_map.json": {"special_tokens_map_json": {"additional_special_tokens": ["<|im_start|>"]}},
     "a named token": {"tokenizer_config_json": {"pad_token": "<|im_start|>"}},
     "a named token in the map": {"special_tokens_map_json": {"pad_token": EXTRA}},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("where", ADDITIONS)
@@ -123,9 +124,11 @@ def test_a_token_that_has_a_name_is_special_whatever_tokenizer_json_says(tmp_pat
 
 def test_a_token_of_added_tokens_json_has_the_flags_of_its_name(tmp_path: Path) -> None:
     model = described(
-        tmp_path, config_json={"vocab_size": 520}, added_tokens_json={"<mask>": 512},
+        tmp_path,
+        config_json={"vocab_size": 520},
+        added_tokens_json={"<mask>": 512},
         tokenizer_config_json={"mask_token": {"content": "<mask>", "lstrip": True}},
-    )  # fmt: skip
+    )
     assert model.tokenizer is not None
     added = model.tokenizer.get_added_tokens_decoder()[512]
     assert (added.content, added.special, added.lstrip) == ("<mask>", True, True)
@@ -160,25 +163,25 @@ def test_special_tokens_that_are_to_be_read_as_text_are_refused(tmp_path: Path) 
 def test_what_is_added_at_the_ends_is_what_the_tokenizer_says(tmp_path: Path, said: bool) -> None:
     config = {"add_bos_token": said, "add_eos_token": said, "bos_token": "<s>", "eos_token": "</s>"}
     model = described(tmp_path, tokenizer_config_json=config)
-    assert (
-        ids(model, TEXT) == ids(describe_model(STORIES), TEXT) == transformers_ids(tmp_path, TEXT)
-    )
+    assert ids(model, TEXT) == ids(describe_model(STORIES), TEXT) == transformers_ids(tmp_path, TEXT)
 
 
 def test_the_map_holds_where_the_newer_field_is_missing(tmp_path: Path) -> None:
     older = described(
-        tmp_path, tokenizer_config_json={"eos_token": "</s>"},
+        tmp_path,
+        tokenizer_config_json={"eos_token": "</s>"},
         special_tokens_map_json={"eos_token": {"content": "<s>"}, "pad_token": None},
-    )  # fmt: skip
+    )
     assert older.special_tokens["eos_token"] == "<s>"
     newer = described(
         tmp_path,
         tokenizer_config_json={
-            "eos_token": "</s>", "unk_token": None,
+            "eos_token": "</s>",
+            "unk_token": None,
             "added_tokens_decoder": {"2": {"content": "</s>", "special": True}},
         },
         special_tokens_map_json={"eos_token": "<s>", "unk_token": "<unk>"},
-    )  # fmt: skip
+    )
     assert newer.special_tokens == {"eos_token": "</s>", "unk_token": "<unk>"}
 
 
@@ -196,16 +199,15 @@ def test_an_added_token_whose_id_leaves_a_gap_is_refused(tmp_path: Path) -> None
         ({"tokenizer_config_json": {"eos_token": {"text": "</s>"}}}, "eos_token"),
         ({"tokenizer_config_json": {"added_tokens_decoder": [1]}}, "added_tokens_decoder"),
         ({"tokenizer_config_json": {"added_tokens_decoder": {"x": EXTRA}}}, "added_tokens_decoder"),
-        ({"tokenizer_config_json": {"added_tokens_decoder": {"512": 5}}},
-         "added_tokens_decoder.512"),
-        ({"tokenizer_config_json": {"added_tokens_decoder": {"512": EXTRA | {"special": "yes"}}}},
-         "added_tokens_decoder.512"),
-        ({"special_tokens_map_json": {"additional_special_tokens": "<x>"}},
-         "additional_special_tokens"),
-        ({"special_tokens_map_json": {"additional_special_tokens": [5]}},
-         "additional_special_tokens"),
+        ({"tokenizer_config_json": {"added_tokens_decoder": {"512": 5}}}, "added_tokens_decoder.512"),
+        (
+            {"tokenizer_config_json": {"added_tokens_decoder": {"512": EXTRA | {"special": "yes"}}}},
+            "added_tokens_decoder.512",
+        ),
+        ({"special_tokens_map_json": {"additional_special_tokens": "<x>"}}, "additional_special_tokens"),
+        ({"special_tokens_map_json": {"additional_special_tokens": [5]}}, "additional_special_tokens"),
     ],
-)  # fmt: skip
+)
 def test_a_token_that_is_none_is_an_error_naming_the_field(
     tmp_path: Path, files: dict[str, Any], field: str
 ) -> None:
@@ -218,15 +220,15 @@ def test_a_token_that_is_none_is_an_error_naming_the_field(
 @pytest.mark.parametrize(
     "change",
     [
-        {"model": None}, {"model": {"type": "Unheard"}}, {"added_tokens": [{"id": 1}]},
+        {"model": None},
+        {"model": {"type": "Unheard"}},
+        {"added_tokens": [{"id": 1}]},
         {"model": {"type": "BPE", "vocab": {"a": -1}, "merges": []}},
         {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "b"]]}},
         {"decoder": {"type": "Unheard"}},
     ],
-)  # fmt: skip
-def test_a_tokenizer_of_nonsense_is_one_error_that_names_it(
-    tmp_path: Path, change: dict[str, Any]
-) -> None:
+)
+def test_a_tokenizer_of_nonsense_is_one_error_that_names_it(tmp_path: Path, change: dict[str, Any]) -> None:
     with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
         describe_model(changed(tmp_path, lambda content: content.update(change)))
 

@@ -14,10 +14,15 @@ from common.model_folder.config_fields import HARMLESS, OFF, ONE, READ, unknown_
 from common.model_folder.model_config import MODEL_TYPES, parse_model_config
 
 CONFIG: dict[str, Any] = {
-    "vocab_size": 97, "hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 2,
-    "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 8,
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
     "max_position_embeddings": 256,
-}  # fmt: skip
+}
 CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 
 
@@ -28,9 +33,7 @@ def written_by_transformers(model_type: str) -> dict[str, Any]:
         transformers = importlib.import_module("transformers")
         kind = getattr(transformers, f"{CLASSES[model_type]}Config")
         config: dict[str, Any] = kind(**CONFIG).to_dict()
-    fields = (
-        {f.name: None for f in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else {}
-    )
+    fields = {f.name: None for f in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else {}
     return {**fields, **config}
 
 
@@ -51,13 +54,22 @@ def test_no_field_stands_in_two_lists() -> None:
     ("field", "value"),
     [
         *((field, 2) for field in sorted(OFF | ONE)),
-        ("hidden_act", "relu2"), ("hidden_activation", "gelu_pytorch_tanh"), ("is_causal", False),
-        ("use_qk_norm", True), ("position_embedding_type", "alibi"), ("norm_type", "layernorm"),
-        ("rotary_dim", 4), ("attention_multiplier", 0.0078125), ("query_pre_attn_scalar", 256),
-        ("no_rope_layers", [1, 0]), ("quantization_config", {"bits": 4}),
-        ("embedding_multiplier", 12.0), ("logits_scaling", 8.0), ("dim_model_base", 256),
+        ("hidden_act", "relu2"),
+        ("hidden_activation", "gelu_pytorch_tanh"),
+        ("is_causal", False),
+        ("use_qk_norm", True),
+        ("position_embedding_type", "alibi"),
+        ("norm_type", "layernorm"),
+        ("rotary_dim", 4),
+        ("attention_multiplier", 0.0078125),
+        ("query_pre_attn_scalar", 256),
+        ("no_rope_layers", [1, 0]),
+        ("quantization_config", {"bits": 4}),
+        ("embedding_multiplier", 12.0),
+        ("logits_scaling", 8.0),
+        ("dim_model_base", 256),
     ],
-)  # fmt: skip
+)
 def test_a_field_that_changes_the_computation_is_refused_by_name(field: str, value: Any) -> None:
     with pytest.raises(UnsupportedModel, match=rf"config\.json: {field} ") as caught:
         parse_model_config({"model_type": "llama", **CONFIG, field: value})
@@ -73,13 +85,7 @@ def test_a_field_with_the_value_that_changes_nothing_is_taken() -> None:
 
 
 def test_fields_that_nobody_knows_are_shown() -> None:
-    config = {
-        "model_type": "llama",
-        "my_trainer": "x",
-        "odd": None,
-        "_note": 1,
-        "hidden_act": "silu",
-    }
+    config = {"model_type": "llama", "my_trainer": "x", "odd": None, "_note": 1, "hidden_act": "silu"}
     assert unknown_fields(config) == ["my_trainer"]
 
 

@@ -16,9 +16,13 @@ from tests.support.checkpoints import SHARED_MODELS
 from tests.support.model_folders import write
 
 TEXTS = [
-    "Hello world's 123456 naïve  \n\n x", "<|im_start|>user\nhi<|im_end|><|endoftext|>",
-    "日本語  🎉 don't I'LL e\u0301", "\t\t  a\r\n", "", " ",
-]  # fmt: skip
+    "Hello world's 123456 naïve  \n\n x",
+    "<|im_start|>user\nhi<|im_end|><|endoftext|>",
+    "日本語  🎉 don't I'LL e\u0301",
+    "\t\t  a\r\n",
+    "",
+    " ",
+]
 
 
 def older(folder: Path, name: str, **config: Any) -> Path:
@@ -31,9 +35,7 @@ def older(folder: Path, name: str, **config: Any) -> Path:
 
 
 def real(name: str) -> tokenizers.Tokenizer:
-    return tokenizers.Tokenizer.from_file(
-        str(SHARED_MODELS / "tokenizers" / name / "tokenizer.json")
-    )
+    return tokenizers.Tokenizer.from_file(str(SHARED_MODELS / "tokenizers" / name / "tokenizer.json"))
 
 
 def of(folder: Path) -> tokenizers.Tokenizer:
@@ -43,9 +45,7 @@ def of(folder: Path) -> tokenizers.Tokenizer:
 
 
 @pytest.mark.parametrize("name", ["gpt2", "qwen2"])
-def test_vocabulary_and_merges_give_the_ids_of_the_real_tokenizer(
-    name: str, tmp_path: Path
-) -> None:
+def test_vocabulary_and_merges_give_the_ids_of_the_real_tokenizer(name: str, tmp_path: Path) -> None:
     mine, theirs = of(older(tmp_path, name)), real(name)
     for text in TEXTS:
         ids = theirs.encode(text).ids

@@ -81,9 +81,7 @@ async def test_the_last_blocks_are_announced_before_the_first_token_is_there(
     blocks = node.engine.pool.blocks_for(20)
     assert 20 % node.engine.layout.block_size, "the prompt has a tail"
 
-    computed = node.engine.runner.run(
-        step.input, lambda _: role.step_filled(role.handed_over(step))
-    )
+    computed = node.engine.runner.run(step.input, lambda _: role.step_filled(role.handed_over(step)))
     assert node.links.announced == list(range(blocks))
     assert node.links.committed == []
     role.step_ended(step, node.engine.commit(step, computed))
@@ -161,9 +159,7 @@ async def test_a_link_that_is_found_down_by_sending_over_it_is_no_crash(
     role.accept(an_entry())
     step = await node.begin_step(role)
     (first,) = node.links.offers
-    node.links.ended = [
-        Ended(HandoffKey(first.key.link, "r-1", 1, 0), True, Outcome.LINK_LOST, "link_lost")
-    ]
+    node.links.ended = [Ended(HandoffKey(first.key.link, "r-1", 1, 0), True, Outcome.LINK_LOST, "link_lost")]
     node.end_step(role, step)
     await node.opened()
     assert {offer.key.link for offer in node.links.offers} == {"link-d1", "link-d2"}
@@ -201,14 +197,15 @@ async def test_a_prompt_without_a_decode_node_waits_for_one(
     node.links.tell(ended("d2", Outcome.ADOPTED))
 
 
-@pytest.mark.parametrize(
-    "error", [OSError, RuntimeError, MemoryError, KeyError, asyncio.CancelledError]
-)
+@pytest.mark.parametrize("error", [OSError, RuntimeError, MemoryError, KeyError, asyncio.CancelledError])
 @pytest.mark.parametrize("where", ["link", "seal"])
 async def test_whatever_goes_wrong_while_a_link_opens_another_node_is_asked(
-    where: str, error: type[BaseException], node: ScriptedNode, role: prefill.PrefillRole,
+    where: str,
+    error: type[BaseException],
+    node: ScriptedNode,
+    role: prefill.PrefillRole,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     """Nothing of it stays open: `node` looks whether a block is left."""
     node.decode_nodes("d1")
     role.accept(an_entry())

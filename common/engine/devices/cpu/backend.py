@@ -71,8 +71,7 @@ class CpuBackend:
 
     def __init__(self, dtype: torch.dtype, threads: int, prompt_rows: int = 128) -> None:
         if dtype not in _ELEMENT:
-            raise ConfigError(f"dtype {dtype} does not run on CPU; use bfloat16 or float32",
-                              param="dtype")  # fmt: skip
+            raise ConfigError(f"dtype {dtype} does not run on CPU; use bfloat16 or float32", param="dtype")
         if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             raise ConfigError("this CPU has no bfloat16 products; use dtype float32", param="dtype")
         self.device = torch.device("cpu")
@@ -167,9 +166,7 @@ class CpuBackend:
 
     def check(self, shape: HeadShape) -> None:
         if shape.head_dim % 4:
-            raise UnsupportedModel(
-                f"head_dim {shape.head_dim} is not a multiple of 4", param="head_dim"
-            )
+            raise UnsupportedModel(f"head_dim {shape.head_dim} is not a multiple of 4", param="head_dim")
 
     def enter_thread(self) -> None:
         numba_runtime.set_num_threads(self.threads)
@@ -185,9 +182,7 @@ class CpuBackend:
         self._shapes.add((_PlainLinear.__name__, *embedding.shape[::-1], False))
         return _PlainLinear(self, embedding)
 
-    def by_slices(
-        self, linear: _OneDnnLinear | _PlainLinear, x: Tensor, padded_generated: int
-    ) -> Tensor:
+    def by_slices(self, linear: _OneDnnLinear | _PlainLinear, x: Tensor, padded_generated: int) -> Tensor:
         """The product of all rows, in the calls that the row plan allows."""
         if self._is_one_call(x.shape[0], padded_generated):
             return linear.product(x)
@@ -209,18 +204,22 @@ class CpuBackend:
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         out = torch.empty_like(x)
         rows, width = x.shape
-        kernels.rms_norm(
-            x.data_ptr(), weight.data_ptr(), out.data_ptr(), rows, width, eps, self._element
-        )
+        kernels.rms_norm(x.data_ptr(), weight.data_ptr(), out.data_ptr(), rows, width, eps, self._element)
         return out
 
     def add_rms_norm(self, delta: Tensor, residual: Tensor, weight: Tensor, eps: float) -> Tensor:
         out = torch.empty_like(residual)
         rows, width = residual.shape
         kernels.add_rms_norm(
-            delta.data_ptr(), residual.data_ptr(), weight.data_ptr(), out.data_ptr(),
-            rows, width, eps, self._element,
-        )  # fmt: skip
+            delta.data_ptr(),
+            residual.data_ptr(),
+            weight.data_ptr(),
+            out.data_ptr(),
+            rows,
+            width,
+            eps,
+            self._element,
+        )
         return out
 
     def gated_mlp(self, x: Tensor, gate_up: Linear, down: Linear, padded_generated: int) -> Tensor:
@@ -257,33 +256,73 @@ class CpuBackend:
         heads, kv_heads = shape.num_heads, shape.num_kv_heads
         q_norm, k_norm = (0, 0) if norms is None else (norms[0].data_ptr(), norms[1].data_ptr())
         kernels.rotate_and_store(
-            qkv.data_ptr(), rows.positions.data_ptr(), rows.slots.data_ptr(),
-            rope[0].data_ptr(), rope[1].data_ptr(), q_norm, k_norm,
-            pool, key_offset, value_offset, slab, block_size,
-            rows.num_rows, heads, kv_heads, shape.head_dim, shape.rotary_dim, eps, self._element,
-        )  # fmt: skip
+            qkv.data_ptr(),
+            rows.positions.data_ptr(),
+            rows.slots.data_ptr(),
+            rope[0].data_ptr(),
+            rope[1].data_ptr(),
+            q_norm,
+            k_norm,
+            pool,
+            key_offset,
+            value_offset,
+            slab,
+            block_size,
+            rows.num_rows,
+            heads,
+            kv_heads,
+            shape.head_dim,
+            shape.rotary_dim,
+            eps,
+            self._element,
+        )
         out = torch.empty(rows.num_rows, heads * shape.head_dim, dtype=self.dtype)
         lanes = (0,) * (shape.head_dim // 4)
         scale = shape.head_dim**-0.5
         filled = rows.num_generated
         if rows.num_generated:
             kernels.attend_generated(
-                qkv.data_ptr(), qkv.shape[1], out.data_ptr(),
-                rows.generated_tables.data_ptr(), rows.generated_tables.shape[1],
+                qkv.data_ptr(),
+                qkv.shape[1],
+                out.data_ptr(),
+                rows.generated_tables.data_ptr(),
+                rows.generated_tables.shape[1],
                 rows.generated_lengths.data_ptr(),
-                pool, key_offset, value_offset, slab, block_size,
-                rows.num_generated, heads, kv_heads, lanes, shape.window, scale, self._element,
-            )  # fmt: skip
+                pool,
+                key_offset,
+                value_offset,
+                slab,
+                block_size,
+                rows.num_generated,
+                heads,
+                kv_heads,
+                lanes,
+                shape.window,
+                scale,
+                self._element,
+            )
         out[filled : rows.padded_generated] = 0
         if rows.prompt_chunks:
             kernels.attend_prompt(
-                qkv.data_ptr(), qkv.shape[1], out.data_ptr(),
-                rows.prompt_tables.data_ptr(), rows.prompt_tables.shape[1],
+                qkv.data_ptr(),
+                qkv.shape[1],
+                out.data_ptr(),
+                rows.prompt_tables.data_ptr(),
+                rows.prompt_tables.shape[1],
                 rows.prompt_tiles.data_ptr(),
-                pool, key_offset, value_offset, slab, block_size,
-                rows.prompt_tiles.shape[0], heads, kv_heads, lanes, shape.window, scale,
+                pool,
+                key_offset,
+                value_offset,
+                slab,
+                block_size,
+                rows.prompt_tiles.shape[0],
+                heads,
+                kv_heads,
+                lanes,
+                shape.window,
+                scale,
                 self._element,
-            )  # fmt: skip
+            )
             last, count, _ = rows.prompt_chunks[-1]
             out[last + count :] = 0
         return out

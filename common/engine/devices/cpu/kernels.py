@@ -16,15 +16,7 @@ import numba
 import numpy as np
 from numba import carray, prange
 
-from common.engine.devices.cpu.numba_runtime import (
-    fast_exp,
-    inline,
-    kernel,
-    narrow,
-    pointer,
-    size_of,
-    widen,
-)
+from common.engine.devices.cpu.numba_runtime import fast_exp, inline, kernel, narrow, pointer, size_of, widen
 
 NEGATIVE_INFINITY = np.float32(-np.inf)
 KEY_BLOCK = 64  # keys per pass of attend_prompt, aligned to absolute position
@@ -82,10 +74,26 @@ def silu_mul(gate_up: Any, out: Any, rows: Any, width: Any, like: Any) -> Any:
 
 @kernel
 def rotate_and_store(
-    qkv: Any, positions: Any, slots: Any, cosines: Any, sines: Any, q_norm: Any, k_norm: Any,
-    pool: Any, key_offset: Any, value_offset: Any, slab: Any, block_size: Any,
-    rows: Any, heads: Any, kv_heads: Any, head_dim: Any, rotary_dim: Any, eps: Any, like: Any,
-) -> Any:  # fmt: skip
+    qkv: Any,
+    positions: Any,
+    slots: Any,
+    cosines: Any,
+    sines: Any,
+    q_norm: Any,
+    k_norm: Any,
+    pool: Any,
+    key_offset: Any,
+    value_offset: Any,
+    slab: Any,
+    block_size: Any,
+    rows: Any,
+    heads: Any,
+    kv_heads: Any,
+    head_dim: Any,
+    rotary_dim: Any,
+    eps: Any,
+    like: Any,
+) -> Any:
     """Rotate queries in place in qkv[rows, (heads + 2 * kv_heads) * head_dim]; store keys (rotated)
     and values at `slots` (block * block_size + offset; negative: nowhere) of a block-major pool.
 
@@ -131,10 +139,25 @@ def rotate_and_store(
 
 @kernel
 def attend_generated(
-    queries: Any, row_stride: Any, out: Any, tables: Any, table_stride: Any, lengths: Any,
-    pool: Any, key_offset: Any, value_offset: Any, slab: Any, block_size: Any,
-    rows: Any, heads: Any, kv_heads: Any, lanes: Any, window: Any, scale: Any, like: Any,
-) -> Any:  # fmt: skip
+    queries: Any,
+    row_stride: Any,
+    out: Any,
+    tables: Any,
+    table_stride: Any,
+    lengths: Any,
+    pool: Any,
+    key_offset: Any,
+    value_offset: Any,
+    slab: Any,
+    block_size: Any,
+    rows: Any,
+    heads: Any,
+    kv_heads: Any,
+    lanes: Any,
+    window: Any,
+    scale: Any,
+    like: Any,
+) -> Any:
     """Attention of single query rows straight out of the paged pool: out[rows, heads * head_dim].
 
     Row r reads positions [max(0, lengths[r] - window), lengths[r]) of the blocks tables[r]. One
@@ -224,10 +247,25 @@ def softmax_step(scores: Any, highest: Any, line: Any, visible_start: Any, visib
 
 @kernel
 def attend_prompt(
-    queries: Any, row_stride: Any, out: Any, tables: Any, table_stride: Any, tiles: Any,
-    pool: Any, key_offset: Any, value_offset: Any, slab: Any, block_size: Any,
-    num_tiles: Any, heads: Any, kv_heads: Any, lanes: Any, window: Any, scale: Any, like: Any,
-) -> Any:  # fmt: skip
+    queries: Any,
+    row_stride: Any,
+    out: Any,
+    tables: Any,
+    table_stride: Any,
+    tiles: Any,
+    pool: Any,
+    key_offset: Any,
+    value_offset: Any,
+    slab: Any,
+    block_size: Any,
+    num_tiles: Any,
+    heads: Any,
+    kv_heads: Any,
+    lanes: Any,
+    window: Any,
+    scale: Any,
+    like: Any,
+) -> Any:
     """Causal attention of runs of consecutive positions out of the paged pool.
 
     tiles[num_tiles, 4] are (first row, number of rows, first position, row of tables). Keys are

@@ -106,9 +106,7 @@ def exact(function: F) -> F:
 
 
 def _compile(function: F, *, parallel: bool, fastmath: object) -> F:
-    compiled: F = numba.njit(parallel=parallel, fastmath=fastmath, nogil=True, error_model="numpy")(
-        function
-    )
+    compiled: F = numba.njit(parallel=parallel, fastmath=fastmath, nogil=True, error_model="numpy")(function)
     kernel_cache.cache(compiled)
     return compiled
 
@@ -119,9 +117,7 @@ def set_num_threads(count: int) -> None:
     A parallel kernel sets OpenMP's count, which is torch's too; so they are always set together.
     """
     if count > numba.config.NUMBA_NUM_THREADS:
-        raise ConfigError(
-            f"{count} threads on {numba.config.NUMBA_NUM_THREADS} cores", param="threads"
-        )
+        raise ConfigError(f"{count} threads on {numba.config.NUMBA_NUM_THREADS} cores", param="threads")
     numba.set_num_threads(count)
     torch.set_num_threads(count)
 

@@ -238,9 +238,20 @@ def sample_rows(
             if record.edited:
                 values, peaks = scratch.work[lane], scratch.work_peaks[lane]
                 start = draft_start[row]
-                edit(raw, values, record, positions[row],
-                     drafted[start : start + draft_length[row]], edit_ids, edit_values,
-                     allowed_ids, stop_ids, counts, seen, seen_length)  # fmt: skip
+                edit(
+                    raw,
+                    values,
+                    record,
+                    positions[row],
+                    drafted[start : start + draft_length[row]],
+                    edit_ids,
+                    edit_values,
+                    allowed_ids,
+                    stop_ids,
+                    counts,
+                    seen,
+                    seen_length,
+                )
                 if not find_peaks(values.view(np.int32), peaks):
                     continue
             faults[row] = _NO_TOKEN_LEFT
@@ -251,16 +262,52 @@ def sample_rows(
             faults[row] = _OK
             token = first
             if record.temperature > 0.0:
-                cut, last = cut_of(values, peaks, peak, record.temperature,
-                                   record.inverse_temperature, record.top_k, record.top_p,
-                                   record.min_p_cut, near, near_ids, bins, keys)  # fmt: skip
-                token = race(values, peaks, peak, first, record.temperature, cut, last,
-                             record.seed, record.choice, positions[row],
-                             scratch.least[lane], scratch.holder[lane])  # fmt: skip
+                cut, last = cut_of(
+                    values,
+                    peaks,
+                    peak,
+                    record.temperature,
+                    record.inverse_temperature,
+                    record.top_k,
+                    record.top_p,
+                    record.min_p_cut,
+                    near,
+                    near_ids,
+                    bins,
+                    keys,
+                )
+                token = race(
+                    values,
+                    peaks,
+                    peak,
+                    first,
+                    record.temperature,
+                    cut,
+                    last,
+                    record.seed,
+                    record.choice,
+                    positions[row],
+                    scratch.least[lane],
+                    scratch.holder[lane],
+                )
             tokens[row] = token
             if record.logprobs >= 0:
-                row_logprobs(raw, raw_peaks, raw_peaks.max(), token, record.logprobs, near,
-                             near_ids, keys, bins, row, chosen, ranks, top_ids, top)  # fmt: skip
+                row_logprobs(
+                    raw,
+                    raw_peaks,
+                    raw_peaks.max(),
+                    token,
+                    record.logprobs,
+                    near,
+                    near_ids,
+                    keys,
+                    bins,
+                    row,
+                    chosen,
+                    ranks,
+                    top_ids,
+                    top,
+                )
 
 
 @exact_kernel
@@ -294,15 +341,26 @@ def target_logprobs(
             if peak == _NEGATIVE_INFINITY:
                 continue
             faults[row] = _OK
-            row_logprobs(raw, peaks, peak, targets[row], counts[row], scratch.near[lane],
-                         scratch.near_ids[lane], scratch.keys[lane], scratch.bins[lane], row,
-                         chosen, ranks, top_ids, top)  # fmt: skip
+            row_logprobs(
+                raw,
+                peaks,
+                peak,
+                targets[row],
+                counts[row],
+                scratch.near[lane],
+                scratch.near_ids[lane],
+                scratch.keys[lane],
+                scratch.bins[lane],
+                row,
+                chosen,
+                ranks,
+                top_ids,
+                top,
+            )
 
 
 @exact
-def tally_tokens(
-    rows: Any, tokens: Any, increment: Any, counts: Any, seen: Any, seen_length: Any
-) -> Any:
+def tally_tokens(rows: Any, tokens: Any, increment: Any, counts: Any, seen: Any, seen_length: Any) -> Any:
     """Count one token per entry: +2 for a generated one, and the lowest bit for the prompt's."""
     for j in range(rows.shape[0]):
         row, token = rows[j], tokens[j]
@@ -373,11 +431,27 @@ class NumbaSampling:
         sample_rows(
             *float_and_half_views(logits),
             np.arange(count) if rows.sources is None else rows.sources,
-            rows.slots, rows.positions, drafted, start, length, table.records,
-            table.edits.ids, table.edits.values, table.allowed.ids, table.stops.ids,
-            self._counts, self._seen, self._seen_length, self._threads(), tokens, faults,
-            logprobs.chosen, logprobs.ranks, logprobs.top_ids, logprobs.top,
-        )  # fmt: skip
+            rows.slots,
+            rows.positions,
+            drafted,
+            start,
+            length,
+            table.records,
+            table.edits.ids,
+            table.edits.values,
+            table.allowed.ids,
+            table.stops.ids,
+            self._counts,
+            self._seen,
+            self._seen_length,
+            self._threads(),
+            tokens,
+            faults,
+            logprobs.chosen,
+            logprobs.ranks,
+            logprobs.top_ids,
+            logprobs.top,
+        )
         return SampleOutput(tokens, faults, logprobs if most >= 0 else None)
 
     def logprobs(
@@ -386,7 +460,14 @@ class NumbaSampling:
         result = Logprobs.empty(len(targets), int(counts.max(initial=0)))
         faults = np.empty(len(targets), np.uint8)
         target_logprobs(
-            *float_and_half_views(logits), targets, counts, self._threads(), faults,
-            result.chosen, result.ranks, result.top_ids, result.top,
-        )  # fmt: skip
+            *float_and_half_views(logits),
+            targets,
+            counts,
+            self._threads(),
+            faults,
+            result.chosen,
+            result.ranks,
+            result.top_ids,
+            result.top,
+        )
         return result, faults

@@ -18,14 +18,7 @@ import numpy as np
 from common.engine.devices.cpu.numba_runtime import exact
 from common.engine.devices.cpu.philox import group_noise, token_noise
 from common.engine.sampling.noise import GROUP, LOG_LEAST
-from common.engine.sampling.softmax_mass import (
-    FLOOR,
-    LN2_HIGH,
-    LN2_LOW,
-    LOG2_E,
-    MASS_BITS,
-    POLYNOMIAL,
-)
+from common.engine.sampling.softmax_mass import FLOOR, LN2_HIGH, LN2_LOW, LOG2_E, MASS_BITS, POLYNOMIAL
 
 _P0, _P1, _P2, _P3, _P4, _P5, _P6 = (np.float32(c) for c in POLYNOMIAL)
 _LOG2_E, _LN2_HIGH, _LN2_LOW = np.float32(LOG2_E), np.float32(LN2_HIGH), np.float32(LN2_LOW)
@@ -68,9 +61,7 @@ def tile_peak(bits: Any) -> Any:
         b = bits[i]
         # Order-preserving map of floats to signed integers (its own inverse).
         top = max(top, np.int32(b ^ np.int32(np.int32(b >> _31) & _ABSOLUTE)))
-        magnitude = max(
-            magnitude, np.int32(b & _ABSOLUTE) if b != _NEGATIVE_INFINITY_BITS else _ZERO
-        )
+        magnitude = max(magnitude, np.int32(b & _ABSOLUTE) if b != _NEGATIVE_INFINITY_BITS else _ZERO)
     return top, magnitude
 
 
@@ -112,9 +103,7 @@ def tile_mass(tile: Any, peak: Any, inverse_temperature: Any, cut: Any) -> Any:
 
 
 @exact
-def total_mass(
-    values: Any, peaks: Any, peak: Any, inverse_temperature: Any, cut: Any, last: Any
-) -> Any:
+def total_mass(values: Any, peaks: Any, peak: Any, inverse_temperature: Any, cut: Any, last: Any) -> Any:
     """Sum of masses over the tokens kept by (cut, last): `value > cut`, or equal and id <= last."""
     total = np.int64(0)
     for group in range(peaks.shape[0]):
@@ -125,9 +114,7 @@ def total_mass(
         ties = np.int64(0)
         for group in range(peaks.shape[0]):
             if peaks[group] >= cut:
-                for i in range(
-                    group * GROUP, min(group * GROUP + GROUP, last + 1, values.shape[0])
-                ):
+                for i in range(group * GROUP, min(group * GROUP + GROUP, last + 1, values.shape[0])):
                     ties += values[i] == cut
         total += ties * mass(cut, peak, inverse_temperature)
     return total
@@ -143,9 +130,7 @@ def reaches(tile: Any, bound: Any) -> Any:
 
 
 @exact
-def gather(
-    values: Any, peaks: Any, bound: Any, cut: Any, last: Any, near: Any, near_ids: Any
-) -> Any:
+def gather(values: Any, peaks: Any, bound: Any, cut: Any, last: Any, near: Any, near_ids: Any) -> Any:
     """Compact the kept tokens of at least `bound` into `near`, in order of id; returns how many."""
     size = values.shape[0]
     bound = max(bound, cut)
@@ -290,9 +275,7 @@ def cut_of(
             reached = tile_mass(near[:n], peak, inverse_temperature, _NEGATIVE_INFINITY)
             if reached >= target:
                 break
-        cut, last = shortest_prefix(
-            near, near_ids, n, target, True, peak, inverse_temperature, bins, keys
-        )
+        cut, last = shortest_prefix(near, near_ids, n, target, True, peak, inverse_temperature, bins, keys)
     return cut, last
 
 

@@ -50,6 +50,4 @@ class CudaDevice:
         if isinstance(error, torch.OutOfMemoryError):
             return False
         text = str(error)
-        return (
-            isinstance(error, RuntimeError) and "CUDA error" in text and "out of memory" not in text
-        )
+        return isinstance(error, RuntimeError) and "CUDA error" in text and "out of memory" not in text

@@ -95,9 +95,7 @@ class ReferenceBackend:
         for row in range(rows.num_generated):
             end = int(rows.generated_lengths[row])
             table = rows.generated_tables[row]
-            out[row : row + 1] = _attend(
-                query[row : row + 1], keys, values, table, end - 1, shape.window
-            )
+            out[row : row + 1] = _attend(query[row : row + 1], keys, values, table, end - 1, shape.window)
         for index, (first_row, count, position) in enumerate(rows.prompt_chunks):
             table = rows.prompt_tables[index]
             out[first_row : first_row + count] = _attend(
@@ -125,9 +123,7 @@ def _store(pool: Tensor, x: Tensor, slots: Tensor) -> None:
     pool[slots // block_size, slots % block_size] = x
 
 
-def _attend(
-    query: Tensor, keys: Tensor, values: Tensor, table: Tensor, position: int, window: int
-) -> Tensor:
+def _attend(query: Tensor, keys: Tensor, values: Tensor, table: Tensor, position: int, window: int) -> Tensor:
     """Rows at `position`, `position + 1`, … of one sequence: query `[rows, heads, head_dim]`."""
     rows = query.shape[0]
     end = position + rows
@@ -140,10 +136,6 @@ def _attend(
     if window:
         visible &= there > here - window
     attended = F.scaled_dot_product_attention(
-        query.transpose(0, 1).unsqueeze(0),
-        k.unsqueeze(0),
-        v.unsqueeze(0),
-        attn_mask=visible,
-        enable_gqa=True,
+        query.transpose(0, 1).unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), attn_mask=visible, enable_gqa=True
     )
     return attended.squeeze(0).transpose(0, 1)

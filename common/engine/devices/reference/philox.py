@@ -42,15 +42,17 @@ def exponential(high: Tensor, low: Tensor) -> Tensor:
 
 def group_noise(key: NoiseKey, groups: Tensor) -> tuple[Tensor, Tensor]:
     """The least exponential of each group (float64) and the offset in [0, 256) that has it."""
-    x0, x1, x2, _ = philox((groups, key.position, key.choice, _domain(GROUP_DOMAIN, groups)),
-                           (key.seed_low, key.seed_high))  # fmt: skip
+    x0, x1, x2, _ = philox(
+        (groups, key.position, key.choice, _domain(GROUP_DOMAIN, groups)), (key.seed_low, key.seed_high)
+    )
     return exponential(x0, x1) / GROUP, x2 >> (32 - GROUP_SHIFT)
 
 
 def token_noise(key: NoiseKey, tokens: Tensor, least: Tensor, holder: Tensor) -> Tensor:
     """The exponential of each token, given its group's `least` and `holder` (see `group_noise`)."""
-    x0, x1, _, _ = philox((tokens, key.position, key.choice, _domain(TOKEN_DOMAIN, tokens)),
-                          (key.seed_low, key.seed_high))  # fmt: skip
+    x0, x1, _, _ = philox(
+        (tokens, key.position, key.choice, _domain(TOKEN_DOMAIN, tokens)), (key.seed_low, key.seed_high)
+    )
     return torch.where(tokens % GROUP == holder, least, least + exponential(x0, x1))
 
 

@@ -19,14 +19,7 @@ from common.engine.devices.reference.philox import NoiseKey, group_noise, token_
 from common.engine.sampling.noise import GROUP
 from common.engine.sampling.records import Logprobs, RowFault, SampleOutput, SampleRows
 from common.engine.sampling.slots import RaggedLists, Records, SlotTable, ragged_index
-from common.engine.sampling.softmax_mass import (
-    FLOOR,
-    LN2_HIGH,
-    LN2_LOW,
-    LOG2_E,
-    MASS_BITS,
-    POLYNOMIAL,
-)
+from common.engine.sampling.softmax_mass import FLOOR, LN2_HIGH, LN2_LOW, LOG2_E, MASS_BITS, POLYNOMIAL
 
 _KEY_BITS = 32
 _INFINITY = math.inf
@@ -103,9 +96,7 @@ class TorchSampling:
         codes = faults.to(torch.uint8).cpu().numpy()
         sound = np.flatnonzero(codes == RowFault.NONE)
         result = Logprobs.empty(len(targets), int(counts.max(initial=0)))
-        self._logprobs(
-            raw[self._send(sound)], self._send(targets[sound]), counts[sound], sound, result
-        )
+        self._logprobs(raw[self._send(sound)], self._send(targets[sound]), counts[sound], sound, result)
         return result, codes
 
     def _send(self, array: NDArray[np.generic]) -> Tensor:
@@ -123,9 +114,7 @@ class TorchSampling:
             self._send(lists.values[index]),
         )
 
-    def _edited(
-        self, values: Tensor, rows: SampleRows, table: SlotTable, records: Records
-    ) -> Tensor:
+    def _edited(self, values: Tensor, rows: SampleRows, table: SlotTable, records: Records) -> Tensor:
         """Bias, allowed and banned ids, min_tokens, penalties; `values` is overwritten."""
         restricted = np.flatnonzero(records["allowed_length"])
         if len(restricted):
@@ -137,9 +126,7 @@ class TorchSampling:
             table.edits, "edits", records, np.flatnonzero(records["edits_length"])
         )
         values[row, token] += bias
-        early = np.flatnonzero(
-            (records["stops_length"] > 0) & (rows.positions < records["min_position"])
-        )
+        early = np.flatnonzero((records["stops_length"] > 0) & (rows.positions < records["min_position"]))
         row, token, _ = self._ragged(table.stops, "stops", records, early)
         values[row, token] = -_INFINITY
         penalized = np.flatnonzero(records["counts"] >= 0)
@@ -162,8 +149,7 @@ class TorchSampling:
             two = torch.full((len(index),), 2, dtype=torch.int32, device=self._device)
             counts.index_put_((row, self._send(rows.drafted[index])), two, accumulate=True)
         repetition, presence, frequency = (
-            self._send(chosen[name]).unsqueeze(1)
-            for name in ("repetition", "presence", "frequency")
+            self._send(chosen[name]).unsqueeze(1) for name in ("repetition", "presence", "frequency")
         )
         repeated = torch.where(values > 0, values / repetition, values * repetition)
         values = torch.where(counts > 0, repeated, values)
@@ -203,12 +189,7 @@ class TorchSampling:
         return cut, last
 
     def _race(
-        self,
-        values: Tensor,
-        peaks: Tensor,
-        firsts: Tensor,
-        records: Records,
-        positions: NDArray[np.int64],
+        self, values: Tensor, peaks: Tensor, firsts: Tensor, records: Records, positions: NDArray[np.int64]
     ) -> Tensor:
         """The winners `[rows]` of Gumbel-max; see `sampling.noise` for the noise and its bound."""
         rows, vocab = values.shape
@@ -220,16 +201,16 @@ class TorchSampling:
         tiles = functional.pad(values, (0, groups * GROUP - vocab), value=-_INFINITY)
         tiles = tiles.view(rows, groups, GROUP)
 
-        key = NoiseKey(self._send(records["seed"].view(np.int64)), self._send(records["choice"]),
-                       self._send(positions))  # fmt: skip
+        key = NoiseKey(
+            self._send(records["seed"].view(np.int64)), self._send(records["choice"]), self._send(positions)
+        )
         least, holder = group_noise(key, torch.arange(groups, device=self._device).unsqueeze(0))
         log_least = torch.log(least)
         scale, top = temperature.unsqueeze(1), peaks.double().unsqueeze(1)
         held = tiles.gather(2, holder.unsqueeze(2)).squeeze(2)
         best = ((held.double() - top) / scale - log_least).amax(1)
         group = firsts.unsqueeze(1) // GROUP
-        noise = token_noise(key, firsts.unsqueeze(1), least.gather(1, group),
-                            holder.gather(1, group))  # fmt: skip
+        noise = token_noise(key, firsts.unsqueeze(1), least.gather(1, group), holder.gather(1, group))
         best = torch.maximum(best, -torch.log(noise.squeeze(1)))
 
         bound = (tiles.amax(2).double() - top) / scale - log_least
@@ -246,12 +227,7 @@ class TorchSampling:
         return torch.full_like(firsts, vocab).scatter_reduce(0, row, token, "amin")
 
     def _logprobs(
-        self,
-        raw: Tensor,
-        targets: Tensor,
-        counts: NDArray[np.int64],
-        at: NDArray[np.int64],
-        into: Logprobs,
+        self, raw: Tensor, targets: Tensor, counts: NDArray[np.int64], at: NDArray[np.int64], into: Logprobs
     ) -> None:
         if not len(at):
             return
@@ -302,9 +278,7 @@ def _ordered(values: Tensor) -> Tensor:
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
-def _shorten(
-    values: Tensor, weights: Tensor, target: Tensor, cut: Tensor, last: Tensor, at: Tensor
-) -> None:
+def _shorten(values: Tensor, weights: Tensor, target: Tensor, cut: Tensor, last: Tensor, at: Tensor) -> None:
     """Set (cut, last) of the rows `at` to the shortest prefix, by (larger logit, lower id), that
     weighs `target`. Rows whose weights do not exceed it stay as they are."""
     keys = _ordered(values).long()
