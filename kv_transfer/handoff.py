@@ -21,6 +21,7 @@ from common.wire.messages import (
     Deny,
     Grant,
     HandoffKey,
+    HandoffMessage,
     Message,
     Offer,
     Release,
@@ -195,9 +196,8 @@ class Handoff:
         """Give up a handoff. Its blocks stay leased until the peer says that it has stopped reading."""
         return self._call(key, E.CANCEL, reason, now)
 
-    def receive(self, message: Message, *, now: float) -> list[Effect]:
+    def receive(self, message: HandoffMessage, *, now: float) -> list[Effect]:
         """Handle a Grant, Deny, Ack, Abort or Release from the peer of `message.key.link`."""
-        assert isinstance(message, (Grant, Deny, Ack, Abort, Release))
         self._now = now
         key = message.key
         if message.key.link not in self._links:

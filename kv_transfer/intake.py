@@ -23,6 +23,7 @@ from common.wire.messages import (
     Deny,
     Grant,
     HandoffKey,
+    HandoffMessage,
     Message,
     Offer,
     Release,
@@ -176,9 +177,8 @@ class Intake:
         theirs = dataclasses.replace(mine, block_size=block_size or mine.block_size)
         self._links[link] = _ReceivingLink(credits, theirs)
 
-    def receive(self, message: Message, *, now: float) -> list[Effect]:
+    def receive(self, message: HandoffMessage, *, now: float) -> list[Effect]:
         """Handle an Offer, Blocks, Tail, Commit or Abort from the peer of `message.key.link`."""
-        assert isinstance(message, (Offer, Blocks, Tail, Commit, Abort))
         self._now = now
         link = self._links.get(message.key.link)
         if link is None:

@@ -32,7 +32,7 @@ def _nothing() -> None: ...
 class Leases:
     """All leases of one node. `wake` asks the driver's thread to call `collect` soon."""
 
-    def __init__(self, pool: BlockReferences, wake: Callable[[], None] = _nothing) -> None:
+    def __init__(self, pool: BlockReferences, wake: Callable[[], object] = _nothing) -> None:
         self.wake = wake
         self._pool = pool
         self._lock = threading.Lock()

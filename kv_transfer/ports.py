@@ -11,21 +11,7 @@ import enum
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-from common.wire.messages import (
-    Abort,
-    Ack,
-    Blocks,
-    Commit,
-    Deny,
-    Grant,
-    HandoffKey,
-    Message,
-    Offer,
-    Release,
-    Tail,
-)
-
-HandoffMessage = Offer | Grant | Deny | Blocks | Tail | Commit | Ack | Abort | Release
+from common.wire.messages import Commit, HandoffKey, Message, Offer
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

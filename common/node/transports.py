@@ -15,7 +15,7 @@ from common.kv_layout import KVLayout
 from common.logs import get_logger
 from common.settings.config import NodeSettings
 from kv_transfer.lease import Leases
-from kv_transfer.link import Transports
+from kv_transfer.link_ends import Transports
 from kv_transfer.nccl_library import NcclLibrary
 from kv_transfer.pool_memory import PoolMemory
 from kv_transfer.transports.base import Opener, Source

@@ -138,7 +138,8 @@ class Notes:
 
     def _look(self) -> dict[str, Any]:
         node = self._node
-        self._peers.update((name, link.peer) for name, link in node.links._links.items())
+        links = node.links.describe()
+        self._peers.update((row["link"], row["peer"]) for row in links)
         leases, scheduler = node.leases, node.engine.scheduler
         of: Counter[str] = Counter()
         of.update(self._peers.get(key.link, "?") for key in node.links.handoffs())
@@ -146,7 +147,7 @@ class Notes:
         of.update(self._peers.get(key.link, "?") for key in list(leases._open))
         of.update(self._peers.get(lease.link, "?") for lease in list(leases._ending))
         of.update(self._peers.get(link, "?") for link in list(leases._touched))
-        of.update(link.peer for link in node.links._links.values())
+        of.update(row["peer"] for row in links)
         held = {
             "used blocks": node.engine.pool.num_blocks - node.engine.pool.num_free,
             "waiting": scheduler.num_waiting,

@@ -179,8 +179,8 @@ class Node:
     async def until_settled(self) -> None:
         """Nothing is being opened or closed."""
         async with asyncio.timeout(HANGS_S):
-            while self.links._tasks:
-                await asyncio.wait(self.links._tasks)
+            while self.links._ends._tasks:
+                await asyncio.wait(self.links._ends._tasks)
 
     async def quiet(self) -> None:
         """No lease, no reservation: what ends them runs on the loop, so turns of it do."""
@@ -407,7 +407,7 @@ async def test_a_reader_that_has_lost_its_source_ends_the_link(
 
     async with two_nodes(transport) as (_, p, d):
         link = await p.links.open("d")
-        monkeypatch.setattr(type(d.links._links[link].reader), "pull", lost)
+        monkeypatch.setattr(type(d.links._ends._ends[link].reader), "pull", lost)
         prompt = Prompt(p, "r", 30)
         prompt.compute(prompt.offer(link), 0, 6)
         async with asyncio.timeout(HANGS_S):
@@ -498,7 +498,7 @@ async def test_a_node_with_another_block_size_converts_and_says_so(transport: st
 async def test_a_block_size_that_is_no_such_thing_is_refused(block_size: int) -> None:
     """By whoever would have to make scratch memory of that size."""
     async with two_nodes("shm") as (_, p, _d):
-        p.links._fingerprint = dataclasses.replace(FINGERPRINT, block_size=block_size)
+        p.links._ends._fingerprint = dataclasses.replace(FINGERPRINT, block_size=block_size)
         with pytest.raises(FingerprintMismatch) as caught:
             await p.links.open("d")
         assert caught.value.param == "block_size"
@@ -507,7 +507,7 @@ async def test_a_block_size_that_is_no_such_thing_is_refused(block_size: int) ->
 async def test_slabs_of_a_size_that_does_not_follow_from_the_layout_are_refused() -> None:
     there = dataclasses.replace(FINGERPRINT, block_size=6)
     async with two_nodes("shm", there) as (_, p, _d):
-        p.links._fingerprint = dataclasses.replace(FINGERPRINT, block_size=5)
+        p.links._ends._fingerprint = dataclasses.replace(FINGERPRINT, block_size=5)
         with pytest.raises(FingerprintMismatch) as caught:
             await p.links.open("d")
         assert caught.value.param == "slab_bytes"
@@ -522,7 +522,7 @@ async def test_the_fastest_transport_that_can_be_proven_is_chosen() -> None:
 
 async def test_without_a_proof_of_one_host_tcp_is_chosen_and_the_reason_said() -> None:
     async with two_nodes("") as (_, p, _d):
-        source = p.links._sources[0]
+        source = p.links._ends._sources[0]
         source._name = b"0" * 16  # type: ignore[attr-defined]  # nobody listens there
         await p.links.open("d")
         row = p.links.describe()[0]

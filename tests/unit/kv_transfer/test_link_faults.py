@@ -87,9 +87,9 @@ async def test_a_transport_that_cannot_be_opened_costs_a_link_its_place_and_no_t
 ) -> None:
     async with nodes("p", "d") as (p, d):
         if end == "source":
-            failing_once(monkeypatch, p.links._sources[0], "open_link", error)
+            failing_once(monkeypatch, p.links._ends._sources[0], "open_link", error)
         else:
-            openers = d.links._openers
+            openers = d.links._ends._openers
             holder = Openers(openers["shm"])
             failing_once(monkeypatch, holder, "shm", error)
             openers["shm"] = lambda *arguments: holder.shm(*arguments)
@@ -112,7 +112,7 @@ async def test_a_link_that_nobody_waits_for_any_more_is_closed_at_both_ends(
     async with nodes("p", "d", transport="shm") as (p, d):
         given_up, closed = threading.Event(), list[Reader]()
         with monkeypatch.context() as patch:
-            patch.setattr(p.links, "_settings", dataclasses.replace(PATIENT, answer=0.5))
+            patch.setattr(p.links._ends, "_settings", dataclasses.replace(PATIENT, answer=0.5))
             patch.setattr(ShmReader, "close", closing(closed, ShmReader.close))
 
             def slow(*arguments: Any) -> Reader:
@@ -120,9 +120,9 @@ async def test_a_link_that_nobody_waits_for_any_more_is_closed_at_both_ends(
                 assert when != "still opening" or given_up.wait(10)
                 return reader
 
-            patch.setitem(d.links._openers, "shm", slow)
+            patch.setitem(d.links._ends._openers, "shm", slow)
             if when == "just welcomed":  # and Welcome is on its way
-                patch.setattr(p.links, "_receive_answer", lambda *_: None)
+                patch.setattr(p.links._ends, "_receive_answer", lambda *_: None)
             with pytest.raises(LinkLost, match="does not answer"):
                 await p.links.open("d")
             given_up.set()
@@ -166,7 +166,7 @@ async def test_a_pull_that_fails_fails_its_prompt_and_the_next_goes_another_way(
 ) -> None:
     async with nodes("p", "d") as (p, d):
         link = await p.links.open("d")
-        failing_once(monkeypatch, d.links._links[link].reader, "pull", error)
+        failing_once(monkeypatch, d.links._ends._ends[link].reader, "pull", error)
         prompt = Prompt(p, "first", 10)
         key = prompt.offer(link)
         prompt.compute(key, 0, prompt.count)
@@ -176,7 +176,7 @@ async def test_a_pull_that_fails_fails_its_prompt_and_the_next_goes_another_way(
         assert d.links.counts[TransportFailed.code] == 1
         await p.quiet()
         await d.quiet()
-        p.links._bus.wires.cuts.clear()  # type: ignore[attr-defined]  # they meet again
+        p.links._ends._bus.wires.cuts.clear()  # type: ignore[attr-defined]  # they meet again
         link = await p.links.open("d")
         (row,) = p.links.describe()
         assert row["transport"] == "tcp"
@@ -189,11 +189,11 @@ async def test_a_transport_that_failed_is_taken_where_there_is_no_other(
 ) -> None:
     async with nodes("p", "d", transport="tcp") as (p, d):
         link = await p.links.open("d")
-        failing_once(monkeypatch, d.links._links[link].reader, "pull", RuntimeError)
+        failing_once(monkeypatch, d.links._ends._ends[link].reader, "pull", RuntimeError)
         prompt = Prompt(p, "first", 10)
         prompt.compute(prompt.offer(link), 0, prompt.count)
         await p.until(lambda: p.sent and isinstance(p.sent[-1], Ended))
-        p.links._bus.wires.cuts.clear()  # type: ignore[attr-defined]
+        p.links._ends._bus.wires.cuts.clear()  # type: ignore[attr-defined]
         await arrives(p, d, await p.links.open("d"), "second")
 
 
@@ -210,11 +210,11 @@ async def test_an_end_that_cannot_be_closed_at_once_leaves_nothing(
         prompt.compute(prompt.offer(link), 0, 1)
         await p.until(lambda: p.sent)
         if end == "source":
-            (source,) = [s for s in p.links._sources if s.name == transport]
+            (source,) = [s for s in p.links._ends._sources if s.name == transport]
             closed = failing_once(monkeypatch, source, "close_link", error)
         else:
-            closed = failing_once(monkeypatch, d.links._links[link].reader, "close", error)
-        p.links._bus.disconnect("d")
+            closed = failing_once(monkeypatch, d.links._ends._ends[link].reader, "close", error)
+        p.links._ends._bus.disconnect("d")
         await p.until(lambda: isinstance(p.sent[-1], Ended))
         await p.quiet()
         await d.quiet()
@@ -227,13 +227,13 @@ async def test_an_end_that_cannot_be_closed_at_once_leaves_nothing(
 async def test_what_is_not_chosen_is_never_opened_and_what_is_refused_is_closed() -> None:
     async with nodes("p", "d") as (p, d):
         await p.links.open("d")
-        _, tcp = p.links._sources
+        _, tcp = p.links._ends._sources
         assert isinstance(tcp, TcpSource)
         assert tcp._served == {}
     async with nodes("p", "d") as (p, d):
-        shm, tcp = p.links._sources
+        shm, tcp = p.links._ends._sources
         assert isinstance(tcp, TcpSource)
-        d.links._openers["shm"] = raising(LinkLost)
+        d.links._ends._openers["shm"] = raising(LinkLost)
         await p.links.open("d")
         assert p.links.describe()[0]["transport"] == "tcp"
         assert len(tcp._served) == 1
@@ -255,7 +255,7 @@ async def test_transports_are_opened_and_closed_off_the_event_loop(monkeypatch: 
         monkeypatch.setattr(where, name, note)
 
     async with nodes("p", "d", transport="tcp") as (p, d):
-        source = p.links._sources[1]
+        source = p.links._ends._sources[1]
         for name in ("open_link", "close_link"):
             noted(source, name)
         noted(TcpReader, "_prove_link")
@@ -305,7 +305,7 @@ async def test_a_peer_that_stands_still_holds_up_no_other() -> None:
     """However many prompts it has under way: more than one peer's copies, or all that run at once
     before, would need."""
     async with nodes("slow", "fast", "d", transport="tcp") as (slow, fast, d):
-        with stalled(slow.links._sources[1]) as asked:
+        with stalled(slow.links._ends._sources[1]) as asked:
             link = await slow.links.open("d")
             prompts = [Prompt(slow, f"s{n}", 4) for n in range(4)]
             keys = [prompt.offer(link) for prompt in prompts]
@@ -323,8 +323,8 @@ async def test_a_peer_that_stands_still_holds_up_no_other() -> None:
 async def test_a_copy_that_takes_too_long_ends_with_its_link() -> None:
     """However little arrives of it, and whatever it says meanwhile."""
     async with nodes("slow", "d", transport="tcp") as (slow, d):
-        d.links._settings = dataclasses.replace(PATIENT, copy=0.05)
-        with stalled(slow.links._sources[1]):
+        d.links._ends._settings = dataclasses.replace(PATIENT, copy=0.05)
+        with stalled(slow.links._ends._sources[1]):
             link = await slow.links.open("d")
             prompt = Prompt(slow, "s", 4)
             prompt.compute(prompt.offer(link), 0, 1)
