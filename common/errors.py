@@ -165,3 +165,15 @@ class RequestAborted(PdqError):
 
 class ServiceUnavailable(PdqError):
     code = "service_unavailable"
+
+
+_BY_CODE = {
+    error.code: error
+    for error in tuple(globals().values())
+    if isinstance(error, type) and issubclass(error, PdqError)
+}
+
+
+def from_code(code: str, message: str) -> PdqError:
+    """The error with this code, as another process had it; a plain `PdqError` for an unknown code."""
+    return _BY_CODE.get(code, PdqError)(message)

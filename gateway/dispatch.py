@@ -30,28 +30,28 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Coroutine
 
-import common.errors
 from common.errors import (
     EngineBroken,
     NotHeld,
     Overloaded,
     PdqError,
     PoisonedRequest,
-    ProtocolError,
     RequestAborted,
     ServiceUnavailable,
+    from_code,
 )
 from common.identity import ModelIdentity
 from common.logs import get_logger
 from common.wire.bus_links import Down
-from common.wire.messages import Cancel, Failed, Message, Stage, TokenRun, Tokens, TokensAck, TookOver
+from common.wire.messages import Cancel, Failed, Message, TokensAck
 from gateway.holders import Holders
 from gateway.ledger import Ledger
+from gateway.listener import Listener
 from gateway.metrics import GatewayMetrics
-from gateway.open_request import Choice, OpenRequest, Update, Work
+from gateway.open_request import OpenRequest, Work
 from gateway.placement import Limits, Placement
 from gateway.ports import Ending, NodeBus, NodeDirectory, RequestStore
-from gateway.router import Router
+from gateway.router import Router, longest_context, longest_request
 from gateway.speakers import Speakers
 from gateway.suspicion import Suspicion, Verdict
 from gateway.whereabouts import CLAIM_LOST, Whereabouts
@@ -97,6 +97,18 @@ class Dispatcher:
         self._speakers = Speakers(directory, metrics)
         self._suspicion = Suspicion()
         self._ledger = Ledger(gateway, self._open, store, metrics, ENDS_KEPT * limits.max_open)
+        self._listener = Listener(
+            gateway,
+            self._open,
+            bus,
+            directory,
+            self._placement,
+            self._speakers,
+            self._ledger,
+            metrics,
+            failed=self._failed,
+            lost=self.on_node_lost,
+        )
         self._tasks: set[asyncio.Task[None]] = set()
 
     # ── For the HTTP side ────────────────────────────────────────────────────────────────────────
@@ -107,11 +119,11 @@ class Dispatcher:
 
     def longest_request(self, model: ModelIdentity) -> int | None:
         """Prompt plus output that some node could hold, None while there is none."""
-        return self._placement.longest_request(model)
+        return longest_request(model, self._directory.nodes())
 
     def longest_context(self, model: ModelIdentity) -> int | None:
         """The longest context of its nodes, which settings may make shorter than the model's."""
-        return self._placement.longest_context(model)
+        return longest_context(model, self._directory.nodes())
 
     def ready(self, model: ModelIdentity) -> str | None:
         """None when a request for this model could be placed now, else what is missing."""
@@ -167,8 +179,7 @@ class Dispatcher:
         """The client wants no more of this choice (a stop string was met): it is freed everywhere,
         while its siblings go on."""
         request.stop(index)
-        for node in request.involved:
-            self._stop_choice(node, request, index)
+        self._listener.stop(request, index)
 
     def fail_all(self, error: PdqError) -> None:
         """End every open request with `error`, as its client will be told."""
@@ -275,15 +286,7 @@ class Dispatcher:
     # ── What the nodes say ───────────────────────────────────────────────────────────────────────
 
     def on_message(self, node: str, message: Message) -> None:
-        match message:
-            case Tokens():
-                self._on_tokens(node, message)
-            case TookOver():
-                self._on_took_over(node, message)
-            case Stage():
-                self._on_stage(message)
-            case Failed():
-                self._on_failed(message)
+        self._listener.on_message(node, message)
 
     def on_interval(self) -> None:
         self._holders.look()
@@ -359,143 +362,13 @@ class Dispatcher:
             self._suspicion.judge(request.id, attempt, None)
         self._retry(request, index, cause, node)
 
-    def _on_tokens(self, node: str, message: Tokens) -> None:
-        acks = []
-        for run in message.runs:
-            request = self._open.get(run.request)
-            if request is None or not 0 <= run.choice < len(request.choices):
-                end = run.position + len(run.token_ids)
-                acks.append((run.request, run.attempt, run.choice, end))
-                if not run.finish_reason:
-                    self._stop_unknown(node, run.request, run.attempt)
-                continue
-            choice = request.choices[run.choice]
-            if not self._speakers.heeds(node, request, choice, run.attempt):
-                self._speakers.refuse(Tokens(message.node, (run,)), node, request, choice, run.attempt)
-                if run.attempt < choice.stream.attempt:  # nobody will take it: so nobody keep it
-                    end = run.position + len(run.token_ids)
-                    acks.append((run.request, run.attempt, run.choice, end))
-                    self._stop_old(node, request, run.attempt)
-                continue
-            if run.attempt == choice.stream.attempt and not choice.heard:
-                self._hold(choice, node)
-            try:
-                arrival = choice.stream.accept(run)
-            except ProtocolError as error:
-                self._metrics.refused_runs.inc()
-                log.warning("run.refused", node=node, error=error)
-                end = run.position + len(run.token_ids)  # nobody will take it: so nobody keep it
-                acks.append((run.request, run.attempt, run.choice, end))
-                continue
-            acks.append((run.request, run.attempt, run.choice, choice.stream.acknowledged(run)))
-            if run.attempt == choice.stream.attempt:
-                choice.stirred_at = time.monotonic()
-                self._acknowledge_others(node, choice, run)
-            self._metrics.duplicate_tokens.inc(arrival.duplicates)
-            if arrival.mismatched:
-                self._metrics.mismatched_tokens.inc(arrival.mismatched)
-                log.error(
-                    "run.mismatched",
-                    node=node,
-                    request=run.request,
-                    attempt=run.attempt,
-                    choice=run.choice,
-                    positions=arrival.mismatched,
-                )
-            if arrival.stale and run.attempt < choice.stream.attempt:
-                self._stop_old(node, request, run.attempt)
-            if choice.done:
-                self._stop_choice(node, request, run.choice)
-            elif arrival.delivered or arrival.finished:
-                self._observe(request, choice, len(arrival.delivered))
-                choice.done = arrival.finished is not None
-                request.publish(Update(run.choice, arrival.delivered, arrival.finished))
-        if acks:
-            self._bus.send(node, TokensAck(self._gateway, tuple(acks)))
-
-    def _acknowledge_others(self, node: str, choice: Choice, run: TokenRun) -> None:
-        """A run that fills a gap delivers what came before it from other nodes, too: a decode
-        node's tokens may be here before the first one, and it may have none left to send."""
-        end, below = run.position + len(run.token_ids), choice.stream.below
-        if end > below:
-            choice.unacknowledged[node] = max(end, choice.unacknowledged.get(node, 0))
-        else:
-            choice.unacknowledged.pop(node, None)
-        for other, wanted in list(choice.unacknowledged.items()):
-            if other != node and below >= wanted:
-                del choice.unacknowledged[other]
-                ack = (run.request, run.attempt, run.choice, below)
-                self._bus.send(other, TokensAck(self._gateway, (ack,)))
-
-    def _on_took_over(self, node: str, message: TookOver) -> None:
-        request, choice = self._find("TookOver", message)
-        if request is None or choice is None:
-            self._stop_unknown(message.node, message.request, message.attempt)
-            return
-        if not self._speakers.heeds_taking_over(node, message.node, request, choice, message.attempt):
-            self._speakers.refuse(message, node, request, choice, message.attempt)
-            return
-        request.involved.add(message.node)
-        if choice.done:
-            self._stop_choice(message.node, request, message.choice)
-        if message.attempt == choice.stream.attempt:
-            if choice.heard and choice.holder == message.node:
-                return  # both ends of a handoff say it
-            if message.position < choice.held_from:
-                if message.node != choice.holder:  # it owes what comes before the next one's
-                    choice.owing.setdefault(message.node, choice.held_from)
-                    self._hear_again(choice)
-                return  # late: it has moved on since
-            if choice.held_from and choice.holder:
-                self._metrics.moves.inc()
-            if choice.holder:
-                choice.owing[choice.holder] = message.position
-            choice.held_from = message.position
-            stage = Stage(message.node, message.request, message.attempt, message.choice, "decoding", {}, 0)
-            self._ledger.stage(stage)
-            self._hold(choice, message.node)
-            self._hear_again(choice)
-        else:
-            self._stop_old(message.node, request, message.attempt)
-
-    def _on_stage(self, message: Stage) -> None:
-        request, choice = self._find("Stage", message)
-        if request is None or choice is None:
-            if message.state == "prefilling":  # it begins: later ones may come after a good end
-                self._stop_unknown(message.node, message.request, message.attempt)
-            return
-        if not self._speakers.heeds(message.node, request, choice, message.attempt):
-            self._speakers.refuse(message, message.node, request, choice, message.attempt)
-            return
-        request.involved.add(message.node)
-        if message.attempt < choice.stream.attempt:
-            self._stop_old(message.node, request, message.attempt)
-        elif message.attempt == choice.stream.attempt and not choice.heard:
-            # An entry that nobody had read may have moved to another node.
-            self._hold(choice, message.node)
-        if message.cached_tokens > request.cached_tokens:
-            self._metrics.cached_tokens.inc(message.cached_tokens - request.cached_tokens)
-            request.cached_tokens = min(message.cached_tokens, len(request.work.request.token_ids))
-        self._ledger.stage(message)
-
-    def _on_failed(self, message: Failed) -> None:
-        request, choice = self._find("Failed", message)
-        if request is None or choice is None:
-            return
-        if message.attempt != choice.stream.attempt or choice.done or not choice.holder:
-            return  # an attempt that was given up before, or its second message
-        if not self._speakers.heeds(message.node, request, choice, message.attempt):
-            self._speakers.refuse(message, message.node, request, choice, message.attempt)
-            return
-        expected = (choice.holder, *choice.owes())
-        if (choice.heard or message.code == NotHeld.code) and message.node not in expected:
-            return  # nothing is expected from it any more
+    def _failed(self, request: OpenRequest, message: Failed) -> None:
         if message.retryable:
             if message.code == EngineBroken.code:
                 self._suspicion.suspect(message.request)
             self._retry(request, message.choice, message.code, message.node)
         else:
-            error = error_from(message.code, message.message)
+            error = from_code(message.code, message.message)
             if isinstance(error, PoisonedRequest):
                 self._bury(request, message.attempt, message.node, error)
             request.fail(error)
@@ -508,18 +381,6 @@ class Dispatcher:
         reason = f"{node}: {error.message}"
         self._ledger.letter(request.id, lambda: self._store.bury(dispatch, reason))
 
-    def _hold(self, choice: Choice, node: str) -> None:
-        """`node` has the choice now. What it said may have come after the news of its death."""
-        choice.holder, choice.heard, choice.stirred_at = node, True, time.monotonic()
-        if self._directory.lost(node):
-            self.on_node_lost(node, "gone before what it said arrived")
-
-    def _hear_again(self, choice: Choice) -> None:
-        """What was said too early, perhaps by the node that has the choice now."""
-        early, choice.early = choice.early, []
-        for node, message in early:
-            self.on_message(node, message)
-
     def _adopt(self, request: OpenRequest, index: int, node: str, claimed: bool) -> None:
         """`node` has the entry of this choice, and has said nothing of it yet."""
         choice = request.choices[index]
@@ -527,44 +388,7 @@ class Dispatcher:
         choice.holder, choice.heard, choice.stirred_at = node, claimed, time.monotonic()
         self._placement.moved(request, attempt, node)
 
-    def _find(
-        self, kind: str, message: TookOver | Stage | Failed
-    ) -> tuple[OpenRequest | None, Choice | None]:
-        request = self._open.get(message.request)
-        if request is None or not 0 <= message.choice < len(request.choices):
-            self._metrics.late_messages.labels(kind).inc()
-            return None, None
-        return request, request.choices[message.choice]
-
-    def _observe(self, request: OpenRequest, choice: Choice, tokens: int) -> None:
-        now = time.monotonic()
-        self._placement.computed(request, choice.stream.attempt)
-        if not choice.last_arrival:
-            self._metrics.ttft.observe(now - request.accepted_at)
-        else:
-            self._metrics.itl.observe(now - choice.last_arrival)
-        choice.last_arrival = now
-        self._metrics.tokens.inc(tokens)
-
     # ── Ending ───────────────────────────────────────────────────────────────────────────────────
-
-    def _stop_unknown(self, node: str, request: str, attempt: int) -> None:
-        if request not in self._open:
-            self._metrics.late_messages.labels("Tokens").inc()
-            self._bus.send(node, Cancel(self._gateway, request, attempt, "closed"))
-
-    def _stop_old(self, node: str, request: OpenRequest, attempt: int) -> None:
-        """Stop attempts up to `attempt` at `node`, unless a live choice runs in one of them."""
-        alive = any(c.stream.attempt <= attempt and not c.done for c in request.choices)
-        if not alive:
-            self._bus.send(node, Cancel(self._gateway, request.id, attempt, "superseded"))
-
-    def _stop_choice(self, node: str, request: OpenRequest, index: int) -> None:
-        """Have a node free a choice that we stopped; all that was asked for ends with the request."""
-        stream = request.choices[index].stream
-        if not stream.finished and not request.done:
-            name, attempt = request.id, stream.attempt
-            self._bus.send(node, Cancel(self._gateway, name, attempt, "stopped", (index,)))
 
     def _close(self, request: OpenRequest, state: str, reason: str, message: str) -> None:
         work = request.work
@@ -600,19 +424,3 @@ class Dispatcher:
         task = asyncio.create_task(coroutine, name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-def error_from(code: str, message: str) -> PdqError:
-    """The error of common/errors.py with this code; a `PdqError` for a code we do not know."""
-    return _BY_CODE.get(code, PdqError)(message)
-
-
-def _by_code() -> dict[str, type[PdqError]]:
-    return {
-        value.code: value
-        for value in vars(common.errors).values()
-        if isinstance(value, type) and issubclass(value, PdqError)
-    }
-
-
-_BY_CODE = _by_code()

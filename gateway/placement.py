@@ -21,7 +21,7 @@ from common.sampling import SamplingParams
 from common.wire.messages import Dispatch
 from gateway.open_request import OpenRequest
 from gateway.ports import NodeBus, NodeDirectory, NodeView
-from gateway.router import Decision, RouteQuestion, Router, longest_context, longest_request, what_lacks
+from gateway.router import Decision, RouteQuestion, Router, what_lacks
 
 log = get_logger("placement")
 
@@ -52,14 +52,6 @@ class Placement:
         self._nodes_changed = asyncio.Event()
 
     # What there is.
-
-    def longest_request(self, model: ModelIdentity) -> int | None:
-        """Prompt plus output that some node could hold, None while there is none."""
-        return longest_request(model, self._directory.nodes())
-
-    def longest_context(self, model: ModelIdentity) -> int | None:
-        """The longest context of its nodes, which settings may make shorter than the model's."""
-        return longest_context(model, self._directory.nodes())
 
     def ready(self, model: ModelIdentity) -> str | None:
         """None when a request for this model could be placed now, else what is missing."""

@@ -72,7 +72,7 @@ class ChoiceStream:
 
     def acknowledged(self, run: TokenRun) -> int:
         """What to acknowledge to the sender of `run`: an old attempt is rid of all it sent."""
-        return self.below if run.attempt == self.attempt else run.position + len(run.token_ids)
+        return self.below if run.attempt == self.attempt else run.end
 
     def accept(self, run: TokenRun) -> Arrival:
         """Take in one run; raises `ProtocolError` for one that cannot belong to this choice."""
@@ -95,12 +95,12 @@ class ChoiceStream:
         if stale:
             return Arrival(duplicates=duplicates, mismatched=mismatched, stale=True)
         if run.finish_reason:
-            mismatched += self._note_end(run.position + len(run.token_ids), run.finish_reason)
+            mismatched += self._note_end(run.end, run.finish_reason)
         delivered = self._deliver()
         return Arrival(delivered, duplicates, mismatched, finished=self.finished)
 
     def _check(self, run: TokenRun) -> None:
-        end = run.position + len(run.token_ids)
+        end = run.end
         if run.position < self.prompt_len or end > self.prompt_len + self._limit:
             raise ProtocolError(
                 f"positions {run.position} to {end} of {run.request} are outside "

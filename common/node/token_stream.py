@@ -59,7 +59,7 @@ class TokenStream:
         kept = self._kept.get(key)
         if kept is None or kept.gateway != gateway:
             return
-        kept.runs = [run for run in kept.runs if run.position + len(run.token_ids) > below]
+        kept.runs = [run for run in kept.runs if run.end > below]
         if not kept.runs:
             del self._kept[key]
 

@@ -337,6 +337,11 @@ class TokenRun(Message):
     logprobs: tuple[TokenLogprobs, ...]
     finish_reason: str
 
+    @property
+    def end(self) -> int:
+        """The position after the last token."""
+        return self.position + len(self.token_ids)
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Tokens(Message):

@@ -34,11 +34,7 @@ MUTATIONS: dict[str, tuple[type, str, Callable[..., Any]]] = {
     "a node never gives a gateway up": (Gateways, "_give_up", _nothing),
     "a gateway never asks": (Holders, "_ask", _nothing),
     "a gateway asks on new links only": (Holders, "look", _nothing),
-    "a gateway acknowledges what is still missing": (
-        ChoiceStream,
-        "acknowledged",
-        lambda self, run: run.position + len(run.token_ids),
-    ),
+    "a gateway acknowledges what is still missing": (ChoiceStream, "acknowledged", lambda self, run: run.end),
     "a gateway takes the end of a link for nothing": (NodeLinks, "_link_ended", _nothing),
 }
 

@@ -323,7 +323,7 @@ class VirtualNode:
         """What was acknowledged once is never sent again."""
         for run in message.runs if isinstance(message, Tokens) else ():
             below = self.acknowledged[ChoiceKey(run.request, run.attempt, run.choice)]
-            assert run.position + len(run.token_ids) > below, f"{run} was acknowledged: {below}"
+            assert run.end > below, f"{run} was acknowledged: {below}"
         Gateways.send(self.gateways, gateway, message)
 
     # The engine.
