@@ -45,7 +45,7 @@ from gateway.record_store import RecordStore
 from gateway.replays import Replays
 from gateway.router import LeastLoadedRouter
 from gateway.served_models import ServedModels, load_models
-from gateway.server import FAREWELL_S, Server
+from gateway.server import Server
 from gateway.service import Service, ServiceLimits
 
 OTHER_DESCRIPTORS = 192  # Redis, links to nodes, connections that are being refused, files
@@ -101,6 +101,7 @@ async def run(settings: GatewaySettings, incarnation: str, models: ServedModels,
         intake = Intake(models, forker, settings.intake_processes)
         stack.callback(intake.close)
         service = Service(models, intake, dispatcher, limits, metrics, access)
+        metrics.show_bodies(service.bodies)
         record = NodeRecord(
             incarnation=incarnation,
             name=incarnation.rpartition("-")[0],
@@ -164,8 +165,10 @@ def _handle_signals(server: Server, service: Service, grace_period_s: float) -> 
 
     def force() -> None:
         log.warning("gateway.forced", open=dispatcher.num_open)
-        dispatcher.fail_all(ServiceUnavailable("this gateway ends"))
-        loop.call_later(FAREWELL_S, setattr, server, "force_exit", True)
+        error = ServiceUnavailable("this gateway ends")
+        dispatcher.fail_all(error)
+        service.intake.close()
+        server.end(error)
 
     def on_signal() -> None:
         if service.draining:

@@ -168,6 +168,11 @@ class Connection(H11Protocol):
         """Whether the client has more to take than we will write ahead."""
         return self._unread_since is not None
 
+    @property
+    def owes_an_answer(self) -> bool:
+        """Whether there is a request whose answer is not written yet."""
+        return self._phase is Phase.ANSWER and not self.cycle.response_complete
+
     # ── What asyncio calls ───────────────────────────────────────────────────────────────────────
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -208,7 +213,8 @@ class Connection(H11Protocol):
 
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The application, which is heard no more once the connection is lost. asyncio knows that
-        from the first write that fails, and calls `connection_lost` only in its next turn."""
+        from the first write that fails, and calls `connection_lost` only in its next turn. Nobody
+        cancels it but the end of the process."""
         cycle = self.cycle
 
         async def send_unless_lost(message: Message) -> None:
@@ -217,7 +223,11 @@ class Connection(H11Protocol):
                 cycle.message_event.set()
             await send(message)
 
-        await self._application(scope, receive, send_unless_lost)
+        try:
+            await self._application(scope, receive, send_unless_lost)
+        except asyncio.CancelledError:
+            cycle.disconnected = True
+            self.transport.abort()
 
     def handle_events(self) -> None:
         super().handle_events()

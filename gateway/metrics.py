@@ -8,6 +8,7 @@ from common.metrics import Metrics
 
 if TYPE_CHECKING:
     from common.wire.bus import Bus
+    from gateway.bodies import BodyBudget
     from gateway.node_links import NodeLinks
 
 
@@ -56,6 +57,12 @@ class GatewayMetrics:
         )
         self.unwritten_ends = gauge(
             "pdq_gateway_unwritten_ends", "Ended requests of which Redis has not heard that"
+        )
+
+    def show_bodies(self, bodies: BodyBudget) -> None:
+        """Show what all bodies hold that are not requests yet (gateway/bodies.py)."""
+        self._reads(
+            "pdq_gateway_body_bytes", "Bytes of bodies that are being read or worked on", lambda: bodies.held
         )
 
     def show_links(self, bus: Bus, links: NodeLinks) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import uvicorn
 from starlette.types import ASGIApp
 
+from common.errors import PdqError
 from common.logs import get_logger
 from common.settings.config import HTTPSettings
 from gateway.connection import Connection, Roster
@@ -52,6 +53,21 @@ class Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+    def end(self, error: PdqError) -> None:
+        """Answer those whose request is not here yet with `error`, and cut off who is not done after
+        `FAREWELL_S`, in which whoever makes the other answers ends them."""
+        for connection in tuple(self.roster.waiting):
+            connection.refuse(error)
+        asyncio.get_running_loop().call_later(FAREWELL_S, self._cut_off)
+
+    def _cut_off(self) -> None:
+        late = [each for each in tuple(self.roster.open) if each.owes_an_answer]
+        if late:
+            log.warning("gateway.cut_off", connections=len(late))
+        for connection in late:
+            connection.cut()
+        self.force_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

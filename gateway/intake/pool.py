@@ -14,7 +14,7 @@ import os
 import signal
 from collections import Counter, deque
 
-from common.errors import InvalidRequest, Overloaded, PdqError, ProtocolError
+from common.errors import InvalidRequest, Overloaded, PdqError, ProtocolError, ServiceUnavailable
 from common.logs import get_logger
 from gateway.intake.prepare import NeedsProcess, Prepared, Question, prepare
 from gateway.intake.process import Forker
@@ -101,8 +101,11 @@ class _Lane:
         self._running: Counter[str] = Counter()
         self._idle: list[tuple[_Worker, asyncio.TimerHandle]] = []
         self._tasks: set[asyncio.Task[None]] = set()
+        self._closed = False
 
     async def run(self, client: str, question: Question, body: bytes) -> Prepared:
+        if self._closed:
+            raise ServiceUnavailable("this gateway ends")
         job = _Job(client, question, body, asyncio.get_running_loop().create_future())
         self._waiting.setdefault(client, deque()).append(job)
         self._make_room()
@@ -113,9 +116,10 @@ class _Lane:
             job.answer.cancel()  # nobody waits for it any more
 
     def close(self) -> None:
+        self._closed = True
         for job in (job for jobs in self._waiting.values() for job in jobs):
             if not job.answer.done():
-                job.answer.set_exception(Overloaded("this gateway ends"))
+                job.answer.set_exception(ServiceUnavailable("this gateway ends"))
         self._waiting.clear()  # so that no worker is started for them
         for task in self._tasks:
             task.cancel()
@@ -165,7 +169,7 @@ class _Lane:
         except (EOFError, OSError):
             self._end(worker, job, InvalidRequest("the body takes too much time or memory to work on"))
         except BaseException:
-            self._end(worker, job, Overloaded("this gateway ends"))
+            self._end(worker, job, ServiceUnavailable("this gateway ends"))
             raise
         else:
             self._give_back(worker)
@@ -225,7 +229,7 @@ class Intake:
         return await lane.run(client, question, body)
 
     def close(self) -> None:
-        """End every process."""
+        """End every process; bodies that are worked on, or wait, fail with `ServiceUnavailable`."""
         self._short.close()
         self._long.close()
         self._forker.close()

@@ -43,6 +43,7 @@ class Forker:
     def __init__(self, models: ServedModels) -> None:
         """Forks. To be called before the process has threads or open connections of its own."""
         self._models = models
+        self.pid = 0  # once it has been waited for
         self._fork()
 
     def worker(self, *, in_spare_time: bool = False) -> socket.socket:
@@ -67,10 +68,12 @@ class Forker:
         return ours
 
     def close(self) -> None:
-        """End it; its workers end with it."""
+        """End it, also when it is stopped; its workers end with it."""
         self._socket.close()
-        with contextlib.suppress(ChildProcessError):
+        if self.pid:
+            os.kill(self.pid, signal.SIGKILL)
             os.waitpid(self.pid, 0)
+            self.pid = 0
 
     def _ask(self, kind: bytes, connection: socket.socket) -> None:
         socket.send_fds(self._socket, [kind], [connection.fileno()])

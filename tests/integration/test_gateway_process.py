@@ -18,11 +18,14 @@ from typing import Any
 
 import httpx
 import openai
+import psutil
 import pytest
 
 from common.store.client import RedisClient
 from common.store.registry import Registry, Role
 from common.store.requests import Requests, State
+from gateway.bodies import FREE_BYTES
+from gateway.intake.pool import SHORT_BODY
 from tests.support.fake_cluster import until
 from tests.support.gateway_server import MODELS
 from tests.support.metrics import scrape
@@ -46,6 +49,45 @@ class Process:
 
     def openai(self) -> openai.AsyncOpenAI:
         return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+
+
+@dataclasses.dataclass(slots=True)
+class Sent:
+    """A request on a connection of its own, byte by byte."""
+
+    answer: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def to(
+        cls, gateway: Process, path: str, body: bytes, announced: int | None = None
+    ) -> AsyncIterator[Sent]:
+        url = httpx.URL(gateway.url)
+        own = socket.socket()
+        # What we do not read stays there: with a small window for small segments, Linux keeps about
+        # 40 KB for both ends of a connection, where it would keep megabytes.
+        own.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+        own.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 536)
+        own.connect((url.host, url.port))
+        answer, writer = await asyncio.open_connection(sock=own, limit=64)
+        length = len(body) if announced is None else announced
+        writer.write(
+            f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+            f"content-length: {length}\r\n\r\n".encode()
+        )
+        writer.write(body)
+        await writer.drain()
+        try:
+            yield cls(answer, writer)
+        finally:
+            writer.close()
+
+
+def detokenize(answer_bytes: int) -> bytes:
+    """A body whose answer has so many bytes: six for two of the body's, since each token is a
+    character that JSON escapes."""
+    return b'{"tokens":[%s]}' % b",".join([b"3"] * (answer_bytes // 6))
 
 
 def command(*flags: str) -> list[str]:
@@ -268,6 +310,38 @@ async def test_a_second_signal_ends_it_at_once(redis_client: RedisClient) -> Non
         async with asyncio.timeout(AT_ONCE_S):
             assert await gateway.process.wait() == 0
         await until(lambda: not node.computing, "the node was told")
+
+
+async def test_bodies_that_are_not_read_yet_end_with_the_gateway_too(redis_client: RedisClient) -> None:
+    """Half of one is here, another one is being worked on, of a third the client takes no answer."""
+    short, long = detokenize(190_000), detokenize(300_000)
+    assert len(short) < SHORT_BODY  # a longer one waits until nobody else wants a processor
+    assert len(long) > 1.5 * FREE_BYTES  # bytes beyond those are among the metrics
+    async with started(redis_client.settings.url) as gateway, Sent.to(gateway, "/detokenize", long) as unread:
+        assert b"200" in await unread.answer.readuntil(b"\r\n")
+        (forker,) = psutil.Process(gateway.process.pid).children()
+        for process in (*forker.children(), forker):  # from now on no body is worked on
+            process.suspend()
+        async with (
+            Sent.to(gateway, "/detokenize", long[:-10], announced=len(long)) as half,
+            Sent.to(gateway, "/detokenize", long) as waiting,
+        ):
+
+            async def both_are_here() -> bool:
+                held = (await scrape(gateway.url))["pdq_gateway_body_bytes"]
+                return held == 2 * (len(long) - FREE_BYTES) - 10
+
+            await wait_until(both_are_here, "the gateway has half of one body and all of another")
+            gateway.process.send_signal(signal.SIGTERM)
+            await until(lambda: any("gateway.draining" in line for line in gateway.lines))
+            gateway.process.send_signal(signal.SIGTERM)
+            for sent in (half, waiting):
+                assert b"503" in await sent.answer.readuntil(b"\r\n")
+                assert b"this gateway ends" in await sent.answer.read()
+        async with asyncio.timeout(AT_ONCE_S):
+            assert await gateway.process.wait() == 0
+        (line,) = (line for line in gateway.lines if "gateway.cut_off" in line)
+        assert "connections=1" in line
 
 
 async def test_a_drain_ends_with_its_grace_period(redis_client: RedisClient) -> None:

@@ -20,7 +20,7 @@ import tokenizers
 from tokenizers import pre_tokenizers
 
 from common import processor_share
-from common.errors import ContextLengthExceeded, InvalidRequest, Overloaded
+from common.errors import ContextLengthExceeded, InvalidRequest, Overloaded, ServiceUnavailable
 from common.model_folder.description import describe_model
 from gateway.chat_template import ChatTemplate
 from gateway.intake import pool, process
@@ -332,8 +332,18 @@ async def test_bodies_that_wait_when_a_gateway_ends_are_refused_and_start_no_wor
         await until(lambda: any(running._long._waiting.values()))
         running.close()
         outcomes = await asyncio.gather(*asked, return_exceptions=True)
-        assert [type(outcome) for outcome in outcomes] == [Overloaded] * 3
+        assert [type(outcome) for outcome in outcomes] == [ServiceUnavailable] * 3
         assert not running._long._tasks
+
+
+async def test_a_gateway_that_ends_starts_no_process_for_a_body_that_comes_now() -> None:
+    data = padded(SHORT_BODY + 1, prompt="x")
+    async with intake() as running:
+        await running.prepare("a", COMPLETIONS, data)
+        running.close()
+        with pytest.raises(ServiceUnavailable, match="this gateway ends"):
+            await running.prepare("a", COMPLETIONS, data)
+        assert not running._forker.pid
 
 
 async def test_clients_take_turns() -> None:
