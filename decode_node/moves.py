@@ -120,11 +120,17 @@ class Moves:
         handover = self._handovers.get((sequence.request_id, sequence.choice))
         return 0 if handover is None else handover.asks
 
+    def is_to_pause(self, sequence: Sequence) -> bool:
+        """Whether a link is open for it, so that it pauses as soon as no step has it."""
+        return any(handover.sequence is sequence for handover in self._links)
+
     def _pause_opened(self) -> None:
         """Between steps: what has a link is paused, and offered as it is now."""
-        links, self._links = self._links, {}
-        for handover, link in links.items():
+        for handover, link in list(self._links.items()):
             sequence = handover.sequence
+            if sequence.in_flight:
+                continue
+            del self._links[handover]
             if not _can_move(handover.attempt, sequence):  # it ended, or was preempted
                 handover.peer = ""
                 continue
@@ -188,8 +194,7 @@ class Moves:
 
     def opened(self, handover: Handover, link: str) -> None:
         self._links[handover] = link
-        if not self._node.engine.scheduler.is_stepping:
-            self._pause_opened()
+        self._pause_opened()
 
     def granted(self, handover: Handover) -> None:
         timer = self._timers.pop(handover, None)

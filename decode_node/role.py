@@ -13,6 +13,7 @@ import time
 from collections.abc import Set as AbstractSet
 
 from common.engine.core.output import StepOutput
+from common.engine.core.sequence import Sequence
 from common.engine.core.step import Chunk, Step
 from common.errors import PdqError
 from common.node.attempt import Attempt
@@ -93,6 +94,9 @@ class DecodeRole:
             node.gateways.stage(attempt.gateway, key, "prefilling", {})
             return
         node.gateways.send(attempt.gateway, TookOver(node.incarnation, *key, attempt.arrived[choice]))
+
+    def may_go_on(self, sequence: Sequence) -> bool:
+        return not self._moves.is_to_pause(sequence)
 
     def step_begins(self, step: Step) -> None:
         for chunk in step.chunks:

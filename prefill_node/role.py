@@ -23,6 +23,7 @@ import time
 from collections.abc import Set as AbstractSet
 
 from common.engine.core.output import StepOutput
+from common.engine.core.sequence import Sequence
 from common.engine.core.step import Chunk, Step
 from common.errors import OutOfBlocks, PdqError, ServiceUnavailable, TransferError
 from common.node.attempt import Attempt
@@ -81,6 +82,10 @@ class PrefillRole:
             handover = Handover(attempt, sequence, len(entry.dispatch.request.token_ids))
             self._handovers[attempt.engine_id, choice] = handover
             node.gateways.stage(attempt.gateway, attempt.key(choice), "prefilling", {})
+
+    def may_go_on(self, sequence: Sequence) -> bool:
+        """One that gets its first token ends here."""
+        return not sequence.pending
 
     def step_begins(self, step: Step) -> None:
         """A prompt whose first chunk begins is offered: the room is asked for meanwhile."""

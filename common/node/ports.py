@@ -13,6 +13,7 @@ from typing import Protocol
 
 from common.engine import Engine
 from common.engine.core.output import StepOutput
+from common.engine.core.sequence import Sequence
 from common.engine.core.step import Chunk, Step
 from common.errors import PdqError
 from common.node.gateways import Gateways
@@ -65,6 +66,11 @@ class NodeRole(Protocol):
 
     def accept(self, entry: Entry) -> None:
         """A claimed attempt. Whatever is wrong with it is told to its gateway, never raised."""
+        ...
+
+    def may_go_on(self, sequence: Sequence) -> bool:
+        """Whether this sequence, which a step under way has, may be in the next one whatever it gets
+        from this one. False for one that this role ends or pauses between two steps."""
         ...
 
     def step_begins(self, step: Step) -> None: ...

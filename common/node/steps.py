@@ -3,6 +3,9 @@
 Owns: when a step is made and of whom, and the conclusion that the engine
 is broken. Which requests are suspected of a failure is suspects.py's.
 
+While a step is computed the next one is planned and submitted (`async_scheduling`), so that the device
+does not wait for the books: shortly before the end, so that what arrives until then is in it.
+
 A step that fails takes nobody with it: its sequences are computed again, from then on each request by
 itself, until one fails alone, which ends with `PoisonedRequest`, or all have passed. After each failure
 the engine computes one token of nobody: if it cannot, or its device says that nothing can be computed
@@ -14,8 +17,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import itertools
 import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Iterable
 from typing import NoReturn
 
@@ -27,11 +32,20 @@ from common.errors import EngineBroken, OutOfBlocks, PoisonedRequest
 from common.logs import get_logger
 from common.node.metrics import NodeMetrics
 from common.node.ports import NodeRole, NodeServices
+from common.node.step_times import StepTimes
 
 log = get_logger("steps")
 
 LOOKS = 10  # within the stall limit, whether a step has ended
 BLOCKED_WAIT_S = 0.005  # until the engine looks again whether a lease has ended
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class _UnderWay:
+    step: Step
+    alone: str  # whose step of its own it is, or ""
+    result: asyncio.Future[StepResult]
+    begun: float = 0.0
 
 
 class Steps:
@@ -46,6 +60,7 @@ class Steps:
         say_alone: Callable[[str], Awaitable[None]],
         room_changed: Callable[[], None],
         metrics: NodeMetrics | None = None,
+        times: StepTimes | None = None,
     ) -> None:
         """`say_alone` announces whose step of its own comes next, "" after it; `room_changed` hears that
         there may be room for another entry."""
@@ -58,50 +73,115 @@ class Steps:
         self._say_alone, self._room_changed = say_alone, room_changed
         self._stall_limit_s = stall_limit_s
         self._work = asyncio.Event()
+        self._under_way: deque[_UnderWay] = deque()  # submitted, the older first; two at most
+        self._not_built: StepNotBuilt | None = None  # a step that was to follow the one under way
+        self._times = times or StepTimes()
 
     def wake(self) -> None:
         self._work.set()
 
     async def run(self) -> None:
         """Until cancelled; `EngineBroken` when the process has to end."""
-        node, engine = self._node, self._engine
         while True:
             self._work.clear()
-            node.links.room_changed()
-            alone, step = await self._plan() if engine.has_work else ("", None)
-            if step is None:
-                self.computing = False
-                await self._announce("")
-                timeout = BLOCKED_WAIT_S if engine.has_work else None
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(timeout):
-                        await self._work.wait()
+            self._node.links.room_changed()
+            if not self._under_way and not await self._begin():
+                await self._idle()
                 continue
-            self.computing = True
-            await self._announce(alone and f"{alone}@{_reached(step, max)[alone]}")
-            self._role.step_begins(step)
-            begun = time.monotonic()
-            try:
-                result = await self._compute(step)
-            except Exception as error:
-                engine.fail(step)
-                await self._failed(alone, step, error)
-                continue
-            seconds = time.monotonic() - begun
-            try:
-                outputs = engine.commit(step, result)
-                self._role.step_ended(step, outputs)
-            except Exception as error:  # what is half taken in cannot be computed again
-                log.error("step.not_taken_in", error=repr(error), alone=alone, exc_info=error)
-                self._end(alone, step, error)
-            if self._metrics is not None:
-                generated = sum(len(output.token_ids) for output in outputs)
-                self._metrics.step_ended(step, seconds, generated, len(result.spoiled))
-            self.suspects.passed(alone, _reached(step, min))
-            for request in self.suspects:
-                if not engine.scheduler.is_open(request):
-                    self.suspects.forget(request)
-            self._room_changed()
+            await self._end_first()
+            if self._not_built is not None:
+                error, self._not_built = self._not_built, None
+                await self._failed("", error.step, error.__cause__ or error)
+
+    async def _begin(self) -> bool:
+        """Submit a step while none is under way; False when there is nothing to compute."""
+        alone, step = await self._plan() if self._engine.has_work else ("", None)
+        if step is None:
+            return False
+        self.computing = True
+        await self._announce(alone and f"{alone}@{_reached(step, max)[alone]}")
+        self._submit(alone, step)
+        return True
+
+    async def _idle(self) -> None:
+        self.computing = False
+        await self._announce("")
+        timeout = BLOCKED_WAIT_S if self._engine.has_work else None
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                await self._work.wait()
+
+    def _submit(self, alone: str, step: Step) -> None:
+        result = asyncio.wrap_future(self._engine.runner.submit(step.input, self._when_filled(step)))
+        self._under_way.append(_UnderWay(step, alone, result))
+        if len(self._under_way) == 1:
+            self._first_begins()
+
+    def _first_begins(self) -> None:
+        first = self._under_way[0]
+        first.begun = time.monotonic()
+        self._role.step_begins(first.step)
+
+    async def _end_first(self) -> None:
+        """See the older of the steps under way to its end; meanwhile the next is planned."""
+        first, engine = self._under_way[0], self._engine
+        try:
+            if len(self._under_way) == 1 and self._may_plan_ahead(first):
+                await asyncio.wait((first.result,), timeout=self._times.until_due(first.step))
+                if not first.result.done():
+                    self._plan_ahead()
+            result = await self._outcome(first.result)
+        except Exception as error:
+            await self._fail_all(first, error)
+            return
+        seconds = time.monotonic() - first.begun
+        self._times.took(first.step, seconds)
+        self._under_way.popleft()
+        try:
+            outputs = engine.commit(first.step, result)
+            self._role.step_ended(first.step, outputs)
+        except Exception as error:  # what is half taken in cannot be computed again
+            log.error("step.not_taken_in", error=repr(error), alone=first.alone, exc_info=error)
+            self._end(first.alone, first.step, error)
+        if self._under_way:
+            self._first_begins()
+        if self._metrics is not None:
+            generated = sum(len(output.token_ids) for output in outputs)
+            self._metrics.step_ended(first.step, seconds, generated, len(result.spoiled))
+        self.suspects.passed(first.alone, _reached(first.step, min))
+        for request in self.suspects:
+            if not engine.scheduler.is_open(request):
+                self.suspects.forget(request)
+        self._room_changed()
+
+    def _may_plan_ahead(self, first: _UnderWay) -> bool:
+        wanted = self._engine.settings.async_scheduling
+        return wanted and not first.alone and self._times.knows(first.step)
+
+    def _plan_ahead(self) -> None:
+        """Submit the step that follows the one under way, of what does not depend on how that ends; none
+        while there are suspects, whose turns do."""
+        if self.suspects:
+            return
+        role = self._role
+        try:
+            step = self._engine.plan(lambda sequence: not sequence.in_flight or role.may_go_on(sequence))
+        except StepNotBuilt as error:
+            self._not_built = error
+            return
+        if step is not None:
+            self._submit("", step)
+
+    async def _fail_all(self, first: _UnderWay, error: Exception) -> None:
+        """The older step failed. A younger one that was submitted is refused by the runner, or is
+        waited for: until then it may write."""
+        _, *younger = self._under_way
+        for one in younger if not self.hangs else ():
+            with contextlib.suppress(Exception):
+                await self._outcome(one.result)
+        self._under_way.clear()
+        self._engine.fail(first.step)
+        await self._failed(first.alone, first.step, error)
 
     async def _announce(self, alone: str) -> None:
         """Whose step of its own is computed from now on, and up to where: a node that is killed while
@@ -128,9 +208,7 @@ class Steps:
             return lambda sequence: sequence.request_id == alone
         return (lambda sequence: sequence.request_id not in suspects) if suspects else None
 
-    async def _compute(self, step: Step) -> StepResult:
-        filled = self._when_filled(step)
-        computing = asyncio.wrap_future(self._engine.runner.submit(step.input, filled))
+    async def _outcome(self, computing: asyncio.Future[StepResult]) -> StepResult:
         for _ in range(LOOKS):  # of a process that was stopped, one look only passes meanwhile
             await asyncio.wait((computing,), timeout=self._stall_limit_s / LOOKS)
             if computing.done():
@@ -199,7 +277,7 @@ class Steps:
         except OutOfBlocks:
             return True  # there is no room to find out: the next steps will tell
         try:
-            await self._compute(step)
+            await self._outcome(asyncio.wrap_future(self._engine.runner.submit(step.input)))
         except Exception as error:
             log.error("probe.failed", error=repr(error))
             return False

@@ -17,6 +17,7 @@ import pytest
 from common.engine import Engine
 from common.engine.core.step import Chunk, Step
 from common.node.peers import Peers
+from common.node.step_times import StepTimes
 from common.node.steps import Steps
 from common.node.suspects import Suspects
 from common.store.queue import Entry
@@ -104,10 +105,15 @@ class ScriptedNode:
         self.alone: list[str] = []  # whose steps of their own were announced, "" between them
         self._records: dict[str, NodeRecord] = {}
 
-    def run_role(self, role: Any, stall_limit_s: float = 60.0) -> None:
+    def run_role(self, role: Any, stall_limit_s: float = 60.0, times: StepTimes | None = None) -> None:
         self.role = role
         self.steps = Steps(
-            self, role, stall_limit_s=stall_limit_s, say_alone=self._say_alone, room_changed=lambda: None
+            self,
+            role,
+            stall_limit_s=stall_limit_s,
+            say_alone=self._say_alone,
+            room_changed=lambda: None,
+            times=times,
         )
 
     async def _say_alone(self, alone: str) -> None:
@@ -173,7 +179,9 @@ class ScriptedNode:
     def done(self, entry: Entry) -> None:
         self.deleted.append(entry)
 
-    def wake(self) -> None: ...
+    def wake(self) -> None:
+        if hasattr(self, "steps"):
+            self.steps.wake()
 
     def decode_nodes(self, *names: str, **fields: Any) -> None:
         """These are all there are, by their records."""

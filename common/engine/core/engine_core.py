@@ -223,8 +223,8 @@ class EngineCore:
         before = self._steps[-1] if self._steps else None
         if before is None:
             self._must_settle = False
-        elif self._must_settle:
-            return None
+        elif self._must_settle or self.proposer is not None or before.has_drafts:
+            return None  # guesses are made from the newest token, and half a batch costs as much as one
         if self.proposer is not None:
             running = self.scheduler.running
             self.proposer.propose([s for s in running if s.is_decoding and not s.in_flight])

@@ -50,6 +50,10 @@ class Step:
         return self.num_generated_tokens + self.num_prompt_tokens
 
     @property
+    def has_drafts(self) -> bool:
+        return any(chunk.num_drafted for chunk in self.chunks)
+
+    @property
     def sampling(self) -> list[Chunk]:
         """The chunks of which tokens are chosen, in the order of their rows."""
         return [chunk for chunk in self.chunks if chunk.samples] + self.forked

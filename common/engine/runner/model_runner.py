@@ -84,6 +84,8 @@ class ModelRunner:
         vocab_size = self.config.vocab_size
         self.sampler = Sampler(vocab_size, num_sampler_slots(settings), device.sampling(vocab_size))
         self._proposer = proposer
+        self._failed = False  # the last step
+        self._spoiled_ids: frozenset[int] = frozenset()  # of the last step
         self._last: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))  # its number, its tokens
         self.facts = EngineFacts(
             fingerprint=Fingerprint(
@@ -114,7 +116,16 @@ class ModelRunner:
         return future
 
     def run(self, step: StepInput, filled: Filled | None = None) -> StepResult:
-        """Copies, forward, logits, sampling."""
+        """Copies, forward, logits, sampling. A step that was planned to follow one that failed is
+        refused: what it would go on from is unknown."""
+        if self._failed and not step.slots.reset:
+            raise RuntimeError("the step before this one failed")
+        self._failed = True
+        result = self._run(step, filled)
+        self._failed = False
+        return result
+
+    def _run(self, step: StepInput, filled: Filled | None) -> StepResult:
         self.backend.enter_thread()
         self.sampler.change(step.slots)
         self.cache.copy_blocks(step.copies)
@@ -162,8 +173,11 @@ class ModelRunner:
         return dataclasses.replace(step, token_ids=tokens)
 
     def _spoiled(self, step: StepInput, batch: Batch, sound: Tensor | None) -> frozenset[int]:
+        """Those that go on from what the step before spoiled, too: its result was not known yet."""
         filled = filled_blocks(step, self.facts.layout.block_size)
-        return spoiled(step, batch, sound) | infinite(filled, self.cache.elements)
+        going_on = self._spoiled_ids.intersection(step.sequence_ids.tolist())
+        self._spoiled_ids = spoiled(step, batch, sound) | infinite(filled, self.cache.elements) | going_on
+        return self._spoiled_ids
 
     def _score_prompts(
         self, step: StepInput, batch: Batch, hidden: Tensor
