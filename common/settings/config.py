@@ -18,7 +18,8 @@ from urllib.parse import parse_qs, urlsplit
 from common.api_keys import check_keys
 from common.errors import ConfigError
 from common.settings import loader as config_loader
-from common.settings.loader import child_environment, describe, parse_bytes, setting
+from common.settings.loader import child_environment, describe, setting
+from common.settings.values import parse_bytes
 
 __all__ = ["child_environment", "describe", "is_loopback", "load"]
 

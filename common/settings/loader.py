@@ -1,6 +1,7 @@
 """How flags, environment and a file become an instance of a settings class (config.py has those).
 
-Owns: the spellings of a setting, precedence and types. Knows no particular setting. Reads `argv`,
+Owns: the names of a setting, and precedence. Knows no particular setting, nor how a value is written
+(values.py). Reads `argv`,
 `environ` and one file, nothing else. Precedence: flag, then environment, then file, then default.
 
 One name in three spellings. The field `max_model_len` of `engine` is `--max-model-len`,
@@ -20,35 +21,22 @@ beside a flag that nobody knows.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
-import json
-import math
+import functools
 import tomllib
-import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from common.errors import ConfigError
 from common.secret_files import require_private
+from common.settings import values
 
 ENVIRONMENT_PREFIX = "PDQ_"
 CONFIG_VARIABLE = "PDQ_CONFIG"
-BYTE_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 T = TypeVar("T")
-
-
-def parse_bytes(text: str) -> int:
-    """`512`, `512k`, `1.5GiB`, `2g` as a number of bytes; `ValueError` for anything else."""
-    lowered = text.strip().lower().removesuffix("b")
-    number = lowered.rstrip("kmgi")
-    size = float(number) * BYTE_UNITS[lowered[len(number) :]] if number else math.nan
-    if not math.isfinite(size):
-        raise ValueError(text)
-    return int(size)
 
 
 def setting(
@@ -103,7 +91,7 @@ class _Leaf:
 
     @property
     def is_switch(self) -> bool:
-        return (_optional(self.annotation) or self.annotation) is bool
+        return (values.optional(self.annotation) or self.annotation) is bool
 
     @property
     def has_flag(self) -> bool:
@@ -130,35 +118,28 @@ class _Leaf:
         return settings
 
     def parse(self, text: str, source: str) -> Any:
-        try:
-            value = _parse(text, self.annotation, self.field.metadata.get("parse"))
-        except (ValueError, KeyError) as error:
-            raise ConfigError(
-                f"{source} must be {_wanted(self.annotation)}{self._shown(text)}", param=source
-            ) from error
-        return self._in_range(value, source)
+        """A value that stands as text in `source`."""
+        parse = self.field.metadata.get("parse")
+        return self._converted(functools.partial(values.parse, parse_item=parse), text, source)
 
     def accept(self, value: Any, source: str) -> Any:
         """A value from the TOML file, which has types already."""
-        parse = self.field.metadata.get("parse")
-        if isinstance(value, str) and parse is not None:
+        if isinstance(value, str) and self.field.metadata.get("parse") is not None:
             return self.parse(value, source)
-        try:
-            checked = _typed(value, self.annotation)
-        except ValueError as error:
-            raise ConfigError(
-                f"{source} must be {_wanted(self.annotation)}{self._shown(value)}", param=source
-            ) from error
-        return self._in_range(checked, source)
+        return self._converted(values.check, value, source)
 
-    def _in_range(self, value: Any, source: str) -> Any:
+    def _converted(self, convert: Callable[[Any, Any], Any], given: Any, source: str) -> Any:
+        try:
+            value = convert(given, self.annotation)
+        except (ValueError, KeyError) as error:
+            shown = "" if self.secret else f", not {given!r}"
+            raise ConfigError(
+                f"{source} must be {values.in_words(self.annotation)}{shown}", param=source
+            ) from error
         least = self.field.metadata.get("at_least")
         if least is not None and value is not None and value < least:
             raise ConfigError(f"{source} must be at least {least}, not {value}", param=source)
         return value
-
-    def _shown(self, value: Any) -> str:
-        return "" if self.secret else f", not {value!r}"
 
 
 def load(
@@ -190,12 +171,12 @@ def load(
     return typing.cast(T, _build(settings_class, found, ()))
 
 
-def from_values(settings_class: type[T], values: Mapping[str, object]) -> T:
+def from_values(settings_class: type[T], given: Mapping[str, object]) -> T:
     """An instance of a class without nested trees, from values by name; `ConfigError` names the
     one that is unknown, of another type, or out of range."""
     leaves = {leaf.path: leaf for leaf in _leaves(settings_class)}
     found: dict[tuple[str, ...], Any] = {}
-    for name, value in values.items():
+    for name, value in given.items():
         if (name,) not in leaves:
             raise ConfigError(f"unknown setting {name}", param=name)
         found[name,] = leaves[name,].accept(value, name)
@@ -205,7 +186,7 @@ def from_values(settings_class: type[T], values: Mapping[str, object]) -> T:
 def describe(settings: Any) -> dict[str, str]:
     """Flag name without dashes → value as text, secrets masked; for logs and `pdq nodes`."""
     return {
-        leaf.flag[2:]: "***" if leaf.secret and leaf.value(settings) else _text(leaf.value(settings))
+        leaf.flag[2:]: "***" if leaf.secret and leaf.value(settings) else values.text_of(leaf.value(settings))
         for leaf in _leaves(type(settings))
     }
 
@@ -222,7 +203,7 @@ def child_environment(settings: Any, environ: Mapping[str, str]) -> dict[str, st
             continue
         if value == "":
             raise ConfigError(f"{leaf.flag} cannot be passed on empty", param=leaf.flag)
-        child[leaf.variable] = _text(value)
+        child[leaf.variable] = values.text_of(value)
     return child
 
 
@@ -258,8 +239,8 @@ class _Parser(argparse.ArgumentParser):
         for leaf in self._settings:
             default = leaf.field.default
             needed = default is dataclasses.MISSING
-            shown = "needed" if needed else f"default: {_text(default) or 'empty'}"
-            flag = f"{leaf.flag} {_metavar(leaf.annotation)}"
+            shown = "needed" if needed else f"default: {values.text_of(default) or 'empty'}"
+            flag = f"{leaf.flag} {values.metavar(leaf.annotation)}"
             if leaf.is_switch:
                 flag = f"{leaf.flag}, --no-{leaf.flag[2:]}"
             if not leaf.has_flag:
@@ -288,8 +269,7 @@ def _read_flags(
     if unknown:
         named = [part.partition("=")[0] for part in unknown if part.startswith("-")]
         parser.error(f"unrecognized arguments: {' '.join(named or unknown)}")
-    values = vars(known)
-    return {k: ",".join(v) if isinstance(v, list) else v for k, v in values.items()}
+    return {k: ",".join(v) if isinstance(v, list) else v for k, v in vars(known).items()}
 
 
 def _read_environment(
@@ -346,115 +326,11 @@ def _from_file(
 
 def _build(settings_class: type[Any], found: Mapping[tuple[str, ...], Any], at: tuple[str, ...]) -> Any:
     hints = typing.get_type_hints(settings_class)
-    values: dict[str, Any] = {}
+    given: dict[str, Any] = {}
     for field in dataclasses.fields(settings_class):
         path = (*at, field.name)
         if dataclasses.is_dataclass(hints[field.name]):
-            values[field.name] = _build(hints[field.name], found, path)
+            given[field.name] = _build(hints[field.name], found, path)
         elif path in found:
-            values[field.name] = found[path]
-    return settings_class(**values)
-
-
-# ── Types ────────────────────────────────────────────────────────────────────────────────────────
-
-_BOOLEANS = {
-    "true": True,
-    "1": True,
-    "yes": True,
-    "on": True,
-    "false": False,
-    "0": False,
-    "no": False,
-    "off": False,
-}
-
-
-def _optional(annotation: Any) -> Any | None:
-    """X of `X | None`, or None."""
-    if typing.get_origin(annotation) in (types.UnionType, typing.Union):
-        (inner,) = (a for a in typing.get_args(annotation) if a is not type(None))
-        return inner
-    return None
-
-
-def _parse(text: str, annotation: Any, parse: Callable[[str], Any] | None) -> Any:
-    if (inner := _optional(annotation)) is not None:
-        return None if text.lower() == "none" else _parse(text, inner, parse)
-    if typing.get_origin(annotation) is tuple:
-        if text.lower() == "none":
-            return ()
-        parts = _items(text)
-        if not parts:  # an empty list is "none"
-            raise ValueError(text)
-        item = typing.get_args(annotation)[0]
-        return tuple(_parse(part, item, parse) for part in parts)
-    if parse is not None:
-        return parse(text)
-    if annotation is bool:
-        return _BOOLEANS[text.lower()]
-    if annotation is float:
-        return _typed(float(text), float)
-    if annotation is int:
-        return int(text)
-    return _typed(text, annotation)
-
-
-def _items(text: str) -> list[str]:
-    """What stands between commas; those inside a JSON object separate nothing."""
-    items = []
-    while text := text.lstrip(" ,"):
-        end = text.find(",") if "," in text else len(text)
-        if text.startswith("{"):
-            with contextlib.suppress(ValueError, RecursionError):
-                end = json.JSONDecoder().raw_decode(text)[1]
-        items.append(text[:end].strip())
-        text = text[end:]
-    return [item for item in items if item]
-
-
-def _typed(value: Any, annotation: Any) -> Any:
-    """`value` if it is of the type, tuples made from lists and floats from ints; `ValueError`."""
-    if (inner := _optional(annotation)) is not None:
-        return None if value in (None, "none") else _typed(value, inner)
-    if typing.get_origin(annotation) is tuple and isinstance(value, (list, tuple)):
-        return tuple(_typed(item, typing.get_args(annotation)[0]) for item in value)
-    if typing.get_origin(annotation) is Literal and value in typing.get_args(annotation):
-        return value
-    if annotation is float and type(value) in (int, float) and math.isfinite(value):
-        return float(value)
-    if annotation in (str, int, bool) and type(value) is annotation:
-        return value
-    raise ValueError(value)
-
-
-def _wanted(annotation: Any) -> str:
-    if (inner := _optional(annotation)) is not None:
-        return f"{_wanted(inner)} or none"
-    if typing.get_origin(annotation) is tuple:
-        return f"a list, each {_wanted(typing.get_args(annotation)[0])}"
-    if typing.get_origin(annotation) is Literal:
-        return "one of " + ", ".join(typing.get_args(annotation))
-    names = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
-    return names[annotation]
-
-
-def _metavar(annotation: Any) -> str:
-    if (inner := _optional(annotation)) is not None:
-        return _metavar(inner)
-    if typing.get_origin(annotation) is tuple:
-        return _metavar(typing.get_args(annotation)[0]) + ",…"
-    if typing.get_origin(annotation) is Literal:
-        return "|".join(typing.get_args(annotation))
-    return {int: "N", float: "X", str: "TEXT"}.get(annotation, "VALUE")
-
-
-def _text(value: Any) -> str:
-    """The spelling that `_parse` reads back."""
-    if value is None or value == ():
-        return "none"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, tuple):
-        return ",".join(map(str, value))
-    return str(value)
+            given[field.name] = found[path]
+    return settings_class(**given)

@@ -22,7 +22,8 @@ from common.settings.config import (
     describe,
     load,
 )
-from common.settings.loader import parse_bytes, setting
+from common.settings.loader import setting
+from common.settings.values import parse_bytes
 
 
 def toml(folder: Path, text: str) -> str:
