@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from bench.transports import HELD, LAYOUT, LINK, OPENERS, SEED, SOURCES, fill, pull
-from common.wire.messages import HandoffKey
+from common.wire.message import HandoffKey
 from kv_transfer.lease import Leases
 from kv_transfer.pool_memory import HostPoolMemory
 from kv_transfer.ports import Piece

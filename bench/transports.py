@@ -28,7 +28,7 @@ from typing import Any
 
 from bench import tls
 from common.kv_layout import KVLayout
-from common.wire.messages import HandoffKey
+from common.wire.message import HandoffKey
 from kv_transfer.lease import Leases
 from kv_transfer.pool_memory import HostPoolMemory, PoolMemory, copy_bytes
 from kv_transfer.ports import Piece, TransferSettings

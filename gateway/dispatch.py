@@ -43,7 +43,8 @@ from common.errors import (
 from common.identity import ModelIdentity
 from common.logs import get_logger
 from common.wire.bus_links import Down
-from common.wire.messages import Cancel, Failed, Message, TokensAck
+from common.wire.message import Message
+from common.wire.messages import Cancel, Failed, TokensAck
 from gateway.holders import Holders
 from gateway.ledger import Ledger
 from gateway.listener import Listener

@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping
 
 from common.errors import NotHeld, ProtocolError
 from common.logs import get_logger
-from common.wire.messages import Cancel, Failed, Message, Stage, TokenRun, Tokens, TokensAck, TookOver
+from common.wire.message import Message
+from common.wire.messages import Cancel, Failed, Stage, TokenRun, Tokens, TokensAck, TookOver
 from gateway.ledger import Ledger
 from gateway.metrics import GatewayMetrics
 from gateway.open_request import Choice, OpenRequest, Update

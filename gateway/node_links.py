@@ -27,7 +27,8 @@ from common.logs import get_logger
 from common.store.registry import NodeRecord, NodeState, Registry, Role, Snapshot
 from common.store.requests import Load, Requests
 from common.wire.bus import Bus, Down, Received
-from common.wire.messages import CacheContent, CacheEvents, CacheQuery, Message
+from common.wire.message import Message
+from common.wire.messages import CacheContent, CacheEvents, CacheQuery
 from gateway.ports import Inbox, NodeLoad, NodeView
 from gateway.prefix_index import CacheEvent, PrefixIndex
 from gateway.strangers import Strangers

@@ -13,7 +13,8 @@ from collections.abc import AsyncGenerator
 from common.errors import Overloaded, PdqError
 from common.kv_layout import Fingerprint
 from common.request import Request
-from common.wire.messages import Dispatch, Message
+from common.wire.message import Message
+from common.wire.messages import Dispatch
 from gateway.streams import ChoiceStream, Token
 
 MAX_BACKLOG = 2**17  # tokens, alternatives among logprobs counted too, that nobody has read

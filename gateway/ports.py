@@ -13,7 +13,8 @@ from typing import Protocol
 
 from common.kv_layout import Fingerprint
 from common.store.requests import Where
-from common.wire.messages import Dispatch, Message, Stage
+from common.wire.message import Message
+from common.wire.messages import Dispatch, Stage
 
 PREFILL, DECODE, UNIFIED = "prefill", "decode", "unified"
 

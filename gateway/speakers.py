@@ -21,7 +21,7 @@ something for us.
 from __future__ import annotations
 
 from common.logs import get_logger
-from common.wire.messages import Message
+from common.wire.message import Message
 from gateway.metrics import GatewayMetrics
 from gateway.open_request import Choice, OpenRequest
 from gateway.ports import NodeDirectory

@@ -13,21 +13,8 @@ import enum
 import heapq
 from collections.abc import Iterable, Sequence
 
-from common.wire.messages import (
-    Abort,
-    Ack,
-    Blocks,
-    Commit,
-    Deny,
-    Grant,
-    HandoffKey,
-    HandoffMessage,
-    Message,
-    Offer,
-    Release,
-    Tail,
-    TokenLogprobs,
-)
+from common.wire.message import HandoffKey, HandoffMessage, Message
+from common.wire.messages import Abort, Ack, Blocks, Commit, Deny, Grant, Offer, Release, Tail, TokenLogprobs
 from kv_transfer.lease import Leases
 from kv_transfer.ports import Effect, Ended, Granted, Outcome, ReadyBlock, Send, Teardown, TransferSettings
 

@@ -15,20 +15,8 @@ import enum
 
 from common.errors import NeverFits, ProtocolError
 from common.kv_layout import Fingerprint
-from common.wire.messages import (
-    Abort,
-    Ack,
-    Blocks,
-    Commit,
-    Deny,
-    Grant,
-    HandoffKey,
-    HandoffMessage,
-    Message,
-    Offer,
-    Release,
-    Tail,
-)
+from common.wire.message import HandoffKey, HandoffMessage, Message
+from common.wire.messages import Abort, Ack, Blocks, Commit, Deny, Grant, Offer, Release, Tail
 from kv_transfer import claims
 from kv_transfer.conversion import Conversion, Placement, SameBlocks
 from kv_transfer.ports import (

@@ -14,7 +14,7 @@ import dataclasses
 import threading
 from collections.abc import Callable, Sequence
 
-from common.wire.messages import HandoffKey
+from common.wire.message import HandoffKey
 from kv_transfer.ports import BlockReferences
 
 

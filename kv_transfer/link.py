@@ -14,7 +14,8 @@ from collections.abc import Set as AbstractSet
 
 from common.errors import LinkLost, PdqError
 from common.kv_layout import Fingerprint
-from common.wire.messages import HandoffKey, HandoffMessage, LinkMessage, Offer, TokenLogprobs
+from common.wire.message import HandoffKey, HandoffMessage, LinkMessage
+from common.wire.messages import Offer, TokenLogprobs
 from kv_transfer import handoff, intake
 from kv_transfer.lease import Leases
 from kv_transfer.link_ends import LinkEnd, LinkEnds, MessageBus, Transports

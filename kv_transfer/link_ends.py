@@ -22,7 +22,8 @@ from typing import Any, Protocol, TypeVar
 from common.errors import LinkLost, PdqError, TransportFailed
 from common.kv_layout import Fingerprint
 from common.logs import get_logger
-from common.wire.messages import Closed, Hello, LinkMessage, Message, Refuse, Welcome
+from common.wire.message import LinkMessage, Message
+from common.wire.messages import Closed, Hello, Refuse, Welcome
 from kv_transfer import handshake
 from kv_transfer.ports import Piece, TransferSettings
 from kv_transfer.threads import Threads

@@ -11,7 +11,8 @@ import enum
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-from common.wire.messages import Commit, HandoffKey, Message, Offer
+from common.wire.message import HandoffKey, Message
+from common.wire.messages import Commit, Offer
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

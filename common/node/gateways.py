@@ -19,7 +19,8 @@ from typing import Protocol
 from common.errors import LinkLost, NotHeld, PdqError
 from common.logs import get_logger
 from common.node.token_stream import ChoiceKey, TokenStream
-from common.wire.messages import Failed, HoldsQuery, Message, Stage, TokensAck, TookOver
+from common.wire.message import Message
+from common.wire.messages import Failed, HoldsQuery, Stage, TokensAck, TookOver
 
 log = get_logger("gateways")
 

@@ -24,7 +24,8 @@ from common.errors import DigestMismatch, LinkLost, MalformedMessage, PdqError, 
 from common.logs import get_logger
 from common.node.attempt import Attempt
 from common.node.ports import NodeServices
-from common.wire.messages import HandoffKey, Offer, TokenLogprobs, TookOver
+from common.wire.message import HandoffKey
+from common.wire.messages import Offer, TokenLogprobs, TookOver
 from kv_transfer.ports import Ended, Granted, Outcome
 
 log = get_logger("handover")

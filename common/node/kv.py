@@ -21,7 +21,8 @@ from common.engine.core.admission import ExpectedPrompt, Room
 from common.engine.core.sequence import Sequence
 from common.engine.core.step import Chunk
 from common.errors import ConfigError, InvalidRequest, NeverFits
-from common.wire.messages import HandoffKey, Offer
+from common.wire.message import HandoffKey
+from common.wire.messages import Offer
 from kv_transfer.cuda_runtime import CudaRuntime
 from kv_transfer.device_memory import DevicePoolMemory
 from kv_transfer.digests import tail_seed

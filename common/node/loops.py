@@ -10,7 +10,8 @@ from common.node.gateways import Gateways
 from common.node.peers import Peers
 from common.node.ports import NodeRole
 from common.wire.bus import Bus, Down
-from common.wire.messages import CacheQuery, Cancel, HandoffMessage, HoldsQuery, LinkMessage, TokensAck
+from common.wire.message import HandoffMessage, LinkMessage
+from common.wire.messages import CacheQuery, Cancel, HoldsQuery, TokensAck
 from kv_transfer.link import Links
 
 SLOW_DEATHS = frozenset({Down.SILENT, Down.STALLED, Down.UNREACHABLE})  # found out by waiting

@@ -44,7 +44,7 @@ from common.logs import get_logger
 from common.settings.config import BusSettings
 from common.wire.bus_links import OVER_LINKS, Down, Link, LinkEvent, LinkTable, Progress
 from common.wire.codec import decode, encode
-from common.wire.messages import Message
+from common.wire.message import Message
 from common.wire.senders import Kinds
 
 __all__ = ["Bus", "Down", "LinkEvent", "Progress", "Received", "new_secret_key"]

@@ -16,7 +16,8 @@ from typing import Any, Protocol
 from common.logs import get_logger
 from common.settings.config import BusSettings
 from common.wire.codec import encode
-from common.wire.messages import Beat, Goodbye, Message, Open, Over
+from common.wire.message import Message
+from common.wire.messages import Beat, Goodbye, Open, Over
 from common.wire.senders import TO_GATEWAYS, TO_NODES, Kinds, is_own_word
 
 log = get_logger("bus")

@@ -19,7 +19,8 @@ from typing import Any
 import msgpack  # type: ignore[import-untyped]
 
 from common.errors import InvalidRequest, MalformedMessage
-from common.wire.messages import MESSAGES, Message
+from common.wire.message import Message
+from common.wire.messages import MESSAGES
 
 VERSION = 2
 _PREFIX = bytes([VERSION])

@@ -26,23 +26,26 @@ late by definition: it is counted and dropped.
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from collections.abc import Mapping
 
 from common.kv_layout import Fingerprint
 from common.request import Request
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Message:
-    """Base; `kind` is the number on the wire, never reused."""
-
-    kind: ClassVar[int]
-
+from common.wire.message import (
+    NUMBERED,
+    GatewayMessage,
+    HandoffMessage,
+    LinkMessage,
+    Message,
+    NodeMessage,
+    PeerMessage,
+    TransportMessage,
+    message,
+)
 
 # ── The request, as it lies in Redis ─────────────────────────────────────────────────────────────
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@message(1)
 class Dispatch(Message):
     """gateway → prefill or unified node, through the node's Redis stream. One attempt of a request.
 
@@ -50,7 +53,6 @@ class Dispatch(Message):
     (`choices` lists which choices this attempt computes). Duplicate: `claim` lets one win.
     """
 
-    kind: ClassVar[int] = 1
     request: Request
     attempt: int
     choices: tuple[int, ...]
@@ -63,19 +65,11 @@ class Dispatch(Message):
 # ── Between two nodes: opening a link ────────────────────────────────────────────────────────────
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class LinkMessage(Message):
-    """Between two nodes, about the link that it names; its number is new at each reconnect."""
-
-    link: str
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
+@message(10)
 class Hello(LinkMessage):
     """handoff side → intake side, first on a new link, which is for one transport. Duplicate:
     answered again, same answer."""
 
-    kind: ClassVar[int] = 10
     node: str  # incarnation
     fingerprint: Fingerprint
     slab_bytes: int
@@ -84,35 +78,31 @@ class Hello(LinkMessage):
     tried: tuple[str, ...]  # why each before it was not taken, for `pdq nodes`
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@message(11)
 class Welcome(LinkMessage):
     """intake → handoff: the link is open, over `transport`. Late: dropped."""
 
-    kind: ClassVar[int] = 11
     node: str
     transport: str
     reason: str  # why this transport and not a faster one, for `pdq nodes`
     credits: int  # prompts that may be offered at once
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@message(12)
 class Refuse(LinkMessage):
     """intake → handoff: not compatible; `field` says which part of the fingerprint differs, or
     "transport": then the next may be tried, on another link."""
 
-    kind: ClassVar[int] = 12
     node: str
     field: str
     mine: str
     yours: str
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@message(13)
 class Closed(LinkMessage):
     """handoff side → intake side, where the connection goes on: nobody waits for this link any more,
     and the intake closes its end, opened or not. Duplicate, unknown: dropped."""
-
-    kind: ClassVar[int] = 13
 
 
 # ── Between two nodes: one handoff ───────────────────────────────────────────────────────────────
@@ -121,31 +111,7 @@ class Closed(LinkMessage):
 # about a handoff it has ended repeats its terminal answer (Deny, Ack, Abort or Release).
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class HandoffKey:
-    """Names one handoff. A new link is a new handoff, even of the same attempt, and so is a new ask:
-    `ask` numbers, from 1, the handoffs in which one node offers a choice of an attempt: one that was
-    refused is asked for again under the next number, which no old answer is about."""
-
-    link: str
-    request: str
-    attempt: int
-    choice: int
-    ask: int = 1
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class HandoffMessage(Message):
-    """Between the two ends of one handoff."""
-
-    key: HandoffKey
-
-    @property
-    def link(self) -> str:
-        return self.key.link
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
+@message(20)
 class Offer(HandoffMessage):
     """handoff → intake: all that is needed to reserve room for one choice of one attempt.
 
@@ -155,7 +121,6 @@ class Offer(HandoffMessage):
     or the terminal answer. Late (after Abort): the terminal answer again, nothing is reserved.
     """
 
-    kind: ClassVar[int] = 20
     request: Request
     block_hashes: tuple[bytes, ...]
     tail_fill: int
@@ -163,7 +128,7 @@ class Offer(HandoffMessage):
     alone: bool = False  # as Dispatch says
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@message(21)
 class Grant(HandoffMessage):
     """intake → handoff: room for the whole prompt is reserved; `missing` are the indexes to announce.
 
@@ -173,19 +138,17 @@ class Grant(HandoffMessage):
     going on (any more): answered with Abort, so that no reservation outlives its sender's memory.
     """
 
-    kind: ClassVar[int] = 21
     missing: tuple[int, ...]
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@message(22)
 class Deny(HandoffMessage):
     """intake → handoff: no, terminally, for this offer; another node is chosen. Duplicate: ignored."""
 
-    kind: ClassVar[int] = 22
     reason: str  # out_of_blocks | overloaded | draining | aborted | never_fits | malformed
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@message(23)
 class Blocks(HandoffMessage):
     """handoff → intake: these blocks are computed, and lie still until a terminal answer.
 
@@ -194,14 +157,13 @@ class Blocks(HandoffMessage):
     digests are switched off. Duplicate: indexes that were announced already are skipped.
     """
 
-    kind: ClassVar[int] = 23
     indexes: tuple[int, ...]
     slots: tuple[int, ...]
     generations: tuple[int, ...]
     digests: tuple[bytes, ...]
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@message(24)
 class Tail(HandoffMessage):
     """handoff → intake: the last, partly filled block; only its first `fill` positions count.
 
@@ -210,7 +172,6 @@ class Tail(HandoffMessage):
     root that both ends know) and `token_ids`.
     """
 
-    kind: ClassVar[int] = 24
     index: int
     parent: bytes
     token_ids: tuple[int, ...]
@@ -221,17 +182,16 @@ class Tail(HandoffMessage):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class TokenLogprobs(Message):
+class TokenLogprobs:
     """Log probabilities of one token: its own, its rank from 1, and the most likely alternatives."""
 
-    kind: ClassVar[int] = 39
     logprob: float
     rank: int
     top_ids: tuple[int, ...]
     top_logprobs: tuple[float, ...]
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@message(25)
 class Commit(HandoffMessage):
     """handoff → intake: all is announced; decode may go on from `first_token`, at `position`: the
     first of a prompt, the last of a sequence that moves.
@@ -241,21 +201,18 @@ class Commit(HandoffMessage):
     with Ack again, even after the sequence has finished.
     """
 
-    kind: ClassVar[int] = 25
     position: int
     first_token: int
     logprobs: TokenLogprobs | None
     blocks: int  # how many indexes the prompt has, tail included: a check
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@message(26)
 class Ack(HandoffMessage):
     """intake → handoff: every block is checked and owned here; the lease ends. Duplicate: ignored."""
 
-    kind: ClassVar[int] = 26
 
-
-@dataclasses.dataclass(frozen=True, slots=True)
+@message(27)
 class Abort(HandoffMessage):
     """either end → the other: this handoff is over.
 
@@ -264,15 +221,12 @@ class Abort(HandoffMessage):
     Ack, Deny or Abort that crossed it): the lease stays until then. Duplicate: answered again.
     """
 
-    kind: ClassVar[int] = 27
     reason: str
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@message(28)
 class Release(HandoffMessage):
     """intake → handoff: the answer to Abort; I touch nothing of it any more. Duplicate: ignored."""
-
-    kind: ClassVar[int] = 28
 
 
 # ── Between two nodes: the bytes, over tcp ───────────────────────────────────────────────────────
@@ -280,16 +234,14 @@ class Release(HandoffMessage):
 # On a socket that belongs to one link and dies with it. shm has no messages: the reader copies.
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Pull(Message):
+@message(60)
+class Pull(TransportMessage):
     """reader → source: send me these slabs. `number` counts pulls of a link, from 0.
 
     Served only with the link's `token` and only for blocks leased to that link. `fill` 0 asks for
     whole slabs, more for that many positions of one tail. A duplicate is served again.
     """
 
-    kind: ClassVar[int] = 60
-    link: str
     token: bytes
     number: int
     slots: tuple[int, ...]
@@ -297,23 +249,19 @@ class Pull(Message):
     fill: int
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Slabs(Message):
+@message(61)
+class Slabs(TransportMessage):
     """source → reader: the slabs of one Pull follow; none, and a code, if it is refused."""
 
-    kind: ClassVar[int] = 61
-    link: str
     number: int
     refused: str  # "" | stale_block | too_many
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Proved(Message):
+@message(62)
+class Proved(TransportMessage):
     """source → reader, when they have left: `unchanged` says that no generation of Pull `number`
     changed until then. Nothing counts as copied before."""
 
-    kind: ClassVar[int] = 62
-    link: str
     number: int
     unchanged: bool
 
@@ -322,13 +270,12 @@ class Proved(Message):
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class TokenRun(Message):
+class TokenRun:
     """Tokens of one choice in one step: `token_ids[i]` is at absolute position `position + i`.
 
     `logprobs` is empty or one entry per token. `finish_reason` is "" while the choice goes on.
     """
 
-    kind: ClassVar[int] = 38
     request: str
     attempt: int
     choice: int
@@ -343,38 +290,32 @@ class TokenRun(Message):
         return self.position + len(self.token_ids)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Tokens(Message):
+@message(30)
+class Tokens(NodeMessage):
     """node → gateway, one message per gateway and step. The gateway orders by position; duplicates
     of a position are dropped (they are equal by construction; a difference is counted as an error).
     Sent again on a new link from the first position that was not acknowledged."""
 
-    kind: ClassVar[int] = 30
-    node: str
     runs: tuple[TokenRun, ...]
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class TookOver(Message):
+@message(31)
+class TookOver(NodeMessage):
     """decode → gateway: from `position` on, tokens come from me; and handoff side → gateway, of the
     node that sent Ack, which may die before it says so itself. Duplicate, or of a lower position
     than the last one: ignored. Tokens before `position` are the former holder's to send."""
 
-    kind: ClassVar[int] = 31
-    node: str
     request: str
     attempt: int
     choice: int
     position: int
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Stage(Message):
+@message(32)
+class Stage(NodeMessage):
     """node → gateway: a request entered `state` here; `durations` are seconds by stage name, from
     this node's monotonic clock. Late: merged into the record, which only moves forward."""
 
-    kind: ClassVar[int] = 32
-    node: str
     request: str
     attempt: int
     choice: int
@@ -383,15 +324,13 @@ class Stage(Message):
     cached_tokens: int  # prompt tokens taken from the prefix cache here
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Failed(Message):
+@message(33)
+class Failed(NodeMessage):
     """node → gateway: this attempt is over here; the gateway decides whether there is another.
 
     `retryable` is false for what would fail anywhere (invalid request).
     """
 
-    kind: ClassVar[int] = 33
-    node: str
     request: str
     attempt: int
     choice: int
@@ -400,27 +339,23 @@ class Failed(Message):
     retryable: bool
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class CacheEvents(Message):
+@message(34)
+class CacheEvents(NodeMessage):
     """node → gateway: what its prefix cache gained and lost since message `number - 1`.
 
     Numbers are consecutive from 1 for each incarnation. Duplicate: dropped; a gap: the gateway
     sends CacheQuery. A wrong idea of a cache costs time, never correctness.
     """
 
-    kind: ClassVar[int] = 34
-    node: str
     number: int
     stored: tuple[bytes, ...]
     evicted: tuple[bytes, ...]
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class CacheContent(Message):
+@message(35)
+class CacheContent(NodeMessage):
     """node → gateway, the answer to CacheQuery: all block hashes cached after events `number`."""
 
-    kind: ClassVar[int] = 35
-    node: str
     number: int
     blocks: tuple[bytes, ...]
 
@@ -428,20 +363,18 @@ class CacheContent(Message):
 # ── Gateway to node ──────────────────────────────────────────────────────────────────────────────
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class TokensAck(Message):
+@message(40)
+class TokensAck(GatewayMessage):
     """gateway → node: for each (request, attempt, choice) all positions below `below` arrived.
 
     Cumulative, so a lost or late one does no harm.
     """
 
-    kind: ClassVar[int] = 40
-    gateway: str
     acks: tuple[tuple[str, int, int, int], ...]  # request, attempt, choice, below
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class HoldsQuery(Message):
+@message(43)
+class HoldsQuery(GatewayMessage):
     """gateway → node: on a new link, when one of two ends, and when a choice has been quiet for long.
 
     For each (request, attempt, choice, below): all positions below `below` have arrived, which
@@ -452,113 +385,63 @@ class HoldsQuery(Message):
     that is no longer the current one, and dropped.
     """
 
-    kind: ClassVar[int] = 43
-    gateway: str
     choices: tuple[tuple[str, int, int, int], ...]
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Cancel(Message):
+@message(41)
+class Cancel(GatewayMessage):
     """gateway → node: free everything of these choices in attempts up to `attempt`. Said again when
     more of them comes. Duplicate, unknown: ignored."""
 
-    kind: ClassVar[int] = 41
-    gateway: str
     request: str
     attempt: int
     reason: str
     choices: tuple[int, ...] = ()  # none named: all
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class CacheQuery(Message):
+@message(42)
+class CacheQuery(GatewayMessage):
     """gateway → node, on a new link and after a gap: what is in your prefix cache?"""
-
-    kind: ClassVar[int] = 42
-    gateway: str
 
 
 # ── On every link ────────────────────────────────────────────────────────────────────────────────
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Beat(Message):
+@message(52)
+class Open(PeerMessage):
+    """who connects → who listens, once, first on a new link, whose id is in the routing id: `node`
+    opens it to `to`. Answered with Beat, or by another incarnation at that address with Over."""
+
+    to: str
+
+
+@message(50)
+class Beat(PeerMessage):
     """everyone → everyone it has a link with, once per beat interval: liveness is progress.
 
     `steps` is the engine's step counter and `busy` whether it has work: an engine that has work
     and does not step is dead though its sockets answer.
     """
 
-    kind: ClassVar[int] = 50
-    node: str
     steps: int
     busy: bool
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Open(Message):
-    """who connects → who listens, once, first on a new link, whose id is in the routing id: `node`
-    opens it to `to`. Answered with Beat, or by another incarnation at that address with Over."""
-
-    kind: ClassVar[int] = 52
-    node: str
-    to: str
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Over(Message):
+@message(53)
+class Over(PeerMessage):
     """either end → the other: this link is over here, and nothing more of it will be read.
 
     Said when an end gives a link up, and again in answer to whatever arrives of a link that is not
     known (any more), but Open. Never answered. Late, duplicate: dropped.
     """
 
-    kind: ClassVar[int] = 53
-    node: str
     reason: str
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Goodbye(Message):
+@message(51)
+class Goodbye(PeerMessage):
     """a node or gateway → its peers: this incarnation ends in order. Missing: link loss says it."""
 
-    kind: ClassVar[int] = 51
-    node: str
 
-
-MESSAGES: dict[int, type[Message]] = {
-    message.kind: message
-    for message in (
-        Dispatch,
-        Hello,
-        Welcome,
-        Refuse,
-        Closed,
-        Offer,
-        Grant,
-        Deny,
-        Blocks,
-        Tail,
-        Commit,
-        Ack,
-        Abort,
-        Release,
-        Pull,
-        Slabs,
-        Proved,
-        Tokens,
-        TookOver,
-        Stage,
-        Failed,
-        CacheEvents,
-        CacheContent,
-        TokensAck,
-        HoldsQuery,
-        Cancel,
-        CacheQuery,
-        Open,
-        Beat,
-        Over,
-        Goodbye,
-    )
-}
+MESSAGES: Mapping[int, type[Message]] = NUMBERED
+"""Every message by its number, in the order of this file."""

@@ -23,7 +23,8 @@ from common.errors import DigestMismatch, InsufficientMemory, LinkLost, Malforme
 from common.kv_layout import KVLayout
 from common.settings.config import is_loopback
 from common.wire.codec import decode, encode
-from common.wire.messages import Message, Proved, Pull, Slabs
+from common.wire.message import Message
+from common.wire.messages import Proved, Pull, Slabs
 from kv_transfer.lease import Leases
 from kv_transfer.pool_memory import PoolMemory
 from kv_transfer.ports import Piece

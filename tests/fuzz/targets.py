@@ -24,6 +24,7 @@ from common.store.client import text
 from common.store.node_record import BEAT, NodeRecord, Role, identity_from, joined
 from common.store.request_record import RequestRecord, record_of
 from common.wire.codec import VERSION, decode, encode
+from common.wire.message import HandoffKey, Message
 from common.wire.messages import (
     MESSAGES,
     Abort,
@@ -32,8 +33,6 @@ from common.wire.messages import (
     Commit,
     Deny,
     Grant,
-    HandoffKey,
-    Message,
     Offer,
     Refuse,
     Release,

@@ -19,7 +19,8 @@ from common.errors import ConfigError, LinkLost, ResourceError
 from common.settings.config import BusSettings
 from common.wire.bus import Bus, Down, LinkEvent, Progress
 from common.wire.codec import decode, encode
-from common.wire.messages import Abort, Beat, Cancel, HandoffKey, Open, Over, Release
+from common.wire.message import HandoffKey
+from common.wire.messages import Abort, Beat, Cancel, Open, Over, Release
 from tests.support.bus_key import bus_settings, lock
 from tests.support.holdings import holdings
 from tests.support.redis import HANGS_S, wait_until

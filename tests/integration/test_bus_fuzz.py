@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 from common.wire.bus import Bus
 from common.wire.codec import encode
-from common.wire.messages import Abort, Beat, Goodbye, HandoffKey, Open, Over
+from common.wire.message import HandoffKey
+from common.wire.messages import Abort, Beat, Goodbye, Open, Over
 from tests.support.bus_key import bus_settings, lock
 from tests.support.redis import HANGS_S
 from tests.unit.test_codec import MESSAGE

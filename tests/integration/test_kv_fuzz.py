@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from common.errors import LinkLost, MalformedMessage, PdqError
 from common.wire.bus import new_secret_key
 from common.wire.codec import decode, encode
-from common.wire.messages import HandoffKey, Proved, Pull, Slabs
+from common.wire.message import HandoffKey
+from common.wire.messages import Proved, Pull, Slabs
 from kv_transfer.device_memory import DevicePoolMemory
 from kv_transfer.lease import Leases
 from kv_transfer.pool_memory import HostPoolMemory, PoolMemory

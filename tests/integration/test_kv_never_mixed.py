@@ -34,7 +34,8 @@ import pytest
 from common.errors import DigestMismatch, LinkLost, StaleBlock
 from common.kv_layout import Fingerprint, KVLayout, chain_hashes, root_hash
 from common.wire.bus import new_secret_key
-from common.wire.messages import HandoffKey, Message, Offer
+from common.wire.message import HandoffKey, Message
+from common.wire.messages import Offer
 from kv_transfer import pool_memory
 from kv_transfer.conversion import Conversion
 from kv_transfer.digests import tail_seed

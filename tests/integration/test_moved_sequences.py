@@ -13,7 +13,8 @@ from common.engine.sampling.records import TokenLogprob
 from common.node.kv import NodeKV, SharedMemory
 from common.sampling import FinishReason
 from common.settings.config import EngineSettings
-from common.wire.messages import HandoffKey, Offer
+from common.wire.message import HandoffKey
+from common.wire.messages import Offer
 from kv_transfer.ports import Piece
 from tests.support.asked import a_request
 from tests.support.checkpoints import STORIES

@@ -32,7 +32,8 @@ import torch
 from common.errors import ConfigError, DigestMismatch, LinkLost, MalformedMessage, StaleBlock
 from common.kv_layout import KVLayout
 from common.wire.bus import new_secret_key
-from common.wire.messages import HandoffKey, Proved, Slabs
+from common.wire.message import HandoffKey
+from common.wire.messages import Proved, Slabs
 from kv_transfer.device_memory import STAGED_BYTES, DevicePoolMemory
 from kv_transfer.digests import slab_digest, tail_seed
 from kv_transfer.lease import Leases

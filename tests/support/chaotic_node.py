@@ -28,8 +28,8 @@ from common.settings.config import NodeSettings, load
 from common.wire.bus import Bus
 from common.wire.bus_setup import with_bus
 from common.wire.codec import decode
-from common.wire.messages import Blocks, Message
-from common.wire.senders import BETWEEN_NODES
+from common.wire.message import HandoffMessage, LinkMessage, Message
+from common.wire.messages import Blocks
 
 LOOK_S = 0.02  # between two looks at what is held
 
@@ -60,14 +60,14 @@ class ChaoticBus(Bus):
 
     def _send(self, link: Any, frame: bytes) -> None:
         message = decode(frame)
-        if isinstance(message, BETWEEN_NODES):
+        if isinstance(message, (LinkMessage, HandoffMessage)):
             frame = self._at(f"send {type(message).__name__}", message, link, frame)
         if frame:
             super()._send(link, frame)
 
     async def receive(self) -> Any:
         received = await super().receive()
-        if isinstance(received.message, BETWEEN_NODES):
+        if isinstance(received.message, (LinkMessage, HandoffMessage)):
             self._at(f"take {type(received.message).__name__}", received.message, None, b"")
         return received
 

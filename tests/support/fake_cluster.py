@@ -19,11 +19,11 @@ from common.kv_layout import Fingerprint
 from common.request import Request
 from common.store.requests import Place, Where
 from common.wire.codec import decode, encode
+from common.wire.message import Message
 from common.wire.messages import (
     Cancel,
     Dispatch,
     Failed,
-    Message,
     Stage,
     TokenLogprobs,
     TokenRun,

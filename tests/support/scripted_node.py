@@ -22,7 +22,8 @@ from common.node.steps import Steps
 from common.node.suspects import Suspects
 from common.store.queue import Entry
 from common.store.registry import NodeRecord, NodeState, Role, Snapshot
-from common.wire.messages import Failed, HandoffKey, Message, Offer, TokenRun
+from common.wire.message import HandoffKey, Message
+from common.wire.messages import Failed, Offer, TokenRun
 from kv_transfer.link import HandoffListener
 from kv_transfer.ports import Ended, Granted, Outcome
 from tests.support.engines import poisoned_engine

@@ -24,17 +24,8 @@ from common.store.reaper import Reaper
 from common.store.records import GROUP
 from common.store.registry import NodeRecord, NodeState, Registry, Role
 from common.store.requests import Load, Requests
-from common.wire.messages import (
-    Cancel,
-    Dispatch,
-    Failed,
-    HoldsQuery,
-    Message,
-    Stage,
-    TokenRun,
-    Tokens,
-    TookOver,
-)
+from common.wire.message import Message
+from common.wire.messages import Cancel, Dispatch, Failed, HoldsQuery, Stage, TokenRun, Tokens, TookOver
 from gateway.dispatch import Dispatcher
 from gateway.metrics import GatewayMetrics
 from gateway.open_request import Work

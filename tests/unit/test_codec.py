@@ -19,7 +19,8 @@ from common.errors import MalformedMessage
 from common.request import Request
 from common.sampling import SamplingParams
 from common.wire.codec import VERSION, decode, encode
-from common.wire.messages import MESSAGES, Dispatch, Message
+from common.wire.message import Message, message
+from common.wire.messages import MESSAGES, Dispatch
 from tests.support.redis import a_dispatch
 
 PROBABILITY = st.floats(0.125, 1.0, width=32)
@@ -234,21 +235,12 @@ def test_another_version_is_refused_by_name() -> None:
         decode(b"\x09\x90")
 
 
-def kinds_below(base: type[Message]) -> dict[str, int]:
-    """By name, since a dataclass with slots leaves behind the class that it was made from."""
-    kinds: dict[str, int] = {}
-    for message in base.__subclasses__():
-        if hasattr(message, "kind"):
-            kinds[message.__name__] = message.kind
-        kinds |= kinds_below(message)
-    return kinds
+def test_no_two_messages_have_one_number() -> None:
+    class Another(Message):
+        """Of nobody."""
 
-
-def test_kinds_are_unique_and_complete() -> None:
-    kinds = kinds_below(Message)
-    assert len(set(kinds.values())) == len(kinds)
-    assert {m.__name__ for m in MESSAGES.values()} <= set(kinds)
-    assert len({m.kind for m in MESSAGES.values()}) == len(MESSAGES)
+    with pytest.raises(AssertionError, match="50 is taken"):
+        message(50)(Another)
 
 
 def test_values_that_sampling_forbids_are_malformed_not_a_crash() -> None:

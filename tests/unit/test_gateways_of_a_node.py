@@ -10,7 +10,8 @@ import pytest
 from common.errors import LinkLost
 from common.node.gateways import LAST_WORDS, Gateways
 from common.node.token_stream import RESENT_AT_ONCE, ChoiceKey
-from common.wire.messages import Failed, HoldsQuery, Message, TokenRun, Tokens, TokensAck, TookOver
+from common.wire.message import Message
+from common.wire.messages import Failed, HoldsQuery, TokenRun, Tokens, TokensAck, TookOver
 
 KEY = ChoiceKey("r1", 1, 0)
 

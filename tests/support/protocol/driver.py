@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from common.wire.messages import HandoffKey, Message
+from common.wire.message import HandoffKey, Message
 from kv_transfer.handoff import Handoff
 from kv_transfer.intake import Intake
 from kv_transfer.lease import Leases

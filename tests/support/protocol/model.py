@@ -12,7 +12,8 @@ from typing import Protocol
 
 from common.kv_layout import Fingerprint, chain_hashes, root_hash
 from common.sampling import SamplingParams
-from common.wire.messages import HandoffKey, Offer
+from common.wire.message import HandoffKey
+from common.wire.messages import Offer
 from kv_transfer.digests import tail_seed
 from kv_transfer.ports import Piece, Reservation
 from tests.support.asked import a_request

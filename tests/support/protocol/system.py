@@ -17,7 +17,8 @@ import dataclasses
 from typing import Any, NamedTuple, cast
 
 from common.kv_layout import Fingerprint
-from common.wire.messages import MESSAGES, Abort, Grant, HandoffKey, Message
+from common.wire.message import HandoffKey, Message
+from common.wire.messages import MESSAGES, Abort, Grant
 from kv_transfer import handoff, intake
 from kv_transfer import lease as lease_module
 from kv_transfer.lease import Lease, Leases

@@ -12,7 +12,7 @@ import heapq
 import random
 from typing import Any
 
-from common.wire.messages import Message
+from common.wire.message import Message
 from kv_transfer.ports import Adopted, Outcome, TransferSettings
 from tests.support.protocol.driver import Driver, Node, Prefill, Running
 from tests.support.protocol.model import BLOCK, Pool, identities, require

@@ -10,7 +10,8 @@ from unittest import mock
 from common.node.gateways import Gateways
 from common.node.token_stream import TokenStream
 from common.wire.bus_links import LinkTable
-from common.wire.messages import Message, Open
+from common.wire.message import Message
+from common.wire.messages import Open
 from gateway.holders import Holders
 from gateway.node_links import NodeLinks
 from gateway.streams import ChoiceStream

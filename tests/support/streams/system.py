@@ -24,15 +24,14 @@ from common.sampling import SamplingParams
 from common.store.registry import NodeRecord, NodeState, Role, Snapshot
 from common.store.requests import Load, Place, Where
 from common.wire.bus_links import Down
+from common.wire.message import HandoffKey, Message
 from common.wire.messages import (
     Ack,
     CacheQuery,
     Cancel,
     Dispatch,
     Failed,
-    HandoffKey,
     HoldsQuery,
-    Message,
     Offer,
     Stage,
     TokenRun,

@@ -23,7 +23,7 @@ from common.settings.config import BusSettings
 from common.wire.bus import Received
 from common.wire.bus_links import Down, Link, LinkEvent, LinkTable
 from common.wire.codec import decode, encode
-from common.wire.messages import Message
+from common.wire.message import Message
 
 SETTINGS = BusSettings()
 SILENCE_S = SETTINGS.missed_beats * SETTINGS.beat_interval_s

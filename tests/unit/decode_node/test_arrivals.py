@@ -12,7 +12,8 @@ from common.kv_layout import chain_hashes, root_hash
 from common.node.kv import NodeKV
 from common.node.token_stream import ChoiceKey
 from common.store.queue import Entry
-from common.wire.messages import Commit, Failed, HandoffKey, Offer, TookOver
+from common.wire.message import HandoffKey
+from common.wire.messages import Commit, Failed, Offer, TookOver
 from decode_node.role import DecodeRole
 from kv_transfer.pool_memory import HostPoolMemory
 from kv_transfer.ports import Adopted, Reservation

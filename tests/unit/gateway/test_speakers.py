@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from common.wire.messages import Cancel, Failed, Message, Stage, TokenRun, Tokens, TookOver
+from common.wire.message import Message
+from common.wire.messages import Cancel, Failed, Stage, TokenRun, Tokens, TookOver
 from gateway.dispatch import Dispatcher
 from gateway.open_request import OpenRequest
 from gateway.ports import DECODE, PREFILL

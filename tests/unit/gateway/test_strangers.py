@@ -11,7 +11,8 @@ import pytest
 from common.store.registry import NodeRecord, Role, Snapshot
 from common.store.requests import Load
 from common.wire.bus import LinkEvent, Received
-from common.wire.messages import Message, Stage
+from common.wire.message import Message
+from common.wire.messages import Stage
 from gateway.node_links import NodeLinks
 from gateway.prefix_index import PrefixIndex
 from gateway.strangers import READINGS, WAITING, WAITING_OF_ONE, Strangers

@@ -17,7 +17,8 @@ import torch
 
 from common.errors import PdqError
 from common.kv_layout import Fingerprint, KVLayout, chain_hashes, root_hash
-from common.wire.messages import Ack, Blocks, Commit, Deny, Grant, HandoffKey, Offer, Tail
+from common.wire.message import HandoffKey
+from common.wire.messages import Ack, Blocks, Commit, Deny, Grant, Offer, Tail
 from kv_transfer.digests import tail_seed
 from kv_transfer.intake import Intake
 from kv_transfer.pool_memory import HostPoolMemory, PoolMemory

@@ -13,6 +13,7 @@ import kv_transfer
 from common.errors import MalformedMessage, NeverFits
 from common.kv_layout import HASHED_AT_ONCE
 from common.wire.codec import decode, encode
+from common.wire.message import HandoffKey, Message
 from common.wire.messages import (
     Abort,
     Ack,
@@ -20,8 +21,6 @@ from common.wire.messages import (
     Commit,
     Deny,
     Grant,
-    HandoffKey,
-    Message,
     Offer,
     Proved,
     Pull,

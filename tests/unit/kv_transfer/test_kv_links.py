@@ -12,7 +12,8 @@ import torch
 
 from common.errors import FingerprintMismatch, LinkLost
 from common.kv_layout import Fingerprint, KVLayout, chain_hashes, root_hash
-from common.wire.messages import HandoffKey, Message, Offer
+from common.wire.message import HandoffKey, Message
+from common.wire.messages import Offer
 from kv_transfer.digests import tail_seed
 from kv_transfer.lease import Leases
 from kv_transfer.link import Links
