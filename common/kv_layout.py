@@ -235,10 +235,3 @@ class HashChain:
         while not self.advance():  # noqa: ASYNC110  (each turn does a piece)
             await asyncio.sleep(0)
         return self.hashes
-
-
-def chain_hashes(root: bytes, token_ids: Sequence[int], block_size: int, prompt_len: int) -> list[bytes]:
-    """`HashChain` at once."""
-    chain = HashChain(root, token_ids, block_size, prompt_len)
-    chain.advance(len(token_ids))
-    return chain.hashes

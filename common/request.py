@@ -25,8 +25,6 @@ class Request:
     params: SamplingParams
     cache_salt: str = ""
     priority: int = 0  # lower goes first
-    deadline_ms: int = 0  # budget from acceptance, 0: none
-    trace: str = ""  # W3C traceparent, "" when absent
     gateway: str = ""  # incarnation of the gateway that holds the client
     gateway_endpoint: str = ""  # where its token socket is bound
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import time
 from collections import Counter
 from collections.abc import Sequence
 
@@ -78,11 +77,7 @@ class Placement:
         Raises `ServiceUnavailable` if there is no node in time, and what the router raises."""
         work = request.work
         asked = dataclasses.replace(
-            work.request,
-            token_ids=token_ids,
-            deadline_ms=self._remaining_ms(request),
-            gateway=self._gateway,
-            gateway_endpoint=self._bus.endpoint,
+            work.request, token_ids=token_ids, gateway=self._gateway, gateway_endpoint=self._bus.endpoint
         )
         question = RouteQuestion(asked, fingerprint=request.fingerprint, avoid=avoid, only=work.node)
         decision = await self._decide(question)
@@ -153,10 +148,6 @@ class Placement:
             raise ServiceUnavailable(
                 f"no node could take the request within {self._limits.placement_timeout_s:g} s: {here}"
             ) from error
-
-    def _remaining_ms(self, request: OpenRequest) -> int:
-        spent = time.monotonic() - request.accepted_at
-        return max(1, int((self._limits.request_timeout_s - spent) * 1000))
 
 
 def _roles(views: Sequence[NodeView]) -> str:

@@ -88,7 +88,6 @@ class Decision:
 
     prefill: NodeView
     decode: NodeView | None
-    weighed: tuple[Weighed, ...]  # every candidate for the first place, cheapest first
     reason: str
 
 
@@ -141,7 +140,7 @@ class LeastLoadedRouter:
             f"{best.waiting} tokens wait, {best.uncached} of {len(question.request.token_ids)} "
             f"not cached, {len(first)} candidates"
         )
-        return Decision(prefill, decode, weighed, reason)
+        return Decision(prefill, decode, reason)
 
     def _weigh(
         self, question: RouteQuestion, nodes: Sequence[NodeView], in_flight: Mapping[str, int]

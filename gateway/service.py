@@ -131,7 +131,6 @@ class Service:
             params=params,
             cache_salt=body.cache_salt,
             priority=body.priority,
-            trace=request.headers.get("traceparent", "")[:128],
         )
         return Work(asked, n=body.n)
 

@@ -50,7 +50,6 @@ def answer(
     openers: Mapping[str, Opener],
     *,
     credits: int,
-    forced: str = "",
     failed: Mapping[str, str] = _NOTHING,
 ) -> tuple[Welcome | Refuse, Reader | None]:
     """The receiving node's answer, with the open reader of the chosen transport. Blocking.
@@ -68,8 +67,6 @@ def answer(
             continue  # its turn may come
         if transport not in openers:
             reasons.append(f"{transport}: this end does not have it")
-        elif forced not in ("", transport):
-            reasons.append(f"{transport}: a setting forces {forced}")
         elif transport in failed and _has_another(hello, openers, failed):
             reasons.append(f"{transport}: it failed before: {failed[transport]}")
         else:
@@ -84,7 +81,7 @@ def answer(
             why = why or f"{transport} is the fastest that both ends have"
             reason = "; ".join(filter(None, (why, reader.remark, converts)))
             return Welcome(hello.link, node, transport, reason, credits), reader
-    return no_transport(hello, node, forced or ",".join(openers), "; ".join(reasons)), None
+    return no_transport(hello, node, ",".join(openers), "; ".join(reasons)), None
 
 
 def _open(opener: Opener, hello: Hello, transport: str, target: Target, converts: bool) -> Reader:

@@ -194,13 +194,11 @@ class LinkEnds:
         return await asyncio.shield(opening)
 
     async def _open(self, peer: str, connection: str) -> str:
-        wanted = self._settings.transport
-        sources = [source for source in self._sources if wanted in ("", source.name)]
         tried: list[str] = []
         refusal: Refuse | None = None
-        for index, source in enumerate(sources):
+        for index, source in enumerate(self._sources):
             end = self._add(secrets.token_hex(8), peer, connection, source)
-            then = [other.name for other in sources[index + 1 :]]
+            then = [other.name for other in self._sources[index + 1 :]]
             try:
                 answer = await self._say_hello(end, source, then, tried)
             except _CannotOpen as failure:
@@ -293,7 +291,6 @@ class LinkEnds:
                 self._target,
                 self._openers,
                 credits=self._settings.credits,
-                forced=self._settings.transport,
                 failed=self._recent_failures(end.peer),
             )
             end.busy = self._threads.open("handshake", answering)

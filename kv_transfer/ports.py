@@ -29,7 +29,6 @@ class TransferSettings:
     copy: float = 60.0  # a copy that takes longer loses its link
     copies: int = 32  # copies at once, over all links
     copies_per_link: int = 2  # copies at once of one link, so that a stopped peer holds up no other
-    transport: str = ""  # "" takes the fastest that both ends can prove; a name forces that one
     digests: bool = True  # generations are always checked
 
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from common.errors import UnsupportedModel
 from common.model_folder.config_fields import check_fields
-from common.model_folder.description import MAX_POSITION_EMBEDDINGS, read_config
+from common.model_folder.description import MAX_POSITION_EMBEDDINGS
 from common.model_folder.reading import integer, number, wrong
 from common.model_folder.rope import RopeConfig, parse_rope
 
@@ -75,12 +74,6 @@ class ModelConfig:
         output = self.num_heads * self.head_dim * self.hidden_size
         mlp = 3 * self.hidden_size * self.intermediate_size
         return self.num_layers * (qkv + output + mlp) + self.vocab_size * self.hidden_size
-
-
-def load_model_config(folder: Path) -> ModelConfig:
-    """Read `config.json` of a checkpoint folder. Raises `CheckpointError` if it is absent or
-    unreadable, and what `parse_model_config` raises."""
-    return parse_model_config(read_config(folder, required=True))
 
 
 def parse_model_config(config: Mapping[str, Any]) -> ModelConfig:

@@ -11,7 +11,7 @@ with names that only it reads.
 Record of a request (hash), readable with `redis-cli hgetall`:
 
     state, attempt                      the least advanced choice; the highest attempt
-    gateway, model, prompt_len, priority, deadline_ms, choices ("0,1"), accepted_at, ended_at
+    gateway, model, prompt_len, priority, choices ("0,1"), accepted_at, ended_at
     pinned                              the one node that may compute it; "": any
     a<attempt>.choices                  which choices this attempt computes
     a<attempt>.node                     in whose stream it lies, or lay

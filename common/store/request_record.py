@@ -51,7 +51,6 @@ class RequestRecord:
     model: str
     prompt_len: int
     priority: int
-    deadline_ms: int
     accepted_at: int
     ended_at: int
     choices: tuple[ChoiceRecord, ...]
@@ -78,7 +77,6 @@ def _record(request: str, fields: Mapping[str, str]) -> RequestRecord:
         model=fields["model"],
         prompt_len=int(fields["prompt_len"]),
         priority=int(fields["priority"]),
-        deadline_ms=int(fields["deadline_ms"]),
         accepted_at=int(fields["accepted_at"]),
         ended_at=int(fields.get("ended_at", 0)),
         choices=tuple(_choice(int(choice), fields) for choice in fields["choices"].split(",")),

@@ -5,7 +5,7 @@ records.py carries `RANK` into Lua.
 
 States belong to one choice of one attempt; what a request as a whole is in, is the least advanced
 state of its choices. `NEXT` says what one writer may write after what. Writes of several writers
-arrive in any order, and twice: `merge` keeps the larger (attempt, rank), which does not depend on
+arrive in any order, and twice: a record keeps the larger (attempt, rank), which does not depend on
 the order. Hence a late write of an older state or attempt changes nothing, and a state that was
 skipped, because its write was lost, is no error.
 """
@@ -69,8 +69,3 @@ NEXT: dict[State, frozenset[State]] = {
 RANK: dict[State, int] = {state: rank for rank, state in enumerate(State)}
 """Larger wins within an attempt. Among ends, success is the truth that cannot be invented: a
 gateway that was taken for dead may still finish what the reaper has marked failed."""
-
-
-def merge(old: tuple[int, State], new: tuple[int, State]) -> tuple[int, State]:
-    """The (attempt, state) of a choice after both writes, in whatever order they came."""
-    return max(old, new, key=lambda write: (write[0], write[1].rank))

@@ -98,7 +98,6 @@ class Requests:
                     "model": request.model.name,
                     "prompt_len": request.prompt_len,
                     "priority": request.priority,
-                    "deadline_ms": request.deadline_ms,
                     "pinned": dispatch.node,
                 },
             )

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from common.errors import LinkLost, MalformedMessage
-from common.kv_layout import Fingerprint, KVLayout, chain_hashes, root_hash
+from common.kv_layout import Fingerprint, KVLayout, root_hash
 from common.sampling import SamplingParams
 from common.store import requests
 from common.store.client import text
@@ -49,6 +49,7 @@ from kv_transfer.transports import same_host
 from kv_transfer.transports.base import Target
 from kv_transfer.transports.shm import ShmReader
 from tests.support.asked import a_request
+from tests.support.hashes import chain_hashes
 
 BLOCK = 4
 LAYOUT = KVLayout.paged_attention(num_layers=2, num_kv_heads=2, head_dim=8, block_size=BLOCK, dtype="float32")

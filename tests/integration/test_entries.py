@@ -15,7 +15,7 @@ import pytest
 
 import common.node.entries
 from common.errors import ServiceUnavailable
-from common.kv_layout import HASHED_AT_ONCE, HashChain, chain_hashes
+from common.kv_layout import HASHED_AT_ONCE, HashChain
 from common.node.entries import Entries
 from common.node.peers import Peers
 from common.settings.config import RedisSettings
@@ -26,6 +26,7 @@ from common.store.requests import Place, Requests, Where
 from common.store.server import EmbeddedRedis
 from common.wire.messages import Dispatch
 from tests.support.fake_cluster import FINGERPRINT
+from tests.support.hashes import chain_hashes
 from tests.support.redis import a_dispatch, redis_client, redis_server, wait_until
 
 __all__ = ["redis_client", "redis_server"]

@@ -32,7 +32,7 @@ import numpy as np
 import pytest
 
 from common.errors import DigestMismatch, LinkLost, StaleBlock
-from common.kv_layout import Fingerprint, KVLayout, chain_hashes, root_hash
+from common.kv_layout import Fingerprint, KVLayout, root_hash
 from common.wire.bus import new_secret_key
 from common.wire.message import HandoffKey, Message
 from common.wire.messages import Offer
@@ -60,6 +60,7 @@ from kv_transfer.transports.shm import ShmReader, ShmSource
 from kv_transfer.transports.tcp import TcpReader, TcpSource
 from kv_transfer.transports.tcp_stream import ReceivingStream
 from tests.support.asked import a_request
+from tests.support.hashes import chain_hashes
 from tests.support.protocol import mutations
 from tests.support.redis import HANGS_S
 

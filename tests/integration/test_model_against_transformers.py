@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from common.engine import Engine, SamplingParams
 from common.errors import ConfigError, UnsupportedModel
 from common.model_files import SHIPPED_DRAFT, SHIPPED_MODEL
-from common.model_folder.model_config import load_model_config
+from common.model_folder.description import read_config
+from common.model_folder.model_config import ModelConfig, parse_model_config
 from tests.support.checkpoints import BABYLLAMA, STORIES, save_random_model, transformers_model
 from tests.support.engines import prompt_logits
 
@@ -202,12 +203,16 @@ SPELLINGS: dict[str, tuple[dict[str, Any], int]] = {  # fields, and the context 
 }
 
 
+def model_config(folder: Path) -> ModelConfig:
+    return parse_model_config(read_config(folder, required=True))
+
+
 @pytest.mark.parametrize("name", SPELLINGS)
 def test_rope_reaches_and_turns_as_its_spelling_says(name: str, tmp_path: Path) -> None:
     fields, context = SPELLINGS[name]
     folder = save_random_model(tmp_path, "llama", 7, **TINY)
     change_config(folder, ["rope_parameters"], **fields)
-    assert load_model_config(folder).rope.positions == context
+    assert model_config(folder).rope.positions == context
     token_ids = np.random.default_rng(1).integers(0, 97, min(context - 1, 600)).tolist()
     assert_same_logits(folder, token_ids, max_num_batched_tokens=64, max_num_seqs=1)
 
@@ -228,7 +233,7 @@ def test_longrope_turns_by_the_set_for_the_positions_that_are_served(
 ) -> None:
     """Each set where transformers uses it: the long one for sequences beyond what was trained."""
     folder = save_random_model(tmp_path, model_type, 7, **TINY, rope_parameters=LONGROPE | more)
-    assert load_model_config(folder).rope.positions == 256
+    assert model_config(folder).rope.positions == 256
     token_ids = np.random.default_rng(1).integers(0, 97, 200).tolist()
     assert_same_logits(folder, token_ids)
     assert_same_logits(folder, token_ids[:63], max_model_len=64)
@@ -273,7 +278,7 @@ def test_a_scaling_without_a_base_has_the_base_of_the_model(tmp_path: Path) -> N
     folder = save_random_model(tmp_path, "qwen3", 7, **TINY)
     scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
     change_config(folder, [], rope_scaling=scaling, rope_parameters={"rope_theta": 1e6})
-    rope = load_model_config(folder).rope
+    rope = model_config(folder).rope
     assert (rope.kind, rope.theta, rope.positions) == ("yarn", 1e6, 256)
 
 
@@ -297,7 +302,7 @@ def test_what_a_config_does_not_say_is_what_transformers_assumes(tmp_path: Path)
     )
     change_config(folder, ["num_key_value_heads", "sliding_window"])
     assert_same_logits(folder, list(range(90)))
-    assert load_model_config(folder).windows == (4096, 4096)
+    assert model_config(folder).windows == (4096, 4096)
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.1])

@@ -15,7 +15,7 @@ from common.settings.config import RedisSettings
 from common.store.client import RedisClient
 from common.store.keys import INSPECT_TTL_S
 from common.store.registry import NodeRecord, Registry, Role
-from common.store.request_state import State, merge
+from common.store.request_state import State
 from common.store.requests import Claim, Load, Place, Requests, Where
 from common.store.server import EmbeddedRedis
 from common.wire.codec import decode
@@ -218,7 +218,7 @@ async def test_writes_in_any_order_converge_and_leave_the_loads_right(
             ranks = now
     for attempt, choices, state in writes:
         for choice in choices:
-            expected[choice] = merge(expected[choice], (attempt, state))
+            expected[choice] = max(expected[choice], (attempt, state), key=lambda w: (w[0], w[1].rank))
     a, b = await requests.get_all(["r-a", "r-b"])
     assert a is not None
     assert b is not None

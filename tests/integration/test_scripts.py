@@ -49,7 +49,7 @@ EXAMPLES: list[tuple[Script[Any], Any]] = [
             tokens=3,
             dispatch=b"\x00\xff",
             claimed_by="",
-            fields={"gateway": "g-1", "model": "tiny", "deadline_ms": 0},
+            fields={"gateway": "g-1", "model": "tiny"},
         ),
         True,
     ),

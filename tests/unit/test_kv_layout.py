@@ -12,16 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common import kv_layout
-from common.kv_layout import (
-    HASHED_AT_ONCE,
-    Fingerprint,
-    HashChain,
-    KVLayout,
-    Mismatch,
-    Segment,
-    chain_hashes,
-    root_hash,
-)
+from common.kv_layout import HASHED_AT_ONCE, Fingerprint, HashChain, KVLayout, Mismatch, Segment, root_hash
+from tests.support.hashes import chain_hashes
 
 LAYOUT = KVLayout.paged_attention(num_layers=24, num_kv_heads=4, head_dim=64, block_size=16, dtype="bfloat16")
 

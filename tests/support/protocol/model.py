@@ -10,13 +10,14 @@ import functools
 from collections.abc import Sequence
 from typing import Protocol
 
-from common.kv_layout import Fingerprint, chain_hashes, root_hash
+from common.kv_layout import Fingerprint, root_hash
 from common.sampling import SamplingParams
 from common.wire.message import HandoffKey
 from common.wire.messages import Offer
 from kv_transfer.digests import tail_seed
 from kv_transfer.ports import Piece, Reservation
 from tests.support.asked import a_request
+from tests.support.hashes import chain_hashes
 
 BLOCK = 2
 FINGERPRINT = Fingerprint("model", "rev", "layout", "numerics", BLOCK)

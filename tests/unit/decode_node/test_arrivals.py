@@ -8,7 +8,7 @@ import pytest
 
 from common.engine import SamplingParams
 from common.errors import NeverFits
-from common.kv_layout import chain_hashes, root_hash
+from common.kv_layout import root_hash
 from common.node.kv import NodeKV
 from common.node.token_stream import ChoiceKey
 from common.store.queue import Entry
@@ -19,6 +19,7 @@ from kv_transfer.pool_memory import HostPoolMemory
 from kv_transfer.ports import Adopted, Reservation
 from tests.support.asked import a_request
 from tests.support.engines import poisoned_engine
+from tests.support.hashes import chain_hashes
 from tests.support.redis import a_dispatch
 from tests.support.scripted_node import ScriptedNode
 

@@ -23,8 +23,8 @@ from common.engine.core.scheduler import Scheduler
 from common.engine.core.sequence import Sequence, SequenceStatus
 from common.engine.core.step import Chunk, Delivery, Step
 from common.errors import ConfigError, ContextLengthExceeded, InvalidRequest, NeverFits
-from common.kv_layout import chain_hashes
 from common.sampling import FinishReason, SamplingParams
+from tests.support.hashes import chain_hashes
 
 STOP = 0
 ROOT = b"root"

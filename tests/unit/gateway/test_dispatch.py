@@ -444,7 +444,6 @@ async def test_a_request_that_takes_too_long_is_aborted(cluster: FakeCluster) ->
     cluster.add("u1").hold_at = 1
     with pytest.raises(RequestAborted):
         await run(connect(cluster, request_timeout_s=0.1))
-    assert cluster.dispatched[0][1].request.deadline_ms in range(1, 101)
 
 
 async def test_nothing_is_dispatched_when_redis_refuses(cluster: FakeCluster) -> None:

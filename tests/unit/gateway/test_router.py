@@ -11,12 +11,13 @@ import pytest
 import common.kv_layout
 from common.errors import ContextLengthExceeded, NeverFits
 from common.identity import ModelIdentity
-from common.kv_layout import HASHED_AT_ONCE, Fingerprint, chain_hashes, root_hash
+from common.kv_layout import HASHED_AT_ONCE, Fingerprint, root_hash
 from common.sampling import SamplingParams
 from gateway.ports import NodeLoad, NodeView
 from gateway.prefix_index import CacheEvent, PrefixIndex
 from gateway.router import Decision, LeastLoadedRouter, RouteQuestion, longest_request, what_lacks
 from tests.support.asked import a_request
+from tests.support.hashes import chain_hashes
 
 PRINT = Fingerprint("m", "r", "layout", "cpu-bf16", 4, tokenizer="t")
 MODEL = ModelIdentity("m", "r", "t")
@@ -186,7 +187,11 @@ def test_the_prefix_of_each_candidate_is_looked_up_in_hashes_of_its_own_size() -
         index.apply(name, CacheEvent(1, stored=tuple(chain[:3])))
     decision = route([node("a"), node("b", fingerprint=other)], index=index)
     assert decision is not None
-    assert {w.incarnation: w.uncached for w in decision.weighed} == {"a": 40 - 12, "b": 40 - 24}
+    assert decision.prefill.incarnation == "b"
+    assert f"{40 - 24} of 40 not cached" in decision.reason
+    decision = route([node("a"), node("b", fingerprint=other, waiting=13)], index=index)
+    assert decision is not None
+    assert f"{40 - 12} of 40 not cached" in decision.reason
 
 
 def decoder(decision: Decision | None) -> str:
@@ -213,7 +218,6 @@ def test_what_can_never_fit_is_refused_at_once() -> None:
 def test_a_decision_explains_itself() -> None:
     decision = route([node("a", waiting=7), node("b", waiting=90)], index=holding("a", blocks=3))
     assert decision is not None
-    assert [(w.incarnation, w.waiting, w.uncached) for w in decision.weighed] == [("a", 7, 28), ("b", 90, 40)]
     assert "7 tokens wait, 28 of 40 not cached" in decision.reason
 
 

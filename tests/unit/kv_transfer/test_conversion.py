@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from common.errors import PdqError
-from common.kv_layout import Fingerprint, KVLayout, chain_hashes, root_hash
+from common.kv_layout import Fingerprint, KVLayout, root_hash
 from common.wire.message import HandoffKey
 from common.wire.messages import Ack, Blocks, Commit, Deny, Grant, Offer, Tail
 from kv_transfer.digests import tail_seed
@@ -38,6 +38,7 @@ from kv_transfer.transports.base import Target
 from kv_transfer.transports.converting import ConvertingReader
 from kv_transfer.transports.shm import ShmReader, ShmSource
 from tests.support.asked import a_request
+from tests.support.hashes import chain_hashes
 
 SIZES = (1, 3, 8, 16, 32, 48, 64)
 POSITIONS = 576  # of either pool: room for two of the longest prompts, and some

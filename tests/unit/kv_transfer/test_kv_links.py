@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from common.errors import FingerprintMismatch, LinkLost
-from common.kv_layout import Fingerprint, KVLayout, chain_hashes, root_hash
+from common.kv_layout import Fingerprint, KVLayout, root_hash
 from common.wire.message import HandoffKey, Message
 from common.wire.messages import Offer
 from kv_transfer.digests import tail_seed
@@ -32,6 +32,7 @@ from kv_transfer.transports.base import Source, Target
 from kv_transfer.transports.shm import ShmReader, ShmSource
 from kv_transfer.transports.tcp import TcpReader, TcpSource
 from tests.support.asked import a_request
+from tests.support.hashes import chain_hashes
 from tests.support.redis import HANGS_S
 
 LAYOUT = KVLayout.paged_attention(num_layers=2, num_kv_heads=2, head_dim=8, block_size=4, dtype="float32")
@@ -148,7 +149,11 @@ class Node:
         self.sent: list[Granted | Ended] = []
         self.received: list[Adopted | Ended] = []
         self.happened = asyncio.Event()
-        sources: list[Source] = [ShmSource(self.memory), TcpSource(self.memory, self.layout, self.leases)]
+        sources: list[Source] = []
+        if transport != "tcp":
+            sources.append(ShmSource(self.memory))
+        if transport != "shm":
+            sources.append(TcpSource(self.memory, self.layout, self.leases))
         self.links = Links(
             Port(wires, name),
             name,
@@ -156,10 +161,10 @@ class Node:
             Target(self.memory, self.layout),
             pool=self.pool,
             leases=self.leases,
-            make_transports=lambda: (sources, dict(OPENERS)),
+            make_transports=lambda: (sources, {source.name: OPENERS[source.name] for source in sources}),
             on_arrival=self.hear(self.received),
             on_intake_ended=self.hear(self.received),
-            settings=dataclasses.replace(settings, transport=transport),
+            settings=settings,
         )
         wires.nodes[name] = self
         self.links.start()

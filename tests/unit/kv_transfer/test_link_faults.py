@@ -30,7 +30,7 @@ foreign_errors = pytest.mark.parametrize("error", FOREIGN)
 
 @contextlib.asynccontextmanager
 async def nodes(*names: str, transport: str = "") -> AsyncIterator[tuple[Node, ...]]:
-    """All of them with shm and tcp; afterwards nothing of them is left."""
+    """All of them with shm and tcp, or the one that is named; afterwards nothing of them is left."""
     before = descriptors()
     wires = Wires()
     made = [Node(wires, name, transport, settings=PATIENT) for name in names]
@@ -210,7 +210,7 @@ async def test_an_end_that_cannot_be_closed_at_once_leaves_nothing(
         prompt.compute(prompt.offer(link), 0, 1)
         await p.until(lambda: p.sent)
         if end == "source":
-            (source,) = [s for s in p.links._ends._sources if s.name == transport]
+            (source,) = p.links._ends._sources
             closed = failing_once(monkeypatch, source, "close_link", error)
         else:
             closed = failing_once(monkeypatch, d.links._ends._ends[link].reader, "close", error)
@@ -255,7 +255,7 @@ async def test_transports_are_opened_and_closed_off_the_event_loop(monkeypatch: 
         monkeypatch.setattr(where, name, note)
 
     async with nodes("p", "d", transport="tcp") as (p, d):
-        source = p.links._ends._sources[1]
+        source = p.links._ends._sources[0]
         for name in ("open_link", "close_link"):
             noted(source, name)
         noted(TcpReader, "_prove_link")
@@ -305,7 +305,7 @@ async def test_a_peer_that_stands_still_holds_up_no_other() -> None:
     """However many prompts it has under way: more than one peer's copies, or all that run at once
     before, would need."""
     async with nodes("slow", "fast", "d", transport="tcp") as (slow, fast, d):
-        with stalled(slow.links._ends._sources[1]) as asked:
+        with stalled(slow.links._ends._sources[0]) as asked:
             link = await slow.links.open("d")
             prompts = [Prompt(slow, f"s{n}", 4) for n in range(4)]
             keys = [prompt.offer(link) for prompt in prompts]
@@ -324,7 +324,7 @@ async def test_a_copy_that_takes_too_long_ends_with_its_link() -> None:
     """However little arrives of it, and whatever it says meanwhile."""
     async with nodes("slow", "d", transport="tcp") as (slow, d):
         d.links._ends._settings = dataclasses.replace(PATIENT, copy=0.05)
-        with stalled(slow.links._ends._sources[1]):
+        with stalled(slow.links._ends._sources[0]):
             link = await slow.links.open("d")
             prompt = Prompt(slow, "s", 4)
             prompt.compute(prompt.offer(link), 0, 1)

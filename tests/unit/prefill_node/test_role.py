@@ -9,12 +9,13 @@ import pytest
 
 import common.engine.core.sequence
 from common.errors import LinkLost
-from common.kv_layout import chain_hashes, root_hash
+from common.kv_layout import root_hash
 from common.store.queue import Entry
 from common.wire.message import HandoffKey
 from common.wire.messages import Failed, TookOver
 from kv_transfer.ports import Ended, Outcome
 from prefill_node import role as prefill
+from tests.support.hashes import chain_hashes
 from tests.support.redis import a_dispatch
 from tests.support.scripted_node import ScriptedNode, ended, key
 
