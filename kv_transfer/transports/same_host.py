@@ -11,7 +11,6 @@ way, with a few bytes of payload. There are two kinds of socket, which differ in
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import hmac
 import os
@@ -20,11 +19,11 @@ import selectors
 import socket
 import struct
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from common.errors import ConfigError, LinkLost, MalformedMessage
+from kv_transfer.transports.callers import Callers
 from kv_transfer.transports.wires import Stop
 
 _NAME_BYTES = 16
@@ -34,7 +33,6 @@ _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 _MAX_PAYLOAD = 256
 _BACKLOG = 64
 _MAX_CALLERS = 64  # that have sent nothing yet; beyond these the oldest is closed
-_LOOK_S = 0.05  # between two looks for a free descriptor
 
 
 class DescriptorServer:
@@ -47,16 +45,15 @@ class DescriptorServer:
         self._name = secrets.token_bytes(_NAME_BYTES // 2).hex().encode()
         self._nonces: dict[bytes, bytes] = {}  # first half → second half
         self._links: dict[str, bytes] = {}
-        self._callers: collections.deque[socket.socket] = collections.deque()  # silent so far
         with contextlib.ExitStack() as made:
-            self._socket = made.enter_context(_listener(self._name, folder))
+            listener = made.enter_context(_listener(self._name, folder))
             if folder:
                 made.callback(_path(folder, self._name).unlink, missing_ok=True)
             self._stop = Stop()
             made.callback(self._stop.close)
             self._selector = made.enter_context(selectors.DefaultSelector())
             self._selector.register(self._stop.fd, selectors.EVENT_READ)
-            self._selector.register(self._socket, selectors.EVENT_READ)
+            self._callers = Callers(listener, self._selector, _MAX_CALLERS)
             self._thread = threading.Thread(target=self._serve, name="kv-source", daemon=True)
             self._thread.start()
             self._made = made.pop_all()
@@ -86,28 +83,10 @@ class DescriptorServer:
                 if self._stop.fd in ready:
                     return
                 for one in ready:
-                    if one is self._socket:
-                        self._accept()
-                    elif one in self._callers:
-                        assert isinstance(one, socket.socket)
-                        self._answer(one)
+                    if (caller := self._callers.heard(one)) is not None:
+                        self._answer(caller)
         finally:
-            for caller in list(self._callers):
-                self._hang_up(caller)
-
-    def _accept(self) -> None:
-        try:
-            caller, _ = self._socket.accept()
-        except BlockingIOError:
-            return
-        except OSError:  # no descriptor is left: the caller goes on waiting, and the listener calls
-            time.sleep(_LOOK_S)
-            return
-        caller.setblocking(False)
-        self._callers.append(caller)
-        self._selector.register(caller, selectors.EVENT_READ)
-        if len(self._callers) > _MAX_CALLERS:
-            self._hang_up(self._callers[0])
+            self._callers.close()
 
     def _answer(self, caller: socket.socket) -> None:
         with contextlib.suppress(OSError):
@@ -115,12 +94,7 @@ class DescriptorServer:
                 second = self._nonces.get(caller.recv(_HALF + 1))
                 if second is not None:
                     socket.send_fds(caller, [second, self._payload], [self._fd])
-        self._hang_up(caller)
-
-    def _hang_up(self, caller: socket.socket) -> None:
-        self._selector.unregister(caller)
-        self._callers.remove(caller)
-        caller.close()
+        self._callers.hang_up(caller)
 
 
 @contextlib.contextmanager

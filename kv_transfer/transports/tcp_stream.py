@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterable, Sequence
 
 from common.errors import LinkLost
+from kv_transfer.transports.callers import Callers
 from kv_transfer.transports.wires import LOOK_S, MAX_PULL_BYTES, STALL_TIMEOUT, Stop
 
 REQUEST_BYTES = 64 << 20
@@ -37,19 +38,18 @@ class SendingStream:
         self._token = token
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         address = ("" if host == "*" else host.strip("[]"), 0)
-        self._callers: collections.deque[socket.socket] = collections.deque()
         self._connection: socket.socket | None = None
         self._heard = bytearray()
         try:
             with contextlib.ExitStack() as made:
-                self._listener = made.enter_context(socket.create_server(address, family=family))
-                self._listener.setblocking(False)
-                self.port: int = self._listener.getsockname()[1]
+                listener = made.enter_context(socket.create_server(address, family=family))
+                listener.setblocking(False)
+                self.port: int = listener.getsockname()[1]
                 self._stop = Stop()
                 made.callback(self._stop.close)
                 self._selector = made.enter_context(selectors.DefaultSelector())
                 self._selector.register(self._stop.fd, selectors.EVENT_READ)
-                self._selector.register(self._listener, selectors.EVENT_READ)
+                self._callers = Callers(listener, self._selector, _MAX_CALLERS)
                 made.pop_all()
         except OSError as error:  # no descriptor, or no such place
             raise LinkLost(f"a link cannot be listened for: {error}") from error
@@ -62,11 +62,8 @@ class SendingStream:
             for one in ready:
                 if one is self._connection:
                     self._read()
-                elif one is self._listener:
-                    self._accept()
-                elif one in self._callers:
-                    assert isinstance(one, socket.socket)
-                    self._answer(one)
+                elif (caller := self._callers.heard(one)) is not None:
+                    self._answer(caller)
         return b"", message
 
     def _next(self) -> bytes | None:
@@ -96,45 +93,19 @@ class SendingStream:
             raise LinkLost("the reader is gone")
         self._heard += heard
 
-    def _accept(self) -> None:
-        try:
-            caller, _ = self._listener.accept()
-        except BlockingIOError:
-            return
-        except OSError:  # no descriptor is left: the caller goes on waiting, and the listener calls
-            time.sleep(LOOK_S)
-            return
-        caller.setblocking(False)
-        self._callers.append(caller)
-        self._selector.register(caller, selectors.EVENT_READ)
-        if len(self._callers) > _MAX_CALLERS:
-            self._hang_up(self._callers[0])
-
     def _answer(self, caller: socket.socket) -> None:
         """Read the token, which must come in one piece, and send it back; or hang up."""
         said = b""
         with contextlib.suppress(OSError):
             said = caller.recv(len(self._token))
         if not hmac.compare_digest(said, self._token):
-            self._hang_up(caller)
+            self._callers.hang_up(caller)
             return
-        self._callers.remove(caller)
+        self._callers.take(caller)
+        self._callers.close()
         self._connection = caller
-        self._hear_nobody_else()
         _wait_in_the_kernel(caller)
         self._send([record(self._token)])
-
-    def _hang_up(self, caller: socket.socket) -> None:
-        self._selector.unregister(caller)
-        self._callers.remove(caller)
-        caller.close()
-
-    def _hear_nobody_else(self) -> None:
-        for caller in list(self._callers):
-            self._hang_up(caller)
-        if self._listener.fileno() >= 0:
-            self._selector.unregister(self._listener)
-            self._listener.close()
 
     def send(self, peer: bytes, message: bytes) -> None:
         self.send_slabs(peer, message, ())
@@ -173,7 +144,7 @@ class SendingStream:
             ending.callback(self._selector.close)
             if self._connection is not None:
                 ending.callback(self._connection.close)
-            self._hear_nobody_else()
+            self._callers.close()
 
 
 class ReceivingStream:
