@@ -151,7 +151,7 @@ def _listen(settings: GatewaySettings) -> socket.socket:
     except OSError as error:
         advice = "is taken; --port names another" if error.errno == errno.EADDRINUSE else f": {error}"
         raise ResourceError(f"port {port} of {host} {advice}", param="port") from error
-    try:  # a name is what the machine makes of it
+    try:  # a host name may resolve to a place beyond loopback
         dataclasses.replace(settings, host=listener.getsockname()[0])
     except ConfigError:
         listener.close()

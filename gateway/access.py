@@ -1,12 +1,12 @@
-"""Who may ask, and in which form: what is looked at before anything of a body is read.
+"""Checks that come before a body is read: who may ask, under which name of this server, in which form.
 
-Owns: API keys, the names that a request may call this server by, and the type of a body. A web page
-that a person opens in a browser of this machine is the stranger that loopback does not keep out:
+Owns: API keys, the names under which this server may be called, and the type of a body. Loopback does not
+keep out a web page that somebody opens in a browser on this machine:
 
     it posts a form or plain text       refused: only JSON is taken, which a page of another
-                                        origin may not send without being asked, nor are we asked
-    it has its own name lead here       refused: where we are on loopback and without keys, a
-    (DNS rebinding)                     request must call us, and come from, a name we know
+                                        origin may not send unless we allow it, and we never do
+    its own name resolves to us         refused: on loopback and without keys, `Host` and `Origin`
+    (DNS rebinding)                     must name this machine or an allowed host
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from gateway.errors import HostNotAllowed, InvalidKey, UnsupportedMediaType
 
 
 class Access:
-    """With `keys`, clients must show one of them. With `hosts`, a request must be for one of these
-    names, or for this machine itself; None: any will do."""
+    """With `keys`, clients must show one of them. With `hosts`, a request must name one of these, or this
+    machine itself; None allows any name."""
 
     def __init__(self, keys: tuple[str, ...] = (), hosts: frozenset[str] | None = None) -> None:
         self._keys = tuple(key.encode() for key in keys)
@@ -32,7 +32,7 @@ class Access:
 
     @classmethod
     def of(cls, settings: GatewaySettings) -> Access:
-        """As the settings want it; reads the file of keys."""
+        """Make it as the settings say. Reads the file of keys."""
         keys = settings.api_keys
         if settings.api_key_file:
             keys += read_keys(Path(settings.api_key_file).expanduser())
@@ -44,20 +44,21 @@ class Access:
     def check_key(self, request: Request) -> None:
         if not self._keys:
             return
-        scheme, key = _shown(request)
+        scheme, key = _credentials(request)
         # Every key is compared, in constant time each.
         matches = [hmac.compare_digest(key, known) for known in self._keys]
         if scheme != "bearer" or not any(matches):
             raise InvalidKey("an API key is needed: Authorization: Bearer KEY")
 
     def client(self, request: Request) -> str:
-        """Who asks, for sharing what is scarce: the key where there are keys, else the address."""
+        """What identifies a client when resources are shared out: its key, or its address where there are no
+        keys."""
         if self._keys:
-            return _shown(request)[1].decode("latin-1")
+            return _credentials(request)[1].decode("latin-1")
         return request.client.host if request.client else ""
 
     def check_host(self, request: Request) -> None:
-        """The name that the client knows us by, and the page that a browser asks for."""
+        """Refuse a request for another host name, or from a page of another one."""
         if self._hosts is None:
             return
         host, origin = request.headers.get("host"), request.headers.get("origin")
@@ -79,8 +80,8 @@ class Access:
 
     @staticmethod
     def check_json(request: Request) -> None:
-        """Whether the body says that it is JSON (`application/json`, or a type that ends in +json),
-        as it is and not compressed."""
+        """Refuse a body that does not say that it is JSON (`application/json`, or a type that ends in
+        +json), or that is compressed."""
         encoding = request.headers.get("content-encoding", "identity").strip().lower()
         if encoding != "identity":
             raise UnsupportedMediaType(
@@ -93,7 +94,7 @@ class Access:
             )
 
 
-def _shown(request: Request) -> tuple[str, bytes]:
-    """The scheme of `Authorization`, and what follows it, as the bytes came."""
+def _credentials(request: Request) -> tuple[str, bytes]:
+    """The scheme of `Authorization` in lower case, and the bytes that follow it."""
     scheme, _, key = request.headers.get("authorization", "").partition(" ")
     return scheme.lower(), key.strip().encode("latin-1")

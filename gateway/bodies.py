@@ -32,7 +32,7 @@ class BodyBudget:
 
     @contextlib.contextmanager
     def share(self, client: str) -> Iterator[Share]:
-        """What one body of `client` holds, given back at the end."""
+        """Yield the share of one body of `client`, and give its bytes back at the end."""
         share = Share(self, client)
         try:
             yield share

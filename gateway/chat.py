@@ -106,7 +106,7 @@ async def _whole(run: _Run) -> Sequence[bytes]:
 
 
 class _ChoiceSoFar:
-    """One choice of an answer that is given at once; what comes in numbers is text already."""
+    """One choice of an answer that is given at once. Its lists are kept as JSON text."""
 
     def __init__(self) -> None:
         self._text: list[str] = []

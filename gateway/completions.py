@@ -34,8 +34,7 @@ MINUS_INFINITY = -9999.0  # how OpenAI writes it: JSON has no infinity
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Echo:
-    """The prompt's text as JSON, which comes before the completion's, and the stream that goes on
-    there."""
+    """A prompt's text as JSON, before the completion's, and the detokenizer that goes on there."""
 
     text: bytes = b""
     stream: Detokenizer | None = None
@@ -135,7 +134,7 @@ async def _whole(run: _Run) -> Sequence[bytes]:
 
 
 class _ChoiceSoFar:
-    """One choice of an answer that is given at once; what comes in numbers is text already."""
+    """One choice of an answer that is given at once. Its lists are kept as JSON text."""
 
     def __init__(self) -> None:
         self._text: list[str] = []
@@ -225,7 +224,7 @@ def usage_body(usage: Usage) -> dict[str, Any]:
 
 
 def usage_of_chunk(options: StreamOptions, usage: Usage) -> dict[str, Any]:
-    """What a chunk says of usage: what was counted so far, or null, or nothing."""
+    """The usage in a chunk: what was counted so far, null, or no such member."""
     if options.continuous_usage_stats:
         return {"usage": usage_body(usage)}
     return {"usage": None} if options.include_usage else {}

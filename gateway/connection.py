@@ -212,9 +212,9 @@ class Connection(H11Protocol):
     # ── What uvicorn calls ───────────────────────────────────────────────────────────────────────
 
     async def _run(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """The application, which is heard no more once the connection is lost. asyncio knows that
-        from the first write that fails, and calls `connection_lost` only in its next turn. Nobody
-        cancels it but the end of the process."""
+        """Run the application, and send nothing of it once the connection is lost. asyncio knows of the loss
+        from the first write that fails, and calls `connection_lost` only in its next turn. Only the end
+        of the process cancels this."""
         cycle = self.cycle
 
         async def send_unless_lost(message: Message) -> None:
@@ -234,7 +234,7 @@ class Connection(H11Protocol):
         self._note_phase()
 
     def _should_upgrade(self) -> bool:
-        return False  # to nothing: a request to upgrade may be ignored, and is not worth a line
+        return False  # a request to upgrade may be ignored, and is not worth a log line
 
     def on_response_complete(self) -> None:
         super().on_response_complete()  # goes on with a request that is here already
@@ -298,7 +298,7 @@ class Connection(H11Protocol):
             self.transport.abort()
             return
         self.transport.write(_response(error))
-        self.transport.write_eof()  # and what the client still sends is read, so that it sees this
+        self.transport.write_eof()  # what the client still sends is read, so that it sees this
 
     def _note_phase(self) -> None:
         if self._phase is Phase.CLOSED:

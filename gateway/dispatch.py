@@ -59,16 +59,16 @@ from gateway.whereabouts import CLAIM_LOST, Whereabouts
 
 log = get_logger("dispatch")
 
-NO_FAULT = frozenset({NotHeld.code, "given_back"})  # of the request: it costs no try
-NO_ROOM = frozenset({"out_of_blocks", "overloaded"})  # nobody failed: it costs time, not a try
+NO_FAULT = frozenset({NotHeld.code, "given_back"})  # no fault of the request: they cost no try
+NO_ROOM = frozenset({"out_of_blocks", "overloaded"})  # nobody failed: they cost time, not a try
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 1.0  # before a request that found no room asks again
-# Ends of a node that a request may be the reason of. One that is only silent may have been stopped, or
-# cut off from us: its requests are suspected, but nobody is found guilty by it.
+# Ends of a node that a request may have caused. A node that is only silent may have been stopped or cut
+# off: its requests are suspected, but none is found guilty by it.
 CRASHES = frozenset({Down.DISCONNECTED, Down.UNREACHABLE, Down.STALLED, "unconnectable"})
 STOPS = frozenset({Down.SILENT})
 STORE_RETRY_S = 0.2  # between two tries to reach Redis for a retry
 ENDS_KEPT = 8  # ends that Redis has not heard of, for each request that may be open
-LAST_WRITES_S = 5.0  # that a gateway waits for Redis when it ends
+LAST_WRITES_S = 5.0  # for which a gateway waits for Redis when it ends
 
 
 class Dispatcher:
@@ -177,8 +177,7 @@ class Dispatcher:
             self._close(request, state, reason, message)
 
     def stop(self, request: OpenRequest, index: int) -> None:
-        """The client wants no more of this choice (a stop string was met): it is freed everywhere,
-        while its siblings go on."""
+        """End one choice, whose stop string was met: every node frees it, while its siblings go on."""
         request.stop(index)
         self._listener.stop(request, index)
 
@@ -197,7 +196,7 @@ class Dispatcher:
         await self._ledger.settle(LAST_WRITES_S)
 
     async def reassert(self) -> None:
-        """Redis has lost its memory: write the open requests again, each where it was."""
+        """Write all open requests again, each where it was, after Redis has lost its content."""
         for request in tuple(self._open.values()):
             for choice in request.choices:
                 sent = request.dispatches.get(choice.stream.attempt)
@@ -215,9 +214,10 @@ class Dispatcher:
         token_ids: tuple[int, ...],
         avoid: frozenset[str],
     ) -> None:
-        """Find a node and write the attempt into its queue; what the node then says is separate.
+        """Find a node and write the attempt into its queue.
 
-        The node holds the choices from before the write on: its death meanwhile is a retry too.
+        The node counts as the holder from before the write, so that its death meanwhile causes a retry
+        too.
         """
         node, dispatch = await self._placement.find(
             request, choices, attempt, token_ids, avoid=avoid, alone=request.id in self._suspicion
@@ -302,8 +302,8 @@ class Dispatcher:
         self.on_nodes_changed()
 
     def on_node_lost(self, node: str, reason: str) -> None:
-        """Retry every choice that this incarnation is known to have held, or had tokens of that
-        nobody else has; and find out where those are that nobody has spoken of."""
+        """Retry every choice that this incarnation is known to hold, or to owe tokens of. Look up those that
+        no node has spoken of yet."""
         lost: list[tuple[OpenRequest, int]] = []
         for request in tuple(self._open.values()):
             for index, choice in enumerate(request.choices):
@@ -320,7 +320,7 @@ class Dispatcher:
         self._placement.nodes_changed()
 
     async def _judge(self, node: str, lost: list[tuple[OpenRequest, int]]) -> None:
-        """A node crashed that had suspects: its record says whether one was alone in the step."""
+        """Handle the crash of a node that had suspects: its record says whether one was alone in the step."""
         attempts = [request.choices[index].stream.attempt for request, index in lost]
         alone = await self._directory.alone(node)
         for (request, index), attempt in zip(lost, attempts, strict=True):
@@ -331,7 +331,7 @@ class Dispatcher:
     def _lose(
         self, request: OpenRequest, index: int, node: str, *, crashed: bool, alone: str | None = None
     ) -> None:
-        """`node` took a choice with it; `alone` as `Suspicion.judge` has it."""
+        """Retry a choice that `node` took with it, or bury its request. `alone`: as in `Suspicion.judge`."""
         choice, name = request.choices[index], request.id
         if crashed and choice.heard and choice.holder == node:
             attempt = choice.stream.attempt
@@ -356,8 +356,8 @@ class Dispatcher:
         self._retry(request, index, "node_lost", node)
 
     def _lose_unheard(self, request: OpenRequest, index: int, cause: str, node: str) -> None:
-        """A choice of which nobody has spoken is nowhere any more. One that `node` had claimed may
-        have been in its last step, before we could hear of it."""
+        """Retry a choice that no node has spoken of and that nobody holds any more. If `node` had claimed
+        it, it may have been in that node's last step."""
         if cause == CLAIM_LOST:
             attempt = request.choices[index].stream.attempt
             self._suspicion.judge(request.id, attempt, None)
@@ -383,7 +383,7 @@ class Dispatcher:
         self._ledger.letter(request.id, lambda: self._store.bury(dispatch, reason))
 
     def _adopt(self, request: OpenRequest, index: int, node: str, claimed: bool) -> None:
-        """`node` has the entry of this choice, and has said nothing of it yet."""
+        """Note that `node` has the entry of this choice, of which it has said nothing yet."""
         choice = request.choices[index]
         attempt = choice.stream.attempt
         choice.holder, choice.heard, choice.stirred_at = node, claimed, time.monotonic()
@@ -408,7 +408,7 @@ class Dispatcher:
             self._speakers.unexplained(request, choice)
 
     def _end(self, request: OpenRequest, state: str, code: str, message: str) -> None:
-        """Have Redis hear of it, however long that takes."""
+        """Have the end written to Redis, however long that takes."""
         name, store = request.id, self._store
         endings = [
             Ending(index, c.stream.attempt, c.stream.finished or "stop", len(c.stream.token_ids))

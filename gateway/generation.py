@@ -29,9 +29,9 @@ class VisibleToken:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TextDelta:
-    """What came of one choice. `tokens` may be ahead of `text`, which waits for whole characters
-    and for what could begin a stop string. `token_ids` are all that were generated: `tokens`, and
-    the one that ended the choice."""
+    """New text and tokens of one choice. `tokens` may be ahead of `text`, which is held back until
+    characters are whole and no stop string can begin in it. `token_ids` are all that were generated:
+    those of `tokens`, and the one that ended the choice."""
 
     choice: int
     text: str
@@ -42,7 +42,7 @@ class TextDelta:
 
 @dataclasses.dataclass(slots=True)
 class Usage:
-    """Of all prompts and choices of one answer; counted up while they run."""
+    """Token counts over all prompts and choices of one answer, updated while they run."""
 
     prompt_tokens: int
     cached_tokens: int = 0
@@ -116,9 +116,9 @@ async def generate(
 ) -> AsyncGenerator[TextDelta, None]:
     """Run `work`; yields deltas of all choices as they come, empty ones left out.
 
-    `echoed` has gone through the prompt, whose text the client gets too: what it holds back of the
-    prompt comes with the text of each choice.
-    To be closed by whoever started it (`contextlib.aclosing`): that is what cancels it.
+    `echoed` is a detokenizer that has gone through the prompt, when the client gets the prompt's text
+    too: what it still holds back comes with the text of each choice. Whoever starts this must close it
+    (`contextlib.aclosing`), which cancels the request.
     """
     params = work.request.params
     ending_ids = frozenset((*tokenizer.model.stop_token_ids, *params.stop_token_ids))

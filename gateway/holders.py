@@ -1,10 +1,10 @@
-"""Whether nodes have what they are believed to have.
+"""Asks nodes whether they still have the choices that they are believed to have.
 
-Owns: the question (`HoldsQuery`), and when it is asked. What a link loses, when it ends, is not known
-to either end; a choice may have a holder that let go of it, or never had it. So a node is asked for
-all that it is believed to hold on each new link, and for what has been quiet for long at any time.
-The answers are ordinary messages: tokens again, `TookOver`, or `Failed`, upon which the choice is
-retried. Knows nothing of choices that no node has spoken of yet: those are in Redis (whereabouts.py).
+Owns: the question (`HoldsQuery`), and when it is asked. Neither end knows what was lost when a link
+ended, and a holder may have let go of a choice, or never have had it. So a node is asked on each new link
+about all that it is believed to hold, and at any time about a choice that has been quiet for long. The
+answers are ordinary messages: tokens again, `TookOver`, or `Failed`, upon which the choice is retried.
+Knows nothing of choices that no node has spoken of yet: Redis knows where those are (whereabouts.py).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from common.wire.messages import HoldsQuery
 from gateway.open_request import Choice, OpenRequest
 from gateway.ports import NodeBus, NodeDirectory
 
-QUIET_S = 5.0  # without a word about a choice: then whoever should have it is asked
+QUIET_S = 5.0  # without a message about a choice: then its holders are asked
 ASKED_AT_ONCE = 512  # choices in one message
 
 Asked = tuple[str, int, int, int]  # request, attempt, choice, below
@@ -34,7 +34,7 @@ class Holders:
         directory: NodeDirectory,
         lost: Callable[[str, str], None],
     ) -> None:
-        """`lost` hears of a holder that there is no link with, and no record of."""
+        """`lost` is called for a holder that has neither a link nor a record."""
         self._gateway = gateway
         self._open = open_requests
         self._bus = bus
@@ -42,11 +42,11 @@ class Holders:
         self._lost = lost
 
     def linked(self, node: str) -> None:
-        """What was on its way to or from this node may be lost: ask for all of it."""
+        """Ask a node for all that is expected of it: messages either way may have been lost."""
         self._ask(node, [asked for name, _, asked in self._expected() if name == node])
 
     def look(self) -> None:
-        """Ask for what has been quiet for long."""
+        """Ask about choices that have been quiet for long."""
         now = time.monotonic()
         quiet: defaultdict[str, list[Asked]] = defaultdict(list)
         for node, choice, asked in self._expected():
@@ -59,7 +59,7 @@ class Holders:
                 self._lost(node, "absent")
 
     def _expected(self) -> Iterator[tuple[str, Choice, Asked]]:
-        """Every node from which something of a choice must still come."""
+        """Yield every node that still owes something of a choice."""
         for name, request in self._open.items():
             for index, choice in enumerate(request.choices):
                 if choice.done or not choice.heard:

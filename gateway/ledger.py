@@ -1,12 +1,12 @@
-"""What Redis must still hear of this gateway's requests, and hears as soon as it can.
+"""What Redis must still be told about this gateway's requests.
 
-Owns: every write about a request that nobody waits for. Each is kept until Redis has taken it, or
-the record it is about has outlived its time. What is kept is bounded, however long Redis is away: of
-an open request the latest of each stage of each choice, of an ended one its end; when the ends are
-too many, no further request is taken. One task writes, a few at a time, oldest first.
+Owns: every write about a request that nobody waits for. Each is kept until Redis has taken it, or until
+the record it is about has expired. However long Redis is away, memory is bounded: it holds the latest of
+each stage of each choice of an open request, and the end of a closed one; when there are too many ends,
+no further request is accepted. One task writes, a few requests at a time, oldest first.
 
-What Redis hears too late for this, an acceptance whose answer was lost, say, is found by the audit:
-what Redis has as open here, and is not, is ended.
+The audit finds what this misses, such as an acceptance that Redis served after the gateway gave it up: it
+ends what Redis lists as open here and is not.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Write = Callable[[], Awaitable[None]]
 
 @dataclasses.dataclass(slots=True)
 class _Unwritten:
-    """Of one request. `stages` by choice and state."""
+    """What is unwritten of one request; `stages` by choice and state."""
 
     since: float
     stages: dict[tuple[int, str], Stage] = dataclasses.field(default_factory=dict)
@@ -43,7 +43,7 @@ class _Unwritten:
     end: Write | None = None
 
     def add(self, stage: Stage) -> None:
-        """Take in what is newer; of the same attempt, the durations and counts of both."""
+        """Keep the newer stage; of two in the same attempt, the durations and counts of both."""
         key = (stage.choice, stage.state)
         old = self.stages.get(key)
         if old is not None and old.attempt > stage.attempt:
@@ -80,24 +80,24 @@ class Ledger:
         self._next_audit = 0.0
 
     def check_room(self) -> None:
-        """Raises `ServiceUnavailable` while so much is unwritten that nothing should be added."""
+        """Raises `ServiceUnavailable` while too many ends are unwritten."""
         if self._num_ends >= self._max_ends:
             raise ServiceUnavailable(
                 f"Redis has not heard of the end of {self._num_ends} requests: no more until it has"
             )
 
     def stage(self, stage: Stage) -> None:
-        """A choice is in this state now."""
+        """Write that a choice is in this state now."""
         self._of(stage.request).add(stage)
         self._write()
 
     def letter(self, request: str, write: Write) -> None:
-        """A choice of the request is to be kept as a dead letter."""
+        """Keep a choice of the request as a dead letter, by `write`."""
         self._of(request).letters.append(write)
         self._write()
 
     def end(self, request: str, end: Write) -> None:
-        """The request is over; `end` writes that, and may be called again. It should hold no more
+        """Write that the request is over. `end` does that; it may be called again, and should hold no more
         than it needs. An end that waits to be written is not replaced."""
         unwritten = self._of(request)
         if unwritten.end is None:
@@ -106,14 +106,13 @@ class Ledger:
         self._write()
 
     def audit(self) -> None:
-        """Look whether Redis has requests as open that are not, if the last look is long ago."""
+        """Look for requests that Redis lists as open and that are not, unless the last look was recent."""
         if time.monotonic() >= self._next_audit and self._audit is None:
             self._next_audit = time.monotonic() + AUDIT_INTERVAL_S
             self._audit = asyncio.create_task(self._look_for_strays(), name="audit")
 
     async def settle(self, limit_s: float) -> None:
-        """Wait until a last audit is done and all is written, not for longer than the limit; nothing is
-        written afterwards."""
+        """Run a last audit and wait until all is written, up to the limit. Nothing is written afterwards."""
         deadline = time.monotonic() + limit_s
         self._next_audit = 0.0
         self.audit()
@@ -163,7 +162,8 @@ class Ledger:
             self.audit()
 
     async def _write_one(self, request: str) -> bool:
-        """Whether all of it was written; what was not goes to the end of the line."""
+        """Write all that there is of a request. False if some of it was refused and goes to the end of the
+        line."""
         unwritten = self._unwritten.pop(request)
         operation = "advance"
         try:

@@ -82,8 +82,8 @@ class Listener:
             self._bus.send(node, TokensAck(self._gateway, tuple(acks)))
 
     def _take(self, node: str, run: TokenRun) -> int | None:
-        """Deliver what is new in a run. The position below which to acknowledge: all of a run that
-        nobody will take, so that the node does not keep it; None while that is open."""
+        """Deliver what is new in a run. Returns the position below which to acknowledge: the end of a run
+        that nobody will take, so that the node does not keep it; None while that is open."""
         request = self._open.get(run.request)
         if request is None or not 0 <= run.choice < len(request.choices):
             if not run.finish_reason:
@@ -131,8 +131,8 @@ class Listener:
         return below
 
     def _acknowledge_others(self, node: str, choice: Choice, run: TokenRun) -> None:
-        """A run that fills a gap delivers what came before it from other nodes, too: a decode
-        node's tokens may be here before the first one, and it may have none left to send."""
+        """Acknowledge to other nodes what this run delivers by filling a gap. A decode node's tokens may
+        arrive before the first one, and the node may have none left to send."""
         below = choice.stream.below
         if run.end > below:
             choice.unacknowledged[node] = max(run.end, choice.unacknowledged.get(node, 0))
@@ -171,10 +171,10 @@ class Listener:
             if choice.heard and choice.holder == message.node:
                 return  # both ends of a handoff say it
             if message.position < choice.held_from:
-                if message.node != choice.holder:  # it owes what comes before the next one's
+                if message.node != choice.holder:  # it owes the tokens before the next holder's
                     choice.owing.setdefault(message.node, choice.held_from)
                     self._hear_again(choice)
-                return  # late: it has moved on since
+                return  # late: the choice has moved on since
             if choice.held_from and choice.holder:
                 self._metrics.moves.inc()
             if choice.holder:
@@ -190,7 +190,7 @@ class Listener:
     def _on_stage(self, message: Stage) -> None:
         request, choice = self._find("Stage", message)
         if request is None or choice is None:
-            if message.state == "prefilling":  # it begins: later ones may come after a good end
+            if message.state == "prefilling":  # it begins; later stages may come after a good end
                 self._stop_unknown(message.node, message.request, message.attempt)
             return
         if not self._speakers.heeds(message.node, request, choice, message.attempt):
@@ -222,13 +222,13 @@ class Listener:
         self._failed(request, message)
 
     def _hold(self, choice: Choice, node: str) -> None:
-        """`node` has the choice now. What it said may have come after the news of its death."""
+        """Make `node` the holder. Its message may have arrived after the news of its death."""
         choice.holder, choice.heard, choice.stirred_at = node, True, time.monotonic()
         if self._directory.lost(node):
             self._lost(node, "gone before what it said arrived")
 
     def _hear_again(self, choice: Choice) -> None:
-        """What was said too early, perhaps by the node that has the choice now."""
+        """Handle the messages that came too early: one may be of the new holder."""
         early, choice.early = choice.early, []
         for node, message in early:
             self.on_message(node, message)
@@ -256,7 +256,7 @@ class Listener:
             self._bus.send(node, Cancel(self._gateway, request.id, attempt, "superseded"))
 
     def _stop_choice(self, node: str, request: OpenRequest, index: int) -> None:
-        """Have a node free a choice that we stopped; all that was asked for ends with the request."""
+        """Have a node free a choice that was stopped, unless the whole request ends anyway."""
         stream = request.choices[index].stream
         if not stream.finished and not request.done:
             name, attempt = request.id, stream.attempt

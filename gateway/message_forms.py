@@ -166,7 +166,7 @@ def _shaped(content: Any, forms: frozenset[Form]) -> Any:
 
 
 def _object_in(text: str) -> Any:
-    """The arguments that a model wrote; as text where they are no JSON object."""
+    """The arguments that a model wrote, as an object; as text where they are no JSON object."""
     try:
         value = json.loads(text) if text.strip() else {}
     except (ValueError, RecursionError):

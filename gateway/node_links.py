@@ -1,8 +1,8 @@
 """The nodes as this gateway sees them: records from the registry, links of its own, and deaths.
 
-Owns: one link to every node there is, the conclusion that an incarnation is dead, and the view of
-all nodes that the router is given. Implements `ports.NodeDirectory` and `ports.NodeBus`; what comes
-in goes to `ports.Inbox`. Knows nothing of requests.
+Owns: one link to every node, the conclusion that an incarnation is dead, and the router's view of all
+nodes. Implements `ports.NodeDirectory` and `ports.NodeBus`; passes messages and news to `ports.Inbox`.
+Knows nothing of requests.
 
     record appears ──▶ connect ──▶ link up: a candidate; asked what it has of ours
                           ▲            │ disconnected, or given up by the node: once more, at once
@@ -10,8 +10,8 @@ in goes to `ports.Inbox`. Knows nothing of requests.
                                        ▼ unreachable, silent, stalled, goodbye, …
                                      lost: on_node_lost; connected again only after a new beat
 
-A record alone proves nothing and a missing one neither: only a link makes a candidate, and only
-the loss of a link makes a death. A wrong conclusion costs one retry.
+A record alone proves nothing and a missing one neither: only a link makes a candidate, and only the loss
+of a link makes a death. A wrong conclusion costs one retry.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ SECOND_TRY_S = 0.5  # between two such tries
 
 
 class NodeLinks:
-    """Give it an `inbox`, then `run` it. All methods belong to the event loop's thread."""
+    """Set `inbox`, then call `run`. All methods belong to the event loop's thread."""
 
     def __init__(self, bus: Bus, registry: Registry, requests: Requests, index: PrefixIndex) -> None:
         self.inbox: Inbox
@@ -94,13 +94,13 @@ class NodeLinks:
 
     @property
     def num_unheard(self) -> int:
-        """Messages of peers that the registry did not name."""
+        """Dropped messages of peers that the registry did not name in time."""
         return self._strangers.dropped
 
     # ── Loops ────────────────────────────────────────────────────────────────────────────────────
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Run until cancelled."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._watch_registry())
             group.create_task(self._watch_links())
@@ -122,7 +122,7 @@ class NodeLinks:
                 self._loads = await self._requests.loads(list(self._records))
                 await self._assert_again(snapshot)
             except ServiceUnavailable as error:
-                log.warning("nodes.unreachable", error=error)  # the last loads will do
+                log.warning("nodes.unreachable", error=error)  # the last loads are good enough
             for record in records:
                 self._link(record)
             self.inbox.on_nodes_changed()
@@ -176,10 +176,10 @@ class NodeLinks:
             self._lose(record.incarnation, "unconnectable")
 
     def _link_ended(self, node: str, reason: Down | None) -> None:
-        """No link is up. One that says nothing of the node's death is opened once more, at once, and
-        then the node is asked; anything else is a death."""
+        """Handle the end of the last link with a node. If the end does not prove a death, open a link once
+        more, at once, on which the node is asked; otherwise the node is lost."""
         if self._bus.link(node) is not None:
-            return  # one is being opened: what becomes of that decides
+            return  # another is being opened, whose outcome decides
         record, now = self._records.get(node), time.monotonic()
         again = reason in NODE_LIVES and now - self._second_try.get(node, -inf) >= SECOND_TRY_S
         if again and record is not None and record.endpoint:
@@ -198,24 +198,26 @@ class NodeLinks:
         self.inbox.on_node_lost(node, reason)
 
     def _meet(self) -> None:
-        """Who has a record is a node, for as long as it has one or a link: Redis may forget."""
+        """Count as nodes those with a record, and those that had one and still have a link: Redis may
+        forget."""
         linked = {name for name in self._met if self._bus.link(name) is not None}
         self._met = linked | self._records.keys()
         admitted = self._strangers.read(self._met.__contains__)
         for received in admitted:
             self._take(received)
         for peer in {received.peer for received in admitted}:
-            self.inbox.on_node_linked(peer)  # there was not room for all that it said
+            self.inbox.on_node_linked(peer)  # some of its messages may have been dropped
 
     def _forget_old_deaths(self) -> None:
-        """An incarnation whose record is gone stays lost while anybody could still name it: the
-        dead are few, and names are never reused, so the latest thousand will do."""
+        """Forget all but the latest thousand deaths. Names are never reused, and nobody speaks of older ones
+        any more."""
         for name in list(self._lost)[:-1000]:
             if name not in self._records:
                 del self._lost[name]
 
     async def _assert_again(self, snapshot: Snapshot) -> None:
-        """When Redis has lost its content: once for each loss, repeated if it did not succeed."""
+        """Write the open requests again after Redis has lost its content: once per loss, repeated until it
+        succeeds."""
         if self._generation not in ("", snapshot.generation) and self.on_redis_lost is not None:
             log.warning("redis.lost_content", generation=snapshot.generation)
             await self.on_redis_lost()
@@ -232,9 +234,5 @@ def _view(record: NodeRecord, linked: bool, load: Load | None) -> NodeView:
         total_blocks=record.num_blocks,
         healthy=linked and record.state in (NodeState.READY, NodeState.DRAINING),
         draining=record.state is NodeState.DRAINING,
-        load=NodeLoad(
-            waiting_tokens=load.prompt_tokens if load is not None else 0,
-            running=record.running,
-            free_blocks=record.free_blocks,
-        ),
+        load=NodeLoad(waiting_tokens=load.prompt_tokens if load is not None else 0, running=record.running),
     )

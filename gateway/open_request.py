@@ -1,7 +1,7 @@
 """One accepted request while it is open: its choices, where they are, and what its client reads.
 
-Owns: the state that the dispatcher moves (dispatch.py) and the queue of updates that the HTTP side
-takes from. No I/O and no decisions.
+Owns: the state that dispatch.py and listener.py change, and the queue of updates that the HTTP side
+reads. Does no I/O and decides nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from common.wire.message import Message
 from common.wire.messages import Dispatch
 from gateway.streams import ChoiceStream, Token
 
-MAX_BACKLOG = 2**17  # tokens, alternatives among logprobs counted too, that nobody has read
+MAX_BACKLOG = 2**17  # unread tokens, alternatives among logprobs counted too
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -26,8 +26,8 @@ class Work:
 
     request: Request  # its tokens are the prompt
     n: int = 1
-    suspected: bool = False  # of what nodes die of
-    node: str = ""  # the incarnation that shall compute it
+    suspected: bool = False  # of crashing nodes
+    node: str = ""  # the incarnation that must compute it; "": any
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class Choice:
     unacknowledged: dict[str, int] = dataclasses.field(default_factory=dict)
     """Nodes whose tokens wait behind a gap: the position below which all of them have arrived."""
     early: list[tuple[str, Message]] = dataclasses.field(default_factory=list)
-    """What nodes said that nobody has said yet to have it: who, what."""
+    """Messages, with their senders, of nodes that are not known to have the choice yet."""
     refusals: int = 0  # times that no node had room; up to 10
     done: bool = False  # finished, or stopped by us
     last_arrival: float = 0.0
@@ -80,7 +80,7 @@ class OpenRequest:
         self.dispatches: dict[int, tuple[str, Dispatch]] = {}  # by attempt: where, what
         self.uncomputed: dict[int, tuple[str, int]] = {}  # by attempt: node and prompt tokens there
         self.involved: set[str] = set()  # incarnations that may hold something of it
-        self.refused: set[str] = set()  # that spoke of it, and were not heeded
+        self.refused: set[str] = set()  # incarnations whose messages about it were refused
         self.choices = [
             Choice(ChoiceStream(len(work.request.token_ids), work.request.params.max_tokens))
             for _ in range(work.n)
@@ -98,7 +98,7 @@ class OpenRequest:
         return all(choice.done for choice in self.choices)
 
     def publish(self, update: Update) -> None:
-        """For the client to take; one that falls too far behind loses its request."""
+        """Queue an update for the client. A client that falls too far behind loses its request."""
         self._backlog += _weight(update)
         self._updates.put_nowait(update)
         if self._backlog > MAX_BACKLOG:
@@ -110,11 +110,11 @@ class OpenRequest:
             self._updates.put_nowait(error)
 
     def stop(self, choice: int) -> None:
-        """The client wants no more of this choice. For the dispatcher, which tells the nodes."""
+        """Mark a choice that the client wants no more of. The dispatcher calls this and tells the nodes."""
         self.choices[choice].done = True
 
     async def updates(self) -> AsyncGenerator[Update, None]:
-        """Until every choice is done; raises what the request failed with."""
+        """Yield updates until every choice is done. Raises the error that the request failed with."""
         while not (self.done and self._updates.empty()):
             item = await self._updates.get()
             if isinstance(item, PdqError):

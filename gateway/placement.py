@@ -1,8 +1,7 @@
-"""Where an attempt goes, and what is said about it there.
+"""Where an attempt goes, and the message that the node reads.
 
-Owns: the wait for a node that could take it, the message that a node reads, and the prompt tokens that
-are on their way to nodes since their loads were read. Knows nothing of retries, nor of what becomes
-of the attempt.
+Owns: the wait for a node that can take the attempt, its Dispatch, and the count of prompt tokens that
+were sent to nodes since their loads were read. Knows nothing of retries or of the attempt's outcome.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ class Limits:
 
 
 class Placement:
-    """Of one gateway. All methods run on one event loop."""
+    """All methods run on one event loop."""
 
     def __init__(
         self, gateway: str, bus: NodeBus, directory: NodeDirectory, router: Router, limits: Limits
@@ -49,8 +48,6 @@ class Placement:
         # Prompt tokens by node: sent, less those computed, since loads were read; may be negative.
         self._in_flight: Counter[str] = Counter()
         self._nodes_changed = asyncio.Event()
-
-    # What there is.
 
     def ready(self, model: ModelIdentity) -> str | None:
         """None when a request for this model could be placed now, else what is missing."""
@@ -73,8 +70,8 @@ class Placement:
         avoid: frozenset[str],
         alone: bool,
     ) -> tuple[str, Dispatch]:
-        """The node that is to read the attempt, and what it is to read; the request notes both.
-        Raises `ServiceUnavailable` if there is no node in time, and what the router raises."""
+        """Choose a node for the attempt and make its Dispatch; the request notes both. Raises
+        `ServiceUnavailable` if no node comes in time, and what the router raises."""
         work = request.work
         asked = dataclasses.replace(
             work.request, token_ids=token_ids, gateway=self._gateway, gateway_endpoint=self._bus.endpoint
@@ -100,7 +97,7 @@ class Placement:
         return node, dispatch
 
     def moved(self, request: OpenRequest, attempt: int, node: str) -> None:
-        """The attempt lies at this node now."""
+        """Note that the attempt's queue entry lies at this node now."""
         request.involved.add(node)
         _, dispatch = request.dispatches[attempt]
         request.dispatches[attempt] = (node, dispatch)
@@ -112,23 +109,23 @@ class Placement:
             request.uncomputed[attempt] = (node, prompt_tokens)
 
     def computed(self, request: OpenRequest, attempt: int) -> None:
-        """The attempt's prompt is computed: its first token is here."""
+        """Note that the attempt's prompt is computed, since a token has arrived."""
         counted = request.uncomputed.pop(attempt, None)
         if counted is not None:
             node, prompt_tokens = counted
             self._in_flight[node] -= prompt_tokens
 
     def loads_read(self) -> None:
-        """The nodes' loads were just read: they hold what was on its way."""
+        """Forget what was on its way: the nodes' loads were just read, and include it."""
         self._in_flight.clear()
         self._nodes_changed.set()
 
     def nodes_changed(self) -> None:
-        """Look again for those that wait for a node."""
+        """Have whoever waits for a node look again."""
         self._nodes_changed.set()
 
     async def _decide(self, question: RouteQuestion) -> Decision:
-        """A place, waiting for a node to come if there is none; never longer than the limit."""
+        """Ask the router, and wait for a node to come if there is none, up to the limit."""
         try:
             async with asyncio.timeout(self._limits.placement_timeout_s):
                 while True:

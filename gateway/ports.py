@@ -1,8 +1,8 @@
 """What the gateway needs from the world, as four small protocols and the values they exchange.
 
 Owns: the shape of the seams to Redis (`RequestStore`), to the nodes' sockets (`NodeBus`) and to the
-registry of nodes (`NodeDirectory`), and `Inbox`, the gateway's own side that they call. Knows
-nothing of how any of them works, so that a test can stand in for all three with one fake node.
+registry of nodes (`NodeDirectory`), and `Inbox`, the gateway's own side that they call. Knows nothing of
+how any of them works, so that a test can replace all three by one fake node.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ class NodeLoad:
 
     waiting_tokens: int = 0  # prompt tokens queued or being computed
     running: int = 0  # sequences that decode
-    free_blocks: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -80,27 +79,27 @@ class RequestStore(Protocol):
     """
 
     async def accept(self, node: str, dispatch: Dispatch, *, claimed_by: str = "") -> None:
-        """Record and queue entry in one atomic write. With `claimed_by`, the record only: that
+        """Write record and queue entry, atomically. With `claimed_by`, write only the record: that
         incarnation works on it already, and Redis has forgotten."""
 
     async def locate(self, choices: Sequence[tuple[str, int, int]]) -> Sequence[Where]:
-        """For each (request, attempt, choice): who has it."""
+        """Say for each (request, attempt, choice) who has it."""
 
     async def advance(self, stage: Stage) -> None:
         """Merge what a node said about a choice into the record."""
 
     async def finish(self, request: str, endings: Sequence[Ending]) -> None:
-        """All choices have ended as the client asked."""
+        """Record that all choices have ended as the client asked."""
 
     async def bury(self, dispatch: Dispatch, reason: str) -> None:
-        """A dead letter: what was asked of a node that failed by it, for a person to look at."""
+        """Keep a dispatch that nodes failed by as a dead letter, for a person to look at."""
 
     async def open_requests(self, gateway: str) -> set[str]:
-        """What Redis believes that this gateway has to answer."""
+        """The requests that Redis lists as open at this gateway."""
 
     async def end(self, request: str, state: str, code: str, message: str) -> None:
-        """`failed` or `cancelled`: every choice that has not ended, in whatever attempt it is.
-        An entry that nobody has read is not computed any more."""
+        """Record `failed` or `cancelled` for every choice that has not ended, in whatever attempt it is. An
+        entry that nobody has read is not computed any more."""
 
 
 class NodeBus(Protocol):
@@ -121,7 +120,7 @@ class Inbox(Protocol):
     def on_message(self, node: str, message: Message) -> None: ...
 
     def on_node_linked(self, node: str) -> None:
-        """A link with it came up, or one ended beside another: what was on its way may be lost."""
+        """A link with the node came up, or one ended beside another: messages on their way may be lost."""
 
     def on_node_lost(self, node: str, reason: str) -> None:
         """This incarnation is dead: link lost, beat without progress, or said goodbye."""

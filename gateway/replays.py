@@ -1,8 +1,8 @@
-"""Dead letters that a person wants computed once more.
+"""Computes dead letters once more that a person has put back into the queue.
 
-Owns: taking them from Redis, one at a time, and being their client. Each is an ordinary request from
-then on, under the new id that `pdq queue requeue` gave it, but suspected from the start: it is computed
-in steps of its own. What becomes of it is in its record; its tokens are counted, and kept nowhere.
+Owns: taking them from Redis, one at a time, and acting as their client. Each is an ordinary request under
+the new id that `pdq queue requeue` gave it, but it is suspected from the start, so nodes compute it in
+steps of its own. Its record shows the outcome. Its tokens are counted and not kept.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ LOOK_S = 1.0
 
 
 class Replays:
-    """`run` it. Of several gateways, whichever looks first has the next one."""
+    """Call `run`. Of several gateways, whichever looks first takes the next letter."""
 
     def __init__(self, requests: Requests, dispatcher: Dispatcher) -> None:
         self._requests = requests
         self._dispatcher = dispatcher
 
     async def run(self) -> None:
-        """Until cancelled."""
+        """Run until cancelled."""
         while True:
             try:
                 dispatch = await self._requests.take_requeued()

@@ -31,8 +31,9 @@ RUNNING_COST = 8  # what one decoding sequence counts for, in prompt tokens
 class RouteQuestion:
     """One attempt to be placed. `fingerprint` is set once an earlier attempt has fixed it.
 
-    Its block hashes, for each fingerprint that nodes have, are computed once; of a long prompt by
-    `hash_for`, which holds nobody up, before the router asks."""
+    Block hashes are computed once for each fingerprint that nodes have. `hash_for` computes those of a
+    long prompt before the router asks, and lets other work run meanwhile.
+    """
 
     request: Request
     fingerprint: Fingerprint | None = None
@@ -48,7 +49,7 @@ class RouteQuestion:
             await self._chain(node.fingerprint).finish()
 
     def hashes(self, fingerprint: Fingerprint) -> Sequence[bytes]:
-        """Of the full blocks, in order, as a node of this fingerprint names them."""
+        """Hashes of the full blocks, in order, as a node of this fingerprint names them."""
         chain = self._chain(fingerprint)
         chain.advance(len(self.request.token_ids))
         return chain.hashes
@@ -70,7 +71,7 @@ class RouteQuestion:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Weighed:
-    """One candidate and what spoke for it, in prompt tokens."""
+    """One candidate and its costs, in prompt tokens."""
 
     incarnation: str
     waiting: int
@@ -95,16 +96,16 @@ class Router(Protocol):
     def route(
         self, question: RouteQuestion, nodes: Sequence[NodeView], in_flight: Mapping[str, int]
     ) -> Decision | None:
-        """Where to send it, or None while no complete way exists.
+        """Choose the nodes for an attempt; None while no complete way exists.
 
-        `in_flight` corrects the nodes' loads by what this gateway has sent, and heard to be
-        computed, since they were read: prompt tokens per incarnation, negative where less.
-        Raises `ContextLengthExceeded` or `NeverFits` when nodes exist and none can ever hold it.
+        `in_flight` corrects the nodes' loads by what has happened since they were read: prompt tokens per
+        incarnation that this gateway has sent, less those that it has heard to be computed. Raises
+        `ContextLengthExceeded` or `NeverFits` when nodes exist and none can ever hold it.
         """
 
 
 class LeastLoadedRouter:
-    """Least work before the first token; see the module."""
+    """Chooses the least work before the first token; see the module."""
 
     def __init__(self, index: PrefixIndex) -> None:
         self._index = index
@@ -156,7 +157,7 @@ class LeastLoadedRouter:
                 node.load.running * RUNNING_COST if node.role == UNIFIED else 0,
             )
         least = min(entry.cost for entry in entries.values())
-        # Clear differences by cost; everything within one block of the best by the spread.
+        # By cost, but those within one block of the best by the spread.
         order = sorted(
             nodes,
             key=lambda node: (
@@ -220,7 +221,7 @@ def check_fits(question: RouteQuestion, nodes: Sequence[NodeView]) -> None:
 
 
 def what_lacks(model: ModelIdentity, nodes: Sequence[NodeView]) -> str:
-    """Why this model has no way, in one line that says what to do. Call it when there is none."""
+    """Say in one line why this model has no way, and what to do. Call it only when there is none."""
     usable = [node for node in of_model(model, nodes) if node.usable]
     prefill = [node for node in usable if node.role == PREFILL]
     decode = [node for node in usable if node.role == DECODE]
@@ -242,7 +243,7 @@ def what_lacks(model: ModelIdentity, nodes: Sequence[NodeView]) -> str:
 
 
 def _why_no_node(model: ModelIdentity, others: Sequence[NodeView]) -> str:
-    """`others` are usable, and each runs another model; those of the same name say most."""
+    """`others` are usable and run other models. One of the same name explains most."""
     for node in others:
         differs = model.mismatch(node.fingerprint)
         if differs is not None and differs.field != "model":
@@ -280,7 +281,8 @@ def _partners(prefill: NodeView, decoders: Sequence[NodeView]) -> list[NodeView]
 
 
 def _as_partner(question: RouteQuestion, prefill: NodeView, node: NodeView) -> tuple[int, bool, bytes]:
-    """The least goes first: what runs there; among equals, whom no conversion makes send all."""
+    """The order in which decode nodes are taken: fewest running sequences first, then those that need no
+    conversion, which would make the prefill node send every block."""
     converts = node.fingerprint.block_size != prefill.fingerprint.block_size
     return node.load.running, converts, _spread(question.request.id, node)
 

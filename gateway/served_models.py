@@ -28,7 +28,7 @@ log = get_logger("gateway")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ServedModel:
-    """One model: what nodes of it have in common with us, and how its text becomes ids."""
+    """One model: the identity that its nodes must have, and its tokenizer."""
 
     identity: ModelIdentity
     tokenizer: Tokenizer

@@ -1,7 +1,7 @@
-"""What every endpoint shares: who may ask, how much, for which model; and from body to `Work`.
+"""What all endpoints share: admission of a request, limits, the model, and the way from a body to `Work`.
 
-Owns: the limit on bodies, and the check of a prompt against the context.
-Everything here happens before anything is enqueued.
+Owns: the limit on bodies, and the check of a prompt against the context. Everything here happens before
+anything is enqueued.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ class Service:
         self.unknown_fields = UnknownFields(self.limits.unknown_fields, self.metrics)
 
     async def prepared(self, kind: str, request: HttpRequest) -> Prepared:
-        """What the body of a request that may be served asks for (`intake.prepare`): open service,
-        known key, JSON, size in bounds. `request.state` remembers which fields are ignored."""
+        """Check that the request may be served (service open, key known, JSON, size in bounds), and prepare
+        its body (`intake.prepare`). `request.state` notes which fields are ignored."""
         if self.draining:
             raise ServiceUnavailable("this gateway is draining: ask another one")
         self.access.check_key(request)

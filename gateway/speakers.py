@@ -1,21 +1,20 @@
-"""Whose word about a choice counts.
+"""Whose messages about a choice count.
 
-A node has the system's key, a link, and a record in the registry (strangers.py holds up what others
-say). Beyond that, what it says of a choice counts only if it may have that choice:
+A node has the system's key, a link, and a record in the registry (strangers.py holds back messages of
+others). Beyond that, what it says about a choice counts only if it may have that choice:
 
     nobody has spoken of it yet     any node that could compute it: its queue entry may have moved
-    a node has it                   that one, and former ones of the attempt
-    a node that is to take it over  the one that has it says so (`TookOver`); by its own word only if
-                                    the gateway chose it, as the decode node of the dispatch, or if
-                                    it had the choice before
+    a node has it                   that one, and earlier holders in the attempt
+    a node takes it over            the holder says so (`TookOver`); the new node's own word counts
+                                    only if the gateway chose it, as the decode node of the
+                                    dispatch, or if it had the choice before
     an older attempt                whoever may have had it; nothing follows but that it is stopped
 
-What is refused is counted and logged, and changes nothing. Words travel on several links: what a node
-says that could compute the choice may be explained by a word of another that is still on its way. So
-that is kept, and heard again once the choice has moved (`Choice.early`). If something else was true
-after all, it is said again: the node that has the choice is asked when it has been quiet for long
-(holders.py). Whoever was not heeded is told when the attempt, or the request, is over: it may keep
-something for us.
+A refused message is counted and logged, and changes nothing. Messages travel over several links, so one
+of another node, still on its way, may explain it. That is why a message of a node that could compute the
+choice is kept, and heard again once the choice has moved (`Choice.early`). If it was true for another
+reason, the node says it again when it is asked (holders.py). A node that was refused is told when the
+attempt, or the request, is over, because it may keep something for us.
 """
 
 from __future__ import annotations
@@ -32,14 +31,14 @@ log = get_logger("speakers")
 
 
 class Speakers:
-    """Asked before anything of a message is acted on."""
+    """Ask it before acting on a message."""
 
     def __init__(self, directory: NodeDirectory, metrics: GatewayMetrics) -> None:
         self._directory = directory
         self._metrics = metrics
 
     def heeds(self, node: str, request: OpenRequest, choice: Choice, attempt: int) -> bool:
-        """Whether `node` may say something of this attempt."""
+        """Whether a message of `node` about this attempt counts."""
         current = choice.stream.attempt
         if attempt == current and choice.heard:
             return node in choice.speakers
@@ -50,7 +49,7 @@ class Speakers:
     def heeds_taking_over(
         self, node: str, taker: str, request: OpenRequest, choice: Choice, attempt: int
     ) -> bool:
-        """Whether `node` may say that `taker` has the choice now."""
+        """Whether a message of `node` counts which says that `taker` holds the choice now."""
         if self.heeds(node, request, choice, attempt):
             return True
         if attempt != choice.stream.attempt or node != taker:
@@ -62,7 +61,7 @@ class Speakers:
         return chosen and choice.heard and not choice.held_from
 
     def refuse(self, message: Message, node: str, request: OpenRequest, choice: Choice, attempt: int) -> None:
-        """Keep what another's word may still explain; count anything else."""
+        """Keep a message that another node's may still explain, and count any other."""
         request.refused.add(node)
         of_now = attempt == choice.stream.attempt
         if of_now and len(choice.early) < MAX_EARLY and self._could_compute(node, request):
@@ -71,13 +70,13 @@ class Speakers:
             self._count(message, node, request)
 
     def unexplained(self, request: OpenRequest, choice: Choice) -> None:
-        """The attempt is over, and with it the time for what came too early to be explained."""
+        """Count the messages that were kept, now that the attempt is over."""
         for node, message in choice.early:
             self._count(message, node, request)
         choice.early.clear()
 
     def _could_compute(self, node: str, request: OpenRequest) -> bool:
-        """A node that the registry names, and that would give the same tokens."""
+        """Whether the registry names the node, and it would give the same tokens."""
         return request.fingerprint is not None and any(
             view.incarnation == node and request.fingerprint.mismatch(view.fingerprint) is None
             for view in self._directory.nodes()

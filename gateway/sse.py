@@ -33,7 +33,7 @@ Events = AsyncGenerator[object, None]
 
 
 def event(value: object) -> bytes:
-    """One event; bytes are JSON already."""
+    """The bytes of one event. A value of bytes is JSON already."""
     return b"data: " + (value if isinstance(value, bytes) else dumps(value)) + b"\n\n"
 
 
@@ -58,7 +58,7 @@ class Answer(Response):
             if message["type"] == "http.response.start":
                 begun = True
             await send(message)
-            # Others have their turn between two writes; and what they tell of the client is heard.
+            # Lets other tasks run between two writes, the one that notices a disconnect among them.
             await asyncio.sleep(0)
 
         async def answer() -> None:
@@ -89,7 +89,7 @@ async def _disconnected(receive: Receive) -> None:
 
 
 class JSONAnswer(Answer):
-    """One JSON value, once `make_parts` has it, as bytes that follow each other."""
+    """Sends one JSON value, in the parts that `make_parts` returns."""
 
     def __init__(self, make_parts: Callable[[], Awaitable[Sequence[bytes]]], retry_after_s: float) -> None:
         super().__init__(retry_after_s)
@@ -108,10 +108,10 @@ class JSONAnswer(Answer):
 
 
 class EventStream(Answer):
-    """Each object of `events` as one event, then `[DONE]`.
+    """Sends each object of `events` as one event, then `[DONE]`.
 
-    The status line waits for the first event: what fails before it has a status of its own. What
-    fails later becomes a last event with the error's body.
+    The status line goes out with the first event, so an error before it has a status of its own. A later
+    error becomes the last event.
     """
 
     def __init__(self, events: Events, retry_after_s: float) -> None:

@@ -1,9 +1,9 @@
-"""What peers say that the registry has not named yet.
+"""Messages of peers that the registry has not named yet.
 
-A node that has just come up may be told of by another node, and speak, before this gateway has read
-its record; whoever else has a link and no record is no node. So what such a peer says waits, in order,
-until it is named; where that does not come about, it is dropped, and the link is closed: a node after
-all would open another, and say again what matters.
+A node that has just started may be named by another node, and may speak, before this gateway has read its
+record. Any other peer without a record is no node. So the messages of such a peer wait, in order, until
+the registry names it. If it does not, they are dropped and the link is closed: a real node would open
+another link and repeat what matters.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ log = get_logger("strangers")
 
 WAITING = 1024  # messages of all strangers together
 WAITING_OF_ONE = 128
-READINGS = 4  # of the registry, in which one that is a node is named
+READINGS = 4  # of the registry: a node is named in one of so many
 
 
 class Strangers:
-    """Give it what they say; tell it of each reading of the registry."""
+    """Call `heard` with each message of such a peer, and `read` after each reading of the registry."""
 
     def __init__(self, disconnect: Callable[[str], None]) -> None:
         self.dropped = 0  # messages
@@ -41,7 +41,7 @@ class Strangers:
         said.append(received)
 
     def read(self, is_node: Callable[[str], bool]) -> list[Received]:
-        """The registry was read: what those have said that turn out to be nodes."""
+        """Call after the registry was read. Returns the messages of those peers that it names now."""
         admitted: list[Received] = []
         for peer in list(self._readings):
             self._readings[peer] += 1

@@ -1,14 +1,14 @@
-"""What has arrived of one choice: tokens in the order of their positions, whatever came when.
+"""The tokens of one choice in the order of their positions, in whatever order they arrive.
 
-Owns: ordering, duplicates, late attempts, the end of a choice, and the position up to which all
-has arrived (which is what is acknowledged). No I/O and no clocks: runs in, arrivals out.
+Owns: ordering, duplicates, late attempts, the end of a choice, and the position up to which all tokens
+have arrived (which is what is acknowledged). No I/O and no clocks: runs in, arrivals out.
 
 Rules, with `P` the first position that has not arrived:
 
 - a run of the current attempt beyond `P` waits; from `P` on its tokens are delivered;
-- a position that was delivered before is compared: equal is a duplicate and dropped, different is
-  counted (`Arrival.mismatched`): tokens of a position are a pure function, so it is an error of
-  ours; the client keeps what it was given;
+- a position that was delivered before is compared: an equal token is a duplicate and dropped, a
+  different one is counted (`Arrival.mismatched`). The token at a position is a pure function, so a
+  difference is an error of ours; the client keeps what it was given;
 - an older attempt's tokens are never delivered, only compared;
 - the end is a position: the run that carries it may be the first to arrive or the last.
 """
@@ -63,7 +63,7 @@ class ChoiceStream:
         return tuple(self._tokens)
 
     def begin(self, attempt: int) -> None:
-        """A new attempt goes on from `below`; what waited belongs to the old one."""
+        """Begin a new attempt at `below`. Tokens of the old one that waited are dropped."""
         if attempt <= self.attempt:
             raise AssertionError(f"attempt {attempt} is not after {self.attempt}")
         self.attempt = attempt
@@ -71,7 +71,8 @@ class ChoiceStream:
         self._end = None
 
     def acknowledged(self, run: TokenRun) -> int:
-        """What to acknowledge to the sender of `run`: an old attempt is rid of all it sent."""
+        """The position below which to acknowledge to the sender of `run`: of an old attempt, all that it
+        sent."""
         return self.below if run.attempt == self.attempt else run.end
 
     def accept(self, run: TokenRun) -> Arrival:

@@ -1,12 +1,12 @@
-"""Which open requests may be what nodes die of, and which one is.
+"""Which open requests may crash nodes, and which one does.
 
-Owns: the suspects, and the verdict on each request that a node took with it. Has no I/O and knows
+Owns: the suspects, and the verdict on each request that a node took with it. Does no I/O, and knows
 nothing of attempts, tries or how a death is noticed.
 
-A node that crashes says nothing. In its record stands, written before the step, whose step of its own
-it began (`NodeRecord.alone`): of a request that had been suspected before. Otherwise it computed a step
-of several: then every request that it had begun may be the one, so each is suspected, and dispatched to
-be computed in steps of its own (`Dispatch.alone`). Hence one request takes two nodes with it at most.
+A node that crashes says nothing. But before it computes a step of one suspect alone, it writes that into
+its record (`NodeRecord.alone`). Without such a mark it was computing a step of several requests: any that
+it had begun may be the cause, so each is suspected, and dispatched to be computed in steps of its own
+(`Dispatch.alone`). Hence one request takes at most two nodes with it.
 
 | the request was | the node computed | verdict |
 |---|---|---|
@@ -17,9 +17,9 @@ be computed in steps of its own (`Dispatch.alone`). Hence one request takes two 
 | suspect | this one alone, before or behind where the first crash can have been | suspect |
 | suspect | this one alone | guilty |
 
-A node may be killed from outside, by a person or for want of memory, and then again the one where its
-requests are tried. What makes a node crash does so again where it did: so no crash counts within what
-another node has computed already, the tokens that were delivered, nor after a further token.
+A node may also be killed from outside, by a person or for want of memory, and so may the node where its
+requests are retried. A request that crashes nodes crashes each at the same position. So a crash does not
+count within what another node has computed already (the delivered tokens), nor after a further token.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Verdict(enum.Enum):
 
 
 class Suspicion:
-    """Of the requests of one gateway, by their ids."""
+    """The suspects among the requests of one gateway, by id."""
 
     def __init__(self) -> None:
         self._suspects: set[str] = set()
@@ -48,15 +48,15 @@ class Suspicion:
         return len(self._suspects)
 
     def suspect(self, request: str) -> None:
-        """It was in a step with which an engine broke."""
+        """Suspect a request that was in a step in which an engine broke."""
         self._suspects.add(request)
 
     def judge(
         self, request: str, attempt: int, alone: str | None, *, proved: int = 0, came_on: bool = False
     ) -> Verdict:
-        """Of a request that a node had begun when it crashed. `alone`: what the node's record said,
-        "request/attempt@position" or TOGETHER; None: it could not be read. Steps up to positions
-        below `proved` went well before, elsewhere. `came_on`: that node had sent a token of it."""
+        """Judge a request that a node had begun when it crashed. `alone` is what the node's record said,
+        "request/attempt@position" or TOGETHER, and None if it could not be read. Steps up to positions
+        below `proved` went well on another node. `came_on`: the node that crashed had sent a token of it."""
         whose, _, end = (alone or "").rpartition("@")
         mine = whose == f"{request}/{attempt}"
         if request in self._suspects:
@@ -68,5 +68,5 @@ class Suspicion:
         return Verdict.SUSPECT
 
     def forget(self, request: str) -> None:
-        """It has ended."""
+        """Forget a request that has ended."""
         self._suspects.discard(request)

@@ -1,17 +1,17 @@
-"""Who holds the choices of which no node has said anything yet.
+"""Finds out from Redis who holds the choices that no node has spoken of yet.
 
-Owns: the question, and what follows from the answer. A queue entry moves between nodes without
-their telling the gateway: an idle node takes it over, one that leaves gives it back. Redis always
-knows; so whenever a node is lost, and at every look for choices that wait for longer than a moment,
-their records are read, in one round trip. Then each has a holder that lives, or is retried:
+Owns: the lookup, and what follows from it. Queue entries move between nodes without a word to the
+gateway: an idle node takes one over, a node that leaves gives one back. Redis always knows. So the
+records of such choices are read, in one round trip, whenever a node is lost and whenever a choice has
+waited for more than a moment. Then each choice has a live holder, or is retried:
 
-    queued at a node that lives      that node holds it; looked after again
-    claimed by a node that lives     as if that node had said so: holders.py asks it from now on
-    queued at, claimed by a dead one retried; who pulls it meanwhile finds it superseded
+    queued at a live node            that node holds it; it is looked up again
+    claimed by a live node           as if that node had said so: holders.py asks it from now on
+    queued at, claimed by a dead one retried; whoever pulls the entry meanwhile finds it superseded
     returned, nowhere                retried
-    unknown                          Redis forgot it: accepted there again
+    unknown                          Redis forgot it: it is accepted there again
 
-Knows nothing of tokens: a choice that a node has spoken of is followed by what nodes say.
+Knows nothing of tokens: once a node has spoken of a choice, its messages say where it is (listener.py).
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from gateway.ports import NodeDirectory, RequestStore
 
 log = get_logger("whereabouts")
 
-UNHEARD_S = 1.0  # an entry that waits for longer is looked after
-ABSENT_S = 3.0  # a node of which there has been neither record nor link for so long is gone
+UNHEARD_S = 1.0  # an entry that has waited for longer is looked up
+ABSENT_S = 3.0  # a node that has had neither record nor link for so long is gone
 
-CLAIM_LOST = "claim_lost"  # it had been read by the node that is gone
+CLAIM_LOST = "claim_lost"  # the node that is gone had claimed it
 
 Retry = Callable[[OpenRequest, int, str, str], None]
 """Request, choice, cause, incarnation to avoid."""
@@ -72,10 +72,10 @@ class Whereabouts:
         self._looking: asyncio.Task[None] | None = None
 
     def look(self) -> None:
-        """Start a look, or have the one under way followed by another."""
+        """Start a lookup, or have another one follow the one that runs."""
         self._again.set()
-        if self._looking is None and self._wanted():
-            self._looking = asyncio.create_task(self._look(), name="whereabouts")
+        if self._looking is None and self._overdue():
+            self._looking = asyncio.create_task(self._look_up(), name="whereabouts")
             self._looking.add_done_callback(self._looked)
 
     def close(self) -> None:
@@ -87,23 +87,23 @@ class Whereabouts:
         if not task.cancelled() and (error := task.exception()) is not None:
             raise error  # a bug: to the event loop's handler
 
-    async def _look(self) -> None:
+    async def _look_up(self) -> None:
         while self._again.is_set():
             self._again.clear()
-            wanted = self._wanted()
-            if not wanted:
+            overdue = self._overdue()
+            if not overdue:
                 return
-            asked = [(one.request.id, one.attempt, one.index) for one in wanted]
+            asked = [(one.request.id, one.attempt, one.index) for one in overdue]
             try:
                 found = await self._store.locate(asked)
             except ServiceUnavailable as error:
-                log.warning("whereabouts.unknown", choices=len(wanted), error=error)
-                found = [Where(Place.QUEUED, one.choice.holder) for one in wanted]  # as believed
-            for one, where in zip(wanted, found, strict=True):
+                log.warning("whereabouts.unknown", choices=len(overdue), error=error)
+                found = [Where(Place.QUEUED, one.choice.holder) for one in overdue]  # as believed
+            for one, where in zip(overdue, found, strict=True):
                 if self._is_unheard(one):
                     await self._conclude(one, where)
 
-    def _wanted(self) -> list[_Unheard]:
+    def _overdue(self) -> list[_Unheard]:
         now = time.monotonic()
         return [
             one
@@ -142,7 +142,7 @@ class Whereabouts:
         self._retry(one.request, one.index, cause, node)
 
     def _is_gone(self, node: str) -> bool:
-        """Lost; or one that we never linked with, of which there has been no record for a while."""
+        """Whether a node is lost, or has had neither a link nor a record for a while."""
         if self._directory.lost(node):
             return True
         if self._directory.known(node):

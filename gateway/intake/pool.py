@@ -164,7 +164,7 @@ class _Lane:
             self._give_back(worker)
             if not job.answer.done():
                 job.answer.set_exception(error)
-        except TimeoutError:  # one that works is ended by its own limit before
+        except TimeoutError:  # a worker that gets processor time reaches its own limit first
             self._end(worker, job, Overloaded("no processor had time to work on the body"))
         except (EOFError, OSError):
             self._end(worker, job, InvalidRequest("the body takes too much time or memory to work on"))
@@ -212,7 +212,7 @@ class _Lane:
 
 
 class Intake:
-    """From a body to a `Prepared`, wherever that is best done."""
+    """Turns bodies into `Prepared`, in place or in a process."""
 
     def __init__(self, models: ServedModels, forker: Forker, processes: int) -> None:
         """`processes` for large bodies; one more takes the short ones."""

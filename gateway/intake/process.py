@@ -47,9 +47,10 @@ class Forker:
         self._fork()
 
     def worker(self, *, in_spare_time: bool = False) -> socket.socket:
-        """A connection to a new worker, which says who it is first. Raises `ResourceError`.
+        """Start a worker; returns a connection, on which it first sends its process id. Raises
+        `ResourceError`.
 
-        One that works `in_spare_time` never takes a processor from anybody else who wants it.
+        A worker `in_spare_time` never takes a processor from anybody else who wants it.
         """
         kind = IN_SPARE_TIME if in_spare_time else AT_ONCE
         ours, theirs = socket.socketpair()
@@ -68,7 +69,7 @@ class Forker:
         return ours
 
     def close(self) -> None:
-        """End it, also when it is stopped; its workers end with it."""
+        """End the forking process, even a stopped one; its workers end with it."""
         self._socket.close()
         if self.pid:
             os.kill(self.pid, signal.SIGKILL)

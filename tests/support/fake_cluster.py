@@ -31,7 +31,7 @@ from common.wire.messages import (
     TokensAck,
     TookOver,
 )
-from gateway.ports import DECODE, PREFILL, UNIFIED, Ending, Inbox, NodeLoad, NodeView
+from gateway.ports import DECODE, PREFILL, UNIFIED, Ending, Inbox, NodeView
 from tests.support.redis import HANGS_S
 
 UNKNOWN = Where(Place.UNKNOWN)
@@ -97,7 +97,7 @@ class FakeCluster:
     # ── What a test does ─────────────────────────────────────────────────────────────────────────
 
     def add(self, name: str, role: str = UNIFIED, **fields: object) -> FakeNode:
-        view = NodeView(name, role, f"fake://{name}", FINGERPRINT, 512, 64, load=NodeLoad(free_blocks=64))
+        view = NodeView(name, role, f"fake://{name}", FINGERPRINT, 512, 64)
         node = FakeNode(dataclasses.replace(view, **fields))  # type: ignore[arg-type]
         self.members[name] = node
         if hasattr(self, "inbox"):
