@@ -1,17 +1,9 @@
 """Running sequences that move to other decode nodes, while this one drains.
 
-Owns which sequence is offered to which node, when it pauses, and that it goes on here when nobody
-takes it. For each:
-
-    running ──a node seems to have room──▶ a link is opened ──end of a step──▶ paused, offered
-       ▲                                                                          │
-       ├──────────── denied, failed, link lost, no grant in time ◀────────────────┤
-                                                             adopted ◀────────────┘
-                                              the other node goes on, here it ends
-
-A sequence moves as a prompt does: positions with KV are offered, and its last token, which has none
-yet, is the commit's. Nothing else is its state: the sampler's counts come from the token ids. A few
-move at a time, so that each pauses for its own copy only and the others decode meanwhile.
+Owns which sequence is offered to which node, and when it pauses; its states are those of
+common/node/departure.py. A sequence moves as a prompt does: positions with KV are offered, and its last
+token, which has none yet, is the commit's. Nothing else is its state: the sampler's counts come from the
+token ids. A few move at a time, so that each pauses for its own copy only and the others decode meanwhile.
 """
 
 from __future__ import annotations
@@ -25,9 +17,9 @@ from common.engine.core.sequence import Sequence, SequenceStatus
 from common.errors import PdqError, TransferError
 from common.logs import get_logger
 from common.node.attempt import Attempt
-from common.node.handover import Handover, Handovers
+from common.node.departure import State
 from common.node.ports import NodeServices
-from common.sampling import FinishReason
+from common.node.sender import Departure, Sender
 from common.store.registry import NodeRecord
 
 log = get_logger("moves")
@@ -50,12 +42,9 @@ class Moves:
         self._node = node
         self._attempts = attempts
         self._moved, self._give_up = moved, give_up
-        self._sending = Handovers(node, self)
+        self._sender = Sender(node, self)
         self._begun = False
-        self._handovers: dict[tuple[str, int], Handover] = {}  # by the engine's id, and choice
-        self._links: dict[Handover, str] = {}  # open, for sequences that are in a step still
-        self._timers: dict[Handover, asyncio.TimerHandle] = {}  # until a grant
-        self._paused_at: dict[Handover, float] = {}
+        self._departures: dict[tuple[str, int], Departure] = {}  # by the engine's id, and choice
         self._full: set[str] = set()  # nodes that had no room, until their records are read again
         self._took: dict[str, str] = {}  # attempt → the node that has another choice of it
         self._promised: Counter[str] = Counter()  # blocks asked of a node since its record was read
@@ -64,7 +53,7 @@ class Moves:
     @property
     def attempts(self) -> set[str]:
         """Those, by the engine's id, of which something is on its way."""
-        return {name for (name, _), handover in self._handovers.items() if handover.peer}
+        return {name for (name, _), departure in self._departures.items() if not departure.is_idle}
 
     def begin(self) -> None:
         """From now on everything that runs here is to run elsewhere."""
@@ -72,13 +61,17 @@ class Moves:
         self._look()
 
     def step_ended(self) -> None:
-        self._pause_opened()
+        for departure in list(self._departures.values()):
+            if departure.sequence.status is SequenceStatus.FINISHED:
+                self._sender.cancel(departure, "finished")
+            elif departure.state is State.LINKED:
+                self.linked(departure)
         self._look()
 
     def peers_changed(self) -> None:
         """What a node refused once it may take now; nobody else may be left to ask."""
-        for handover in self._handovers.values():
-            handover.refused.clear()
+        for departure in self._departures.values():
+            departure.refused.clear()
         self._full.clear()
         self._promised.clear()
         self._asked.clear()
@@ -87,20 +80,14 @@ class Moves:
     def cancel(self, attempt: Attempt, reason: str, choice: int | None = None) -> None:
         """The attempt, or one choice of it, has ended in the engine: give up what is on its way of
         it."""
-        for (name, index), handover in list(self._handovers.items()):
-            if name != attempt.engine_id or choice not in (None, index):
-                continue
-            if handover.peer and not handover.cancelled:
-                self._links.pop(handover, None)
-                self._sending.cancel(handover, reason)
+        for (name, index), departure in list(self._departures.items()):
+            if name == attempt.engine_id and choice in (None, index):
+                self._sender.cancel(departure, reason)
 
     def _look(self) -> None:
         """Begin to move what can move, as far as some node seems to have room for it."""
         if not self._begun:
             return
-        for key, handover in list(self._handovers.items()):
-            if handover.sequence.status is SequenceStatus.FINISHED and not handover.peer:
-                del self._handovers[key]
         under_way = self.attempts
         for sequence in sorted(self._node.engine.scheduler.running, key=self._asks):
             if len(under_way) >= AT_ONCE:
@@ -111,65 +98,30 @@ class Moves:
             if attempt.engine_id in under_way:
                 continue  # choices one after the other: the prompt they share is sent once
             key = (attempt.engine_id, sequence.choice)
-            handover = self._handovers.setdefault(key, Handover(attempt, sequence, 0))
-            if self._sending.offer(handover):
+            departure = self._departures.setdefault(key, Departure(attempt, sequence))
+            if self._sender.ask(departure):
                 under_way.add(attempt.engine_id)
 
     def _asks(self, sequence: Sequence) -> int:
         """How often it was offered: where there is no room, each waits in vain in its turn."""
-        handover = self._handovers.get((sequence.request_id, sequence.choice))
-        return 0 if handover is None else handover.asks
+        departure = self._departures.get((sequence.request_id, sequence.choice))
+        return 0 if departure is None else departure.asks
 
     def is_to_pause(self, sequence: Sequence) -> bool:
         """Whether a link is open for it, so that it pauses as soon as no step has it."""
-        return any(handover.sequence is sequence for handover in self._links)
+        departure = self._departures.get((sequence.request_id, sequence.choice))
+        return departure is not None and departure.state is State.LINKED
 
-    def _pause_opened(self) -> None:
-        """Between steps: what has a link is paused, and offered as it is now."""
-        for handover, link in list(self._links.items()):
-            sequence = handover.sequence
-            if sequence.in_flight:
-                continue
-            del self._links[handover]
-            if not _can_move(handover.attempt, sequence):  # it ended, or was preempted
-                handover.peer = ""
-                continue
-            self._node.engine.scheduler.pause(sequence)
-            self._paused_at[handover] = time.monotonic()
-            handover.length, handover.is_complete = sequence.num_computed, True
-            loop = asyncio.get_running_loop()
-            self._timers[handover] = loop.call_later(GRANT_S, self._withdraw, handover)
-            self._sending.send_offer(handover, link)
+    # What the sender asks and says.
 
-    def _withdraw(self, handover: Handover) -> None:
-        """No room in time. Nothing was committed, so that nobody can have adopted it."""
-        log.info("move.withdrawn", request=handover.attempt.request.id, peer=handover.peer)
-        self._full.add(handover.peer)
-        self._go_on(handover)
-        self._sending.cancel(handover, "no room in time")
-
-    def _go_on(self, handover: Handover) -> None:
-        """The sequence runs here again, from where it paused."""
-        timer = self._timers.pop(handover, None)
-        if timer is not None:
-            timer.cancel()
-        self._paused_at.pop(handover, None)
-        handover.is_complete = False
-        if handover.sequence.status is SequenceStatus.PAUSED:
-            self._node.kv.go_on_writing(handover.sequence)
-            self._node.engine.scheduler.resume(handover.sequence)
-        self._node.wake()
-
-    # What the handovers ask and say.
-
-    def choose(self, handover: Handover) -> tuple[str, str] | None:
+    def choose(self, departure: Departure) -> tuple[str, str] | None:
         """Of the nodes that seem to have room: the one that has another choice of this attempt,
         else the one with the most free positions."""
-        node, attempt = self._node, handover.attempt.engine_id
-        length = len(handover.sequence.token_ids)
+        node, attempt = self._node, departure.attempt.engine_id
+        length = len(departure.sequence.token_ids)
         candidates = [
             record
-            for record in node.peers.decoding(self._full | handover.refused)
+            for record in node.peers.decoding(self._full | departure.refused)
             if node.peers.is_alike(record) and self._has_room(record, length)
         ]
         if not candidates:
@@ -192,50 +144,53 @@ class Moves:
         blocks = -(-length // record.block_size)
         return running < record.max_num_seqs and blocks + running <= free
 
-    def opened(self, handover: Handover, link: str) -> None:
-        self._links[handover] = link
-        self._pause_opened()
+    def linked(self, departure: Departure) -> None:
+        """A sequence is paused when no step has it, and offered as it is then."""
+        sequence = departure.sequence
+        if sequence.in_flight:
+            return
+        if _can_move(departure.attempt, sequence):
+            self._sender.pause(departure)
+        else:  # it was preempted
+            self._sender.stay(departure)
 
-    def granted(self, handover: Handover) -> None:
-        timer = self._timers.pop(handover, None)
-        if timer is not None:
-            timer.cancel()
+    def await_grant(self, departure: Departure) -> None:
+        loop = asyncio.get_running_loop()
+        departure.timer = loop.call_later(GRANT_S, self._withdraw, departure)
 
-    def adopted(self, handover: Handover) -> None:
-        """It runs elsewhere: its blocks stay here as prefix cache only."""
-        sequence, attempt = handover.sequence, handover.attempt
-        del self._handovers[attempt.engine_id, sequence.choice]
-        self._took[attempt.engine_id] = handover.peer
-        paused_s = time.monotonic() - self._paused_at.pop(handover)
+    def _withdraw(self, departure: Departure) -> None:
+        log.info("move.withdrawn", request=departure.attempt.request.id, peer=departure.peer)
+        self._full.add(departure.peer)
+        self._sender.no_grant(departure)
+
+    def granted(self, departure: Departure) -> None:
+        """It may be adopted at any time."""
+
+    def adopted(self, departure: Departure) -> None:
+        sequence, attempt = departure.sequence, departure.attempt
+        self._took[attempt.engine_id] = departure.peer
         log.info(
             "sequence.moved",
             request=attempt.request.id,
             attempt=attempt.number,
             choice=sequence.choice,
-            peer=handover.peer,
-            position=handover.length + 1,
-            paused_ms=round(paused_s * 1000, 1),
+            peer=departure.peer,
+            position=departure.length + 1,
+            paused_ms=round((time.monotonic() - departure.paused_at) * 1000, 1),
         )
-        node = self._node
-        node.engine.pool.release(node.engine.finish(sequence, FinishReason.CANCELLED))
         self._moved(attempt, sequence.choice)
+
+    def refused(self, departure: Departure) -> None:
+        if departure.found_full:
+            self._full.add(departure.peer)
+            departure.found_full = False
         self._look()
 
-    def refused(self, handover: Handover, peer: str) -> None:
-        if handover.found_full:
-            self._full.add(peer)
-            handover.found_full = False
-        self._go_on(handover)
-        if handover.spoiled:
-            error = TransferError(f"its blocks: {handover.spoiled}")
-            self._give_up(handover.attempt, error)
-        self._look()
+    def spoiled(self, departure: Departure) -> None:
+        self._give_up(departure.attempt, TransferError(f"its blocks: {departure.reason}"))
 
-    def dropped(self, handover: Handover) -> None:
-        """It was aborted here, or withdrawn; another node may be asked if it runs still."""
-        self._go_on(handover)
-        handover.refused.add(handover.peer)
-        handover.peer, handover.key, handover.cancelled = "", None, False
+    def over(self, departure: Departure) -> None:
+        del self._departures[departure.attempt.engine_id, departure.sequence.choice]
         self._look()
 
 

@@ -1,15 +1,10 @@
 """The prefill role: prompts from the queue, chunk by chunk, their blocks on to a decode node.
 
-Owns the attempts that are computed or handed over here. For each choice:
-
-    queue ──accept──▶ computing ──first chunk begins──▶ offered; finished chunks are announced
-                         │ first token, straight to the gateway; the sequence ends here,
-                         ▼ its blocks are held
-                      handing over ──Ended(adopted)──▶ over: the blocks go (they stay as cache)
-                         │ denied, failed, link lost
-                         ▼
-                      another decode node; where all are full, or there is none for a while,
-                      Failed to the gateway, which decides
+Owns the attempts that are computed here, or on their way to a decode node (common/node/departure.py).
+A prompt is offered when its first chunk begins, and finished chunks are announced. Its first token goes
+straight to the gateway; then its sequence ends, and its blocks are held until a decode node has adopted
+them. A prompt that is refused is offered to another decode node; where all are full, or there is none
+for a while, the gateway hears that it failed, and decides.
 
 The choices after the first are offered when the first has been adopted: by then the decode node
 holds the prompt's blocks, and only the tail is sent again.
@@ -27,8 +22,9 @@ from common.engine.core.sequence import Sequence
 from common.engine.core.step import Chunk, Step
 from common.errors import OutOfBlocks, PdqError, ServiceUnavailable, TransferError
 from common.node.attempt import Attempt
-from common.node.handover import Handover, Handovers
+from common.node.departure import State
 from common.node.ports import NodeServices
+from common.node.sender import Departure, Sender
 from common.node.token_stream import ChoiceKey
 from common.sampling import FinishReason, SamplingParams
 from common.store.queue import Entry
@@ -44,14 +40,13 @@ def create(node: NodeServices) -> PrefillRole:
 
 
 class PrefillRole:
-    """Implements `NodeRole`, and `Owner` of its handovers."""
+    """Implements `NodeRole`, and `Owner` of its departures."""
 
     def __init__(self, node: NodeServices) -> None:
         self._node = node
         self._attempts: dict[str, Attempt] = {}  # by the engine's id
-        self._handovers: dict[tuple[str, int], Handover] = {}  # by the engine's id, and choice
-        self._sending = Handovers(node, self)
-        self._stranded: dict[Handover, float] = {}  # which find nobody to ask, and since when
+        self._departures: dict[tuple[str, int], Departure] = {}  # by the engine's id, and choice
+        self._sender = Sender(node, self)
         self._past: collections.deque[str] = collections.deque(maxlen=ENDED_REMEMBERED)
 
     @property
@@ -79,8 +74,8 @@ class PrefillRole:
             return
         self._attempts[attempt.engine_id] = attempt
         for choice, sequence in attempt.sequences.items():
-            handover = Handover(attempt, sequence, len(entry.dispatch.request.token_ids))
-            self._handovers[attempt.engine_id, choice] = handover
+            departure = Departure(attempt, sequence, len(entry.dispatch.request.token_ids))
+            self._departures[attempt.engine_id, choice] = departure
             node.gateways.stage(attempt.gateway, attempt.key(choice), "prefilling", {})
 
     def may_go_on(self, sequence: Sequence) -> bool:
@@ -88,160 +83,161 @@ class PrefillRole:
         return not sequence.pending
 
     def step_begins(self, step: Step) -> None:
-        """A prompt whose first chunk begins is offered: the room is asked for meanwhile."""
+        """Offer a prompt whose first chunk begins: the room is asked for meanwhile."""
         for chunk in step.chunks:
-            handover = self._handovers.get((chunk.sequence.request_id, chunk.sequence.choice))
-            if handover is None or handover.is_complete:
+            departure = self._computing(chunk)
+            if departure is None:
                 continue
-            handover.attempt.begins(self._node, chunk)
-            if not handover.peer:
-                self._offer(handover)
+            departure.attempt.begins(self._node, chunk)
+            if departure.is_idle:
+                self._ask(departure)
 
     def handed_over(self, step: Step) -> list[Chunk]:
         return [
             chunk
             for chunk in step.chunks
-            if (handover := self._computing(chunk)) is not None and not _ends_at_first(handover.attempt)
+            if (departure := self._computing(chunk)) is not None and not _ends_at_first(departure.attempt)
         ]
 
     def step_filled(self, chunks: list[Chunk]) -> None:
         """The peer copies the blocks, the last ones too, while the step chooses the first token."""
         for chunk in chunks:
-            if (handover := self._computing(chunk)) is not None:
-                self._sending.announce(handover, chunk.end)
+            if (departure := self._departure(chunk)) is not None:
+                self._sender.filled(departure, chunk.end)
 
-    def _computing(self, chunk: Chunk) -> Handover | None:
-        """Whose prompt it is, while that has no first token and is still wanted."""
-        handover = self._handovers.get((chunk.sequence.request_id, chunk.sequence.choice))
-        if handover is None or handover.is_complete or handover.cancelled:
-            return None
-        return handover
+    def _departure(self, chunk: Chunk) -> Departure | None:
+        return self._departures.get((chunk.sequence.request_id, chunk.sequence.choice))
+
+    def _computing(self, chunk: Chunk) -> Departure | None:
+        """The departure of a prompt that has no first token and is still wanted."""
+        departure = self._departure(chunk)
+        return departure if departure is not None and departure.is_computing else None
 
     def step_ended(self, step: Step, outputs: list[StepOutput]) -> None:
         first_runs: list[tuple[str, TokenRun]] = []
         for output in outputs:
-            handover = self._handovers.get((output.request_id, output.choice))
-            if handover is not None:
-                first_runs += self._first_token(handover, output)
+            departure = self._departures.get((output.request_id, output.choice))
+            if departure is not None:
+                first_runs += self._first_token(departure, output)
         self._node.gateways.tokens.push(first_runs)
-        for chunk in step.chunks:  # of a link that has opened since they were filled
-            if (handover := self._computing(chunk)) is not None:
-                self._sending.announce(handover, handover.sequence.num_computed)
+        for chunk in step.chunks:  # the link of some was not open when they were filled
+            if (departure := self._computing(chunk)) is not None:
+                self._sender.filled(departure, departure.sequence.num_computed)
 
-    def _first_token(self, handover: Handover, output: StepOutput) -> list[tuple[str, TokenRun]]:
+    def _first_token(self, departure: Departure, output: StepOutput) -> list[tuple[str, TokenRun]]:
         """The prompt is computed: the token goes to the gateway, the blocks are held."""
-        attempt, node, sequence = handover.attempt, self._node, handover.sequence
+        attempt, node, sequence = departure.attempt, self._node, departure.sequence
         key = attempt.key(output.choice)
         if output.error is not None:
             node.gateways.fail(attempt.gateway, key, output.error, retryable=False)
-            self._over(handover, "failed")
+            self._over(departure, "failed")
             return []
         run = attempt.run(output)
         seconds = {"prefill": time.monotonic() - attempt.began}
         if output.finish_reason is not None:  # the first may be the last
             node.gateways.stage(attempt.gateway, key, "prefilling", seconds)
-            self._over(handover, "finished")
+            self._over(departure, "finished")
+        elif not sequence.block_table:  # a choice that found no slot beside the first
+            node.engine.finish(sequence, FinishReason.CANCELLED)
+            error = OutOfBlocks("no slot for this choice beside the others")
+            node.gateways.fail(attempt.gateway, key, error, retryable=True)
+            self._over(departure, "no slot")
+            return []
         else:
-            handover.held = node.engine.finish(sequence, FinishReason.LENGTH)
-            if not handover.held:  # a choice that found no slot beside the first
-                error = OutOfBlocks("no slot for this choice beside the others")
-                node.gateways.fail(attempt.gateway, key, error, retryable=True)
-                self._over(handover, "no slot")
-                return []
-            asked = bool(handover.peer)
-            self._sending.complete(handover, run.logprobs[0] if run.logprobs else None)
-            if not asked:
-                self._offer(handover)
+            self._sender.computed(departure, run.logprobs[0] if run.logprobs else None)
+            if departure.state is State.HELD:
+                self._ask(departure)
             node.gateways.stage(attempt.gateway, key, "handing_off", seconds)
         return [(attempt.gateway, run)]
 
-    # The handover.
+    # Its departure.
 
-    def _offer(self, handover: Handover) -> None:
-        """Offer the prompt to a decode node, when its choice's turn has come."""
-        if _ends_at_first(handover.attempt) or not self._is_next(handover):
+    def _ask(self, departure: Departure) -> None:
+        """Ask a decode node to take the prompt, when its choice's turn has come."""
+        if _ends_at_first(departure.attempt) or not self._is_next(departure):
             return
-        if self._sending.offer(handover):
+        if self._sender.ask(departure):
             return
-        if handover.found_full:
-            self._give_up(handover.attempt, OutOfBlocks("no decode node has room for it"))
-        else:
-            self._stranded.setdefault(handover, time.monotonic())
+        if departure.found_full:
+            self._give_up(departure.attempt, OutOfBlocks("no decode node has room for it"))
+        elif departure.stranded_since is None:
+            departure.stranded_since = time.monotonic()
 
     def peers_changed(self) -> None:
         """Look again for prompts that found no decode node to ask, for a while."""
         now = time.monotonic()
-        for handover, since in list(self._stranded.items()):
-            if handover.cancelled or handover.peer:
+        for departure in list(self._departures.values()):
+            since = departure.stranded_since
+            if since is None or not departure.is_idle:
                 continue
             if now - since < NO_DECODE_NODE_S:
-                handover.refused.clear()
-                self._offer(handover)
+                departure.refused.clear()
+                self._ask(departure)
             else:
-                self._give_up(handover.attempt, ServiceUnavailable("there is no decode node"))
+                self._give_up(departure.attempt, ServiceUnavailable("there is no decode node"))
 
     def _give_up(self, attempt: Attempt, error: PdqError, *, retryable: bool = True) -> None:
         """Nothing more of this attempt here; its gateway may make another."""
         attempt.give_up(self._node, error, retryable=retryable)
         self._abort(attempt, error.code)
 
-    def _is_next(self, handover: Handover) -> bool:
+    def _is_next(self, departure: Departure) -> bool:
         """Whether no choice before this one is still on its way."""
-        choices = sorted(handover.attempt.open_choices)
-        return handover.sequence.choice == choices[0]
+        return departure.sequence.choice == min(departure.attempt.open_choices, default=None)
 
-    def choose(self, handover: Handover) -> tuple[str, str] | None:
+    def choose(self, departure: Departure) -> tuple[str, str] | None:
         """The gateway's choice, unless that is known to be lost; else the decode node with the most
         free positions."""
-        dispatch, node = _dispatch(handover.attempt), self._node
+        dispatch, node = _dispatch(departure.attempt), self._node
         chosen = dispatch.decode_node
-        if chosen and chosen not in handover.refused and not node.peers.is_lost(chosen):
+        if chosen and chosen not in departure.refused and not node.peers.is_lost(chosen):
             return chosen, dispatch.decode_endpoint
-        candidates = node.peers.decoding(handover.refused)
+        candidates = node.peers.decoding(departure.refused)
         if not candidates:
             return None
         best = max(candidates, key=lambda one: one.free_blocks * one.block_size)  # positions
         return best.incarnation, best.endpoint
 
-    def opened(self, handover: Handover, link: str) -> None:
-        self._sending.send_offer(handover, link)
+    def linked(self, departure: Departure) -> None:
+        self._sender.offer(departure)
 
-    def granted(self, handover: Handover) -> None:
-        self._stranded.pop(handover, None)
+    def await_grant(self, departure: Departure) -> None:
+        """A prompt waits as long as the decode node lets it."""
 
-    def adopted(self, handover: Handover) -> None:
-        self._over(handover, "adopted")
+    def granted(self, departure: Departure) -> None:
+        departure.stranded_since = None
 
-    def refused(self, handover: Handover, peer: str) -> None:
-        if handover.spoiled:
-            self._give_up(handover.attempt, TransferError(f"its blocks: {handover.spoiled}"))
-        else:
-            self._offer(handover)
+    def adopted(self, departure: Departure) -> None:
+        self._choice_over(departure)
+
+    def refused(self, departure: Departure) -> None:
+        self._ask(departure)
+
+    def spoiled(self, departure: Departure) -> None:
+        self._give_up(departure.attempt, TransferError(f"its blocks: {departure.reason}"))
 
     def drain(self) -> None:
-        """What is here is handed over anyway."""
+        """What is here is handed off anyway."""
 
     # Ends.
 
-    def _over(self, handover: Handover, reason: str) -> None:
+    def _over(self, departure: Departure, reason: str) -> None:
         """This choice needs nothing more here."""
-        attempt, choice = handover.attempt, handover.sequence.choice
-        attempt.open_choices.discard(choice)
-        self._sending.cancel(handover, reason)
-        for index in sorted(attempt.open_choices)[:1]:
-            other = self._handovers[attempt.engine_id, index]
-            if other.is_complete and not other.peer:
-                self._offer(other)
+        self._sender.cancel(departure, reason)
+        self._choice_over(departure)
 
-    def dropped(self, handover: Handover) -> None:
-        """Nothing of this choice is under way: its blocks go."""
-        attempt, choice = handover.attempt, handover.sequence.choice
-        if self._handovers.pop((attempt.engine_id, choice), None) is None:
-            return
-        self._stranded.pop(handover, None)
-        self._node.engine.pool.release(handover.held)
-        handover.held = []
-        if not any(id_ == attempt.engine_id for id_, _ in self._handovers):
+    def _choice_over(self, departure: Departure) -> None:
+        attempt = departure.attempt
+        attempt.open_choices.discard(departure.sequence.choice)
+        for index in sorted(attempt.open_choices)[:1]:
+            following = self._departures[attempt.engine_id, index]
+            if following.state is State.HELD:
+                self._ask(following)
+
+    def over(self, departure: Departure) -> None:
+        attempt = departure.attempt
+        del self._departures[attempt.engine_id, departure.sequence.choice]
+        if not any(name == attempt.engine_id for name, _ in self._departures):
             del self._attempts[attempt.engine_id]
             self._past.append(attempt.engine_id)
             assert attempt.entry is not None
@@ -268,19 +264,18 @@ class PrefillRole:
                 self._abort(other, reason)
                 continue
             for choice in sorted(other.open_choices & choices):
-                handover = self._handovers[other.engine_id, choice]
-                ended = handover.is_complete
-                if ended or self._node.engine.abort_choice(other.engine_id, choice):
-                    self._over(handover, reason)
+                departure = self._departures[other.engine_id, choice]
+                if not departure.is_computing or self._node.engine.abort_choice(other.engine_id, choice):
+                    self._over(departure, reason)
 
     def holds(self, key: ChoiceKey) -> bool:
-        handover = self._handovers.get((key.engine_id, key.choice))
-        return handover is not None and not handover.cancelled
+        departure = self._departures.get((key.engine_id, key.choice))
+        return departure is not None and departure.is_wanted
 
     def gateway_linked(self, gateway: str) -> None:
-        for handover in self._handovers.values():
-            if handover.attempt.gateway == gateway and not handover.cancelled:
-                key = handover.attempt.key(handover.sequence.choice)
+        for departure in self._departures.values():
+            if departure.attempt.gateway == gateway and departure.is_wanted:
+                key = departure.attempt.key(departure.sequence.choice)
                 self._node.gateways.stage(gateway, key, "prefilling", {})
 
     def gateway_lost(self, gateway: str) -> None:
@@ -291,9 +286,9 @@ class PrefillRole:
     def _abort(self, attempt: Attempt, reason: str) -> None:
         self._node.engine.abort(attempt.engine_id)
         attempt.open_choices.clear()
-        for (engine_id, _), handover in list(self._handovers.items()):
+        for (engine_id, _), departure in list(self._departures.items()):
             if engine_id == attempt.engine_id:
-                self._sending.cancel(handover, reason)
+                self._sender.cancel(departure, reason)
 
 
 def _for_prefill(dispatch: Dispatch) -> SamplingParams:

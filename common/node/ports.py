@@ -28,7 +28,7 @@ from kv_transfer.ports import Adopted
 
 
 class NodeServices(Protocol):
-    """What a role works with, and what stands between it and the node (attempt.py, handover.py,
+    """What a role works with, and what stands between it and the node (attempt.py, sender.py,
     entries.py, steps.py)."""
 
     incarnation: str

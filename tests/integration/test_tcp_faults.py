@@ -356,7 +356,7 @@ def test_a_place_at_which_a_source_cannot_listen_is_an_error_of_ours(transport: 
     key = KEY_PAIR if "curve" in transport else ""
     source = TcpSource(memory, LAYOUT, leases, host="192.0.2.1", secret_key=key)
     try:
-        with pytest.raises(PdqError):  # what Links.open and handover.py know
+        with pytest.raises(PdqError):  # what Links.open and sender.py know
             source.open_link("link")
     finally:
         source.close()

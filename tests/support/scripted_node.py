@@ -30,7 +30,8 @@ from tests.support.engines import poisoned_engine
 
 
 class Transfer:
-    """As `Links`: notes what is offered, and ends it when the test says so."""
+    """As `Links`: notes what is offered, and ends it when the test says so. What is asked of a handoff
+    that has ended does nothing."""
 
     def __init__(self) -> None:
         self.offers: list[Offer] = []
@@ -38,6 +39,7 @@ class Transfer:
         self.committed: list[HandoffKey] = []
         self.next_tokens: list[tuple[int, int]] = []  # position and token of each commit
         self.cancelled: list[HandoffKey] = []
+        self.granted: set[HandoffKey] = set()
         self.ended: list[Ended] = []  # what the next call finds out
         self.listeners: dict[HandoffKey, HandoffListener] = {}
         self.unreachable: dict[str, type[BaseException]] = {}  # peer → what opening a link raises
@@ -53,17 +55,20 @@ class Transfer:
         self._find_out()
 
     def announce(self, key: HandoffKey, blocks: list[int]) -> None:
-        self.announced += blocks
-        self._find_out()
+        if key in self.listeners:
+            self.announced += blocks
+            self._find_out()
 
     def commit(self, key: HandoffKey, *, position: int, first_token: int, **_: Any) -> None:
-        self.committed.append(key)
-        self.next_tokens.append((position, first_token))
-        self._find_out()
+        if key in self.listeners:
+            self.committed.append(key)
+            self.next_tokens.append((position, first_token))
+            self._find_out()
 
     def cancel(self, key: HandoffKey, reason: str) -> None:
-        self.cancelled.append(key)
-        self._find_out()
+        if key in self.listeners:
+            self.cancelled.append(key)
+            self._find_out()
 
     def intakes(self) -> set[HandoffKey]:
         return set()
@@ -73,11 +78,16 @@ class Transfer:
     def refuse(self, wanted: Callable[[Offer], bool], reason: str) -> None: ...
 
     def tell(self, effect: Granted | Ended) -> None:
-        """News of a handoff, to whoever asked for it; of one that has ended nobody hears."""
-        if isinstance(effect, Ended):
-            self.listeners.pop(effect.key)(effect)
-        else:
-            self.listeners[effect.key](effect)
+        """News of a handoff, to whoever asked for it; of one that has ended nobody hears. What is
+        adopted was granted before."""
+        key = effect.key
+        if isinstance(effect, Granted):
+            self.granted.add(key)
+            self.listeners[key](effect)
+            return
+        if effect.outcome is Outcome.ADOPTED and key not in self.granted and key not in self.cancelled:
+            self.tell(Granted(key, ()))
+        self.listeners.pop(key)(effect)
 
     def _find_out(self) -> None:
         ended, self.ended = self.ended, []
