@@ -16,8 +16,9 @@ import pytest
 
 from common.node.__main__ import OMP_SPIN
 from tests.support.docker import docker_ahead
+from tests.support.kernels import compile_kernels
 from tests.support.redis import redis_client, redis_server
-from tests.support.schedule import Schedule, arrange
+from tests.support.schedule import Schedule, arrange, needs_kernels, scope
 
 __all__ = ["docker_ahead", "redis_client", "redis_server"]
 
@@ -36,6 +37,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Schedule:
     config.option.loadscopereorder = False
     return Schedule(config, log)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Where several processes run tests, one of them compiles for all."""
+    if "PYTEST_XDIST_WORKER" in os.environ and needs_kernels(scope(item.nodeid)):
+        compile_kernels()
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,8 @@
-"""The first run on a machine that has nothing: no compiler, no root, no network, no cache."""
+"""The first run on a machine that has nothing: no compiler, no root, no network, no cache.
+
+That the kernels are compiled without a compiler, tests/integration/test_kernel_cache.py shows with one of
+them; all of them take half a minute.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from common.engine.devices.cpu import numba_runtime
 
 ROOT = Path(__file__).resolve().parents[2]
 NOBODY = 65534
@@ -50,12 +56,16 @@ print(json.dumps({{"answer": answer, "code": serve.returncode}}))
 
 
 @pytest.mark.timeout(400)
-def test_no_compiler_no_root_no_network_no_cache(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cache", ["kernels", pytest.param("nothing", marks=pytest.mark.slow)])
+def test_no_compiler_no_root_no_network_no_cache(tmp_path: Path, cache: str) -> None:
     unshare = shutil.which("unshare") or "unshare"
     lonely = [unshare, "--user", "--map-root-user", "--net"]
     nested = [*lonely, unshare, "--user", f"--map-user={NOBODY}", "true"]
     if not os.path.exists(unshare) or subprocess.run(nested, check=False).returncode:
         pytest.skip("this user may not make user and network namespaces (unshare)")
+    if cache == "kernels":
+        kept = Path(numba_runtime.numba.config.CACHE_DIR)
+        shutil.copytree(kept, tmp_path / ".cache" / "pdq" / kept.name)
     program = PROGRAM.format(unshare=unshare, user=NOBODY)
     environment = {
         "PATH": str(tmp_path / "empty"),

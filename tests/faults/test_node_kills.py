@@ -34,6 +34,7 @@ async def test_under_load_the_others_take_over(system: Deployment, engine: Engin
     await system.assert_idle()
 
 
+@pytest.mark.slow  # as test_handoff_chaos.py does before the first OFFER
 async def test_prefill_dies_while_it_computes_prompts(system: Deployment, engine: Engine) -> None:
     asked = bodies(16, prompt=(400, 450), max_tokens=(20, 40))
     expected = truth(engine, asked)

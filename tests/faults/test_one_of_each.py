@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from common.engine import Engine
+from tests.faults.conftest import BEATS
 from tests.support.checkpoints import STORIES
 from tests.support.deployment import Deployment
 from tests.support.load import Load, bodies, truth
@@ -17,7 +18,7 @@ LOAD = bodies(20, seed=13)
 
 @pytest.fixture(scope="module")
 def pair() -> Iterator[Deployment]:
-    with Deployment(STORIES, prefill=1, decode=1) as deployment:
+    with Deployment(STORIES, prefill=1, decode=1, flags=BEATS, gateway_flags=BEATS) as deployment:
         yield deployment
 
 

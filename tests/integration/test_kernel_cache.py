@@ -71,6 +71,28 @@ def test_a_cold_and_a_warm_cache_give_the_same_bits(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob(".cache/pdq/kernels-*/**/*.nbc"))) >= len(files)
 
 
+NORM = """
+import torch
+from common.engine.devices.cpu.backend import CpuBackend
+rows = torch.full((1, 4), 2.0)
+print(CpuBackend(rows.dtype, 1).rms_norm(rows, torch.ones(4), 0.0).tolist())
+"""
+
+
+def test_a_kernel_is_compiled_without_a_compiler_and_without_a_cache(tmp_path: Path) -> None:
+    environment = {"PATH": str(tmp_path), "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", NORM],
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert done.stdout == "[[1.0, 1.0, 1.0, 1.0]]\n"
+    assert list(tmp_path.glob(".cache/pdq/kernels-*/**/*.nbc"))
+
+
 def test_a_change_of_any_kernel_source_has_a_cache_of_its_own(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -217,7 +217,7 @@ def test_a_reader_of_a_stream_ends_with_a_typed_error_whatever_a_source_sends(da
         server = threading.Thread(target=serve, daemon=True)
         server.start()
         try:
-            wire = tcp_stream.ReceivingStream(*listener.getsockname(), b"t" * 16, 5.0)
+            wire = tcp_stream.ReceivingStream(*listener.getsockname(), b"t" * 16, 1.0)
         except LinkLost:
             assert answer != echo or hangs_up
         else:

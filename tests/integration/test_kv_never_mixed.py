@@ -73,7 +73,7 @@ LAYOUT = KVLayout.paged_attention(
 SEGMENTS, WORDS = len(LAYOUT.segments), LAYOUT.slab_bytes // 8 // BLOCK // len(LAYOUT.segments)
 FINGERPRINT = Fingerprint("model", "rev", LAYOUT.describe(), "numerics", BLOCK)
 ALIKE, CONVERTING = (BLOCK, BLOCK, BLOCK), (4, 6, 3)  # block sizes of the three nodes
-SETTINGS = TransferSettings(credits=4, repeat=0.03, answer=3.0, patience=0.2, quiet=0.2, copy_blocks=3)
+SETTINGS = TransferSettings(credits=4, repeat=0.03, answer=1.0, patience=0.2, quiet=0.2, copy_blocks=3)
 
 KEY_PAIR = new_secret_key()
 POISON = 0xA5

@@ -1,8 +1,9 @@
 """Which tests run beside which: `make test` has two processes of tests, one for each of two cores.
 
 A file goes to one process as a whole, since its tests share what they start. Whole systems run one
-after the other, in the process that begins with them; containers come last, in the other one, which
-has made their images meanwhile (`docker_ahead`).
+after the other, in the process that begins with them. The other one begins with what needs no compiled
+kernels, while the first one compiles them (kernels.py), and ends with small files, so that both end
+together; containers come last, in the process that has made their images meanwhile (`docker_ahead`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import pytest
 from xdist.scheduler import LoadScopeScheduling
 
 SYSTEMS, CONTAINERS = "whole systems", "containers"
+ENGINES = ("tests/unit/engine/", "tests/unit/prefill_node/", "tests/unit/decode_node/")
 
 
 def arrange(items: list[pytest.Item]) -> None:
@@ -21,7 +23,20 @@ def arrange(items: list[pytest.Item]) -> None:
     for item, place in places.items():
         if place in (SYSTEMS, CONTAINERS):
             item.add_marker("system")
-    items.sort(key=lambda item: {SYSTEMS: 0, CONTAINERS: 2}.get(places[item], 1))
+    items.sort(key=lambda item: _turn(places[item]))
+
+
+def _turn(place: str) -> int:
+    if place in (SYSTEMS, CONTAINERS):
+        return 0 if place == SYSTEMS else 4
+    if place.startswith(ENGINES):
+        return 3
+    return 1 if not needs_kernels(place) else 2
+
+
+def needs_kernels(place: str) -> bool:
+    """Whether tests of this scope may run an engine, here or in a process of their own."""
+    return not place.startswith(("tests/unit/", "tests/fuzz/")) or place.startswith(ENGINES)
 
 
 def scope(nodeid: str) -> str:
