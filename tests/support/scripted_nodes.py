@@ -30,7 +30,7 @@ from gateway.dispatch import Dispatcher
 from gateway.metrics import GatewayMetrics
 from gateway.open_request import Work
 from gateway.placement import Limits
-from gateway.ports import NodeLoad, NodeView
+from gateway.ports import NodeView
 from gateway.prefix_index import PrefixIndex
 from gateway.record_store import RecordStore
 from gateway.router import LeastLoadedRouter
@@ -319,7 +319,7 @@ class World:
     def nodes(self) -> Sequence[NodeView]:
         known = [*self.living, *(name for name in self.dead if name not in self._lost)]
         return [
-            NodeView(name, self._roles[name].value, name, FINGERPRINT, 512, 64, load=NodeLoad(free_blocks=64))
+            NodeView(name, self._roles[name].value, name, FINGERPRINT, 512, 64)
             for name in known
             if name not in self._lost
         ]
