@@ -23,10 +23,6 @@ from gateway.served_models import ServedModels
 
 SMALL_BODY = 8_192  # bytes that are worked on in place, 3 ms at most
 SHORT_BODY = 65_536  # bytes of the short lane
-MAX_WAITING = 64  # bodies in one lane
-IDLE_S = 60.0  # a worker that is not needed ends
-WALL_S = 60.0  # a worker that gives no answer for so long is killed
-SPARE_WALL_S = 300.0  # one that works in spare time
 
 log = get_logger("intake")
 
@@ -43,19 +39,21 @@ class _Worker:
     """One connection to one process."""
 
     def __init__(
-        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, in_spare_time: bool
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, answers_within_s: float
     ) -> None:
         self._reader, self._writer = reader, writer
-        self._in_spare_time = in_spare_time
+        self._answers_within_s = answers_within_s
         self._pidfd = -1
         self.is_over = False  # it answers no more
 
     @classmethod
     async def start(cls, forker: Forker, in_spare_time: bool) -> _Worker:
         connection = forker.worker(in_spare_time=in_spare_time)
-        worker = cls(*await asyncio.open_connection(sock=connection), in_spare_time)
+        limits = forker.limits
+        answers_within_s = limits.spare_wall_s if in_spare_time else limits.wall_s
+        worker = cls(*await asyncio.open_connection(sock=connection), answers_within_s)
         try:
-            async with asyncio.timeout(WALL_S):
+            async with asyncio.timeout(limits.wall_s):
                 head, _ = await worker._receive()
                 worker._pidfd = os.pidfd_open(pid_in(head))
         except BaseException:
@@ -66,7 +64,7 @@ class _Worker:
     async def prepare(self, question: Question, body: bytes) -> Prepared:
         """Raises `EOFError` or `OSError` when the process ends instead of answering, `TimeoutError`
         when it does neither."""
-        async with asyncio.timeout(SPARE_WALL_S if self._in_spare_time else WALL_S):
+        async with asyncio.timeout(self._answers_within_s):
             for part in question_frame(question, body):
                 self._writer.write(part)
             await self._writer.drain()
@@ -129,7 +127,7 @@ class _Lane:
         self._idle.clear()
 
     def _make_room(self) -> None:
-        if sum(map(len, self._waiting.values())) <= MAX_WAITING:
+        if sum(map(len, self._waiting.values())) <= self._forker.limits.waiting:
             return
         client = max(self._waiting, key=lambda each: len(self._waiting[each]))
         refused = self._waiting[client].pop()
@@ -203,7 +201,7 @@ class _Lane:
         if worker.is_over:
             worker.kill()
             return
-        timer = asyncio.get_running_loop().call_later(IDLE_S, self._dismiss, worker)
+        timer = asyncio.get_running_loop().call_later(self._forker.limits.idle_s, self._dismiss, worker)
         self._idle.append((worker, timer))
 
     def _dismiss(self, worker: _Worker) -> None:

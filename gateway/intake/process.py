@@ -24,13 +24,10 @@ from common import processor_share
 from common.child_process import die_with_parent
 from common.errors import InvalidRequest, PdqError, ResourceError
 from common.logs import get_logger
+from gateway.intake.limits import INTAKE_LIMITS, IntakeLimits
 from gateway.intake.prepare import Prepared, prepare
 from gateway.intake.wire import LENGTHS, Parts, error_frame, hello_frame, lengths, prepared_frame, question_in
 from gateway.served_models import ServedModels
-
-PROCESSOR_S = 10.0  # processor time that one body may take
-MEMORY_BYTES = 2**30  # address space that a worker may have beyond what it begins with
-GROWTH_BYTES = 2**27  # a worker that has grown by so much makes way for a fresh one
 
 AT_ONCE, IN_SPARE_TIME = b"w", b"s"  # what the forking process is asked for
 
@@ -40,9 +37,9 @@ log = get_logger("intake")
 class Forker:
     """The gateway's end of the forking process."""
 
-    def __init__(self, models: ServedModels) -> None:
+    def __init__(self, models: ServedModels, limits: IntakeLimits = INTAKE_LIMITS) -> None:
         """Forks. To be called before the process has threads or open connections of its own."""
-        self._models = models
+        self._models, self.limits = models, limits
         self.pid = 0  # once it has been waited for
         self._fork()
 
@@ -88,7 +85,7 @@ class Forker:
             self.pid = os.fork()
         if self.pid == 0:
             die()
-            _run(lambda: _fork_workers(theirs, self._models), keep=theirs)
+            _run(lambda: _fork_workers(theirs, self._models, self.limits), keep=theirs)
         theirs.close()
         self._socket = ours
 
@@ -113,7 +110,7 @@ def _run(main: object, keep: socket.socket) -> NoReturn:
         os._exit(code)
 
 
-def _fork_workers(commands: socket.socket, models: ServedModels) -> None:
+def _fork_workers(commands: socket.socket, models: ServedModels, limits: IntakeLimits) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for workers: no zombies
     gc.freeze()  # a collection would write to every page that is shared
     die = die_with_parent(os.getpid())
@@ -125,14 +122,14 @@ def _fork_workers(commands: socket.socket, models: ServedModels) -> None:
             if os.fork() == 0:
                 die()
                 commands.close()
-                main = functools.partial(_work, connection, models, command == IN_SPARE_TIME)
+                main = functools.partial(_work, connection, models, limits, command == IN_SPARE_TIME)
                 _run(main, keep=connection)
 
 
-def _work(connection: socket.socket, models: ServedModels, in_spare_time: bool) -> None:
+def _work(connection: socket.socket, models: ServedModels, limits: IntakeLimits, in_spare_time: bool) -> None:
     """Answer one body after the other until the gateway hangs up."""
     begin = _address_space()
-    resource.setrlimit(resource.RLIMIT_AS, (begin + MEMORY_BYTES,) * 2)
+    resource.setrlimit(resource.RLIMIT_AS, (begin + limits.memory_bytes,) * 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _send(connection, hello_frame(os.getpid()))
     processor_share.leave(idle=in_spare_time)
@@ -140,9 +137,9 @@ def _work(connection: socket.socket, models: ServedModels, in_spare_time: bool) 
     while not last and (received := _receive(connection, LENGTHS.size)):
         head_length, body_length, _ = lengths(received)
         head, body = _receive(connection, head_length), _receive(connection, body_length)
-        signal.setitimer(signal.ITIMER_PROF, PROCESSOR_S)  # SIGPROF ends the process
+        signal.setitimer(signal.ITIMER_PROF, limits.processor_s)  # SIGPROF ends the process
         outcome = _outcome(models, head, body)
-        last = _address_space() > begin + GROWTH_BYTES
+        last = _address_space() > begin + limits.growth_bytes
         if isinstance(outcome, PdqError):
             answer = error_frame(outcome, last=last)
         else:

@@ -23,7 +23,7 @@ from common import processor_share
 from common.errors import ContextLengthExceeded, InvalidRequest, Overloaded, ServiceUnavailable
 from common.model_folder.description import describe_model
 from gateway.chat_template import ChatTemplate
-from gateway.intake import pool, process
+from gateway.intake.limits import IntakeLimits
 from gateway.intake.pool import SHORT_BODY, SMALL_BODY, Intake
 from gateway.intake.prepare import Prepared, Question, prepare
 from gateway.patterns import LINEAR
@@ -54,10 +54,12 @@ def template(source: str) -> Any:
 
 @contextlib.asynccontextmanager
 async def intake(
-    served: ServedModels | None = None, processes: int = 2, *, has_spare_time: bool = False
+    served: ServedModels | None = None, processes: int = 2, *, has_spare_time: bool = False, **limits: float
 ) -> AsyncIterator[Intake]:
+    """`limits` are those of `IntakeLimits` that are others than a gateway's."""
     made = served or models()
-    running = Intake(made, LazyForker(made, has_spare_time=has_spare_time), processes)
+    forker = LazyForker(made, IntakeLimits(**limits), has_spare_time=has_spare_time)
+    running = Intake(made, forker, processes)
     with contextlib.closing(running):
         yield running
 
@@ -137,14 +139,13 @@ def with_pattern(folder: Path, pattern: str) -> ServedModels:
 
 @pytest.mark.parametrize("question", [COMPLETIONS, TOKENIZE])
 async def test_a_pattern_of_the_models_own_never_runs_on_the_event_loop(
-    question: Question, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    question: Question, tmp_path: Path
 ) -> None:
     """This one takes seconds for a few kilobytes, below the library's limit in each piece."""
-    monkeypatch.setattr(process, "PROCESSOR_S", 0.2)
     hostile = with_pattern(tmp_path, "(?:a|aa)+b|.")
     data = body(prompt=("a" * 28 + "!") * 270)
     assert len(data) < SMALL_BODY
-    async with intake(hostile) as running:
+    async with intake(hostile, processor_s=0.2) as running:
         with pytest.raises(InvalidRequest, match="too much time"):
             await running.prepare("a", question, data)
         await running.prepare("a", question, body(prompt="x"))
@@ -187,13 +188,10 @@ async def test_a_hostile_body_is_a_bad_request(question: Question, data: bytes) 
             await running.prepare("a", question, data)
 
 
-async def test_a_body_that_takes_too_long_is_a_bad_request_and_the_next_one_is_served(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(process, "PROCESSOR_S", 0.2)
+async def test_a_body_that_takes_too_long_is_a_bad_request_and_the_next_one_is_served() -> None:
     bomb = "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}"
     with template(bomb) as hostile:
-        async with intake(hostile) as running:
+        async with intake(hostile, processor_s=0.2) as running:
             with pytest.raises(InvalidRequest, match="too much time"):
                 await running.prepare("a", CHAT, chat())
             await running.prepare("a", COMPLETIONS, padded(SHORT_BODY, prompt="x"))
@@ -211,12 +209,9 @@ async def test_a_body_that_takes_too_long_is_a_bad_request_and_the_next_one_is_s
         "{{ '%9999999999d' % 1 }}",
     ],
 )
-async def test_a_template_that_wants_all_memory_gets_a_bad_request(
-    bomb: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(process, "PROCESSOR_S", 3.0)
+async def test_a_template_that_wants_all_memory_gets_a_bad_request(bomb: str) -> None:
     with template("{% if messages %}" + bomb + "{% endif %}") as hostile:
-        async with intake(hostile) as running:
+        async with intake(hostile, processor_s=3.0) as running:
             with pytest.raises(InvalidRequest):
                 await running.prepare("a", CHAT, chat())
 
@@ -271,22 +266,18 @@ def share(pid: int) -> int | None:
         return None
 
 
-async def test_a_worker_that_gives_no_answer_is_killed_and_its_client_may_come_back(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    async with intake() as running:
+async def test_a_worker_that_gives_no_answer_is_killed_and_its_client_may_come_back() -> None:
+    async with intake(spare_wall_s=1.0) as running:
         await running.prepare("a", COMPLETIONS, padded(SHORT_BODY + 1, prompt="x"))
         (worker,) = workers(running)
         worker.suspend()
-        monkeypatch.setattr(pool, "SPARE_WALL_S", 0.1)
         with pytest.raises(Overloaded, match="no processor"):
             await running.prepare("a", COMPLETIONS, padded(SHORT_BODY + 1, prompt="x"))
         await until(lambda: not worker.is_running())
 
 
-async def test_a_worker_that_has_grown_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process, "GROWTH_BYTES", -1)  # any is too much
-    async with intake() as running:
+async def test_a_worker_that_has_grown_is_replaced() -> None:
+    async with intake(growth_bytes=-1) as running:  # any is too much
         for _ in range(3):
             data = body(prompt=[1] * 500_000)
             with pytest.raises(ContextLengthExceeded):
@@ -294,9 +285,8 @@ async def test_a_worker_that_has_grown_is_replaced(monkeypatch: pytest.MonkeyPat
         await until(lambda: not workers(running))
 
 
-async def test_an_idle_worker_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool, "IDLE_S", 0.01)
-    async with intake() as running:
+async def test_an_idle_worker_ends() -> None:
+    async with intake(idle_s=0.01) as running:
         await running.prepare("a", COMPLETIONS, padded(SHORT_BODY + 1, prompt="x"))
         await until(lambda: not workers(running))
 
@@ -375,10 +365,9 @@ async def test_one_client_leaves_a_worker_for_the_others() -> None:
         await asyncio.gather(*asked)
 
 
-async def test_when_too_much_waits_whoever_has_most_of_it_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool, "MAX_WAITING", 4)
+async def test_when_too_much_waits_whoever_has_most_of_it_is_told_so() -> None:
     data = padded(SHORT_BODY + 1, prompt="x")
-    async with intake(processes=1) as running:
+    async with intake(processes=1, waiting=4) as running:
         async with stopped(running):
             greedy = [asyncio.create_task(running.prepare("greedy", COMPLETIONS, data)) for _ in range(5)]
             await until(lambda: len(running._long._waiting.get("greedy", ())) == 4)

@@ -17,6 +17,7 @@ from gateway.access import Access
 from gateway.app import create_app
 from gateway.connection import Roster
 from gateway.dispatch import Dispatcher
+from gateway.intake.limits import INTAKE_LIMITS, IntakeLimits
 from gateway.intake.pool import Intake
 from gateway.intake.process import Forker
 from gateway.metrics import GatewayMetrics
@@ -81,8 +82,10 @@ class LazyForker(Forker):
     """Forks when the first worker is wanted: most tests want none. Its workers do not wait for spare
     time, of which there is little where tests run, unless that is what is tested."""
 
-    def __init__(self, models: ServedModels, *, has_spare_time: bool = False) -> None:
-        self._models, self._has_spare_time = models, has_spare_time
+    def __init__(
+        self, models: ServedModels, limits: IntakeLimits = INTAKE_LIMITS, *, has_spare_time: bool = False
+    ) -> None:
+        self._models, self.limits, self._has_spare_time = models, limits, has_spare_time
         self._started = False
 
     def worker(self, *, in_spare_time: bool = False) -> socket.socket:
