@@ -47,6 +47,7 @@ class EngineFacts:
     max_model_len: int  # positions of a sequence
     stop_token_ids: tuple[int, ...]  # the model's own
     folder: Path  # the model's, on the runner's machine
+    on_host: bool = True  # computes on the cores that plan the next step, too
     unread_fields: tuple[str, ...] = ()  # of its config.json
 
 

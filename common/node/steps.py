@@ -156,6 +156,8 @@ class Steps:
 
     def _may_plan_ahead(self, first: _UnderWay) -> bool:
         wanted = self._engine.settings.async_scheduling
+        if wanted is None:
+            wanted = not self._engine.facts.on_host
         return wanted and not first.alone and self._times.knows(first.step)
 
     def _plan_ahead(self) -> None:

@@ -111,7 +111,9 @@ class EngineSettings:
     )
     max_num_seqs: int = setting(64, "sequences in one step at most", at_least=1)
     max_num_batched_tokens: int = setting(512, "tokens in one step at most", at_least=1)
-    async_scheduling: bool = setting(True, "plan a step while the one before is computed")
+    async_scheduling: bool | None = setting(
+        None, "plan a step while the one before is computed (none: unless the CPU computes it)"
+    )
     enable_prefix_caching: bool = setting(True, "reuse the blocks of equal prefixes")
     kv_digests: bool = setting(True, "check every block that is handed over against its digest")
     threads: int | None = setting(None, "compute threads (none: one per core of ours)", at_least=1)

@@ -71,7 +71,7 @@ class Running:
     """A decode node's role and steps on a real engine."""
 
     def __init__(self, stall_limit_s: float = 60.0, **settings: object) -> None:
-        self.node = ScriptedNode(poisoned_engine(num_kv_blocks=512, **settings))
+        self.node = ScriptedNode(poisoned_engine(num_kv_blocks=512, async_scheduling=True, **settings))
         self.runner: Any = self.node.engine.runner
         self.node.engine.runner = ThreadRunner(lambda: self.runner)
         self.node.run_role(DecodeRole(self.node), stall_limit_s)

@@ -74,8 +74,8 @@ class PausedRunner:
 class Running:
     """The steps of a node with this role."""
 
-    def __init__(self, role: Any = DecodeRole, **settings: Any) -> None:
-        self.node = ScriptedNode(poisoned_engine(**settings))
+    def __init__(self, role: Any = DecodeRole, *, ahead: bool | None = True, **settings: Any) -> None:
+        self.node = ScriptedNode(poisoned_engine(async_scheduling=ahead, **settings))
         self.runner = PausedRunner(self.node.engine.runner)
         self.node.engine.warm_up()
         self.node.engine.runner = self.runner  # type: ignore[assignment]
@@ -147,11 +147,11 @@ def expected() -> dict[str, tuple[int, ...]]:
     return {name: truth(engine, prompt) for name, prompt in PROMPTS.items()}
 
 
-@pytest.mark.parametrize("ahead", [True, False])
+@pytest.mark.parametrize("ahead", [True, False, None])
 async def test_the_next_step_waits_at_the_runner_and_the_tokens_are_the_same(
-    ahead: bool, expected: dict[str, tuple[int, ...]]
+    ahead: bool | None, expected: dict[str, tuple[int, ...]]
 ) -> None:
-    running = Running(async_scheduling=ahead)
+    running = Running(ahead=ahead)
     async with running.running():
         for name, prompt in PROMPTS.items():
             running.accept(name, prompt)

@@ -104,6 +104,7 @@ class ModelRunner:
             max_model_len=length,
             stop_token_ids=tuple(description.stop_token_ids),
             folder=folder,
+            on_host=device.torch_device.type == "cpu",
             unread_fields=tuple(unknown_fields(description.config)),
         )
 
