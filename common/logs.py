@@ -112,7 +112,7 @@ class LineFormatter(logging.Formatter):
         if suppressed := getattr(record, "suppressed", 0):
             values["suppressed"] = suppressed
         time = moment.isoformat(timespec="milliseconds").replace("+00:00", "Z")
-        pairs = "".join(f" {key}={_shown(value)}" for key, value in values.items())
+        pairs = "".join(f" {key}={_quoted(value)}" for key, value in values.items())
         return f"{time} {record.levelname} {self._service} {_escaped(event)}{pairs}"
 
 
@@ -134,7 +134,7 @@ def _bounded(value: Any) -> Any:
     return value if isinstance(value, (int, float)) else shortened(str(value), LONGEST_VALUE)
 
 
-def _shown(value: Any) -> str:
+def _quoted(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     text = _escaped(str(value))

@@ -30,7 +30,7 @@ from common.wire.bus import Bus, Down, Received
 from common.wire.message import Message
 from common.wire.messages import CacheContent, CacheEvents, CacheQuery
 from gateway.ports import Inbox, NodeLoad, NodeView
-from gateway.prefix_index import CacheEvent, PrefixIndex
+from gateway.prefix_index import PrefixIndex
 from gateway.strangers import Strangers
 
 log = get_logger("nodes")
@@ -150,8 +150,8 @@ class NodeLinks:
 
     def _take(self, received: Received) -> None:
         match received.message:
-            case CacheEvents(number=number, stored=stored, evicted=evicted):
-                self._index.apply(received.peer, CacheEvent(number, stored, evicted))
+            case CacheEvents() as events:
+                self._index.apply(events)
                 if self._index.wants_snapshot(received.peer):
                     self.send(received.peer, CacheQuery(self._bus.incarnation))
             case CacheContent(number=number, blocks=blocks):

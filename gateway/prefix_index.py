@@ -15,23 +15,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 
+from common.wire.messages import CacheEvents
+
 MOST_WAITING = 1024  # events kept behind a gap; a snapshot stands for the rest
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class CacheEvent:
-    """One change of a node's prefix cache."""
-
-    number: int
-    stored: tuple[bytes, ...] = ()
-    evicted: tuple[bytes, ...] = ()
 
 
 @dataclasses.dataclass(slots=True)
 class _Node:
     number: int = 0
     blocks: set[bytes] = dataclasses.field(default_factory=set)
-    waiting: dict[int, CacheEvent] = dataclasses.field(default_factory=dict)
+    waiting: dict[int, CacheEvents] = dataclasses.field(default_factory=dict)
 
 
 class PrefixIndex:
@@ -39,7 +32,8 @@ class PrefixIndex:
         self._nodes: dict[str, _Node] = {}
         self._holders: dict[bytes, set[str]] = {}
 
-    def apply(self, node: str, event: CacheEvent) -> None:
+    def apply(self, event: CacheEvents) -> None:
+        node = event.node
         state = self._nodes.setdefault(node, _Node())
         if event.number <= state.number:
             return

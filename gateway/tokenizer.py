@@ -81,14 +81,9 @@ class Tokenizer:
     def token_text(self, token_id: int) -> str:
         return readable(self.token_bytes(token_id))
 
-    def render_chat(
-        self,
-        messages: Sequence[dict[str, Any]],
-        *,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        variables: dict[str, Any] | None = None,
-    ) -> str:
+    @property
+    def chat_template(self) -> ChatTemplate:
+        """Raises `InvalidRequest` for a model that has none."""
         if self._chat_template is None:
             others = ", ".join(map(repr, self.model.chat_templates))
             raise InvalidRequest(
@@ -96,12 +91,7 @@ class Tokenizer:
                 "use /v1/completions",
                 param="messages",
             )
-        return self._chat_template.render(
-            messages,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-            variables=variables,
-        )
+        return self._chat_template
 
     def _visible_piece(self, token_id: int) -> str | None:
         piece = self._piece(token_id)

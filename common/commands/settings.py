@@ -236,12 +236,12 @@ def load_deployment(argv: Sequence[str], environ: Mapping[str, str]) -> Deployme
         decode,
         given.unified,
         _usable(given.engine.cores),
-        gateway=GatewaySettings(**_taken(GatewaySettings, given)),
-        node=NodeSettings(**_taken(NodeSettings, given)),
+        gateway=GatewaySettings(**_fields_of(GatewaySettings, given)),
+        node=NodeSettings(**_fields_of(NodeSettings, given)),
     )
 
 
-def _taken(service: type[Any], given: Any) -> dict[str, Any]:
+def _fields_of(service: type[Any], given: Any) -> dict[str, Any]:
     """The values that `service` has among the given ones, in their flat place or the engine's."""
     taken = {}
     for f in dataclasses.fields(service):

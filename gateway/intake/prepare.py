@@ -134,7 +134,7 @@ def _chat_prompt(
     if question.in_place:
         raise NeedsProcess
     assert body.messages is not None
-    prompt = model.tokenizer.render_chat(
+    prompt = model.tokenizer.chat_template.render(
         [message.for_template() for message in body.messages],
         add_generation_prompt=body.opens_an_answer,
         continue_final_message=body.continue_final_message,

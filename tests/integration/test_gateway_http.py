@@ -723,7 +723,7 @@ for module in pkgutil.iter_modules(gateway.__path__):
 from common.model_folder.description import describe_model
 from gateway.tokenizer import Tokenizer
 tokenizer = Tokenizer(describe_model(pathlib.Path(sys.argv[1])))
-tokenizer.render_chat([{"role": "user", "content": "x"}])
+tokenizer.chat_template.render([{"role": "user", "content": "x"}])
 heavy = {"torch", "transformers", "numpy", "numba", "safetensors"}
 found = sorted(heavy & {name.partition(".")[0] for name in sys.modules})
 assert not found, found

@@ -7,7 +7,7 @@ import random
 from common.engine.core.block_pool import BlockPool
 from common.errors import OutOfBlocks
 from common.node.cache_feed import CacheFeed
-from gateway.prefix_index import CacheEvent, PrefixIndex
+from gateway.prefix_index import PrefixIndex
 
 
 def churn(pool: BlockPool, chance: random.Random, held: list[int]) -> None:
@@ -33,7 +33,7 @@ def test_the_index_equals_the_pool_whatever_was_lost() -> None:
                 churn(pool, chance, held)
             events = feed.events()
             if events is not None and chance.random() < 0.8:  # else lost on the way
-                index.apply("node", CacheEvent(events.number, events.stored, events.evicted))
+                index.apply(events)
             if index.wants_snapshot("node"):
                 content = feed.content()
                 index.load_snapshot("node", content.number, content.blocks)
@@ -44,7 +44,7 @@ def test_the_index_equals_the_pool_whatever_was_lost() -> None:
             churn(pool, chance, held)
         last = feed.events()
         if last is not None:
-            index.apply("node", CacheEvent(last.number, last.stored, last.evicted))
+            index.apply(last)
         if not index.wants_snapshot("node"):
             assert index.blocks("node") == pool.snapshot().block_hashes
 

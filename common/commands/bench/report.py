@@ -24,10 +24,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from common.commands.bench.client import Answer, Exchange
 from common.commands.bench.workload import Job
+from common.commands.inspect import table_of
 from common.commands.processes import Use
 
 LATE_LIMIT_S = 0.01
@@ -181,7 +181,7 @@ def show(out: Console, summary: dict[str, Any], uses: Sequence[Use], client_core
         f"{summary['prompt_tokens_per_s']:.1f} prompt tokens/s "
         f"({summary['cached_tokens']} of {summary['prompt_tokens']} cached)"
     )
-    table = _table("ms", ">mean", ">p50", ">p90", ">p99", ">max", ">count")
+    table = table_of("ms", ">mean", ">p50", ">p90", ">p99", ">max", ">count")
     for name in ("ttft", "itl", "tpot", "e2e", "late"):
         values = summary[f"{name}_s"]
         shown = [
@@ -217,17 +217,9 @@ def show(out: Console, summary: dict[str, Any], uses: Sequence[Use], client_core
 
 
 def _show_uses(out: Console, uses: Sequence[Use]) -> None:
-    table = _table("process", ">pid", ">PSS MB", ">RSS MB", ">of a core")
+    table = table_of("process", ">pid", ">PSS MB", ">RSS MB", ">of a core")
     for use in uses:
         pss = "-" if use.pss_bytes is None else f"{use.pss_bytes / 1e6:.0f}"
         table.add_row(use.name, str(use.pid), pss, f"{use.rss_bytes / 1e6:.0f}", f"{use.cores_used:.1%}")
     out.print(table, crop=False)
     out.print()
-
-
-def _table(*headers: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for header in headers:
-        right = header.startswith(">")
-        table.add_column(header.lstrip(">"), justify="right" if right else "left", no_wrap=True)
-    return table

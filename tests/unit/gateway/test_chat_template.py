@@ -346,7 +346,7 @@ def test_what_a_template_raises_reaches_the_client() -> None:
 
 def test_the_template_of_the_shipped_model_takes_what_clients_send() -> None:
     tokenizer = Tokenizer(describe_model(SHIPPED_MODEL))
-    text = tokenizer.render_chat([says("user", "One", "two"), says("assistant", "Three")])
+    text = tokenizer.chat_template.render([says("user", "One", "two"), says("assistant", "Three")])
     assert all(said in text for said in ("One", "two", "Three"))
 
 

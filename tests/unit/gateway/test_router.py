@@ -13,8 +13,9 @@ from common.errors import ContextLengthExceeded, NeverFits
 from common.identity import ModelIdentity
 from common.kv_layout import HASHED_AT_ONCE, Fingerprint, root_hash
 from common.sampling import SamplingParams
+from common.wire.messages import CacheEvents
 from gateway.ports import NodeLoad, NodeView
-from gateway.prefix_index import CacheEvent, PrefixIndex
+from gateway.prefix_index import PrefixIndex
 from gateway.router import Decision, LeastLoadedRouter, RouteQuestion, longest_request, what_lacks
 from tests.support.asked import a_request
 from tests.support.hashes import chain_hashes
@@ -62,7 +63,7 @@ def holding(*names: str, blocks: int = 10, salt: str = "") -> PrefixIndex:
     index = PrefixIndex()
     chain = chain_hashes(root_hash(PRINT, salt), PROMPT, 4, len(PROMPT))
     for name in names:
-        index.apply(name, CacheEvent(1, stored=tuple(chain[:blocks])))
+        index.apply(CacheEvents(name, 1, tuple(chain[:blocks]), ()))
     return index
 
 
@@ -184,7 +185,7 @@ def test_the_prefix_of_each_candidate_is_looked_up_in_hashes_of_its_own_size() -
     index = PrefixIndex()
     for name, fingerprint in (("a", PRINT), ("b", other)):
         chain = chain_hashes(root_hash(fingerprint), PROMPT, fingerprint.block_size, len(PROMPT))
-        index.apply(name, CacheEvent(1, stored=tuple(chain[:3])))
+        index.apply(CacheEvents(name, 1, tuple(chain[:3]), ()))
     decision = route([node("a"), node("b", fingerprint=other)], index=index)
     assert decision is not None
     assert decision.prefill.incarnation == "b"

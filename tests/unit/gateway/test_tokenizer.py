@@ -40,7 +40,7 @@ def test_a_folder_without_a_tokenizer_says_so(tmp_path: Path) -> None:
 def test_a_chat_is_rendered_with_the_templates_and_tokens_of_the_folder(tmp_path: Path) -> None:
     config = {"chat_template": "{{ bos_token }}{{ eos_token }} {{ messages[0].content }}", "bos_token": "<s>"}
     path = folder(tmp_path, tokenizer_config_json=config)
-    assert tokenizer_of(path).render_chat(SAY_HI) == "<s> hi"
+    assert tokenizer_of(path).chat_template.render(SAY_HI) == "<s> hi"
 
 
 def test_a_template_for_something_else_is_none_for_chats(tmp_path: Path) -> None:
@@ -48,7 +48,7 @@ def test_a_template_for_something_else_is_none_for_chats(tmp_path: Path) -> None
     several = [{"name": name, "template": "{{ messages }}"} for name in ("rag", "tool_use")]
     tokenizer = tokenizer_of(folder(tmp_path, tokenizer_config_json={"chat_template": several}))
     with pytest.raises(InvalidRequest, match="no chat template for chats, only 'rag', 'tool_use'"):
-        tokenizer.render_chat(SAY_HI)
+        tokenizer.chat_template.render(SAY_HI)
 
 
 def tokenizer_with(folder: Path, **parts: Any) -> Tokenizer:
