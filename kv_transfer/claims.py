@@ -28,10 +28,10 @@ class Announced:
 
 
 class Check:
-    """Whether an offer's hashes are what this node computes itself: nothing else may name blocks here.
-    Where its own blocks (`mine`) have another size, their hashes are computed along with it.
+    """Checks that an offer's hashes are those that this node computes itself, since nothing else may name
+    blocks here. Where its own blocks (`mine`) have another size, it computes their hashes along the way.
 
-    A piece at a time: the loop that does this also plans the steps of everybody's streams.
+    It works a piece at a time, because its loop also plans the steps of all streams.
     """
 
     def __init__(self, offer: Offer, theirs: Fingerprint, mine: Fingerprint) -> None:

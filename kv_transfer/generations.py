@@ -41,7 +41,7 @@ class Generations:
     """The counters of this process's pool, and memory behind them."""
 
     def __init__(self, num_blocks: int, content_bytes: int = 0, *, warm: bool = False) -> None:
-        """All pages are touched here where `warm`. `InsufficientMemory`, and nothing is left."""
+        """`warm` touches all pages here. Raises `InsufficientMemory`, and leaves nothing behind."""
         offset = _content_offset(num_blocks)
         length = offset + content_bytes
         try:
@@ -64,12 +64,12 @@ class Generations:
         self.content = memoryview(mapping)[offset:]
 
     def begin_write(self, block: int) -> None:
-        """The block gets another content: whoever copies it now will find its copy stale."""
+        """Start to replace a block's content: a copy that anybody makes of it now will be stale."""
         generation = int(self.numbers[block])
         self.numbers[block] = generation + 1 + generation % 2
 
     def seal(self, block: int) -> int:
-        """The content is complete; returns the block's generation."""
+        """Mark the content as complete; returns the block's generation."""
         generation = int(self.numbers[block])
         generation += generation % 2
         self.numbers[block] = generation

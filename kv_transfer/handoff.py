@@ -213,8 +213,8 @@ class Handoff:
         return self._take()
 
     def link_lost(self, link: str, *, now: float) -> list[Effect]:
-        """End every handoff of a link that is torn down: the peer can read nothing over it any more,
-        or cannot prove what it reads."""
+        """End every handoff of a link that is torn down: the peer can read nothing over it any more, or
+        cannot prove what it reads."""
         self._now = now
         lost = self._links.pop(link, None)
         if lost is not None:

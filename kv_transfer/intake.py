@@ -140,8 +140,7 @@ class _ReceivingLink:
 
 
 class Intake:
-    """All handoffs that a node receives. Each public method returns the effects to perform, in
-    order."""
+    """All handoffs that a node receives. Each public method returns the effects to perform, in order."""
 
     def __init__(self, pool: IntakePool, fingerprint: Fingerprint, settings: TransferSettings) -> None:
         self.counts: collections.Counter[str] = collections.Counter()  # of what changed nothing

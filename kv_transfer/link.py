@@ -40,7 +40,7 @@ HandoffListener = Callable[[Granted | Ended], None]
 
 
 class Links:
-    """All KV links of one node with the handoffs and intakes on them, in both directions."""
+    """All KV links of one node, with the handoffs and intakes on them, in both directions."""
 
     def __init__(
         self,
@@ -124,8 +124,7 @@ class Links:
         return self._ends.describe()
 
     def events(self) -> dict[tuple[str, ...], int]:
-        """How often links and handoffs met with what is not the usual way, by end (`link`: of neither)
-        and event."""
+        """Counts of what is unusual, by end (`link` for neither) and event."""
         counts = {"link": self.counts, "handoff": self._handoff.counts, "intake": self._intake.counts}
         return {(end, event): n for end, of_one in counts.items() for event, n in of_one.items()}
 
@@ -174,11 +173,11 @@ class Links:
     # Intakes, which this node receives
 
     def intakes(self) -> AbstractSet[HandoffKey]:
-        """Those that have not ended, those included that a lost link left behind."""
+        """Those that have not ended, including those that a lost link left behind."""
         return self._intake.states().keys()
 
     def refuse(self, wanted: Callable[[Offer], bool], reason: str) -> None:
-        """Withdraw from the intakes of these offers."""
+        """Cancel the intakes of these offers."""
         for key, offer in self._intake.offered().items():
             if wanted(offer):
                 self._perform(self._intake.cancel(key, reason, now=self._clock()))
@@ -209,8 +208,8 @@ class Links:
     # Effects
 
     def _perform(self, effects: list[Effect], of: LinkEnd | None = None) -> None:
-        """Perform the effects that a method of either end returned. `of`: the link that they are of,
-        where that may be down."""
+        """Perform the effects that a method of either end returned. `of` is their link, where it may be
+        down."""
         for effect in effects:
             if isinstance(effect, (Adopted, Ended)):
                 self._count_end(effect, of or self._ends.get(effect.key.link))

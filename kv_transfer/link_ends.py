@@ -31,7 +31,7 @@ from kv_transfer.transports.base import Opener, Reader, Source, Target
 
 log = get_logger("kv")
 
-FAILED_S = 60.0  # so long a transport that failed with a peer is taken only where there is no other
+FAILED_S = 60.0  # for so long a transport that failed with a peer is taken only where there is no other
 
 
 class MessageBus(Protocol):
@@ -205,7 +205,7 @@ class LinkEnds:
                 tried.append(f"{source.name}: {failure}")
                 self._tear_down(end.name)
                 continue
-            except BaseException:  # whatever it is, nobody may wait for this link, at either end
+            except BaseException:  # after any error nobody may wait for this link, at either end
                 self.send(end.name, Closed(end.name))
                 self._tear_down(end.name)
                 raise

@@ -44,27 +44,27 @@ class PoolMemory(Protocol):
         """The device that the slabs lie on; None: host memory."""
 
     def address(self, block: int) -> int:
-        """Of its slab, on the device where the slabs lie on one."""
+        """The address of a block's slab; on the device, where the slabs lie on one."""
 
     def begin_write(self, block: int) -> None:
-        """The block gets another content: whoever copies it now will find its copy stale."""
+        """Start to replace a block's content: a copy that anybody makes of it now will be stale."""
 
     def seal(self, block: int, seed: bytes = b"", fill_ranges: Sequence[tuple[int, int]] = ()) -> int:
-        """The content is complete; returns the block's generation.
+        """Mark the content as complete; returns the block's generation.
 
-        With a `seed` (block hash, or `tail_seed` and the ranges of the filled positions) its
-        digest is computed here, once, where the slabs lie in host memory.
+        With a `seed` (block hash, or `tail_seed` and the ranges of the filled positions) its digest is
+        computed here, once, where the slabs lie in host memory.
         """
 
     def to_host(self, blocks: Sequence[int]) -> Iterable[Sequence[memoryview]]:
-        """The slabs in host memory, a batch at a time; a batch may be gone when the next is taken."""
+        """Lend the slabs in host memory, a batch at a time. A batch may be gone when the next is taken."""
 
     def from_host(self, block: int, ranges: Ranges) -> AbstractContextManager[list[memoryview]]:
-        """Host memory for these ranges of a slab, one view each, to be filled before the context
-        ends; then the slab has them. After an error its content is undefined."""
+        """Lend host memory for these ranges of a slab, one view each. The slab has what was written there
+        when the context ends; after an error its content is undefined."""
 
     def beside(self, num_blocks: int, slab_bytes: int) -> PoolMemory:
-        """Other slabs where these lie; `InsufficientMemory`."""
+        """Make other slabs where these lie; `InsufficientMemory`."""
 
     def copy_positions(
         self, layout: KVLayout, source: PoolMemory, source_layout: KVLayout, spans: Iterable[tuple[int, Span]]
@@ -82,7 +82,7 @@ class HostPoolMemory:
     cuda: Cuda | None = None
 
     def __init__(self, num_blocks: int, slab_bytes: int, *, warm: bool = True) -> None:
-        """Pages are touched here where `warm`, so that no request pays for it."""
+        """`warm` touches all pages here, so that no request pays for it."""
         self.num_blocks, self.slab_bytes = num_blocks, slab_bytes
         self._counters = Generations(num_blocks, num_blocks * slab_bytes, warm=warm)
         self.fd, self.generations = self._counters.fd, self._counters.numbers

@@ -49,13 +49,13 @@ class Source(Protocol):
 class Reader(Protocol):
     """The receiving node's side of one link."""
 
-    remark: str  # what `pdq nodes` says of the link beside its transport, mostly ""
+    remark: str  # what `pdq nodes` adds to the link's reason, mostly ""
 
     def pull(self, pieces: Sequence[Piece]) -> None:
         """Copy every piece into its block and prove it. Blocking: call it in a thread of its own.
 
-        Raises `StaleBlock`, `DigestMismatch`, `LinkLost`, or `MalformedMessage` for a place that
-        does not exist. After any of these the blocks' content is undefined.
+        Raises `StaleBlock`, `DigestMismatch`, `LinkLost`, or `MalformedMessage` for a place that does not
+        exist. After any of these the blocks' content is undefined.
         """
 
     def close(self) -> None:

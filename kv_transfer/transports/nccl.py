@@ -1,19 +1,19 @@
-"""Slabs by NCCL: a communicator of two ranks for each link; asking and proving go as in tcp.py.
+"""Slabs by NCCL: a communicator of two ranks for each link. Requests and proofs go as in tcp.py.
 
-The reader asks by `Pull`; the source answers `Slabs` and puts one send of all of it on its stream;
-the reader puts the receive on its own, straight into its pool; when the device has sent, comes
-`Proved`.
+The reader asks by `Pull`. The source answers `Slabs` and puts one send of all of it on its stream; the
+reader puts the receive on its own stream, straight into its pool. When the device has sent, the source
+says `Proved`.
 
-Several communicators on one device must not wait for each other crosswise, because a kernel of NCCL
-holds the device until the peer's kernel runs. So each device of a process has two turns, which all take
-in the same order: a reader takes its device's turn to receive before it asks, and the source takes its
-device's turn to send before it answers. A holder of the turn to send waits for nobody, since the reader
-that asked already holds its own turn. So no circle of waits can close, and each device runs at most one
-send and one receive at a time. A stopped peer keeps a turn until its link is torn down.
+Several communicators on one device must not wait for each other crosswise, because a kernel of NCCL holds
+the device until the peer's kernel runs. So each device of a process has two turns, which all take in the
+same order: a reader takes its device's turn to receive before it asks, and the source takes its device's
+turn to send before it answers. A holder of the turn to send waits for nobody, since the reader that asked
+already holds its own turn. So no circle of waits can close, and each device runs at most one send and one
+receive at a time. A stopped peer keeps a turn until its link is torn down.
 
-A communicator is set up when a reader asks for it, and without blocking. It is aborted before a
-failed pull reports, that is, before the blocks that it was receiving into can be given back; on the
-source's side before the lease ends.
+A communicator is set up when a reader asks for it, without blocking. The reader aborts it before a failed
+pull reports, that is, before the blocks that it was receiving into can be given back; the source aborts
+it before the lease ends.
 """
 
 from __future__ import annotations

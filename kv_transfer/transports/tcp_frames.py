@@ -32,7 +32,7 @@ class SendingFrames:
     request_bytes = REQUEST_BYTES
 
     def __init__(self, host: str, secret_key: str) -> None:
-        """`LinkLost`, and nothing is left, where it cannot listen there."""
+        """`LinkLost` if it cannot listen there; nothing is left behind then."""
         try:
             with contextlib.ExitStack() as made:
                 self._stop = Stop()
@@ -107,7 +107,7 @@ class ReceivingFrames:
     request_bytes = REQUEST_BYTES
 
     def __init__(self, endpoint: str, secret_key: str, slab_bytes: int) -> None:
-        """`MalformedMessage` for what is no endpoint; nothing is left then."""
+        """`MalformedMessage` for what is no endpoint; nothing is left behind then."""
         self._frames: collections.deque[Any] = collections.deque()  # behind the last message
         with contextlib.ExitStack() as made:
             self._stop = Stop()
@@ -130,7 +130,7 @@ class ReceivingFrames:
             made.pop_all()
 
     def _prepared(self, secret_key: str, slab_bytes: int) -> Any:
-        """Set the socket's options; its monitor."""
+        """Set the socket's options; returns its monitor."""
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.RECONNECT_IVL, -1)
         self._socket.setsockopt(zmq.RCVHWM, _QUEUE)

@@ -34,7 +34,7 @@ class SendingStream:
     request_bytes = REQUEST_BYTES
 
     def __init__(self, host: str, token: bytes) -> None:
-        """`LinkLost`, and nothing is left, where it cannot listen there."""
+        """`LinkLost` if it cannot listen there; nothing is left behind then."""
         self._token = token
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         address = ("" if host == "*" else host.strip("[]"), 0)
@@ -67,7 +67,7 @@ class SendingStream:
         return b"", message
 
     def _next(self) -> bytes | None:
-        """A whole message of what was heard."""
+        """Take a whole message off what was received; None if none is whole."""
         if len(self._heard) < _LENGTH.size:
             return None
         (length,) = _LENGTH.unpack_from(self._heard)
