@@ -284,7 +284,7 @@ class Dispatcher:
                 request.fail(error)
                 return
 
-    # ── What the nodes say ───────────────────────────────────────────────────────────────────────
+    # ── News of nodes ────────────────────────────────────────────────────────────────────────────
 
     def on_message(self, node: str, message: Message) -> None:
         self._listener.on_message(node, message)

@@ -109,6 +109,8 @@ class Listener:
         if is_current:
             choice.stirred_at = time.monotonic()
             self._acknowledge_others(node, choice, run)
+        else:
+            self._stop_old(node, request, run.attempt)
         self._metrics.duplicate_tokens.inc(arrival.duplicates)
         if arrival.mismatched:
             self._metrics.mismatched_tokens.inc(arrival.mismatched)
@@ -120,8 +122,6 @@ class Listener:
                 choice=run.choice,
                 positions=arrival.mismatched,
             )
-        if arrival.stale and not is_current:
-            self._stop_old(node, request, run.attempt)
         if choice.done:
             self._stop_choice(node, request, run.choice)
         elif arrival.delivered or arrival.finished:

@@ -36,7 +36,6 @@ class Arrival:
     delivered: tuple[Token, ...] = ()
     duplicates: int = 0
     mismatched: int = 0
-    stale: bool = False
     finished: str | None = None
 
 
@@ -82,7 +81,7 @@ class ChoiceStream:
             raise ProtocolError(
                 f"attempt {run.attempt} of {run.request} was never dispatched", param="attempt"
             )
-        stale = run.attempt < self.attempt or self.finished is not None
+        is_late = run.attempt < self.attempt or self.finished is not None
         duplicates = mismatched = 0
         for index, token_id in enumerate(run.token_ids):
             position = run.position + index
@@ -90,11 +89,11 @@ class ChoiceStream:
             if known is not None:
                 duplicates += 1
                 mismatched += known != token_id
-            elif not stale:
+            elif not is_late:
                 logprobs = run.logprobs[index] if run.logprobs else None
                 self._waiting[position] = Token(token_id, logprobs)
-        if stale:
-            return Arrival(duplicates=duplicates, mismatched=mismatched, stale=True)
+        if is_late:
+            return Arrival(duplicates=duplicates, mismatched=mismatched)
         if run.finish_reason:
             mismatched += self._note_end(run.end, run.finish_reason)
         delivered = self._deliver()
