@@ -1,8 +1,8 @@
 """The scheduler: which positions of which sequences the next step computes, and in what blocks.
 
-Owns: the waiting and the running sequences, their order, block tables and progress, and all
-policy: token budget, admission (the line is in admission.py), preemption, copy-on-write, the end of
-a sequence. Knows nothing of tensors or roles; the engine runs
+Owns all policy: token budget, admission (the line is in admission.py), preemption, copy-on-write, the end of
+a sequence; what state a sequence is in is open_sequences.py's. Knows nothing of tensors or roles. The
+engine runs
 
     step = scheduler.schedule()            # blocks are taken, preempted sequences wait again
     ... copy step.copies, run step.chunks, sample; fork before the first token ...
@@ -28,13 +28,12 @@ from __future__ import annotations
 
 import collections.abc
 import dataclasses
-from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
-from operator import attrgetter
 
 from common.engine.core.admission import Admission, ExpectedPrompt, Room
 from common.engine.core.block_pool import BlockPool
+from common.engine.core.open_sequences import OpenSequences
 from common.engine.core.sequence import Sequence, SequenceStatus
 from common.engine.core.step import Chunk, Delivery, Step
 from common.errors import ConfigError, ContextLengthExceeded, InvalidRequest, NeverFits
@@ -42,10 +41,8 @@ from common.sampling import FinishReason
 
 MAX_STEPS = 2  # under way at once
 
-_order = attrgetter("order")
 
-
-class Scheduler:
+class Scheduler(OpenSequences):
     """`max_num_batched_tokens` bounds a step, `max_num_seqs` the running sequences; `watermark`
     is the share of the pool that admission leaves free for those that run already."""
 
@@ -68,36 +65,12 @@ class Scheduler:
             )
         if not 0.0 <= watermark < 1.0:
             raise ConfigError(f"watermark must be in [0, 1), got {watermark}", param="watermark")
-        self.pool = pool
+        super().__init__(pool)
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
-        self.num_preemptions = 0
         self._watermark = int(watermark * pool.num_blocks)
-        self._waiting: list[Sequence] = []  # both most important first
-        self._running: list[Sequence] = []
-        self._paused: set[Sequence] = set()
         self._admission = Admission(pool)
-        self._requests: dict[str, dict[int, Sequence]] = {}
-        self._steps: list[Step] = []  # under way, the older first
-
-    @property
-    def running(self) -> collections.abc.Sequence[Sequence]:
-        """Most important first; a live view, not to be changed."""
-        return self._running
-
-    @property
-    def waiting(self) -> collections.abc.Sequence[Sequence]:
-        """Most important first; a live view, not to be changed."""
-        return self._waiting
-
-    @property
-    def num_running(self) -> int:
-        return len(self._running)
-
-    @property
-    def num_waiting(self) -> int:
-        return len(self._waiting)
 
     @property
     def num_free_slots(self) -> int:
@@ -110,30 +83,13 @@ class Scheduler:
         """Prompts on their way here that have room."""
         return len(self._admission.held)
 
-    @property
-    def num_paused(self) -> int:
-        return len(self._paused)
-
-    @property
-    def is_stepping(self) -> bool:
-        """Whether a step is under way."""
-        return bool(self._steps)
-
-    @property
-    def has_work(self) -> bool:
-        return bool(self._running or self._waiting)
-
-    def is_open(self, request_id: str) -> bool:
-        """Whether any sequence of it has not ended."""
-        return request_id in self._requests
-
     # Sequences come and go.
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence, or raise the `InvalidRequest` that says why it can never run."""
         self._validate(sequence)
         self._register(sequence)
-        insort(self._waiting, sequence, key=_order)
+        self._wait(sequence)
 
     def hold(self, prompt: ExpectedPrompt) -> Room | None:
         """A slot and all blocks for the first of the prompts that other nodes compute for this one,
@@ -196,70 +152,13 @@ class Scheduler:
             step.parents.append(chunk)
             child.pending = 1
             if not self.num_free_slots:
-                insort(self._waiting, child, key=_order)
+                self._wait(child)
                 continue
             self.pool.acquire(parent.block_table)
             child.block_table = list(parent.block_table)
             child.num_computed, child.in_flight = chunk.start, chunk.length
             child.num_published = parent.num_published
             self._run(child)
-
-    def pause(self, sequence: Sequence) -> None:
-        """Leave a running sequence out of the next steps; its blocks and its slot stay its own."""
-        assert not sequence.in_flight, "a step under way has it"
-        _remove(self._running, sequence)
-        sequence.draft_token_ids = []
-        sequence.move_to(SequenceStatus.PAUSED)
-        self._paused.add(sequence)
-
-    def resume(self, sequence: Sequence) -> None:
-        """Let a paused sequence take part again, from the next step on."""
-        self._paused.remove(sequence)
-        self._run(sequence)
-
-    def finish(self, sequence: Sequence, reason: FinishReason, *, keep_blocks: bool = False) -> list[int]:
-        """End a sequence; one that has ended already stays as it is.
-
-        Its blocks are released, or with `keep_blocks` returned together with their references.
-        """
-        if sequence.status is SequenceStatus.FINISHED:
-            return []
-        members = self._requests[sequence.request_id]
-        del members[sequence.sequence_id]
-        if not members:
-            del self._requests[sequence.request_id]
-        kept: list[int] = []
-        if sequence.status is SequenceStatus.WAITING:
-            _remove(self._waiting, sequence)
-        else:
-            if sequence.status is SequenceStatus.PAUSED:
-                self._paused.remove(sequence)
-            else:
-                _remove(self._running, sequence)
-            if keep_blocks:
-                assert not sequence.in_flight, "a step under way has it"
-                kept, sequence.block_table = sequence.block_table, []
-            elif sequence.in_flight:
-                self._steps[-1].holds.append(sequence.block_table)
-                sequence.block_table = []
-            else:
-                self._release_blocks(sequence)
-        sequence.move_to(SequenceStatus.FINISHED)
-        sequence.finish_reason = reason
-        sequence.draft_token_ids = []
-        return kept
-
-    def sequence(self, request_id: str, choice: int) -> Sequence | None:
-        """What runs, waits or is paused for this choice; None for one that waits for its prompt."""
-        members = self._requests.get(request_id, {}).values()
-        return next((sequence for sequence in members if sequence.choice == choice), None)
-
-    def abort(self, request_id: str, reason: FinishReason = FinishReason.CANCELLED) -> list[Sequence]:
-        """Finish every sequence of a request; returns those that had not ended."""
-        sequences = list(self._requests.get(request_id, {}).values())
-        for sequence in sequences:
-            self.finish(sequence, reason)
-        return sequences
 
     # A step.
 
@@ -280,8 +179,7 @@ class Scheduler:
         if not stalled and not step.preempted:
             self._admit(step, only)
         if step.chunks:
-            self._steps.append(step)
-            _count_in(step)
+            self._begin_step(step)
         return step
 
     def postprocess(
@@ -326,23 +224,7 @@ class Scheduler:
     def check(self) -> None:
         """Prove the invariants of scheduler and pool; for idle moments and tests."""
         self.pool.check()
-        held: dict[int, int] = {}
-        for sequence in chain(self._running, self._paused):
-            paused = sequence in self._paused
-            assert sequence.status is (SequenceStatus.PAUSED if paused else SequenceStatus.RUNNING)
-            assert self.pool.blocks_for(sequence.num_computed) <= len(sequence.block_table)
-            for block_id in sequence.block_table:
-                held[block_id] = held.get(block_id, 0) + 1
-        for room in self._admission.held:
-            for block_id in room.blocks:
-                held[block_id] = held.get(block_id, 0) + 1
-        for sequence in self._waiting:
-            assert sequence.status is SequenceStatus.WAITING
-            assert (sequence.block_table, sequence.num_computed) == ([], 0)
-        for block_id, count in held.items():
-            assert count <= self.pool.references(block_id), f"block {block_id} lacks references"
-        registered = sum(len(members) for members in self._requests.values())
-        assert registered == len(self._running) + len(self._paused) + len(self._waiting)
+        self.check_blocks(room.blocks for room in self._admission.held)
         assert self.num_free_slots >= 0, "a slot is taken twice"
 
     # Inside `schedule`.
@@ -512,21 +394,7 @@ class Scheduler:
             pool.publish(sequence.block_table[index], hashes[index])
         sequence.num_published = full
 
-    def _end_step(self, step: Step) -> None:
-        if step.chunks:
-            self._steps.remove(step)
-        for chunk in step.chunks:
-            chunk.sequence.in_flight -= chunk.length
-            chunk.sequence.pending -= chunk.samples
-        for chunk in step.forked:  # in no younger one
-            chunk.sequence.in_flight = chunk.sequence.pending = 0
-
-    def _release_holds(self, step: Step) -> None:
-        for block_ids in step.holds:
-            self.pool.release(block_ids)
-        step.holds.clear()
-
-    # States.
+    # What can never run.
 
     def _validate(self, sequence: Sequence) -> None:
         params = sequence.params
@@ -551,45 +419,3 @@ class Scheduler:
                 f"{wanted - 1} positions need {blocks} blocks, the pool has {self.pool.num_blocks}",
                 param="max_tokens",
             )
-
-    def _register(self, sequence: Sequence) -> None:
-        assert sequence.status is SequenceStatus.WAITING
-        members = self._requests.setdefault(sequence.request_id, {})
-        assert sequence.sequence_id not in members, f"sequence {sequence.sequence_id} twice"
-        members[sequence.sequence_id] = sequence
-
-    def _run(self, sequence: Sequence) -> None:
-        sequence.move_to(SequenceStatus.RUNNING)
-        insort(self._running, sequence, key=_order)
-
-    def _preempt(self, sequence: Sequence) -> None:
-        """Back to its place among the waiting, to recompute; full blocks remain as cache. A step that
-        has it still gives it its token."""
-        _remove(self._running, sequence)
-        if sequence.in_flight:
-            self._steps[-1].holds.append(sequence.block_table)
-            sequence.block_table = []
-        else:
-            self._release_blocks(sequence)
-        sequence.num_computed = sequence.num_published = 0
-        sequence.draft_token_ids = []
-        sequence.move_to(SequenceStatus.WAITING)
-        insort(self._waiting, sequence, key=_order)
-        self.num_preemptions += 1
-
-    def _release_blocks(self, sequence: Sequence) -> None:
-        self.pool.release(sequence.block_table)
-        sequence.block_table = []
-
-
-def _count_in(step: Step) -> None:
-    """What its sequences compute and get in it is under way."""
-    for chunk in step.chunks:
-        chunk.sequence.in_flight += chunk.length
-        chunk.sequence.pending += chunk.samples
-
-
-def _remove(ordered: list[Sequence], sequence: Sequence) -> None:
-    index = bisect_left(ordered, sequence.order, key=_order)
-    assert ordered[index] is sequence
-    del ordered[index]
