@@ -39,7 +39,7 @@ from gateway.intake.pool import Intake
 from gateway.intake.process import Forker
 from gateway.metrics import GatewayMetrics
 from gateway.node_links import NodeLinks
-from gateway.placement import Limits
+from gateway.placement import DispatchLimits
 from gateway.prefix_index import PrefixIndex
 from gateway.record_store import RecordStore
 from gateway.replays import Replays
@@ -81,7 +81,7 @@ async def run(settings: GatewaySettings, incarnation: str, models: ServedModels,
             bus=links,
             directory=links,
             router=LeastLoadedRouter(index),
-            limits=Limits(
+            limits=DispatchLimits(
                 max_attempts=settings.max_attempts,
                 max_open=settings.max_open_requests,
                 request_timeout_s=settings.request_timeout_s,

@@ -50,7 +50,7 @@ from gateway.ledger import Ledger
 from gateway.listener import Listener
 from gateway.metrics import GatewayMetrics
 from gateway.open_request import OpenRequest, Work
-from gateway.placement import Limits, Placement
+from gateway.placement import DispatchLimits, Placement
 from gateway.ports import Ending, NodeBus, NodeDirectory, RequestStore
 from gateway.router import Router, longest_context, longest_request
 from gateway.speakers import Speakers
@@ -82,7 +82,7 @@ class Dispatcher:
         bus: NodeBus,
         directory: NodeDirectory,
         router: Router,
-        limits: Limits,
+        limits: DispatchLimits,
         metrics: GatewayMetrics,
     ) -> None:
         self._gateway = gateway

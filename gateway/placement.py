@@ -25,7 +25,7 @@ log = get_logger("placement")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Limits:
+class DispatchLimits:
     """How long and how often the dispatcher tries."""
 
     max_attempts: int = 4
@@ -38,7 +38,7 @@ class Placement:
     """All methods run on one event loop."""
 
     def __init__(
-        self, gateway: str, bus: NodeBus, directory: NodeDirectory, router: Router, limits: Limits
+        self, gateway: str, bus: NodeBus, directory: NodeDirectory, router: Router, limits: DispatchLimits
     ) -> None:
         self._gateway = gateway
         self._bus = bus

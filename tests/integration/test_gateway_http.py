@@ -19,7 +19,7 @@ import pytest
 from common.errors import ServiceUnavailable
 from common.wire.messages import Dispatch, Failed
 from gateway.app import create_app
-from gateway.placement import Limits
+from gateway.placement import DispatchLimits
 from gateway.service import ServiceLimits
 from gateway.tokenizer import Tokenizer
 from tests.support.fake_cluster import EOS, FakeCluster, pair, until
@@ -608,7 +608,7 @@ async def test_a_stream_survives_the_death_of_its_node(served: Served, client: o
 async def test_overload_is_429_with_retry_after() -> None:
     cluster = FakeCluster()
     cluster.add("u1").hold_at = 0
-    limits = Limits(max_open=1)
+    limits = DispatchLimits(max_open=1)
     async with serving(cluster, limits=limits) as served, httpx.AsyncClient(base_url=served.url) as http:
         first = asyncio.create_task(http.post("/v1/completions", json=GOOD))
         await until(lambda: served.dispatcher.num_open == 1)
@@ -624,7 +624,7 @@ async def test_overload_is_429_with_retry_after() -> None:
 async def test_no_node_is_503(served: Served, http: httpx.AsyncClient) -> None:
     cluster = FakeCluster()
     async with (
-        serving(cluster, limits=Limits(placement_timeout_s=0.05)) as served,
+        serving(cluster, limits=DispatchLimits(placement_timeout_s=0.05)) as served,
         httpx.AsyncClient(base_url=served.url) as http,
     ):
         for stream in (False, True):

@@ -18,7 +18,7 @@ from common.identity import ModelIdentity
 from common.model_files import model_revision
 from common.settings.config import GatewaySettings, load
 from gateway import served_models
-from gateway.placement import Limits
+from gateway.placement import DispatchLimits
 from gateway.served_models import ServedModel, load_models
 from tests.support.fake_cluster import FINGERPRINT, MODEL, FakeCluster
 from tests.support.gateway_server import MODELS, Served, load_tokenizer, serving
@@ -37,7 +37,7 @@ async def served() -> AsyncIterator[Served]:
     cluster = FakeCluster()
     cluster.add("stories-node")
     cluster.add("llama-node", fingerprint=LLAMA_PRINT)
-    limits = Limits(placement_timeout_s=0.05)
+    limits = DispatchLimits(placement_timeout_s=0.05)
     async with serving(cluster, limits=limits, further=further) as running:
         yield running
 

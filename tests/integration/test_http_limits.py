@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from common.settings.config import HTTPSettings
-from gateway.placement import Limits
+from gateway.placement import DispatchLimits
 from gateway.service import ServiceLimits
 from tests.support.fake_cluster import FakeCluster, until
 from tests.support.gateway_server import Served, serving
@@ -292,7 +292,10 @@ async def test_bodies_share_a_budget_and_one_client_gets_half_of_it() -> None:
 
 
 async def test_a_list_of_prompts_that_could_never_be_open_is_a_bad_request() -> None:
-    async with gateway(limits=Limits(max_open=3)) as served, httpx.AsyncClient(base_url=served.url) as http:
+    async with (
+        gateway(limits=DispatchLimits(max_open=3)) as served,
+        httpx.AsyncClient(base_url=served.url) as http,
+    ):
         answer = await http.post("/v1/completions", json={**BODY, "prompt": ["a"] * 4})
         assert answer.status_code == 400
         assert "3" in answer.json()["error"]["message"]
@@ -301,7 +304,7 @@ async def test_a_list_of_prompts_that_could_never_be_open_is_a_bad_request() -> 
 
 
 async def test_a_list_of_prompts_is_opened_whole_or_not_at_all() -> None:
-    async with gateway(limits=Limits(max_open=3)) as served:
+    async with gateway(limits=DispatchLimits(max_open=3)) as served:
         served.cluster.members["u1"].hold_at = 1
         async with httpx.AsyncClient(base_url=served.url) as http:
             first = asyncio.create_task(http.post("/v1/completions", json=BODY))

@@ -21,7 +21,7 @@ from gateway.intake.limits import INTAKE_LIMITS, IntakeLimits
 from gateway.intake.pool import Intake
 from gateway.intake.process import Forker
 from gateway.metrics import GatewayMetrics
-from gateway.placement import Limits
+from gateway.placement import DispatchLimits
 from gateway.prefix_index import PrefixIndex
 from gateway.router import LeastLoadedRouter
 from gateway.served_models import ServedModel, ServedModels
@@ -30,7 +30,7 @@ from gateway.service import Service, ServiceLimits
 from gateway.tokenizer import Tokenizer
 from tests.support.fake_cluster import MODEL, FakeCluster, until
 
-LIMITS, SERVICE_LIMITS, HTTP = Limits(), ServiceLimits(), HTTPSettings()
+LIMITS, SERVICE_LIMITS, HTTP = DispatchLimits(), ServiceLimits(), HTTPSettings()
 MODELS = Path(__file__).parents[3] / "shared" / "models"
 
 
@@ -58,7 +58,7 @@ def make_service(
     model: str = "stories260K",
     *,
     service_limits: ServiceLimits = SERVICE_LIMITS,
-    limits: Limits = LIMITS,
+    limits: DispatchLimits = LIMITS,
     further: tuple[ServedModel, ...] = (),
     access: Access | None = None,
 ) -> Service:
@@ -121,7 +121,7 @@ async def serving(
     model: str = "stories260K",
     *,
     service_limits: ServiceLimits = SERVICE_LIMITS,
-    limits: Limits = LIMITS,
+    limits: DispatchLimits = LIMITS,
     further: tuple[ServedModel, ...] = (),
     http: HTTPSettings = HTTP,
     access: Access | None = None,

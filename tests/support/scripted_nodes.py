@@ -29,7 +29,7 @@ from common.wire.messages import Cancel, Dispatch, Failed, HoldsQuery, Stage, To
 from gateway.dispatch import Dispatcher
 from gateway.metrics import GatewayMetrics
 from gateway.open_request import Work
-from gateway.placement import Limits
+from gateway.placement import DispatchLimits
 from gateway.ports import NodeView
 from gateway.prefix_index import PrefixIndex
 from gateway.record_store import RecordStore
@@ -116,7 +116,7 @@ class World:
             directory=self,
             router=LeastLoadedRouter(PrefixIndex()),
             metrics=self.metrics,
-            limits=Limits(max_attempts=1000),
+            limits=DispatchLimits(max_attempts=1000),
         )
 
     async def __aenter__(self) -> World:

@@ -43,7 +43,7 @@ from gateway.dispatch import Dispatcher
 from gateway.metrics import GatewayMetrics
 from gateway.node_links import NodeLinks
 from gateway.open_request import Work
-from gateway.placement import Limits
+from gateway.placement import DispatchLimits
 from gateway.ports import Ending
 from gateway.prefix_index import PrefixIndex
 from gateway.router import LeastLoadedRouter
@@ -437,7 +437,7 @@ class VirtualGateway:
             bus=self.links,
             directory=self.links,
             router=LeastLoadedRouter(index),
-            limits=Limits(max_attempts=50, placement_timeout_s=60.0),
+            limits=DispatchLimits(max_attempts=50, placement_timeout_s=60.0),
             metrics=GatewayMetrics(Metrics()),
         )
         self.links.inbox = self.dispatcher

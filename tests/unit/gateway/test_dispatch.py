@@ -26,7 +26,7 @@ from common.wire.messages import Cancel, Failed, Stage, TokenRun, Tokens, Tokens
 from gateway.dispatch import Dispatcher
 from gateway.metrics import GatewayMetrics
 from gateway.open_request import OpenRequest, Work
-from gateway.placement import Limits
+from gateway.placement import DispatchLimits
 from gateway.ports import DECODE, PREFILL, UNIFIED
 from gateway.prefix_index import PrefixIndex
 from gateway.router import LeastLoadedRouter
@@ -52,7 +52,7 @@ def connect(cluster: FakeCluster, **limits: object) -> Dispatcher:
         bus=cluster,
         directory=cluster,
         router=LeastLoadedRouter(PrefixIndex()),
-        limits=Limits(**limits),  # type: ignore[arg-type]
+        limits=DispatchLimits(**limits),  # type: ignore[arg-type]
         metrics=GatewayMetrics(Metrics()),
     )
     cluster.inbox = dispatcher
