@@ -146,7 +146,7 @@ TABLE: dict[tuple[State, Event], tuple[State, tuple[Action, ...]]] = {
 
 # Events that change nothing, and why.
 LATE: dict[tuple[State, Event], str] = {
-    **{(s, E.FILLED): "the offer will announce it" for s in (S.HERE, S.OPENING, S.LINKED)},
+    **{(s, E.FILLED): "the offer will announce it" for s in (S.HERE, S.OPENING)},
     **{(s, E.FILLED): "all was announced" for s in (S.HELD, S.HELD_OPENING, S.COMMITTED)},
     **{(s, E.FILLED): "nobody wants it any more" for s in (S.ENDING, S.UNWANTED, S.OVER)},
     **{(s, E.CANCEL): "it has ended here already" for s in (S.ENDING, S.UNWANTED, S.OVER)},
@@ -158,7 +158,7 @@ IMPOSSIBLE: dict[Event, str] = {
     E.OFFER: "a prompt is offered at once on a link that has opened",
     E.PAUSE: "a sequence is paused for a link that has opened, and once",
     E.STAY: "a sequence that is paused is not looked at again",
-    E.FILLED: "a running sequence announces everything at once",
+    E.FILLED: "a prompt is offered as soon as its link is open, and a running sequence fills no prompt",
     E.COMPUTED: "the first token of a prompt is chosen once, and of none that has ended",
     E.NO_GRANT: "its timer runs from the offer to its answer",
     E.CANCEL: "it may come in every state",
@@ -170,6 +170,7 @@ IMPOSSIBLE: dict[Event, str] = {
     E.SPOILED: "a handoff ends once, and one that was cancelled does not end as failed",
 }
 
+OPENING = frozenset({S.OPENING, S.HELD_OPENING, S.UNWANTED})
 HOLDING = frozenset({S.HELD, S.HELD_OPENING, S.COMMITTED})  # the departure has block references
 STANDING = frozenset({S.PAUSED, S.GRANTED})  # its sequence has them, and is in no step
 ENDED_HERE = frozenset({S.ENDING, S.UNWANTED, S.OVER})  # neither has any

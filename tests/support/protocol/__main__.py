@@ -1,7 +1,7 @@
 """More of the protocol's proof than `make test` runs.
 
 python -m tests.support.protocol schedules [--seconds 60]     random ones, and how many a minute
-python -m tests.support.protocol exhaustive [--prompts 2] [--faults 2]
+python -m tests.support.protocol exhaustive [--works PM] [--faults 2] [--tries 1]
 python -m tests.support.protocol mutations                    each rule taken out, in both
 """
 
@@ -58,15 +58,24 @@ def schedules(seconds: float) -> None:
     )
 
 
-def exhaustive(prompts: int, faults: int, digests: bool, part: int, parts: int) -> None:
+def exhaustive(works: str, faults: int, tries: int, digests: bool, part: int, parts: int) -> None:
     began = time.monotonic()
 
     def say(what: str) -> None:
         print(f"{time.monotonic() - began:7.1f} s  {what}", flush=True)
 
-    found = explore(prompts, faults, digests=digests, processes=PROCESSES, part=part, parts=parts, say=say)
+    found = explore(
+        [letter == "M" for letter in works],
+        faults,
+        tries=tries,
+        digests=digests,
+        processes=PROCESSES,
+        part=part,
+        parts=parts,
+        say=say,
+    )
     print(
-        f"{prompts} prompts, 3 blocks, {faults} faults, part {part} of {parts}: {found.states} states, "
+        f"{works}, 3 blocks, {tries} tries, {faults} faults, part {part} of {parts}: {found.states} states, "
         f"{found.transitions} transitions, {found.ends} ends, all idle, "
         f"in {time.monotonic() - began:.0f} s"
     )
@@ -79,14 +88,14 @@ def noticed_by_schedules(mutation: Mutation) -> str:
     for seed in range(3000):
         try:
             World(seed, faults, digests=mutation.digests).run()
-        except Violation as violation:
+        except AssertionError as violation:
             return f"schedule {seed + 1}: {violation}"
     return "NOT NOTICED"
 
 
 def noticed_by_search(mutation: Mutation) -> str:
     try:
-        explore(1, 2, digests=mutation.digests)
+        explore((mutation.moves,), 2, digests=mutation.digests, tries=mutation.tries)
     except Violation as violation:
         what, _, *way = str(violation).splitlines()
         return f"after {len(way)} events: {what}"
@@ -110,7 +119,10 @@ def main() -> int:
     timed = commands.add_parser("schedules", help="random schedules, and how many a minute")
     timed.add_argument("--seconds", type=float, default=60)
     walked = commands.add_parser("exhaustive", help="every schedule of a small case")
-    walked.add_argument("--prompts", type=int, choices=[1, 2], default=2)
+    walked.add_argument(
+        "--works", choices=["P", "M", "PP", "PM", "MM"], default="PM", help="prompts, and sequences that move"
+    )
+    walked.add_argument("--tries", type=int, default=1, help="how often each may be offered")
     walked.add_argument("--faults", type=int, default=2)
     walked.add_argument("--no-digests", action="store_true")
     walked.add_argument("--part", default="1/1", help="2/3: the second third of the last layer")
@@ -120,7 +132,14 @@ def main() -> int:
         schedules(arguments.seconds)
     elif arguments.command == "exhaustive":
         part, _, parts = arguments.part.partition("/")
-        exhaustive(arguments.prompts, arguments.faults, not arguments.no_digests, int(part), int(parts))
+        exhaustive(
+            arguments.works,
+            arguments.faults,
+            arguments.tries,
+            not arguments.no_digests,
+            int(part),
+            int(parts),
+        )
     else:
         return 0 if mutations() else 1
     return 0

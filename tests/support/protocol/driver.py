@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from common.node.departure import State
 from common.wire.message import HandoffKey, Message
 from kv_transfer.handoff import Handoff
 from kv_transfer.intake import Intake
@@ -19,14 +20,15 @@ from kv_transfer.ports import (
     Copy,
     Effect,
     Ended,
+    Granted,
     Outcome,
     Piece,
-    ReadyBlock,
     Send,
     Teardown,
     TransferSettings,
 )
-from tests.support.protocol.model import BLOCK, FINGERPRINT, RUBBISH, Pool, identities, offer_of, require
+from tests.support.protocol.model import BLOCK, FINGERPRINT, RUBBISH, Pool, identities, require
+from tests.support.protocol.sending import ModelSender, Work
 
 FLIPPED = b"flipped".ljust(16)
 
@@ -45,30 +47,10 @@ class Node:
         self.leases = Leases(self.pool)
         self.handoff = Handoff(self.leases, self.driver.settings)
         self.intake = Intake(self.pool, FINGERPRINT, self.driver.settings)
+        self.sender = ModelSender(self.driver, self)
         self.links: dict[Node, str] = {}  # to whom we send, by which link
         self.open: set[str] = set()  # links of either direction this node believes in
         self.room = False
-
-
-@dataclasses.dataclass(eq=False)
-class Prefill:
-    """One attempt on the sending node: its sequence, chunk by chunk."""
-
-    request: str
-    attempt: int
-    token_ids: tuple[int, ...]
-    node: Node
-    target: Node
-    life: int
-    key: HandoffKey | None = None
-    asks: int = 0
-    blocks: list[int] = dataclasses.field(default_factory=list)
-    missing: list[int] = dataclasses.field(default_factory=list)
-    computed: int = 0
-    offer_at: int = 0
-    released: bool = False
-    over: bool = False
-    tries: int = 0
 
 
 @dataclasses.dataclass(eq=False)
@@ -89,7 +71,8 @@ class Driver:
         self.ends: dict[str, tuple[Node, Node]] = {}  # link → source, target
         self.torn: set[str] = set()  # links that the source has torn down
         self.copies: list[Running] = []
-        self.prefills: dict[HandoffKey, Prefill] = {}
+        self.handoffs: dict[HandoffKey, Work] = {}
+        self.works: list[Work] = []
         self.outcomes: dict[HandoffKey, Outcome] = {}
         self.adoptions: set[HandoffKey] = set()
 
@@ -110,12 +93,21 @@ class Driver:
         """Both ends are to learn that the link is down: `notice`."""
         raise NotImplementedError
 
-    def attempt_failed(self, prefill: Prefill) -> None:
+    def link_wanted(self, work: Work) -> None:
+        """A link to its target is being opened: `ModelSender.opened`."""
         raise NotImplementedError
 
-    def asks_again(self, prefill: Prefill) -> bool:
-        """Whether a prompt that was not taken is offered once more, before it is given up."""
-        return False
+    def may_act(self, work: Work) -> None:
+        """The sending node may do something about it: `act`."""
+        raise NotImplementedError
+
+    def waits_for_grant(self, work: Work) -> None:
+        """`ModelSender.no_grant` may follow, until its timer is cancelled."""
+        raise NotImplementedError
+
+    def work_over(self, work: Work) -> None:
+        """It has ended on the sending node."""
+        raise NotImplementedError
 
     def arrange(self, pool: Pool, free: list[int]) -> None:
         raise NotImplementedError
@@ -130,9 +122,11 @@ class Driver:
                 self.post(target if node is source else source, effect.message)
             elif kind is Copy:
                 self.start_copy(node, effect)
+            elif kind is Granted:
+                node.sender._heard(self.handoffs[effect.key].departure, effect)
             elif kind is Ended:
                 if effect.sending:
-                    self.handoff_ended(effect)
+                    self.handoff_ended(node, effect)
             elif kind is Adopted:
                 self.adopted(node, effect)
             elif kind is Teardown:
@@ -229,77 +223,90 @@ class Driver:
             for piece in running.copy.pieces
         )
 
-    # A prompt on the sending node: the prefill role in miniature
+    # A choice on the sending node
 
-    def offer(self, prefill: Prefill, link: str) -> None:
-        """Offer now; say what is computed already."""
-        node = prefill.node
-        prefill.asks += 1
-        prefill.key = HandoffKey(link, prefill.request, prefill.attempt, 0, prefill.asks)
-        self.prefills[prefill.key] = prefill
-        offer = offer_of(prefill.key, prefill.token_ids)
-        self.perform(node, node.handoff.offer(offer, now=self.now))
-        self.announce(prefill, 0, prefill.computed)
+    def begin(self, work: Work) -> bool:
+        """Give it its blocks, if there is room."""
+        wanted = identities(work.prompt)
+        full = len(work.prompt) // BLOCK
+        taken = work.node.pool.take(wanted, full)
+        if taken is None:
+            return False
+        work.block_table, work.missing = taken
+        self.works.append(work)
+        if work.moves:
+            self.compute(work, len(wanted))
+        return True
 
-    def compute(self, prefill: Prefill, end: int) -> None:
-        """One chunk: the blocks up to index `end`, announced if they are offered."""
-        wanted = identities(prefill.token_ids)
-        full = len(prefill.token_ids) // BLOCK
-        for index in range(prefill.computed, end):
-            if index in prefill.missing:
-                prefill.node.pool.seal(prefill.blocks[index], wanted[index], index < full)
-        start, prefill.computed = prefill.computed, end
-        if prefill.key is not None:
-            self.announce(prefill, start, end)
+    def compute(self, work: Work, end: int) -> None:
+        """Its blocks up to index `end` hold their KV, and are sealed, but for the tail of a sequence
+        that runs."""
+        wanted, pool = identities(work.prompt), work.node.pool
+        full = len(work.prompt) // BLOCK
+        for index in range(work.num_blocks, end):
+            if index in work.missing and not (work.moves and index == full):
+                pool.seal(work.block_table[index], wanted[index], index < full)
+        work.num_blocks = end
+        if not work.moves:
+            work.node.sender.filled(work.departure, work.num_computed)
 
-    def announce(self, prefill: Prefill, start: int, end: int) -> None:
-        node, pool, key = prefill.node, prefill.node.pool, prefill.key
-        assert key is not None
-        blocks = [
-            ReadyBlock(index, slot, pool.generation[slot], pool.content[slot] if self.digests else b"")
-            for index, slot in enumerate(prefill.blocks[start:end], start)
-        ]
-        if blocks:
-            self.perform(node, node.handoff.ready(key, blocks, now=self.now))
+    def act(self, work: Work, chunk: int = 1) -> bool:
+        """The next thing that the engine or the role of the sending node does about it; False: there is
+        none."""
+        departure, sender = work.departure, work.node.sender
+        state, count = departure.state, len(identities(work.prompt))
+        if work.moves:
+            if state is State.LINKED:
+                sender.pause(departure)
+            elif state is not State.HERE:
+                return False
+            elif not sender.ask(departure):  # it runs to its end here
+                self.end(work)
+        elif state is State.HERE and work.num_blocks >= work.offer_at and sender.ask(departure):
+            pass
+        elif departure.is_computing and work.num_blocks < count:
+            self.compute(work, min(count, work.num_blocks + chunk))
+        elif departure.is_computing:
+            sender.computed(departure, None)
+        elif state is not State.HELD:
+            return False
+        elif not sender.ask(departure):
+            self.end(work)
+        return True
 
-    def finish(self, prefill: Prefill) -> None:
-        node = prefill.node
-        assert prefill.key is not None
-        effects = node.handoff.finished(
-            prefill.key, position=len(prefill.token_ids), first_token=7, logprobs=None, now=self.now
-        )
-        self.perform(node, effects)
-        self.let_go(prefill)
+    def end(self, work: Work) -> None:
+        """Nobody wants it any more, or it has run to its end."""
+        work.node.sender.abort(work)
+        work.node.sender.cancel(work.departure, "cancelled")
+        self.perform(work.node, [])
 
-    def let_go(self, prefill: Prefill) -> None:
-        """The prefill sequence is over: its own references go; leases keep theirs."""
-        if not prefill.released:
-            prefill.released = True
-            prefill.node.pool.release(prefill.blocks)
-            self.perform(prefill.node, [])
+    def say_again(self, work: Work) -> None:
+        """The engine says late what it has filled, and the client once more that it is gone."""
+        if not work.moves:
+            work.node.sender.filled(work.departure, work.num_computed)
+        if not work.departure.is_wanted:
+            self.end(work)
 
     # Ends
 
-    def handoff_ended(self, ended: Ended) -> None:
+    def handoff_ended(self, node: Node, ended: Ended) -> None:
         key = ended.key
         require(key not in self.outcomes, "a handoff ended twice")
         self.outcomes[key] = ended.outcome
-        prefill = self.prefills[key]
-        prefill.over = True
         if ended.outcome is Outcome.ADOPTED:
             require(key in self.adoptions, "acknowledged but not adopted")
-            return
-        require(
-            key not in self.adoptions or ended.outcome is Outcome.LINK_LOST,
-            f"adopted there, {ended.outcome.value} here",
-        )
-        if self.asks_again(prefill):
-            prefill.over, prefill.key = False, None
         else:
-            self.attempt_failed(prefill)
+            require(
+                key not in self.adoptions or ended.outcome is Outcome.LINK_LOST,
+                f"adopted there, {ended.outcome.value} here",
+            )
+        node.sender._heard(self.handoffs[key].departure, ended)
 
     def adopted(self, node: Node, adopted: Adopted) -> None:
         require(adopted.key not in self.adoptions, "adopted twice")
+        work = self.handoffs[adopted.key]
+        runs = work.status == "running" and adopted.key.link not in self.torn
+        require(not runs or not work.node.alive, "adopted, while it runs on the sending node")
         self.adoptions.add(adopted.key)
         node.pool.check(
             adopted.reservation.blocks, adopted.offer.request.token_ids, "an adopted block has wrong content"
@@ -322,6 +329,6 @@ class Driver:
             require(not any(node.leases.count().values()), f"leases left: {node.leases.count()}")
             require(not node.pool.reservations, "reservations left")
             require(not any(node.pool.references), "blocks left in use")
-        for key, prefill in self.prefills.items():
-            if prefill.node.life == prefill.life and prefill.node.alive:
-                require(key in self.outcomes, f"{key} never ended")
+        for work in self.works:
+            if work.node.life == work.life and work.node.alive:
+                require(work.is_over, f"{work.request} never ended: it is {work.departure.state.value}")

@@ -120,7 +120,7 @@ class Pool:
         for block, identity in zip(blocks, identities(token_ids), strict=True):
             require(self.content[block] == identity, what)
 
-    # BlockReferences
+    # What senders and leases use
 
     def acquire(self, blocks: Sequence[int]) -> None:
         for block in blocks:
@@ -134,6 +134,13 @@ class Pool:
             if not self.references[block]:
                 self.watcher.freed(self, block)
         self.watcher.room_changed(self)
+
+    def forget(self, blocks: Sequence[int]) -> None:
+        for block in blocks:
+            require(self.references[block] > 0, "forgets a block that nobody holds")
+            if self.identity[block]:
+                del self.cached[self.identity[block]]
+                self.identity[block] = b""
 
     # IntakePool
 

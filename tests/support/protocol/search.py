@@ -26,7 +26,7 @@ import dataclasses
 import gc
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from common.child_process import die_with_parent
@@ -93,8 +93,8 @@ class Walk:
                 if choice is not None:
                     system.take(choice)
                 frame = self._enter(system, way, standing, choice if independent else None)
-            except Violation as violation:
-                raise Violation(f"{violation}\n{_told(way)}") from None
+            except AssertionError as violation:  # of the model, or of what is proved
+                raise Violation(f"{violation}\n{_told(way)}") from violation
             if frame is None:
                 system.forget()
             else:
@@ -180,9 +180,10 @@ def _share(part: int, parts: int) -> tuple[array.array[int], array.array[int], i
 
 
 def explore(
-    prompts: int,
+    works: Sequence[bool],
     faults: int,
     *,
+    tries: int = 1,
     digests: bool = True,
     reduced: bool = True,
     processes: int = 1,
@@ -202,7 +203,7 @@ def explore(
         for layer in range(faults + 1):
             before, walk = walk, Walk(last=layer == faults, reduced=reduced, before=walk)
             if before is None:
-                walk.walk(System(prompts, digests=digests), None)
+                walk.walk(System(works, digests=digests, tries=tries), None)
             else:
                 states = before.kept[part - 1 :: parts] if walk.last else before.kept
                 if processes > 1 and walk.last:

@@ -1,40 +1,40 @@
-"""One link with all that can happen on it next: a few prompts, two blocks each, three of room.
+"""One link with all that can happen on it next: a few choices, two blocks each, three of room.
 
 A `System` is a driver without a clock or chance of its own: `steps` and `faults` say what can happen
-next, `take` lets it, `view` says what distinguishes where it stands from elsewhere. Time passes only
-when nothing else can happen (a decoding sequence may go on); a timer that is over before is a fault.
-
-What is left out of a view, and why two states that differ only in it have the same future:
-the reasons in aborts (nobody decides by them); numbers of blocks (which free block is taken goes by
-what it holds); times but for how far off they are, and only where a timer looks at them; what a
-finished handoff came to. A message that cannot change anything any more is taken off the network.
+next, `take` lets it, `view` (views.py) says what distinguishes where it stands from elsewhere. Time
+passes only when nothing else can happen (a decoding sequence may go on); a timer that is over before is
+a fault.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
+from common.errors import DigestMismatch
 from common.kv_layout import Fingerprint
+from common.node.attempt import Attempt
+from common.node.departure import OPENING, State
+from common.node.sender import SPOILED, Departure
 from common.wire.message import HandoffKey, Message
 from common.wire.messages import MESSAGES, Abort, Grant
 from kv_transfer import handoff, intake
 from kv_transfer import lease as lease_module
 from kv_transfer.lease import Lease, Leases
 from kv_transfer.ports import Adopted, Copy, Outcome, Piece, ReadyBlock, Reservation, TransferSettings
-from tests.support.protocol.driver import Driver, Node, Prefill, Running
-from tests.support.protocol.model import BLOCK, FINGERPRINT, Pool, identities, require
-from tests.support.protocol.snapshots import HASHES, VALUES, keep_by_code, keep_by_number, number_of
+from tests.support.protocol.driver import Driver, Node, Running
+from tests.support.protocol.model import FINGERPRINT, Pool, require
+from tests.support.protocol.sending import ModelSender, Role, Services, Timer, Work, no_time
+from tests.support.protocol.snapshots import VALUES, keep_by_code, keep_by_number, number_of
+from tests.support.protocol.views import GRANTED, LINK, ROOM, view_of
 
-LINK = "link"
 PROMPTS = {"a": (1, 2, 3), "b": (1, 2, 4, 5)}  # a full block and a tail; two full blocks
-ROOM = 3
 SETTINGS = TransferSettings(
     credits=2, repeat=1.0, answer=6.0, patience=2.5, quiet=2.5, remembered=64, copy_blocks=1
 )
 TICK = 1.0
-GRANTED = (intake.State.RECEIVING, intake.State.COMMITTING)
 
 
 class NoLock:
@@ -62,6 +62,10 @@ class NoIntake(intake.Intake):
     """Of a node that receives nothing."""
 
 
+class NoSender(ModelSender):
+    """Of a node that sends nothing."""
+
+
 class Choice(NamedTuple):
     kind: str
     what: Any
@@ -69,12 +73,13 @@ class Choice(NamedTuple):
 
 
 class System(Driver):
-    def __init__(self, prompts: int, *, digests: bool = True) -> None:
+    def __init__(self, works: Sequence[bool], *, digests: bool = True, tries: int = 1) -> None:
+        """`works`: for each choice, whether it moves; `tries`: how often each may be offered."""
         super().__init__(SETTINGS, digests=digests)
-        self.source = Node("source", self, 2 * prompts)
+        self.source = Node("source", self, 2 * len(works))
         self.target = Node("target", self, ROOM)
         self.nodes = [self.source, self.target]
-        self.source.intake, self.target.handoff = NO_INTAKE, NO_HANDOFF
+        self.source.intake, self.target.handoff, self.target.sender = NO_INTAKE, NO_HANDOFF, NO_SENDER
         for node in self.nodes:
             node.leases._lock = NO_LOCK  # type: ignore[assignment]
         for end in (self.source.handoff, self.target.intake):
@@ -86,20 +91,21 @@ class System(Driver):
             node.open.add(LINK)
         self.net: list[tuple[bool, int]] = []  # to the source, or the target: number of a message
         self.decoding: dict[str, Adopted] = {}
-        self.work: dict[str, Prefill] = {}
-        for name in list(PROMPTS)[:prompts]:
-            tokens = PROMPTS[name]
-            prefill = Prefill(name, 1, tokens, self.source, self.target, 0)
-            taken = self.source.pool.take(identities(tokens), len(tokens) // BLOCK)
-            assert taken is not None
-            prefill.blocks, prefill.missing = taken
-            self.work[name] = prefill
+        self.work: dict[str, Work] = {}
+        self.slots: dict[str, tuple[int, ...]] = {}
+        self.keys: dict[str, tuple[HandoffKey, ...]] = {}
+        for name, moves in zip(PROMPTS, works, strict=False):
+            self.work[name] = Work(name, 1, PROMPTS[name], self.source, self.target, 0, moves, tries)
+            assert self.begin(self.work[name])
+            self.slots[name] = tuple(self.work[name].block_table)
+            self.keys[name] = tuple(HandoffKey(LINK, name, 1, 0, ask) for ask in range(1, tries + 1))
 
     # What can happen next
 
     def steps(self) -> list[Choice]:
         """What happens without any fault. Empty: all is over."""
-        found = [Choice("role", name, name) for name, p in self.work.items() if not p.released]
+        found = [Choice("act", name, name) for name, work in self.work.items() if self._may_act(work)]
+        found += [Choice("opened", name, name) for name, work in self.work.items() if is_opening(work)]
         found += [Choice("deliver", i, request) for i, request in self._on_the_way()]
         found += [Choice("copied", i, running.copy.key.request) for i, running in enumerate(self.copies)]
         found += [Choice("rewritten", slot, self._whose(slot)) for slot in self._reusable()]
@@ -110,6 +116,13 @@ class System(Driver):
         found += [Choice("decoded", name, name) for name in self.decoding]
         return found
 
+    def _may_act(self, work: Work) -> bool:
+        """Whether `act` does something: see there."""
+        state = work.departure.state
+        if work.moves:
+            return state in (State.HERE, State.LINKED)
+        return state is State.HELD or work.departure.is_computing
+
     def faults(self) -> list[Choice]:
         found = []
         for i, request in self._on_the_way():
@@ -118,17 +131,26 @@ class System(Driver):
             found += [
                 Choice("corrupted", i, running.copy.key.request) for i, running in enumerate(self.copies)
             ]
-        for node, kind in ((self.source, "cancel_sending"), (self.target, "cancel_receiving")):
-            end = node.handoff if node is self.source else node.intake
-            found += [Choice(kind, key.request, key.request) for key in end.states()]
+        for name, work in self.work.items():
+            if work.departure.is_wanted:
+                found.append(Choice("gone", name, name))
+            if is_opening(work):
+                found.append(Choice("not_opened", name, name))
+            if work.departure.timer is not None:
+                found.append(Choice("no_grant", name, name))
+            if work.moves and work.departure.state is State.LINKED:
+                found.append(Choice("preempted", name, name))
         for key, state in self.source.handoff.states().items():
             if state in handoff.AWAITING:
-                found.append(Choice("repeat_due", key.request, key.request))
+                found.append(Choice("repeat_due", key, key.request))
         for key, waits in self.target.intake.states().items():
+            found.append(Choice("given_up", key, key.request))
             if waits is intake.State.WAITING:
-                found.append(Choice("patience_over", key.request, key.request))
+                found.append(Choice("patience_over", key, key.request))
             elif waits in GRANTED:
-                found.append(Choice("quiet_due", key.request, key.request))
+                found.append(Choice("quiet_due", key, key.request))
+        if not self.target.intake._draining:
+            found.append(Choice("drain", None))
         if LINK in self.source.open and LINK in self.target.open:
             found += [Choice("down", 0), Choice("down", 1)]
         return found
@@ -144,8 +166,14 @@ class System(Driver):
         link = self.target.intake._links.get(LINK)
         if link is None:
             return True
-        for name in self.work:
-            key = HandoffKey(LINK, name, 1, 0)
+        for work in self.work.values():
+            if work.tries and not work.is_over:
+                return False
+            key = work.departure.key
+            if key is None:
+                if not work.is_over:
+                    return False
+                continue
             entry = link.entries.get(key)
             if key not in link.answers if entry is None else entry.reservation is None:
                 return False
@@ -174,7 +202,7 @@ class System(Driver):
         return sorted(s for s in named if not pool.references[s] and pool.generation[s] == 2)
 
     def _whose(self, slot: int) -> str:
-        return next(name for name, prefill in self.work.items() if slot in prefill.blocks)
+        return next(name for name, slots in self.slots.items() if slot in slots)
 
     # What happens
 
@@ -183,18 +211,29 @@ class System(Driver):
         if self.net:
             self.net = [sent for sent in self.net if self._matters(*sent)]
 
-    def on_role(self, name: str) -> None:
-        prefill = self.work[name]
-        if prefill.key is None and LINK not in self.source.open:
-            prefill.over = True
-        if prefill.over:
-            self.let_go(prefill)
-        elif prefill.key is None:
-            self.offer(prefill, LINK)
-        else:
-            self.compute(prefill, prefill.computed + 1)
-            if prefill.computed == len(prefill.blocks):
-                self.finish(prefill)
+    def on_act(self, name: str) -> None:
+        self.act(self.work[name])
+
+    def on_opened(self, name: str) -> None:
+        work = self.work[name]
+        self.source.sender.opened(work.departure, LINK if LINK in self.source.open else None)
+
+    def on_not_opened(self, name: str) -> None:
+        self.source.sender.opened(self.work[name].departure, None)
+
+    def on_gone(self, name: str) -> None:
+        self.end(self.work[name])
+
+    def on_preempted(self, name: str) -> None:
+        self.source.sender.stay(self.work[name].departure)
+
+    def on_no_grant(self, name: str) -> None:
+        departure = self.work[name].departure
+        departure.timer = None
+        self.source.sender.no_grant(departure)
+
+    def on_drain(self, _: None) -> None:
+        self.perform(self.target, self.target.intake.drain(self.now))
 
     def on_deliver(self, index: int) -> None:
         to_source, number = self.net.pop(index)
@@ -219,18 +258,21 @@ class System(Driver):
         for node in self.nodes:
             self.tick(node)
 
-    def on_repeat_due(self, name: str) -> None:
-        self.source.handoff._links[LINK].entries[HandoffKey(LINK, name, 1, 0)].repeat_at = self.now
+    def on_repeat_due(self, key: HandoffKey) -> None:
+        self.source.handoff._links[LINK].entries[key].repeat_at = self.now
         self.tick(self.source)
 
-    def on_patience_over(self, name: str) -> None:
-        self.target.intake._links[LINK].entries[HandoffKey(LINK, name, 1, 0)].deadline = self.now
+    def on_patience_over(self, key: HandoffKey) -> None:
+        self.target.intake._links[LINK].entries[key].deadline = self.now
         self.tick(self.target)
 
-    def on_quiet_due(self, name: str) -> None:
-        entry = self.target.intake._links[LINK].entries[HandoffKey(LINK, name, 1, 0)]
+    def on_quiet_due(self, key: HandoffKey) -> None:
+        entry = self.target.intake._links[LINK].entries[key]
         entry.heard_at = self.now - self.settings.quiet
         self.tick(self.target)
+
+    def on_given_up(self, key: HandoffKey) -> None:
+        self.perform(self.target, self.target.intake.cancel(key, "given_up", now=self.now))
 
     def on_lost(self, index: int) -> None:
         del self.net[index]
@@ -242,23 +284,18 @@ class System(Driver):
         running = self.copies[index]
         self.end_copy(running, (True,) * len(running.copy.pieces))
 
-    def on_cancel_sending(self, name: str) -> None:
-        key = HandoffKey(LINK, name, 1, 0)
-        self.perform(self.source, self.source.handoff.cancel(key, "cancelled", now=self.now))
-
-    def on_cancel_receiving(self, name: str) -> None:
-        key = HandoffKey(LINK, name, 1, 0)
-        self.perform(self.target, self.target.intake.cancel(key, "given_up", now=self.now))
-
     def forget(self) -> None:
         """This copy is not needed any more: its circles are cut, so that it goes at once."""
+        for part in (*self.nodes, *self.work.values()):
+            part.__dict__.clear()
         self.__dict__.clear()
 
     # What the driver leaves to us
 
     def post(self, node: Node, message: Message) -> None:
         if isinstance(message, Abort):
-            message = dataclasses.replace(message, reason="")
+            spoiled = node is self.source and message.reason in SPOILED
+            message = dataclasses.replace(message, reason=DigestMismatch.code if spoiled else "")
         self.net.append((node is self.source, number_of(message)))
 
     def copy_begun(self, running: Running) -> None: ...
@@ -270,7 +307,13 @@ class System(Driver):
         if link in self.source.open:
             self.notice(self.source, link)
 
-    def attempt_failed(self, prefill: Prefill) -> None: ...
+    def link_wanted(self, work: Work) -> None: ...
+
+    def may_act(self, work: Work) -> None: ...
+
+    def waits_for_grant(self, work: Work) -> None: ...
+
+    def work_over(self, work: Work) -> None: ...
 
     def arrange(self, pool: Pool, free: list[int]) -> None:
         """By what blocks hold: those that hold nothing are taken first."""
@@ -300,10 +343,10 @@ class System(Driver):
         """Every reference is somebody's, and what is read is leased."""
         source, target = self.source, self.target
         held = [0] * source.pool.size
-        for prefill in self.work.values():
-            if not prefill.released:
-                for block in prefill.blocks:
-                    held[block] += 1
+        for work in self.work.values():
+            work.check()
+            for block in (*work.block_table, *work.departure.held):
+                held[block] += 1
         leased: set[int] = set()
         for lease in [*source.leases._open.values(), *source.leases._ending]:
             leased.update(lease.blocks)
@@ -325,89 +368,19 @@ class System(Driver):
             "an offer that waits holds something",
         )
 
-    # Where it stands
-
     def view(self) -> object:
-        sending = self.source.handoff._links.get(LINK)
-        receiving = self.target.intake._links.get(LINK)
-        orphans = self.target.intake._orphans
-        independent = self.are_independent()
-        users: list[list[tuple[str, int]]] = [[] for _ in range(ROOM)]
-        parts: list[object] = []
-        for name, prefill in self.work.items():
-            key = HandoffKey(LINK, name, 1, 0)
-            out = None if sending is None else sending.entries.get(key)
-            into = orphans.get(key) if receiving is None else receiving.entries.get(key)
-            answered = receiving is None or key in receiving.answers
-            decoding = self.decoding.get(name)
-            reservation = (into and into.reservation) or (decoding and decoding.reservation)
-            if reservation:
-                for index, block in enumerate(reservation.blocks):
-                    users[block].append((name, index))
-            if prefill.released and out is None and into is None and answered:
-                parts.append(decoding is not None)
-            else:
-                parts.append(
-                    (
-                        prefill.computed,
-                        prefill.key is None,
-                        prefill.released,
-                        prefill.over,
-                        out and self._view_of_sending(out, key),
-                        into and self._view_of_receiving(into),
-                        answered and receiving and type(receiving.answers[key]),
-                        decoding is not None,
-                    )
-                )
-        pool, source = self.target.pool, self.source
-        blocks = sorted(
-            (pool.content[b], pool.references[b], b"" if independent else pool.identity[b], users[b])
-            for b in range(ROOM)
-            if pool.references[b] or not independent
-        )
-        waiting = self.target.intake._waiting
-        order = sorted(waiting, key=lambda key: waiting[key].order) if len(waiting) > 1 else ()
-        return (
-            tuple(parts),
-            repr(blocks),
-            tuple(key.request for key in order),
-            tuple(sorted((to_source, HASHES[number]) for to_source, number in self.net)),
-            LINK in source.open,
-            LINK in self.target.open,
-            tuple(source.pool.references),
-            tuple(source.pool.generation),
-            tuple((r.copy.key.request, r.copy.pieces[0].index, r.found[0][0]) for r in self.copies),
-            tuple((key.request, *lease.blocks) for key, lease in source.leases._open.items()),
-        )
+        """Where it stands."""
+        return view_of(self)
 
-    def _view_of_sending(self, entry: handoff._Entry, key: HandoffKey) -> object:
-        timed = entry.state in handoff.AWAITING
-        return (
-            entry.state.value,
-            tuple(entry.ready),
-            tuple(entry.wanted),
-            entry.commit is not None,
-            max(0.0, entry.repeat_at - self.now) if timed else 0.0,
-            self.now - entry.heard_at if timed else 0.0,
-            key in self.adoptions,
-        )
 
-    def _view_of_receiving(self, entry: intake._Entry) -> object:
-        waits = entry.state is intake.State.WAITING
-        return (
-            entry.state.value,
-            tuple(sorted(entry.unannounced)),
-            tuple(piece.index for piece in entry.pieces),
-            entry.copy is not None,
-            entry.asked,
-            max(0.0, entry.deadline - self.now) if waits else 0.0,
-            self.now - entry.heard_at if entry.state in GRANTED else 0.0,
-        )
+def is_opening(work: Work) -> bool:
+    return work.departure.state in OPENING
 
 
 NO_LOCK, UNCOUNTED = NoLock(), Uncounted()
 NO_HANDOFF = NoHandoff(Leases(Pool(cast(Any, None), 0)), SETTINGS)
 NO_INTAKE = NoIntake(Pool(cast(Any, None), 0), FINGERPRINT, SETTINGS)
+NO_SENDER = NoSender(cast(Any, None), cast(Any, None))
 
 keep_by_number(
     [
@@ -425,6 +398,10 @@ keep_by_number(
         Uncounted,
         NoHandoff,
         NoIntake,
+        NoSender,
+        Attempt,
+        State,
+        Timer,
     ]
 )
 keep_by_code(
@@ -432,7 +409,12 @@ keep_by_code(
         System,
         Node,
         Pool,
-        Prefill,
+        Work,
+        Departure,
+        ModelSender,
+        Role,
+        Services,
+        no_time,
         Running,
         Reservation,
         Adopted,

@@ -10,12 +10,14 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import random
-from typing import Any
+from typing import Any, cast
 
+from common.node.departure import State
 from common.wire.message import Message
 from kv_transfer.ports import Adopted, Outcome, TransferSettings
-from tests.support.protocol.driver import Driver, Node, Prefill, Running
-from tests.support.protocol.model import BLOCK, Pool, identities, require
+from tests.support.protocol.driver import Driver, Node, Running
+from tests.support.protocol.model import Pool, identities, require
+from tests.support.protocol.sending import Timer, Work
 
 SETTINGS = TransferSettings(
     credits=3, repeat=1.0, answer=12.0, patience=4.0, quiet=3.0, remembered=64, copy_blocks=2
@@ -34,14 +36,26 @@ class Faults:
     death: float = 0.0
     stop: float = 0.0
     cancel: float = 0.0
+    drain: float = 0.0
+    refuse: float = 0.0  # a link that is to be opened
 
 
 FAULTS = {
     "none": Faults(),
     "lossy": Faults(loss=0.1, duplicate=0.1),
-    "torn": Faults(tear=0.7, corrupt=0.02),
-    "cancelled": Faults(duplicate=0.1, cancel=1.0),
-    "all": Faults(loss=0.05, duplicate=0.1, tear=0.3, death=0.3, stop=0.3, cancel=0.5, corrupt=0.01),
+    "torn": Faults(tear=0.7, corrupt=0.02, refuse=0.1),
+    "cancelled": Faults(duplicate=0.1, cancel=1.0, refuse=0.1),
+    "all": Faults(
+        loss=0.05,
+        duplicate=0.1,
+        corrupt=0.01,
+        tear=0.3,
+        death=0.3,
+        stop=0.3,
+        cancel=0.5,
+        drain=0.1,
+        refuse=0.05,
+    ),
 }
 
 
@@ -68,11 +82,13 @@ class World(Driver):
         attempts: int = 3,
         both_ways: bool = True,
         digests: bool = True,
+        moving: float = 0.3,
         settings: TransferSettings = SETTINGS,
     ) -> None:
         super().__init__(settings, digests=digests)
         rng = self.rng = random.Random(seed)
-        self.faults, self.attempts = faults, attempts
+        self.faults, self.attempts, self.moving = faults, attempts, moving
+        self.stayed: set[str] = set()  # requests that were to move, and ran to their end here
         self.heap: list[tuple[float, int, str, Any, Any]] = []
         self.count = 0
         self.link_count = 0
@@ -98,7 +114,10 @@ class World(Driver):
         if rng.random() < faults.stop:
             self.at(rng.random() * 8, "stop", rng.choice(self.nodes))
         if rng.random() < faults.cancel:
-            self.at(rng.random() * 8, "cancel_some")
+            for _ in range(rng.randrange(1, 4)):
+                self.at(rng.random() * 8, "cancel_some")
+        if rng.random() < faults.drain:
+            self.at(rng.random() * 8, "drain_some", rng.choice(self.nodes))
 
     # Time
 
@@ -142,9 +161,6 @@ class World(Driver):
         if not node.alive:
             return
         node.alive = False
-        for prefill in self.prefills.values():
-            if prefill.node is node:
-                prefill.over = True
         for link in [link for link, ends in self.ends.items() if node in ends]:
             source, target = self.ends[link]
             if source is node:
@@ -163,8 +179,9 @@ class World(Driver):
 
     def is_lost(self, request: Request) -> bool:
         return not any(
-            p.request == request.name and p.attempt == request.attempt and not p.over
-            for p in self.prefills.values()
+            work.request == request.name and work.attempt == request.attempt and not work.is_over
+            for work in self.works
+            if work.node.alive and work.node.life == work.life
         )
 
     def on_stop(self, node: Node, _: object) -> None:
@@ -188,14 +205,20 @@ class World(Driver):
             self.notice(node, link)
 
     def on_cancel_some(self, _a: object, _b: object) -> None:
-        if self.prefills:
-            key = self.rng.choice(list(self.prefills))
-            source, target = self.ends[key.link]
-            if self.rng.random() < 0.5:
-                if source.alive:
-                    self.perform(source, source.handoff.cancel(key, "cancelled", now=self.now))
-            elif target.alive:
-                self.perform(target, target.intake.cancel(key, "cancelled", now=self.now))
+        if not self.works:
+            return
+        work = self.rng.choice(self.works)
+        if self.rng.random() < 0.5:
+            if self.is_here(work):
+                self.end(work)
+                self.at(self.rng.random() * 0.3, "late", work)
+        elif work.departure.key is not None and work.target.alive:
+            effects = work.target.intake.cancel(work.departure.key, "cancelled", now=self.now)
+            self.perform(work.target, effects)
+
+    def on_drain_some(self, node: Node, _: object) -> None:
+        if node.alive:
+            self.perform(node, node.intake.drain(self.now))
 
     # The network, copies, decoding
 
@@ -252,47 +275,83 @@ class World(Driver):
         if node is None or not targets:
             self.at(2, "start", request)
             return
-        target = self.rng.choice(targets)
-        self.on_allocate(
-            Prefill(request.name, request.attempt, request.token_ids, node, target, node.life), None
+        work = Work(
+            request.name,
+            request.attempt,
+            request.token_ids,
+            node,
+            self.rng.choice(targets),
+            node.life,
+            moves=self.rng.random() < self.moving,
+            tries=self.rng.randrange(1, 4),
         )
+        self.on_allocate(work, None)
 
-    def on_allocate(self, prefill: Prefill, _: object) -> None:
-        node, wanted = prefill.node, identities(prefill.token_ids)
-        if not node.alive or node.life != prefill.life:
-            self.attempt_failed(prefill)
-            return
-        taken = node.pool.take(wanted, len(prefill.token_ids) // BLOCK)
-        if taken is None:
-            prefill.tries += 1
-            if prefill.tries > 40:
-                self.attempt_failed(prefill)
-            else:
-                self.at(0.5 + self.rng.random(), "allocate", prefill)
-            return
-        prefill.blocks, prefill.missing = taken
-        prefill.offer_at = self.rng.randrange(len(wanted) + 1)
-        self.on_compute(prefill, None)
-
-    def on_compute(self, prefill: Prefill, _: object) -> None:
-        """Offer when it is time; one more chunk; announce; finish."""
-        node, count = prefill.node, len(identities(prefill.token_ids))
-        if not node.alive or node.life != prefill.life:
-            return
-        if not prefill.over and prefill.key is None and prefill.computed >= prefill.offer_at:
-            link = self.link(node, prefill.target)
-            if link is None:
-                prefill.over = True
-                self.attempt_failed(prefill)
-            else:
-                self.offer(prefill, link)
-        if prefill.over:
-            self.let_go(prefill)
-        elif prefill.computed == count:
-            self.finish(prefill)
+    def on_allocate(self, work: Work, _: object) -> None:
+        if not self.is_here(work):
+            self.attempt_failed(work)
+        elif self.begin(work):
+            work.offer_at = self.rng.randrange(len(identities(work.prompt)) + 1)
+            self.may_act(work)
         else:
-            self.compute(prefill, min(count, prefill.computed + self.rng.randrange(1, 4)))
-            self.at(self.rng.random() * 0.5, "compute", prefill)
+            work.waits += 1
+            if work.waits > 40:
+                self.attempt_failed(work)
+            else:
+                self.at(0.5 + self.rng.random(), "allocate", work)
+
+    def is_here(self, work: Work) -> bool:
+        return work.node.alive and work.node.life == work.life
+
+    def may_act(self, work: Work) -> None:
+        self.at(self.rng.random() * 0.5, "act", work)
+
+    def on_act(self, work: Work, _: object) -> None:
+        if not self.is_here(work):
+            return
+        work.check()
+        if later := self.until_running(work.node):
+            self.at(later, "act", work)
+        elif work.departure.state is State.LINKED and work.moves and self.rng.random() < 0.2:
+            work.node.sender.stay(work.departure)  # preempted, and computed again
+            self.may_act(work)
+        elif self.act(work, self.rng.randrange(1, 4)):
+            self.may_act(work)
+            if self.rng.random() < 0.1:
+                self.at(self.rng.random() * 2, "late", work)
+
+    def on_late(self, work: Work, _: object) -> None:
+        if self.is_here(work):
+            self.say_again(work)
+
+    def link_wanted(self, work: Work) -> None:
+        self.at(self.rng.random() * 0.5, "opened", work)
+
+    def on_opened(self, work: Work, _: object) -> None:
+        if self.is_here(work):
+            refused = self.rng.random() < self.faults.refuse
+            work.node.sender.opened(work.departure, None if refused else self.link(work.node, work.target))
+
+    def waits_for_grant(self, work: Work) -> None:
+        work.departure.timer = timer = cast(Any, Timer())
+        self.at(self.rng.random() * 3, "no_grant", work, timer)
+
+    def on_no_grant(self, work: Work, timer: Timer) -> None:
+        if not self.is_here(work) or timer is not work.departure.timer:
+            return
+        if later := self.until_running(work.node):
+            self.at(later, "no_grant", work, timer)
+        else:
+            work.departure.timer = None
+            work.node.sender.no_grant(work.departure)
+
+    def work_over(self, work: Work) -> None:
+        work.check()
+        key = work.departure.key
+        if work.moves and (key is None or self.outcomes.get(key) is not Outcome.ADOPTED):
+            self.stayed.add(work.request)
+        elif key is None or self.outcomes.get(key) is not Outcome.ADOPTED:
+            self.attempt_failed(work)
 
     def link(self, source: Node, target: Node) -> str | None:
         if not target.alive:
@@ -302,12 +361,8 @@ class World(Driver):
             self.open_link(source, target, f"l{self.link_count}")
         return source.links[target]
 
-    def asks_again(self, prefill: Prefill) -> bool:
-        """The same blocks, of the same attempt, and over the same link if that is still there."""
-        return not prefill.released and prefill.asks < 3 and self.rng.random() < 0.7
-
-    def attempt_failed(self, prefill: Prefill) -> None:
-        self.retry(self.requests[prefill.request], prefill.attempt)
+    def attempt_failed(self, work: Work) -> None:
+        self.retry(self.requests[work.request], work.attempt)
 
     def retry(self, request: Request, attempt: int) -> None:
         """Only the end of the newest attempt leads to another one."""
@@ -318,8 +373,8 @@ class World(Driver):
             self.at(0.2 + self.rng.random(), "start", request)
 
     def completed(self) -> set[str]:
-        """Requests that arrived somewhere whole."""
-        return {key.request for key in self.adoptions}
+        """Requests that arrived somewhere whole, or ran to their end where they were."""
+        return {key.request for key in self.adoptions} | self.stayed
 
     def all_adopted(self) -> bool:
         return set(self.outcomes.values()) == {Outcome.ADOPTED}
