@@ -5,7 +5,6 @@ Owns: OpenAI's shapes of a chat completion and of its logprobs.
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -14,9 +13,9 @@ from typing import Any
 
 from starlette.requests import Request
 
-from gateway.completions import finite, token_name, usage_body, usage_of_chunk
+from gateway.completions import finite, token_name, usage_body, usage_of_chunk, whole
 from gateway.generation import TextDelta, Usage, VisibleToken, generate
-from gateway.json_text import JSONList, dumps, with_members
+from gateway.json_text import JSONList, with_members
 from gateway.open_request import Work
 from gateway.schemas import ChatBody, TextOptions, parse
 from gateway.served_models import ServedModel
@@ -98,11 +97,8 @@ async def _whole(run: _Run) -> Sequence[bytes]:
     async with aclosing(running) as deltas:
         async for delta in deltas:
             choices[delta.choice].add(delta, _logprobs(run, delta.tokens))
-    parts = [dumps({**run.head, **_prompt_ids(run)})[:-1] + b',"choices":[']
-    for index, choice in enumerate(choices):
-        parts += [b"," if index else b"", choice.json(index, body)]
-        await asyncio.sleep(0)  # others have their turn between two choices
-    return [*parts, b'],"usage":' + dumps(usage_body(usage)) + b"}"]
+    written = (choice.json(index, body) for index, choice in enumerate(choices))
+    return await whole({**run.head, **_prompt_ids(run)}, written, usage)
 
 
 class _ChoiceSoFar:

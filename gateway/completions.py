@@ -10,7 +10,7 @@ import asyncio
 import dataclasses
 import functools
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
@@ -126,9 +126,14 @@ async def _whole(run: _Run) -> Sequence[bytes]:
     async with aclosing(merged(run, usage)) as deltas:
         async for prompt, delta in deltas:
             choices[prompt * body.n + delta.choice].add(delta, _logprobs(run, delta.tokens))
-    parts = [dumps(run.head)[:-1] + b',"choices":[']
+    return await whole(run.head, (choice.json(index, run) for index, choice in enumerate(choices)), usage)
+
+
+async def whole(head: Mapping[str, Any], choices: Iterable[bytes], usage: Usage) -> Sequence[bytes]:
+    """An answer that is given at once, in parts. `choices` are JSON, made one at a time."""
+    parts = [dumps(head)[:-1] + b',"choices":[']
     for index, choice in enumerate(choices):
-        parts += [b"," if index else b"", choice.json(index, run)]
+        parts += [b"," if index else b"", choice]
         await asyncio.sleep(0)  # others have their turn between two choices
     return [*parts, b'],"usage":' + dumps(usage_body(usage)) + b"}"]
 

@@ -90,13 +90,7 @@ TABLE: dict[tuple[State, Event], tuple[State, str]] = {
     (S.ABORTING, E.LINK_LOST): (S.ENDED, "lost"),
 }
 
-EVENT_OF: dict[type[Message], Event] = {
-    Grant: E.GRANT,
-    Deny: E.DENY,
-    Ack: E.ACK,
-    Abort: E.ABORT,
-    Release: E.RELEASE,
-}
+EVENT_OF = {Grant: E.GRANT, Deny: E.DENY, Ack: E.ACK, Abort: E.ABORT, Release: E.RELEASE}
 
 AWAITING = frozenset({S.OFFERED, S.COMMITTED, S.WITHDRAWING, S.ABORTING})  # an answer is due
 

@@ -99,13 +99,7 @@ TABLE: dict[tuple[State, Event], tuple[State, str]] = {
     (S.STOPPING, E.IDLE): (S.ENDED, "discard"),
 }
 
-EVENT_OF: dict[type[Message], Event] = {
-    Offer: E.OFFER,
-    Blocks: E.BLOCKS,
-    Tail: E.TAIL,
-    Commit: E.COMMIT,
-    Abort: E.ABORT,
-}
+EVENT_OF = {Offer: E.OFFER, Blocks: E.BLOCKS, Tail: E.TAIL, Commit: E.COMMIT, Abort: E.ABORT}
 
 
 @dataclasses.dataclass(slots=True, eq=False)
