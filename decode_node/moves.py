@@ -29,8 +29,8 @@ GRANT_S = 0.5  # a paused sequence waits this long for room elsewhere, then it g
 
 
 class Moves:
-    """Implements `Owner`. `moved(attempt, choice)` hears of each choice that another node has,
-    `give_up(attempt, error)` of each attempt that must not go on here either."""
+    """Implements `Owner`. Calls `moved(attempt, choice)` for each choice that another node has adopted,
+    and `give_up(attempt, error)` for each attempt that must not go on here either."""
 
     def __init__(
         self,
@@ -52,11 +52,11 @@ class Moves:
 
     @property
     def attempts(self) -> set[str]:
-        """Those, by the engine's id, of which something is on its way."""
+        """The attempts, by the engine's id, of which a choice is on its way."""
         return {name for (name, _), departure in self._departures.items() if not departure.is_idle}
 
     def begin(self) -> None:
-        """From now on everything that runs here is to run elsewhere."""
+        """From now on, move everything that runs here."""
         self._begun = True
         self._look()
 
@@ -69,7 +69,7 @@ class Moves:
         self._look()
 
     def peers_changed(self) -> None:
-        """What a node refused once it may take now; nobody else may be left to ask."""
+        """Ask nodes that refused again: they may have room now, and nobody else may be left."""
         for departure in self._departures.values():
             departure.refused.clear()
         self._full.clear()
@@ -78,14 +78,13 @@ class Moves:
         self._look()
 
     def cancel(self, attempt: Attempt, reason: str, choice: int | None = None) -> None:
-        """The attempt, or one choice of it, has ended in the engine: give up what is on its way of
-        it."""
+        """The attempt, or one choice of it, has ended in the engine: end its departures."""
         for (name, index), departure in list(self._departures.items()):
             if name == attempt.engine_id and choice in (None, index):
                 self._sender.cancel(departure, reason)
 
     def _look(self) -> None:
-        """Begin to move what can move, as far as some node seems to have room for it."""
+        """Begin to move the sequences for which some node seems to have room."""
         if not self._begun:
             return
         under_way = self.attempts
@@ -103,7 +102,7 @@ class Moves:
                 under_way.add(attempt.engine_id)
 
     def _asks(self, sequence: Sequence) -> int:
-        """How often it was offered: where there is no room, each waits in vain in its turn."""
+        """How often a sequence was offered: the one with the fewest offers goes next."""
         departure = self._departures.get((sequence.request_id, sequence.choice))
         return 0 if departure is None else departure.asks
 
@@ -115,8 +114,8 @@ class Moves:
     # What the sender asks and says.
 
     def choose(self, departure: Departure) -> tuple[str, str] | None:
-        """Of the nodes that seem to have room: the one that has another choice of this attempt,
-        else the one with the most free positions."""
+        """The node that has another choice of this attempt, or else the one with the most free
+        positions, of those that seem to have room."""
         node, attempt = self._node, departure.attempt.engine_id
         length = len(departure.sequence.token_ids)
         candidates = [
@@ -138,14 +137,14 @@ class Moves:
         return best.incarnation, best.endpoint
 
     def _has_room(self, record: NodeRecord, length: int) -> bool:
-        """As its record says; the node itself says it for sure."""
+        """Whether the node has room by its record; only its answer to the offer is sure."""
         running = record.running + record.waiting + record.reserved + self._asked[record.incarnation]
         free = record.free_blocks - self._promised[record.incarnation]
         blocks = -(-length // record.block_size)
         return running < record.max_num_seqs and blocks + running <= free
 
     def linked(self, departure: Departure) -> None:
-        """A sequence is paused when no step has it, and offered as it is then."""
+        """Pause a sequence that is in no step, and offer it as it is; `step_ended` looks again."""
         sequence = departure.sequence
         if sequence.in_flight:
             return
@@ -164,7 +163,7 @@ class Moves:
         self._sender.no_grant(departure)
 
     def granted(self, departure: Departure) -> None:
-        """It may be adopted at any time."""
+        """Nothing to do: the other node may adopt it at any time."""
 
     def adopted(self, departure: Departure) -> None:
         sequence, attempt = departure.sequence, departure.attempt
@@ -195,7 +194,7 @@ class Moves:
 
 
 def _can_move(attempt: Attempt, sequence: Sequence) -> bool:
-    """Whether it lacks the KV of its last token only, and that token is from here: so that each
+    """Whether a sequence lacks the KV of its last token only, and this node made that token: then each
     takeover of an attempt is at a later position than the one before."""
     return (
         sequence.status is SequenceStatus.RUNNING

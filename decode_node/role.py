@@ -1,4 +1,4 @@
-"""The decode role: sequences arrive by handoff, with KV and first token, and run to their end.
+"""The decode role: runs sequences that arrive by handoff, with KV and first token, to their end.
 
 Owns the attempts that decode here. As `unified` (and whenever a gateway sends it a request) it
 computes the prompt itself. Admission is the engine's (common/engine/core/admission.py): an offer is
@@ -48,7 +48,7 @@ class DecodeRole:
         return min(8, scheduler.num_free_slots - scheduler.num_waiting)
 
     def accept(self, entry: Entry) -> None:
-        """A request to compute whole, prompt and all."""
+        """Compute a whole request here, prompt and all."""
         attempt = Attempt.of(entry)
         if attempt.engine_id in self._attempts:  # Redis lost it, and its gateway queued it again
             self._node.done(entry)
@@ -104,12 +104,12 @@ class DecodeRole:
             if attempt is not None and attempt.entry is not None:
                 attempt.begins(self._node, chunk)
 
-    def handed_over(self, step: Step) -> list[Chunk]:
-        """This role hands nothing over."""
+    def handed_off(self, step: Step) -> list[Chunk]:
+        """This role hands no chunk off."""
         return []
 
     def step_filled(self, chunks: list[Chunk]) -> None:
-        """This role hands nothing over."""
+        """This role hands no chunk off."""
 
     def step_ended(self, step: Step, outputs: list[StepOutput]) -> None:
         runs: list[tuple[str, TokenRun]] = []
@@ -141,7 +141,7 @@ class DecodeRole:
         self._moves.begin()
 
     def _give_up(self, attempt: Attempt, error: PdqError, *, retryable: bool = True) -> None:
-        """Nothing more of this attempt here; its gateway may make another."""
+        """End this attempt here; its gateway may make another."""
         attempt.give_up(self._node, error, retryable=retryable)
         self._abort(attempt, error.code)
 

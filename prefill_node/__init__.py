@@ -1,1 +1,1 @@
-"""The prefill role: computes prompts in batches of chunks and hands their KV to decode nodes."""
+"""The prefill role: computes prompts in batches of chunks and hands their KV off to decode nodes."""

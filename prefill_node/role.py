@@ -1,4 +1,4 @@
-"""The prefill role: prompts from the queue, chunk by chunk, their blocks on to a decode node.
+"""The prefill role: computes prompts from the queue, chunk by chunk, and hands them off to decode nodes.
 
 Owns the attempts that are computed here, or on their way to a decode node (common/node/departure.py).
 A prompt is offered when its first chunk begins, and finished chunks are announced. Its first token goes
@@ -31,7 +31,7 @@ from common.store.queue import Entry
 from common.wire.messages import Dispatch, TokenRun
 from kv_transfer.ports import Adopted
 
-NO_DECODE_NODE_S = 1.0  # a prompt waits so long for one to appear, then its gateway is told
+NO_DECODE_NODE_S = 1.0  # a prompt waits so long for a decode node to appear, then it fails
 ENDED_REMEMBERED = 4096  # attempts
 
 
@@ -54,7 +54,7 @@ class PrefillRole:
         return len(self._attempts)
 
     def capacity(self) -> int:
-        """Enough to fill the next steps, no more: what is not read can move to another node."""
+        """As many entries as fill the next steps: another node can take those that are not read."""
         engine = self._node.engine
         waiting = engine.scheduler.waiting
         ahead = sum(len(sequence.token_ids) for sequence in waiting)
@@ -79,7 +79,7 @@ class PrefillRole:
             node.gateways.stage(attempt.gateway, attempt.key(choice), "prefilling", {})
 
     def may_go_on(self, sequence: Sequence) -> bool:
-        """One that gets its first token ends here."""
+        """A sequence that gets its first token ends here."""
         return not sequence.pending
 
     def step_begins(self, step: Step) -> None:
@@ -92,7 +92,7 @@ class PrefillRole:
             if departure.is_idle:
                 self._ask(departure)
 
-    def handed_over(self, step: Step) -> list[Chunk]:
+    def handed_off(self, step: Step) -> list[Chunk]:
         return [
             chunk
             for chunk in step.chunks
@@ -177,7 +177,7 @@ class PrefillRole:
                 self._give_up(departure.attempt, ServiceUnavailable("there is no decode node"))
 
     def _give_up(self, attempt: Attempt, error: PdqError, *, retryable: bool = True) -> None:
-        """Nothing more of this attempt here; its gateway may make another."""
+        """End this attempt here; its gateway may make another."""
         attempt.give_up(self._node, error, retryable=retryable)
         self._abort(attempt, error.code)
 
@@ -186,8 +186,8 @@ class PrefillRole:
         return departure.sequence.choice == min(departure.attempt.open_choices, default=None)
 
     def choose(self, departure: Departure) -> tuple[str, str] | None:
-        """The gateway's choice, unless that is known to be lost; else the decode node with the most
-        free positions."""
+        """The node that the gateway chose, unless it is lost or has refused, or else the decode node with
+        the most free positions."""
         dispatch, node = _dispatch(departure.attempt), self._node
         chosen = dispatch.decode_node
         if chosen and chosen not in departure.refused and not node.peers.is_lost(chosen):
@@ -222,7 +222,7 @@ class PrefillRole:
     # Ends.
 
     def _over(self, departure: Departure, reason: str) -> None:
-        """This choice needs nothing more here."""
+        """End this choice here."""
         self._sender.cancel(departure, reason)
         self._choice_over(departure)
 
@@ -245,7 +245,7 @@ class PrefillRole:
             self._node.wake()
 
     def arrived(self, adopted: Adopted) -> None:
-        """This role takes nothing over: nodes offer to those that decode."""
+        """Discard it: this role adopts nothing, and nodes offer to those that decode."""
         self._node.kv.discard(adopted.reservation)
 
     def give_up(self, engine_id: str, error: PdqError, *, retryable: bool) -> None:
@@ -292,7 +292,7 @@ class PrefillRole:
 
 
 def _for_prefill(dispatch: Dispatch) -> SamplingParams:
-    """The same choice of the next token, with room for one more at most in this pool."""
+    """The params under which this node computes one token; the pool has room for one more at most."""
     params = dispatch.request.params
     most = min(params.max_tokens, dispatch.request.num_delivered + 2)
     return dataclasses.replace(params, max_tokens=most, min_tokens=min(params.min_tokens, most))

@@ -1,7 +1,7 @@
-"""A node's record in the registry, and those of the others, read as often.
+"""The beat of a node: it writes the node's record into the registry and reads those of the others.
 
-Owns the beat: what is announced is the assembly's to say, what follows from the others' records is
-theirs who asked for `on_read`.
+Owns when that happens. The assembly says what the record holds; `on_read` decides what follows from the
+records of the others.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ALONE_WAIT_S, ALONE_PAUSE_S = 0.5, 5.0  # to announce a step of a suspect; until
 
 
 class Announcer:
-    """`record` and `kv_links` are asked at each beat; `on_read` hears of what was read."""
+    """Asks `record` and `kv_links` at each beat, and gives `on_read` what it has read."""
 
     def __init__(
         self,
@@ -36,10 +36,10 @@ class Announcer:
         self._registry, self._incarnation = registry, incarnation
         self._record, self._kv_links, self._on_read = record, kv_links, on_read
         self._beats = 0
-        self._mute_until = 0.0  # no step is announced before
+        self._mute_until = 0.0  # announces no step before
 
     async def run(self) -> NoReturn:
-        """Until cancelled: once a beat."""
+        """Beat until cancelled."""
         while True:
             try:
                 await self.announce()
@@ -54,9 +54,9 @@ class Announcer:
         await self._registry.announce(self._record(self._beats), self._kv_links())
 
     async def say_alone(self, alone: str) -> None:
-        """Write into the node's record whose step of its own comes next, before it is computed: if it
-        takes the process with it, that is all there is to know it by. Streams do not wait long for
-        Redis: where it does not answer, nobody will be found guilty by that record."""
+        """Write into the node's record which suspect is computed alone next, before the step begins: if
+        the step kills the process, nothing else tells who was in it. Streams do not wait long for Redis:
+        where it does not answer, nobody is found guilty by that record."""
         if time.monotonic() < self._mute_until:
             return
         try:

@@ -60,7 +60,8 @@ ROLE_MODULES = {"prefill": "prefill_node.role", "decode": "decode_node.role", "u
 
 
 def load_role(name: str, node: NodeServices) -> NodeRole:
-    """By its dotted name, so that roles never import each other; its module has `create(node)`."""
+    """Import a role by its dotted name, so that roles never import each other, and call its
+    module's `create(node)`."""
     role: NodeRole = importlib.import_module(ROLE_MODULES[name]).create(node)
     return role
 
@@ -77,7 +78,8 @@ class Node:
         make_runner: Callable[..., ModelRunner] = ModelRunner,
         make_role: Callable[[str, NodeServices], NodeRole] = load_role,
     ) -> None:
-        """A node of other parts is made by giving it what makes them, with the same arguments."""
+        """`make_bus`, `make_runner` and `make_role` make those parts; each gets the same arguments as
+        the default."""
         self.settings = settings
         self.name = settings.name or f"{settings.role}-{socket.gethostname().split('.')[0]}"
         self.incarnation = new_incarnation(self.name)
@@ -174,8 +176,8 @@ class Node:
     # Life.
 
     async def run(self, when_warm: Callable[[], None] = lambda: None) -> None:
-        """Serve until `stop`; then finish what runs, within the grace period, and leave nothing, as
-        after an error at any step of the start. `when_warm` is called before anything is served."""
+        """Serve until `stop`; then finish what runs, within the grace period, and leave nothing behind.
+        An error while starting leaves nothing behind either. Calls `when_warm` before it serves."""
         async with contextlib.AsyncExitStack() as stack:
             await self._start(stack, when_warm)
             loops = [
@@ -198,7 +200,7 @@ class Node:
             await self._drain()
 
     async def _start(self, stack: contextlib.AsyncExitStack, when_warm: Callable[[], None]) -> None:
-        """What each step needs for its way back is on the stack before the step is taken."""
+        """Each step puts what undoes it on the stack before it begins."""
         stack.callback(lambda: log.info("node.ended", steps=self.engine.num_steps))
         stack.callback(self._end_engine)
         stack.push_async_callback(self.redis.close)
@@ -215,14 +217,15 @@ class Node:
         await asyncio.to_thread(self.engine.warm_up)
         loading.give_back_memory()
         when_warm()
-        # Not before: the reaper takes what has a queue and no beat for dead, and a start may take long.
+        # Not earlier: the reaper takes a node with a queue and no beat for dead, and a start may take long.
         await self.entries.open()
         self.state = NodeState.READY
         await self.announcer.announce()
         log.info("node.ready", **self._summary())
 
     def _end_engine(self) -> None:
-        """A thread that hangs cannot be waited for, and may still write: the process ends with it."""
+        """Free the engine and its memory, unless a thread hangs: that may still write, and ends with the
+        process."""
         if not self.steps.hangs:
             self.engine.runner.close()
             self.memory.close()
@@ -234,18 +237,18 @@ class Node:
             log.warning("node.left_unsaid", error=error)  # the reaper will find it
 
     async def _settle(self) -> None:
-        """Wait for what was begun in the background."""
+        """Wait for the background tasks."""
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def stop(self) -> None:
-        """Ask `run` to end in order; asked again, at once."""
+        """Ask `run` to drain and end; the second time, to end at once."""
         if self._stopping.is_set():
             self.settings = dataclasses.replace(self.settings, grace_period_s=0.0)
         self._stopping.set()
 
     async def _drain(self) -> None:
-        """Take nothing new and give back what was not begun; hand over or finish what runs, within
-        the grace period."""
+        """Take nothing new, give back what was not begun, and move or finish what runs, within the grace
+        period."""
         begun = time.monotonic()
         self.state = NodeState.DRAINING
         self.links.drain()
@@ -278,7 +281,7 @@ class Node:
         self.wake()
 
     def _peers_read(self, snapshot: Snapshot) -> None:
-        """Tell every gateway there is what the prefix cache gained and lost, and the role to look."""
+        """Tell every gateway what the prefix cache gained and lost, and the role that records changed."""
         self.peers.read(snapshot)
         linked, events = self.bus.peers(), self.cache_feed.events()
         for gateway in self.peers.gateways():

@@ -1,5 +1,7 @@
-"""One attempt of a request on a node: what every role keeps of it, how it enters the engine, and how
-outputs become runs."""
+"""One attempt of a request on a node: what every role keeps of it.
+
+It enters the engine here, and outputs of the engine become runs of tokens here.
+"""
 
 from __future__ import annotations
 
@@ -28,11 +30,11 @@ class Attempt:
     number: int
     entry: Entry | None
     open_choices: set[int]
-    alone: bool  # a suspect: computed in steps of its own until it is past what may be its fault
+    alone: bool  # a suspect: computed alone until it is past the failed step's position
     sequences: dict[int, Sequence] = dataclasses.field(default_factory=dict)
     began: float = dataclasses.field(default_factory=time.monotonic)
     arrived: dict[int, int] = dataclasses.field(default_factory=dict)
-    """By choice that came by a handoff: the position from which on its tokens are from here."""
+    """For each choice that came by a handoff: the first position whose token is made here."""
     handoffs: dict[int, float] = dataclasses.field(default_factory=dict)  # seconds, by choice
     cached_tokens: int | None = None  # of the prompt; None until its first chunk begins
 
@@ -51,7 +53,7 @@ class Attempt:
 
     @classmethod
     def offered(cls, offer: Offer) -> Attempt:
-        """No choice of it is here yet."""
+        """The attempt of an offer; none of its choices is here yet."""
         return cls(offer.request, offer.key.attempt, None, set(), offer.alone)
 
     @property
@@ -59,8 +61,8 @@ class Attempt:
         return self.request.gateway
 
     def compute(self, node: NodeServices, params: SamplingParams) -> bool:
-        """Queue the entry's choices in the node's engine. False: they can never run; the gateway
-        was told, and the entry is gone."""
+        """Queue the entry's choices in the node's engine. False if they can never run: then the gateway
+        was told, and the entry is deleted."""
         assert self.entry is not None
         dispatch = self.entry.dispatch
         try:
@@ -84,8 +86,8 @@ class Attempt:
             node.gateways.fail(self.gateway, self.key(choice), error, retryable=retryable)
 
     def suspect(self, node: NodeServices, known: int) -> None:
-        """What began with so many known tokens is computed alone until ALONE_TOKENS after them, if it
-        is a suspect: the last ones that a node made may not have come to its gateway before it died."""
+        """Compute a suspect alone until ALONE_TOKENS after its `known` tokens: the last tokens that a node
+        made may not have reached the gateway before the node died."""
         if self.alone:
             node.suspects.suspect(self.engine_id, known + ALONE_TOKENS)
 
@@ -98,7 +100,7 @@ class Attempt:
             node.gateways.stage(self.gateway, key, "prefilling", waited, chunk.start)
 
     def run(self, output: StepOutput) -> TokenRun:
-        """What goes to the gateway for one output of the engine."""
+        """The run of tokens that the gateway gets for one output of the engine."""
         reason = "" if output.finish_reason is None else output.finish_reason.value
         return TokenRun(
             self.request.id,

@@ -1,4 +1,4 @@
-"""What gateways are told of this node's prefix cache: numbered changes, or all of it.
+"""Tells gateways what this node's prefix cache holds: numbered changes, or all of it.
 
 Owns the numbers. Knows nothing of who listens: a gateway that misses a number asks for everything.
 """
@@ -16,8 +16,8 @@ class CacheFeed:
         self._seen = 0  # number of the last event of the pool
 
     def events(self) -> CacheEvents | None:
-        """The changes since the last call, None if there were none. Where the pool lost some, a
-        number is left out, so that gateways see the gap."""
+        """The changes since the last call, or None. Where the pool lost some, it skips a number, so that
+        gateways see the gap."""
         events = self._pool.drain_events()
         if not events:
             return None
@@ -32,5 +32,5 @@ class CacheFeed:
         )
 
     def content(self) -> CacheContent:
-        """Everything cached after the last message; a change since then comes with the next."""
+        """Everything that is cached. Changes since the last message come with the next one, too."""
         return CacheContent(self._node, self._number, tuple(self._pool.snapshot().block_hashes))

@@ -1,12 +1,12 @@
-"""The queue entries of a node: taken while it has room, given back when it ends, deleted when over.
+"""Takes queue entries while the node has room, gives them back when it ends, deletes those that are over.
 
-Owns the only task that takes entries, and the order of its end: it takes nothing more, what it has
-read goes to the role or back, and only then may the node believe that it knows all it has. Knows
-nothing of what an entry costs: capacity is the role's word.
+Owns the only task that takes entries, and the order in which it ends: it takes nothing more, gives what
+it has read to the role or back, and only then does the node know all that it has. The role says how many
+entries there is room for.
 
-    ready      take what there is room for; idle: take over what waits, unread, at another node
-    draining   give back what nobody here has claimed: to a node that does the same work, else to its
-               gateway; again and again, for gateways that have not heard send more
+    ready      take as many entries as there is room for; when idle, take unread ones of another node
+    draining   give back what nobody here has claimed, to a node that does the same work or else to its
+               gateway; go on doing so, because gateways that have not heard of the end send more
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ GIVE_BACK_INTERVAL_S = 0.25
 
 
 class Entries:
-    """Run `take` and `delete` as long as the node lives; call `room` whenever the role may have some."""
+    """Run `take` and `delete` as long as the node lives; call `room` whenever the role may have room."""
 
     def __init__(self, node: NodeServices, role: NodeRole, redis: RedisClient) -> None:
         self._node, self._role, self._redis = node, role, redis
         self._queue = NodeQueue(redis, node.incarnation)
         self._room = asyncio.Event()
         self._over = asyncio.Event()  # there are entries to delete
-        self.settled = False  # after `stop`: the role has all it will ever get
+        self.settled = False  # after `stop`: the role gets no more entries
 
     @property
     def num_dropped(self) -> int:
@@ -54,7 +54,7 @@ class Entries:
         self._room.set()
 
     def done(self, entry: Entry) -> None:
-        """The attempt is over here: its entry goes, as soon as Redis hears it."""
+        """The attempt is over here: delete its entry, as soon as Redis answers."""
         self._queue.over(entry)
         self._over.set()
 
@@ -66,7 +66,7 @@ class Entries:
     # Loops.
 
     async def take(self) -> None:
-        """Until cancelled; once the node drains, what comes is given back."""
+        """Take entries until the node drains, then give back what comes, until cancelled."""
         while self._node.state is NodeState.READY:
             await self._take()
         while True:
@@ -78,7 +78,7 @@ class Entries:
             await asyncio.sleep(GIVE_BACK_INTERVAL_S)
 
     async def delete(self) -> None:
-        """Until cancelled: what is over, as soon as Redis hears it."""
+        """Delete the entries that are over, as soon as Redis answers, until cancelled."""
         while True:
             await self._over.wait()
             self._over.clear()
@@ -92,7 +92,7 @@ class Entries:
     # Steps.
 
     async def _take(self) -> None:
-        """Wait for room, then for entries, not for long; one round of them."""
+        """Wait for room, then for entries, up to QUEUE_WAIT_S, and accept them."""
         node = self._node
         self._room.clear()
         capacity = self._role.capacity()
@@ -119,8 +119,8 @@ class Entries:
             node.wake()
 
     async def _hashed(self, entry: Entry) -> Entry:
-        """With the hashes of its blocks, computed between what else the event loop has to do. Token
-        ids that have none are for the engine to refuse."""
+        """The entry with the hashes of its blocks, computed in pieces between the event loop's other work.
+        The engine refuses token ids that cannot be hashed."""
         request, mine = entry.dispatch.request, self._node.engine.fingerprint
         root = request.cache_root(mine)
         chain = HashChain(root, request.token_ids, mine.block_size, request.prompt_len)
@@ -129,8 +129,8 @@ class Entries:
         return entry
 
     def _accept(self, entry: Entry) -> None:
-        """What the role cannot take, for a reason that nobody has thought of, ends here: the next
-        node would not do better, and this one has others."""
+        """Give an entry to the role. If the role raises, the request ends: another node would do no
+        better, and this one has other requests."""
         node, dispatch = self._node, entry.dispatch
         try:
             self._role.accept(entry)
@@ -162,7 +162,7 @@ class Entries:
         return False
 
     async def _relieve_others(self, capacity: int) -> None:
-        """Idle: take over what waits, unread, at a node that does the same work."""
+        """Take unread entries of a node that does the same work."""
         node = self._node
         alike = [record.incarnation for record in node.peers.of_same_work()]
         if not alike:
@@ -172,7 +172,7 @@ class Entries:
                 return
 
     async def _give_back(self) -> None:
-        """To the least busy of those that would take it. Without any, to the gateways."""
+        """Give entries to the least busy node that does the same work, or else to their gateways."""
         alike = self._node.peers.of_same_work()
         ready = [record for record in alike if record.state is NodeState.READY]
         ready.sort(key=lambda record: record.waiting + record.running)

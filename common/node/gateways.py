@@ -1,8 +1,8 @@
-"""What a node owes to gateways, and what it still knows of that when a link with one ends.
+"""Keeps what a node owes to gateways, also while a gateway has no link.
 
-Owns the tokens that are not acknowledged, the last word about each choice that has ended here, and
-how long a gateway without a link is waited for. Knows of requests only by the role (`Attempts`).
-The rules are in common/README.md, "Streams of tokens".
+Owns the unacknowledged tokens, the last word about each choice that has ended here, and how long the node
+waits for a gateway without a link. Asks the role (`Attempts`) about requests. The rules are in
+common/README.md, "Streams of tokens".
 
     linked ──the last link ends──▶ waited for ──GATEWAY_GRACE_S──▶ given up: all of it is freed here
        ▲                               │                                   │
@@ -29,7 +29,7 @@ LAST_WORDS = 4096  # about choices that have ended here
 
 
 class Sending(Protocol):
-    """What is used of common/wire/bus.py."""
+    """The part of the bus (common/wire/bus.py) that gateways are spoken to with."""
 
     def send(self, peer: str, message: Message) -> None: ...
 
@@ -37,7 +37,7 @@ class Sending(Protocol):
 
 
 class Attempts(Protocol):
-    """The role, as it is seen from here."""
+    """The part of the role (`NodeRole`) that `Gateways` calls."""
 
     def holds(self, key: ChoiceKey) -> bool:
         """Whether this choice is computed here, or on its way elsewhere."""
@@ -49,7 +49,7 @@ class Attempts(Protocol):
 
 
 class Gateways:
-    """All gateways of one node. Tell it of every link that comes up or ends."""
+    """All gateways of one node. Its owner reports every link that comes up or ends."""
 
     attempts: Attempts  # to be set before there is a link
 
@@ -60,8 +60,8 @@ class Gateways:
         self._last_words: OrderedDict[ChoiceKey, Failed | TookOver] = OrderedDict()
 
     def send(self, gateway: str, message: Message) -> None:
-        """Send, or drop: what matters is said again on the next link; without one, the time for
-        that begins to run."""
+        """Send a message, or drop it: the next link says again what matters. Without a link, the time
+        that the gateway has for a new one begins."""
         try:
             self._bus.send(gateway, message)
         except LinkLost:
@@ -91,8 +91,8 @@ class Gateways:
     # Links.
 
     def linked(self, gateway: str) -> None:
-        """A link came up, or one of two has ended: what was lost with the other is repeated, and what
-        was not lost does no harm."""
+        """A link came up, or one of two has ended: repeat everything that may have been lost. What was
+        not lost does no harm."""
         timer = self._waiting.pop(gateway, None)
         if timer is not None:
             timer.cancel()
@@ -129,7 +129,7 @@ class Gateways:
             self.tokens.acknowledge(gateway, ChoiceKey(request, attempt, choice), below)
 
     def asked(self, gateway: str, query: HoldsQuery) -> None:
-        """Answer for each choice from which the gateway can expect nothing of this node."""
+        """Answer for each choice of which this node has nothing more to say."""
         for request, attempt, choice, below in query.choices:
             key = ChoiceKey(request, attempt, choice)
             self.tokens.acknowledge(gateway, key, below)

@@ -1,4 +1,4 @@
-"""Where the engine's pool and the transfer layer meet: memory, generations, reservations.
+"""Joins the engine's pool and the transfer layer: memory, generations, reservations.
 
 Owns: the shared memory that backs the pool, when a block's generation changes and its digest is
 computed, and room that is reserved for prompts on their way in. All methods but `seal` belong to
@@ -33,8 +33,8 @@ WARM_BYTES = 128 << 20  # of the pool, touched at the start
 
 
 def _host_pool(device: torch.device, num_blocks: int, slab_bytes: int) -> PoolMemory:
-    """The blocks that are used first are touched meanwhile; the others cost what they cost, so that a
-    pool which is larger than what is asked of it does not fill the machine."""
+    """Touches the blocks that are used first, in a thread. The others take memory when they are used, so
+    that a pool which is larger than its use does not fill the machine."""
     memory = HostPoolMemory(num_blocks, slab_bytes, warm=False)
     warm = functools.partial(memory.warm, WARM_BYTES)
     threading.Thread(target=warm, name="kv-warm", daemon=True).start()
@@ -56,7 +56,7 @@ class SharedMemory:
         self.memory: PoolMemory | None = None
 
     def allocate(self, device: torch.device, num_blocks: int, slab_bytes: int) -> Tensor:
-        """On the device that the engine has chosen. `ConfigError` where no peer could read it."""
+        """Allocate the pool on the engine's device. `ConfigError` if no peer could read it there."""
         if device.type not in POOLS:
             raise ConfigError(
                 f"blocks on {device.type} cannot be handed over; those on {', '.join(POOLS)} can",
@@ -66,7 +66,7 @@ class SharedMemory:
         return self.memory.slabs
 
     def freed(self, block_ids: AnySequence[int]) -> None:
-        """The content of these blocks is garbage from now on: a copy under way will be stale."""
+        """Mark the content of these blocks as garbage: copies of it that are under way become stale."""
         assert self.memory is not None
         for block in block_ids:
             self.memory.begin_write(block)
@@ -94,8 +94,8 @@ class NodeKV:
     # Sending.
 
     def seals(self, chunk: Chunk) -> list[Seal]:
-        """What to seal once `chunk` is computed: the blocks that it completes, and the tail of
-        what is known of its sequence, where it ends in one."""
+        """What to seal once `chunk` is computed: the blocks that it completes, and the tail if it
+        reaches the last known token."""
         sequence, block_size = chunk.sequence, self.engine.layout.block_size
         end = chunk.end // block_size
         if chunk.samples:
@@ -106,7 +106,8 @@ class NodeKV:
     def _seals(
         self, sequence: Sequence, table: AnySequence[int], start: int, end: int, computed: int
     ) -> list[Seal]:
-        """Of blocks `start` to `end`, where `computed` positions are; the last may be a tail."""
+        """The seals of blocks `start` to `end` of a sequence with `computed` positions; the last may be a
+        tail."""
         block_size = self.engine.layout.block_size
         hashes = sequence.hashes(computed // block_size, block_size)
         on = self._digests
@@ -122,23 +123,23 @@ class NodeKV:
         return seals
 
     def unsealed(self, sequence: Sequence, table: AnySequence[int]) -> list[Seal]:
-        """The full blocks of what is computed of a sequence that were never sealed: it arrived
-        with them, or did not compute them for another node. It may run: it writes into no full
-        block. `table` as in `ready_blocks`."""
+        """The full, computed blocks of a sequence that were never sealed: they arrived with it, or it did
+        not compute them for another node. The sequence may run: it writes into no full block. `table` as
+        in `ready_blocks`."""
         computed = min(sequence.num_computed, len(table) * self.engine.layout.block_size)
         full = computed // self.engine.layout.block_size
         seals = self._seals(sequence, table, 0, full, computed)
         return [seal for seal in seals if not self._is_sealed(seal)]
 
     def _is_sealed(self, seal: Seal) -> bool:
-        """A tail never is: what is in it now may be more than was sealed."""
+        """Whether a block is sealed. A tail never counts: it may hold more by now than when it was."""
         memory, slot = self.memory, seal.slot
         return bool(
             not seal.ranges and memory.generations[slot] % 2 == 0 and (memory.digests[slot] or not seal.seed)
         )
 
     def seal(self, seals: Iterable[Seal]) -> None:
-        """Nobody writes into these blocks any more: the digest of each is computed, once.
+        """Compute the digest of each block, once; nobody writes into it any more.
 
         For any thread, while somebody holds the blocks and nobody writes into them.
         """
@@ -162,7 +163,7 @@ class NodeKV:
         ]
 
     def go_on_writing(self, sequence: Sequence) -> None:
-        """A sequence whose blocks were `ready` gets more positions: its tail is open again."""
+        """Open the tail of a sequence again: its blocks were `ready`, and it gets more positions."""
         index, fill = divmod(sequence.num_computed, self.engine.layout.block_size)
         if fill:
             self.memory.begin_write(sequence.block_table[index])
@@ -171,11 +172,11 @@ class NodeKV:
 
     @property
     def num_reserved(self) -> int:
-        """Prompts that have room here and do not run yet."""
+        """Number of prompts that have room here and do not run yet."""
         return len(self._rooms)
 
     def reserve(self, offer: Offer, /) -> Reservation | None:
-        """Room for all of the prompt and a slot for its sequence, held until `run` or `discard`."""
+        """Hold a slot and blocks for the whole prompt until `run` or `discard`."""
         engine, key = self.engine, offer.key
         if self._first is None or self._first[0] != key:
             try:
@@ -209,10 +210,10 @@ class NodeKV:
             self.engine.pool.publish(piece.block, piece.seed)
 
     def adopt(self, reservation: Reservation, /) -> None:
-        """Its room is held until its sequence is made: who is told of it has to `run` or `discard`."""
+        """The room stays held until whoever hears of the arrival calls `run` or `discard`."""
 
     def run(self, sequence: Sequence, reservation: Reservation) -> None:
-        """Run a sequence whose prompt has landed in its room; what is raised changes nothing."""
+        """Run a sequence whose prompt has landed in its room. An error changes nothing."""
         self.engine.scheduler.adopt(sequence, self._rooms[reservation])
         del self._rooms[reservation]
 

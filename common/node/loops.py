@@ -1,4 +1,4 @@
-"""What a node does with what the bus brings: messages to whoever they are for, links up and down."""
+"""Passes what the bus brings to the parts of a node: messages, and links that come up or end."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from common.wire.message import HandoffMessage, LinkMessage
 from common.wire.messages import CacheQuery, Cancel, HoldsQuery, TokensAck
 from kv_transfer.link import Links
 
-SLOW_DEATHS = frozenset({Down.SILENT, Down.STALLED, Down.UNREACHABLE})  # found out by waiting
+SLOW_DEATHS = frozenset({Down.SILENT, Down.STALLED, Down.UNREACHABLE})  # a node finds them out by waiting
 
 
 async def listen(
@@ -25,7 +25,7 @@ async def listen(
     role: NodeRole,
     wake: Callable[[], None],
 ) -> NoReturn:
-    """Until cancelled: pass on every message."""
+    """Pass on every message, until cancelled."""
     while True:
         received = await bus.receive()
         peer, message = received.peer, received.message
@@ -48,7 +48,7 @@ async def listen(
 async def watch(
     bus: Bus, links: Links, gateways: Gateways, peers: Peers, wake: Callable[[], None]
 ) -> NoReturn:
-    """Until cancelled: say who came and who went. With a connection go the KV links over it."""
+    """Say who came and who went, until cancelled. A connection that ends takes its KV links along."""
     while True:
         event = await bus.next_event()
         if event.up:

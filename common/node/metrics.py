@@ -1,7 +1,7 @@
-"""What a node counts, as Prometheus reads it (`/metrics`, common/metrics_server.py).
+"""The metrics of a node, for Prometheus (`/metrics`, common/metrics_server.py).
 
-Owns: the names. Nearly all of it is kept where it happens, and read here when somebody asks; only steps
-are reported. Where vLLM has the same thing it has the same name, with `pdq_` in front.
+Owns the names. Nearly all numbers are kept by the parts that they are about, and read when somebody asks;
+only steps are reported here. What vLLM counts too has vLLM's name, with `pdq_` in front.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 
 class NodeMetrics:
-    """Make it when the parts that it reads are there."""
+    """Reads the parts of a node, which must be there before it."""
 
     def __init__(
         self, node: NodeServices, *, name: Role, role: NodeRole, bus: Bus, leases: Leases, entries: Entries

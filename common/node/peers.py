@@ -1,4 +1,4 @@
-"""The other nodes and the gateways: as the registry has them, and as links find them lost."""
+"""The other nodes and the gateways, by the registry's records and by what links found out."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from common.store.registry import NodeRecord, NodeState, Role, Snapshot
 
 
 class Peers:
-    """Of one node, which is not among them. Empty until the registry was read."""
+    """The peers of one node, itself left out. Empty until the registry was read."""
 
     def __init__(self, incarnation: str, role: Role, fingerprint: Fingerprint) -> None:
         self._incarnation, self._role, self._fingerprint = incarnation, role, fingerprint
@@ -17,7 +17,7 @@ class Peers:
         self._lost: dict[str, int] = {}  # peer → beats in its record when it was given up
 
     def read(self, snapshot: Snapshot) -> None:
-        """Take these records for the ones before."""
+        """Replace the records."""
         self._snapshot = snapshot
         for name in self._lost.keys() - snapshot.records.keys():
             del self._lost[name]  # names are never used again
@@ -26,22 +26,22 @@ class Peers:
         self._lost.pop(peer, None)
 
     def waited_in_vain(self, peer: str) -> None:
-        """Nothing was heard of it for as long as silence is no death, and there is no link."""
+        """The peer was silent until that counted as death, and has no link."""
         record = self._snapshot.records.get(peer)
         self._lost[peer] = record.beats if record is not None else 0
 
     def is_lost(self, peer: str) -> bool:
-        """Whether we waited for it in vain, and its record in the registry has not moved since."""
+        """Whether the peer was silent too long and its record in the registry has not moved since."""
         record = self._snapshot.records.get(peer)
         return peer in self._lost and (record is None or record.beats <= self._lost[peer])
 
     def is_alike(self, record: NodeRecord) -> bool:
-        """Whether that node computes what this one does, bit for bit; its block size is its own."""
+        """Whether that node computes what this one does, bit for bit; its block size may differ."""
         return self._fingerprint.mismatch(record.fingerprint) is None
 
     def decoding(self, refused: AbstractSet[str]) -> list[NodeRecord]:
-        """Nodes that decode and are ready, without those that `refused`, or are known to be lost: to
-        try one of these again would cost each choice the time in which silence becomes death."""
+        """Nodes that decode and are ready, without those that `refused` and those that are lost: asking
+        a lost one again would cost each choice the time until silence counts as death."""
         return [
             record
             for record in self._of_role(Role.DECODE, Role.UNIFIED)

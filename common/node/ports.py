@@ -1,4 +1,4 @@
-"""Between a node and its role: what each has of the other.
+"""The interfaces between a node and its role.
 
 A role is the part of a node that decides what to do with requests. The node (app.py) owns engine, bus,
 queue and links, and calls the role (`NodeRole`) on the event loop's thread; the role calls
@@ -28,8 +28,8 @@ from kv_transfer.ports import Adopted
 
 
 class NodeServices(Protocol):
-    """What a role works with, and what stands between it and the node (attempt.py, sender.py,
-    entries.py, steps.py)."""
+    """What a node offers its role, and the parts between them (attempt.py, sender.py, entries.py,
+    steps.py)."""
 
     incarnation: str
     state: NodeState
@@ -41,7 +41,7 @@ class NodeServices(Protocol):
     suspects: Suspects
 
     def connect(self, peer: str, endpoint: str) -> None:
-        """Have a link of the bus with a peer, or raise `LinkLost`."""
+        """Link the bus to a peer, or raise `LinkLost`."""
         ...
 
     def wake(self) -> None:
@@ -49,7 +49,7 @@ class NodeServices(Protocol):
         ...
 
     def done(self, entry: Entry) -> None:
-        """The attempt is over here: its queue entry goes."""
+        """The attempt is over here: delete its queue entry."""
         ...
 
     def spawn(self, coroutine: Coroutine[object, object, None]) -> None:
@@ -58,14 +58,14 @@ class NodeServices(Protocol):
 
 
 class NodeRole(Protocol):
-    """Called by the node, in about this order in a request's life."""
+    """What a node calls, in about this order in a request's life."""
 
     def capacity(self) -> int:
-        """How many more queue entries this node would begin soon."""
+        """Number of queue entries that this node would begin soon."""
         ...
 
     def accept(self, entry: Entry) -> None:
-        """A claimed attempt. Whatever is wrong with it is told to its gateway, never raised."""
+        """Take a claimed attempt. Tell its gateway whatever is wrong with it, instead of raising."""
         ...
 
     def may_go_on(self, sequence: Sequence) -> bool:
@@ -75,30 +75,30 @@ class NodeRole(Protocol):
 
     def step_begins(self, step: Step) -> None: ...
 
-    def handed_over(self, step: Step) -> list[Chunk]:
-        """The chunks of the step whose blocks go to another node: they are sealed at once."""
+    def handed_off(self, step: Step) -> list[Chunk]:
+        """The chunks of the step whose blocks go to another node, and are sealed as soon as they are full."""
         ...
 
     def step_filled(self, chunks: list[Chunk]) -> None:
-        """The blocks of these, of those that `handed_over` named, hold sound KV and are sealed; the
-        step goes on to choose tokens, and may yet fail."""
+        """The blocks of these chunks (of those that `handed_off` named) hold sound KV and are sealed. The
+        step goes on to choose tokens, and may still fail."""
         ...
 
     def step_ended(self, step: Step, outputs: list[StepOutput]) -> None: ...
 
     def arrived(self, adopted: Adopted) -> None:
-        """A sequence is here with its KV, and its sender knows: it runs here from now on."""
+        """Run a sequence that has arrived with its KV; its sender was told."""
         ...
 
     def cancel(
         self, gateway: str, request: str, attempt: int, reason: str, choices: AbstractSet[int] = frozenset()
     ) -> None:
-        """Free everything of these choices (none named: of all) in attempts up to `attempt`, if the
+        """Free everything of these choices (of all, if none is named) in attempts up to `attempt`, if the
         request is this gateway's."""
         ...
 
     def give_up(self, engine_id: str, error: PdqError, *, retryable: bool) -> None:
-        """This attempt, as the engine names it, cannot go on here: its gateway is told why."""
+        """End this attempt, as the engine names it, and tell its gateway why."""
         ...
 
     def holds(self, key: ChoiceKey) -> bool:
@@ -106,7 +106,7 @@ class NodeRole(Protocol):
         ...
 
     def gateway_linked(self, gateway: str) -> None:
-        """A new link: say again what it must know to follow its requests."""
+        """Say again, on a new link, what the gateway must know to follow its requests."""
         ...
 
     def gateway_lost(self, gateway: str) -> None:
@@ -114,14 +114,14 @@ class NodeRole(Protocol):
         ...
 
     def peers_changed(self) -> None:
-        """The records of the other nodes were read again."""
+        """Look at the records of the other nodes, which were read again."""
         ...
 
     def drain(self) -> None:
-        """This node is to end: nothing new comes, and what can go on elsewhere should."""
+        """Move what can go on elsewhere: this node is to end, and gets nothing new."""
         ...
 
     @property
     def num_open(self) -> int:
-        """Attempts this node still has something of; 0 when idle."""
+        """Number of attempts of which this node still has something; 0 when idle."""
         ...

@@ -1,17 +1,16 @@
-"""How long steps take, as far as it matters to when the next one is planned.
+"""Estimates how long a step takes, so that the next one is planned shortly before it ends.
 
-Owns the times of the last steps by their size, in powers of two. An estimate that is too long means that
-the next step is planned when this one has ended; one that is too short, that what arrives meanwhile
-waits for one step more.
+Owns the times of the last steps by their size, in powers of two. If an estimate is too long, the next
+step is planned when this one has ended; if it is too short, what arrives meanwhile waits one step more.
 """
 
 from __future__ import annotations
 
 from common.engine.core.step import Step
 
-LEAD_S = 0.003  # planning and handing over take about this long
-LEAD_PART = 0.1  # of a step's time, by which it may differ from that of others like it
-WEIGHT = 0.3  # of the newest
+LEAD_S = 0.003  # planning and submitting take about this long
+LEAD_PART = 0.1  # of a step's time: steps of one size differ by so much
+WEIGHT = 0.3  # of the newest step
 
 
 class StepTimes:

@@ -223,7 +223,7 @@ class Steps:
         go to another node, and have the role say so while the step's tokens are chosen."""
         seals = {
             chunk.sequence.sequence_id: (chunk, self._node.kv.seals(chunk))
-            for chunk in self._role.handed_over(step)
+            for chunk in self._role.handed_off(step)
         }
         if not any(of_one for _, of_one in seals.values()):
             return None

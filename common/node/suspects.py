@@ -1,8 +1,8 @@
-"""Which requests may be what makes steps fail, and which of them does.
+"""Finds out which request makes steps fail.
 
-Owns: the suspects of this node and in which steps they are computed. Has no I/O and knows nothing of
-engines: steps are reported to it by the requests that were in them, each with the position that it
-reached, or would have.
+Owns the suspects of this node, and which steps compute them. Has no I/O and knows nothing of engines:
+its caller reports each step by the requests that were in it, each with the position that it reached, or
+would have reached.
 
     clear ──in a step that failed, or its gateway says so──▶ suspect: computed in steps of its own
       ▲                                                        │            │
@@ -11,13 +11,12 @@ reached, or would have.
                                                                      guilty: it ends here
 
 Steps of a suspect, IN_A_ROW at most, and steps of all that are clear take turns, so that nobody waits
-long for a suspect and no suspect for ever; each change is written down for the gateways (steps.py).
-A step that fails is never proof by itself: a request is guilty when a second step fails that had
-nobody else in it.
+long for a suspect and no suspect waits for ever; steps.py writes each change down for the gateways.
+One failed step proves nothing: a request is guilty when a second step fails that had nobody else in it.
 
-Where a failure cannot be explained, because everybody in the step gets past it alone, the engine may
-be what is broken: after UNEXPLAINED of them, with no step of several in between that went well, it
-counts as that.
+If everybody in a failed step gets past it alone, no request explains the failure, and the engine may be
+broken. It counts as broken after UNEXPLAINED of such failures with no step of several requests in between
+that went well.
 """
 
 from __future__ import annotations
@@ -35,8 +34,8 @@ class Suspects:
         self._until: dict[str, int] = {}  # suspect → the position past which it is clear
         self._last = ""  # whose step came last; "": of those that are clear
         self._row = 0  # how many of one suspect came last
-        self._failures = 0  # that nobody was found guilty of
-        self._open = False  # the last of them is still looked into
+        self._failures = 0  # of which nobody was found guilty
+        self._open = False  # the last failure is not explained yet
 
     def __contains__(self, request: str) -> bool:
         return request in self._until
@@ -46,7 +45,7 @@ class Suspects:
 
     @property
     def unexplained(self) -> bool:
-        """Too many steps failed for no reason that lies in a request."""
+        """Whether too many steps failed of which no request is guilty."""
         return self._failures >= UNEXPLAINED
 
     def suspect(self, request: str, until: int) -> None:
@@ -54,8 +53,8 @@ class Suspects:
         self._until[request] = max(until, self._until.get(request, 0))
 
     def turns(self) -> Iterator[str]:
-        """The steps that may come next, the first that can be made: each a suspect's own, or that of
-        all who are clear ("")."""
+        """Whose step may come next, in the order of preference: a suspect alone, or all who are clear
+        ("")."""
         again = self._last in self._until and self._row < IN_A_ROW
         if again:
             yield self._last
@@ -66,7 +65,7 @@ class Suspects:
             yield ""
 
     def passed(self, alone: str, members: Mapping[str, int]) -> None:
-        """A step went well: `members` are by now at these positions."""
+        """A step went well; `members` have reached these positions."""
         self._row = self._row + 1 if alone == self._last else 1
         self._last = alone
         if not alone:
@@ -79,7 +78,7 @@ class Suspects:
             self._look_closed()
 
     def failed(self, alone: str, members: Mapping[str, int]) -> str:
-        """A step failed; who is guilty of it, or "" while that is to be found out."""
+        """A step failed. Returns who is guilty of it, or "" while nobody knows."""
         self._last, self._row = alone, 0
         if alone:
             self._until.pop(alone, None)
@@ -92,7 +91,7 @@ class Suspects:
         return ""
 
     def forget(self, request: str) -> None:
-        """It has ended."""
+        """The request has ended."""
         if self._until.pop(request, None) is not None:
             self._look_closed()
 

@@ -1,8 +1,8 @@
-"""Tokens on their way to gateways, kept until the gateway says that it has them.
+"""Keeps tokens until their gateway has acknowledged them.
 
-Owns: what is unacknowledged, per choice of an attempt, and the packing of one message per gateway
-and step. Acknowledgements are cumulative by position; what is not acknowledged is sent again on a
-new link. Has no I/O of its own: messages out, acknowledgements in.
+Owns the unacknowledged tokens of each choice of an attempt, and packs one message per gateway and step.
+Acknowledgements are cumulative by position; a new link gets everything again that is not acknowledged.
+Has no I/O of its own: messages out, acknowledgements in.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class TokenStream:
             self._send(gateway, Tokens(self._node, tuple(sent)))
 
     def acknowledge(self, gateway: str, key: ChoiceKey, below: int) -> None:
-        """Every position under `below` has arrived. Of an unknown choice, a late one, or one of
-        another gateway, it is ignored."""
+        """Every position below `below` has arrived. Ignored for a choice that is unknown or over, or
+        belongs to another gateway."""
         kept = self._kept.get(key)
         if kept is None or kept.gateway != gateway:
             return
@@ -64,8 +64,8 @@ class TokenStream:
             del self._kept[key]
 
     def resend(self, gateway: str, only: ChoiceKey | None = None) -> bool:
-        """What this gateway has not acknowledged, of all choices or of one, goes again, in order;
-        False: there is nothing."""
+        """Send again, in order, what this gateway has not acknowledged, of all choices or of one. False
+        if there is nothing."""
         runs = [
             run
             for key, kept in ([(only, self._kept.get(only))] if only else self._kept.items())
@@ -77,8 +77,8 @@ class TokenStream:
         return bool(runs)
 
     def forget(self, gateway: str, request: str, attempt: int, choices: Collection[int] = ()) -> None:
-        """The gateway wants nothing more of these choices of its request (none named: of all) in
-        attempts up to this one."""
+        """Drop the tokens of these choices (of all, if none is named) of a gateway's request, in attempts
+        up to this one: it wants no more of them."""
         for key, kept in list(self._kept.items()):
             wanted = kept.gateway == gateway and (not choices or key.choice in choices)
             if wanted and key.request == request and key.attempt <= attempt:
@@ -90,5 +90,5 @@ class TokenStream:
 
     @property
     def num_unacknowledged(self) -> int:
-        """Choices of which something is not acknowledged; 0 when idle."""
+        """Number of choices with unacknowledged tokens; 0 when idle."""
         return len(self._kept)

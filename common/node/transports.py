@@ -1,8 +1,8 @@
-"""Which transports a node has: what the settings name, as far as this machine and its pool allow.
+"""Makes the transports of a node: those that the settings name and this machine and its pool allow.
 
-The order is the settings'; the first that both ends of a link prove is taken (handshake.py). What
-the pool cannot have is left out: `shm` reads host memory, `cuda_ipc` and `nccl` a device's. A node
-that would be left with none of those it was told to have does not start.
+The settings give the order; a link takes the first that both of its ends prove (handshake.py). A
+transport that cannot read the pool is left out: `shm` reads host memory, `cuda_ipc` and `nccl` a
+device's. A node does not start if none of the named transports is left.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Ends = tuple[Source, Opener]
 def make_transports(
     settings: NodeSettings, memory: PoolMemory, layout: KVLayout, leases: Leases
 ) -> Transports:
-    """Both ends of each, fastest first. `ConfigError` if one that was named cannot be had."""
+    """Both ends of each transport, fastest first. `ConfigError` if a named one cannot be made."""
     found: list[tuple[str, Ends]] = []
     with contextlib.ExitStack() as made:
         for name in settings.transports:

@@ -83,7 +83,7 @@ async def test_the_last_blocks_are_announced_before_the_first_token_is_there(
     blocks = node.engine.pool.blocks_for(20)
     assert 20 % node.engine.layout.block_size, "the prompt has a tail"
 
-    computed = node.engine.runner.run(step.input, lambda _: role.step_filled(role.handed_over(step)))
+    computed = node.engine.runner.run(step.input, lambda _: role.step_filled(role.handed_off(step)))
     assert node.links.announced == list(range(blocks))
     assert node.links.committed == []
     role.step_ended(step, node.engine.commit(step, computed))
@@ -144,7 +144,7 @@ async def test_of_a_request_that_is_cancelled_meanwhile_nothing_more_is_announce
     node.decode_nodes("d1")
     role.accept(an_entry())
     step = await node.begin_step(role)
-    chunks = role.handed_over(step)
+    chunks = role.handed_off(step)
     announced = list(node.links.announced)  # what the prefix cache had
     role.cancel("gateway-1", "r-1", 1, "the client went away")
     role.step_filled(chunks)
