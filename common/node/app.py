@@ -87,6 +87,7 @@ class Node:
         self._stopping = asyncio.Event()
         self._started_at = int(time.time() * 1000)
         self._tasks: set[asyncio.Task[None]] = set()
+        self._failure: BaseException | None = None  # of one of them
 
         shared = SharedMemory()
         runner: ThreadRunner | None = None
@@ -171,7 +172,15 @@ class Node:
     def spawn(self, coroutine: Coroutine[object, object, None]) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._background_ended)
+
+    def _background_ended(self, task: asyncio.Task[None]) -> None:
+        """A task that fails leaves what it was about in an unknown state: the node drains and ends."""
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("task.failed", exc_info=error)
+            self._failure = self._failure or error
+            self._stopping.set()
 
     # Life.
 
@@ -198,6 +207,8 @@ class Node:
             for task in done:
                 task.result()  # a loop ends only by an error
             await self._drain()
+            if self._failure is not None:
+                raise self._failure
 
     async def _start(self, stack: contextlib.AsyncExitStack, when_warm: Callable[[], None]) -> None:
         """Each step puts what undoes it on the stack before it begins."""

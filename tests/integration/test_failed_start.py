@@ -191,6 +191,24 @@ async def test_a_node_that_ends_says_goodbye_however_long_redis_takes_to_hear_of
         await running
 
 
+async def test_a_node_in_which_a_background_task_fails_drains_and_ends_with_the_error(
+    redis_client: RedisClient,
+) -> None:
+    """What the task was about is in an unknown state: gateways try it elsewhere."""
+    settings = NodeSettings(engine=ENGINE, redis=redis_client.settings, bus=bus_settings())
+    node = await asyncio.to_thread(lambda: Node(settings))
+    running = asyncio.create_task(node.run())
+    await wait_until(lambda: node.state is NodeState.READY, "it is ready", 30.0)
+
+    async def fails() -> None:
+        raise RuntimeError("nobody thought of this")
+
+    node.spawn(fails())
+    with pytest.raises(RuntimeError, match="nobody thought of this"):
+        await asyncio.wait_for(running, 10.0)
+    assert node.state is NodeState.DRAINING
+
+
 def test_a_node_that_may_open_too_few_files_says_so_and_does_not_start() -> None:
     """libzmq would end it in the middle of its work."""
     limited = ["bash", "-c", 'ulimit -n 100; exec "$@"', "bash"]
