@@ -21,7 +21,7 @@ A node that does not take it leads back to `here`, or `held`. What ends here goe
 from __future__ import annotations
 
 import enum
-from typing import Any, NamedTuple
+from typing import Any
 
 
 class State(enum.Enum):
@@ -178,21 +178,13 @@ COMPUTING = frozenset({S.HERE, S.OPENING, S.LINKED, S.SENDING})  # a prompt with
 IDLE = frozenset({S.HERE, S.HELD, S.OVER})  # no link is opened for it, and no handoff under way
 
 
-class Answer(NamedTuple):
-    """What an event leads to; `late` says why it changes nothing."""
-
-    state: State
-    actions: tuple[Action, ...] = ()
-    late: str = ""
-
-
-def answer(state: State, event: Event) -> Answer:
+def answer(state: State, event: Event) -> tuple[State, tuple[Action, ...]]:
     """What follows `event` in `state`; `AssertionError` if that can never come."""
     pair = state, event
     if pair in TABLE:
-        return Answer(*TABLE[pair])
+        return TABLE[pair]
     assert pair in LATE, f"{event.value} while {state.value}: {IMPOSSIBLE[event]}"
-    return Answer(state, (), LATE[pair])
+    return state, ()
 
 
 class Departures:
@@ -215,7 +207,7 @@ class Departures:
         try:
             while self._events:
                 departure, event = self._events.pop(0)
-                departure.state, actions, _ = answer(departure.state, event)
+                departure.state, actions = answer(departure.state, event)
                 for action in actions:
                     getattr(self, "_" + action.value)(departure)
         finally:
