@@ -21,14 +21,22 @@ from gateway.tokenizer import Tokenizer
 
 MODELS = Path(__file__).parents[4] / "shared" / "models"
 FOLDERS = ["tokenizers/gpt2", "tokenizers/qwen2", "stories260K", "babyllama361"]
-LOADED = {name: Tokenizer(describe_model(MODELS / name)) for name in FOLDERS}
-WHOLE = {name: tokenizers.Tokenizer.from_file(str(MODELS / name / "tokenizer.json")) for name in FOLDERS}
 TEXTS = [
     "Once upon a time, there was a  little girl.\n\tShe  smiled.",
     "naïve café – “quotes” … €",
     "你好，世界！👩‍👩‍👧‍👦🏳️‍🌈 नमस्ते สวัสดี",
     " leading and trailing ",
 ]
+
+
+@functools.cache
+def ours(name: str) -> Tokenizer:
+    return Tokenizer(describe_model(MODELS / name))
+
+
+@functools.cache
+def theirs(name: str) -> tokenizers.Tokenizer:
+    return tokenizers.Tokenizer.from_file(str(MODELS / name / "tokenizer.json"))
 
 
 def deltas(detokenizer: Detokenizer, ids: list[int]) -> list[str]:
@@ -39,41 +47,41 @@ def deltas(detokenizer: Detokenizer, ids: list[int]) -> list[str]:
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_deltas_of_random_ids_are_the_text_of_all_ids(name: str, data: st.DataObject) -> None:
-    size = LOADED[name].model.vocab_size
+    size = ours(name).model.vocab_size
     any_id = st.integers(0, size + 5) | st.integers(0, min(size, 300))  # low ids: bytes, specials
     ids = data.draw(st.lists(any_id, max_size=60))
-    assert "".join(deltas(LOADED[name].detokenizer(), ids)) == WHOLE[name].decode(ids)
+    assert "".join(deltas(ours(name).detokenizer(), ids)) == theirs(name).decode(ids)
 
 
 @pytest.mark.parametrize("name", FOLDERS)
 @settings(max_examples=100, deadline=None)
 @given(text=st.text(max_size=40) | st.sampled_from(TEXTS), cut=st.integers(0, 60))
 def test_a_completion_continues_its_prompt(name: str, text: str, cut: int) -> None:
-    whole = WHOLE[name]
+    whole = theirs(name)
     ids = whole.encode(text, add_special_tokens=False).ids
     prompt, completion = ids[:cut], ids[cut:]
     if REPLACEMENT in whole.decode(prompt) or not text.startswith(whole.decode(prompt)):
         return  # cut inside a character, or the normalizer changed the text
-    continued = "".join(deltas(LOADED[name].detokenizer(prompt), completion))
+    continued = "".join(deltas(ours(name).detokenizer(prompt), completion))
     assert whole.decode(prompt) + continued == whole.decode(ids)
 
 
 @pytest.mark.parametrize("name", FOLDERS)
 @pytest.mark.parametrize("text", TEXTS)
 def test_no_delta_holds_half_a_character(name: str, text: str) -> None:
-    ids = WHOLE[name].encode(text, add_special_tokens=False).ids
-    assert not any(REPLACEMENT in delta for delta in deltas(LOADED[name].detokenizer(), ids))
+    ids = theirs(name).encode(text, add_special_tokens=False).ids
+    assert not any(REPLACEMENT in delta for delta in deltas(ours(name).detokenizer(), ids))
 
 
 def test_an_unfinished_character_at_the_end_becomes_one_replacement_character() -> None:
-    gpt2 = LOADED["tokenizers/gpt2"]
+    gpt2 = ours("tokenizers/gpt2")
     ids = gpt2.encode_now("a😀")
     assert len(ids) > 2
     assert deltas(gpt2.detokenizer(), ids[:-1])[-1] == REPLACEMENT
 
 
 def test_a_character_begun_in_the_prompt_is_completed() -> None:
-    gpt2 = LOADED["tokenizers/gpt2"]
+    gpt2 = ours("tokenizers/gpt2")
     ids = gpt2.encode_now("a𒀀b")  # a character of several tokens
     assert len(ids) > 4
     for cut in range(2, len(ids) - 1):
@@ -81,7 +89,7 @@ def test_a_character_begun_in_the_prompt_is_completed() -> None:
 
 
 def test_the_space_of_the_first_word_belongs_to_the_completion() -> None:
-    stories = LOADED["stories260K"]
+    stories = ours("stories260K")
     prompt = stories.encode_now("Once upon")
     completion = stories.encode_now("a time", add_special_tokens=False)
     assert stories.decode(completion) == "a time"
@@ -89,7 +97,7 @@ def test_the_space_of_the_first_word_belongs_to_the_completion() -> None:
 
 
 def test_text_leaves_as_soon_as_it_is_certain() -> None:
-    stories = LOADED["stories260K"]
+    stories = ours("stories260K")
     ids = stories.encode_now("One day, a cat", add_special_tokens=False)
     assert all(deltas(stories.detokenizer(), ids)[:-1]), "plain text is never held back"
 
@@ -259,21 +267,21 @@ def test_each_token_of_a_text_has_its_own_bytes() -> None:
 @pytest.mark.parametrize("name", ["tokenizers/gpt2", "stories260K"])
 @pytest.mark.parametrize("character", ["😀", "𒀀"])
 def test_a_character_that_is_never_finished_stays_with_the_prompt(name: str, character: str) -> None:
-    tokenizer = LOADED[name]
+    tokenizer = ours(name)
     first = tokenizer.encode_now("a", add_special_tokens=False)
     ids = tokenizer.encode_now("a" + character, add_special_tokens=False)
     after = tokenizer.encode_now("b", add_special_tokens=False)[-1:]
     for cut in range(len(first) + 1, len(ids)):
         text = "".join(deltas(tokenizer.detokenizer(ids[:cut]), after))
-        assert WHOLE[name].decode(ids[:cut]) + text == WHOLE[name].decode(ids[:cut] + after)
+        assert theirs(name).decode(ids[:cut]) + text == theirs(name).decode(ids[:cut] + after)
         assert REPLACEMENT not in text
         assert "".join(deltas(tokenizer.detokenizer(ids[:cut]), ids[cut:])) == character
 
 
 @pytest.mark.parametrize("name", FOLDERS)
 def test_what_is_held_does_not_grow_with_the_text(name: str) -> None:
-    ids = WHOLE[name].encode(TEXTS[0], add_special_tokens=False).ids
-    stream = LOADED[name].detokenizer(ids * 100)
+    ids = theirs(name).encode(TEXTS[0], add_special_tokens=False).ids
+    stream = ours(name).detokenizer(ids * 100)
     for _ in range(100):
         stream.push_all(ids)
         held = [value for stage in stream._stages for value in vars(stage).values()]
