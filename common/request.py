@@ -25,6 +25,8 @@ class Request:
     params: SamplingParams
     cache_salt: str = ""
     priority: int = 0  # lower goes first
+    speculative: bool = True  # tokens may be drafted, where a node does so
+    prediction: tuple[int, ...] = ()  # what the client expects the reply to be like
     gateway: str = ""  # incarnation of the gateway that holds the client
     gateway_endpoint: str = ""  # where its token socket is bound
 

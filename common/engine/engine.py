@@ -26,6 +26,7 @@ from common.engine.core.step import Step
 from common.engine.interface import Runner, StepResult
 from common.engine.runner.model_runner import ModelRunner
 from common.engine.speculation import HostProposer
+from common.engine.speculation.choice import make_proposer
 from common.engine.text import decode, encode
 from common.errors import InvalidRequest
 from common.identity import ModelIdentity
@@ -48,7 +49,9 @@ class Engine(EngineCore):
         proposer: HostProposer | None = None,
         on_free: Callable[[AnySequence[int]], None] | None = None,
     ) -> None:
-        super().__init__(runner.facts, settings, proposer=proposer, on_free=on_free)
+        super().__init__(
+            runner.facts, settings, proposer=proposer or make_proposer(settings), on_free=on_free
+        )
         self.runner = runner
         self.steps_ahead = 0  # that are planned and submitted while one is computed: 0 or 1
         self._submitted: deque[tuple[Step, Future[StepResult]]] = deque()

@@ -131,6 +131,7 @@ class StepResult:
     accepted: NDArray[np.int64]  # [chunks that sample]: drafts verified, and one; 0 where there is a fault
     scored: tuple[tuple[TokenLogprob, ...], ...]  # per `StepInput.scored`, one per target
     spoiled: frozenset[int]  # ids of sequences whose new KV is not to be used (soundness.py)
+    seconds: float = 0.0  # that the runner took for it
     drafts: Mapping[int, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     """By sequence id, what a proposer in the runner guesses to follow the sampled tokens."""
 

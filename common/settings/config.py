@@ -114,6 +114,10 @@ class EngineSettings:
     async_scheduling: bool | None = setting(
         None, "plan a step while the one before is computed (none: unless the CPU computes it)"
     )
+    speculative: Literal["off", "ngram"] = setting(
+        "off", "what drafts tokens that the model verifies, several in a step; the output is the same"
+    )
+    num_speculative_tokens: int = setting(8, "tokens drafted for a sequence in a step at most", at_least=1)
     enable_prefix_caching: bool = setting(True, "reuse the blocks of equal prefixes")
     kv_digests: bool = setting(True, "check every block that is handed over against its digest")
     threads: int | None = setting(None, "compute threads (none: one per core of ours)", at_least=1)

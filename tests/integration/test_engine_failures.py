@@ -15,6 +15,7 @@ from common.engine.devices.cuda.device import CudaDevice
 from common.engine.devices.kv_cache import KVCache
 from common.engine.devices.rows import Rows
 from common.engine.runner.soundness import filled_blocks
+from common.engine.speculation import HostProposer
 from common.errors import CheckpointError, ConfigError, InvalidRequest, NotFiniteLogits, PdqError
 from common.settings.config import EngineSettings
 from tests.support.checkpoints import STORIES, save_random_model
@@ -107,7 +108,7 @@ def test_a_step_that_cannot_be_built_is_built_again(monkeypatch: pytest.MonkeyPa
     assert tuple(tokens) == expected.token_ids
 
 
-class KnownDrafts:
+class KnownDrafts(HostProposer):
     """Drafts the true continuation, four tokens at a time."""
 
     def __init__(self, tokens: list[int]) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from common.engine import Engine, SamplingParams, StepOutput
+from common.engine.speculation import HostProposer
 from common.settings.config import EngineSettings
 from tests.support.checkpoints import STORIES
 from tests.support.engines import poisoned_engine
@@ -25,7 +26,7 @@ PROMPT = [1, 403, 407, 261, 378]
 LONG = [1, 320, 321, 322, 323, 324, 325] * 9
 
 
-class Truth:
+class Truth(HostProposer):
     """Drafts what was generated before, now and then wrong."""
 
     def __init__(self, tokens: dict[tuple[str, int], list[int]]) -> None:

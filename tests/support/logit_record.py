@@ -11,6 +11,7 @@ from torch import Tensor
 from common.engine import Engine, SamplingParams, StepOutput
 from common.engine.core.sequence import Sequence
 from common.engine.devices.rows import Rows
+from common.engine.speculation import HostProposer
 
 
 @dataclasses.dataclass
@@ -23,7 +24,7 @@ class Run:
     num_preemptions: int
 
 
-class RandomProposer:
+class RandomProposer(HostProposer):
     """Drafts of random length, right for a random stretch where the true continuation is known."""
 
     def __init__(self, truth: dict[str, list[int]], vocab_size: int, seed: int) -> None:

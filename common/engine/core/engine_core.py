@@ -144,6 +144,8 @@ class EngineCore:
             priority=request.priority,
             arrival=number,
             cache_root=request.cache_root(self.fingerprint),
+            speculates=request.speculative,
+            prediction=list(request.prediction),
         )
 
     def expect(
@@ -250,6 +252,8 @@ class EngineCore:
         """Take in what was computed: accept tokens, publish blocks, end sequences."""
         assert step is self._steps[0], "an older step has not ended"
         del self._steps[0]
+        if self.proposer is not None:
+            self.proposer.observe(step, result.accepted, result.seconds)
         for scored, entries in zip(step.input.scored, result.scored, strict=True):
             chunk = step.chunks[scored.chunk]
             if chunk.sequence.status is not SequenceStatus.FINISHED:
@@ -314,6 +318,8 @@ class EngineCore:
         for delivery in deliveries:
             if delivery.sequence.status is not SequenceStatus.RUNNING:
                 self._slots.give_back(delivery.sequence)
+            if self.proposer is not None and delivery.sequence.status is SequenceStatus.FINISHED:
+                self.proposer.ended(delivery.sequence)
         outputs += [self._output(d, sampled, first[d.sequence.sequence_id]) for d in deliveries]
         return outputs
 
@@ -373,6 +379,8 @@ class EngineCore:
         the runner, whatever is under way now."""
         self._slots.give_back(sequence)
         self._prompt_logprobs.pop(sequence.sequence_id, None)
+        if self.proposer is not None:
+            self.proposer.ended(sequence)
 
 
 def _error_of(sequence: Sequence, what: str) -> StepOutput:

@@ -54,6 +54,8 @@ class Sequence:
     priority: int = 0  # lower is more important
     arrival: int = 0
     cache_root: bytes = b""  # parent of the first block's hash
+    speculates: bool = True  # tokens may be drafted for it
+    prediction: list[int] = dataclasses.field(default_factory=list)  # what its reply may be like
 
     num_computed: int = 0
     in_flight: int = 0  # positions after these that steps under way compute

@@ -7,6 +7,7 @@ of who holds which block, or of why a step is as it is: everything comes in a `S
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 
@@ -121,10 +122,10 @@ class ModelRunner:
         refused: what it would go on from is unknown."""
         if self._failed and not step.slots.reset:
             raise RuntimeError("the step before this one failed")
-        self._failed = True
+        self._failed, begun = True, time.perf_counter()
         result = self._run(step, filled)
         self._failed = False
-        return result
+        return dataclasses.replace(result, seconds=time.perf_counter() - begun)
 
     def _run(self, step: StepInput, filled: Filled | None) -> StepResult:
         self.backend.enter_thread()
@@ -152,7 +153,7 @@ class ModelRunner:
         self.device.synchronize()  # a step that samples nothing has not waited for anything
         if ids is None:
             ids = self._spoiled(step, batch, sound)
-        return StepResult(sampled, accepted, scored, ids, drafts)
+        return StepResult(sampled, accepted, scored, ids, drafts=drafts)
 
     def is_lost(self, error: BaseException, /) -> bool:
         return self.device.is_lost(error)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from common.engine.core.sequence import Sequence
+    from common.engine.core.step import Step
 
 
 class HostProposer(Protocol):
@@ -30,6 +31,13 @@ class HostProposer(Protocol):
         """Set `draft_token_ids` of sequences that are decoding; leave it empty where no guess
         pays. Token ids must be in the vocabulary; the scheduler drops what does not fit."""
         ...
+
+    def observe(self, step: Step, kept: NDArray[np.int64], seconds: float) -> None:
+        """A step was computed: how many tokens each of its `sampling` chunks got, `[chunks]`, the one
+        after its drafts included."""
+
+    def ended(self, sequence: Sequence) -> None:
+        """Forget what is kept for a sequence."""
 
 
 class DeviceProposer(Protocol):

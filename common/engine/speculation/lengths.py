@@ -1,0 +1,107 @@
+"""How many tokens to draft for each sequence of a step, so that a token costs the least time.
+
+Owns two estimates, both fitted to the steps as they run: what a step of so many rows costs beside one of
+others, and how often a draft of each sequence is right. `n` sequences with `r` drafted rows in all give
+
+    n + sum over their drafts of a^j        tokens, where a is the sequence's acceptance, j the draft's place
+
+in `cost(n + r)`. Rows are added in the order of their worth, a^j, and as many as make tokens per time
+greatest: none where another row costs more than it brings. This is the goodput of SmartSpec (Liu et al.
+2024) and TurboSpec (Liu et al. 2025), with costs by size instead of a line, for a device's kernels cost the
+same from one row to sixteen and twice as much at seventeen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as AnySequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+SIZES = np.array([1, 2, 3, 4, 6, 8, 12, 16, 17, 24, 32, 33, 48, 64, 65, 96, 128, 192, 256, 384, 512, 1024])
+GROWTH = 0.1  # exponent: sizes that were never computed are taken to cost little more, and so are tried
+SCALE_WEIGHT = 0.3  # of the newest step in the level of all costs, which moves with the length of contexts
+SHAPE_WEIGHT = 0.3  # of the newest step in what its size costs beside others
+FADING = 0.9998  # of a size's cost with each smaller step: one that was slow once is tried again
+
+MARGIN = 0.03  # drafts have to promise so much more, for estimates are not exact
+PRIOR_WEIGHT = 2.0  # drafts that a prior counts as
+MEMORY = 0.95  # of what was measured, with each step that has drafts of a sequence
+IDLE_MEMORY = 0.99  # with each that has none: what was turned off is tried again
+
+
+class StepCosts:
+    """The relative cost of steps that only generate, by their rows."""
+
+    def __init__(self) -> None:
+        self._shape = np.zeros(len(SIZES))  # relative cost of each size; 0: never computed
+        self._scale = 0.0
+
+    def took(self, rows: int, seconds: float) -> None:
+        at = min(int(np.searchsorted(SIZES, rows)), len(SIZES) - 1)
+        if not self._scale:
+            self._scale, self._shape[at] = seconds, 1.0
+            return
+        if not self._shape[at]:
+            self._shape[at] = seconds / self._scale
+            return
+        self._scale += SCALE_WEIGHT * (seconds / self._shape[at] - self._scale)
+        self._shape[at] += SHAPE_WEIGHT * (seconds / self._scale - self._shape[at])
+        self._shape[at + 1 :] *= FADING
+
+    def of(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+        """What steps of so many rows cost, `[len(rows)]`, in a unit of their own; never less for more
+        rows. A size that was never computed is taken to cost as little as it may: little more than the
+        next smaller one that was, or its share of the smallest."""
+        costs = self._shape.copy()
+        known = np.flatnonzero(costs)
+        if not len(known):
+            costs[:] = SIZES**GROWTH
+        else:
+            costs[known] = np.minimum.accumulate(costs[known][::-1])[::-1]
+            below = known[np.maximum(np.searchsorted(known, np.arange(len(costs)), "right") - 1, 0)]
+            factor = SIZES / SIZES[below]
+            grown = costs[below] * np.where(factor > 1, factor**GROWTH, factor)
+            costs = np.where(costs > 0, costs, grown)
+            costs = np.minimum.accumulate(costs[::-1])[::-1]
+        at = np.minimum(np.searchsorted(SIZES, rows), len(SIZES) - 1)
+        found: NDArray[np.float64] = costs[at]
+        return found
+
+
+class Acceptance:
+    """How often the drafts of one sequence are right, up to the first that is not."""
+
+    def __init__(self) -> None:
+        self._right = self._tried = 0.0
+
+    def rate(self, prior: float) -> float:
+        return (self._right + PRIOR_WEIGHT * prior) / (self._tried + PRIOR_WEIGHT)
+
+    def observe(self, drafted: int, accepted: int) -> None:
+        memory = MEMORY if drafted else IDLE_MEMORY
+        self._right = self._right * memory + accepted
+        self._tried = self._tried * memory + accepted + (accepted < drafted)
+
+
+def choose_lengths(
+    costs: StepCosts, rates: AnySequence[float], available: AnySequence[int], beside: int
+) -> list[int]:
+    """How many of its `available` drafts each sequence should have; `beside` sequences have none to choose
+    of. `rates` are below 1."""
+    most = max(available, default=0)
+    if not most:
+        return [0] * len(available)
+    steps = np.arange(1, most + 1)
+    worth = np.asarray(rates)[:, None] ** steps
+    worth[steps > np.asarray(available)[:, None]] = 0.0
+    order = np.argsort(-worth, axis=None, kind="stable")
+    order = order[: np.count_nonzero(worth)]
+    base = len(available) + beside
+    tokens = base + np.concatenate(([0.0], np.cumsum(worth.ravel()[order])))
+    goodput = tokens / costs.of(base + np.arange(len(tokens)))
+    goodput[0] *= 1 + MARGIN
+    best = int(np.argmax(goodput))
+    lengths = np.bincount(order[:best] // most, minlength=len(available))
+    found: list[int] = lengths.tolist()
+    return found

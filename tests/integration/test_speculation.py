@@ -1,0 +1,125 @@
+"""Speculation in a whole engine: the tokens are those of an engine that does not draft, in fewer steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Any
+
+import pytest
+
+from common.engine import Engine, SamplingParams
+from common.engine.core.output import StepOutput
+from common.engine.speculation.drafting import Drafting
+from common.identity import ModelIdentity
+from common.request import Request
+from tests.support.engines import poisoned_engine
+
+REPETITIVE = list(itertools.islice(itertools.cycle(range(20, 33)), 60))
+PROMPTS = {
+    "repeats": REPETITIVE,
+    "plain": list(range(300, 340)),
+    "short": [5],
+    "both": [*REPETITIVE[:30], 7, 8],
+}
+BASE = SamplingParams(max_tokens=40, ignore_eos=True, temperature=0.0)
+ALL = {
+    "greedy": BASE,
+    "warm": dataclasses.replace(BASE, temperature=0.9, seed=11),
+    "cut": dataclasses.replace(BASE, temperature=1.3, top_k=8, top_p=0.9, min_p=0.02, seed=5),
+    "penalties": dataclasses.replace(
+        BASE, temperature=0.7, repetition_penalty=1.2, presence_penalty=0.5, frequency_penalty=0.3, seed=2
+    ),
+    "bias": dataclasses.replace(BASE, logit_bias=((20, 4.0), (21, -4.0)), banned_token_ids=(22,), seed=3),
+    "logprobs": dataclasses.replace(BASE, temperature=0.5, logprobs=3, seed=4),
+    "stops": dataclasses.replace(
+        BASE, ignore_eos=False, temperature=1.0, stop_token_ids=(260, 263), min_tokens=5
+    ),
+}
+
+
+def outputs(engine: Engine, **fields: Any) -> dict[tuple[str, int], list[Any]]:
+    """Tokens, log probabilities and ends of all prompts under all parameters, by request and choice."""
+    found: dict[tuple[str, int], list[StepOutput]] = {}
+    for (name, prompt), (kind, params) in itertools.product(PROMPTS.items(), ALL.items()):
+        model = ModelIdentity.of(engine.fingerprint)
+        request = Request(name, model, tuple(prompt), len(prompt), params, **fields)
+        engine.add(f"{name}-{kind}", request, choices=(0, 1))
+    while engine.has_work:
+        for output in engine.step():
+            found.setdefault((output.request_id, output.choice), []).append(output)
+    engine.check_idle()
+    return {
+        key: [
+            [token for output in parts for token in output.token_ids],
+            [entry for output in parts for entry in output.logprobs],
+            parts[-1].finish_reason,
+        ]
+        for key, parts in found.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def plain() -> dict[tuple[str, int], list[Any]]:
+    return outputs(poisoned_engine())
+
+
+def drafting(engine: Engine) -> Drafting:
+    assert isinstance(engine.proposer, Drafting)
+    return engine.proposer
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"num_speculative_tokens": 1},
+        {"num_speculative_tokens": 30, "max_num_batched_tokens": 24},
+        {"num_kv_blocks": 24, "max_num_seqs": 4},  # preempts
+        {"enable_prefix_caching": False, "block_size": 4, "num_kv_blocks": 512},
+    ],
+)
+def test_ngram_changes_no_token_no_logprob_and_no_end(
+    plain: dict[tuple[str, int], list[Any]], settings: dict[str, Any]
+) -> None:
+    engine = poisoned_engine(speculative="ngram", **settings)
+    assert outputs(engine) == plain
+    counts = drafting(engine).counts
+    assert 0 < counts.accepted < counts.drafted
+    assert not drafting(engine)._acceptance, "nothing is kept of what has ended"
+
+
+def test_what_repeats_takes_fewer_steps() -> None:
+    steps = []
+    for speculative in ("off", "ngram"):
+        engine = poisoned_engine(speculative=speculative)
+        engine.warm_up()
+        before = engine.num_steps
+        params = dataclasses.replace(BASE, logit_bias=tuple((token, 100.0 - token) for token in (20,)))
+        engine.generate([REPETITIVE], params)
+        steps.append(engine.num_steps - before)
+    assert steps[1] < steps[0] / 2
+
+
+def test_a_prediction_is_followed_as_far_as_it_is_right() -> None:
+    plain_engine, engine = poisoned_engine(), poisoned_engine(speculative="ngram")
+    prompt = PROMPTS["plain"]
+    (whole,) = plain_engine.generate([prompt], BASE)
+    prediction = (*whole.token_ids[:20], 3, *whole.token_ids[21:])
+    request = Request(
+        "r", ModelIdentity.of(engine.fingerprint), tuple(prompt), len(prompt), BASE, prediction=prediction
+    )
+    engine.add("r", request)
+    tokens: list[int] = []
+    steps = 0
+    while engine.has_work:
+        tokens += [token for output in engine.step() for token in output.token_ids]
+        steps += 1
+    assert tuple(tokens) == whole.token_ids
+    assert steps < len(tokens) / 2
+
+
+def test_a_request_may_ask_for_none(plain: dict[tuple[str, int], list[Any]]) -> None:
+    engine = poisoned_engine(speculative="ngram")
+    assert outputs(engine, speculative=False) == plain
+    assert drafting(engine).counts.drafted == 0

@@ -1,0 +1,122 @@
+"""How many tokens are drafted: as many as pay, by what steps cost and how often drafts are right."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from common.engine.speculation.lengths import Acceptance, StepCosts, choose_lengths
+
+MOST = 8
+Cost = Callable[[int], float]
+
+
+def tiled(rows: int) -> float:
+    """A device that computes sixteen rows at the price of one, as ours does."""
+    return 20.0 * -(-rows // 16)
+
+
+def linear(rows: int) -> float:
+    """One that is busy with a single row."""
+    return 20.0 * rows
+
+
+def flat(rows: int) -> float:
+    return 20.0
+
+
+def run(
+    cost: Cost, sequences: int, rate: float, *, steps: int = 600, prior: float = 0.5, noise: float = 0.1
+) -> tuple[float, list[int]]:
+    """Tokens per unit of time over the second half, against one by one; and the rows of each step."""
+    random_ = random.Random(1)
+    costs, acceptance = StepCosts(), [Acceptance() for _ in range(sequences)]
+    tokens = seconds = 0.0
+    rows_of: list[int] = []
+    for step in range(steps):
+        rates = [each.rate(prior) for each in acceptance]
+        lengths = choose_lengths(costs, rates, [MOST] * sequences, 0)
+        rows = sequences + sum(lengths)
+        took = cost(rows) * random_.uniform(1 - noise, 1 + noise)
+        costs.took(rows, took)
+        rows_of.append(rows)
+        got = sequences
+        for each, length in zip(acceptance, lengths, strict=True):
+            accepted = 0
+            while accepted < length and random_.random() < rate:
+                accepted += 1
+            each.observe(length, accepted)
+            got += accepted
+        if step >= steps // 2:
+            tokens, seconds = tokens + got, seconds + took
+    return tokens / seconds / (sequences / cost(sequences)), rows_of
+
+
+def best(cost: Cost, sequences: int, rate: float) -> float:
+    """The same with everything known, all drafts of one length."""
+
+    def gain(length: int) -> float:
+        tokens = sum(rate**place for place in range(length + 1))
+        return tokens * cost(sequences) / cost(sequences * (1 + length))
+
+    return max(gain(length) for length in range(MOST + 1))
+
+
+@pytest.mark.parametrize("cost", [tiled, linear, flat])
+@pytest.mark.parametrize("sequences", [1, 3, 16, 64])
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.5, 0.8, 0.95])
+def test_nobody_gets_slower_and_most_of_what_can_be_gained_is(
+    cost: Cost, sequences: int, rate: float
+) -> None:
+    gained, _ = run(cost, sequences, rate)
+    assert gained > 0.97
+    assert gained > 0.85 * best(cost, sequences, rate)
+
+
+def test_where_nothing_can_be_gained_hardly_anything_is_drafted() -> None:
+    _, rows = run(linear, 4, 0.9)
+    assert np.mean(rows[300:]) < 4.2
+
+
+def test_a_size_that_was_slow_once_is_tried_again() -> None:
+    costs = StepCosts()
+    for _ in range(20):
+        costs.took(1, 20.0)
+    costs.took(8, 400.0)  # somebody else had the machine
+    assert choose_lengths(costs, [0.9], [7], 0)[0] < 7
+    for _ in range(20_000):
+        (length,) = choose_lengths(costs, [0.9], [7], 0)
+        costs.took(1 + length, 20.0)
+    assert choose_lengths(costs, [0.9], [7], 0) == [7]
+
+
+def test_longer_contexts_make_all_sizes_dearer_alike() -> None:
+    """The larger ones are not avoided because they were seen last when everything cost more."""
+    costs = StepCosts()
+    for step in range(400):
+        level = 1 + step / 100
+        costs.took(1, 20.0 * level)
+        costs.took(8, 22.0 * level)
+    one, eight = costs.of(np.array([1, 8]))
+    assert 1.0 <= eight / one < 1.3
+
+
+def test_rows_go_to_those_who_make_the_most_of_them() -> None:
+    costs = StepCosts()
+    for _ in range(10):
+        costs.took(3, 20.0)
+        costs.took(8, 20.0)
+        costs.took(12, 90.0)
+        costs.took(16, 90.0)
+    sure, unsure, none = choose_lengths(costs, [0.95, 0.2, 0.9], [8, 8, 0], 0)
+    assert none == 0
+    assert sure + unsure <= 5
+    assert sure >= 4
+
+
+def test_what_is_wrong_all_the_time_is_tried_less_and_less_but_not_never() -> None:
+    _, rows = run(lambda rows: 20.0 + 5.0 * rows, 1, 0.0, steps=2000)
+    assert 0 < sum(count > 1 for count in rows[1000:]) < 100
