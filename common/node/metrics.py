@@ -7,9 +7,10 @@ only steps are reported here. What vLLM counts too has vLLM's name, with `pdq_` 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from common.engine.core.step import Step
+from common.engine.speculation import HostProposer
 from common.metrics import Metrics
 from common.node.entries import Entries
 from common.node.ports import NodeRole, NodeServices
@@ -38,6 +39,7 @@ class NodeMetrics:
         self._generated_tokens = metrics.counter("pdq_generation_tokens_total", "Generated tokens")
         self._spoiled = metrics.counter("pdq_spoiled_sequences_total", "Sequences whose KV a step spoiled")
         _of_the_engine(metrics, node)
+        _of_speculation(metrics, node.engine.proposer)
         _of_links(metrics, node, bus)
         _of_requests(metrics, node, role, leases, entries)
         labels = (node.incarnation, name.value, node.engine.fingerprint.model)
@@ -84,6 +86,28 @@ def _of_the_engine(metrics: Metrics, node: NodeServices) -> None:
         lambda: pool.num_hit_blocks * pool.block_size,
     )
     reads("pdq_evicted_blocks_total", "Cached blocks that made way", lambda: pool.num_evictions)
+
+
+def _of_speculation(metrics: Metrics, proposer: HostProposer | None) -> None:
+    if proposer is None:
+        return
+    reads, counts, label = metrics.reads, proposer.counts, (proposer.name,)
+
+    def read(name: str, help_text: str, value: Callable[[], float]) -> None:
+        reads(f"pdq_spec_decode_{name}", help_text, lambda: {label: value()}, ["proposer"])
+
+    read("num_drafts_total", "Drafts: of one sequence in one step", lambda: counts.drafts)
+    read("num_draft_tokens_total", "Tokens that were drafted", lambda: counts.drafted)
+    read("num_accepted_tokens_total", "Tokens of them that were right", lambda: counts.accepted)
+    read(
+        "saved_seconds", "Engine time that drafts saved, estimated; below zero: cost", lambda: counts.saved_s
+    )
+    reads(
+        "pdq_spec_decode_num_accepted_tokens_per_pos_total",
+        "Tokens that were right, by their place in the draft",
+        lambda: {(*label, str(place)): count for place, count in enumerate(counts.accepted_at)},
+        ["proposer", "position"],
+    )
 
 
 def _of_links(metrics: Metrics, node: NodeServices, bus: Bus) -> None:

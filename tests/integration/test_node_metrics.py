@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import re
 from collections.abc import AsyncIterator
 
@@ -39,6 +40,7 @@ async def running(
     redis: RedisClient,
     *roles: str,
     metrics: MetricsSettings = MetricsSettings(),  # noqa: B008
+    engine: EngineSettings = ENGINE,
 ) -> AsyncIterator[list[NodeRecord]]:
     """Nodes of these roles in this process; what they say of themselves."""
     nodes = [
@@ -46,7 +48,7 @@ async def running(
             Node,
             NodeSettings(
                 role=role,
-                engine=ENGINE,
+                engine=engine,
                 redis=redis.settings,
                 bus=bus_settings(),  # type: ignore[arg-type]
                 transports=("shm",),
@@ -106,6 +108,26 @@ async def test_a_handoff_is_counted_at_both_ends_by_transport_and_outcome(redis_
         assert node.get("pdq_bus_events_total", event="sent") > 0
         assert node["pdq_suspects"] == node["pdq_spoiled_sequences_total"] == 0
         assert node["pdq_num_preemptions_total"] == 0
+
+
+async def test_drafts_and_how_many_of_them_were_right_are_counted_by_place(redis_client: RedisClient) -> None:
+    drafting = dataclasses.replace(ENGINE, speculative="ngram", num_speculative_tokens=3)
+    params = SamplingParams(max_tokens=60, ignore_eos=True, temperature=0.0, logit_bias=((20, 30.0),))
+    async with running(redis_client, "unified", engine=drafting) as (node,):
+        answer = await dispatch(redis_client, "r-1", PROMPT, params, node)
+        assert tuple(answer.token_ids) == (20,) * 60, "so biased, it repeats one token"
+        found = await scrape(node.url)
+    names = ("num_drafts", "num_draft_tokens", "num_accepted_tokens")
+    drafts, drafted, accepted = (found[f"pdq_spec_decode_{name}_total"] for name in names)
+    assert 0 < drafts <= accepted <= drafted
+    by_place = [
+        found.get("pdq_spec_decode_num_accepted_tokens_per_pos_total", position=str(place))
+        for place in range(3)
+    ]
+    assert sum(by_place) == accepted
+    assert by_place == sorted(by_place, reverse=True)
+    assert found.total("pdq_spec_decode_saved_seconds") != 0
+    assert found["pdq_steps_total"] < 60
 
 
 async def test_every_node_says_where_its_metrics_are_and_each_has_a_line_of_help(

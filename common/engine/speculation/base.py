@@ -9,6 +9,7 @@ position and keeps a drafted token only where it equals the sampled one. There a
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from collections.abc import Sequence as AnySequence
 from typing import TYPE_CHECKING, Protocol
@@ -26,7 +27,21 @@ if TYPE_CHECKING:
     from common.engine.core.step import Step
 
 
+@dataclasses.dataclass(slots=True)
+class DraftCounts:
+    """Of one engine's life."""
+
+    drafts: int = 0  # of a sequence, in a step
+    drafted: int = 0  # tokens
+    accepted: int = 0
+    accepted_at: list[int] = dataclasses.field(default_factory=list)  # by the place in its draft
+    saved_s: float = 0.0  # what the tokens would have taken one by one, as estimated, less what they took
+
+
 class HostProposer(Protocol):
+    name: str
+    counts: DraftCounts
+
     def propose(self, sequences: AnySequence[Sequence]) -> None:
         """Set `draft_token_ids` of sequences that are decoding; leave it empty where no guess
         pays. Token ids must be in the vocabulary; the scheduler drops what does not fit."""

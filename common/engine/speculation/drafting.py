@@ -6,13 +6,13 @@ a `DraftSource`'s, how many pay is lengths.py's.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence as AnySequence
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from common.engine.speculation.base import DraftCounts
 from common.engine.speculation.lengths import Acceptance, StepCosts, choose_lengths
 
 if TYPE_CHECKING:
@@ -36,22 +36,11 @@ class DraftSource(Protocol):
         ...
 
 
-@dataclasses.dataclass(slots=True)
-class DraftCounts:
-    """Of one engine's life."""
-
-    drafts: int = 0  # of a sequence, in a step
-    drafted: int = 0  # tokens
-    accepted: int = 0
-    accepted_at: list[int] = dataclasses.field(default_factory=list)  # by the place in its draft
-    saved_s: float = 0.0  # what the tokens would have taken one by one, as estimated, less what they took
-
-
 class Drafting:
     """Implements `HostProposer`. `most` tokens for a sequence in a step."""
 
     def __init__(self, source: DraftSource, most: int) -> None:
-        self.source, self.most = source, most
+        self.source, self.most, self.name = source, most, source.name
         self.counts = DraftCounts(accepted_at=[0] * most)
         self._costs = StepCosts()
         self._prior = Acceptance()  # of all sequences, slowly
