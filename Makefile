@@ -37,7 +37,7 @@ bench-handoff: $(INSTALLED)
 bench-peers: $(INSTALLED)
 	$(BIN)/python -m bench.peers $(ARGS)
 
-# The handoff protocol: 10^5 random schedules, every schedule of two prompts, three blocks and two
+# The handoff protocol: a minute of random schedules, every schedule of a prompt and a move, three blocks and two
 # faults, and each rule taken out; the same for streams of tokens. Minutes; `make test` has a part of each.
 proof: $(INSTALLED)
 	$(BIN)/python -m tests.support.protocol schedules

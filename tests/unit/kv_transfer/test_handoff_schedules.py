@@ -1,6 +1,6 @@
 """Both ends under a seeded virtual network and clock: what must hold, in any order of events.
 
-`make proof` runs 10^5 schedules and more; one that fails is repeated with
+`make proof` runs them for a minute; one that fails is repeated with
 `World(seed, FAULTS[name]).run()`.
 """
 
