@@ -41,7 +41,7 @@ async def chat_completions(service: Service, request: Request) -> Answer:
     model = service.models.find(body.model)
     request_id = service.new_id("chatcmpl")
     (prompt_ids,) = prepared.prompts
-    work = service.work(request_id, model, prompt_ids, "messages", body, request)
+    work = service.work(request_id, model, prompt_ids, "messages", body, request, prepared.prediction)
     head = {
         "id": request_id,
         "object": "chat.completion.chunk" if body.stream else "chat.completion",

@@ -92,6 +92,7 @@ class Service:
         param: str,
         body: ChatBody | CompletionBody,
         request: HttpRequest,
+        prediction: TokenIds = (),
     ) -> Work:
         """`param` names the field that the prompt came from."""
         if not prompt_ids:
@@ -131,6 +132,8 @@ class Service:
             params=params,
             cache_salt=body.cache_salt,
             priority=body.priority,
+            speculative=body.speculative,
+            prediction=tuple(prediction),
         )
         return Work(asked, n=body.n)
 

@@ -67,6 +67,7 @@ class Prepared:
 
     fields: bytes = b"{}"
     prompts: tuple[TokenIds, ...] = ()
+    prediction: TokenIds = ()
     echoes: tuple[bytes, ...] = ()  # per prompt the text as JSON that is echoed as it was given
     unknown: tuple[str, ...] = ()  # paths of the first fields that nobody knows
     answer: bytes = b""
@@ -89,13 +90,13 @@ def prepare(models: ServedModels, question: Question, data: bytes) -> Prepared:
             prompts = tuple(_completion_prompt(model, question, body, each) for each in given)
             echoes = tuple(_echo(body, each) for each in given)
             fields = _fields(body, {"prompt": ""})
-            return Prepared(fields, prompts, echoes, unknown)
+            return Prepared(fields, prompts, echoes=echoes, unknown=unknown)
         case ChatBody():
             body.check(question.max_n)
             body.text_options()
             ids = _chat_prompt(model, question, body, "messages")
             fields = _fields(body, {"messages": [{"role": "user", "content": ""}]})
-            return Prepared(fields, (ids,), (), unknown)
+            return Prepared(fields, (ids,), _prediction(model, body), unknown=unknown)
         case TokenizeBody():
             return Prepared(unknown=unknown, answer=_tokenized(model, question, body))
         case DetokenizeBody():
@@ -143,6 +144,16 @@ def _chat_prompt(
     return _encoded(model, question, body, prompt, param, body.add_special_tokens is True)
 
 
+def _prediction(model: ServedModel, body: ChatBody) -> TokenIds:
+    """Token ids of what the reply is expected to be like, no more than a reply can have."""
+    if body.prediction is None:
+        return ()
+    ids = model.tokenizer.encode_now(body.prediction.text, add_special_tokens=False)
+    if model.max_model_len is not None:
+        del ids[model.max_model_len :]
+    return array("I", itertools.takewhile(lambda token: token < model.vocab_size, ids))
+
+
 def _encoded(
     model: ServedModel,
     question: Question,
@@ -188,7 +199,13 @@ def _tokenized(model: ServedModel, question: Question, body: TokenizeBody) -> by
 
 def _fields(body: Body, placeholders: dict[str, object]) -> bytes:
     """The fields that are left when the prompt is token ids; what nobody reads is dropped."""
-    wanted = set(type(body).model_fields) - {"messages", "prompt", "chat_template_kwargs", "documents"}
+    wanted = set(type(body).model_fields) - {
+        "messages",
+        "prompt",
+        "prediction",
+        "chat_template_kwargs",
+        "documents",
+    }
     fields = body.model_dump(include=wanted, exclude_unset=True)
     data = json.dumps({**fields, **placeholders}).encode()
     if len(data) > MAX_FIELDS_BYTES:

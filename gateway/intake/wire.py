@@ -56,11 +56,12 @@ def question_in(head: bytes) -> Question:
 
 
 def prepared_frame(prepared: Prepared, *, last: bool = False) -> Parts:
-    ids = [ids if isinstance(ids, array) else array("I", ids) for ids in prepared.prompts]
+    texts = (*prepared.prompts, prepared.prediction)
+    ids = [ids if isinstance(ids, array) else array("I", ids) for ids in texts]
     head = {
         "unknown": prepared.unknown,
         "fields": len(prepared.fields),
-        "prompts": [len(each) for each in ids],
+        "texts": [len(each) for each in ids],
         "echoes": [len(echo) for echo in prepared.echoes],
     }
     views = [memoryview(each).cast("B") for each in ids if each]
@@ -80,16 +81,17 @@ def prepared_in(head: bytes, rest: bytes) -> Prepared:
             raise error_named(code, message, param)
         at = known["fields"]
         fields = rest[:at]
-        prompts, echoes = [], []
-        for count in known["prompts"]:
+        texts, echoes = [], []
+        for count in known["texts"]:
             ids = array("I")
             ids.frombytes(rest[at : at + count * ID_BYTES])
             at += count * ID_BYTES
-            prompts.append(ids)
+            texts.append(ids)
         for length in known["echoes"]:
             echoes.append(rest[at : at + length])
             at += length
         unknown = tuple(map(str, known["unknown"]))
-        return Prepared(fields, tuple(prompts), tuple(echoes), unknown, rest[at:])
+        *prompts, prediction = texts
+        return Prepared(fields, tuple(prompts), prediction or (), tuple(echoes), unknown, rest[at:])
     except (ValueError, TypeError, KeyError) as error:
         raise ProtocolError(f"not an answer of an intake process: {error}") from error

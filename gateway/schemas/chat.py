@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -12,7 +12,7 @@ from common.model_folder.generation import SamplingDefaults
 from common.sampling import MAX_LOGPROBS, SamplingParams
 from gateway.schemas.fields import Fields, given
 from gateway.schemas.generation import Body
-from gateway.schemas.messages import ChatMessage
+from gateway.schemas.messages import ChatMessage, ContentPart
 
 Messages = Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
 
@@ -61,6 +61,19 @@ CONVERSATION_NOT_BUILT: Mapping[str, tuple[object, ...]] = {
 }
 
 
+class Prediction(Fields):
+    """What the client expects the reply to be like: drafts are taken from it where a node drafts."""
+
+    type: Literal["content"]
+    content: str | Annotated[list[ContentPart], Field(fail_fast=True)]
+
+    @property
+    def text(self) -> str:
+        if isinstance(self.content, str):
+            return self.content
+        return "".join(part.text or "" for part in self.content)
+
+
 class ChatBody(Body, ConversationFields):
     no_effect: ClassVar[frozenset[str]] = Body.no_effect | {"parallel_tool_calls", "verbosity"}
     not_built: ClassVar[Mapping[str, tuple[object, ...]]] = {
@@ -71,7 +84,6 @@ class ChatBody(Body, ConversationFields):
         "function_call": ("none", "auto"),
         "modalities": (["text"],),
         "audio": (),
-        "prediction": (),
         "web_search_options": (),
         "include_reasoning": (True,),
         "echo": (False,),
@@ -81,6 +93,7 @@ class ChatBody(Body, ConversationFields):
     asks_even_empty: ClassVar[frozenset[str]] = Body.asks_even_empty | {"web_search_options"}
 
     messages: Messages
+    prediction: Prediction | None = None
     max_completion_tokens: int | None = None
     logprobs: bool = False
     top_logprobs: int = 0

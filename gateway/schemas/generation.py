@@ -127,6 +127,7 @@ class Body(Fields):
     return_tokens_as_token_ids: bool = False
     priority: Annotated[int, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] = 0
     cache_salt: Annotated[str, Field(max_length=MAX_CACHE_SALT)] = ""
+    speculative: bool = True  # ours: false for no drafts, whatever the node does
 
     @property
     def wanted_tokens(self) -> tuple[str, int | None]:

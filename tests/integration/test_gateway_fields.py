@@ -250,6 +250,28 @@ async def test_what_is_not_built_says_so(
     assert (error["message"], error["param"]) == (f"{param} is not supported yet", param)
 
 
+@pytest.mark.parametrize("content", ["Hello there.", [{"type": "text", "text": "Hello"}, " there."]])
+async def test_what_the_client_predicts_arrives_as_tokens(model: str, content: object) -> None:
+    cluster, http = await http_for(model=model)
+    prediction = {"type": "content", "content": content}
+    async with http:
+        answer = await post(http, "/v1/chat/completions", prediction=prediction, speculative=False)
+    assert answer.status_code == 200, answer.text
+    assert "x-pdq-ignored-fields" not in answer.headers
+    ((_, dispatch),) = cluster.dispatched
+    assert dispatch.request.prediction == tuple(ANSWER[:-1])
+    assert dispatch.request.speculative is False
+
+
+async def test_of_a_prediction_no_more_is_kept_than_a_reply_can_have(short_model: str) -> None:
+    cluster, http = await http_for(model=short_model)
+    prediction = {"type": "content", "content": "a b " * 10_000}
+    async with http:
+        assert (await post(http, "/v1/chat/completions", prediction=prediction)).status_code == 200
+    ((_, dispatch),) = cluster.dispatched
+    assert len(dispatch.request.prediction) == 40
+
+
 UNKNOWN: list[tuple[str, dict[str, Any], str]] = [
     ("/v1/completions", {"temprature": 1}, "temprature"),
     ("/tokenize", {"mood": 1}, "mood"),

@@ -273,6 +273,26 @@ async def test_every_sampling_field_arrives(served: Served, http: httpx.AsyncCli
     assert params.temperature == 0.0
 
 
+@pytest.mark.parametrize(
+    ("prediction", "param"),
+    [
+        ({"type": "content"}, "prediction.content"),
+        ({"type": "tool", "content": "x"}, "prediction.type"),
+        ({"content": "x"}, "prediction.type"),
+        ("x", "prediction"),
+        ({"type": "content", "content": 5}, "prediction.content"),
+        ({"type": "content", "content": [{"type": "image_url"}]}, "prediction.content"),
+    ],
+)
+async def test_a_prediction_that_is_none_is_refused(
+    asgi: httpx.AsyncClient, prediction: object, param: str
+) -> None:
+    body = {"model": "stories", "messages": [{"role": "user", "content": "Hi"}], "prediction": prediction}
+    answer = await asgi.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["param"].startswith(param), answer.text
+
+
 async def test_without_a_seed_each_request_gets_its_own(served: Served, client: openai.AsyncOpenAI) -> None:
     for _ in range(2):
         await client.completions.create(model="stories", prompt=PROMPT)
