@@ -69,6 +69,7 @@ class Prediction(Fields):
 
     @property
     def text(self) -> str:
+        assert self.type == "content"
         if isinstance(self.content, str):
             return self.content
         return "".join(part.text or "" for part in self.content)

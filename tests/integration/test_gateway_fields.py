@@ -400,6 +400,7 @@ async def test_every_field_that_is_taken_is_read(
             http,
             "/v1/chat/completions",
             messages=history,
+            prediction={"type": "content", "content": "x"},
             logprobs=True,
             truncate_prompt_tokens=-1,
             **options,
