@@ -11,6 +11,8 @@ import pytest
 from common.engine import Engine, SamplingParams
 from common.engine.core.output import StepOutput
 from common.engine.speculation.drafting import Drafting
+from common.engine.speculation.lengths import StepCosts
+from common.engine.speculation.ngram import NGramSource
 from common.identity import ModelIdentity
 from common.request import Request
 from tests.support.engines import poisoned_engine
@@ -36,6 +38,18 @@ ALL = {
         BASE, ignore_eos=False, temperature=1.0, stop_token_ids=(260, 263), min_tokens=5
     ),
 }
+
+
+class NoCosts(StepCosts):
+    """A row more costs nothing, so that all that is drafted is verified, however long steps take."""
+
+    def took(self, rows: int, seconds: float) -> None: ...
+
+
+def ngram_engine(most: int = 8, **settings: Any) -> Engine:
+    engine = poisoned_engine(**settings)
+    engine.proposer = Drafting(NGramSource(), most, NoCosts())
+    return engine
 
 
 def outputs(engine: Engine, **fields: Any) -> dict[tuple[str, int], list[Any]]:
@@ -73,8 +87,8 @@ def drafting(engine: Engine) -> Drafting:
     "settings",
     [
         {},
-        {"num_speculative_tokens": 1},
-        {"num_speculative_tokens": 30, "max_num_batched_tokens": 24},
+        {"most": 1},
+        {"most": 30, "max_num_batched_tokens": 24},
         {"num_kv_blocks": 24, "max_num_seqs": 4},  # preempts
         {"enable_prefix_caching": False, "block_size": 4, "num_kv_blocks": 512},
     ],
@@ -82,7 +96,7 @@ def drafting(engine: Engine) -> Drafting:
 def test_ngram_changes_no_token_no_logprob_and_no_end(
     plain: dict[tuple[str, int], list[Any]], settings: dict[str, Any]
 ) -> None:
-    engine = poisoned_engine(speculative="ngram", **settings)
+    engine = ngram_engine(**settings)
     assert outputs(engine) == plain
     counts = drafting(engine).counts
     assert 0 < counts.accepted < counts.drafted
@@ -91,8 +105,7 @@ def test_ngram_changes_no_token_no_logprob_and_no_end(
 
 def test_what_repeats_takes_fewer_steps() -> None:
     steps = []
-    for speculative in ("off", "ngram"):
-        engine = poisoned_engine(speculative=speculative)
+    for engine in (poisoned_engine(), ngram_engine()):
         engine.warm_up()
         before = engine.num_steps
         params = dataclasses.replace(BASE, logit_bias=tuple((token, 100.0 - token) for token in (20,)))
@@ -102,7 +115,7 @@ def test_what_repeats_takes_fewer_steps() -> None:
 
 
 def test_a_prediction_is_followed_as_far_as_it_is_right() -> None:
-    plain_engine, engine = poisoned_engine(), poisoned_engine(speculative="ngram")
+    plain_engine, engine = poisoned_engine(), ngram_engine()
     prompt = PROMPTS["plain"]
     (whole,) = plain_engine.generate([prompt], BASE)
     prediction = (*whole.token_ids[:20], 3, *whole.token_ids[21:])

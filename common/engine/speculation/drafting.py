@@ -39,10 +39,10 @@ class DraftSource(Protocol):
 class Drafting:
     """Implements `HostProposer`. `most` tokens for a sequence in a step."""
 
-    def __init__(self, source: DraftSource, most: int) -> None:
+    def __init__(self, source: DraftSource, most: int, costs: StepCosts | None = None) -> None:
         self.source, self.most, self.name = source, most, source.name
         self.counts = DraftCounts(accepted_at=[0] * most)
-        self._costs = StepCosts()
+        self._costs = costs or StepCosts()
         self._prior = Acceptance()  # of all sequences, slowly
         self._acceptance: dict[int, Acceptance] = {}  # by sequence id
 
