@@ -53,7 +53,7 @@ class DecodeRole:
         if attempt.engine_id in self._attempts:  # Redis lost it, and its gateway queued it again
             self._node.done(entry)
             return
-        if not attempt.compute(self._node, attempt.request.params):
+        if not attempt.compute(self._node, attempt.request):
             return
         self._attempts[attempt.engine_id] = attempt
         for choice in attempt.sequences:

@@ -26,7 +26,8 @@ from common.node.departure import State
 from common.node.ports import NodeServices
 from common.node.sender import Departure, Sender
 from common.node.token_stream import ChoiceKey
-from common.sampling import FinishReason, SamplingParams
+from common.request import Request
+from common.sampling import FinishReason
 from common.store.queue import Entry
 from common.wire.messages import Dispatch, TokenRun
 from kv_transfer.ports import Adopted
@@ -70,7 +71,7 @@ class PrefillRole:
         if attempt.engine_id in self._attempts or attempt.engine_id in self._past:
             node.done(entry)  # Redis lost it, and its gateway queued it again
             return
-        if not attempt.compute(node, _for_prefill(entry.dispatch)):
+        if not attempt.compute(node, _for_prefill(attempt.request)):
             return
         self._attempts[attempt.engine_id] = attempt
         for choice, sequence in attempt.sequences.items():
@@ -291,11 +292,13 @@ class PrefillRole:
                 self._sender.cancel(departure, reason)
 
 
-def _for_prefill(dispatch: Dispatch) -> SamplingParams:
-    """The params under which this node computes one token; the pool has room for one more at most."""
-    params = dispatch.request.params
-    most = min(params.max_tokens, dispatch.request.num_delivered + 2)
-    return dataclasses.replace(params, max_tokens=most, min_tokens=min(params.min_tokens, most))
+def _for_prefill(request: Request) -> Request:
+    """What this node computes of it: one token, and no drafts, for the pool has room for one more at most
+    and two would end the reply here."""
+    params = request.params
+    most = min(params.max_tokens, request.num_delivered + 2)
+    params = dataclasses.replace(params, max_tokens=most, min_tokens=min(params.min_tokens, most))
+    return dataclasses.replace(request, params=params, speculative=False, prediction=())
 
 
 def _ends_at_first(attempt: Attempt) -> bool:

@@ -15,7 +15,6 @@ from common.errors import InvalidRequest, PdqError
 from common.node.ports import NodeServices
 from common.node.token_stream import ChoiceKey
 from common.request import Request
-from common.sampling import SamplingParams
 from common.store.queue import Entry
 from common.wire.messages import Dispatch, Offer, TokenLogprobs, TokenRun
 
@@ -26,7 +25,7 @@ ALONE_TOKENS = 4
 class Attempt:
     """`entry` is None where the request came by a handoff; `open_choices` are not over yet."""
 
-    request: Request  # a sequence may be given less to do than its params
+    request: Request  # a sequence may be given less to do
     number: int
     entry: Entry | None
     open_choices: set[int]
@@ -60,17 +59,14 @@ class Attempt:
     def gateway(self) -> str:
         return self.request.gateway
 
-    def compute(self, node: NodeServices, params: SamplingParams) -> bool:
-        """Queue the entry's choices in the node's engine. False if they can never run: then the gateway
-        was told, and the entry is deleted."""
+    def compute(self, node: NodeServices, request: Request) -> bool:
+        """Queue the entry's choices in the node's engine, which is to do `request`. False if they can never
+        run: then the gateway was told, and the entry is deleted."""
         assert self.entry is not None
         dispatch = self.entry.dispatch
         try:
             sequences = node.engine.add(
-                self.engine_id,
-                dataclasses.replace(self.request, params=params),
-                choices=dispatch.choices,
-                block_hashes=self.entry.block_hashes,
+                self.engine_id, request, choices=dispatch.choices, block_hashes=self.entry.block_hashes
             )
         except InvalidRequest as error:
             self.give_up(node, error, retryable=False)

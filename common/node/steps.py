@@ -175,10 +175,9 @@ class Steps:
             self._submit("", step)
 
     async def _fail_all(self, first: _UnderWay, error: Exception) -> None:
-        """The older step failed. A younger one that was submitted is refused by the runner, or is
-        waited for: until then it may write."""
-        _, *younger = self._under_way
-        for one in younger if not self.hangs else ():
+        """The older step failed, or what was to follow it. All that was submitted is waited for, for until
+        then it may write; the runner refuses what goes on from a step that failed."""
+        for one in self._under_way if not self.hangs else ():
             with contextlib.suppress(Exception):
                 await self._outcome(one.result)
         self._under_way.clear()

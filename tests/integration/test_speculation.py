@@ -10,12 +10,14 @@ import pytest
 
 from common.engine import Engine, SamplingParams
 from common.engine.core.output import StepOutput
+from common.engine.interface import StepInput
 from common.engine.speculation.drafting import Drafting
 from common.engine.speculation.lengths import StepCosts
 from common.engine.speculation.ngram import NGramSource
+from common.errors import InvalidRequest
 from common.identity import ModelIdentity
 from common.request import Request
-from tests.support.engines import poisoned_engine
+from tests.support.engines import poisoned_engine, with_poison
 
 REPETITIVE = list(itertools.islice(itertools.cycle(range(20, 33)), 60))
 PROMPTS = {
@@ -136,3 +138,34 @@ def test_a_request_may_ask_for_none(plain: dict[tuple[str, int], list[Any]]) -> 
     engine = poisoned_engine(speculative="ngram")
     assert outputs(engine, speculative=False) == plain
     assert drafting(engine).counts.drafted == 0
+
+
+@pytest.mark.parametrize("token", [-1, 512, 2**70])
+def test_a_prediction_outside_the_vocabulary_is_the_clients_error(token: int) -> None:
+    """It would be computed as a draft, and fail the step of everybody in it."""
+    engine = poisoned_engine(speculative="ngram")
+    model = ModelIdentity.of(engine.fingerprint)
+    with pytest.raises(InvalidRequest) as raised:
+        engine.add("r", Request("r", model, (1, 2), 2, BASE, prediction=(3, token)))
+    assert raised.value.param == "prediction"
+    engine.check_idle()
+
+
+class EveryOther:
+    """Implements `DeviceProposer`: guesses one token again and again, in every other step."""
+
+    def propose(self, step: StepInput, *_: object) -> dict[int, tuple[int, ...]]:
+        return {int(name): (20,) * 3 for name in step.sequence_ids} if step.number % 2 else {}
+
+
+@pytest.mark.parametrize("steps_ahead", [0, 1])
+def test_what_a_device_guesses_is_dropped_where_a_step_under_way_gives_a_newer_token(
+    steps_ahead: int,
+) -> None:
+    params = dataclasses.replace(BASE, logit_bias=((20, 100.0),))
+    settings = poisoned_engine().settings
+    engine = with_poison(settings, proposer=EveryOther())
+    engine.steps_ahead = steps_ahead
+    (reply,) = engine.generate([REPETITIVE], params)
+    assert reply.token_ids == (20,) * params.max_tokens
+    engine.check_idle()

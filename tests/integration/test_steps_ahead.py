@@ -15,6 +15,7 @@ import pytest
 from common.engine import Engine, SamplingParams
 from common.engine.core.step import Chunk, Step
 from common.engine.interface import Filled, StepInput, StepResult
+from common.errors import EngineBroken
 from common.node.step_times import StepTimes
 from common.store.queue import Entry
 from decode_node.role import DecodeRole
@@ -74,13 +75,20 @@ class PausedRunner:
 class Running:
     """The steps of a node with this role."""
 
-    def __init__(self, role: Any = DecodeRole, *, ahead: bool | None = True, **settings: Any) -> None:
+    def __init__(
+        self,
+        role: Any = DecodeRole,
+        *,
+        ahead: bool | None = True,
+        stall_limit_s: float = 60.0,
+        **settings: Any,
+    ) -> None:
         self.node = ScriptedNode(poisoned_engine(async_scheduling=ahead, **settings))
         self.runner = PausedRunner(self.node.engine.runner)
         self.node.engine.warm_up()
         self.node.engine.runner = self.runner  # type: ignore[assignment]
         self.role = role(self.node)
-        self.node.run_role(self.role, times=AtOnce())
+        self.node.run_role(self.role, stall_limit_s, times=AtOnce())
         self.steps = self.node.steps
 
     @contextlib.asynccontextmanager
@@ -297,3 +305,35 @@ async def test_what_a_step_spoils_stays_spoiled_in_the_one_that_follows(
         assert len(announced) == before
         (cancelled,) = node.links.cancelled
         node.links.tell(dataclasses.replace(ended("d1", Outcome.CANCELLED), key=cancelled))
+
+
+async def test_an_error_while_a_step_is_planned_ahead_waits_for_the_one_under_way(
+    expected: dict[str, tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That may write until it has ended: its blocks are nobody else's before."""
+    running = Running()
+    engine = running.node.engine
+    async with running.running():
+        await after_its_prompt(running, PROMPTS)
+        await running.submitted(2)
+        with monkeypatch.context() as broken:
+            broken.setattr(running.role, "may_go_on", lambda sequence: 1 / 0)
+            running.runner.compute()
+            await running.submitted(1)
+            assert engine.scheduler.num_running == len(PROMPTS)
+        await running.to_the_end()
+    assert {name: running.tokens(name) for name in PROMPTS} == expected
+
+
+async def test_a_step_that_hangs_ends_the_node_though_another_waits_behind_it() -> None:
+    running = Running(stall_limit_s=0.2)
+    for name, prompt in PROMPTS.items():
+        running.accept(name, prompt)
+    compute = asyncio.create_task(running.steps.run())
+    await running.submitted(1)
+    running.runner.compute()
+    await running.submitted(2)
+    async with asyncio.timeout(HANGS_S):
+        with pytest.raises(EngineBroken):
+            await compute
+    assert running.steps.hangs

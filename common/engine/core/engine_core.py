@@ -121,16 +121,9 @@ class EngineCore:
 
     def make_sequence(self, engine_id: str, request: Request, choice: int = 0) -> Sequence:
         """A checked sequence that nothing runs yet (`scheduler.adopt` takes one into held room)."""
-        vocab_size, token_ids = self.facts.vocab_size, request.token_ids
-        tokens = np.asarray(token_ids) if len(token_ids) else np.empty(0, np.int64)
-        if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
-            raise InvalidRequest("a prompt must be a list of token ids", param="prompt")
-        if tokens.size and (tokens.min() < 0 or tokens.max() >= vocab_size):
-            raise TokenOutOfRange(
-                f"token ids must be in [0, {vocab_size}), got "
-                f"{tokens[(tokens < 0) | (tokens >= vocab_size)][0]}",
-                param="prompt",
-            )
+        vocab_size = self.facts.vocab_size
+        token_ids = _checked(request.token_ids, vocab_size, "prompt")
+        prediction = _checked(request.prediction, vocab_size, "prediction")
         request.params.check_vocabulary(vocab_size)
         number = next(self._sequence_ids)
         return Sequence(
@@ -138,14 +131,14 @@ class EngineCore:
             request_id=engine_id,
             choice=choice,
             prompt_len=request.prompt_len,
-            token_ids=tokens.tolist(),
+            token_ids=token_ids,
             params=request.params,
             stop_ids=frozenset(self.facts.stop_token_ids),
             priority=request.priority,
             arrival=number,
             cache_root=request.cache_root(self.fingerprint),
             speculates=request.speculative,
-            prediction=list(request.prediction),
+            prediction=prediction,
         )
 
     def expect(
@@ -266,7 +259,9 @@ class EngineCore:
             outputs += self._accept(step, result.sampled, result.accepted)
         for sequence in [chunk.sequence for chunk in step.sampling] if result.drafts else ():
             drafts = result.drafts.get(sequence.sequence_id)
-            if drafts and sequence.status is SequenceStatus.RUNNING:
+            if not drafts or sequence.in_flight:  # a step under way gives it a newer token
+                continue
+            if sequence.status is SequenceStatus.RUNNING and sequence.speculates:
                 sequence.draft_token_ids = list(drafts)
         self.num_steps += 1
         return outputs
@@ -381,6 +376,19 @@ class EngineCore:
         self._prompt_logprobs.pop(sequence.sequence_id, None)
         if self.proposer is not None:
             self.proposer.ended(sequence)
+
+
+def _checked(token_ids: AnySequence[int], vocab_size: int, param: str) -> list[int]:
+    tokens = np.asarray(token_ids) if len(token_ids) else np.empty(0, np.int64)
+    if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+        raise InvalidRequest(f"a {param} must be a list of token ids", param=param)
+    outside = (tokens < 0) | (tokens >= vocab_size)
+    if outside.any():
+        raise TokenOutOfRange(
+            f"token ids must be in [0, {vocab_size}), got {tokens[outside][0]}", param=param
+        )
+    found: list[int] = tokens.tolist()
+    return found
 
 
 def _error_of(sequence: Sequence, what: str) -> StepOutput:

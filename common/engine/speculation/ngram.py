@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 
 SIZES = (16, 8, 4, 2)  # of the n-grams that are looked up, the longest first
-AT_ONCE = 4096  # tokens that one call puts into an index: a long prompt takes several
+AT_ONCE = 4096  # tokens put into indexes before a step, of all sequences: long prompts take several steps
+AT_LEAST = 64  # of one sequence: more than a step gives it
 
 _FACTOR = 0x9E3779B97F4A7C15
 _MASK = 2**64 - 1
@@ -30,9 +31,9 @@ class NGramIndex:
         self._ends: dict[int, dict[int, int]] = {size: {} for size in SIZES}  # by size and hash
         self._indexed = 0  # leading tokens whose n-grams are in it
 
-    def add(self, tokens: AnySequence[int], end: int) -> None:
-        """Index the n-grams of `tokens[:end]`, or the next of them if many are not indexed yet."""
-        start, end = self._indexed, min(end, self._indexed + AT_ONCE)
+    def add(self, tokens: AnySequence[int], end: int, most: int = AT_ONCE) -> None:
+        """Index the n-grams of `tokens[:end]`, or of the next `most` tokens that are not indexed yet."""
+        start, end = self._indexed, min(end, self._indexed + most)
         if end <= start:
             return
         for size, ends in self._ends.items():
@@ -72,10 +73,11 @@ class NGramSource:
     def draft(self, sequence: Sequence, count: int) -> list[int]:
         tokens, prediction = sequence.token_ids, sequence.prediction
         text = self._texts.setdefault(sequence.sequence_id, NGramIndex())
-        text.add(tokens, len(tokens) - 1)  # what the text ends with has no continuation yet
+        share = max(AT_LEAST, AT_ONCE // (len(self._texts) + len(self._predictions)))
+        text.add(tokens, len(tokens) - 1, share)  # what the text ends with has no continuation yet
         if prediction:
             index = self._predictions.setdefault(sequence.sequence_id, NGramIndex())
-            index.add(prediction, len(prediction) - 1)
+            index.add(prediction, len(prediction) - 1, share)
             at = index.follow(prediction, tokens[sequence.prompt_len :])
             if at is None and not sequence.num_generated:
                 at = 0

@@ -10,11 +10,13 @@ import pytest
 import common.engine.core.sequence
 from common.errors import LinkLost
 from common.kv_layout import root_hash
+from common.sampling import SamplingParams
 from common.store.queue import Entry
 from common.wire.message import HandoffKey
 from common.wire.messages import Failed, TookOver
 from kv_transfer.ports import Ended, Outcome
 from prefill_node import role as prefill
+from tests.support.engines import poisoned_engine
 from tests.support.hashes import chain_hashes
 from tests.support.redis import a_dispatch
 from tests.support.scripted_node import ScriptedNode, ended, key
@@ -324,3 +326,20 @@ async def test_a_choice_that_is_cancelled_makes_way_for_the_next(
     assert node.links.committed == [key("d1", 0), key("d1", 2)]
     node.links.tell(ended("d1", Outcome.ADOPTED, choice=2))
     assert role.num_open == 0
+
+
+async def test_a_resumed_reply_does_not_end_here_because_drafts_were_right() -> None:
+    """One token was delivered, so that the next step decodes; a draft would make the last of two."""
+    node = ScriptedNode(poisoned_engine(speculative="ngram"))
+    role = prefill.PrefillRole(node)
+    node.run_role(role)
+    node.decode_nodes("d1")
+    params = SamplingParams(max_tokens=10, ignore_eos=True, temperature=0.0, logit_bias=((20, 100.0),))
+    entry = Entry("1-0", a_dispatch(token_ids=(20,) * 21, prompt_len=20, params=params))
+    role.accept(entry)
+    while not node.runs:
+        await node.step(role)
+    (run,) = node.runs
+    assert (run.token_ids, run.finish_reason) == ((20,), "")
+    node.links.tell(ended("d1", Outcome.ADOPTED))
+    node.engine.check_idle()

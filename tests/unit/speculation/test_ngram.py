@@ -88,3 +88,17 @@ def test_nothing_is_kept_of_a_sequence_that_has_ended() -> None:
     source.ended(sequence)
     assert not source._texts
     assert not source._predictions
+
+
+def test_long_prompts_that_come_together_share_what_is_indexed_before_a_step() -> None:
+    """The event loop waits meanwhile."""
+    source = NGramSource()
+    sequences = [a_sequence(list(range(30_000))) for _ in range(16)]
+    for name, sequence in enumerate(sequences):
+        sequence.sequence_id = name
+        source.draft(sequence, 8)
+    before = [index._indexed for index in source._texts.values()]
+    for sequence in sequences:
+        source.draft(sequence, 8)
+    after = [index._indexed for index in source._texts.values()]
+    assert 0 < sum(after) - sum(before) <= ngram.AT_ONCE
