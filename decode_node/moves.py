@@ -25,12 +25,13 @@ from common.store.registry import NodeRecord
 log = get_logger("moves")
 
 AT_ONCE = 4
-GRANT_S = 0.5  # a paused sequence waits this long for room elsewhere, then it goes on here
 
 
 class Moves:
     """Implements `Owner`. Calls `moved(attempt, choice)` for each choice that another node has adopted,
     and `give_up(attempt, error)` for each attempt that must not go on here either."""
+
+    grant_s = 0.5  # a paused sequence waits this long for room elsewhere, then it goes on here
 
     def __init__(
         self,
@@ -155,7 +156,7 @@ class Moves:
 
     def await_grant(self, departure: Departure) -> None:
         loop = asyncio.get_running_loop()
-        departure.timer = loop.call_later(GRANT_S, self._withdraw, departure)
+        departure.timer = loop.call_later(self.grant_s, self._withdraw, departure)
 
     def _withdraw(self, departure: Departure) -> None:
         log.info("move.withdrawn", request=departure.attempt.request.id, peer=departure.peer)

@@ -67,7 +67,6 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 1.0  # before a request that found no roo
 CRASHES = frozenset({Down.DISCONNECTED, Down.UNREACHABLE, Down.STALLED, "unconnectable"})
 STOPS = frozenset({Down.SILENT})
 STORE_RETRY_S = 0.2  # between two tries to reach Redis for a retry
-ENDS_KEPT = 8  # ends that Redis has not heard of, for each request that may be open
 LAST_WRITES_S = 5.0  # for which a gateway waits for Redis when it ends
 
 
@@ -93,11 +92,20 @@ class Dispatcher:
         self._metrics = metrics
         self._open: dict[str, OpenRequest] = {}
         self._placement = Placement(gateway, bus, directory, router, limits)
-        self._holders = Holders(gateway, self._open, bus, directory, self.on_node_lost)
-        self._whereabouts = Whereabouts(self._open, store, directory, self._lose_unheard, self._adopt)
+        self._holders = Holders(gateway, self._open, bus, directory, self.on_node_lost, limits.quiet_s)
+        self._whereabouts = Whereabouts(
+            self._open, store, directory, self._lose_unheard, self._adopt, limits.unheard_s
+        )
         self._speakers = Speakers(directory, metrics)
         self._suspicion = Suspicion()
-        self._ledger = Ledger(gateway, self._open, store, metrics, ENDS_KEPT * limits.max_open)
+        self._ledger = Ledger(
+            gateway,
+            self._open,
+            store,
+            metrics,
+            max_ends=limits.max_ends or 8 * limits.max_open,
+            audit_interval_s=limits.audit_interval_s,
+        )
         self._listener = Listener(
             gateway,
             self._open,

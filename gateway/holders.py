@@ -17,7 +17,6 @@ from common.wire.messages import HoldsQuery
 from gateway.open_request import Choice, OpenRequest
 from gateway.ports import NodeBus, NodeDirectory
 
-QUIET_S = 5.0  # without a message about a choice: then its holders are asked
 ASKED_AT_ONCE = 512  # choices in one message
 
 Asked = tuple[str, int, int, int]  # request, attempt, choice, below
@@ -33,6 +32,7 @@ class Holders:
         bus: NodeBus,
         directory: NodeDirectory,
         lost: Callable[[str, str], None],
+        quiet_s: float,
     ) -> None:
         """`lost` is called for a holder that has neither a link nor a record."""
         self._gateway = gateway
@@ -40,6 +40,7 @@ class Holders:
         self._bus = bus
         self._directory = directory
         self._lost = lost
+        self._quiet_s = quiet_s
 
     def linked(self, node: str) -> None:
         """Ask a node for all that is expected of it: messages either way may have been lost."""
@@ -50,7 +51,7 @@ class Holders:
         now = time.monotonic()
         quiet: defaultdict[str, list[Asked]] = defaultdict(list)
         for node, choice, asked in self._expected():
-            if now - choice.stirred_at >= QUIET_S:
+            if now - choice.stirred_at >= self._quiet_s:
                 quiet[node].append(asked)
         for node, choices in quiet.items():
             if self._directory.known(node):

@@ -28,7 +28,6 @@ log = get_logger("ledger")
 
 AT_ONCE = 8  # requests that are written about at the same time
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 2.0  # before Redis is asked again, after it refused all
-AUDIT_INTERVAL_S = 10.0
 
 Write = Callable[[], Awaitable[None]]
 
@@ -66,13 +65,16 @@ class Ledger:
         open_requests: Mapping[str, object],
         store: RequestStore,
         metrics: GatewayMetrics,
+        *,
         max_ends: int,
+        audit_interval_s: float,
     ) -> None:
         self._gateway = gateway
         self._open = open_requests
         self._store = store
         self._metrics = metrics
         self._max_ends = max_ends
+        self._audit_interval_s = audit_interval_s
         self._unwritten: dict[str, _Unwritten] = {}
         self._num_ends = 0
         self._writer: asyncio.Task[None] | None = None
@@ -108,7 +110,7 @@ class Ledger:
     def audit(self) -> None:
         """Look for requests that Redis lists as open and that are not, unless the last look was recent."""
         if time.monotonic() >= self._next_audit and self._audit is None:
-            self._next_audit = time.monotonic() + AUDIT_INTERVAL_S
+            self._next_audit = time.monotonic() + self._audit_interval_s
             self._audit = asyncio.create_task(self._look_for_strays(), name="audit")
 
     async def settle(self, limit_s: float) -> None:

@@ -32,6 +32,10 @@ class DispatchLimits:
     max_open: int = 256
     placement_timeout_s: float = 8.0  # without any node to go to
     request_timeout_s: float = 600.0
+    unheard_s: float = 1.0  # an entry that has waited for longer is looked up
+    quiet_s: float = 5.0  # without a message about a choice: then its holders are asked
+    audit_interval_s: float = 10.0  # between two looks for requests that only Redis takes for open
+    max_ends: int = 0  # that Redis has not heard of; 0: eight for each request that may be open
 
 
 class Placement:

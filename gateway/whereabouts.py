@@ -29,7 +29,6 @@ from gateway.ports import NodeDirectory, RequestStore
 
 log = get_logger("whereabouts")
 
-UNHEARD_S = 1.0  # an entry that has waited for longer is looked up
 ABSENT_S = 3.0  # a node that has had neither record nor link for so long is gone
 
 CLAIM_LOST = "claim_lost"  # the node that is gone had claimed it
@@ -61,12 +60,14 @@ class Whereabouts:
         directory: NodeDirectory,
         retry: Retry,
         adopt: Callable[[OpenRequest, int, str, bool], None],
+        unheard_s: float,
     ) -> None:
         self._open = open_requests
         self._store = store
         self._directory = directory
         self._retry = retry
         self._adopt = adopt
+        self._unheard_s = unheard_s
         self._absent: dict[str, float] = {}  # incarnation → since when nothing is known of it
         self._again = asyncio.Event()
         self._looking: asyncio.Task[None] | None = None
@@ -110,7 +111,7 @@ class Whereabouts:
             for request in self._open.values()
             for index, choice in enumerate(request.choices)
             if self._is_unheard(one := _Unheard(request, index, choice.stream.attempt))
-            and (now - choice.placed_at >= UNHEARD_S or self._directory.lost(choice.holder))
+            and (now - choice.placed_at >= self._unheard_s or self._directory.lost(choice.holder))
         ]
 
     def _is_unheard(self, one: _Unheard) -> bool:

@@ -22,7 +22,10 @@ STAGED_BYTES = 8 << 20  # of slabs that are in host memory at once, or one slab
 class DevicePoolMemory:
     """`num_blocks` slabs in one plain allocation on a device."""
 
-    def __init__(self, num_blocks: int, slab_bytes: int, cuda: Cuda) -> None:
+    def __init__(
+        self, num_blocks: int, slab_bytes: int, cuda: Cuda, staged_bytes: int = STAGED_BYTES
+    ) -> None:
+        self._staged_bytes = staged_bytes
         self.num_blocks, self.slab_bytes = num_blocks, slab_bytes
         self.cuda = cuda
         with contextlib.ExitStack() as made:
@@ -48,7 +51,7 @@ class DevicePoolMemory:
     def to_host(self, blocks: Sequence[int]) -> Iterator[list[memoryview]]:
         if not blocks:
             return
-        count = min(len(blocks), max(1, STAGED_BYTES // self.slab_bytes))
+        count = min(len(blocks), max(1, self._staged_bytes // self.slab_bytes))
         staged = self.cuda.pinned(count * self.slab_bytes).view(count, self.slab_bytes)
         stream = self.cuda.stream()
         for start in range(0, len(blocks), count):

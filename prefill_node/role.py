@@ -32,7 +32,6 @@ from common.store.queue import Entry
 from common.wire.messages import Dispatch, TokenRun
 from kv_transfer.ports import Adopted
 
-NO_DECODE_NODE_S = 1.0  # a prompt waits so long for a decode node to appear, then it fails
 ENDED_REMEMBERED = 4096  # attempts
 
 
@@ -42,6 +41,8 @@ def create(node: NodeServices) -> PrefillRole:
 
 class PrefillRole:
     """Implements `NodeRole`, and `Owner` of its departures."""
+
+    no_decode_node_s = 1.0  # a prompt waits so long for a decode node to appear, then it fails
 
     def __init__(self, node: NodeServices) -> None:
         self._node = node
@@ -171,7 +172,7 @@ class PrefillRole:
             since = departure.stranded_since
             if since is None or not departure.is_idle:
                 continue
-            if now - since < NO_DECODE_NODE_S:
+            if now - since < self.no_decode_node_s:
                 departure.refused.clear()
                 self._ask(departure)
             else:

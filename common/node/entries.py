@@ -27,12 +27,13 @@ from common.store.registry import NodeState
 log = get_logger("entries")
 
 QUEUE_WAIT_S = 1.0
-REDIS_PAUSE_S = 0.5  # before Redis is asked again, after it did not answer
 GIVE_BACK_INTERVAL_S = 0.25
 
 
 class Entries:
     """Run `take` and `delete` as long as the node lives; call `room` whenever the role may have room."""
+
+    redis_pause_s = 0.5  # before Redis is asked again, after it did not answer
 
     def __init__(self, node: NodeServices, role: NodeRole, redis: RedisClient) -> None:
         self._node, self._role, self._redis = node, role, redis
@@ -86,7 +87,7 @@ class Entries:
                 await self._queue.done(())
             except ServiceUnavailable as error:
                 log.warning("entries.undeleted", error=error)
-                await asyncio.sleep(REDIS_PAUSE_S)
+                await asyncio.sleep(self.redis_pause_s)
                 self._over.set()
 
     # Steps.
@@ -105,7 +106,7 @@ class Entries:
                 await self._relieve_others(capacity)
         except ServiceUnavailable as error:
             log.warning("queue.unreachable", error=error)
-            await asyncio.sleep(REDIS_PAUSE_S)
+            await asyncio.sleep(self.redis_pause_s)
             return
         for entry in entries:
             request = entry.dispatch.request

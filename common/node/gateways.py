@@ -4,7 +4,7 @@ Owns the unacknowledged tokens, the last word about each choice that has ended h
 waits for a gateway without a link. Asks the role (`Attempts`) about requests. The rules are in
 common/README.md, "Streams of tokens".
 
-    linked ──the last link ends──▶ waited for ──GATEWAY_GRACE_S──▶ given up: all of it is freed here
+    linked ──the last link ends──▶ waited for ────`grace_s`────▶ given up: all of it is freed here
        ▲                               │                                   │
        └─────────── a link ────────────┴───────────────────────────────────┘
        says again what runs, and what is not acknowledged; answers what the gateway asks
@@ -24,7 +24,6 @@ from common.wire.messages import Failed, HoldsQuery, Stage, TokensAck, TookOver
 
 log = get_logger("gateways")
 
-GATEWAY_GRACE_S = 3.0  # for a gateway's link to come back before its requests are freed
 LAST_WORDS = 4096  # about choices that have ended here
 
 
@@ -52,6 +51,8 @@ class Gateways:
     """All gateways of one node. Its owner reports every link that comes up or ends."""
 
     attempts: Attempts  # to be set before there is a link
+
+    grace_s = 3.0  # for a gateway's link to come back before its requests are freed
 
     def __init__(self, node: str, bus: Sending) -> None:
         self._node, self._bus = node, bus
@@ -109,7 +110,7 @@ class Gateways:
     def _wait_for(self, gateway: str) -> None:
         if gateway not in self._waiting:
             loop = asyncio.get_running_loop()
-            self._waiting[gateway] = loop.call_later(GATEWAY_GRACE_S, self._give_up, gateway)
+            self._waiting[gateway] = loop.call_later(self.grace_s, self._give_up, gateway)
 
     def _give_up(self, gateway: str) -> None:
         del self._waiting[gateway]

@@ -27,8 +27,6 @@ from common.wire.messages import Dispatch
 
 log = get_logger("queue")
 
-STRAYS_INTERVAL_S = 2.0  # between two looks for entries that a lost answer has left with us
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Entry:
@@ -51,6 +49,8 @@ class QueueLength:
 class NodeQueue:
     """The reading side, for the one incarnation the stream is named after. Not for two tasks at
     once: `take` is called again only after it has returned."""
+
+    strays_interval_s = 2.0  # between two looks for entries that a lost answer has left with us
 
     def __init__(self, client: RedisClient, incarnation: str) -> None:
         self._client = client
@@ -161,7 +161,7 @@ class NodeQueue:
     async def _look_for_strays(self) -> None:
         """A read that was given up may still be served, late: then entries are ours without our
         knowledge, and what is pending is more than what is in hand."""
-        if time.monotonic() - self._looked_at < STRAYS_INTERVAL_S:
+        if time.monotonic() - self._looked_at < self.strays_interval_s:
             return
         self._looked_at = time.monotonic()
         (length,) = await queue_lengths(self._client, [self._incarnation])

@@ -85,15 +85,17 @@ class Bus:
         *,
         progress: Progress = lambda: (0, False),
         hears: Kinds = OVER_LINKS,
+        inbox: int = INBOX,
     ) -> None:
-        """`hears`: the kinds of messages that are delivered; others are refused (senders.py)."""
+        """`hears`: the kinds of messages that are delivered; others are refused (senders.py). `inbox`: how
+        many may wait to be received; beyond, links are not read."""
         self.incarnation = incarnation
         self.endpoint = ""
         self._settings = settings
         self._context: Any = None
         self._router: Any = None
         self._authenticator: Any = None
-        self._inbox: asyncio.Queue[Received] = asyncio.Queue(INBOX)
+        self._inbox: asyncio.Queue[Received] = asyncio.Queue(inbox)
         self._events: asyncio.Queue[LinkEvent] = asyncio.Queue()
         self._links = LinkTable(
             incarnation, settings, self, progress=progress, say=self._events.put_nowait, hears=hears

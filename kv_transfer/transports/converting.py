@@ -35,11 +35,17 @@ class ConvertingReader:
 
     @classmethod
     def open(
-        cls, opener: Opener, link: str, proof: bytes, target: Target, block_size: int
+        cls,
+        opener: Opener,
+        link: str,
+        proof: bytes,
+        target: Target,
+        block_size: int,
+        scratch_bytes: int = SCRATCH_BYTES,
     ) -> ConvertingReader:
         """Open the reading end with `opener`, for a pool with blocks of `block_size` positions."""
         layout = target.layout.with_block_size(block_size)
-        count = max(1, SCRATCH_BYTES // layout.slab_bytes)
+        count = max(1, scratch_bytes // layout.slab_bytes)
         with contextlib.ExitStack() as made:
             memory = target.memory.beside(count, layout.slab_bytes)
             made.callback(memory.close)

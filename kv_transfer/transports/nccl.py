@@ -38,7 +38,6 @@ from kv_transfer.transports.base import Target
 from kv_transfer.transports.tcp_frames import ReceivingFrames, SendingFrames
 from kv_transfer.transports.wires import STALL_TIMEOUT, ReceivingWire, SendingWire
 
-_SETUP_TIMEOUT = 30.0  # for both ends to set a communicator up
 _POLL = 0.0002
 
 
@@ -54,8 +53,10 @@ class Turns:
             return self._turns.setdefault((device, direction), threading.Lock())
 
 
-class _Channel:
+class Channel:
     """One end of a pair: its communicator, its stream, and the turn that it works in."""
+
+    setup_timeout_s = 30.0  # for both ends to set a communicator up
 
     def __init__(
         self, cuda: Cuda, nccl: Nccl, turn: threading.Lock, *, sends: bool, is_closing: Callable[[], bool]
@@ -81,7 +82,7 @@ class _Channel:
         rank = 0 if self._sends else 1
         try:
             self._pair = self._nccl.communicator(self._device, unique_id, rank)
-            self._wait_ready(_SETUP_TIMEOUT)
+            self._wait_ready(self.setup_timeout_s)
         except BaseException:
             self.abort()
             raise
@@ -159,7 +160,7 @@ class _ServedNcclLink(tcp.ServedLink):
     def __init__(self, source: NcclSource, link: str, token: bytes, wire: SendingWire) -> None:
         turn = source.turns.of(source.cuda.index, "send")
         self._nccl, self._unique_id = source.nccl, b""
-        self._channel = _Channel(source.cuda, source.nccl, turn, sends=True, is_closing=lambda: self._closing)
+        self._channel = Channel(source.cuda, source.nccl, turn, sends=True, is_closing=lambda: self._closing)
         self._is_set_up = False
         try:
             super().__init__(source, link, token, wire)
@@ -207,6 +208,8 @@ class _ServedNcclLink(tcp.ServedLink):
 class NcclReader(tcp.TcpReader):
     """The asking end of one link."""
 
+    setup_timeout_s = Channel.setup_timeout_s
+
     def __init__(
         self,
         link: str,
@@ -218,7 +221,7 @@ class NcclReader(tcp.TcpReader):
         turns: Turns,
     ) -> None:
         turn = turns.of(cuda.index, "receive")
-        self._channel = _Channel(cuda, nccl, turn, sends=False, is_closing=lambda: self._closed)
+        self._channel = Channel(cuda, nccl, turn, sends=False, is_closing=lambda: self._closed)
         self._unique_id = b""
         self._pulling = threading.Lock()  # one pull at a time: it has the turn
         try:
@@ -247,7 +250,7 @@ class NcclReader(tcp.TcpReader):
             made.pop_all()
             made.callback(reader.close)  # which closes its wire
             reader._prove_link()  # the first pull of nothing
-            reader._pull([()], _SETUP_TIMEOUT)
+            reader._pull([()], cls.setup_timeout_s)
             made.pop_all()
         return reader
 

@@ -37,7 +37,6 @@ from kv_transfer.transports.wires import STALL_TIMEOUT, ReceivingWire, SendingWi
 WINDOW_BYTES = 8 << 20  # under way at once on a link, or two slabs where those are larger
 _MAX_SLOTS = 1024  # of one Pull, which is a short message
 _TOKEN_BYTES = 16
-_OPEN_TIMEOUT = 5.0
 
 
 class TcpSource:
@@ -179,6 +178,8 @@ class TcpReader:
     """The asking end of one link."""
 
     remark = ""
+    open_timeout_s = 5.0
+    stall_timeout_s = STALL_TIMEOUT
 
     def __init__(self, link: str, token: bytes, target: Target, wire: ReceivingWire) -> None:
         self._link, self._token, self._target, self._wire = link, token, target, wire
@@ -202,7 +203,7 @@ class TcpReader:
         elif secret_key and encrypts:
             raise LinkLost("the source sends blocks in plain text, and this node encrypts them")
         else:
-            wire = ReceivingStream(host, port, token, _OPEN_TIMEOUT)
+            wire = ReceivingStream(host, port, token, cls.open_timeout_s)
         with contextlib.ExitStack() as made:
             made.callback(wire.close)
             reader = cls(link, token, target, wire)
@@ -215,10 +216,10 @@ class TcpReader:
         return reader
 
     def _prove_link(self) -> None:
-        self._pull([()], _OPEN_TIMEOUT)
+        self._pull([()], self.open_timeout_s)
 
     def pull(self, pieces: Sequence[Piece]) -> None:
-        self._pull(self._portions(pieces), STALL_TIMEOUT)
+        self._pull(self._portions(pieces), self.stall_timeout_s)
 
     def _portions(self, pieces: Sequence[Piece]) -> Iterator[tuple[Piece, ...]]:
         """Split the pieces into one portion for each Pull: whole slabs together, a tail alone."""

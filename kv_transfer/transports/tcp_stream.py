@@ -150,6 +150,7 @@ class SendingStream:
 class ReceivingStream:
     """The reader's end."""
 
+    stall_timeout_s = STALL_TIMEOUT
     request_bytes = REQUEST_BYTES
 
     def __init__(self, host: str, port: int, token: bytes, timeout: float) -> None:
@@ -171,7 +172,7 @@ class ReceivingStream:
             raise
 
     def send(self, message: bytes) -> None:
-        left, deadline = record(message), time.monotonic() + STALL_TIMEOUT
+        left, deadline = record(message), time.monotonic() + self.stall_timeout_s
         while left:
             try:
                 left = left[self._connection.send(left) :]
@@ -192,7 +193,7 @@ class ReceivingStream:
         return bytes(message[:length])
 
     def read_into(self, view: memoryview) -> None:
-        self._fill(view, STALL_TIMEOUT)
+        self._fill(view, self.stall_timeout_s)
 
     def _fill(self, into: memoryview, timeout: float) -> None:
         deadline = time.monotonic() + timeout

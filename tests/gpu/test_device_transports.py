@@ -19,9 +19,8 @@ import torch
 
 from common.errors import LinkLost, StaleBlock
 from common.kv_layout import KVLayout
-from kv_transfer import device_memory
 from kv_transfer.cuda_runtime import CudaRuntime
-from kv_transfer.device_memory import DevicePoolMemory
+from kv_transfer.device_memory import STAGED_BYTES, DevicePoolMemory
 from kv_transfer.nccl_library import NcclLibrary
 from kv_transfer.ports import Piece, Span
 from kv_transfer.transports.base import Target
@@ -107,8 +106,8 @@ def answer(process: subprocess.Popen[str], word: str) -> str:
 
 
 @contextlib.contextmanager
-def pool(blocks: int = BLOCKS) -> Iterator[DevicePoolMemory]:
-    memory = DevicePoolMemory(blocks, LAYOUT.slab_bytes, CudaRuntime())
+def pool(blocks: int = BLOCKS, staged_bytes: int = STAGED_BYTES) -> Iterator[DevicePoolMemory]:
+    memory = DevicePoolMemory(blocks, LAYOUT.slab_bytes, CudaRuntime(), staged_bytes)
     try:
         yield memory
     finally:
@@ -152,9 +151,8 @@ def in_host(memory: DevicePoolMemory, blocks: list[int]) -> list[bytes]:
     return [bytes(slab) for batch in memory.to_host(blocks) for slab in batch]
 
 
-def test_slabs_come_to_the_host_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device_memory, "STAGED_BYTES", 2 * LAYOUT.slab_bytes)
-    with pool(5) as memory:
+def test_slabs_come_to_the_host_some_at_a_time() -> None:
+    with pool(5, 2 * LAYOUT.slab_bytes) as memory:
         for block in range(5):
             memory.slabs[block] = block + 1
         torch.cuda.synchronize()

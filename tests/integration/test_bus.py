@@ -17,7 +17,7 @@ import zmq
 
 from common.errors import ConfigError, LinkLost, ResourceError
 from common.settings.config import BusSettings
-from common.wire.bus import Bus, Down, LinkEvent, Progress
+from common.wire.bus import INBOX, Bus, Down, LinkEvent, Progress
 from common.wire.codec import decode, encode
 from common.wire.message import HandoffKey
 from common.wire.messages import Abort, Beat, Cancel, Open, Over, Release
@@ -35,9 +35,9 @@ def a_message(text: str = "why") -> Abort:
 
 @asynccontextmanager
 async def buses(
-    *names: str, settings: BusSettings = CALM, progress: Progress = lambda: (0, False)
+    *names: str, settings: BusSettings = CALM, progress: Progress = lambda: (0, False), inbox: int = INBOX
 ) -> AsyncIterator[list[Bus]]:
-    made = [Bus(name, settings, progress=progress) for name in names]
+    made = [Bus(name, settings, progress=progress, inbox=inbox) for name in names]
     for bus in made:
         await bus.start()
     try:
@@ -319,9 +319,8 @@ async def test_our_own_stop_is_not_held_against_peers() -> None:
         assert a.peers() == {"b-1"}
 
 
-async def test_a_full_inbox_is_not_held_against_peers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("common.wire.bus.INBOX", 1)
-    async with buses("b-1", settings=FAST) as (b,), buses("a-1", settings=FAST) as (a,):
+async def test_a_full_inbox_is_not_held_against_peers() -> None:
+    async with buses("b-1", settings=FAST, inbox=1) as (b,), buses("a-1", settings=FAST) as (a,):
         a.connect("b-1", b.endpoint)
         for number in range(10):
             a.send("b-1", a_message(str(number)))

@@ -180,12 +180,12 @@ async def test_what_was_claimed_when_the_node_begins_to_end_reaches_its_role(
 async def test_an_entry_that_is_over_goes_however_long_redis_is_away(
     redis_client: RedisClient, redis_server: EmbeddedRedis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(common.node.entries, "REDIS_PAUSE_S", 0.01)
     client = RedisClient(RedisSettings(url=redis_server.url, timeout_s=0.1, retry_s=0.0))
     node = FakeNode(client)
     taken: list[Entry] = []
     monkeypatch.setattr(node, "accept", taken.append)
     async with taking(node, monkeypatch) as entries:
+        entries.redis_pause_s = 0.01
         deleting = asyncio.create_task(entries.delete())
         await Requests(redis_client).accept(a_dispatch(), "p-1")
         await wait_until(lambda: bool(taken), "it was taken")

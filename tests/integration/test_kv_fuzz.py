@@ -213,7 +213,7 @@ def test_a_reader_of_a_stream_ends_with_a_typed_error_whatever_a_source_sends(da
         socket.create_server(("127.0.0.1", 0)) as listener,
         pytest.MonkeyPatch.context() as patch,
     ):
-        patch.setattr(tcp_stream, "STALL_TIMEOUT", 0.01)
+        patch.setattr(tcp_stream.ReceivingStream, "stall_timeout_s", 0.01)
         server = threading.Thread(target=serve, daemon=True)
         server.start()
         try:

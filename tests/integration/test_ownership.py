@@ -6,18 +6,14 @@ Any sequence of pulls, deaths, drains, broken links and lost answers, on a real 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 
-import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-import common.store.queue
-import gateway.holders
-import gateway.whereabouts
 from common.errors import ServiceUnavailable
 from common.store.registry import Role
 from common.store.server import EmbeddedRedis
+from gateway.placement import DispatchLimits
 from tests.support.redis import redis_server
 from tests.support.scripted_nodes import World, answer
 
@@ -45,14 +41,8 @@ STEPS = (
 Step = tuple[str, int, int]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def impatient() -> Iterator[None]:
-    """What is done after a while is done at the next look."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gateway.whereabouts, "UNHEARD_S", 0.0)
-        patch.setattr(gateway.holders, "QUIET_S", 0.0)
-        patch.setattr(common.store.queue, "STRAYS_INTERVAL_S", 0.0)
-        yield
+# What is done after a while is done at the next look.
+IMPATIENT = DispatchLimits(max_attempts=1000, unheard_s=0.0, quiet_s=0.0)
 
 
 @settings(
@@ -76,7 +66,8 @@ def test_whatever_happens_every_accepted_request_ends_and_nothing_is_left(
 
 
 async def _play(url: str, roles: list[Role], steps: list[Step]) -> None:
-    async with World(url) as world:
+    async with World(url, limits=IMPATIENT) as world:
+        world.strays_interval_s = 0.0
         for role in 2 * roles:
             await world.start_node(role)
         await world.ask()

@@ -288,9 +288,7 @@ async def test_a_read_that_waits_ends_when_the_queue_is_stopped(redis_client: Re
     assert await queue.give_back("") == 1
 
 
-async def test_an_entry_that_a_late_read_has_delivered_is_found(
-    redis_client: RedisClient, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_an_entry_that_a_late_read_has_delivered_is_found(redis_client: RedisClient) -> None:
     """Redis serves a read whose client has given it up, after a later one of the same node."""
     queue = await a_queue(redis_client, "p-1")
     assert await queue.take(4) == []
@@ -298,7 +296,7 @@ async def test_an_entry_that_a_late_read_has_delivered_is_found(
     await redis_client.command(
         "XREADGROUP", "GROUP", "node", "p-1", "COUNT", 9, "STREAMS", redis_client.keys.stream("p-1"), ">"
     )
-    monkeypatch.setattr("common.store.queue.STRAYS_INTERVAL_S", 0.0)
+    queue.strays_interval_s = 0.0
     assert [entry.dispatch.request.id for entry in await queue.take(4)] == ["r-0"]
     assert await queue.take(4) == []
 

@@ -4,33 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import os
 import signal
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 import pytest
 
-import gateway.ledger
 from common.errors import ServiceUnavailable
 from common.store.client import RedisClient
 from common.store.queue import QueueLength, queue_lengths
 from common.store.requests import Load
 from common.store.server import EmbeddedRedis
+from gateway.placement import DispatchLimits
 from tests.support.redis import a_dispatch, redis_client, redis_server, wait_until
 from tests.support.scripted_nodes import GATEWAY, World, answer
 
 __all__ = ["redis_client", "redis_server"]
 
 # A stall of seconds is as one of minutes.
-IMPATIENT = {"timeout_s": 0.1, "retry_s": 0.05, "max_connections": 8}
+IMPATIENT: dict[str, Any] = {"timeout_s": 0.1, "retry_s": 0.05, "max_connections": 8}
+AUDITED = DispatchLimits(max_attempts=1000, audit_interval_s=0.0)  # at every look
 PAUSE_MS = 2000
-
-
-@pytest.fixture(autouse=True)
-def audits_at_every_look() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gateway.ledger, "AUDIT_INTERVAL_S", 0.0)
-        yield
 
 
 @contextlib.asynccontextmanager
@@ -74,7 +70,7 @@ Trouble = Callable[[EmbeddedRedis, RedisClient], contextlib.AbstractAsyncContext
 async def test_what_ends_while_redis_is_in_trouble_leaves_nothing_behind(
     redis_server: EmbeddedRedis, trouble: Trouble
 ) -> None:
-    async with World(redis_server.url, **IMPATIENT) as world:
+    async with World(redis_server.url, limits=AUDITED, **IMPATIENT) as world:
         nodes = [await world.start_node() for _ in range(2)]
         for _ in range(12):
             await world.ask()
@@ -100,7 +96,7 @@ async def test_what_ends_while_redis_is_in_trouble_leaves_nothing_behind(
 
 
 async def test_an_end_is_written_however_long_redis_is_away(redis_server: EmbeddedRedis) -> None:
-    async with World(redis_server.url, **IMPATIENT) as world:
+    async with World(redis_server.url, limits=AUDITED, **IMPATIENT) as world:
         (node,) = [await world.start_node()]
         await world.ask()
         await world.take(node)
@@ -113,11 +109,8 @@ async def test_an_end_is_written_however_long_redis_is_away(redis_server: Embedd
         assert await world.requests.loads([node.name]) == {node.name: Load()}
 
 
-async def test_no_request_is_taken_while_too_many_ends_are_unwritten(
-    redis_server: EmbeddedRedis, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("gateway.dispatch.ENDS_KEPT", 0.01)
-    async with World(redis_server.url, **IMPATIENT) as world:
+async def test_no_request_is_taken_while_too_many_ends_are_unwritten(redis_server: EmbeddedRedis) -> None:
+    async with World(redis_server.url, limits=dataclasses.replace(AUDITED, max_ends=3), **IMPATIENT) as world:
         await world.start_node()
         async with stopped(redis_server, world.client):
             (first,) = world.ask_at_once(1)
@@ -135,7 +128,7 @@ async def test_an_acceptance_that_redis_serves_too_late_is_found_and_ended(
     redis_server: EmbeddedRedis,
 ) -> None:
     """Its client had an error, its end found no record; then Redis read the command."""
-    async with World(redis_server.url) as world:
+    async with World(redis_server.url, limits=AUDITED) as world:
         node = await world.start_node()
         await world.requests.accept(a_dispatch("r-late", gateway=GATEWAY), node.name)
         await world.look()

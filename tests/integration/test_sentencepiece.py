@@ -28,8 +28,8 @@ SPECIAL = {
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache of the test's own."""
-    monkeypatch.setattr(conversion, "CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return Path(conversion.CACHE).expanduser()
 
 
 @pytest.fixture
@@ -69,6 +69,7 @@ def test_a_sentencepiece_model_is_converted_once(sentencepiece_folder: Path, cac
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(sentencepiece_folder: Path, cache: Path) -> None:
+    cache.parent.mkdir(parents=True)
     cache.write_text("no folder")
     assert describe_model(sentencepiece_folder).special_tokens["bos_token"] == "<s>"
 

@@ -24,7 +24,6 @@ from common.wire.messages import Proved, Pull, Slabs
 from kv_transfer.lease import Leases
 from kv_transfer.pool_memory import HostPoolMemory
 from kv_transfer.ports import Piece
-from kv_transfer.transports import tcp
 from kv_transfer.transports.base import Target
 from kv_transfer.transports.nccl import NcclReader, Turns
 from kv_transfer.transports.tcp import TcpReader, TcpSource, split_proof
@@ -68,7 +67,7 @@ def test_after_a_lost_pull_the_next_one_reads_no_slab_as_conversation(transport:
     """Two copies of one link: the second waits for the first one's lock (link.py has two threads).
     The source stands still, the first pull gives up, the source goes on. Nothing of what was on its
     way for the first may be heard by the second; here a slab says that it is the answer."""
-    with both_ends(transport) as end, pytest.MonkeyPatch.context() as patch:
+    with both_ends(transport) as end:
         for block in range(4):
             end.fill(block)
         reader = end.reader()
@@ -81,7 +80,7 @@ def test_after_a_lost_pull_the_next_one_reads_no_slab_as_conversation(transport:
         )
         end.leases.add(KEY, list(range(4)))
         pieces = [dataclasses.replace(end.piece(b, b), digest=b"") for b in range(4)]
-        patch.setattr(tcp, "STALL_TIMEOUT", 0.3)
+        reader.stall_timeout_s = 0.3
         with end.leases._lock, pytest.raises(LinkLost):  # the source stands still
             reader.pull(pieces[:2])
         assert reader._number == lost + 1
@@ -256,7 +255,7 @@ def test_a_proof_with_a_host_that_is_no_name_is_an_error_of_ours(scheme: str, ho
     target = Target(HostPoolMemory(1, LAYOUT.slab_bytes), LAYOUT)
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(tcp, "_OPEN_TIMEOUT", 0.5)
+            patch.setattr(TcpReader, "open_timeout_s", 0.5)
             with pytest.raises((LinkLost, MalformedMessage)):
                 TcpReader.open("link", bytes(16) + f"{scheme}://{host}:80".encode(), target)
     finally:

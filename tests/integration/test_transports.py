@@ -463,10 +463,8 @@ def test_a_proof_that_is_wrong_opens_nothing(transport: str) -> None:
 
 @contextlib.contextmanager
 def short_open_timeout() -> Iterator[None]:
-    from kv_transfer.transports import tcp
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tcp, "_OPEN_TIMEOUT", 0.2)
+        patch.setattr(TcpReader, "open_timeout_s", 0.2)
         yield
 
 
@@ -790,10 +788,11 @@ def test_nothing_that_is_staged_is_overwritten_before_it_has_left(transport: str
 
 
 def test_nccl_with_a_peer_that_never_comes_is_aborted() -> None:
-    from kv_transfer.transports import nccl
+    from kv_transfer.transports.nccl import Channel, NcclReader
 
     with both_ends("nccl") as end, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(nccl, "_SETUP_TIMEOUT", 0.2)
+        for kind in (Channel, NcclReader):
+            patch.setattr(kind, "setup_timeout_s", 0.2)
         patch.setattr(NCCL, "peer_comes", False)
         with pytest.raises(LinkLost, match="does not answer"):
             end.reader()

@@ -13,7 +13,6 @@ from collections.abc import AsyncIterator
 
 from common.model_files import model_revision
 from common.model_folder.description import describe_model
-from common.node import gateways
 from common.node.gateways import Gateways
 from common.node.token_stream import ChoiceKey
 from common.settings.config import RedisSettings
@@ -185,10 +184,10 @@ class MiniNode:
 
 
 async def _main(redis_url: str, beat_s: str, grace_s: str, pace_s: str) -> None:
-    gateways.GATEWAY_GRACE_S = float(grace_s)
     client = RedisClient(RedisSettings(url=redis_url))
     await client.open()
     node = MiniNode(client, beat_s=float(beat_s), pace_s=float(pace_s))
+    node._gateways.grace_s = float(grace_s)
     async with node.running():
         print(node.incarnation, flush=True)
         await asyncio.Event().wait()

@@ -95,7 +95,9 @@ class World:
 
     endpoint = "scripted://gateway"
 
-    def __init__(self, url: str, **settings: Any) -> None:
+    strays_interval_s = NodeQueue.strays_interval_s
+
+    def __init__(self, url: str, *, limits: DispatchLimits | None = None, **settings: Any) -> None:
         """`settings` are of the clients of gateway and nodes."""
         self._settings = RedisSettings(url=url, **settings)
         self._clients: list[LossyClient] = []
@@ -116,7 +118,7 @@ class World:
             directory=self,
             router=LeastLoadedRouter(PrefixIndex()),
             metrics=self.metrics,
-            limits=DispatchLimits(max_attempts=1000),
+            limits=limits or DispatchLimits(max_attempts=1000),
         )
 
     async def __aenter__(self) -> World:
@@ -143,6 +145,7 @@ class World:
         self._names += 1
         node = ScriptedNode(f"node-{self._names}", role, self._client())
         self._roles[node.name] = role
+        node.queue.strays_interval_s = self.strays_interval_s
         await node.queue.open()
         record = NodeRecord(node.name, node.name, role, NodeState.READY)
         await Registry(node.client).announce(record)

@@ -66,8 +66,8 @@ def node() -> Node:
 
 
 @pytest.fixture
-def no_grace(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("common.node.gateways.GATEWAY_GRACE_S", 0.0)
+def no_grace(node: Node) -> None:
+    node.gateways.grace_s = 0.0
 
 
 def test_what_is_asked_for_and_not_here_is_said_to_be_not_held(node: Node) -> None:

@@ -230,17 +230,17 @@ async def test_blocks_that_are_being_sealed_stay_where_they_are(
 
 
 async def test_without_a_grant_in_time_it_goes_on_before_the_offer_is_answered(
-    node: ScriptedNode, role: DecodeRole, monkeypatch: pytest.MonkeyPatch
+    node: ScriptedNode, role: DecodeRole
 ) -> None:
     expected = truth(node.engine)
-    monkeypatch.setattr(moves, "GRANT_S", 0.0)
+    role._moves.grant_s = 0.0
     await drained(node, role, "d1", "d2")
     await asyncio.sleep(0.001)  # the timer
     (offer,) = node.links.offers
     assert [cancelled.link for cancelled in node.links.cancelled] == [offer.key.link]
     await node.step(role)
     assert len(node.links.offers) == 1, "one conversation at a time"
-    monkeypatch.setattr(moves, "GRANT_S", 60.0)
+    role._moves.grant_s = 60.0
     node.links.tell(ended(offer.key.link.removeprefix("link-"), Outcome.CANCELLED))
     await node.opened()
     assert len(node.links.offers) == 2, "of the other node"

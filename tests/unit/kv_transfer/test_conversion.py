@@ -33,7 +33,6 @@ from kv_transfer.ports import (
     Send,
     TransferSettings,
 )
-from kv_transfer.transports import converting
 from kv_transfer.transports.base import Target
 from kv_transfer.transports.converting import ConvertingReader
 from kv_transfer.transports.shm import ShmReader, ShmSource
@@ -261,18 +260,15 @@ class Handover:
         self.say(commit)
 
 
-@pytest.fixture(autouse=True)
-def _few_scratch_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(converting, "SCRATCH_BYTES", 6 * layout(16).slab_bytes)
-
-
 @pytest.fixture
 def ends(request: pytest.FixtureRequest) -> Iterator[tuple[Sender, Receiver, ConvertingReader]]:
     theirs, ours = request.param
     chance = random.Random(theirs * 1000 + ours)
     sender, receiver = Sender(theirs, chance), Receiver(ours, chance)
     proof = sender.source.open_link("link")
-    reader = ConvertingReader.open(ShmReader.open, "link", proof, receiver.target, theirs)
+    reader = ConvertingReader.open(
+        ShmReader.open, "link", proof, receiver.target, theirs, 6 * layout(16).slab_bytes
+    )
     yield sender, receiver, reader
     reader.close()
     sender.source.close()

@@ -16,7 +16,6 @@ import torch
 
 from common.errors import LinkLost
 from common.kv_layout import KVLayout
-from kv_transfer import device_memory
 from kv_transfer.device_memory import DevicePoolMemory
 from kv_transfer.pool_memory import HostPoolMemory, PoolMemory
 from kv_transfer.ports import Span
@@ -52,7 +51,9 @@ def memory(request: pytest.FixtureRequest) -> Iterator[PoolMemory]:
     cuda = FakeCuda()
     on_host = request.param == "host"
     made: PoolMemory = (
-        HostPoolMemory(5, LAYOUT.slab_bytes) if on_host else DevicePoolMemory(5, LAYOUT.slab_bytes, cuda)
+        HostPoolMemory(5, LAYOUT.slab_bytes)
+        if on_host
+        else DevicePoolMemory(5, LAYOUT.slab_bytes, cuda, staged_bytes=2 * LAYOUT.slab_bytes)
     )
     made.slabs[:] = torch.arange(5 * LAYOUT.slab_bytes).view(5, -1).remainder(251)
     assert (made.cuda is None) == on_host
@@ -61,10 +62,7 @@ def memory(request: pytest.FixtureRequest) -> Iterator[PoolMemory]:
     assert cuda.left == 0
 
 
-def test_slabs_come_to_host_memory_in_the_order_asked_for(
-    memory: PoolMemory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(device_memory, "STAGED_BYTES", 2 * LAYOUT.slab_bytes)
+def test_slabs_come_to_host_memory_in_the_order_asked_for(memory: PoolMemory) -> None:
     blocks = [3, 0, 4, 4, 1]
     came = [bytes(slab) for batch in memory.to_host(blocks) for slab in batch]
     assert came == [bytes(memory.slabs[block].numpy()) for block in blocks]

@@ -295,14 +295,12 @@ async def test_a_node_that_is_known_to_be_lost_is_not_asked_again_for_every_prom
     node.links.tell(ended("d2", Outcome.ADOPTED))
 
 
-async def test_it_does_not_wait_for_long(
-    node: ScriptedNode, role: prefill.PrefillRole, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_it_does_not_wait_for_long(node: ScriptedNode, role: prefill.PrefillRole) -> None:
     role.accept(an_entry())
     await node.step(role)
     role.peers_changed()
     assert node.said == []
-    monkeypatch.setattr(prefill, "NO_DECODE_NODE_S", 0.0)
+    role.no_decode_node_s = 0.0
     role.peers_changed()
     (failed,) = node.said
     assert isinstance(failed, Failed)

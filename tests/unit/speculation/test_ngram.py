@@ -39,13 +39,11 @@ def test_it_finds_what_a_scan_finds_however_the_text_came(alphabet: int) -> None
             assert index.follow(text, text[: end + 1]) == scan(text[:end], text[: end + 1])
 
 
-def test_a_long_prompt_is_indexed_in_pieces_that_join(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ngram, "AT_ONCE", 7)
+def test_a_long_prompt_is_indexed_in_pieces_that_join() -> None:
     text = [random.Random(3).randrange(6) for _ in range(100)]
     pieces, whole = NGramIndex(), NGramIndex()
     for _ in range(100 // 7 + 1):
-        pieces.add(text, 99)
-    monkeypatch.setattr(ngram, "AT_ONCE", 1000)
+        pieces.add(text, 99, 7)
     whole.add(text, 99)
     assert pieces.follow(text, text) == whole.follow(text, text) == scan(text[:99], text)
 
