@@ -76,6 +76,8 @@ class Steps:
         self._under_way: deque[_UnderWay] = deque()  # submitted, the older first; two at most
         self._not_built: StepNotBuilt | None = None  # a step that was to follow the one under way
         self._times = times or StepTimes()
+        wanted = node.engine.settings.async_scheduling
+        self._plans_ahead = not node.engine.facts.on_host if wanted is None else wanted
 
     def wake(self) -> None:
         self._work.set()
@@ -123,10 +125,10 @@ class Steps:
         self._role.step_begins(first.step)
 
     async def _end_first(self) -> None:
-        """See the older of the steps under way to its end; meanwhile the next is planned."""
+        """See the step under way to its end; meanwhile the next is planned."""
         first, engine = self._under_way[0], self._engine
         try:
-            if len(self._under_way) == 1 and self._may_plan_ahead(first):
+            if self._plans_ahead and not first.alone and self._times.knows(first.step):
                 await asyncio.wait((first.result,), timeout=self._times.until_due(first.step))
                 if not first.result.done():
                     self._plan_ahead()
@@ -153,12 +155,6 @@ class Steps:
             if not engine.scheduler.is_open(request):
                 self.suspects.forget(request)
         self._room_changed()
-
-    def _may_plan_ahead(self, first: _UnderWay) -> bool:
-        wanted = self._engine.settings.async_scheduling
-        if wanted is None:
-            wanted = not self._engine.facts.on_host
-        return wanted and not first.alone and self._times.knows(first.step)
 
     def _plan_ahead(self) -> None:
         """Submit the step that follows the one under way, of what does not depend on how that ends; none

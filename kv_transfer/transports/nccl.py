@@ -288,7 +288,7 @@ class NcclReader(tcp.TcpReader):
             for piece in pieces
             for offset, length in target.ranges(piece)
         ]
-        deadline = time.monotonic() + STALL_TIMEOUT
+        deadline = time.monotonic() + self.stall_timeout_s
         try:
             self._channel.begin(ranges)
             while not self._channel.is_done():

@@ -28,7 +28,7 @@ from common.errors import ConfigError, LinkLost, MalformedMessage, PdqError, Sta
 from kv_transfer.pool_memory import PoolMemory
 from kv_transfer.ports import Piece
 from kv_transfer.transports.base import Target
-from kv_transfer.transports.wires import STALL_TIMEOUT
+from kv_transfer.transports.wires import OPEN_TIMEOUT, STALL_TIMEOUT
 
 _MAGIC = b"pdqnixl1"
 # magic, nonce, where it lies, blocks, bytes of a slab, where generations and slabs lie, device
@@ -36,7 +36,6 @@ _PROOF = struct.Struct("<8s16sQQQQQi")
 _NONCE_BYTES = 16
 _SUM_BYTES = 16  # of a proof, at its end: NIXL's own reader of its metadata crashes on damage
 _BATCH = 64  # pieces in one transfer at most: what the generations' buffer holds
-_OPEN_TIMEOUT = 5.0
 _SPIN = 0.0005  # seconds of asking without a pause: what a small transfer takes
 
 Ranges = list[tuple[int, int]]  # address, length
@@ -197,7 +196,7 @@ class NixlReader:
             with reader._lock:
                 here = reader._own.ctypes.data
                 reader._read(
-                    [(here, _NONCE_BYTES)], [(reader._nonce_at, _NONCE_BYTES)], "DRAM", "DRAM", _OPEN_TIMEOUT
+                    [(here, _NONCE_BYTES)], [(reader._nonce_at, _NONCE_BYTES)], "DRAM", "DRAM", OPEN_TIMEOUT
                 )
             if reader._own[:_NONCE_BYTES].tobytes() != reader._nonce:
                 raise LinkLost("the memory at the other end is another process's")

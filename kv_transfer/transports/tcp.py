@@ -32,7 +32,7 @@ from kv_transfer.transports.base import Target
 from kv_transfer.transports.seam import guarded
 from kv_transfer.transports.tcp_frames import ReceivingFrames, SendingFrames
 from kv_transfer.transports.tcp_stream import ReceivingStream, SendingStream
-from kv_transfer.transports.wires import STALL_TIMEOUT, ReceivingWire, SendingWire
+from kv_transfer.transports.wires import OPEN_TIMEOUT, STALL_TIMEOUT, ReceivingWire, SendingWire
 
 WINDOW_BYTES = 8 << 20  # under way at once on a link, or two slabs where those are larger
 _MAX_SLOTS = 1024  # of one Pull, which is a short message
@@ -178,7 +178,7 @@ class TcpReader:
     """The asking end of one link."""
 
     remark = ""
-    open_timeout_s = 5.0
+    open_timeout_s = OPEN_TIMEOUT
     stall_timeout_s = STALL_TIMEOUT
 
     def __init__(self, link: str, token: bytes, target: Target, wire: ReceivingWire) -> None:

@@ -14,6 +14,7 @@ from typing import Protocol
 
 MAX_PULL_BYTES = 1 << 16  # of one message to a source
 LOOK_S = 0.05  # the longest wait in a call until it is looked whether the link goes on
+OPEN_TIMEOUT = 5.0  # for the other end of a new link to answer
 STALL_TIMEOUT = 20.0  # a transport that receives nothing for so long loses its link
 
 

@@ -310,12 +310,12 @@ class EngineCore:
             accepted[sequence.sequence_id] = tokens[start : start + count]
             first[sequence.sequence_id] = start
         deliveries = self.scheduler.postprocess(step, accepted)
-        for delivery in deliveries:
-            if delivery.sequence.status is not SequenceStatus.RUNNING:
-                self._slots.give_back(delivery.sequence)
-            if self.proposer is not None and delivery.sequence.status is SequenceStatus.FINISHED:
-                self.proposer.ended(delivery.sequence)
         outputs += [self._output(d, sampled, first[d.sequence.sequence_id]) for d in deliveries]
+        for sequence in [delivery.sequence for delivery in deliveries]:
+            if sequence.status is SequenceStatus.FINISHED:
+                self._forget(sequence)
+            elif sequence.status is not SequenceStatus.RUNNING:
+                self._slots.give_back(sequence)
         return outputs
 
     def _output(self, delivery: Delivery, sampled: SampleOutput, start: int) -> StepOutput:

@@ -57,11 +57,6 @@ class OpenSequences:
         return len(self._paused)
 
     @property
-    def is_stepping(self) -> bool:
-        """Whether a step is under way."""
-        return bool(self._steps)
-
-    @property
     def has_work(self) -> bool:
         return bool(self._running or self._waiting)
 

@@ -249,7 +249,9 @@ class Scheduler(OpenSequences):
         for index in decoding:
             drafted = 0
             if running[index].draft_token_ids:
-                drafted = min(running[index].max_drafted, spare - reserve)
+                sequence = running[index]
+                wanted = min(len(sequence.draft_token_ids), sequence.room_for_drafts)
+                drafted = min(wanted, spare - reserve)
                 spare -= drafted
             plan[index] = (1, drafted)
         if reserve:

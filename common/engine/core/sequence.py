@@ -103,9 +103,9 @@ class Sequence:
         return (border if position < border else self.num_known) - position
 
     @property
-    def max_drafted(self) -> int:
-        """How many of its drafts can be of use: one more token is always sampled after them."""
-        return min(len(self.draft_token_ids), self.length_limit - len(self.token_ids) - 1)
+    def room_for_drafts(self) -> int:
+        """How many drafts can be of use: one more token is always sampled after them."""
+        return self.length_limit - len(self.token_ids) - 1
 
     def move_to(self, status: SequenceStatus) -> None:
         assert status in TRANSITIONS[self.status], f"{self.status} to {status}"

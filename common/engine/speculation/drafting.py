@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from common.engine.core.step import Step
 
 MOST_SURE = 0.995  # of a draft: nobody knows more
-PRIOR_MEMORY = 0.99
 
 
 class DraftSource(Protocol):
@@ -43,18 +42,19 @@ class Drafting:
         self.source, self.most, self.name = source, most, source.name
         self.counts = DraftCounts(accepted_at=[0] * most)
         self._costs = costs or StepCosts()
-        self._prior = Acceptance()  # of all sequences, slowly
+        self._prior = Acceptance()  # of the drafts of all sequences
         self._acceptance: dict[int, Acceptance] = {}  # by sequence id
 
     def propose(self, sequences: AnySequence[Sequence]) -> None:
         drafts: list[tuple[Sequence, list[int]]] = []
         for sequence in sequences:
-            room = sequence.length_limit - len(sequence.token_ids) - 1
+            room = sequence.room_for_drafts
             sequence.draft_token_ids = []
             if room > 0 and sequence.speculates:
                 drafts.append((sequence, self.source.draft(sequence, min(self.most, room))))
         prior = self._prior.rate(self.source.prior)
-        rates = [min(MOST_SURE, self._of(sequence).rate(prior)) for sequence, _ in drafts]
+        known = [self._acceptance.setdefault(s.sequence_id, Acceptance()) for s, _ in drafts]
+        rates = [min(MOST_SURE, acceptance.rate(prior)) for acceptance in known]
         lengths = choose_lengths(
             self._costs, rates, [len(draft) for _, draft in drafts], len(sequences) - len(drafts)
         )
@@ -67,8 +67,9 @@ class Drafting:
             accepted = max(0, count - 1)
             if chunk.is_prompt or not chunk.sequence.speculates:
                 continue
-            if chunk.sequence.sequence_id in self._acceptance:  # it has not been aborted
-                self._of(chunk.sequence).observe(chunk.num_drafted, accepted)
+            acceptance = self._acceptance.get(chunk.sequence.sequence_id)
+            if acceptance is not None:  # it has not been aborted
+                acceptance.observe(chunk.num_drafted, accepted)
             tokens += count
             if chunk.num_drafted:
                 self._prior.observe(chunk.num_drafted, accepted)
@@ -88,9 +89,3 @@ class Drafting:
     def ended(self, sequence: Sequence) -> None:
         self._acceptance.pop(sequence.sequence_id, None)
         self.source.ended(sequence)
-
-    def _of(self, sequence: Sequence) -> Acceptance:
-        found = self._acceptance.get(sequence.sequence_id)
-        if found is None:
-            found = self._acceptance[sequence.sequence_id] = Acceptance()
-        return found
