@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 
 from common.engine.core.step import Step
-from common.engine.speculation import HostProposer
+from common.engine.speculation import GuardedProposer
 from common.metrics import Metrics
 from common.node.entries import Entries
 from common.node.ports import NodeRole, NodeServices
@@ -88,7 +88,7 @@ def _of_the_engine(metrics: Metrics, node: NodeServices) -> None:
     reads("pdq_evicted_blocks_total", "Cached blocks that made way", lambda: pool.num_evictions)
 
 
-def _of_speculation(metrics: Metrics, proposer: HostProposer | None) -> None:
+def _of_speculation(metrics: Metrics, proposer: GuardedProposer | None) -> None:
     if proposer is None:
         return
     reads, counts, label = metrics.reads, proposer.counts, (proposer.name,)
@@ -102,6 +102,8 @@ def _of_speculation(metrics: Metrics, proposer: HostProposer | None) -> None:
     read(
         "saved_seconds", "Engine time that drafts saved, estimated; below zero: cost", lambda: counts.saved_s
     )
+    failures = proposer.failures
+    read("failures_total", "Errors of the proposer, which cost drafts only", lambda: failures.count)
     reads(
         "pdq_spec_decode_num_accepted_tokens_per_pos_total",
         "Tokens that were right, by their place in the draft",

@@ -117,7 +117,9 @@ class EngineSettings:
     speculative: Literal["off", "ngram"] = setting(
         "off", "what drafts tokens that the model verifies, several in a step; the output is the same"
     )
-    num_speculative_tokens: int = setting(8, "tokens drafted for a sequence in a step at most", at_least=1)
+    num_speculative_tokens: int | None = setting(
+        None, "tokens drafted for a sequence in a step at most (none: 8)", at_least=1, at_most=64
+    )
     enable_prefix_caching: bool = setting(True, "reuse the blocks of equal prefixes")
     kv_digests: bool = setting(True, "check every block that is handed over against its digest")
     threads: int | None = setting(None, "compute threads (none: one per core of ours)", at_least=1)
@@ -129,6 +131,23 @@ class EngineSettings:
                 "num_kv_blocks and kv_cache_memory_bytes both give the pool's size; use one",
                 param="num_kv_blocks",
             )
+        if self.speculative == "off":
+            if self.num_speculative_tokens is not None:
+                raise ConfigError(
+                    "num_speculative_tokens says how many tokens are drafted, but speculative is off",
+                    param="num_speculative_tokens",
+                )
+        elif self.most_drafted >= self.max_num_batched_tokens:
+            raise ConfigError(
+                f"num_speculative_tokens ({self.most_drafted}) and the token that follows them do not fit "
+                f"into a step of max_num_batched_tokens ({self.max_num_batched_tokens})",
+                param="num_speculative_tokens",
+            )
+
+    @property
+    def most_drafted(self) -> int:
+        """Tokens drafted for a sequence in a step."""
+        return 8 if self.num_speculative_tokens is None else self.num_speculative_tokens
 
 
 @dataclasses.dataclass(frozen=True)

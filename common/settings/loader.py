@@ -48,6 +48,7 @@ def setting(
     aliases: tuple[str, ...] = (),
     parse: Callable[[str], Any] | None = None,
     at_least: float | None = None,
+    at_most: float | None = None,
 ) -> Any:
     """A field of a settings class. `flag` replaces the flag's name (without dashes in front),
     `aliases` are further names of it; `secret` may be a function that says of a text whether it
@@ -59,6 +60,7 @@ def setting(
         "aliases": aliases,
         "parse": parse,
         "at_least": at_least,
+        "at_most": at_most,
     }
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -139,6 +141,9 @@ class _Leaf:
         least = self.field.metadata.get("at_least")
         if least is not None and value is not None and value < least:
             raise ConfigError(f"{source} must be at least {least}, not {value}", param=source)
+        most = self.field.metadata.get("at_most")
+        if most is not None and value is not None and value > most:
+            raise ConfigError(f"{source} must be at most {most}, not {value}", param=source)
         return value
 
 

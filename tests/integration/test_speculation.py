@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -45,13 +46,12 @@ ALL = {
 class NoCosts(StepCosts):
     """A row more costs nothing, so that all that is drafted is verified, however long steps take."""
 
-    def took(self, rows: int, seconds: float) -> None: ...
+    def took(self, rows: int, seconds: float) -> bool:
+        return False
 
 
 def ngram_engine(most: int = 8, **settings: Any) -> Engine:
-    engine = poisoned_engine(**settings)
-    engine.proposer = Drafting(NGramSource(), most, NoCosts())
-    return engine
+    return poisoned_engine(Drafting(NGramSource(), most, NoCosts()), **settings)
 
 
 def outputs(engine: Engine, **fields: Any) -> dict[tuple[str, int], list[Any]]:
@@ -81,8 +81,9 @@ def plain() -> dict[tuple[str, int], list[Any]]:
 
 
 def drafting(engine: Engine) -> Drafting:
-    assert isinstance(engine.proposer, Drafting)
-    return engine.proposer
+    assert engine.proposer is not None
+    assert isinstance(engine.proposer.inner, Drafting)
+    return engine.proposer.inner
 
 
 @pytest.mark.parametrize(
@@ -125,13 +126,12 @@ def test_a_prediction_is_followed_as_far_as_it_is_right() -> None:
         "r", ModelIdentity.of(engine.fingerprint), tuple(prompt), len(prompt), BASE, prediction=prediction
     )
     engine.add("r", request)
-    tokens: list[int] = []
-    steps = 0
+    parts: list[tuple[int, ...]] = []
     while engine.has_work:
-        tokens += [token for output in engine.step() for token in output.token_ids]
-        steps += 1
-    assert tuple(tokens) == whole.token_ids
-    assert steps < len(tokens) / 2
+        parts += [output.token_ids for output in engine.step()]
+    assert tuple(itertools.chain(*parts)) == whole.token_ids
+    assert len(parts) < len(whole.token_ids) / 2
+    assert len(parts[0]) == 1 < len(parts[1]), "from the second token on"
 
 
 def test_a_request_may_ask_for_none(plain: dict[tuple[str, int], list[Any]]) -> None:
@@ -168,4 +168,67 @@ def test_what_a_device_guesses_is_dropped_where_a_step_under_way_gives_a_newer_t
     engine.steps_ahead = steps_ahead
     (reply,) = engine.generate([REPETITIVE], params)
     assert reply.token_ids == (20,) * params.max_tokens
+    engine.check_idle()
+
+
+class Failing(Drafting):
+    """Raises in one of its methods, each time, or drafts what is no token."""
+
+    def __init__(self, fault: str) -> None:
+        super().__init__(NGramSource(), 8, NoCosts())
+        self._fault = fault
+
+    def propose(self, sequences: Sequence[Any]) -> None:
+        super().propose(sequences)
+        bad = {"below": [-1], "beyond": [512], "nothing": [None], "fraction": [20.0], "no list": None}
+        for sequence in sequences:
+            if self._fault in bad:
+                sequence.draft_token_ids = bad[self._fault]
+        self._fail("propose")
+
+    def observe(self, *arguments: Any) -> None:
+        self._fail("observe")
+        super().observe(*arguments)
+
+    def ended(self, sequence: Any) -> None:
+        super().ended(sequence)
+        self._fail("ended")
+
+    def _fail(self, where: str) -> None:
+        if where == self._fault:
+            raise RuntimeError(f"{where} is broken")
+
+
+@pytest.mark.parametrize(
+    "fault", ["propose", "observe", "ended", "below", "beyond", "nothing", "fraction", "no list"]
+)
+def test_a_proposer_that_fails_costs_drafts_only_and_is_off_after_some_times(
+    plain: dict[tuple[str, int], list[Any]], fault: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = poisoned_engine(Failing(fault))
+    assert outputs(engine) == plain
+    assert engine.proposer is not None
+    assert not engine.proposer.is_on
+    drafted = engine.proposer.counts.drafted
+    assert outputs(engine) == plain, "and so does one that is off"
+    assert engine.proposer.counts.drafted == drafted
+    lines = [record for record in caplog.records if record.name == "pdq.speculation"]
+    assert [line.getMessage() for line in lines] == ["proposer.failed", "proposer.off"]
+    assert [line.exc_info is not None for line in lines] == [True, False]
+
+
+def test_an_engine_whose_proposer_is_off_plans_ahead_again() -> None:
+    engine = poisoned_engine(Failing("propose"))
+    engine.add_prompt("r", REPETITIVE, BASE)
+    engine.step()
+    assert engine.proposer is not None
+    while engine.proposer.is_on:
+        first = engine.plan()
+        assert first is not None
+        ahead = engine.plan()
+        assert (ahead is None) == engine.proposer.is_on
+        engine.commit(first, engine.runner.submit(first.input).result())
+    assert ahead is not None
+    engine.commit(ahead, engine.runner.submit(ahead.input).result())
+    engine.abort("r")
     engine.check_idle()

@@ -13,7 +13,7 @@ from common.engine import Engine, SamplingParams
 from common.engine.devices.kv_cache import KVCache
 from common.engine.devices.rows import Rows
 from common.engine.runner.model_runner import ModelRunner, Storage
-from common.engine.speculation import DeviceProposer
+from common.engine.speculation import DeviceProposer, HostProposer
 from common.settings.config import EngineSettings
 from tests.support.checkpoints import STORIES
 
@@ -51,7 +51,7 @@ def prompt_logits(engine: Engine, token_ids: list[int]) -> Tensor:
     return logits
 
 
-def poisoned_engine(**settings: Any) -> Engine:
+def poisoned_engine(host_proposer: HostProposer | None = None, **settings: Any) -> Engine:
     """The stories model in float32, with NaN in every block that nobody holds."""
     fields: dict[str, Any] = {
         "model": str(STORIES),
@@ -61,7 +61,7 @@ def poisoned_engine(**settings: Any) -> Engine:
         "max_num_seqs": 8,
         "max_num_batched_tokens": 256,
     }
-    return with_poison(EngineSettings(**(fields | settings)))
+    return with_poison(EngineSettings(**(fields | settings)), host_proposer=host_proposer)
 
 
 def with_poison(
@@ -70,6 +70,7 @@ def with_poison(
     storage: Storage | None = None,
     on_free: Callable[[Sequence[int]], None] | None = None,
     proposer: DeviceProposer | None = None,
+    host_proposer: HostProposer | None = None,
 ) -> Engine:
     """An engine that computes in the thread that calls it, with NaN in every block that nobody holds;
     `on_free` hears of those first."""
@@ -81,4 +82,4 @@ def with_poison(
             on_free(block_ids)
         runner.cache.poison(block_ids)
 
-    return Engine(settings, runner, on_free=freed)
+    return Engine(settings, runner, proposer=host_proposer, on_free=freed)

@@ -77,6 +77,21 @@ def test_nested_trees_have_their_prefix_and_the_engine_has_none() -> None:
         (["--kv-cache-memory-bytes", "2 parsecs"], {}, "--kv-cache-memory-bytes"),
         ([], {"PDQ_ENABLE_PREFIX_CACHING": "maybe"}, "true or false"),
         (["--num-kv-blocks=1", "--kv-cache-memory-bytes=1"], {}, "both give the pool's size"),
+        (["--num-speculative-tokens", "4"], {}, "speculative is off"),
+        ([], {"PDQ_NUM_SPECULATIVE_TOKENS": "4"}, "speculative is off"),
+        (["--speculative", "guess"], {}, "--speculative must be one of off, ngram"),
+        (
+            ["--speculative=ngram", "--num-speculative-tokens=65"],
+            {},
+            "--num-speculative-tokens must be at most 64, not 65",
+        ),
+        (["--speculative=ngram", "--num-speculative-tokens=0"], {}, "must be at least 1"),
+        (
+            ["--speculative=ngram", "--num-speculative-tokens=20", "--max-num-batched-tokens=20"],
+            {},
+            "num_speculative_tokens (20) and the token that follows them do not fit into a step of "
+            "max_num_batched_tokens (20)",
+        ),
         (["--bus-host", "0.0.0.0"], {}, "only loopback"),
         ([], {"PDQ_BUS_SECRET_KEY": "short"}, "40 characters"),
         ([], {"PDQ_CORES": ","}, "PDQ_CORES must be a list"),

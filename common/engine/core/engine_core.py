@@ -25,7 +25,7 @@ from common.engine.core.step import Chunk, Delivery, Step
 from common.engine.core.step_input import step_input
 from common.engine.interface import MAX_CHOICES, EngineFacts, StepResult, num_sampler_slots
 from common.engine.sampling.records import RowFault, SampleOutput, TokenLogprob
-from common.engine.speculation import HostProposer
+from common.engine.speculation import GuardedProposer, HostProposer
 from common.errors import InvalidRequest, NotFiniteLogits, TokenOutOfRange
 from common.identity import ModelIdentity
 from common.kv_layout import Fingerprint, KVLayout
@@ -71,7 +71,7 @@ class EngineCore:
             max_num_batched_tokens=settings.max_num_batched_tokens,
             max_model_len=facts.max_model_len,
         )
-        self.proposer = proposer
+        self.proposer = None if proposer is None else GuardedProposer(proposer, facts.vocab_size)
         self.num_steps = 0
         self._slots = SequenceSlots(num_sampler_slots(settings))
         self._children: dict[int, list[Sequence]] = {}  # parent's id → choices that wait for it
@@ -193,6 +193,10 @@ class EngineCore:
     def has_work(self) -> bool:
         return self.scheduler.has_work
 
+    @property
+    def _drafts(self) -> bool:
+        return self.proposer is not None and self.proposer.is_on
+
     def check_idle(self) -> None:
         """Prove that nothing is held while nothing runs; raises AssertionError."""
         self.scheduler.check()
@@ -218,7 +222,7 @@ class EngineCore:
         before = self._steps[-1] if self._steps else None
         if before is None:
             self._must_settle = False
-        elif self._must_settle or self.proposer is not None or before.has_drafts:
+        elif self._must_settle or self._drafts or before.has_drafts:
             return None  # guesses are made from the newest token, and half a batch costs as much as one
         if self.proposer is not None:
             running = self.scheduler.running

@@ -11,4 +11,4 @@ from common.settings.config import EngineSettings
 def make_proposer(settings: EngineSettings) -> HostProposer | None:
     if settings.speculative == "off":
         return None
-    return Drafting(NGramSource(), settings.num_speculative_tokens)
+    return Drafting(NGramSource(), settings.most_drafted)

@@ -81,8 +81,7 @@ class Drafting:
         if step.num_prompt_tokens or not step.num_generated_tokens:
             return
         rows, chunks = step.num_generated_tokens, step.num_generated_chunks
-        self._costs.took(rows, seconds)
-        if step.has_drafts:
+        if self._costs.took(rows, seconds) and step.has_drafts:
             plain, drafted = self._costs.of(np.array([chunks, rows])).tolist()
             counts.saved_s += seconds * (plain / drafted * tokens / chunks - 1)
 

@@ -13,6 +13,7 @@ same from one row to sixteen and twice as much at seventeen.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as AnySequence
 
 import numpy as np
@@ -23,6 +24,9 @@ GROWTH = 0.1  # exponent: sizes that were never computed are taken to cost littl
 SCALE_WEIGHT = 0.3  # of the newest step in the level of all costs, which moves with the length of contexts
 SHAPE_WEIGHT = 0.3  # of the newest step in what its size costs beside others
 FADING = 0.9998  # of a size's cost with each smaller step: one that was slow once is tried again
+
+OUTLIER = 10.0  # times more or less than expected: says nothing of a size
+MANY_OUTLIERS = 3  # in succession
 
 MARGIN = 0.03  # drafts have to promise so much more, for estimates are not exact
 PRIOR_WEIGHT = 2.0  # drafts that a prior counts as
@@ -36,18 +40,40 @@ class StepCosts:
     def __init__(self) -> None:
         self._shape = np.zeros(len(SIZES))  # relative cost of each size; 0: never computed
         self._scale = 0.0
+        self._outliers = 0  # in succession
 
-    def took(self, rows: int, seconds: float) -> None:
+    def took(self, rows: int, seconds: float) -> bool:
+        """Learn from a step; not from a clock that says what cannot be, nor from a step that took far more
+        or less than any other, unless several in succession do. Whether it was believed."""
+        if rows < 1 or not 0 < seconds < math.inf:
+            return False
         at = min(int(np.searchsorted(SIZES, rows)), len(SIZES) - 1)
         if not self._scale:
             self._scale, self._shape[at] = seconds, 1.0
-            return
+            return True
+        least, most = self._expected(at)
+        cost = seconds / self._scale
+        if not least / OUTLIER <= cost <= most * OUTLIER:
+            self._outliers += 1
+            if self._outliers < MANY_OUTLIERS:
+                return False
+            self._scale = seconds / min(max(cost, least), most)  # so much has changed for all sizes
+        self._outliers = 0
         if not self._shape[at]:
             self._shape[at] = seconds / self._scale
-            return
+            return True
         self._scale += SCALE_WEIGHT * (seconds / self._shape[at] - self._scale)
         self._shape[at] += SHAPE_WEIGHT * (seconds / self._scale - self._shape[at])
         self._shape[at + 1 :] *= FADING
+        return True
+
+    def _expected(self, at: int) -> tuple[float, float]:
+        """Between what a size may cost: what it did, or by the nearest that is known, at most as many times
+        more or less as it has more or fewer rows."""
+        known = np.flatnonzero(self._shape)
+        near = known[np.argmin(np.abs(known - at))]
+        cost, ratio = float(self._shape[near]), float(SIZES[at] / SIZES[near])
+        return cost * min(1.0, ratio), cost * max(1.0, ratio)
 
     def of(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:
         """What steps of so many rows cost, `[len(rows)]`, in a unit of their own; never less for more

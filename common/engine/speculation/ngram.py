@@ -78,10 +78,11 @@ class NGramSource:
         if prediction:
             index = self._predictions.setdefault(sequence.sequence_id, NGramIndex())
             index.add(prediction, len(prediction) - 1, share)
-            at = index.follow(prediction, tokens[sequence.prompt_len :])
-            if at is None and not sequence.num_generated:
-                at = 0
-            if at is not None:
+            reply = tokens[sequence.prompt_len :]
+            at = index.follow(prediction, reply)
+            if len(reply) < SIZES[-1] and reply == prediction[: len(reply)]:  # too short to be looked up
+                at = len(reply)
+            if at is not None and at < len(prediction):
                 return prediction[at : at + count]
         at = text.follow(tokens, tokens)
         if at is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 
@@ -91,6 +92,38 @@ def test_a_size_that_was_slow_once_is_tried_again() -> None:
         (length,) = choose_lengths(costs, [0.9], [7], 0)
         costs.took(1 + length, 20.0)
     assert choose_lengths(costs, [0.9], [7], 0) == [7]
+
+
+@pytest.mark.parametrize("seconds", [math.nan, math.inf, -math.inf, -1.0, 0.0, 1e300, 1e-300])
+@pytest.mark.parametrize("rows", [0, 1, 8, 24])
+@pytest.mark.parametrize("before", [0, 50])
+def test_a_step_that_took_what_cannot_be_does_not_turn_drafts_off(
+    seconds: float, rows: int, before: int
+) -> None:
+    """A process that was stopped, or a clock or a runner that is wrong, once."""
+
+    def steps(costs: StepCosts, count: int) -> list[int]:
+        lengths = []
+        for _ in range(count):
+            (length,) = choose_lengths(costs, [0.9], [7], 0)
+            costs.took(1 + length, 20.0)
+            lengths.append(length)
+        return lengths
+
+    costs = StepCosts()
+    steps(costs, before)
+    costs.took(rows, seconds)
+    assert np.mean(steps(costs, 30)[10:]) > 4
+
+
+def test_a_machine_that_becomes_a_hundred_times_slower_is_believed_after_a_few_steps() -> None:
+    costs = StepCosts()
+    for level in (1.0, 100.0, 1.0):
+        for _ in range(50):
+            costs.took(1, 20.0 * level)
+            costs.took(8, 60.0 * level)
+        one, eight = costs.of(np.array([1, 8]))
+        assert 2.8 < eight / one < 3.2
 
 
 def test_longer_contexts_make_all_sizes_dearer_alike() -> None:

@@ -70,13 +70,20 @@ def test_what_the_client_predicts_goes_before_what_was_said() -> None:
     prompt = [10, 11, 99, 98, 97]
     source = NGramSource()
     sequence = a_sequence(prompt, prediction=prediction)
-    assert source.draft(sequence, 3) == [10, 11, 12], "before its first token, from the beginning"
-    sequence.token_ids += [10, 11]
+    sequence.token_ids += [10]
+    assert source.draft(sequence, 3) == [11, 12, 13], "decoding begins after the first token"
+    sequence.token_ids += [11]
     assert source.draft(sequence, 3) == [12, 13, 14]
     sequence.token_ids += [77]
     assert source.draft(sequence, 3) == [], "it went another way"
     sequence.token_ids += [13, 14]
     assert source.draft(sequence, 3) == [15], "and is back"
+
+
+def test_a_prediction_that_begins_otherwise_says_nothing_of_the_second_token() -> None:
+    source = NGramSource()
+    assert source.draft(a_sequence([1, 2, 3, 40], prompt_len=3, prediction=[41, 40, 42, 43]), 3) == []
+    assert source.draft(a_sequence([1, 2, 3, 40], prompt_len=3, prediction=[40]), 3) == []
 
 
 def test_nothing_is_kept_of_a_sequence_that_has_ended() -> None:

@@ -1,0 +1,88 @@
+"""A proposer whose errors cost drafts, never a request.
+
+Owns the count of its failures, and when they are so many that it is asked no more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from collections.abc import Sequence as AnySequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.engine.speculation.base import DraftCounts, HostProposer
+from common.logs import get_logger
+
+if TYPE_CHECKING:
+    from common.engine.core.sequence import Sequence
+    from common.engine.core.step import Step
+
+log = get_logger("speculation")
+
+MOST_FAILURES = 10  # of a proposer in an engine's life, after which it is off
+
+
+class Failures:
+    """Of one proposer. The first is logged with its traceback, the last with the word that it is off."""
+
+    def __init__(self, proposer: str) -> None:
+        self.count = 0
+        self._proposer = proposer
+
+    @property
+    def too_many(self) -> bool:
+        return self.count >= MOST_FAILURES
+
+    @contextmanager
+    def borne(self, during: str) -> Iterator[None]:
+        """Count and swallow what is raised inside."""
+        try:
+            yield
+        except Exception as error:
+            self.count += 1
+            if self.count == 1:
+                log.error("proposer.failed", proposer=self._proposer, during=during, exc_info=error)
+            if self.count == MOST_FAILURES:
+                log.error("proposer.off", proposer=self._proposer, failures=self.count, error=repr(error))
+
+
+class GuardedProposer:
+    """Implements `HostProposer` by another one, `inner`."""
+
+    def __init__(self, inner: HostProposer, vocab_size: int) -> None:
+        self.inner, self.name = inner, inner.name
+        self.failures = Failures(inner.name)
+        self._vocab_size = vocab_size
+
+    @property
+    def counts(self) -> DraftCounts:
+        return self.inner.counts
+
+    @property
+    def is_on(self) -> bool:
+        return not self.failures.too_many
+
+    def propose(self, sequences: AnySequence[Sequence]) -> None:
+        """No drafts where it fails, or where a draft is no token: it would fail the step of everybody."""
+        if not self.is_on:
+            return
+        with self.failures.borne("propose"):
+            self.inner.propose(sequences)
+            for token in (token for sequence in sequences for token in sequence.draft_token_ids):
+                if type(token) is not int or not 0 <= token < self._vocab_size:
+                    raise ValueError(f"{token!r} was drafted, and tokens are in [0, {self._vocab_size})")
+            return
+        for sequence in sequences:
+            sequence.draft_token_ids = []
+
+    def observe(self, step: Step, kept: NDArray[np.int64], seconds: float) -> None:
+        if self.is_on:
+            with self.failures.borne("observe"):
+                self.inner.observe(step, kept, seconds)
+
+    def ended(self, sequence: Sequence) -> None:
+        with self.failures.borne("ended"):
+            self.inner.ended(sequence)
