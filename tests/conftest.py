@@ -22,6 +22,8 @@ from tests.support.schedule import Schedule, arrange, needs_kernels, scope
 
 __all__ = ["docker_ahead", "redis_client", "redis_server"]
 
+BEGAN_WITH_SYSTEMS = pytest.StashKey[bool]()
+
 # Where the processes of this run, and its own buses, find their key.
 os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="pdq-tests-")
 atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)
@@ -48,8 +50,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(autouse=True)
 def meanwhile(request: pytest.FixtureRequest) -> None:
-    """Beside the first test that leaves a core free, images are begun."""
-    if not request.node.get_closest_marker("system"):
+    """Images are begun beside the first test of a process that begins with no whole system."""
+    stash, is_system = request.config.stash, request.node.get_closest_marker("system") is not None
+    if not stash.setdefault(BEGAN_WITH_SYSTEMS, is_system):
         request.getfixturevalue("docker_ahead")
 
 

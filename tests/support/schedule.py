@@ -2,8 +2,9 @@
 
 A file goes to one process as a whole, since its tests share what they start. Whole systems run one
 after the other, in the process that begins with them. The other one begins with what needs no compiled
-kernels, while the first one compiles them (kernels.py), and ends with small files, so that both end
-together; containers come last, in the process that has made their images meanwhile (`docker_ahead`).
+kernels, while the first one compiles them (kernels.py), and makes the images of containers meanwhile
+(`docker_ahead`). It runs those as soon as the other systems are over, beside the files that are left, of
+which the small ones come last, so that both processes end together.
 """
 
 from __future__ import annotations
@@ -48,13 +49,27 @@ def scope(nodeid: str) -> str:
 
 
 class Schedule(LoadScopeScheduling):  # type: ignore[misc]
-    """In the order of the tests."""
+    """In the order of the tests; but containers as the module says, where there is more than one process."""
 
     def _split_scope(self, nodeid: str) -> str:
         return scope(nodeid)
 
     def _reschedule(self, node: Any) -> None:
-        if list(self.workqueue) == [CONTAINERS] and SYSTEMS in self.assigned_work[node]:
+        if list(self.workqueue) == [CONTAINERS] and self._had_systems(node):
             node.shutdown()
         else:
             super()._reschedule(node)
+
+    def _assign_work_unit(self, node: Any) -> None:
+        if CONTAINERS in self.workqueue:
+            now = self._systems_are_over and not self._had_systems(node)
+            self.workqueue.move_to_end(CONTAINERS, last=not now)
+        super()._assign_work_unit(node)
+
+    def _had_systems(self, node: Any) -> bool:
+        return SYSTEMS in self.assigned_work[node]
+
+    @property
+    def _systems_are_over(self) -> bool:
+        assigned = [work[SYSTEMS] for work in self.assigned_work.values() if SYSTEMS in work]
+        return SYSTEMS not in self.workqueue and all(all(tests.values()) for tests in assigned)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,21 +40,28 @@ def sources() -> Iterator[Path]:
         yield from sorted((ROOT / package).rglob("*.py"))
 
 
-def imported(path: Path) -> set[str]:
-    """Top-level names of everything a file imports, at any depth of its code."""
+@functools.cache
+def imports_and_texts(path: Path) -> tuple[frozenset[str], frozenset[str]]:
+    """Top-level names of everything a file imports, at any depth of its code; and its string constants."""
     names: set[str] = set()
+    texts: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names |= {alias.name.partition(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             names.add(node.module.partition(".")[0])
-    return names
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            texts.add(node.value)
+    return frozenset(names), frozenset(texts)
+
+
+def importers(name: str) -> set[str]:
+    return {str(path.relative_to(ROOT)) for path in sources() if name in imports_and_texts(path)[0]}
 
 
 @pytest.mark.parametrize("dependency", DOORS)
 def test_a_dependency_comes_in_by_its_own_door(dependency: str) -> None:
-    users = {str(path.relative_to(ROOT)) for path in sources() if dependency in imported(path)}
-    assert users == DOORS[dependency]
+    assert importers(dependency) == DOORS[dependency]
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
@@ -61,17 +69,14 @@ def test_a_library_is_loaded_by_its_own_door(library: str) -> None:
     users = {
         str(path.relative_to(ROOT))
         for path in sources()
-        if any(
-            isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith(library)
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        )
+        if any(text.startswith(library) for text in imports_and_texts(path)[1])
     }
     assert users == LIBRARIES[library]
 
 
 def test_only_the_engine_and_what_moves_its_memory_knows_torch() -> None:
     allowed = ("common/engine/", "common/node/", "kv_transfer/")
-    users = {str(path.relative_to(ROOT)) for path in sources() if "torch" in imported(path)}
+    users = importers("torch")
     assert users
     assert not [user for user in users if not user.startswith(allowed)]
 
