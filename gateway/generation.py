@@ -38,6 +38,8 @@ class TextDelta:
     tokens: tuple[VisibleToken, ...]
     token_ids: tuple[int, ...]
     finish_reason: str | None
+    accepted: int  # of `token_ids`, that had been drafted
+    rejected: int  # drafted in vain, in the steps that end with one of `token_ids`
 
 
 @dataclasses.dataclass(slots=True)
@@ -47,6 +49,8 @@ class Usage:
     prompt_tokens: int
     cached_tokens: int = 0
     completion_tokens: int = 0
+    accepted_tokens: int = 0  # of these, that had been drafted
+    rejected_tokens: int = 0  # drafted in vain
 
 
 class ChoiceText:
@@ -94,6 +98,8 @@ class ChoiceText:
             tuple(visible),
             tuple(token.token_id for token in new),
             self.finish_reason,
+            sum(token.accepted for token in new),
+            sum(token.rejected for token in new),
         )
 
     def _searched(self, piece: str) -> str:
@@ -136,6 +142,8 @@ async def generate(
                 continue
             delta = choice.push(update)
             usage.completion_tokens += len(delta.token_ids)
+            usage.accepted_tokens += delta.accepted
+            usage.rejected_tokens += delta.rejected
             usage.cached_tokens += request.cached_tokens - cached_tokens
             cached_tokens = request.cached_tokens
             if delta.finish_reason is not None:

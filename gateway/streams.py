@@ -25,8 +25,13 @@ FINISHED = ("stop", "length")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Token:
+    """`accepted`: it had been drafted. `rejected`: how many others had been, for the step of which it is the
+    last token."""
+
     token_id: int
     logprobs: TokenLogprobs | None
+    accepted: bool = False
+    rejected: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -91,7 +96,8 @@ class ChoiceStream:
                 mismatched += known != token_id
             elif not is_late:
                 logprobs = run.logprobs[index] if run.logprobs else None
-                self._waiting[position] = Token(token_id, logprobs)
+                rejected = run.drafted - run.accepted if position + 1 == run.end else 0
+                self._waiting[position] = Token(token_id, logprobs, index < run.accepted, rejected)
         if is_late:
             return Arrival(duplicates=duplicates, mismatched=mismatched)
         if run.finish_reason:
@@ -109,6 +115,11 @@ class ChoiceStream:
             )
         if run.logprobs and len(run.logprobs) != len(run.token_ids):
             raise ProtocolError("one entry of logprobs per token, or none", param="logprobs")
+        room = self.prompt_len + self._limit - 1 - run.position  # one more token follows all drafts
+        if not 0 <= run.accepted <= min(run.drafted, len(run.token_ids)) or run.drafted > max(0, room):
+            raise ProtocolError(
+                f"{run.accepted} of {run.drafted} drafts at {run.position} of {run.request}", param="drafted"
+            )
         if run.finish_reason and run.finish_reason not in FINISHED:
             raise ProtocolError(f"a choice does not end by {run.finish_reason!r}", param="finish_reason")
 

@@ -114,4 +114,6 @@ class Attempt:
                 for entry in output.logprobs
             ),
             reason,
+            output.drafted,
+            output.accepted,
         )

@@ -273,7 +273,8 @@ class Proved(TransportMessage):
 class TokenRun:
     """Tokens of one choice in one step: `token_ids[i]` is at absolute position `position + i`.
 
-    `logprobs` is empty or one entry per token. `finish_reason` is "" while the choice goes on.
+    `logprobs` is empty or one entry per token. `finish_reason` is "" while the choice goes on. For the step
+    `drafted` tokens had been guessed, and the first `accepted` of `token_ids` are among them.
     """
 
     request: str
@@ -283,6 +284,8 @@ class TokenRun:
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...]
     finish_reason: str
+    drafted: int = 0
+    accepted: int = 0
 
     @property
     def end(self) -> int:

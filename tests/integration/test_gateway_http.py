@@ -308,6 +308,14 @@ async def test_cached_tokens_are_part_of_usage(served: Served, client: openai.As
     assert got.usage.prompt_tokens_details.cached_tokens == 3
 
 
+async def test_where_nothing_is_drafted_usage_says_zero(client: openai.AsyncOpenAI) -> None:
+    got = await client.completions.create(model="stories", prompt=PROMPT)
+    assert got.usage is not None
+    details = got.usage.completion_tokens_details
+    assert details is not None
+    assert details.accepted_prediction_tokens == details.rejected_prediction_tokens == 0
+
+
 # ── Chat ─────────────────────────────────────────────────────────────────────────────────────────
 
 MESSAGES: list[Any] = [
@@ -365,6 +373,29 @@ async def test_a_streamed_chat(chat: tuple[Served, openai.AsyncOpenAI]) -> None:
     assert chunks[-1].usage.completion_tokens == 2 * len(
         telling("你好，世界！👩‍👧", QWEN, (IM_END,))(None, 0)
     )
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("kind", ["chat", "text"])
+async def test_drafts_that_were_right_and_others_are_part_of_usage(
+    chat: tuple[Served, openai.AsyncOpenAI], kind: str, streamed: bool, n: int
+) -> None:
+    served, client = chat
+    served.cluster.batch, served.cluster.drafted = 3, 4
+    asked: dict[str, Any] = {"model": "stories", "n": n, "max_tokens": 8, "stream": streamed}
+    if streamed:
+        asked["stream_options"] = {"include_usage": True}
+    if kind == "chat":
+        answer: Any = await client.chat.completions.create(messages=MESSAGES, **asked)
+    else:
+        answer = await client.completions.create(prompt=PROMPT, **asked)
+    usage = [chunk.usage async for chunk in answer][-1] if streamed else answer.usage
+    details = usage.completion_tokens_details
+    assert usage.completion_tokens == 8 * n, "3 by the prefill node, 2 of 4 drafts and one, 1 of 1 and one"
+    assert details.accepted_prediction_tokens == (2 + 1) * n
+    assert details.rejected_prediction_tokens == 2 * n
+    assert (details.reasoning_tokens, details.audio_tokens) == (0, 0)
 
 
 async def test_a_chat_may_fill_the_context_by_default(chat: tuple[Served, openai.AsyncOpenAI]) -> None:

@@ -122,6 +122,7 @@ async def test_drafts_and_how_many_of_them_were_right_are_counted_by_place(redis
         found.get(f"pdq_spec_decode_{name}_total", proposer="ngram") for name in names
     )
     assert 0 < drafts <= accepted <= drafted
+    assert (answer.drafted, answer.accepted) == (drafted, accepted), "as the gateway hears it"
     by_place = [
         found.get("pdq_spec_decode_num_accepted_tokens_per_pos_total", proposer="ngram", position=str(place))
         for place in range(3)

@@ -65,6 +65,9 @@ def outputs(engine: Engine, **fields: Any) -> dict[tuple[str, int], list[Any]]:
         for output in engine.step():
             found.setdefault((output.request_id, output.choice), []).append(output)
     engine.check_idle()
+    for output in itertools.chain(*found.values()):
+        assert 0 <= output.accepted <= output.drafted
+        assert len(output.token_ids) - output.accepted in ((0, 1) if output.finish_reason else (1,))
     return {
         key: [
             [token for output in parts for token in output.token_ids],

@@ -22,11 +22,14 @@ from tests.support.bus_key import bus_settings
 
 @dataclasses.dataclass(slots=True)
 class Answer:
-    """One choice: its tokens by position, who said that it took over, and the prefix that was cached."""
+    """One choice: its tokens by position, who said that it took over, the prefix that was cached, and what
+    was drafted."""
 
     tokens: dict[int, int] = dataclasses.field(default_factory=dict)
     took_over: set[str] = dataclasses.field(default_factory=set)
     cached_tokens: int = 0
+    drafted: int = 0
+    accepted: int = 0
     failed: Failed | None = None
 
     @property
@@ -74,6 +77,9 @@ async def dispatch(
                 answer.cached_tokens = max(answer.cached_tokens, message.cached_tokens)
             elif isinstance(message, Tokens):
                 for run in message.runs:
+                    if run.position not in answer.tokens:
+                        answer.drafted += run.drafted
+                        answer.accepted += run.accepted
                     answer.tokens.update(enumerate(run.token_ids, run.position))
                     reason = reason or run.finish_reason
                 below = max(answer.tokens) + 1

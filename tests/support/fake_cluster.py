@@ -92,6 +92,7 @@ class FakeCluster:
         self.store_error: PdqError | None = None
         self.accepting = 0  # writes begun
         self.batch = 1  # tokens in one message
+        self.drafted = 0  # of them, and others in vain, by a node that decodes
         self._released = asyncio.Event()
 
     # ── What a test does ─────────────────────────────────────────────────────────────────────────
@@ -232,6 +233,8 @@ class FakeCluster:
                 return
             end = min(index + self.batch, len(ids))
             reason = ("stop" if stopped else "length") if end == len(ids) else ""
+            room = dispatch.request.params.max_tokens - 1 - index
+            drafted = min(self.drafted, room) if sender.view.role != PREFILL else 0
             run = TokenRun(
                 dispatch.request.id,
                 attempt,
@@ -240,6 +243,8 @@ class FakeCluster:
                 tuple(ids[index:end]),
                 self._logprobs(dispatch, ids[index:end]),
                 reason,
+                drafted,
+                min(drafted, end - index - 1),
             )
             self.deliver(sender.view.incarnation, Tokens(sender.view.incarnation, (run,)))
             index = end

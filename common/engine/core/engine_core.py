@@ -340,6 +340,8 @@ class EngineCore:
             delivery.finish_reason,
             sequence,
             None if prompt_logprobs is None else tuple(prompt_logprobs),
+            drafted=delivery.drafted,
+            accepted=delivery.accepted,
         )
 
     # Sequences end.

@@ -26,6 +26,8 @@ class StepOutput:
     sequence: Sequence
     prompt_logprobs: tuple[TokenLogprob | None, ...] | None = None  # with the first choice's first
     error: PdqError | None = None
+    drafted: int = 0  # tokens that were guessed for the step
+    accepted: int = 0  # the first so many of `token_ids` were among them
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -202,7 +202,8 @@ class Scheduler(OpenSequences):
                 position = len(sequence.token_ids)
                 tokens, reason = self._accept(chunk, accepted[sequence.sequence_id])
                 num_computed += len(tokens) - 1 - chunk.num_drafted
-                deliveries.append(Delivery(sequence, position, tokens, reason))
+                verified = min(len(tokens), len(accepted[sequence.sequence_id]) - 1)
+                deliveries.append(Delivery(sequence, position, tokens, reason, chunk.num_drafted, verified))
             if sequence.status is SequenceStatus.RUNNING:  # not a fork that found no slot
                 sequence.num_computed = num_computed
                 self._publish(sequence)

@@ -88,3 +88,5 @@ class Delivery:
     position: int  # absolute, of the first of the tokens
     token_ids: list[int]
     finish_reason: FinishReason | None
+    drafted: int  # tokens that were guessed for it
+    accepted: int  # the first so many of `token_ids` were among them

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -71,6 +72,41 @@ def test_a_retry_goes_on_where_delivery_stopped(data: st.DataObject) -> None:
         seen += [token.token_id for token in arrival.delivered]
     assert seen == ids
     assert stream.finished == "stop"
+
+
+@given(st.data())
+def test_drafts_count_once_with_the_tokens_that_are_delivered_whatever_is_resent_or_retried(
+    data: st.DataObject,
+) -> None:
+    ids = list(range(data.draw(st.integers(2, 20))))
+
+    def drafted(runs: list[TokenRun], attempt: int) -> list[TokenRun]:
+        made = []
+        for one in runs:
+            accepted = data.draw(st.sampled_from([max(0, len(one.token_ids) - 1), 0]))
+            room = PROMPT + 29 - one.position
+            in_all = data.draw(st.integers(accepted, min(accepted + 4, room)))
+            made.append(dataclasses.replace(one, attempt=attempt, drafted=in_all, accepted=accepted))
+        return made
+
+    old = drafted(cut(ids, data.draw(st.lists(st.integers(0, 20)))), 1)
+    stream = ChoiceStream(PROMPT, 30)
+    sent = data.draw(st.lists(st.sampled_from(old), max_size=12))
+    tokens = [token for one in sent for token in stream.accept(one).delivered]
+    expected = [one for one in old if one.end <= stream.below]
+    if stream.finished is None:
+        stream.begin(2)
+        border = stream.below - PROMPT
+        new = [
+            dataclasses.replace(one, position=one.position + border)
+            for one in drafted(cut(ids[border:], data.draw(st.lists(st.integers(0, 20)))), 2)
+        ]
+        for one in data.draw(st.permutations([*new, *new, *old])):
+            tokens += stream.accept(one).delivered
+        expected += new
+    assert [token.token_id for token in tokens] == ids
+    assert sum(token.accepted for token in tokens) == sum(one.accepted for one in expected)
+    assert sum(token.rejected for token in tokens) == sum(one.drafted - one.accepted for one in expected)
 
 
 def test_the_first_token_may_be_the_last_and_may_come_last() -> None:
@@ -145,6 +181,11 @@ def test_logprobs_stay_with_their_token() -> None:
         (run(PROMPT, 1, attempt=2), "attempt"),
         (run(PROMPT, 1, finish="error"), "finish_reason"),
         (TokenRun("r", 1, 0, PROMPT, (3, 4), (TokenLogprobs(0.0, 1, (), ()),), ""), "logprobs"),
+        (TokenRun("r", 1, 0, PROMPT, (3,), (), "", drafted=-1), "drafted"),
+        (TokenRun("r", 1, 0, PROMPT, (3,), (), "", drafted=3), "drafted"),
+        (TokenRun("r", 1, 0, PROMPT, (3,), (), "", drafted=2, accepted=-1), "drafted"),
+        (TokenRun("r", 1, 0, PROMPT, (3,), (), "", drafted=2, accepted=2), "drafted"),
+        (TokenRun("r", 1, 0, PROMPT, (3, 4), (), "", drafted=1, accepted=2), "drafted"),
     ],
 )
 def test_a_run_that_cannot_be_is_refused_and_changes_nothing(bad: TokenRun, param: str) -> None:
