@@ -27,6 +27,7 @@ from common.engine import Engine
 from common.engine.runner import loading
 from common.engine.runner.model_runner import ModelRunner
 from common.engine.runner.thread_runner import ThreadRunner
+from common.engine.speculation import DraftCounts
 from common.errors import ServiceUnavailable
 from common.logs import get_logger
 from common.metrics_server import MetricsServer
@@ -306,6 +307,8 @@ class Node:
     def record(self, beats: int = 0) -> NodeRecord:
         """What `pdq nodes` shows of this node."""
         engine, mine = self.engine, self.engine.fingerprint
+        proposer = engine.proposer
+        drafts = DraftCounts() if proposer is None else proposer.counts
         return NodeRecord(
             incarnation=self.incarnation,
             name=self.name,
@@ -330,6 +333,7 @@ class Node:
             num_blocks=engine.pool.num_blocks,
             max_num_seqs=engine.settings.max_num_seqs,
             max_model_len=engine.facts.max_model_len,
+            speculative=proposer.name if proposer is not None and proposer.is_on else "",
             waiting=engine.scheduler.num_waiting,
             running=engine.scheduler.num_running,
             free_blocks=engine.pool.num_free,
@@ -338,6 +342,10 @@ class Node:
             reserved=self.kv.num_reserved,
             unacknowledged=self.gateways.tokens.num_unacknowledged,
             steps=engine.num_steps,
+            drafts=drafts.drafts,
+            drafted_tokens=drafts.drafted,
+            accepted_tokens=drafts.accepted,
+            saved_ms=round(1000 * drafts.saved_s),
             beats=beats,
             alone=self.steps.alone,
         )

@@ -37,7 +37,7 @@ class NodeState(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True)
 class Identity:
-    """What stays as it is, but for a change of role or state."""
+    """What stays as it is, but for a change of role, state or proposer."""
 
     incarnation: str
     name: str
@@ -62,6 +62,7 @@ class Identity:
     num_blocks: int = 0
     max_num_seqs: int = 0
     max_model_len: int = 0
+    speculative: str = ""  # what drafts tokens here; "" where nothing does, or none any more
 
     @property
     def fingerprint(self) -> Fingerprint:
@@ -88,6 +89,10 @@ class Beat:
     reserved: int = 0  # prompts with room here that are on their way
     unacknowledged: int = 0  # choices whose gateway has not acknowledged all tokens
     steps: int = 0
+    drafts: int = 0  # of one sequence in one step
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0  # of these
+    saved_ms: int = 0  # engine time that drafts saved, estimated; below 0: cost
     beats: int = 0
     alone: str = ""  # request/attempt@position: whose own step computes just now, up to where
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import json
 import re
 from collections.abc import AsyncIterator
 
 import httpx
+import pytest
 
+from common.commands import inspect
 from common.node.app import Node
 from common.sampling import SamplingParams
 from common.settings.config import EngineSettings, MetricsSettings, NodeSettings
@@ -131,6 +134,40 @@ async def test_drafts_and_how_many_of_them_were_right_are_counted_by_place(redis
     assert by_place == sorted(by_place, reverse=True)
     assert found.total("pdq_spec_decode_saved_seconds") != 0
     assert found.get("pdq_steps_total", outcome="computed") < 60
+
+
+async def test_pdq_nodes_shows_who_drafts_how_much_of_it_is_right_and_what_it_saves(
+    redis_client: RedisClient, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = redis_client.settings
+    monkeypatch.setenv("PDQ_REDIS_URL", settings.url)
+    monkeypatch.setenv("PDQ_REDIS_PREFIX", settings.prefix)
+
+    async def shown(*flags: str) -> str:
+        assert await asyncio.to_thread(inspect.nodes, flags) == 0
+        return capsys.readouterr().out
+
+    async def counted() -> bool:
+        (node,) = json.loads(await shown("--json"))
+        return bool(node["drafts"])
+
+    drafting = dataclasses.replace(ENGINE, speculative="ngram")
+    params = SamplingParams(max_tokens=60, ignore_eos=True, temperature=0.0, logit_bias=((20, 30.0),))
+    async with running(redis_client, "unified", engine=drafting) as (node,):
+        answer = await dispatch(redis_client, "r-1", PROMPT, params, node)
+        await wait_until(counted, "a beat says so")
+        (said,) = json.loads(await shown("--json"))
+        head, row = (await shown()).splitlines()
+    assert said["speculative"] == "ngram"
+    assert (said["drafted_tokens"], said["accepted_tokens"]) == (answer.drafted, answer.accepted)
+    cells = dict(zip(head.split(), row.split(), strict=False))
+    assert cells["DRAFTS"] == "ngram"
+    assert cells["RIGHT"] == f"{answer.accepted / answer.drafted:.0%}"
+    assert cells["LENGTH"] == f"{answer.accepted / said['drafts']:.1f}"
+    assert cells["SAVED"] == f"{said['saved_ms'] / 1000:.1f}s"
+
+    async with running(redis_client, "unified"):
+        assert "DRAFTS" not in await shown(), "where nobody drafts there is nothing to see"
 
 
 async def test_every_node_says_where_its_metrics_are_and_each_has_a_line_of_help(
