@@ -304,6 +304,8 @@ class EngineCore:
         for chunk, start, count in zip(step.sampling, step.sampled_rows(), kept.tolist(), strict=True):
             sequence = chunk.sequence
             if sequence.status is SequenceStatus.FINISHED:  # aborted meanwhile
+                if sampled.faults[start] == RowFault.NOT_FINITE and chunk in step.chunks:
+                    self._forget_blocks(step, step.chunks.index(chunk))
                 continue
             if not count:
                 if sampled.faults[start] == RowFault.NOT_FINITE:
@@ -349,14 +351,16 @@ class EngineCore:
     def _fail_spoiled(self, step: Step, ids: frozenset[int]) -> list[StepOutput]:
         """End these sequences, and the choices that share their prompt."""
         outputs: list[StepOutput] = []
-        for sequence in [chunk.sequence for chunk in step.chunks]:
+        for index, sequence in enumerate(chunk.sequence for chunk in step.chunks):
             if sequence.sequence_id not in ids:
                 continue
             if sequence.status is SequenceStatus.FINISHED:  # aborted meanwhile
-                continue
-            outputs.append(self._fail_not_finite(sequence))
+                self._forget_blocks(step, index)
+            else:
+                outputs.append(self._fail_not_finite(sequence))
             for forked in [c.sequence for one in (step, *self._steps) for c in one.forked]:
-                if forked.request_id == sequence.request_id:
+                ended = forked.status is SequenceStatus.FINISHED
+                if forked.request_id == sequence.request_id and not ended:
                     outputs.append(self._fail_not_finite(forked))
             for child in self._children.pop(sequence.sequence_id, []):  # nothing runs it yet
                 child.move_to(SequenceStatus.FINISHED)
@@ -368,6 +372,10 @@ class EngineCore:
         """What it has read may be what spoils it: nobody else is to find that in the cache."""
         self.pool.forget(sequence.block_table)
         return self._fail(sequence, NOT_FINITE)
+
+    def _forget_blocks(self, step: Step, index: int) -> None:
+        """Likewise for a chunk whose sequence has ended already: the step keeps its blocks, until it ends."""
+        self.pool.forget(step.input.blocks(index, 0, self.pool.blocks_for(step.chunks[index].end)))
 
     def _fail(self, sequence: Sequence, what: str) -> StepOutput:
         """End one sequence whose row has no token; the others of the step go on."""
