@@ -49,10 +49,16 @@ class Segment:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class KVLayout:
-    """The ordered list of segments of a slab. `slab_bytes` is its whole length."""
+    """The ordered list of segments of a slab. `slab_bytes` is its whole length.
+
+    The last `num_draft` segments are a draft model's, whose layers are numbered on from the model's own.
+    They travel with the others, but no digest covers them: they may be written after the block is full,
+    and what is wrong in them costs drafts only.
+    """
 
     block_size: int
     segments: tuple[Segment, ...]
+    num_draft: int = 0
 
     @classmethod
     def paged_attention(
@@ -68,9 +74,35 @@ class KVLayout:
         )
         return cls(block_size, segments)
 
+    def with_draft(self, draft: KVLayout) -> KVLayout:
+        """This model's segments, then those of a draft model with blocks of the same size."""
+        assert draft.block_size == self.block_size
+        assert not self.num_draft
+        layers, length = self.num_layers, self.slab_bytes
+        behind = tuple(
+            dataclasses.replace(segment, layer=layers + segment.layer, offset=length + segment.offset)
+            for segment in draft.segments
+        )
+        return KVLayout(self.block_size, self.segments + behind, len(behind))
+
+    @property
+    def num_layers(self) -> int:
+        """The draft model's included."""
+        return self.segments[-1].layer + 1
+
     @property
     def slab_bytes(self) -> int:
         return sum(segment.num_bytes for segment in self.segments)
+
+    @property
+    def checked_bytes(self) -> int:
+        """Of a slab, from its start: what its digest covers."""
+        return sum(segment.num_bytes for segment in self.own_segments)
+
+    @property
+    def own_segments(self) -> tuple[Segment, ...]:
+        """Without the draft model's."""
+        return self.segments[: len(self.segments) - self.num_draft]
 
     @property
     def bytes_per_token(self) -> int:
@@ -83,6 +115,12 @@ class KVLayout:
         for segment in self.segments:
             yield segment.offset, segment.num_bytes // self.block_size * fill
 
+    def checked_ranges(self, fill: int = 0) -> list[tuple[int, int]]:
+        """What the digest of a slab covers, or of a tail of `fill` positions."""
+        if not fill:
+            return [(0, self.checked_bytes)]
+        return list(itertools.islice(self.tail_ranges(fill), len(self.own_segments)))
+
     def with_block_size(self, block_size: int) -> KVLayout:
         """The same segments, one after the other, in slabs of another number of positions."""
         segments, offset = [], 0
@@ -90,26 +128,35 @@ class KVLayout:
             shape = (block_size, *segment.shape[1:])
             segments.append(dataclasses.replace(segment, shape=shape, offset=offset))
             offset += segments[-1].num_bytes
-        return KVLayout(block_size, tuple(segments))
+        return KVLayout(block_size, tuple(segments), self.num_draft)
 
     def describe(self) -> str:
-        """All that two layouts must have in common, whatever their block sizes, as one text.
+        """All that two layouts must have in common, whatever their block sizes, as one text: without a
+        draft model's segments, which `describe_draft` describes.
 
         Ranges are half-open, and layers that are alike are said once:
         `layers 0-24: k bfloat16 heads 0-4 of 64, v bfloat16 heads 0-4 of 64`. Groups of other
         layers follow after a semicolon.
         """
-        groups: list[tuple[int, int, str]] = []  # first layer, the one after the last, segments
-        for layer, segments in itertools.groupby(self.segments, lambda segment: segment.layer):
-            said = ", ".join(
-                f"{s.kind} {s.dtype} heads {s.head_start}-{s.head_end} of " + "x".join(map(str, s.shape[2:]))
-                for s in segments
-            )
-            if groups and groups[-1][1:] == (layer, said):
-                groups[-1] = (groups[-1][0], layer + 1, said)
-            else:
-                groups.append((layer, layer + 1, said))
-        return "; ".join(f"layers {start}-{end}: {said}" for start, end, said in groups)
+        return _described(self.own_segments)
+
+    def describe_draft(self) -> str:
+        """As `describe`, of the draft model's segments; "" without any."""
+        return _described(self.segments[len(self.segments) - self.num_draft :])
+
+
+def _described(segments: Sequence[Segment]) -> str:
+    groups: list[tuple[int, int, str]] = []  # first layer, the one after the last, segments
+    for layer, of_layer in itertools.groupby(segments, lambda segment: segment.layer):
+        said = ", ".join(
+            f"{s.kind} {s.dtype} heads {s.head_start}-{s.head_end} of " + "x".join(map(str, s.shape[2:]))
+            for s in of_layer
+        )
+        if groups and groups[-1][1:] == (layer, said):
+            groups[-1] = (groups[-1][0], layer + 1, said)
+        else:
+            groups.append((layer, layer + 1, said))
+    return "; ".join(f"layers {start}-{end}: {said}" for start, end, said in groups)
 
 
 class Mismatch(NamedTuple):
@@ -124,7 +171,8 @@ class Mismatch(NamedTuple):
 class Fingerprint:
     """What decides whether one node may use the other's KV.
 
-    `layout` is `KVLayout.describe()`; `numerics` is the engine's numerics class; `tokenizer` is a
+    `layout` is `KVLayout.describe()`; `draft` names the draft model whose KV is in the slabs, too, ""
+    for none; `numerics` is the engine's numerics class; `tokenizer` is a
     digest of what gives token ids their meaning, ids that end an answer included. `block_size` is
     each node's own choice (an intake converts), but blocks of different sizes have different
     hashes, for it is part of their root.
@@ -137,11 +185,12 @@ class Fingerprint:
     block_size: int
     adapter: str = ""
     tokenizer: str = ""
+    draft: str = ""
 
     def mismatch(self, other: Fingerprint) -> Mismatch | None:
         """The first thing that must be equal and is not, with both values; None if KV of one may
         go on at the other. Of a layout it is named which part differs."""
-        for field in ("model", "revision", "tokenizer", "layout", "numerics", "adapter"):
+        for field in ("model", "revision", "tokenizer", "layout", "numerics", "adapter", "draft"):
             mine, yours = str(getattr(self, field)), str(getattr(other, field))
             if mine != yours:
                 differs = Mismatch(field, mine, yours)

@@ -44,7 +44,7 @@ class DevicePoolMemory:
     def begin_write(self, block: int) -> None:
         self._counters.begin_write(block)
 
-    def seal(self, block: int, seed: bytes = b"", fill_ranges: Sequence[tuple[int, int]] = ()) -> int:
+    def seal(self, block: int, seed: bytes = b"", ranges: Sequence[tuple[int, int]] = ()) -> int:
         """As for host memory, without a digest."""
         return self._counters.seal(block)
 

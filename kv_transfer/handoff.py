@@ -165,12 +165,19 @@ class Handoff:
         return self._call(key, E.READY, blocks, now)
 
     def finished(
-        self, key: HandoffKey, *, position: int, first_token: int, logprobs: TokenLogprobs | None, now: float
+        self,
+        key: HandoffKey,
+        *,
+        position: int,
+        first_token: int,
+        logprobs: TokenLogprobs | None,
+        draft_positions: int = 0,
+        now: float,
     ) -> list[Effect]:
         """Report that every block was `ready`, and that the first token was sampled at `position`."""
         entry = self._entry(key)
         blocks = 0 if entry is None else entry.num_blocks
-        commit = Commit(key, position, first_token, logprobs, blocks)
+        commit = Commit(key, position, first_token, logprobs, blocks, draft_positions)
         return self._call(key, E.FINISHED, commit, now)
 
     def cancel(self, key: HandoffKey, reason: str, *, now: float) -> list[Effect]:

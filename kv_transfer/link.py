@@ -153,12 +153,23 @@ class Links:
         self._perform(self._handoff.ready(key, blocks, now=self._clock()))
 
     def commit(
-        self, key: HandoffKey, *, position: int, first_token: int, logprobs: TokenLogprobs | None
+        self,
+        key: HandoffKey,
+        *,
+        position: int,
+        first_token: int,
+        logprobs: TokenLogprobs | None,
+        draft_positions: int = 0,
     ) -> None:
         """All blocks are announced: have the other end go on with this token, at this position."""
         self._perform(
             self._handoff.finished(
-                key, position=position, first_token=first_token, logprobs=logprobs, now=self._clock()
+                key,
+                position=position,
+                first_token=first_token,
+                logprobs=logprobs,
+                draft_positions=draft_positions,
+                now=self._clock(),
             )
         )
 

@@ -49,11 +49,11 @@ class PoolMemory(Protocol):
     def begin_write(self, block: int) -> None:
         """Start to replace a block's content: a copy that anybody makes of it now will be stale."""
 
-    def seal(self, block: int, seed: bytes = b"", fill_ranges: Sequence[tuple[int, int]] = ()) -> int:
+    def seal(self, block: int, seed: bytes = b"", ranges: Sequence[tuple[int, int]] = ()) -> int:
         """Mark the content as complete; returns the block's generation.
 
-        With a `seed` (block hash, or `tail_seed` and the ranges of the filled positions) its digest is
-        computed here, once, where the slabs lie in host memory.
+        With a `seed` (block hash, or `tail_seed`) its digest is computed here, once, where the slabs lie in
+        host memory: of `ranges`, as `KVLayout.checked_ranges` gives them, or of the whole slab.
         """
 
     def to_host(self, blocks: Sequence[int]) -> Iterable[Sequence[memoryview]]:
@@ -102,12 +102,10 @@ class HostPoolMemory:
         self._counters.begin_write(block)
         self.digests[block] = b""
 
-    def seal(self, block: int, seed: bytes = b"", fill_ranges: Sequence[tuple[int, int]] = ()) -> int:
+    def seal(self, block: int, seed: bytes = b"", ranges: Sequence[tuple[int, int]] = ()) -> int:
         if seed:
             slab = self.slab(block)
-            self.digests[block] = (
-                ranges_digest(slab, fill_ranges, seed) if fill_ranges else slab_digest(slab, seed)
-            )
+            self.digests[block] = ranges_digest(slab, ranges, seed) if ranges else slab_digest(slab, seed)
         return self._counters.seal(block)
 
     def to_host(self, blocks: Sequence[int]) -> Iterable[Sequence[memoryview]]:

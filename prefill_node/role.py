@@ -76,6 +76,7 @@ class PrefillRole:
             return
         self._attempts[attempt.engine_id] = attempt
         for choice, sequence in attempt.sequences.items():
+            sequence.speculates = False  # there is room for one token, and two would end the reply here
             departure = Departure(attempt, sequence, len(entry.dispatch.request.token_ids))
             self._departures[attempt.engine_id, choice] = departure
             node.gateways.stage(attempt.gateway, attempt.key(choice), "prefilling", {})
@@ -294,12 +295,11 @@ class PrefillRole:
 
 
 def _for_prefill(request: Request) -> Request:
-    """What this node computes of it: one token, and no drafts, for the pool has room for one more at most
-    and two would end the reply here."""
+    """What this node computes of it: one token."""
     params = request.params
     most = min(params.max_tokens, request.num_delivered + 2)
     params = dataclasses.replace(params, max_tokens=most, min_tokens=min(params.min_tokens, most))
-    return dataclasses.replace(request, params=params, speculative=False, prediction=())
+    return dataclasses.replace(request, params=params, prediction=())
 
 
 def _ends_at_first(attempt: Attempt) -> bool:

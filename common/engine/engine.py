@@ -49,9 +49,8 @@ class Engine(EngineCore):
         proposer: HostProposer | None = None,
         on_free: Callable[[AnySequence[int]], None] | None = None,
     ) -> None:
-        super().__init__(
-            runner.facts, settings, proposer=proposer or make_proposer(settings), on_free=on_free
-        )
+        proposer = proposer or make_proposer(settings, runner.facts)
+        super().__init__(runner.facts, settings, proposer=proposer, on_free=on_free)
         self.runner = runner
         self.steps_ahead = 0  # that are planned and submitted while one is computed: 0 or 1
         self._submitted: deque[tuple[Step, Future[StepResult]]] = deque()

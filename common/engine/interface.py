@@ -15,7 +15,7 @@ Owns the records; knows nothing of scheduling or of devices. Positions are absol
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Protocol
@@ -29,11 +29,21 @@ from common.sampling import SamplingParams
 from common.settings.config import EngineSettings
 
 MAX_CHOICES = 64  # `n` of one request
+TO_BE_DRAFTED = -(2**62)  # in place of a token that the draft model guesses
 
 
 def num_sampler_slots(settings: EngineSettings) -> int:
     """How many slots the sampler has: choices that wait for one of the scheduler's have sampled, too."""
     return settings.max_num_seqs * MAX_CHOICES
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DraftFacts:
+    """A draft model that a runner has loaded."""
+
+    name: str
+    max_model_len: int  # positions for which it can draft
+    relative_size: float  # its weights' bytes, as a share of the model's: about what a token of it costs
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -48,6 +58,7 @@ class EngineFacts:
     stop_token_ids: tuple[int, ...]  # the model's own
     folder: Path  # the model's, on the runner's machine
     on_host: bool = True  # computes on the cores that plan the next step, too
+    draft: DraftFacts | None = None
     unread_fields: tuple[str, ...] = ()  # of its config.json
 
 
@@ -85,35 +96,21 @@ class ScoredChunk:
     targets: NDArray[np.int64]  # [at most the chunk's length]
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class StepInput:
-    """One step: at most one chunk of a sequence, those of generated positions first.
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Chunks:
+    """What a model computes at once: positions `[starts, starts + lengths)` of a sequence each, of at most
+    one chunk per sequence. Those that are computed as generated ones come first."""
 
-    A chunk is positions `[starts, starts + lengths)` of its sequence, all prompt or all generated.
-    Its last `num_drafted` tokens are guesses; if it `samples`, its last `1 + num_drafted` positions
-    choose a token each.
-    """
-
-    number: int  # one more than the step before had
-    copies: tuple[tuple[int, int], ...]  # of whole blocks (from, to), before all else
-    slots: SlotChanges
-    sequence_ids: NDArray[np.int64]  # [chunks]
     num_generated: int  # chunks of generated positions
     starts: NDArray[np.int64]  # [chunks]
     lengths: NDArray[np.int64]  # [chunks]
-    num_drafted: NDArray[np.int64]  # [chunks]
-    samples: NDArray[np.bool_]  # [chunks]
-    token_ids: NDArray[
-        np.int64
-    ]  # [sum of lengths], chunk by chunk; -1 - r: what the step before gave its row r
+    token_ids: NDArray[np.int64]  # [sum of lengths], chunk by chunk
     generated_tables: NDArray[np.int32]  # [num_generated, blocks], filled up with 0
     prompt_tables: NDArray[np.int32]  # [chunks - num_generated, blocks], filled up with 0
-    sampled: SampleRows  # its `sources` count the sampled positions of all chunks, in order
-    scored: tuple[ScoredChunk, ...]
 
     @property
     def num_chunks(self) -> int:
-        return len(self.sequence_ids)
+        return len(self.starts)
 
     def blocks(self, chunk: int, first: int, end: int) -> list[int]:
         """Blocks `[first, end)` of a chunk's sequence."""
@@ -121,6 +118,45 @@ class StepInput:
         tables = self.prompt_tables if is_prompt else self.generated_tables
         found: list[int] = tables[chunk - is_prompt * self.num_generated, first:end].tolist()
         return found
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class DraftInput(Chunks):
+    """What the draft model does before a step: it computes positions that it lacks, of sequences of the
+    step, and guesses `counts` tokens after them. These are the drafts of their chunks in the step, where
+    they stand as `TO_BE_DRAFTED`."""
+
+    chunks: NDArray[np.int64]  # [chunks] of the step, to which these belong
+    counts: NDArray[np.int64]  # [chunks]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class StepInput(Chunks):
+    """One step. A chunk is all prompt or all generated. Its last `num_drafted` tokens are guesses; if it
+    `samples`, its last `1 + num_drafted` positions choose a token each.
+
+    A token of `token_ids` that is -1 - r is what the step before gave its row r.
+    """
+
+    number: int  # one more than the step before had
+    copies: tuple[tuple[int, int], ...]  # of whole blocks (from, to), before all else
+    slots: SlotChanges
+    sequence_ids: NDArray[np.int64]  # [chunks]
+    num_drafted: NDArray[np.int64]  # [chunks]
+    samples: NDArray[np.bool_]  # [chunks]
+    sampled: SampleRows  # its `sources` count the sampled positions of all chunks, in order
+    scored: tuple[ScoredChunk, ...]
+    drafts: DraftInput | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DraftReport:
+    """What came of a `DraftInput`. Drafts that could not be made stand in the step as some token or other,
+    which is verified as all drafts are."""
+
+    seconds: float
+    faulty: frozenset[int] = frozenset()  # ids of sequences for which it gave NaN or infinity
+    error: str = ""  # why it has computed nothing of this
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -132,8 +168,7 @@ class StepResult:
     scored: tuple[tuple[TokenLogprob, ...], ...]  # per `StepInput.scored`, one per target
     spoiled: frozenset[int]  # ids of sequences whose new KV is not to be used (soundness.py)
     seconds: float = 0.0  # that the runner took for it
-    drafts: Mapping[int, tuple[int, ...]] = dataclasses.field(default_factory=dict)
-    """By sequence id, what a proposer in the runner guesses to follow the sampled tokens."""
+    drafts: DraftReport | None = None  # of `StepInput.drafts`
 
 
 Filled = Callable[[frozenset[int]], None]

@@ -308,7 +308,9 @@ class Node:
         """What `pdq nodes` shows of this node."""
         engine, mine = self.engine, self.engine.fingerprint
         proposer = engine.proposer
-        drafts = DraftCounts() if proposer is None else proposer.counts
+        drafts = DraftCounts()
+        for of_source in proposer.counts.values() if proposer is not None else ():
+            drafts.add(of_source)
         return NodeRecord(
             incarnation=self.incarnation,
             name=self.name,
@@ -327,6 +329,7 @@ class Node:
             numerics=mine.numerics,
             adapter=mine.adapter,
             tokenizer=mine.tokenizer,
+            draft=mine.draft,
             transports=",".join(self.links.transports),
             block_size=mine.block_size,
             slab_bytes=engine.layout.slab_bytes,

@@ -74,7 +74,7 @@ class SharedMemory:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Seal:
-    """A block that a step fills, and its digest's seed; `ranges` are a tail's filled positions."""
+    """A block that a step fills, and its digest's seed; `ranges`: what it covers of a tail."""
 
     slot: int
     seed: bytes  # b"": no digest
@@ -88,6 +88,8 @@ class NodeKV:
         self.engine = engine
         self.memory = memory
         self._digests = digests
+        layout = engine.layout
+        self._whole = layout.checked_ranges() if layout.num_draft else []
         self._first: tuple[HandoffKey, ExpectedPrompt] | None = None  # of the offers that wait for room
         self._rooms: dict[Reservation, Room] = {}
 
@@ -118,7 +120,7 @@ class NodeKV:
             tokens = sequence.token_ids[len(hashes) * block_size : computed]
             parent = hashes[-1] if hashes else sequence.cache_root
             seed = tail_seed(parent, tokens) if on else b""
-            ranges = list(self.engine.layout.tail_ranges(len(tokens)))
+            ranges = self.engine.layout.checked_ranges(len(tokens))
             seals.append(Seal(table[len(hashes)], seed, ranges))
         return seals
 
@@ -144,7 +146,7 @@ class NodeKV:
         For any thread, while somebody holds the blocks and nobody writes into them.
         """
         for seal in seals:
-            self.memory.seal(seal.slot, seal.seed, seal.ranges)
+            self.memory.seal(seal.slot, seal.seed, seal.ranges or self._whole)
 
     def ready_blocks(
         self, sequence: Sequence, table: AnySequence[int], start: int, end: int, computed: int

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 
 from common.engine.core.step import Step
-from common.engine.speculation import GuardedProposer
+from common.engine.speculation import DraftCounts, GuardedProposer
 from common.metrics import Metrics
 from common.node.entries import Entries
 from common.node.ports import NodeRole, NodeServices
@@ -91,23 +91,34 @@ def _of_the_engine(metrics: Metrics, node: NodeServices) -> None:
 def _of_speculation(metrics: Metrics, proposer: GuardedProposer | None) -> None:
     if proposer is None:
         return
-    reads, counts, label = metrics.reads, proposer.counts, (proposer.name,)
+    reads, counts = metrics.reads, proposer.counts
 
-    def read(name: str, help_text: str, value: Callable[[], float]) -> None:
-        reads(f"pdq_spec_decode_{name}", help_text, lambda: {label: value()}, ["proposer"])
+    def read(name: str, help_text: str, value: Callable[[DraftCounts], float]) -> None:
+        reads(
+            f"pdq_spec_decode_{name}",
+            help_text,
+            lambda: {(source,): value(of_it) for source, of_it in counts.items()},
+            ["proposer"],
+        )
 
-    read("num_drafts_total", "Drafts: of one sequence in one step", lambda: counts.drafts)
-    read("num_draft_tokens_total", "Tokens that were drafted", lambda: counts.drafted)
-    read("num_accepted_tokens_total", "Tokens of them that were right", lambda: counts.accepted)
-    read(
-        "saved_seconds", "Engine time that drafts saved, estimated; below zero: cost", lambda: counts.saved_s
+    read("num_drafts_total", "Drafts: of one sequence in one step", lambda of_it: of_it.drafts)
+    read("num_draft_tokens_total", "Tokens that were drafted", lambda of_it: of_it.drafted)
+    read("num_accepted_tokens_total", "Tokens of them that were right", lambda of_it: of_it.accepted)
+    read("saved_seconds", "Engine time saved, as estimated; below zero: cost", lambda of_it: of_it.saved_s)
+    read("failures_total", "Errors of a draft model, which cost drafts only", lambda of_it: of_it.failures)
+    reads(
+        "pdq_spec_decode_errors_total",
+        "Errors of the proposer itself, which cost drafts only",
+        lambda: proposer.failures.count,
     )
-    failures = proposer.failures
-    read("failures_total", "Errors of the proposer, which cost drafts only", lambda: failures.count)
     reads(
         "pdq_spec_decode_num_accepted_tokens_per_pos_total",
         "Tokens that were right, by their place in the draft",
-        lambda: {(*label, str(place)): count for place, count in enumerate(counts.accepted_at)},
+        lambda: {
+            (source, str(place)): count
+            for source, of_it in counts.items()
+            for place, count in enumerate(of_it.accepted_at)
+        },
         ["proposer", "position"],
     )
 

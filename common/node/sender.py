@@ -272,10 +272,13 @@ class Sender(Departures):
 
     def _commit(self, departure: Departure) -> None:
         assert departure.key is not None
-        length = departure.length
-        token = departure.sequence.token_ids[length]
+        sequence, length = departure.sequence, departure.length
         self._node.links.commit(
-            departure.key, position=length, first_token=token, logprobs=departure.logprobs
+            departure.key,
+            position=length,
+            first_token=sequence.token_ids[length],
+            logprobs=departure.logprobs,
+            draft_positions=min(length, sequence.num_draft_computed),
         )
 
     def _withdraw(self, departure: Departure) -> None:

@@ -114,8 +114,11 @@ class EngineSettings:
     async_scheduling: bool | None = setting(
         None, "plan a step while the one before is computed (none: unless the CPU computes it)"
     )
-    speculative: Literal["off", "ngram"] = setting(
+    speculative: Literal["off", "ngram", "draft", "ngram+draft"] = setting(
         "off", "what drafts tokens that the model verifies, several in a step; the output is the same"
+    )
+    speculative_model: str = setting(
+        "", "folder or hub name of the draft model (empty: the one that ships, for the model that ships)"
     )
     num_speculative_tokens: int | None = setting(
         None, "tokens drafted for a sequence in a step at most (none: 8)", at_least=1, at_most=64
@@ -130,6 +133,17 @@ class EngineSettings:
             raise ConfigError(
                 "num_kv_blocks and kv_cache_memory_bytes both give the pool's size; use one",
                 param="num_kv_blocks",
+            )
+        drafts = "draft" in self.speculative
+        if self.speculative_model and not drafts:
+            raise ConfigError(
+                f"speculative_model is for speculative draft and ngram+draft, not {self.speculative}",
+                param="speculative_model",
+            )
+        if drafts and self.model and not self.speculative_model:
+            raise ConfigError(
+                f"speculative {self.speculative} needs the speculative_model that drafts for {self.model}",
+                param="speculative_model",
             )
         if self.speculative == "off":
             if self.num_speculative_tokens is not None:

@@ -56,6 +56,7 @@ class Identity:
     numerics: str = ""
     adapter: str = ""
     tokenizer: str = ""
+    draft: str = ""
     transports: str = ""  # with commas, preferred first
     block_size: int = 0
     slab_bytes: int = 0
@@ -74,6 +75,7 @@ class Identity:
             self.block_size,
             self.adapter,
             self.tokenizer,
+            self.draft,
         )
 
 

@@ -205,6 +205,7 @@ class Commit(HandoffMessage):
     first_token: int
     logprobs: TokenLogprobs | None
     blocks: int  # how many indexes the prompt has, tail included: a check
+    draft_positions: int = 0  # of how many of its positions the draft model's KV is in the slabs, too
 
 
 @message(26)

@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from common.errors import DigestMismatch, StaleBlock
 from common.kv_layout import KVLayout
-from kv_transfer.digests import ranges_digest, slab_digest
+from kv_transfer.digests import ranges_digest
 from kv_transfer.pool_memory import PoolMemory
 from kv_transfer.ports import Piece
 
@@ -80,10 +80,7 @@ class Target:
         if not piece.digest:
             return
         [[slab]] = self.memory.to_host([piece.block])
-        if piece.fill:
-            found = ranges_digest(slab, self.layout.tail_ranges(piece.fill), piece.seed)
-        else:
-            found = slab_digest(slab, piece.seed)
+        found = ranges_digest(slab, self.layout.checked_ranges(piece.fill), piece.seed)
         if found != piece.digest:
             raise DigestMismatch(f"block {piece.index} is not what its hash promises")
 

@@ -199,7 +199,7 @@ def _for_intake(source: Source) -> Message:
         )
     if kind == 3:
         position = len(TOKENS) if source.byte() % 2 else source.number()
-        return Commit(KEY, position, source.number(), None, source.number())
+        return Commit(KEY, position, source.number(), None, source.number(), source.number())
     if kind == 4:
         return Abort(KEY, "why")
 

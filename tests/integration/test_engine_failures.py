@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import numba
@@ -209,57 +208,6 @@ def test_a_block_that_spoils_who_reads_it_leaves_the_cache_with_them() -> None:
     (again,) = engine.generate([LONG], greedy(5))
     assert again.token_ids == expected.token_ids
     engine.check_idle()
-
-
-@pytest.mark.parametrize("choices", [1, 2])
-@pytest.mark.parametrize("spoils", ["what it reads", "what it writes"])
-def test_what_a_step_spoils_leaves_the_cache_though_its_reader_was_aborted_meanwhile(
-    spoils: str, choices: int
-) -> None:
-    """Nobody hears of the fault, but whoever reads the block next would; the other choices do."""
-    engine = poisoned_engine()
-    (expected,) = engine.generate([LONG], greedy(5))
-    engine.add_prompt("r", LONG, greedy(5), choices=range(choices))
-    planned = engine.plan()
-    assert planned is not None
-    cached = engine.pool.lookup(planned.chunks[0].sequence.block_hashes)
-    assert cached
-    if spoils == "what it reads":
-        engine.runner.cache.poison(cached)
-        computed = engine.runner.run(planned.input)
-    else:
-        computed = engine.runner.run(planned.input)
-        ids = frozenset(planned.input.sequence_ids.tolist())
-        computed = dataclasses.replace(computed, spoiled=ids)
-    assert engine.abort_choice("r", 0)
-    told = engine.commit(planned, computed)
-    assert [(output.choice, output.finish_reason) for output in told] == [
-        (choice, FinishReason.ERROR) for choice in range(1, choices)
-    ]
-    assert not any(engine.pool.hash_of(block) for block in cached)
-    (again,) = engine.generate([LONG], greedy(5))
-    assert again.token_ids == expected.token_ids
-    engine.check_idle()
-
-
-def test_a_row_that_is_not_finite_clears_the_cache_of_what_it_read_though_it_was_aborted() -> None:
-    engine = poisoned_engine()
-    engine.generate([LONG], greedy(5))
-
-    def damage(rows: Rows, hidden: Tensor) -> None:
-        with torch.inference_mode():
-            hidden[:] = float("nan")
-
-    engine.add_prompt("r", LONG, greedy(5))
-    with watched_hidden_states(engine, damage):
-        planned = engine.plan()
-        assert planned is not None
-        computed = dataclasses.replace(engine.runner.run(planned.input), spoiled=frozenset())
-    cached = engine.pool.lookup(planned.chunks[0].sequence.block_hashes)
-    assert cached
-    engine.abort("r")
-    assert engine.commit(planned, computed) == []
-    assert not any(engine.pool.hash_of(block) for block in cached)
 
 
 def test_an_aborted_request_hears_nothing_of_its_fault() -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from typing import Any
 
 import pytest
 
-from common.engine import Engine, SamplingParams
+from common.engine import Engine, SamplingParams, StepOutput
 from common.engine.core.sequence import Sequence
 from common.engine.sampling.records import TokenLogprob
+from common.engine.speculation.drafting import Drafting
+from common.engine.speculation.model import ModelSource
 from common.node.kv import NodeKV, SharedMemory
 from common.sampling import FinishReason
 from common.settings.config import EngineSettings
@@ -17,8 +20,8 @@ from common.wire.message import HandoffKey
 from common.wire.messages import Offer
 from kv_transfer.ports import Piece
 from tests.support.asked import a_request
-from tests.support.checkpoints import STORIES
-from tests.support.engines import with_poison
+from tests.support.checkpoints import DRAFT, STORIES
+from tests.support.engines import FreeRounds, NoCosts, with_poison
 
 PROMPT = list(range(3, 44))
 LENGTH = 60
@@ -41,12 +44,17 @@ KINDS = {
 class EngineWithMemory:
     """What a node has of both, without links."""
 
-    def __init__(self) -> None:
+    def __init__(self, **fields: Any) -> None:
         shared = SharedMemory()
         settings = EngineSettings(
-            model=str(STORIES), dtype="float32", threads=1, num_kv_blocks=64, max_num_seqs=8
+            model=str(STORIES), dtype="float32", threads=1, num_kv_blocks=64, max_num_seqs=8, **fields
         )
-        self.engine = with_poison(settings, storage=shared.allocate, on_free=shared.freed)
+        proposer = None
+        if settings.speculative == "draft":
+            proposer = Drafting([ModelSource(512)], 3, NoCosts(), FreeRounds(0.0))
+        self.engine = with_poison(
+            settings, storage=shared.allocate, on_free=shared.freed, host_proposer=proposer
+        )
         assert shared.memory is not None
         self.memory = shared.memory
         self.kv = NodeKV(self.engine, shared.memory, digests=True)
@@ -60,10 +68,13 @@ class EngineWithMemory:
             assert step is not None
             for chunk in step.chunks:
                 self.num_computed[chunk.is_prompt] += chunk.length
-            for output in self.engine.commit(step, self.engine.runner.run(step.input)):
-                self.tokens += output.token_ids
-                self.logprobs += output.logprobs
+            self.take(self.engine.commit(step, self.engine.runner.run(step.input)))
             count -= 1
+
+    def take(self, outputs: list[StepOutput]) -> None:
+        for output in outputs:
+            self.tokens += output.token_ids
+            self.logprobs += output.logprobs
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +115,7 @@ def move(here: EngineWithMemory, sequence: Sequence, there: EngineWithMemory) ->
     request = dataclasses.replace(offer.request, token_ids=(*offer.request.token_ids, last))
     moved = there.engine.make_sequence("r/1", request, offer.key.choice)
     moved.num_computed = len(offer.request.token_ids)
+    moved.num_draft_computed = min(sequence.num_draft_computed, moved.num_computed)
     there.kv.run(moved, room)
     kept = here.engine.finish(sequence, FinishReason.CANCELLED)
     here.engine.pool.release(kept)
@@ -129,6 +141,30 @@ def test_a_sequence_that_moves_twice_makes_the_same_tokens(reference: Engine, ki
     assert sum(node.num_computed[False] for node in nodes) == len(expected.token_ids) - 1
     for node in nodes:
         node.engine.check_idle()
+
+
+@pytest.mark.parametrize("kind", ["greedy", "penalties"])
+def test_what_the_draft_model_has_computed_moves_with_it(reference: Engine, kind: str) -> None:
+    """It computes no prompt a second time."""
+    (expected,) = reference.generate([PROMPT], KINDS[kind])
+    nodes = [EngineWithMemory(speculative="draft", speculative_model=str(DRAFT)) for _ in range(3)]
+    (sequence,) = nodes[0].engine.add_prompt("r/1", PROMPT, KINDS[kind], cache_salt="tenant")
+    for here, there in itertools.pairwise(nodes):
+        here.steps(6)
+        here.engine.scheduler.pause(sequence)
+        sequence = move(here, sequence, there)
+        step = there.engine.plan()
+        assert step is not None
+        if step.input.drafts is not None:
+            assert step.input.drafts.starts.min() >= len(PROMPT)
+        there.take(there.engine.commit(step, there.engine.runner.run(step.input)))
+    nodes[2].steps()
+    assert tuple(token for node in nodes for token in node.tokens) == expected.token_ids
+    for node in nodes:
+        node.engine.check_idle()
+    proposers = [node.engine.proposer for node in nodes if node.engine.proposer is not None]
+    assert sum(proposer.counts["draft"].accepted for proposer in proposers) > 5
+    assert not any(proposer.failures.count for proposer in proposers)
 
 
 def test_a_sequence_that_was_offered_in_vain_can_be_offered_again_with_more(reference: Engine) -> None:

@@ -8,10 +8,12 @@ from collections.abc import Iterator
 import pytest
 
 from common.engine import Engine, SamplingParams, StepOutput
-from common.engine.speculation import HostProposer
+from common.engine.speculation import GuardedProposer, HostProposer
+from common.engine.speculation.drafting import Drafting
+from common.engine.speculation.model import ModelSource
 from common.settings.config import EngineSettings
-from tests.support.checkpoints import STORIES
-from tests.support.engines import poisoned_engine
+from tests.support.checkpoints import DRAFT, STORIES
+from tests.support.engines import FreeRounds, NoCosts, poisoned_engine
 from tests.support.process_runner import ProcessRunner, read
 
 SETTINGS = {
@@ -28,6 +30,8 @@ LONG = [1, 320, 321, 322, 323, 324, 325] * 9
 
 class Truth(HostProposer):
     """Drafts what was generated before, now and then wrong."""
+
+    name = "truth"
 
     def __init__(self, tokens: dict[tuple[str, int], list[int]]) -> None:
         self._tokens = tokens
@@ -116,12 +120,25 @@ def test_drafts_cross_and_change_nothing(apart: Engine, steps_ahead: int) -> Non
     tokens = by_choice(run(here))
     prompts = {"warm": LONG, "edited": PROMPT, "greedy": LONG[:50], "gone": []}
     truth = Truth({(r, c): prompts[r] + ids for (r, c), ids in tokens.items()} | {("gone", 0): []})
-    apart.proposer = truth
+    apart.proposer = GuardedProposer(truth, apart.facts.vocab_size, has_draft_model=False)
     try:
         assert by_choice(run(apart)) == tokens
     finally:
         apart.proposer = None
     assert truth.drafted > 100
+
+
+def test_what_a_draft_model_is_to_do_and_what_came_of_it_cross_as_well() -> None:
+    here = poisoned_engine(**SETTINGS)
+    tokens = by_choice(run(here))
+    settings = EngineSettings(**SETTINGS, speculative="draft", speculative_model=str(DRAFT))  # type: ignore[arg-type]
+    runner = ProcessRunner(settings)
+    proposer = Drafting([ModelSource(512)], 4, NoCosts(), FreeRounds(0.0))
+    try:
+        assert by_choice(run(Engine(settings, runner, proposer=proposer))) == tokens
+    finally:
+        runner.close()
+    assert proposer.counts["draft"].accepted > 20
 
 
 def test_a_step_that_fails_in_another_process_is_computed_again(

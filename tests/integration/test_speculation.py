@@ -11,14 +11,12 @@ import pytest
 
 from common.engine import Engine, SamplingParams
 from common.engine.core.output import StepOutput
-from common.engine.interface import StepInput
 from common.engine.speculation.drafting import Drafting
-from common.engine.speculation.lengths import StepCosts
 from common.engine.speculation.ngram import NGramSource
 from common.errors import InvalidRequest
 from common.identity import ModelIdentity
 from common.request import Request
-from tests.support.engines import poisoned_engine, with_poison
+from tests.support.engines import NoCosts, poisoned_engine
 
 REPETITIVE = list(itertools.islice(itertools.cycle(range(20, 33)), 60))
 PROMPTS = {
@@ -43,15 +41,8 @@ ALL = {
 }
 
 
-class NoCosts(StepCosts):
-    """A row more costs nothing, so that all that is drafted is verified, however long steps take."""
-
-    def took(self, rows: int, seconds: float) -> bool:
-        return False
-
-
 def ngram_engine(most: int = 8, **settings: Any) -> Engine:
-    return poisoned_engine(Drafting(NGramSource(), most, NoCosts()), **settings)
+    return poisoned_engine(Drafting([NGramSource()], most, NoCosts()), **settings)
 
 
 def outputs(engine: Engine, **fields: Any) -> dict[tuple[str, int], list[Any]]:
@@ -104,7 +95,7 @@ def test_ngram_changes_no_token_no_logprob_and_no_end(
 ) -> None:
     engine = ngram_engine(**settings)
     assert outputs(engine) == plain
-    counts = drafting(engine).counts
+    counts = drafting(engine).counts["ngram"]
     assert 0 < counts.accepted < counts.drafted
     assert not drafting(engine)._acceptance, "nothing is kept of what has ended"
 
@@ -140,7 +131,7 @@ def test_a_prediction_is_followed_as_far_as_it_is_right() -> None:
 def test_a_request_may_ask_for_none(plain: dict[tuple[str, int], list[Any]]) -> None:
     engine = poisoned_engine(speculative="ngram")
     assert outputs(engine, speculative=False) == plain
-    assert drafting(engine).counts.drafted == 0
+    assert drafting(engine).counts["ngram"].drafted == 0
 
 
 @pytest.mark.parametrize("token", [-1, 512, 2**70])
@@ -154,31 +145,11 @@ def test_a_prediction_outside_the_vocabulary_is_the_clients_error(token: int) ->
     engine.check_idle()
 
 
-class EveryOther:
-    """Implements `DeviceProposer`: guesses one token again and again, in every other step."""
-
-    def propose(self, step: StepInput, *_: object) -> dict[int, tuple[int, ...]]:
-        return {int(name): (20,) * 3 for name in step.sequence_ids} if step.number % 2 else {}
-
-
-@pytest.mark.parametrize("steps_ahead", [0, 1])
-def test_what_a_device_guesses_is_dropped_where_a_step_under_way_gives_a_newer_token(
-    steps_ahead: int,
-) -> None:
-    params = dataclasses.replace(BASE, logit_bias=((20, 100.0),))
-    settings = poisoned_engine().settings
-    engine = with_poison(settings, proposer=EveryOther())
-    engine.steps_ahead = steps_ahead
-    (reply,) = engine.generate([REPETITIVE], params)
-    assert reply.token_ids == (20,) * params.max_tokens
-    engine.check_idle()
-
-
 class Failing(Drafting):
     """Raises in one of its methods, each time, or drafts what is no token."""
 
     def __init__(self, fault: str) -> None:
-        super().__init__(NGramSource(), 8, NoCosts())
+        super().__init__([NGramSource()], 8, NoCosts())
         self._fault = fault
 
     def propose(self, sequences: Sequence[Any]) -> None:
@@ -212,9 +183,9 @@ def test_a_proposer_that_fails_costs_drafts_only_and_is_off_after_some_times(
     assert outputs(engine) == plain
     assert engine.proposer is not None
     assert not engine.proposer.is_on
-    drafted = engine.proposer.counts.drafted
+    drafted = engine.proposer.counts["ngram"].drafted
     assert outputs(engine) == plain, "and so does one that is off"
-    assert engine.proposer.counts.drafted == drafted
+    assert engine.proposer.counts["ngram"].drafted == drafted
     lines = [record for record in caplog.records if record.name == "pdq.speculation"]
     assert [line.getMessage() for line in lines] == ["proposer.failed", "proposer.off"]
     assert [line.exc_info is not None for line in lines] == [True, False]

@@ -10,6 +10,7 @@ import torch
 
 SHARED_MODELS = Path(__file__).resolve().parents[3] / "shared" / "models"
 STORIES = SHARED_MODELS / "stories260K"
+DRAFT = SHARED_MODELS / "stories124K-draft"  # of STORIES
 BABYLLAMA = SHARED_MODELS / "babyllama361"
 
 

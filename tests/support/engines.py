@@ -13,7 +13,8 @@ from common.engine import Engine, SamplingParams
 from common.engine.devices.kv_cache import KVCache
 from common.engine.devices.rows import Rows
 from common.engine.runner.model_runner import ModelRunner, Storage
-from common.engine.speculation import DeviceProposer, HostProposer
+from common.engine.speculation import HostProposer
+from common.engine.speculation.lengths import RoundCosts, StepCosts
 from common.settings.config import EngineSettings
 from tests.support.checkpoints import STORIES
 
@@ -69,12 +70,11 @@ def with_poison(
     *,
     storage: Storage | None = None,
     on_free: Callable[[Sequence[int]], None] | None = None,
-    proposer: DeviceProposer | None = None,
     host_proposer: HostProposer | None = None,
 ) -> Engine:
     """An engine that computes in the thread that calls it, with NaN in every block that nobody holds;
     `on_free` hears of those first."""
-    runner = ModelRunner(settings, storage=storage, proposer=proposer)
+    runner = ModelRunner(settings, storage=storage)
     runner.cache.poison(range(runner.facts.num_blocks))
 
     def freed(block_ids: Sequence[int]) -> None:
@@ -83,3 +83,17 @@ def with_poison(
         runner.cache.poison(block_ids)
 
     return Engine(settings, runner, proposer=host_proposer, on_free=freed)
+
+
+class NoCosts(StepCosts):
+    """A row more costs nothing, so that all that is drafted is verified, however long steps take."""
+
+    def took(self, rows: int, seconds: float) -> bool:
+        return False
+
+
+class FreeRounds(RoundCosts):
+    """The draft model costs nothing, so that it always drafts, however long it takes."""
+
+    def of(self, members: int, steps: StepCosts) -> float:
+        return 0.0

@@ -26,6 +26,9 @@ PLAIN = {
     "numpy.core.multiarray": {"_reconstruct", "scalar"},
     "numpy.core.numeric": {"_frombuffer"},
     "common.engine.interface": {
+        "DraftFacts",
+        "DraftInput",
+        "DraftReport",
         "EngineFacts",
         "ScoredChunk",
         "SlotChanges",

@@ -55,6 +55,31 @@ def test_layers_that_differ_are_described_in_groups() -> None:
     )
 
 
+SMALL = {"num_layers": 2, "num_kv_heads": 2, "head_dim": 32}
+
+
+def test_a_draft_models_segments_lie_behind_and_no_digest_covers_them() -> None:
+    draft = layout(**SMALL)
+    both = LAYOUT.with_draft(draft)
+    assert both.slab_bytes == LAYOUT.slab_bytes + draft.slab_bytes
+    assert both.segments[: len(LAYOUT.segments)] == LAYOUT.segments
+    assert [segment.layer for segment in both.segments[-4:]] == [24, 24, 25, 25]
+    assert both.describe() == LAYOUT.describe()
+    assert both.describe_draft() == "layers 24-26: k bfloat16 heads 0-2 of 32, v bfloat16 heads 0-2 of 32"
+    assert both.checked_ranges() == LAYOUT.checked_ranges() == [(0, LAYOUT.slab_bytes)]
+    assert both.checked_ranges(3) == LAYOUT.checked_ranges(3) == list(LAYOUT.tail_ranges(3))
+    tail = list(both.tail_ranges(3))
+    assert len(tail) == len(both.segments), "they travel all the same"
+    assert sum(length for _, length in tail) * 16 == both.slab_bytes * 3
+    assert both.with_block_size(48) == layout(block_size=48).with_draft(layout(block_size=48, **SMALL))
+
+
+def test_a_draft_model_is_part_of_what_two_nodes_must_have_in_common() -> None:
+    one, other = fingerprint(draft="small@1"), fingerprint()
+    assert one.mismatch(other) == Mismatch("draft", "small@1", "")
+    assert one.digest() != other.digest()
+
+
 def test_a_layout_in_another_block_size_is_the_one_that_was_made_in_it() -> None:
     other = layout(block_size=48)
     assert LAYOUT.with_block_size(48) == other

@@ -1,8 +1,9 @@
 """The block pool: which block of KV memory is used by how many, and what is cached in it.
 
-Owns: reference counts, the free list, the prefix cache (hash to block) with its eviction order,
-and the numbered events from which gateways build their prefix index. Knows nothing of tensors,
-tokens or sequences: a reference may be a sequence's or that of a lease of the transfer layer.
+Owns: reference counts, the free list, the prefix cache (hash to block) with its eviction order, which blocks
+a draft model has filled, too, and the numbered events from which gateways build their prefix index. Knows
+nothing of tensors, tokens or sequences: a reference may be a sequence's or that of a lease of the transfer
+layer.
 
 Every block is in exactly one of three places:
 
@@ -18,6 +19,7 @@ from __future__ import annotations
 import enum
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
+from itertools import takewhile
 from typing import NamedTuple
 
 from common.errors import ConfigError, OutOfBlocks
@@ -73,6 +75,7 @@ class BlockPool:
         self._hashes: list[bytes | None] = [None] * num_blocks
         self._free = list(range(num_blocks - 1, -1, -1))  # a stack
         self._idle: OrderedDict[int, None] = OrderedDict()  # oldest first
+        self._drafted: set[int] = set()  # that hold a draft model's KV of all their positions, too
         self._by_hash: dict[bytes, int] = {}
         self._events: deque[CacheEvent] = deque(maxlen=max_pending_events)
         self._event_number = 0
@@ -121,6 +124,7 @@ class BlockPool:
             taken += evicted
         for block_id in taken:
             self._references[block_id] = 1
+        self._drafted.difference_update(taken)
         return taken
 
     def acquire(self, block_ids: Iterable[int]) -> None:
@@ -207,6 +211,18 @@ class BlockPool:
         for block_id in block_ids:
             assert self._references[block_id] > 0, f"block {block_id} is not used"
             self._unpublish(block_id)
+
+    def mark_drafted(self, block_ids: Iterable[int]) -> None:
+        """A draft model has computed all positions of these used blocks."""
+        self._drafted.update(block_ids)
+
+    def unmark_drafted(self, block_ids: Iterable[int]) -> None:
+        """What a draft model has computed in these blocks is of no use."""
+        self._drafted.difference_update(block_ids)
+
+    def num_drafted(self, block_ids: Iterable[int]) -> int:
+        """How many of these blocks, from the first on, hold a draft model's KV, too."""
+        return sum(1 for _ in takewhile(self._drafted.__contains__, block_ids))
 
     def drain_events(self) -> list[CacheEvent]:
         """Events since the last call, in order."""

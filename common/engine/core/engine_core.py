@@ -17,13 +17,14 @@ from numpy.typing import NDArray
 
 from common.engine.core.admission import ExpectedPrompt
 from common.engine.core.block_pool import BlockPool
+from common.engine.core.drafts import advance, draft_input
 from common.engine.core.output import StepOutput
 from common.engine.core.scheduler import Scheduler
 from common.engine.core.sequence import Sequence, SequenceStatus
 from common.engine.core.sequence_slots import SequenceSlots
 from common.engine.core.step import Chunk, Delivery, Step
 from common.engine.core.step_input import step_input
-from common.engine.interface import MAX_CHOICES, EngineFacts, StepResult, num_sampler_slots
+from common.engine.interface import MAX_CHOICES, DraftInput, EngineFacts, StepResult, num_sampler_slots
 from common.engine.sampling.records import RowFault, SampleOutput, TokenLogprob
 from common.engine.speculation import GuardedProposer, HostProposer
 from common.errors import InvalidRequest, NotFiniteLogits, TokenOutOfRange
@@ -71,7 +72,11 @@ class EngineCore:
             max_num_batched_tokens=settings.max_num_batched_tokens,
             max_model_len=facts.max_model_len,
         )
-        self.proposer = None if proposer is None else GuardedProposer(proposer, facts.vocab_size)
+        self.proposer = (
+            None
+            if proposer is None
+            else GuardedProposer(proposer, facts.vocab_size, has_draft_model=facts.draft is not None)
+        )
         self.num_steps = 0
         self._slots = SequenceSlots(num_sampler_slots(settings))
         self._children: dict[int, list[Sequence]] = {}  # parent's id → choices that wait for it
@@ -138,6 +143,7 @@ class EngineCore:
             arrival=number,
             cache_root=request.cache_root(self.fingerprint),
             speculates=request.speculative,
+            draft_model_follows=request.speculative,
             prediction=prediction,
         )
 
@@ -237,7 +243,8 @@ class EngineCore:
             for chunk in step.sampling:
                 if children := self._children.pop(chunk.sequence.sequence_id, None):
                     self.scheduler.fork(chunk.sequence, children)
-            step.input = step_input(step, self._slots, next(self._numbers), before)
+            drafts = self._draft_input(step)
+            step.input = step_input(step, self._slots, next(self._numbers), before, drafts)
         except BaseException as error:
             self.fail(step)
             if isinstance(error, Exception):
@@ -250,7 +257,7 @@ class EngineCore:
         assert step is self._steps[0], "an older step has not ended"
         del self._steps[0]
         if self.proposer is not None:
-            self.proposer.observe(step, result.accepted, result.seconds)
+            self.proposer.observe(step, result)
         for scored, entries in zip(step.input.scored, result.scored, strict=True):
             chunk = step.chunks[scored.chunk]
             if chunk.sequence.status is not SequenceStatus.FINISHED:
@@ -261,14 +268,20 @@ class EngineCore:
             self.scheduler.postprocess(step, {})
         else:
             outputs += self._accept(step, result.sampled, result.accepted)
-        for sequence in [chunk.sequence for chunk in step.sampling] if result.drafts else ():
-            drafts = result.drafts.get(sequence.sequence_id)
-            if not drafts or sequence.in_flight:  # a step under way gives it a newer token
-                continue
-            if sequence.status is SequenceStatus.RUNNING and sequence.speculates:
-                sequence.draft_token_ids = list(drafts)
+        if result.drafts is not None:
+            advance(step, result.drafts, self.pool)
         self.num_steps += 1
         return outputs
+
+    def _draft_input(self, step: Step) -> DraftInput | None:
+        if self.facts.draft is None or self.proposer is None:
+            return None
+        return draft_input(
+            step,
+            self.settings.max_num_batched_tokens,
+            self.facts.draft.max_model_len,
+            prompts=self.proposer.draft_model_pays,
+        )
 
     def fail(self, step: Step) -> None:
         """The step could not be computed, nor can a younger one that goes on from it: their sequences
@@ -304,8 +317,6 @@ class EngineCore:
         for chunk, start, count in zip(step.sampling, step.sampled_rows(), kept.tolist(), strict=True):
             sequence = chunk.sequence
             if sequence.status is SequenceStatus.FINISHED:  # aborted meanwhile
-                if sampled.faults[start] == RowFault.NOT_FINITE and chunk in step.chunks:
-                    self._forget_blocks(step, step.chunks.index(chunk))
                 continue
             if not count:
                 if sampled.faults[start] == RowFault.NOT_FINITE:
@@ -351,16 +362,14 @@ class EngineCore:
     def _fail_spoiled(self, step: Step, ids: frozenset[int]) -> list[StepOutput]:
         """End these sequences, and the choices that share their prompt."""
         outputs: list[StepOutput] = []
-        for index, sequence in enumerate(chunk.sequence for chunk in step.chunks):
+        for sequence in [chunk.sequence for chunk in step.chunks]:
             if sequence.sequence_id not in ids:
                 continue
             if sequence.status is SequenceStatus.FINISHED:  # aborted meanwhile
-                self._forget_blocks(step, index)
-            else:
-                outputs.append(self._fail_not_finite(sequence))
+                continue
+            outputs.append(self._fail_not_finite(sequence))
             for forked in [c.sequence for one in (step, *self._steps) for c in one.forked]:
-                ended = forked.status is SequenceStatus.FINISHED
-                if forked.request_id == sequence.request_id and not ended:
+                if forked.request_id == sequence.request_id:
                     outputs.append(self._fail_not_finite(forked))
             for child in self._children.pop(sequence.sequence_id, []):  # nothing runs it yet
                 child.move_to(SequenceStatus.FINISHED)
@@ -372,10 +381,6 @@ class EngineCore:
         """What it has read may be what spoils it: nobody else is to find that in the cache."""
         self.pool.forget(sequence.block_table)
         return self._fail(sequence, NOT_FINITE)
-
-    def _forget_blocks(self, step: Step, index: int) -> None:
-        """Likewise for a chunk whose sequence has ended already: the step keeps its blocks, until it ends."""
-        self.pool.forget(step.input.blocks(index, 0, self.pool.blocks_for(step.chunks[index].end)))
 
     def _fail(self, sequence: Sequence, what: str) -> StepOutput:
         """End one sequence whose row has no token; the others of the step go on."""

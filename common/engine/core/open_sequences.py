@@ -155,7 +155,7 @@ class OpenSequences:
         has it still gives it its token."""
         _remove(self._running, sequence)
         self._release_blocks(sequence)
-        sequence.num_computed = sequence.num_published = 0
+        sequence.num_computed = sequence.num_published = sequence.num_draft_computed = 0
         sequence.draft_token_ids = []
         sequence.move_to(SequenceStatus.WAITING)
         self._wait(sequence)

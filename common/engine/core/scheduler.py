@@ -36,6 +36,7 @@ from common.engine.core.block_pool import BlockPool
 from common.engine.core.open_sequences import OpenSequences
 from common.engine.core.sequence import Sequence, SequenceStatus
 from common.engine.core.step import Chunk, Delivery, Step
+from common.engine.interface import TO_BE_DRAFTED
 from common.errors import ConfigError, ContextLengthExceeded, InvalidRequest, NeverFits
 from common.sampling import FinishReason
 
@@ -116,15 +117,25 @@ class Scheduler(OpenSequences):
 
     def adopt(self, sequence: Sequence, room: Room) -> None:
         """Run a sequence whose first `num_computed` positions lie in the room that was held for it,
-        which it has from now on. An `InvalidRequest` changes nothing."""
+        which it has from now on, with the first `num_draft_computed` of a draft model where they came with
+        them. An `InvalidRequest` changes nothing."""
         self._validate(sequence)
         assert 0 <= sequence.num_computed < len(sequence.token_ids)
         assert self.pool.blocks_for(sequence.num_computed) <= len(room.blocks)
         self._admission.held.remove(room)
         sequence.block_table = list(room.blocks)
+        self._take_drafted(sequence, room)
         self._register(sequence)
         self._run(sequence)
         self._publish(sequence)
+
+    def _take_drafted(self, sequence: Sequence, room: Room) -> None:
+        """What came with it, behind what the blocks that were here already have."""
+        pool, size = self.pool, self.pool.block_size
+        pool.mark_drafted(room.blocks[room.num_cached : sequence.num_draft_computed // size])
+        full = pool.num_drafted(room.blocks)
+        came = sequence.num_draft_computed
+        sequence.num_draft_computed = came if full == came // size else full * size
 
     def fork(self, parent: Sequence, children: Iterable[Sequence]) -> None:
         """Let children with the parent's prompt take part from their first token on.
@@ -158,6 +169,7 @@ class Scheduler(OpenSequences):
             child.block_table = list(parent.block_table)
             child.num_computed, child.in_flight = chunk.start, chunk.length
             child.num_published = parent.num_published
+            child.num_draft_computed = parent.num_draft_computed
             self._run(child)
 
     # A step.
@@ -348,6 +360,7 @@ class Scheduler(OpenSequences):
             sequence.block_table, cached = taken
             sequence.num_computed = cached * pool.block_size
             sequence.num_published = cached
+            sequence.num_draft_computed = pool.num_drafted(sequence.block_table[:cached]) * pool.block_size
             self._run(sequence)
             if is_member:
                 length = min(sequence.num_computable, spare)
@@ -374,7 +387,8 @@ class Scheduler(OpenSequences):
         verified = len(sampled) - 1
         assert 0 <= verified <= chunk.num_drafted
         # Their KV was computed from the drafts: another token would be cached under a wrong hash.
-        assert list(sampled[:verified]) == sequence.draft_token_ids[:verified]
+        drafts = sequence.draft_token_ids[:verified]
+        assert list(sampled[:verified]) == drafts or TO_BE_DRAFTED in drafts
         sequence.draft_token_ids = []
         tokens: list[int] = []
         reason = None

@@ -42,7 +42,7 @@ TRANSITIONS: collections.abc.Mapping[SequenceStatus, frozenset[SequenceStatus]] 
 @dataclasses.dataclass(slots=True, eq=False)
 class Sequence:
     """Compared by identity. Only the scheduler changes a sequence once it was handed to it,
-    except for `draft_token_ids`, which a proposer sets before a step."""
+    except for `draft_token_ids` and `catches_up`, which a proposer sets before a step."""
 
     sequence_id: int  # unique in this engine
     request_id: str
@@ -55,9 +55,12 @@ class Sequence:
     arrival: int = 0
     cache_root: bytes = b""  # parent of the first block's hash
     speculates: bool = True  # tokens may be drafted for it
+    draft_model_follows: bool = True  # computes its positions, too, so that it can draft now or elsewhere
     prediction: list[int] = dataclasses.field(default_factory=list)  # what its reply may be like
 
     num_computed: int = 0
+    num_draft_computed: int = 0  # by the draft model, of the same positions
+    catches_up: bool = False  # the draft model is to compute what it lacks
     in_flight: int = 0  # positions after these that steps under way compute
     pending: int = 0  # tokens that steps under way append
     block_table: list[int] = dataclasses.field(default_factory=list)

@@ -15,10 +15,16 @@ from numpy.typing import NDArray
 from common.engine.core.sequence import Sequence
 from common.engine.core.sequence_slots import SequenceSlots
 from common.engine.core.step import Chunk, Step
-from common.engine.interface import ScoredChunk, StepInput
+from common.engine.interface import DraftInput, ScoredChunk, StepInput
 
 
-def step_input(step: Step, slots: SequenceSlots, number: int, before: Step | None = None) -> StepInput:
+def step_input(
+    step: Step,
+    slots: SequenceSlots,
+    number: int,
+    before: Step | None = None,
+    drafts: DraftInput | None = None,
+) -> StepInput:
     """Takes a sampler slot for each sequence that samples its first token. `before`: the step under way,
     whose tokens this one goes on from."""
     chunks, num_generated = step.chunks, step.num_generated_chunks
@@ -40,10 +46,11 @@ def step_input(step: Step, slots: SequenceSlots, number: int, before: Step | Non
         token_ids=np.fromiter(
             chain.from_iterable(_tokens(chunk, rows) for chunk in chunks), np.int64, step.num_tokens
         ),
-        generated_tables=_tables(chunks[:num_generated]),
-        prompt_tables=_tables(chunks[num_generated:]),
+        generated_tables=block_tables([chunk.sequence for chunk in chunks[:num_generated]]),
+        prompt_tables=block_tables([chunk.sequence for chunk in chunks[num_generated:]]),
         sampled=sampled,
         scored=tuple(_scored(chunks)),
+        drafts=drafts,
     )
 
 
@@ -59,14 +66,12 @@ def _tokens(chunk: Chunk, rows: Mapping[Sequence, int]) -> list[int]:
     return known + sequence.draft_token_ids[: chunk.num_drafted] if chunk.num_drafted else known
 
 
-def _tables(chunks: AnySequence[Chunk]) -> NDArray[np.int32]:
-    """Block tables side by side, `[chunks, longest]`, filled up with 0."""
-    longest = max((len(chunk.sequence.block_table) for chunk in chunks), default=0)
-    flat = chain.from_iterable(
-        chain(chunk.sequence.block_table, repeat(0, longest - len(chunk.sequence.block_table)))
-        for chunk in chunks
-    )
-    return np.fromiter(flat, np.int32, len(chunks) * longest).reshape(len(chunks), longest)
+def block_tables(sequences: AnySequence[Sequence]) -> NDArray[np.int32]:
+    """Side by side, `[sequences, longest]`, filled up with 0."""
+    tables = [sequence.block_table for sequence in sequences]
+    longest = max(map(len, tables), default=0)
+    flat = chain.from_iterable(chain(table, repeat(0, longest - len(table))) for table in tables)
+    return np.fromiter(flat, np.int32, len(tables) * longest).reshape(len(tables), longest)
 
 
 def _scored(chunks: AnySequence[Chunk]) -> Iterator[ScoredChunk]:

@@ -43,6 +43,11 @@ class KVCache:
         self._shapes = {(s.layer, s.kind): s.shape for s in layout.segments}
 
     @property
+    def own_elements(self) -> Tensor:
+        """`elements` without a draft model's."""
+        return self.elements[:, : self.layout.checked_bytes // self.dtype.itemsize]
+
+    @property
     def slab_elements(self) -> int:
         return self.elements.shape[1]
 

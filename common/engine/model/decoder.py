@@ -47,11 +47,17 @@ class Model:
     """Token ids in, hidden states and logits out; keys and values go to the KV cache."""
 
     def __init__(
-        self, config: ModelConfig, backend: Backend, source: CheckedSource, max_model_len: int
+        self,
+        config: ModelConfig,
+        backend: Backend,
+        source: CheckedSource,
+        max_model_len: int,
+        first_layer: int = 0,
     ) -> None:
-        """Load all weights. Raises `CheckpointError` before anything is prepared if a tensor is
-        missing or misshapen."""
+        """Load all weights. `first_layer` is the number that the pool's layout gives to layer 0. Raises
+        `CheckpointError` before anything is prepared if a tensor is missing or misshapen."""
         self.config = config
+        self._first_layer = first_layer
         self.backend = backend
         for index in range(config.num_layers):
             backend.check(_head_shape(config, index))
@@ -112,7 +118,7 @@ class Model:
         border = rows.padded_generated
         residual = F.embedding(rows.token_ids, self._embedding)
         hidden = None
-        for index, layer in enumerate(self._layers):
+        for index, layer in enumerate(self._layers, self._first_layer):
             if hidden is None:
                 hidden = backend.rms_norm(residual, layer.input_norm, eps)
             else:

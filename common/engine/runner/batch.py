@@ -4,7 +4,7 @@ Owns the order of rows and their padding, and which rows are sampled. Knows noth
 the scheduler chose these chunks, or of what a device makes of the rows.
 
     rows      [ generated … | padding | prompt … | padding ]
-    sampled   for each chunk that samples, in order, its last 1 + num_drafted rows
+    sampled   for each chunk, in order, as many of its last rows as are asked for
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from common.engine.devices.rows import RowPlan, Rows
-from common.engine.interface import StepInput
+from common.engine.interface import Chunks
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -28,7 +28,8 @@ class Batch:
     sampled: NDArray[np.int64]  # rows whose logits choose a token, in the order of chunks
 
 
-def lay_out(step: StepInput, block_size: int, plan: RowPlan) -> Batch:
+def lay_out(step: Chunks, num_sampled: NDArray[np.int64], block_size: int, plan: RowPlan) -> Batch:
+    """`num_sampled` `[chunks]`: of how many of its last positions each is sampled."""
     generated = step.num_generated
     lengths, ends = step.lengths, np.cumsum(step.lengths)
     num_generated = int(lengths[:generated].sum())
@@ -66,9 +67,8 @@ def lay_out(step: StepInput, block_size: int, plan: RowPlan) -> Batch:
         for index, (row, length, start) in enumerate(prompt_chunks)
         for offset in range(0, length, plan.query_tile)
     ]
-    counts = np.where(step.samples, 1 + step.num_drafted, 0)
-    sampled_before = np.repeat(np.cumsum(counts) - counts, counts)
-    sampled_from = np.repeat(first_rows + lengths - counts, counts)
+    sampled_before = np.repeat(np.cumsum(num_sampled) - num_sampled, num_sampled)
+    sampled_from = np.repeat(first_rows + lengths - num_sampled, num_sampled)
     tables = step.generated_tables
     if num_generated != generated:
         tables = np.repeat(tables, lengths[:generated], axis=0)
@@ -84,4 +84,4 @@ def lay_out(step: StepInput, block_size: int, plan: RowPlan) -> Batch:
         prompt_tiles=torch.from_numpy(np.array(tiles, np.int32).reshape(len(tiles), 4)),
         prompt_tables=torch.from_numpy(step.prompt_tables),
     )
-    return Batch(rows, first_rows, sampled_from + np.arange(counts.sum()) - sampled_before)
+    return Batch(rows, first_rows, sampled_from + np.arange(len(sampled_from)) - sampled_before)

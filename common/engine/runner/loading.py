@@ -45,24 +45,45 @@ def context_length(settings: EngineSettings, config: ModelConfig) -> int:
 
 
 def load_model(
-    settings: EngineSettings, folder: Path, config: ModelConfig, device: Device, backend: Backend, length: int
+    settings: EngineSettings,
+    folder: Path,
+    config: ModelConfig,
+    device: Device,
+    backend: Backend,
+    length: int,
+    first_layer: int = 0,
 ) -> Model:
     _check_weights_fit(config, backend.dtype, device, length)
     if settings.load_format == "dummy":
         tied = config.tie_word_embeddings
         source = RandomWeights(settings.seed, tied=tied, dtype=backend.dtype)
-        model = Model(config, backend, source, length)
+        model = Model(config, backend, source, length, first_layer)
     else:
         with Checkpoint(folder) as checkpoint:
-            model = Model(config, backend, checkpoint, length)
+            model = Model(config, backend, checkpoint, length, first_layer)
     backend.settle()
     return model
 
 
+def weight_count(config: ModelConfig) -> int:
+    """Numbers in all tensors of a model."""
+    shapes = tensor_shapes(config, has_head=not config.tie_word_embeddings)
+    return sum(math.prod(shape) for shape in shapes.values())
+
+
+def kv_layout(config: ModelConfig, block_size: int, dtype: torch.dtype) -> KVLayout:
+    return KVLayout.paged_attention(
+        num_layers=config.num_layers,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        block_size=block_size,
+        dtype=dtype_name(dtype),
+    )
+
+
 def _check_weights_fit(config: ModelConfig, dtype: torch.dtype, device: Device, length: int) -> None:
     """Refuse before anything is read what would be killed for its memory half-way."""
-    shapes = tensor_shapes(config, has_head=not config.tie_word_embeddings)
-    needed = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
+    needed = weight_count(config) * dtype.itemsize
     free, place = device.free_memory(), device.torch_device.type
     if needed > free:
         raise InsufficientMemory(

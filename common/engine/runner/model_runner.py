@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future
 
 import numpy as np
@@ -21,11 +21,11 @@ from common.engine.devices.kv_cache import KVCache
 from common.engine.interface import EngineFacts, Filled, StepInput, StepResult, num_sampler_slots
 from common.engine.runner import loading
 from common.engine.runner.batch import Batch, lay_out
+from common.engine.runner.draft_model import DraftModel, Target, uses_draft_model
 from common.engine.runner.sampler import Sampler
 from common.engine.runner.soundness import filled_blocks, infinite, sound_rows, spoiled
 from common.engine.sampling.records import TokenLogprob
-from common.engine.speculation import DeviceProposer
-from common.kv_layout import Fingerprint, KVLayout
+from common.kv_layout import Fingerprint
 from common.model_files import model_name, model_revision, resolve_model
 from common.model_folder.config_fields import unknown_fields
 from common.model_folder.description import describe_model, parse_overrides, read_config
@@ -42,15 +42,9 @@ zeroed, uint8 `[num_blocks, slab_bytes]`."""
 class ModelRunner:
     """Implements `Runner`: `submit` computes at once, in the thread that calls it."""
 
-    def __init__(
-        self,
-        settings: EngineSettings,
-        *,
-        storage: Storage | None = None,
-        proposer: DeviceProposer | None = None,
-    ) -> None:
-        """Load the model and reserve the pool, on the device that the settings name; `storage` where
-        the pool is to be shared with other processes.
+    def __init__(self, settings: EngineSettings, *, storage: Storage | None = None) -> None:
+        """Load the model, and its draft model, and reserve the pool, on the device that the settings name;
+        `storage` where the pool is to be shared with other processes.
 
         Raises `ModelError`, `ConfigError` or `InsufficientMemory`.
         """
@@ -67,13 +61,11 @@ class ModelRunner:
         self.backend = device.backend(dtype)
         self.model = loading.load_model(settings, folder, self.config, device, self.backend, length)
 
-        layout = KVLayout.paged_attention(
-            num_layers=self.config.num_layers,
-            num_kv_heads=self.config.num_kv_heads,
-            head_dim=self.config.head_dim,
-            block_size=settings.block_size,
-            dtype=loading.dtype_name(dtype),
-        )
+        layout = loading.kv_layout(self.config, settings.block_size, dtype)
+        self.draft: DraftModel | None = None
+        if uses_draft_model(settings):
+            self.draft = DraftModel(settings, device, Target(self.config, description, dtype, length))
+            layout = layout.with_draft(self.draft.layout)
         num_blocks = loading.pool_size(settings, layout, length, device)
         slab_bytes = layout.slab_bytes
         memory = (
@@ -84,7 +76,6 @@ class ModelRunner:
         self.cache = KVCache(layout, num_blocks, memory)
         vocab_size = self.config.vocab_size
         self.sampler = Sampler(vocab_size, num_sampler_slots(settings), device.sampling(vocab_size))
-        self._proposer = proposer
         self._failed = False  # the last step
         self._spoiled_ids: frozenset[int] = frozenset()  # of the last step
         self._last: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))  # its number, its tokens
@@ -98,6 +89,7 @@ class ModelRunner:
                 numerics=self.backend.numerics_class + self.config.rope.numerics(length),
                 block_size=settings.block_size,
                 tokenizer=description.tokenizer_digest,
+                draft=self.draft.identity if self.draft is not None else "",
             ),
             layout=layout,
             num_blocks=num_blocks,
@@ -106,6 +98,7 @@ class ModelRunner:
             stop_token_ids=tuple(description.stop_token_ids),
             folder=folder,
             on_host=device.torch_device.type == "cpu",
+            draft=self.draft.facts if self.draft is not None else None,
             unread_fields=tuple(unknown_fields(description.config)),
         )
 
@@ -118,7 +111,7 @@ class ModelRunner:
         return future
 
     def run(self, step: StepInput, filled: Filled | None = None) -> StepResult:
-        """Copies, forward, logits, sampling. A step that was planned to follow one that failed is
+        """Copies, drafts, forward, logits, sampling. A step that was planned to follow one that failed is
         refused: what it would go on from is unknown."""
         if self._failed and not step.slots.reset:
             raise RuntimeError("the step before this one failed")
@@ -131,8 +124,13 @@ class ModelRunner:
         self.backend.enter_thread()
         self.sampler.change(step.slots)
         self.cache.copy_blocks(step.copies)
+        drafted = None
+        if step.drafts is not None:
+            assert self.draft is not None
+            step, drafted = self.draft.run(step, step.drafts, self.cache, self.sampler)
         step = self._resolved(step)
-        batch = lay_out(step, self.facts.layout.block_size, self.backend.row_plan)
+        num_sampled = np.where(step.samples, 1 + step.num_drafted, 0)
+        batch = lay_out(step, num_sampled, self.facts.layout.block_size, self.backend.row_plan)
         hidden = self.model.forward(self.backend.prepare(batch.rows), self.cache)
         sound = sound_rows(step, hidden)
         ids: frozenset[int] | None = None
@@ -142,18 +140,15 @@ class ModelRunner:
             filled(ids)
         scored = self._score_prompts(step, batch, hidden)
         sampled, accepted = None, np.empty(0, np.int64)
-        drafts: Mapping[int, tuple[int, ...]] = {}
         if len(batch.sampled):
             states = hidden[torch.from_numpy(batch.sampled).to(hidden.device)]
             sampled = self.sampler.sample(self.model.logits(states), step.sampled)
             accepted = self.sampler.accept(step.sampled, sampled)
             self._last = step.number, sampled.token_ids
-            if self._proposer is not None:
-                drafts = self._proposer.propose(step, states, sampled, accepted)
         self.device.synchronize()  # a step that samples nothing has not waited for anything
         if ids is None:
             ids = self._spoiled(step, batch, sound)
-        return StepResult(sampled, accepted, scored, ids, drafts=drafts)
+        return StepResult(sampled, accepted, scored, ids, drafts=drafted)
 
     def is_lost(self, error: BaseException, /) -> bool:
         return self.device.is_lost(error)
@@ -178,7 +173,7 @@ class ModelRunner:
         """Those that go on from what the step before spoiled, too: its result was not known yet."""
         filled = filled_blocks(step, self.facts.layout.block_size)
         going_on = self._spoiled_ids.intersection(step.sequence_ids.tolist())
-        self._spoiled_ids = spoiled(step, batch, sound) | infinite(filled, self.cache.elements) | going_on
+        self._spoiled_ids = spoiled(step, batch, sound) | infinite(filled, self.cache.own_elements) | going_on
         return self._spoiled_ids
 
     def _score_prompts(

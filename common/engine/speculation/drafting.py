@@ -1,30 +1,35 @@
-"""Drafts of a source for the sequences of a step, as many as pay.
+"""Drafts for the sequences of a step, of the source that promises most, as many as pay.
 
-Owns what was measured of each sequence's drafts, and what all of them came to. Where the drafts come from is
-a `DraftSource`'s, how many pay is lengths.py's.
+Owns what was measured of each sequence's drafts, and what all of them came to. Where drafts come from is a
+`DraftSource`'s, how many pay is lengths.py's.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence as AnySequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
+from common.engine.interface import StepResult
 from common.engine.speculation.base import DraftCounts
-from common.engine.speculation.lengths import Acceptance, StepCosts, choose_lengths
+from common.engine.speculation.guarded import Failures
+from common.engine.speculation.lengths import Acceptance, RoundCosts, StepCosts, choose_lengths, gain
 
 if TYPE_CHECKING:
     from common.engine.core.sequence import Sequence
     from common.engine.core.step import Step
 
 MOST_SURE = 0.995  # of a draft: nobody knows more
+CAUGHT_UP_AT_ONCE = 64  # positions that the draft model lacks of a sequence for which it guesses
+PATIENCE = 64  # steps without a draft of the draft model, after which it leaves prompts alone
 
 
 class DraftSource(Protocol):
     name: str
     prior: float  # how often a draft is right, before any was tried; 0 to 1
+    by_model: bool  # the tokens are `TO_BE_DRAFTED`
 
     def draft(self, sequence: Sequence, count: int) -> list[int]:
         """Up to `count` tokens that may follow those of the sequence."""
@@ -35,56 +40,146 @@ class DraftSource(Protocol):
         ...
 
 
-class Drafting:
-    """Implements `HostProposer`. `most` tokens for a sequence in a step."""
+class _Draft(NamedTuple):
+    """Of one sequence for the next step."""
 
-    def __init__(self, source: DraftSource, most: int, costs: StepCosts | None = None) -> None:
-        self.source, self.most, self.name = source, most, source.name
-        self.counts = DraftCounts(accepted_at=[0] * most)
+    sequence: Sequence
+    source: DraftSource
+    rate: float  # of its acceptance
+    tokens: list[int]
+
+
+class Drafting:
+    """Implements `HostProposer`. `most` tokens for a sequence in a step; of equal sources the first."""
+
+    def __init__(
+        self,
+        sources: AnySequence[DraftSource],
+        most: int,
+        costs: StepCosts | None = None,
+        rounds: RoundCosts | None = None,
+    ) -> None:
+        """`rounds`: of the draft model, where one of the sources is one."""
+        self.sources, self.most = sources, most
+        self.name = "+".join(source.name for source in sources)
+        self.counts = {source.name: DraftCounts(accepted_at=[0] * most) for source in sources}
         self._costs = costs or StepCosts()
-        self._prior = Acceptance()  # of the drafts of all sequences
-        self._acceptance: dict[int, Acceptance] = {}  # by sequence id
+        self._rounds = rounds or RoundCosts(0.0)
+        self._priors = {source.name: Acceptance() for source in sources}  # of all sequences
+        self._acceptance: dict[int, dict[str, Acceptance]] = {}  # by sequence id and source
+        self._drafted_by: dict[int, str] = {}  # of the step under way: sequence id to source
+        self._without_model = 0  # steps in a row
+        self._model_failures = Failures("draft model")
+
+    @property
+    def draft_model_pays(self) -> bool:
+        return self._without_model < PATIENCE and not self._model_failures.too_many
 
     def propose(self, sequences: AnySequence[Sequence]) -> None:
-        drafts: list[tuple[Sequence, list[int]]] = []
+        self._drafted_by.clear()
+        count = len(sequences)
+        round_cost = self._rounds.of(count, self._costs)
+        share = round_cost / float(self._costs.of(np.array([count]))[0])
+        drafts: list[_Draft] = []
         for sequence in sequences:
-            room = sequence.room_for_drafts
-            sequence.draft_token_ids = []
-            if room > 0 and sequence.speculates:
-                drafts.append((sequence, self.source.draft(sequence, min(self.most, room))))
-        prior = self._prior.rate(self.source.prior)
-        known = [self._acceptance.setdefault(s.sequence_id, Acceptance()) for s, _ in drafts]
-        rates = [min(MOST_SURE, acceptance.rate(prior)) for acceptance in known]
+            sequence.draft_token_ids, sequence.catches_up = [], False
+            if sequence.speculates and (draft := self._best(sequence, share)) is not None:
+                drafts.append(draft)
+        by_model = [draft.source.by_model for draft in drafts]
         lengths = choose_lengths(
-            self._costs, rates, [len(draft) for _, draft in drafts], len(sequences) - len(drafts)
+            self._costs,
+            [draft.rate for draft in drafts],
+            [len(draft.tokens) for draft in drafts],
+            count - len(drafts),
+            by_model,
+            round_cost,
         )
-        for (sequence, draft), length in zip(drafts, lengths, strict=True):
-            sequence.draft_token_ids = draft[:length]
+        for draft, length in zip(drafts, lengths, strict=True):
+            if length:
+                self._take(draft, length)
+        if any(by_model):
+            used = any(length for length, of_model in zip(lengths, by_model, strict=True) if of_model)
+            self._without_model = 0 if used else self._without_model + 1
 
-    def observe(self, step: Step, kept: NDArray[np.int64], seconds: float) -> None:
-        counts, tokens = self.counts, 0
-        for chunk, count in zip(step.sampling, kept.tolist(), strict=True):
-            accepted = max(0, count - 1)
+    def _best(self, sequence: Sequence, share: float) -> _Draft | None:
+        """The draft of which most is to be expected; `share`: of a step's time, that of a round of the draft
+        model."""
+        room = min(self.most, sequence.room_for_drafts)
+        best, most = None, 0.0
+        for source in self.sources if room > 0 else ():
+            tokens = source.draft(sequence, room)
+            if not tokens:
+                continue
+            known = self._acceptance.setdefault(sequence.sequence_id, {})
+            acceptance = known.setdefault(source.name, Acceptance())
+            rate = min(MOST_SURE, acceptance.rate(self._priors[source.name].rate(source.prior)))
+            expected = gain(rate, len(tokens), share if source.by_model else 0.0)
+            if best is None or expected > most:
+                best, most = _Draft(sequence, source, rate, tokens), expected
+        return best
+
+    def _take(self, draft: _Draft, length: int) -> None:
+        sequence = draft.sequence
+        lacking = len(sequence.token_ids) - sequence.num_draft_computed
+        if draft.source.by_model and lacking > CAUGHT_UP_AT_ONCE:
+            sequence.catches_up = True
+            return
+        sequence.draft_token_ids = draft.tokens[:length]
+        self._drafted_by[sequence.sequence_id] = draft.source.name
+
+    def observe(self, step: Step, result: StepResult) -> None:
+        report = result.drafts
+        if report is not None and report.error:
+            self._model_fails(report.error)
+        tokens, drafted_by = 0, Counter[str]()
+        for chunk, kept in zip(step.sampling, result.accepted.tolist(), strict=True):
             if chunk.is_prompt or not chunk.sequence.speculates:
                 continue
-            acceptance = self._acceptance.get(chunk.sequence.sequence_id)
-            if acceptance is not None:  # it has not been aborted
-                acceptance.observe(chunk.num_drafted, accepted)
-            tokens += count
-            if chunk.num_drafted:
-                self._prior.observe(chunk.num_drafted, accepted)
-                counts.drafts += 1
-                counts.drafted += chunk.num_drafted
-                counts.accepted += accepted
-                for place in range(accepted):
-                    counts.accepted_at[place] += 1
+            tokens += kept
+            source = self._drafted_by.get(chunk.sequence.sequence_id, "") if chunk.num_drafted else ""
+            for name, acceptance in self._acceptance.get(chunk.sequence.sequence_id, {}).items():
+                of_it = name == source
+                acceptance.observe(chunk.num_drafted if of_it else 0, max(0, kept - 1) if of_it else 0)
+            if source:
+                drafted_by[source] += chunk.num_drafted
+                self._count(source, chunk.num_drafted, max(0, kept - 1))
         if step.num_prompt_tokens or not step.num_generated_tokens:
             return
+        self._learn(step, result, tokens, drafted_by)
+
+    def _model_fails(self, error: str) -> None:
+        self._model_failures.add("draft", error)
+        for source in self.sources:
+            if source.by_model:
+                self.counts[source.name].failures += 1
+        if self._model_failures.too_many:
+            self.sources = [source for source in self.sources if not source.by_model]
+
+    def _count(self, source: str, drafted: int, accepted: int) -> None:
+        self._priors[source].observe(drafted, accepted)
+        counts = self.counts[source]
+        counts.drafts += 1
+        counts.drafted += drafted
+        counts.accepted += accepted
+        for place in range(accepted):
+            counts.accepted_at[place] += 1
+
+    def _learn(self, step: Step, result: StepResult, tokens: int, drafted_by: Counter[str]) -> None:
+        """What the parts of a step cost that only generates, and what its drafts have saved."""
         rows, chunks = step.num_generated_tokens, step.num_generated_chunks
-        if self._costs.took(rows, seconds) and step.has_drafts:
+        wanted, report, seconds = step.input.drafts, result.drafts, result.seconds
+        if report is not None and wanted is not None:
+            seconds -= report.seconds
+            if wanted.num_generated == wanted.num_chunks and wanted.counts.any() and not report.error:
+                members = int(np.count_nonzero(wanted.counts))
+                self._rounds.took(members, report.seconds / int(wanted.counts.max()))
+        if self._costs.took(rows, seconds) and drafted_by:
             plain, drafted = self._costs.of(np.array([chunks, rows])).tolist()
-            counts.saved_s += seconds * (plain / drafted * tokens / chunks - 1)
+            saved = seconds * plain / drafted * tokens / chunks - result.seconds
+            for source, count in drafted_by.items():
+                self.counts[source].saved_s += saved * count / drafted_by.total()
 
     def ended(self, sequence: Sequence) -> None:
         self._acceptance.pop(sequence.sequence_id, None)
-        self.source.ended(sequence)
+        for source in self.sources:
+            source.ended(sequence)

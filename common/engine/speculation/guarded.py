@@ -5,14 +5,12 @@ Owns the count of its failures, and when they are so many that it is asked no mo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as AnySequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
-
+from common.engine.interface import TO_BE_DRAFTED, StepResult
 from common.engine.speculation.base import DraftCounts, HostProposer
 from common.logs import get_logger
 
@@ -42,24 +40,31 @@ class Failures:
         try:
             yield
         except Exception as error:
-            self.count += 1
-            if self.count == 1:
-                log.error("proposer.failed", proposer=self._proposer, during=during, exc_info=error)
-            if self.count == MOST_FAILURES:
-                log.error("proposer.off", proposer=self._proposer, failures=self.count, error=repr(error))
+            self.add(during, repr(error), error)
+
+    def add(self, during: str, what: str, error: Exception | None = None) -> None:
+        self.count += 1
+        if self.count == 1:
+            log.error("proposer.failed", proposer=self._proposer, during=during, error=what, exc_info=error)
+        if self.count == MOST_FAILURES:
+            log.error("proposer.off", proposer=self._proposer, failures=self.count, error=what)
 
 
 class GuardedProposer:
     """Implements `HostProposer` by another one, `inner`."""
 
-    def __init__(self, inner: HostProposer, vocab_size: int) -> None:
+    def __init__(self, inner: HostProposer, vocab_size: int, *, has_draft_model: bool) -> None:
         self.inner, self.name = inner, inner.name
         self.failures = Failures(inner.name)
-        self._vocab_size = vocab_size
+        self._vocab_size, self._has_draft_model = vocab_size, has_draft_model
 
     @property
-    def counts(self) -> DraftCounts:
+    def counts(self) -> Mapping[str, DraftCounts]:
         return self.inner.counts
+
+    @property
+    def draft_model_pays(self) -> bool:
+        return self.is_on and self.inner.draft_model_pays
 
     @property
     def is_on(self) -> bool:
@@ -71,17 +76,23 @@ class GuardedProposer:
             return
         with self.failures.borne("propose"):
             self.inner.propose(sequences)
-            for token in (token for sequence in sequences for token in sequence.draft_token_ids):
-                if type(token) is not int or not 0 <= token < self._vocab_size:
-                    raise ValueError(f"{token!r} was drafted, and tokens are in [0, {self._vocab_size})")
+            for sequence in sequences:
+                self._check(sequence.draft_token_ids)
             return
         for sequence in sequences:
-            sequence.draft_token_ids = []
+            sequence.draft_token_ids, sequence.catches_up = [], False
 
-    def observe(self, step: Step, kept: NDArray[np.int64], seconds: float) -> None:
+    def _check(self, drafts: list[int]) -> None:
+        if self._has_draft_model and drafts == [TO_BE_DRAFTED] * len(drafts):
+            return
+        for token in drafts:
+            if type(token) is not int or not 0 <= token < self._vocab_size:
+                raise ValueError(f"{token!r} was drafted, and tokens are in [0, {self._vocab_size})")
+
+    def observe(self, step: Step, result: StepResult) -> None:
         if self.is_on:
             with self.failures.borne("observe"):
-                self.inner.observe(step, kept, seconds)
+                self.inner.observe(step, result)
 
     def ended(self, sequence: Sequence) -> None:
         with self.failures.borne("ended"):

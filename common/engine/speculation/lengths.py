@@ -5,10 +5,11 @@ others, and how often a draft of each sequence is right. `n` sequences with `r` 
 
     n + sum over their drafts of a^j        tokens, where a is the sequence's acceptance, j the draft's place
 
-in `cost(n + r)`. Rows are added in the order of their worth, a^j, and as many as make tokens per time
-greatest: none where another row costs more than it brings. This is the goodput of SmartSpec (Liu et al.
-2024) and TurboSpec (Liu et al. 2025), with costs by size instead of a line, for a device's kernels cost the
-same from one row to sixteen and twice as much at seventeen.
+in `cost(n + r)`, and in a round of the draft model for each place for which it drafts. Rows are added in the
+order of their worth, a^j, and as many as make tokens per time greatest: none where another row costs more
+than it brings. This is the goodput of SmartSpec (Liu et al. 2024) and TurboSpec (Liu et al. 2025), with costs
+by size instead of a line, for a device's kernels cost the same from one row to sixteen and twice as much at
+seventeen.
 """
 
 from __future__ import annotations
@@ -94,6 +95,31 @@ class StepCosts:
         found: NDArray[np.float64] = costs[at]
         return found
 
+    @property
+    def unit_s(self) -> float:
+        """Of `of`; 0 before any step."""
+        return self._scale
+
+
+class RoundCosts:
+    """What a round of the draft model costs, a token for each of so many sequences: until one was computed,
+    `relative_size` of what a step of the model costs."""
+
+    def __init__(self, relative_size: float) -> None:
+        self._relative_size = relative_size
+        self._costs = StepCosts()
+
+    def took(self, members: int, seconds: float) -> None:
+        self._costs.took(members, seconds)
+
+    def of(self, members: int, steps: StepCosts) -> float:
+        """In the unit of `steps`."""
+        own, unit = self._costs, steps.unit_s
+        rows = np.array([max(1, members)])
+        if own.unit_s and unit:
+            return float(own.of(rows)[0]) * own.unit_s / unit
+        return float(steps.of(rows)[0]) * self._relative_size
+
 
 class Acceptance:
     """How often the drafts of one sequence are right, up to the first that is not."""
@@ -110,11 +136,26 @@ class Acceptance:
         self._tried = self._tried * memory + accepted + (accepted < drafted)
 
 
+def gain(rate: float, most: int, share: float) -> float:
+    """Tokens to expect of the best number of drafts up to `most`, less what they cost: each `share` of what
+    a token takes without. `rate` is below 1."""
+    count = most
+    if share > 0.0:
+        count = min(most, max(0, math.floor(math.log(share) / math.log(rate)))) if rate > 0.0 else 0
+    return rate * (1.0 - rate**count) / (1.0 - rate) - share * count
+
+
 def choose_lengths(
-    costs: StepCosts, rates: AnySequence[float], available: AnySequence[int], beside: int
+    costs: StepCosts,
+    rates: AnySequence[float],
+    available: AnySequence[int],
+    beside: int,
+    by_model: AnySequence[bool] = (),
+    round_cost: float = 0.0,
 ) -> list[int]:
     """How many of its `available` drafts each sequence should have; `beside` sequences have none to choose
-    of. `rates` are below 1."""
+    of. `rates` are below 1. The drafts of those `by_model` take a round for each place, which costs
+    `round_cost` in the unit of `costs`."""
     most = max(available, default=0)
     if not most:
         return [0] * len(available)
@@ -125,7 +166,11 @@ def choose_lengths(
     order = order[: np.count_nonzero(worth)]
     base = len(available) + beside
     tokens = base + np.concatenate(([0.0], np.cumsum(worth.ravel()[order])))
-    goodput = tokens / costs.of(base + np.arange(len(tokens)))
+    rounds = np.zeros(len(tokens))
+    if round_cost:
+        guessed = np.asarray(by_model)[order // most]
+        rounds[1:] = np.maximum.accumulate(np.where(guessed, order % most + 1, 0))
+    goodput = tokens / (costs.of(base + np.arange(len(tokens))) + round_cost * rounds)
     goodput[0] *= 1 + MARGIN
     best = int(np.argmax(goodput))
     lengths = np.bincount(order[:best] // most, minlength=len(available))

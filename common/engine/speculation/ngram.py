@@ -64,6 +64,7 @@ class NGramSource:
     """Implements `DraftSource`."""
 
     name = "ngram"
+    by_model = False
     prior = 0.5  # of a token that follows an n-gram, how often it is right
 
     def __init__(self) -> None:

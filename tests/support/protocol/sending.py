@@ -55,6 +55,7 @@ class Work:
     # As a sequence.
 
     choice = 0
+    num_draft_computed = 0
 
     @property
     def token_ids(self) -> tuple[int, ...]:

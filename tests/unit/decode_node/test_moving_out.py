@@ -151,12 +151,12 @@ class Sealing(HostPoolMemory):
         self.may_seal = threading.Event()
         self.may_seal.set()
 
-    def seal(self, block: int, seed: bytes = b"", fill_ranges: Ranges = ()) -> int:
+    def seal(self, block: int, seed: bytes = b"", ranges: Ranges = ()) -> int:
         here = threading.current_thread()
         on_loop = here is threading.main_thread()
         assert on_loop or self.may_seal.wait(10)
-        self.sealed.append((block, "loop" if on_loop else "thread", bool(fill_ranges)))
-        return super().seal(block, seed, fill_ranges)
+        self.sealed.append((block, "loop" if on_loop else "thread", bool(ranges)))
+        return super().seal(block, seed, ranges)
 
 
 @pytest.fixture

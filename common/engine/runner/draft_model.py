@@ -1,0 +1,209 @@
+"""A smaller model that guesses what the model will say, in the same steps and on the same device.
+
+Owns its weights, and what a draft of it is. Its KV lies behind the model's in every slab: who holds a block
+holds both, and copies, handoffs and the size of the pool need no word about it. Which positions it has
+computed, and for whom it guesses how many tokens, the core says (core/drafts.py).
+
+A guess is sampled as the model's own token will be: by the request's parameters, with the noise of its
+position. Where the two distributions are alike the two tokens are equal, at any temperature.
+
+Nothing here can fail a step: what could not be guessed is some token or other, which is found wrong.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from common.engine.devices.device import Device
+from common.engine.devices.kv_cache import KVCache
+from common.engine.interface import TO_BE_DRAFTED, Chunks, DraftFacts, DraftInput, DraftReport, StepInput
+from common.engine.runner import loading
+from common.engine.runner.batch import lay_out
+from common.engine.runner.sampler import Sampler
+from common.engine.sampling.records import RowFault, SampleRows
+from common.errors import ConfigError, PdqError
+from common.model_files import SHIPPED_DRAFT, model_name, model_revision, resolve_model
+from common.model_folder.description import ModelDescription, describe_model, read_config
+from common.model_folder.model_config import ModelConfig, parse_model_config
+from common.model_folder.tokenizer import tokenizer_digest
+from common.settings.config import EngineSettings
+
+ANY_TOKEN = 0  # where a draft could not be made
+
+
+def uses_draft_model(settings: EngineSettings) -> bool:
+    return "draft" in settings.speculative.split("+")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Target:
+    """The model whose tokens are guessed."""
+
+    config: ModelConfig
+    description: ModelDescription
+    dtype: torch.dtype
+    max_model_len: int
+
+
+@dataclasses.dataclass(slots=True)
+class _Guesses:
+    """Of the chunks that get any, in the order of the step's chunks."""
+
+    counts: NDArray[np.int64]  # [chunks] wanted
+    slots: NDArray[np.int64]  # [chunks] of the sampler
+    positions: NDArray[np.int64]  # [chunks] of the first
+    tables: NDArray[np.int32]  # [chunks, blocks]
+    tokens: NDArray[np.int64]  # [chunks, most wanted]
+    sound: NDArray[np.bool_]  # [chunks]
+
+
+class DraftModel:
+    """`layout` is its part of a slab."""
+
+    def __init__(self, settings: EngineSettings, device: Device, target: Target) -> None:
+        """Load it. Raises `ModelError` or `InsufficientMemory`, which name it, or the `ConfigError` that
+        says why it cannot draft for `target`."""
+        name = settings.speculative_model or str(SHIPPED_DRAFT)
+        try:
+            folder = resolve_model(name, "", weights=settings.load_format == "auto", overrides={})
+            description = describe_model(folder, with_sampling_defaults=False)
+            self._config = config = parse_model_config(read_config(folder, required=True))
+            _check_pair(name, config, description, target)
+            self._length = min(target.max_model_len, config.rope.positions)
+            self._backend = device.backend(target.dtype)
+            self._model = loading.load_model(
+                settings, folder, config, device, self._backend, self._length, target.config.num_layers
+            )
+        except PdqError as error:
+            raise type(error)(f"the draft model: {error.message}", param="speculative_model") from error
+        self._vocab_size = target.config.vocab_size
+        self.layout = loading.kv_layout(config, settings.block_size, target.dtype)
+        revision = model_revision(folder, {}) if settings.load_format != "dummy" else f"dummy-{settings.seed}"
+        self.identity = f"{model_name(name, folder)}@{revision}"
+        size = loading.weight_count(config) / loading.weight_count(target.config)
+        self.facts = DraftFacts(model_name(name, folder), self._length, size)
+
+    def run(
+        self, step: StepInput, wanted: DraftInput, cache: KVCache, sampler: Sampler
+    ) -> tuple[StepInput, DraftReport]:
+        """Compute what is wanted. The step with tokens where `TO_BE_DRAFTED` stood, whatever happens."""
+        begun = time.perf_counter()
+        guesses, error = _expected(step, wanted), ""
+        try:
+            self._guess(guesses, wanted, cache, sampler)
+        except Exception as failure:  # it costs the drafts; a device that is lost fails the step itself
+            error = repr(failure) or "failed"
+        faulty = step.sequence_ids[_drafted(step)[~guesses.sound]]
+        report = DraftReport(time.perf_counter() - begun, frozenset(faulty.tolist()), error)
+        return _with_drafts(step, guesses), report
+
+    def _guess(self, guesses: _Guesses, wanted: DraftInput, cache: KVCache, sampler: Sampler) -> None:
+        """The first ones from the positions that it lacked, the others one after the other."""
+        self._backend.enter_thread()
+        logits = self._logits(wanted, (wanted.counts > 0).astype(np.int64), cache)
+        order = np.argsort(wanted.chunks[wanted.counts > 0])
+        logits = logits[torch.from_numpy(order).to(logits.device)]
+        going_on = np.arange(len(guesses.counts))
+        for place in range(int(guesses.counts.max(initial=0))):
+            rows = SampleRows(
+                slots=guesses.slots[going_on],
+                positions=guesses.positions[going_on] + place,
+                drafted=guesses.tokens[going_on, :place].ravel(),
+                draft_start=np.arange(len(going_on)) * place,
+                draft_length=np.full(len(going_on), place),
+            )
+            output = sampler.sample(logits, rows)
+            sound = output.faults == RowFault.NONE
+            guesses.sound[going_on[~sound]] = False
+            going_on, tokens = going_on[sound], output.token_ids[sound]
+            guesses.tokens[going_on, place] = tokens
+            more = guesses.counts[going_on] > place + 1
+            going_on, tokens = going_on[more], tokens[more]
+            if not len(going_on):
+                return
+            each = np.ones(len(going_on), np.int64)
+            following = Chunks(
+                num_generated=len(going_on),
+                starts=guesses.positions[going_on] + place,
+                lengths=each,
+                token_ids=tokens,
+                generated_tables=guesses.tables[going_on],
+                prompt_tables=guesses.tables[:0],
+            )
+            logits = self._logits(following, each, cache)
+
+    def _logits(self, chunks: Chunks, num_sampled: NDArray[np.int64], cache: KVCache) -> Tensor:
+        """After the last position of each chunk that is sampled, `[sampled, the target's vocabulary]`."""
+        known = self._config.vocab_size  # what one of them has beyond the other's is padding
+        if known < self._vocab_size:
+            chunks = dataclasses.replace(chunks, token_ids=np.minimum(chunks.token_ids, known - 1))
+        batch = lay_out(chunks, num_sampled, cache.layout.block_size, self._backend.row_plan)
+        hidden = self._model.forward(self._backend.prepare(batch.rows), cache)
+        logits = self._model.logits(hidden[torch.from_numpy(batch.sampled).to(hidden.device)])
+        if known < self._vocab_size:
+            return F.pad(logits, (0, self._vocab_size - known), value=-torch.inf)
+        return logits[:, : self._vocab_size]
+
+
+def _check_pair(name: str, config: ModelConfig, description: ModelDescription, target: Target) -> None:
+    """`ConfigError` unless the two give every token id the same meaning."""
+    ours, theirs = target.description.tokenizer, description.tokenizer
+    if (ours is None) != (theirs is None):
+        without = name if theirs is None else "the model"
+        raise ConfigError(f"{without} has no tokenizer, so that nobody knows whether the two agree")
+    if ours is not None and theirs is not None:
+        if tokenizer_digest(ours, ()) != tokenizer_digest(theirs, ()):
+            raise ConfigError(f"{name} has another tokenizer than the model")
+    elif config.vocab_size != target.config.vocab_size:
+        raise ConfigError(
+            f"{name} has a vocabulary of {config.vocab_size} tokens, the model one of "
+            f"{target.config.vocab_size}"
+        )
+
+
+def _drafted(step: StepInput) -> NDArray[np.intp]:
+    """The chunks of a step whose drafts are guessed here, `[chunks that get any]`."""
+    ends = np.cumsum(step.lengths)
+    return np.flatnonzero((step.num_drafted > 0) & (step.token_ids[ends - 1] == TO_BE_DRAFTED))
+
+
+def _expected(step: StepInput, wanted: DraftInput) -> _Guesses:
+    chunks = _drafted(step)
+    assert (np.sort(wanted.chunks[wanted.counts > 0]) == chunks).all(), "drafts of other chunks are wanted"
+    counts = step.num_drafted[chunks]
+    num_sampled = np.where(step.samples, 1 + step.num_drafted, 0)
+    first = (np.cumsum(num_sampled) - num_sampled)[chunks]  # of the rows that are sampled
+    return _Guesses(
+        counts=counts,
+        slots=step.sampled.slots[first],
+        positions=step.sampled.positions[first],
+        tables=step.generated_tables[chunks],
+        tokens=np.full((len(chunks), int(counts.max(initial=0))), ANY_TOKEN, np.int64),
+        sound=np.ones(len(chunks), np.bool_),
+    )
+
+
+def _with_drafts(step: StepInput, guesses: _Guesses) -> StepInput:
+    places = np.arange(guesses.tokens.shape[1]) < guesses.counts[:, None]
+    drafts = guesses.tokens[places]
+    sampled = step.sampled
+    assert sampled.drafted is not None
+    return dataclasses.replace(
+        step,
+        token_ids=_filled_in(step.token_ids, drafts),
+        sampled=dataclasses.replace(sampled, drafted=_filled_in(sampled.drafted, drafts)),
+    )
+
+
+def _filled_in(tokens: NDArray[np.int64], drafts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """`drafts`, in order, in the places where tokens are to be drafted."""
+    tokens = tokens.copy()
+    tokens[tokens == TO_BE_DRAFTED] = drafts
+    return tokens
