@@ -14,7 +14,7 @@ from typing import Any
 
 from common.descriptors import require
 from common.errors import EngineBroken, PdqError
-from common.garbage import keep_what_is_here
+from common.garbage import importing, keep_what_is_here
 from common.logs import configure, get_logger
 from common.settings.config import NodeSettings, load
 from common.wire.bus_setup import with_bus
@@ -50,7 +50,8 @@ def main(argv: Sequence[str] | None = None, **parts: Any) -> int:
 
 
 async def _serve(settings: NodeSettings, parts: dict[str, Any]) -> None:
-    from common.node.app import Node  # torch comes in here, after the cores are bound
+    with importing():  # torch comes in here, after the cores are bound
+        from common.node.app import Node
 
     node = Node(with_bus(settings, os.environ), **parts)
     loop = asyncio.get_running_loop()

@@ -181,9 +181,10 @@ def cold(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return folder
 
 
-def compiled(cold: Path) -> Any:
+def compiled(cold: Path, source: Path | None = None) -> Any:
     """A kernel as a new process has it, which has computed once."""
-    spec = importlib.util.spec_from_file_location("one_kernel", cold.parent / "one_kernel.py")
+    path = source or cold.parent / "one_kernel.py"
+    spec = importlib.util.spec_from_file_location("one_kernel", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -192,12 +193,25 @@ def compiled(cold: Path) -> Any:
     return module.double
 
 
-def from_cache(cold: Path) -> bool:
-    return bool(sum(compiled(cold).stats.cache_hits.values()))
+def from_cache(cold: Path, source: Path | None = None) -> bool:
+    return bool(sum(compiled(cold, source).stats.cache_hits.values()))
 
 
 def test_a_kernel_is_compiled_once(cold: Path) -> None:
     assert not from_cache(cold)
+    assert from_cache(cold)
+
+
+def test_the_same_sources_elsewhere_compile_nothing_and_others_do(cold: Path) -> None:
+    """Another checkout, or another environment of the same release."""
+    assert not from_cache(cold)
+    elsewhere = cold.parent / "elsewhere"
+    elsewhere.mkdir()
+    source = elsewhere / "one_kernel.py"
+    source.write_text(KERNEL)
+    assert from_cache(cold, source)
+    source.write_text(KERNEL.replace("x + x", "2 * x"))
+    assert not from_cache(cold, source)
     assert from_cache(cold)
 
 

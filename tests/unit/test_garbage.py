@@ -27,6 +27,25 @@ gc.collect()
 assert gone() is None, "garbage that comes later is never collected"
 """
 
+IMPORT = """
+import gc
+from common.garbage import importing
+
+try:
+    with importing():
+        table = [[] for _ in range(100_000)]
+        assert gc.get_count()[0] >= 100_000, "it was collected meanwhile"
+        raise ImportError
+except ImportError:
+    pass
+assert not any(each is table[0] for each in gc.get_objects()), "a collection walks it"
+assert gc.isenabled()
+"""
+
+
+def test_nothing_is_collected_while_libraries_are_imported_nor_looked_through_later() -> None:
+    subprocess.run([sys.executable, "-c", IMPORT], check=True)
+
 
 def test_a_collection_does_not_walk_what_the_start_has_loaded() -> None:
     subprocess.run([sys.executable, "-c", START], check=True)  # what is kept here is kept for good

@@ -3,7 +3,8 @@
 Owns: where they lie, and what a fault of the disk means. A file that is damaged, whatever it holds
 now, counts as absent; one that cannot be written (a full disk, a quota, a folder that became read-only)
 is not written. Both cost a compilation and one line of warning, never a request. The only user of
-numba's caching.
+numba's caching. A kernel is known by the content of its file, wherever that lies: another environment
+or checkout of the same sources compiles nothing.
 """
 
 from __future__ import annotations
@@ -18,8 +19,14 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import llvmlite
 import numba
-from numba.core.caching import FunctionCache, IndexDataCacheFile
+from numba.core.caching import (
+    CompileResultCacheImpl,
+    FunctionCache,
+    IndexDataCacheFile,
+    UserProvidedCacheLocator,
+)
 
 from common.logs import get_logger
 
@@ -61,7 +68,25 @@ def cache(dispatcher: Any) -> None:
         _warn("unusable", error)
 
 
+class _Locator(UserProvidedCacheLocator):  # type: ignore[misc]
+    @classmethod
+    def get_suitable_cache_subpath(cls, py_file: str) -> str:
+        """The folder of a file's kernels; numba's own goes by the path of the file's folder."""
+        path = Path(py_file)
+        return f"{path.stem}_{hashlib.blake2b(path.read_bytes(), digest_size=8).hexdigest()}"
+
+    def get_source_stamp(self) -> str:
+        """What else must be the same for a kernel to be used, beside its file and numba's version."""
+        return str(llvmlite.__version__)
+
+
+class _Functions(CompileResultCacheImpl):  # type: ignore[misc]
+    _locator_classes = (_Locator,)
+
+
 class _Cache(FunctionCache):  # type: ignore[misc]
+    _impl_class = _Functions
+
     def __init__(self, function: Any) -> None:
         super().__init__(function)
         stamp = self._impl.locator.get_source_stamp()
