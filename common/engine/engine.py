@@ -108,12 +108,28 @@ class Engine(EngineCore):
         return bool(self._submitted) or super().has_work
 
     def warm_up(self) -> None:
-        """Compile and touch what a first request would wait for: one token, then two."""
+        """Compile and touch what a first request would wait for: one token, then two; and see what steps
+        cost, where tokens are drafted."""
         room = min(self.facts.max_model_len, self.pool.num_blocks * self.pool.block_size + 1)
-        count = min(2, room - 1)
-        self.add_prompt("warm-up", [0], SamplingParams(max_tokens=count, ignore_eos=True))
-        while self.has_work:
+        self._warm_up(SamplingParams(max_tokens=min(2, room - 1), ignore_eos=True))
+        if self.proposer is not None:
+            self._warm_up(
+                SamplingParams(max_tokens=min(2048, room - 1), ignore_eos=True), self.proposer.rehearsals()
+            )
+
+    def _warm_up(self, params: SamplingParams, turns: Iterable[None] = itertools.repeat(None)) -> None:
+        """A step for each turn, as long as there is work; nothing of it is cached."""
+        caches, self.pool.enable_prefix_cache = self.pool.enable_prefix_cache, False
+        try:
+            self.add_prompt("warm-up", [0], params)
             self.step()
+            for _ in turns:
+                if not self.has_work:
+                    break
+                self.step()
+        finally:
+            self.abort("warm-up")
+            self.pool.enable_prefix_cache = caches
 
     def generate(
         self,

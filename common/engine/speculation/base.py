@@ -9,7 +9,7 @@ to guess at the begin of that step, on the device (runner/draft_model.py).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as AnySequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -58,6 +58,11 @@ class HostProposer(Protocol):
         pays. Token ids must be in the vocabulary, or `TO_BE_DRAFTED`, all of a sequence's; the scheduler
         drops what does not fit."""
         ...
+
+    def rehearsals(self) -> Iterator[None]:
+        """Before the first request: for each value that it gives, have it propose for a sequence of no
+        request, and observe the step. So it learns what steps cost."""
+        return iter(())
 
     def observe(self, step: Step, result: StepResult) -> None:
         """A step was computed; its sequences have not taken its tokens yet."""

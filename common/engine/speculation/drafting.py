@@ -7,21 +7,30 @@ Owns what was measured of each sequence's drafts, and what all of them came to. 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from collections.abc import Sequence as AnySequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
-from common.engine.interface import StepResult
+from common.engine.interface import TO_BE_DRAFTED, StepResult
 from common.engine.speculation.base import DraftCounts
 from common.engine.speculation.guarded import Failures
-from common.engine.speculation.lengths import Acceptance, RoundCosts, StepCosts, choose_lengths, gain
+from common.engine.speculation.lengths import (
+    REHEARSED,
+    Acceptance,
+    RoundCosts,
+    StepCosts,
+    choose_lengths,
+    gain,
+)
 
 if TYPE_CHECKING:
     from common.engine.core.sequence import Sequence
     from common.engine.core.step import Step
 
 MOST_SURE = 0.995  # of a draft: nobody knows more
+ANY_TOKEN = 0  # in a rehearsal
 CAUGHT_UP_AT_ONCE = 64  # positions that the draft model lacks of a sequence for which it guesses
 PATIENCE = 64  # steps without a draft of the draft model, after which it leaves prompts alone
 
@@ -69,13 +78,30 @@ class Drafting:
         self._acceptance: dict[int, dict[str, Acceptance]] = {}  # by sequence id and source
         self._drafted_by: dict[int, str] = {}  # of the step under way: sequence id to source
         self._without_model = 0  # steps in a row
+        self._rehearsed: list[int] | None = None  # drafts of a rehearsal
         self._model_failures = Failures("draft model")
 
     @property
     def draft_model_pays(self) -> bool:
         return self._without_model < PATIENCE and not self._model_failures.too_many
 
+    def rehearsals(self) -> Iterator[None]:
+        """Each size twice, the larger ones first, for what is touched first takes longer; then the draft
+        model."""
+        runs = [[ANY_TOKEN] * (rows - 1) for _ in range(2) for rows in reversed(REHEARSED)]
+        if any(source.by_model for source in self.sources):
+            runs += [[TO_BE_DRAFTED] * min(2, self.most)] * 2
+        try:
+            for self._rehearsed in runs:
+                yield
+        finally:
+            self._rehearsed = None
+
     def propose(self, sequences: AnySequence[Sequence]) -> None:
+        if self._rehearsed is not None:
+            for sequence in sequences:
+                sequence.draft_token_ids = self._rehearsed[: max(0, sequence.room_for_drafts)]
+            return
         self._drafted_by.clear()
         count = len(sequences)
         round_cost = self._rounds.of(count, self._costs)

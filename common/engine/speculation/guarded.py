@@ -89,6 +89,11 @@ class GuardedProposer:
             if type(token) is not int or not 0 <= token < self._vocab_size:
                 raise ValueError(f"{token!r} was drafted, and tokens are in [0, {self._vocab_size})")
 
+    def rehearsals(self) -> Iterator[None]:
+        if self.is_on:
+            with self.failures.borne("rehearsals"):
+                yield from self.inner.rehearsals()
+
     def observe(self, step: Step, result: StepResult) -> None:
         if self.is_on:
             with self.failures.borne("observe"):

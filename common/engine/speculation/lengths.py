@@ -22,6 +22,8 @@ from numpy.typing import NDArray
 
 SIZES = np.array([1, 2, 3, 4, 6, 8, 12, 16, 17, 24, 32, 33, 48, 64, 65, 96, 128, 192, 256, 384, 512, 1024])
 GROWTH = 0.1  # exponent: sizes that were never computed are taken to cost little more, and so are tried
+SLOPE = 0.7  # of what a row costs on average in those sizes that were, for larger ones
+REHEARSED = (1, 2, 4, 8, 12, 16, 17, 24, 32, 33, 48, 64)  # rows of steps that are measured at the start
 SCALE_WEIGHT = 0.3  # of the newest step in the level of all costs, which moves with the length of contexts
 SHAPE_WEIGHT = 0.3  # of the newest step in what its size costs beside others
 FADING = 0.9998  # of a size's cost with each smaller step: one that was slow once is tried again
@@ -79,7 +81,8 @@ class StepCosts:
     def of(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:
         """What steps of so many rows cost, `[len(rows)]`, in a unit of their own; never less for more
         rows. A size that was never computed is taken to cost as little as it may: little more than the
-        next smaller one that was, or its share of the smallest."""
+        next smaller one that was, or its share of the smallest; beyond the largest, not much less than they
+        grow."""
         costs = self._shape.copy()
         known = np.flatnonzero(costs)
         if not len(known):
@@ -89,6 +92,12 @@ class StepCosts:
             below = known[np.maximum(np.searchsorted(known, np.arange(len(costs)), "right") - 1, 0)]
             factor = SIZES / SIZES[below]
             grown = costs[below] * np.where(factor > 1, factor**GROWTH, factor)
+            first, last = known[[0, -1]]
+            if first < last:
+                slope = (costs[last] - costs[first]) / (SIZES[last] - SIZES[first])
+                grown[last:] = np.maximum(
+                    grown[last:], costs[last] + SLOPE * slope * (SIZES[last:] - SIZES[last])
+                )
             costs = np.where(costs > 0, costs, grown)
             costs = np.minimum.accumulate(costs[::-1])[::-1]
         at = np.minimum(np.searchsorted(SIZES, rows), len(SIZES) - 1)
@@ -159,20 +168,22 @@ def choose_lengths(
     most = max(available, default=0)
     if not most:
         return [0] * len(available)
-    steps = np.arange(1, most + 1)
-    worth = np.asarray(rates)[:, None] ** steps
-    worth[steps > np.asarray(available)[:, None]] = 0.0
-    order = np.argsort(-worth, axis=None, kind="stable")
-    order = order[: np.count_nonzero(worth)]
+    places = np.arange(1, most + 1)
+    worth = np.asarray(rates)[:, None] ** places
+    worth[places > np.asarray(available)[:, None]] = 0.0
+    guessed = np.asarray(by_model or [False] * len(available), np.bool_)
+    most_rounds = int(np.asarray(available)[guessed].max(initial=0)) if round_cost else 0
     base = len(available) + beside
-    tokens = base + np.concatenate(([0.0], np.cumsum(worth.ravel()[order])))
-    rounds = np.zeros(len(tokens))
-    if round_cost:
-        guessed = np.asarray(by_model)[order // most]
-        rounds[1:] = np.maximum.accumulate(np.where(guessed, order % most + 1, 0))
-    goodput = tokens / (costs.of(base + np.arange(len(tokens))) + round_cost * rounds)
-    goodput[0] *= 1 + MARGIN
-    best = int(np.argmax(goodput))
-    lengths = np.bincount(order[:best] // most, minlength=len(available))
-    found: list[int] = lengths.tolist()
-    return found
+    best, lengths = (1 + MARGIN) * base / float(costs.of(np.array([base]))[0]), [0] * len(available)
+    for rounds in range(most_rounds + 1) if round_cost else (most,):
+        allowed = np.where(guessed[:, None] & (places > rounds), 0.0, worth)
+        order = np.argsort(-allowed, axis=None, kind="stable")[: np.count_nonzero(allowed)]
+        if not len(order):
+            continue
+        tokens = base + np.cumsum(allowed.ravel()[order])
+        goodput = tokens / (costs.of(base + 1 + np.arange(len(order))) + round_cost * rounds)
+        at = int(np.argmax(goodput))
+        if goodput[at] > best:
+            best = float(goodput[at])
+            lengths = np.bincount(order[: at + 1] // most, minlength=len(available)).tolist()
+    return lengths

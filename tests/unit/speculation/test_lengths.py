@@ -9,7 +9,14 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from common.engine.speculation.lengths import Acceptance, StepCosts, choose_lengths
+from common.engine.speculation.lengths import (
+    REHEARSED,
+    Acceptance,
+    RoundCosts,
+    StepCosts,
+    choose_lengths,
+    gain,
+)
 
 MOST = 8
 Cost = Callable[[int], float]
@@ -153,3 +160,48 @@ def test_rows_go_to_those_who_make_the_most_of_them() -> None:
 def test_what_is_wrong_all_the_time_is_tried_less_and_less_but_not_never() -> None:
     _, rows = run(lambda rows: 20.0 + 5.0 * rows, 1, 0.0, steps=2000)
     assert 0 < sum(count > 1 for count in rows[1000:]) < 100
+
+
+def test_what_was_seen_of_small_steps_is_held_against_large_ones_that_were_never_computed() -> None:
+    costs = StepCosts()
+    for rows in REHEARSED:
+        costs.took(rows, tiled(rows))
+    assert 0.5 < float(costs.of(np.array([192]))[0]) / (tiled(192) / tiled(1)) <= 1.0
+    assert sum(choose_lengths(costs, [0.6] * 16, [8] * 16, 0)) <= 16
+
+
+@pytest.mark.parametrize("round_cost", [0.0, 0.05, 0.3, 2.0])
+def test_rounds_of_a_draft_model_count(round_cost: float) -> None:
+    """With a lone sequence on a device to which rows are free, the best length is known."""
+    costs = StepCosts()
+    for rows in range(1, 12):
+        costs.took(rows, 1.0)
+    (length,) = choose_lengths(costs, [0.8], [MOST], 0, [True], round_cost)
+    tokens = [sum(0.8**place for place in range(n + 1)) / (1 + round_cost * n) for n in range(MOST + 1)]
+    assert length == int(np.argmax(tokens))
+
+
+def test_drafts_that_are_looked_up_take_no_rounds() -> None:
+    costs = StepCosts()
+    for rows in range(1, 30):
+        costs.took(rows, 1.0)
+    looked_up, guessed = choose_lengths(costs, [0.7, 0.7], [MOST, MOST], 0, [False, True], 0.5)
+    assert looked_up == MOST
+    assert guessed < 2
+
+
+def test_the_gain_of_a_source_is_what_its_best_length_brings() -> None:
+    for rate, share in ((0.8, 0.1), (0.5, 0.3), (0.2, 0.4), (0.9, 0.0)):
+        best = max(sum(rate**j for j in range(1, n + 1)) - share * n for n in range(MOST + 1))
+        assert gain(rate, MOST, share) == pytest.approx(best)
+    assert gain(0.0, MOST, 0.1) == 0.0
+
+
+def test_a_round_costs_by_the_models_size_until_one_was_measured() -> None:
+    steps, rounds = StepCosts(), RoundCosts(0.1)
+    for _ in range(9):
+        steps.took(1, 0.020)
+    assert rounds.of(1, steps) == pytest.approx(0.1 * float(steps.of(np.array([1]))[0]))
+    for _ in range(9):
+        rounds.took(1, 0.001)
+    assert rounds.of(1, steps) * steps.unit_s == pytest.approx(0.001)
