@@ -18,8 +18,11 @@ from http import HTTPStatus
 import h11
 
 from common.errors import ResourceError
+from common.logs import get_logger
 from common.metrics import CONTENT_TYPE_LATEST
 from common.settings.config import MetricsSettings, is_loopback
+
+log = get_logger("metrics")
 
 MOST_CONNECTIONS = 16
 MOST_HEAD_BYTES = 16_384
@@ -154,7 +157,11 @@ class MetricsServer:
             return _said(HTTPStatus.NOT_FOUND)
         if self._rendering is None:
             self._rendering = asyncio.get_running_loop().create_task(self._render_soon())
-        return HTTPStatus.OK, await asyncio.shield(self._rendering)
+        try:
+            return HTTPStatus.OK, await asyncio.shield(self._rendering)
+        except Exception as error:
+            log.error("metrics.not_rendered", exc_info=error)
+            return _said(HTTPStatus.INTERNAL_SERVER_ERROR)
 
     async def _render_soon(self) -> bytes:
         try:

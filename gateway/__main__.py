@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Sequence
 
+from common.background import report
 from common.descriptors import room_for
 from common.errors import ConfigError, PdqError, ResourceError, ServiceUnavailable
 from common.garbage import keep_what_is_here
@@ -125,7 +126,7 @@ async def run(settings: GatewaySettings, incarnation: str, models: ServedModels,
             asyncio.create_task(Replays(requests, dispatcher).run(), name="replays"),
         ]
         for task in background:
-            task.add_done_callback(lambda done: _stop_if_failed(done, server))
+            task.add_done_callback(report)
         keep_what_is_here()
         log.info("gateway.listening", url=url, model=names, bus=bus.endpoint)
         try:
@@ -134,13 +135,12 @@ async def run(settings: GatewaySettings, incarnation: str, models: ServedModels,
             await dispatcher.shut_down()
             for task in background:
                 task.cancel()
-            ended = await asyncio.gather(*background, return_exceptions=True)
+            await asyncio.gather(*background, return_exceptions=True)
             with contextlib.suppress(ServiceUnavailable):
                 await registry.leave(incarnation)
         log.info("gateway.ended")
-        for outcome in ended:
-            if isinstance(outcome, Exception):
-                raise outcome
+        if server.failure is not None:
+            raise server.failure
 
 
 def _listen(settings: GatewaySettings) -> socket.socket:
@@ -181,13 +181,6 @@ def _handle_signals(server: Server, service: Service, grace_period_s: float) -> 
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, on_signal)
-
-
-def _stop_if_failed(task: asyncio.Task[None], server: Server) -> None:
-    """A background loop ends only by a bug: better no gateway than one that hears nobody."""
-    if not task.cancelled() and (error := task.exception()) is not None:
-        log.error("gateway.loop_failed", loop=task.get_name(), error=repr(error), exc_info=error)
-        server.should_exit = True
 
 
 async def _announce(registry: Registry, service: Service, record: NodeRecord) -> None:

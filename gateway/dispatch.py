@@ -27,8 +27,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Sequence
 
 from common.errors import (
     EngineBroken,
@@ -265,7 +266,7 @@ class Dispatcher:
         for other in request.involved | request.refused:
             self._bus.send(other, Cancel(self._gateway, request.id, old, "superseded", (index,)))
         self._metrics.retries.labels(cause).inc()
-        self._spawn(self._place_again(request, index, frozenset({avoid}), pause), "retry")
+        self._spawn(self._place_again(request, index, frozenset({avoid}), pause), "retry", [request])
 
     async def _place_again(
         self, request: OpenRequest, index: int, avoid: frozenset[str], pause: float
@@ -320,7 +321,7 @@ class Dispatcher:
                     log.info("choice.lost", request=request.id, choice=index, node=node, reason=reason)
                     lost.append((request, index))
         if reason in CRASHES and any(one.id in self._suspicion for one, _ in lost):
-            self._spawn(self._judge(node, lost), "judge")
+            self._spawn(self._judge(node, lost), "judge", [request for request, _ in lost])
         else:
             for request, index in lost:
                 self._lose(request, index, node, crashed=reason in CRASHES | STOPS)
@@ -429,7 +430,17 @@ class Dispatcher:
 
     # ── Background ───────────────────────────────────────────────────────────────────────────────
 
-    def _spawn(self, coroutine: Coroutine[None, None, None], name: str) -> None:
+    def _spawn(
+        self, coroutine: Coroutine[None, None, None], name: str, requests: Sequence[OpenRequest]
+    ) -> None:
+        """Do something for these requests, which end if it fails: nobody else would go on with them."""
         task = asyncio.create_task(coroutine, name=name)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(functools.partial(self._background_ended, requests))
+
+    def _background_ended(self, requests: Sequence[OpenRequest], task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("task.failed", task=task.get_name(), error=repr(error), exc_info=error)
+            for request in requests:
+                request.fail(PdqError("the gateway failed at it; its log says why"))

@@ -17,6 +17,7 @@ import itertools
 import time
 from collections.abc import Awaitable, Callable, Mapping
 
+from common.background import report
 from common.errors import PdqError, ServiceUnavailable
 from common.logs import get_logger
 from common.store.keys import WORK_TTL_S
@@ -112,6 +113,7 @@ class Ledger:
         if time.monotonic() >= self._next_audit and self._audit is None:
             self._next_audit = time.monotonic() + self._audit_interval_s
             self._audit = asyncio.create_task(self._look_for_strays(), name="audit")
+            self._audit.add_done_callback(report)
 
     async def settle(self, limit_s: float) -> None:
         """Run a last audit and wait until all is written, up to the limit. Nothing is written afterwards."""
@@ -141,6 +143,7 @@ class Ledger:
     def _write(self) -> None:
         if self._writer is None:
             self._writer = asyncio.create_task(self._write_all(), name="ledger")
+            self._writer.add_done_callback(report)
 
     async def _write_all(self) -> None:
         pause, stalled = FIRST_PAUSE_S, False
@@ -189,6 +192,10 @@ class Ledger:
         except asyncio.CancelledError:
             self._keep(request, unwritten)
             raise
+        except Exception as error:  # nobody thought of it: the reaper ends this one, and the others go on
+            log.error("ledger.failed", request=request, operation=operation, exc_info=error)
+            if unwritten.end is not None:
+                self._count(-1)
         return True
 
     def _keep(self, request: str, unwritten: _Unwritten) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 import uvicorn
 from starlette.types import ASGIApp
 
+from common.background import is_a_failure, report
 from common.errors import PdqError
 from common.logs import get_logger
 from common.settings.config import HTTPSettings
@@ -35,6 +36,7 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: ASGIApp, settings: HTTPSettings, grace_period_s: float = 0.0) -> None:
         self.roster = Roster(settings)
+        self.failure: BaseException | None = None  # that ends the gateway
         super().__init__(
             uvicorn.Config(
                 app,
@@ -76,8 +78,9 @@ class Server(uvicorn.Server):
             listener.listen(LISTEN_BACKLOG)
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
-        asyncio.get_running_loop().set_exception_handler(_loop_error)
+        asyncio.get_running_loop().set_exception_handler(self._loop_error)
         watching = asyncio.create_task(self._watch(), name="connections")
+        watching.add_done_callback(report)
         try:
             await super().serve(sockets)
         finally:
@@ -90,12 +93,15 @@ class Server(uvicorn.Server):
             await asyncio.sleep(min(0.25, shortest / 4))
             self.roster.check(time.monotonic())
 
-
-def _loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """What asyncio cannot tell anybody, such as a socket that cannot be accepted for want of
-    descriptors, which it then tries again in a second."""
-    error = context.get("exception")
-    if isinstance(error, OSError) and "accept" in str(context.get("message")):
-        log.warning("connection.not_accepted", error=error)
-        return
-    log.error("loop.error", message=context.get("message"), exc_info=error)
+    def _loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """What asyncio cannot tell anybody. A socket that cannot be accepted for want of descriptors is
+        tried again in a second. A failed task was to go on as long as the gateway, which ends: better no
+        gateway than one that hears nobody. A failed callback was about one connection or request."""
+        error = context.get("exception")
+        if isinstance(error, OSError) and "accept" in str(context.get("message")):
+            log.warning("connection.not_accepted", error=error)
+            return
+        log.error("loop.error", message=context.get("message"), exc_info=error)
+        if is_a_failure(context) and "task" in context:
+            self.failure = self.failure or error
+            self.should_exit = True

@@ -21,6 +21,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Mapping
 
+from common.background import report
 from common.errors import ServiceUnavailable
 from common.logs import get_logger
 from common.store.requests import Place, Where
@@ -78,6 +79,7 @@ class Whereabouts:
         if self._looking is None and self._overdue():
             self._looking = asyncio.create_task(self._look_up(), name="whereabouts")
             self._looking.add_done_callback(self._looked)
+            self._looking.add_done_callback(report)
 
     def close(self) -> None:
         if self._looking is not None:
@@ -85,8 +87,6 @@ class Whereabouts:
 
     def _looked(self, task: asyncio.Task[None]) -> None:
         self._looking = None
-        if not task.cancelled() and (error := task.exception()) is not None:
-            raise error  # a bug: to the event loop's handler
 
     async def _look_up(self) -> None:
         while self._again.is_set():

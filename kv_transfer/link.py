@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 
+from common.background import report
 from common.errors import LinkLost, PdqError
 from common.kv_layout import Fingerprint
 from common.wire.message import HandoffKey, HandoffMessage, LinkMessage
@@ -93,6 +94,7 @@ class Links:
         loop = asyncio.get_running_loop()
         self._leases.wake = lambda: loop.call_soon_threadsafe(self._leases.collect)
         self._timer = loop.create_task(self._timers(), name="kv-timers")
+        self._timer.add_done_callback(report)
 
     async def close(self) -> None:
         """Tear down every link, and wait for copies to end. No link opens after this, so a handoff that

@@ -19,6 +19,7 @@ import weakref
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
+from common.background import report
 from common.errors import LinkLost, PdqError, TransportFailed
 from common.kv_layout import Fingerprint
 from common.logs import get_logger
@@ -124,19 +125,16 @@ class LinkEnds:
         self._threads.end()
 
     def spawn(self, coroutine: Coroutine[object, object, T]) -> asyncio.Task[T]:
-        """Start a task that `close` waits for. An error that nobody awaits is logged."""
+        """Start a task that `close` waits for. The loop hears of an error that is none of ours."""
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
-        task.add_done_callback(self._log_failure)
+        task.add_done_callback(self._task_ended)
         return task
 
-    def _log_failure(self, task: asyncio.Task[Any]) -> None:
+    def _task_ended(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
-        if task.cancelled():
-            return
-        error = task.exception()
-        if error is not None and not isinstance(error, PdqError):
-            log.error("kv.task_failed", exc_info=error)
+        if task.cancelled() or not isinstance(task.exception(), PdqError):
+            report(task)
 
     # What there is
 

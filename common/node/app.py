@@ -18,11 +18,14 @@ import contextlib
 import dataclasses
 import functools
 import importlib
+import math
 import os
 import socket
 import time
 from collections.abc import Callable, Coroutine, Iterable
+from typing import Any
 
+from common.background import is_a_failure, report
 from common.engine import Engine
 from common.engine.runner import loading
 from common.engine.runner.model_runner import ModelRunner
@@ -57,6 +60,8 @@ from kv_transfer.transports.base import Target
 
 log = get_logger("node")
 
+LAST_STEP_S = 1.0  # for a step that is under way when the grace period is over
+
 ROLE_MODULES = {"prefill": "prefill_node.role", "decode": "decode_node.role", "unified": "decode_node.role"}
 
 
@@ -88,16 +93,17 @@ class Node:
         self._stopping = asyncio.Event()
         self._started_at = int(time.time() * 1000)
         self._tasks: set[asyncio.Task[None]] = set()
-        self._failure: BaseException | None = None  # of one of them
+        self._failure: BaseException | None = None  # of one of them, or of a callback
+        self._ends_at = math.inf
 
         shared = SharedMemory()
-        runner: ThreadRunner | None = None
+        self._runner: ThreadRunner | None = None
         try:
-            runner = ThreadRunner(lambda: make_runner(settings.engine, storage=shared.allocate))
-            self.engine = Engine(settings.engine, runner, on_free=shared.freed)
+            self._runner = ThreadRunner(lambda: make_runner(settings.engine, storage=shared.allocate))
+            self.engine = Engine(settings.engine, self._runner, on_free=shared.freed)
         except BaseException:
-            if runner is not None:
-                runner.close()
+            if self._runner is not None:
+                self._runner.close()
             if shared.memory is not None:
                 shared.memory.close()
             raise
@@ -173,14 +179,15 @@ class Node:
     def spawn(self, coroutine: Coroutine[object, object, None]) -> None:
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
-        task.add_done_callback(self._background_ended)
+        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(report)
 
-    def _background_ended(self, task: asyncio.Task[None]) -> None:
-        """A task that fails leaves what it was about in an unknown state: the node drains and ends."""
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            log.error("task.failed", exc_info=error)
-            self._failure = self._failure or error
+    def _loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """A task, a timer or another callback that fails leaves what it was about in an unknown state: the
+        node drains and ends."""
+        log.error("loop.error", message=context.get("message"), exc_info=context.get("exception"))
+        if is_a_failure(context):
+            self._failure = self._failure or context["exception"]
             self._stopping.set()
 
     # Life.
@@ -202,17 +209,21 @@ class Node:
                 )
             ]
             stack.push_async_callback(_end, loops)
-            stopping = asyncio.create_task(self._stopping.wait(), name="stopping")
-            loops.append(stopping)  # type: ignore[arg-type]
-            done, _ = await asyncio.wait(loops, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()  # a loop ends only by an error
-            await self._drain()
+            draining = asyncio.create_task(self._drain_when_asked(), name="drain")
+            loops.append(draining)
+            waiting = set(loops)
+            while not draining.done():
+                done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    task.result()  # a loop ends only by an error, or by the drain
             if self._failure is not None:
                 raise self._failure
 
     async def _start(self, stack: contextlib.AsyncExitStack, when_warm: Callable[[], None]) -> None:
         """Each step puts what undoes it on the stack before it begins."""
+        loop = asyncio.get_running_loop()
+        stack.callback(loop.set_exception_handler, loop.get_exception_handler())
+        loop.set_exception_handler(self._loop_error)
         stack.callback(lambda: log.info("node.ended", steps=self.engine.num_steps))
         stack.callback(self._end_engine)
         stack.push_async_callback(self.redis.close)
@@ -237,10 +248,13 @@ class Node:
 
     def _end_engine(self) -> None:
         """Free the engine and its memory, unless a thread hangs: that may still write, and ends with the
-        process."""
-        if not self.steps.hangs:
-            self.engine.runner.close()
-            self.memory.close()
+        process. `EngineBroken` if it is still at a step when the grace period is over."""
+        if self.steps.hangs:
+            return
+        assert self._runner is not None
+        grace_s = min(self._ends_at - time.monotonic(), self.settings.grace_period_s)
+        self._runner.close(max(LAST_STEP_S, grace_s))
+        self.memory.close()
 
     async def _leave(self) -> None:
         try:
@@ -258,10 +272,12 @@ class Node:
             self.settings = dataclasses.replace(self.settings, grace_period_s=0.0)
         self._stopping.set()
 
-    async def _drain(self) -> None:
+    async def _drain_when_asked(self) -> None:
         """Take nothing new, give back what was not begun, and move or finish what runs, within the grace
         period."""
+        await self._stopping.wait()
         begun = time.monotonic()
+        self._ends_at = begun + self.settings.grace_period_s
         self.state = NodeState.DRAINING
         self.links.drain()
         try:

@@ -39,6 +39,7 @@ import zmq.asyncio
 from zmq.auth.asyncio import AsyncioAuthenticator
 from zmq.utils.monitor import parse_monitor_message
 
+from common.background import report
 from common.errors import ConfigError, LinkLost, MalformedMessage, ResourceError
 from common.logs import get_logger
 from common.settings.config import BusSettings
@@ -140,6 +141,8 @@ class Bus:
             asyncio.create_task(self._read(None), name="bus-router"),
             asyncio.create_task(self._beat(), name="bus-beat"),
         ]
+        for task in self._tasks:
+            task.add_done_callback(report)
 
     async def close(self, *, goodbye: bool = True) -> None:
         """Say goodbye on every link, and give up all sockets. What peers have not taken is lost."""
@@ -194,6 +197,8 @@ class Bus:
                 asyncio.create_task(self._read(link), name=f"bus-read-{peer}"),
                 asyncio.create_task(self._watch(link), name=f"bus-watch-{peer}"),
             )
+            for task in connection.tasks:
+                task.add_done_callback(report)
         return link_id
 
     def disconnect(self, peer: str) -> None:

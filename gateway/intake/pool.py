@@ -166,6 +166,9 @@ class _Lane:
             self._end(worker, job, Overloaded("no processor had time to work on the body"))
         except (EOFError, OSError):
             self._end(worker, job, InvalidRequest("the body takes too much time or memory to work on"))
+        except Exception as error:
+            log.error("intake.failed", exc_info=error)
+            self._end(worker, job, PdqError("internal error"))
         except BaseException:
             self._end(worker, job, ServiceUnavailable("this gateway ends"))
             raise

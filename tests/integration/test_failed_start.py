@@ -13,12 +13,13 @@ import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import pytest
 
 from common.engine import Engine
-from common.errors import ConfigError, PdqError, ResourceError, ServiceUnavailable
+from common.engine.runner.model_runner import ModelRunner
+from common.errors import ConfigError, EngineBroken, PdqError, ResourceError, ServiceUnavailable
 from common.node.app import Node
 from common.settings.config import (
     EngineSettings,
@@ -37,7 +38,7 @@ from tests.support.bus_key import bus_settings
 from tests.support.checkpoints import STORIES
 from tests.support.gateway_server import LazyForker
 from tests.support.holdings import holdings
-from tests.support.redis import wait_until
+from tests.support.redis import HANGS_S, wait_until
 
 ENGINE = EngineSettings(
     model=str(STORIES),
@@ -191,22 +192,94 @@ async def test_a_node_that_ends_says_goodbye_however_long_redis_takes_to_hear_of
         await running
 
 
-async def test_a_node_in_which_a_background_task_fails_drains_and_ends_with_the_error(
-    redis_client: RedisClient,
+def fail(*_: object, **__: object) -> NoReturn:
+    raise RuntimeError("nobody thought of this")
+
+
+async def fail_soon() -> None:
+    fail()
+
+
+FAILURES: dict[str, Callable[[Node], object]] = {
+    "a background task": lambda node: node.spawn(fail_soon()),
+    "a timer, such as a grant's": lambda _: asyncio.get_running_loop().call_later(0.0, fail),
+    "what a thread asks for": lambda _: asyncio.get_running_loop().call_soon_threadsafe(fail),
+    "a timer of handoffs": lambda node: setattr(node.links._handoff, "tick", fail),
+    "a copy": lambda node: node.links._ends.spawn(fail_soon()),
+    "a beat of the bus": lambda node: setattr(node.bus._links, "tick", fail),
+}
+
+
+@pytest.mark.parametrize("what", FAILURES)
+async def test_a_node_in_which_something_fails_in_the_background_drains_and_ends_with_the_error(
+    redis_client: RedisClient, what: str
 ) -> None:
-    """What the task was about is in an unknown state: gateways try it elsewhere."""
-    settings = NodeSettings(engine=ENGINE, redis=redis_client.settings, bus=bus_settings())
+    """What it was about is in an unknown state: gateways try it elsewhere."""
+    bus = bus_settings(beat_interval_s=0.05)
+    settings = NodeSettings(engine=ENGINE, redis=redis_client.settings, bus=bus)
     node = await asyncio.to_thread(lambda: Node(settings))
     running = asyncio.create_task(node.run())
     await wait_until(lambda: node.state is NodeState.READY, "it is ready", 30.0)
-
-    async def fails() -> None:
-        raise RuntimeError("nobody thought of this")
-
-    node.spawn(fails())
+    FAILURES[what](node)
     with pytest.raises(RuntimeError, match="nobody thought of this"):
-        await asyncio.wait_for(running, 10.0)
+        await asyncio.wait_for(running, HANGS_S)
     assert node.state is NodeState.DRAINING
+
+
+async def test_a_loop_that_fails_while_its_node_drains_ends_it_before_the_grace_period_is_over(
+    redis_client: RedisClient,
+) -> None:
+    """Such as a step that turns out to hang: nothing that still runs could come to its end."""
+    settings = NodeSettings(engine=ENGINE, redis=redis_client.settings, bus=bus_settings())
+    settings = dataclasses.replace(settings, grace_period_s=1e6)
+    node = await asyncio.to_thread(lambda: Node(settings))
+
+    async def hang() -> None:
+        await wait_until(lambda: node.state is NodeState.DRAINING, "it drains", HANGS_S)
+        raise EngineBroken("a step took too long")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(node.steps, "run", hang)
+        patch.setattr(type(node.role), "num_open", 1)
+        running = asyncio.create_task(node.run())
+        await wait_until(lambda: node.state is NodeState.READY, "it is ready", 30.0)
+        node.stop()
+        with pytest.raises(EngineBroken, match="a step took too long"):
+            await asyncio.wait_for(running, HANGS_S)
+
+
+async def test_a_step_that_hangs_holds_up_the_end_of_its_node_for_the_grace_period_only(
+    redis_client: RedisClient,
+) -> None:
+    """Also before the stall limit has found it out. Its memory is left to it: it may still write."""
+    goes_on, begun = threading.Event(), threading.Event()
+
+    class Hanging(ModelRunner):
+        def submit(self, *step: Any) -> Any:
+            if step[0] is not None:
+                return super().submit(*step)
+            begun.set()
+            goes_on.wait()
+            raise RuntimeError("it went on")
+
+    settings = NodeSettings(engine=ENGINE, redis=redis_client.settings, bus=bus_settings())
+    settings = dataclasses.replace(settings, grace_period_s=0.0)
+    node = await asyncio.to_thread(lambda: Node(settings, make_runner=Hanging))
+    running = asyncio.create_task(node.run())
+    await wait_until(lambda: node.state is NodeState.READY, "it is ready", 30.0)
+    hangs = node.engine.runner.submit(None)  # type: ignore[arg-type]
+    try:
+        await wait_until(begun.is_set, "the engine's thread is in the step")
+        node.stop()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(node.memory, "close", fail)
+            with pytest.raises(EngineBroken, match=r"did not end within 1 s"):
+                await asyncio.wait_for(running, HANGS_S)
+    finally:
+        goes_on.set()
+        assert isinstance(await asyncio.to_thread(hangs.exception), RuntimeError)
+        node.engine.runner.close()
+        node.memory.close()
 
 
 def test_a_node_that_may_open_too_few_files_says_so_and_does_not_start() -> None:

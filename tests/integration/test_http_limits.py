@@ -15,10 +15,13 @@ import httpx
 import pytest
 
 from common.settings.config import HTTPSettings
+from gateway.app import create_app
+from gateway.connection import Roster
 from gateway.placement import DispatchLimits
+from gateway.server import Server
 from gateway.service import ServiceLimits
 from tests.support.fake_cluster import FakeCluster, until
-from tests.support.gateway_server import Served, serving
+from tests.support.gateway_server import Served, make_service, serving
 from tests.support.redis import HANGS_S
 
 SHORT, LONG = 0.1, 30.0
@@ -455,3 +458,21 @@ async def test_control_characters_are_escaped_in_errors() -> None:
             assert answer.status_code == 404
             assert answer.content.isascii()
             assert not any(byte < 32 for byte in answer.content)
+
+
+async def test_a_gateway_that_cannot_look_at_its_connections_any_more_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nothing would bound what clients take of it."""
+    service = make_service(FakeCluster())
+    server = Server(create_app(service), HTTPSettings())
+    error = RuntimeError("a bug")
+
+    def fail(roster: Roster, now: float) -> None:
+        raise error
+
+    monkeypatch.setattr(Roster, "check", fail)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        await asyncio.wait_for(server.serve(sockets=[listener]), HANGS_S)
+    service.intake.close()
+    assert server.failure is error

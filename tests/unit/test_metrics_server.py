@@ -178,3 +178,21 @@ async def test_its_url_is_one_at_which_others_find_it(host: str, endpoint: str, 
     await server.start()
     assert server.url(endpoint) == f"{shown}{server.port}"
     await server.close()
+
+
+async def test_a_text_that_cannot_be_made_is_an_error_for_who_asked_and_the_next_one_is_made() -> None:
+    answers = [RuntimeError("a bug"), b"pdq_free_blocks 7"]
+
+    def render() -> bytes:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    server = MetricsServer(MetricsSettings(), render, pause_s=0.0)
+    await server.start()
+    try:
+        assert (await ask(server, GET)).startswith(b"HTTP/1.1 500")
+        assert (await ask(server, GET)).endswith(b"pdq_free_blocks 7")
+    finally:
+        await server.close()

@@ -7,9 +7,10 @@ and with two of them it waits at every barrier asleep, not spinning.
 from __future__ import annotations
 
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from common.engine.interface import EngineFacts, Filled, Runner, StepInput, StepResult
+from common.errors import EngineBroken
 
 
 class ThreadRunner:
@@ -33,9 +34,16 @@ class ThreadRunner:
     def is_lost(self, error: BaseException, /) -> bool:
         return self.inner.is_lost(error)
 
-    def close(self) -> None:
+    def close(self, within_s: float | None = None) -> None:
+        """`EngineBroken` if it takes longer: then nothing is freed, for the thread may still write."""
+        _, late = wait([self._thread.submit(_nothing)], within_s)
+        if late:
+            raise EngineBroken(f"a step under way did not end within {within_s:g} s")
         self._thread.shutdown()
         self.inner.close()
 
     def _run(self, step: StepInput, filled: Filled | None) -> StepResult:
         return self.inner.submit(step, filled).result()
+
+
+def _nothing() -> None: ...

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 import pytest
 from hypothesis import given, settings
@@ -27,7 +27,7 @@ from gateway.dispatch import Dispatcher
 from gateway.metrics import GatewayMetrics
 from gateway.open_request import OpenRequest, Work
 from gateway.placement import DispatchLimits
-from gateway.ports import DECODE, PREFILL, UNIFIED
+from gateway.ports import DECODE, PREFILL, UNIFIED, Ending
 from gateway.prefix_index import PrefixIndex
 from gateway.router import LeastLoadedRouter
 from tests.support.asked import a_request
@@ -166,6 +166,36 @@ async def test_a_retryable_failure_goes_to_another_node(cluster: FakeCluster) ->
         cluster.add("good")
         assert await collect(request) == expected()
     assert cluster.dispatched[-1][0] == "good"
+
+
+async def test_a_request_whose_retry_fails_in_a_way_that_nobody_thought_of_ends(cluster: FakeCluster) -> None:
+    cluster.add("u1").hold_at = 2
+    dispatcher = connect(cluster)
+    async with dispatcher.run(WORK) as request:
+        await until(lambda: request.choices[0].stream.below == len(PROMPT) + 2)
+        cluster.store_error = RuntimeError("a bug")
+        cluster.add("u2")
+        cluster.kill("u1")
+        with pytest.raises(PdqError) as failed:
+            await collect(request)
+        cluster.store_error = None
+    assert failed.value.code == "internal_error"
+
+
+async def test_an_end_that_cannot_be_written_holds_up_no_other(
+    cluster: FakeCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster.add("u1")
+    dispatcher, finish = connect(cluster), cluster.finish
+
+    async def fail_for_one(request: str, endings: Sequence[Ending]) -> None:
+        if request == "r1":
+            raise RuntimeError("a bug")
+        await finish(request, endings)
+
+    monkeypatch.setattr(cluster, "finish", fail_for_one)
+    await asyncio.gather(run(dispatcher), run(dispatcher, another("r2")))
+    await until(lambda: "r2" in cluster.finished)
 
 
 async def test_tokens_that_waited_for_the_first_are_acknowledged_when_it_comes(cluster: FakeCluster) -> None:
