@@ -633,7 +633,7 @@ MUTATIONS = [
     Mutation(mutations.failed_copy_counts_as_good, digests=True, flips=0.02),
     Mutation(mutations.adopted_with_blocks_missing),
     Mutation(mutations.adopted_with_blocks_missing, "tcp"),
-    Mutation(mutations.reservation_ends_while_a_copy_runs),
+    Mutation(mutations.reservation_ends_while_a_copy_runs, cuts=0.2, slow=0.5),
     Mutation(mutations.lease_ends_with_commit, cuts=0),
     Mutation(mutations.lease_ends_with_commit, "tcp", cuts=0),
     Mutation(mutations.lease_ends_with_own_abort, cuts=0, aborts=6, slow=0.5),
@@ -647,7 +647,7 @@ MUTATIONS = [
     Mutation(a_block_is_whole_when_part_of_it_has_come, digests=True, aborts=6, flips=0.1, sizes=CONVERTING),
     Mutation(what_failed_its_proof_is_converted, digests=True, flips=0.02, sizes=CONVERTING),
     Mutation(what_failed_its_proof_is_converted, "tcp", True, flips=0.02, sizes=CONVERTING),
-    Mutation(no_generation_check, cuts=0.2, slow=0.5, sizes=CONVERTING),
+    Mutation(no_generation_check, cuts=0.5, slow=0.8, sizes=CONVERTING),
 ]
 
 

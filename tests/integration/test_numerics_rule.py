@@ -23,7 +23,7 @@ from tests.support.engines import with_poison
 from tests.support.logit_record import RandomProposer, Run, run_recorded
 
 VOCAB = 512
-LONGEST = 4096
+LONGEST = 2048
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,11 +38,11 @@ class Regime:
     longest: bool = True  # whether the prompt to the end of the context takes part
 
 
-ALONE = Regime(1, 4096, 300, prefix_caching=False, drafts=False)
+ALONE = Regime(1, LONGEST, 300, prefix_caching=False, drafts=False)
 REGIMES = [
     Regime(16, 512, 1200, prefix_caching=True, drafts=False),
     Regime(16, 77, 70, prefix_caching=True, drafts=True, longest=False),
-    Regime(7, 33, 262, prefix_caching=False, drafts=True),
+    Regime(7, 33, LONGEST // 16 + 6, prefix_caching=False, drafts=True),
     Regime(3, 1000, 300, prefix_caching=True, drafts=False),
     Regime(16, 200, 60, prefix_caching=False, drafts=False, longest=False),
 ]
@@ -83,7 +83,7 @@ def requests(seed: int) -> tuple[dict[str, list[int]], dict[str, SamplingParams]
         prompts[f"short-{index}"] = random.integers(0, VOCAB, 1 + 5 * index).tolist()
     params = {
         name: SamplingParams(
-            max_tokens=96 if name == "longest" else int(random.integers(60, 250)),
+            max_tokens=96 if name == "longest" else int(random.integers(40, 180)),
             temperature=1.0,
             seed=int(random.integers(1 << 60)),
             ignore_eos=True,
