@@ -211,7 +211,7 @@ async def test_a_body_that_takes_too_long_is_a_bad_request_and_the_next_one_is_s
 )
 async def test_a_template_that_wants_all_memory_gets_a_bad_request(bomb: str) -> None:
     with template("{% if messages %}" + bomb + "{% endif %}") as hostile:
-        async with intake(hostile, processor_s=3.0) as running:
+        async with intake(hostile, processor_s=1.0, memory_bytes=2**27) as running:
             with pytest.raises(InvalidRequest):
                 await running.prepare("a", CHAT, chat())
 

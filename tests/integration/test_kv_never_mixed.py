@@ -64,7 +64,7 @@ from tests.support.hashes import chain_hashes
 from tests.support.protocol import mutations
 from tests.support.redis import HANGS_S
 
-HANDOFFS = int(os.environ.get("PDQ_HANDOFFS", "3000"))
+HANDOFFS = int(os.environ.get("PDQ_HANDOFFS", "2000"))
 BLOCK = 4
 POSITIONS = 56  # in each pool
 LAYOUT = KVLayout.paged_attention(

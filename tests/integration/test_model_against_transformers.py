@@ -88,7 +88,7 @@ def configurations(draw: st.DrawFn, model_type: str) -> dict[str, Any]:
 def test_random_configurations_give_transformers_logits(
     model_type: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    @settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(fields=configurations(model_type), length=st.integers(1, 200), seed=st.integers(0, 99))
     def check(fields: dict[str, Any], length: int, seed: int) -> None:
         folder = save_random_model(tmp_path_factory.mktemp("model"), model_type, seed, **fields)
@@ -367,8 +367,8 @@ def greedy_pair(folder: Path, token_ids: list[int], count: int) -> tuple[list[in
 
 
 @pytest.mark.parametrize("folder", REAL_MODELS, ids=lambda folder: folder.name)
-def test_real_models_write_the_same_200_tokens(folder: Path) -> None:
-    mine, theirs = greedy_pair(folder, [1, 5, 9], 200)
+def test_real_models_write_the_same_80_tokens(folder: Path) -> None:
+    mine, theirs = greedy_pair(folder, [1, 5, 9], 80)
     assert mine == theirs
 
 

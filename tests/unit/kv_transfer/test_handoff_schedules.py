@@ -13,7 +13,7 @@ import pytest
 from tests.support.protocol.mutations import MUTATIONS, Mutation
 from tests.support.protocol.world import FAULTS, SETTINGS, Faults, World
 
-SCHEDULES = 8000
+SCHEDULES = 5000
 
 
 def run_schedules(count: int, faults: Faults, digests: bool) -> None:
