@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
+import pytest_asyncio
 
 from common.engine import Engine
 from common.store.client import RedisClient, text
@@ -20,9 +21,18 @@ PATIENT = ("--bus-missed-beats", "1000")  # a stopped node is not dead here, it 
 
 
 @pytest.fixture(scope="module")
-def patient() -> Iterator[Deployment]:
+def two_by_one() -> Iterator[Deployment]:
     with Deployment(STORIES, prefill=2, decode=1, flags=PATIENT, gateway_flags=PATIENT) as deployment:
         yield deployment
+
+
+@pytest_asyncio.fixture
+async def patient(two_by_one: Deployment) -> AsyncIterator[Deployment]:
+    """All of them. Afterwards nothing may be left of any request."""
+    two_by_one.start_missing()
+    await two_by_one.wait_ready()
+    yield two_by_one
+    await two_by_one.assert_idle()
 
 
 async def stop_reading(system: Deployment, client: RedisClient, name: str, incarnation: str) -> None:
@@ -55,7 +65,6 @@ async def test_an_idle_node_takes_what_waits_unread_at_another(patient: Deployme
             (attempt,) = record.attempts  # moved, not tried again
             assert (attempt.node, attempt.claim) == (idle, idle)
     patient.signal("prefill-0", signal.SIGCONT)
-    await patient.assert_idle()
 
 
 @pytest.mark.parametrize("end", ["kill -9", "SIGTERM"])
@@ -88,6 +97,3 @@ async def test_a_node_that_ends_right_after_a_pull_keeps_nobody_waiting(
                 assert await patient.terminate("prefill-1") == 0
                 patient.signal("prefill-0", signal.SIGCONT)
             await load.finish(expected)
-    patient.start_missing()
-    await patient.wait_ready()
-    await patient.assert_idle()

@@ -38,12 +38,12 @@ def three_by_one() -> Iterator[Poisonable]:
 
 @pytest.fixture
 async def poisonable(three_by_one: Poisonable) -> AsyncIterator[Poisonable]:
-    """Afterwards nothing may be left."""
+    """All of them. Afterwards nothing may be left at those that live."""
+    three_by_one.start_missing()
+    await three_by_one.wait_ready()
     yield three_by_one
     for name in three_by_one.dead:
         three_by_one.kill(name)
-    three_by_one.start_missing()
-    await three_by_one.wait_ready()
     await three_by_one.assert_idle()
 
 
