@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import random
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from common.engine.core.sequence import Sequence
 from common.engine.sampling.records import TokenLogprob
 from common.engine.speculation.drafting import Drafting
 from common.engine.speculation.model import ModelSource
+from common.engine.speculation.ngram import NGramSource
 from common.node.kv import NodeKV, SharedMemory
 from common.sampling import FinishReason
 from common.settings.config import EngineSettings
@@ -49,9 +51,9 @@ class EngineWithMemory:
         settings = EngineSettings(
             model=str(STORIES), dtype="float32", threads=1, num_kv_blocks=64, max_num_seqs=8, **fields
         )
-        proposer = None
-        if settings.speculative == "draft":
-            proposer = Drafting([ModelSource(512)], 3, NoCosts(), FreeRounds(0.0))
+        names = settings.speculative.split("+")
+        sources = [source for source in (NGramSource(), ModelSource(512)) if source.name in names]
+        proposer = Drafting(sources, 3, NoCosts(), FreeRounds(0.0)) if sources else None
         self.engine = with_poison(
             settings, storage=shared.allocate, on_free=shared.freed, host_proposer=proposer
         )
@@ -85,7 +87,11 @@ def reference() -> Engine:
 def offer_of(sequence: Sequence, salt: str, block_size: int) -> Offer:
     length = sequence.num_computed
     request = a_request(
-        sequence.token_ids[:length], sequence.params, prompt_len=sequence.prompt_len, cache_salt=salt
+        sequence.token_ids[:length],
+        sequence.params,
+        prompt_len=sequence.prompt_len,
+        cache_salt=salt,
+        prediction=tuple(sequence.prediction),
     )
     return Offer(
         HandoffKey("l", "r", 1, sequence.choice),
@@ -165,6 +171,63 @@ def test_what_the_draft_model_has_computed_moves_with_it(reference: Engine, kind
     proposers = [node.engine.proposer for node in nodes if node.engine.proposer is not None]
     assert sum(proposer.counts["draft"].accepted for proposer in proposers) > 5
     assert not any(proposer.failures.count for proposer in proposers)
+
+
+@pytest.mark.parametrize("speculative", ["ngram", "ngram+draft"])
+@pytest.mark.parametrize("begins_at", ["prefill", "unified"])
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_with_drafts_a_sequence_that_moves_or_begins_again_anywhere_makes_the_same_tokens(
+    reference: Engine, kind: str, begins_at: str, speculative: str
+) -> None:
+    """It moves with its KV, or its node dies and another computes the last tokens anew that have not arrived:
+    after random steps, again and again, half of the time with a prediction that is wrong in places."""
+    params, prompt = KINDS[kind], [*PROMPT, *PROMPT[:20]]
+    (expected,) = reference.generate([prompt], params)
+    fields = {"speculative_model": str(DRAFT)} if "draft" in speculative else {}
+    nodes = [EngineWithMemory(speculative=speculative, **fields) for _ in range(2)]
+    first = nodes[0]
+    if begins_at == "prefill":
+        first = EngineWithMemory(speculative=speculative if fields else "off", **fields)
+    accepted = moves = failovers = 0
+    for seed in range(6):
+        generator = random.Random(f"{kind} {begins_at} {seed}")
+        prediction = [3 if generator.random() < 0.1 else token for token in expected.token_ids]
+        predicted = tuple(prediction) if seed % 2 else ()
+        request = a_request(prompt, params, prediction=predicted, cache_salt="tenant")
+        here, there = first, nodes[1]
+        tokens: list[int] = []
+        logprobs: list[TokenLogprob] = []
+        (sequence,) = here.engine.add("r/1", request)
+        while True:
+            here.steps(1 if begins_at == "prefill" and here is first else generator.randrange(1, 5))
+            while here.engine.has_work and not sequence.is_decoding:
+                here.steps(1)
+            tokens += here.tokens
+            logprobs += here.logprobs
+            here.tokens, here.logprobs = [], []
+            if not here.engine.has_work:
+                break
+            if generator.random() < 0.6:
+                here.engine.scheduler.pause(sequence)
+                sequence = move(here, sequence, there)
+                moves += 1
+            else:
+                here.engine.abort("r/1")
+                kept = max(0, len(tokens) - generator.randrange(4))
+                del tokens[kept:], logprobs[kept:]
+                again = dataclasses.replace(request, token_ids=(*prompt, *tokens))
+                (sequence,) = there.engine.add("r/1", again)
+                failovers += 1
+            here, there = there, nodes[0] if there is nodes[1] else nodes[1]
+        assert tuple(tokens) == expected.token_ids
+        assert tuple(logprobs) == expected.logprobs
+        for node in (*nodes, first):
+            node.engine.check_idle()
+    for node in nodes:
+        assert node.engine.proposer is not None
+        assert not node.engine.proposer.failures.count
+        accepted += sum(counts.accepted for counts in node.engine.proposer.counts.values())
+    assert min(moves, failovers, accepted) > 5
 
 
 def test_a_sequence_that_was_offered_in_vain_can_be_offered_again_with_more(reference: Engine) -> None:
