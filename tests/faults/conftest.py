@@ -1,4 +1,7 @@
-"""One system of two prefill and two decode nodes for all of tests/faults, whole again after each."""
+"""One system of two prefill and two decode nodes for all of tests/faults, whole again after each.
+
+Its nodes draft tokens, and the truth is of an engine that does not.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,8 @@ def engine() -> Engine:
 
 @pytest.fixture(scope="session")
 def two_by_two() -> Iterator[Deployment]:
-    with Deployment(STORIES, prefill=2, decode=2, flags=BEATS, gateway_flags=BEATS) as deployment:
+    flags = (*BEATS, "--speculative", "ngram")
+    with Deployment(STORIES, prefill=2, decode=2, flags=flags, gateway_flags=BEATS) as deployment:
         yield deployment
 
 
