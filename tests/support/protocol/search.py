@@ -31,6 +31,7 @@ from typing import Any
 
 from common.child_process import die_with_parent
 from tests.support.protocol.model import Violation
+from tests.support.protocol.shared import Finished, Turns
 from tests.support.protocol.snapshots import load, save
 from tests.support.protocol.system import Choice, System
 
@@ -79,6 +80,7 @@ class Walk:
         self.ended = array.array("q")
         self.transitions = 0
         self.kept: list[Kept] = []  # states of this layer, from which faults are still possible
+        self.finished: Finished | None = None  # by any of the processes that share this layer
 
     def walk(self, system: System, choice: Choice | None, way: Way = ()) -> None:
         """What `choice` leads to in a state, and all that follows without faults. `Violation` says
@@ -103,6 +105,8 @@ class Walk:
             while stack and not stack[-1].steps:
                 done = stack.pop()
                 standing.discard(done.view)
+                if self.finished is not None:
+                    self.finished.add(done.view)
                 if done.system is not None:
                     done.system.forget()
             if not stack:
@@ -121,6 +125,8 @@ class Walk:
         if view in self.seen:
             if view in standing:
                 raise Violation("a schedule without end")
+            return None
+        if self.finished is not None and view in self.finished:
             return None
         system.check()
         steps = system.steps()
@@ -171,11 +177,13 @@ def _uncollected() -> Iterator[None]:
 _shared: Walk  # of a worker process: it was forked with what is known already
 _states: list[Kept]
 _led_to: Mapping[int, set[str]]
+_turns: Turns
 
 
-def _share(part: int, parts: int) -> tuple[array.array[int], array.array[int], int]:
+def _share(process: int, processes: int) -> tuple[array.array[int], array.array[int], int]:
+    """States that were kept one after the other lead to much the same: a process has neighbours."""
     with _uncollected():
-        _shared.walk_faults(_states[part::parts], _led_to)
+        _shared.walk_faults((_states[turn] for turn in _turns.of(process, processes)), _led_to)
     return _shared.entered, _shared.ended, _shared.transitions
 
 
@@ -194,8 +202,8 @@ def explore(
     """Walk everything; not `reduced`: every interleaving too. `Violation` for anything that must
     not be.
 
-    Several processes walk a share of the last layer each. `part` of `parts`, from 1: only that share
-    of the last layer, after all that is before it.
+    Several processes walk the last layer together. `part` of `parts`, from 1: only that share of the
+    last layer, after all that is before it.
     """
     total = Found()
     walk: Walk | None = None
@@ -205,7 +213,9 @@ def explore(
             if before is None:
                 walk.walk(System(works, digests=digests, tries=tries), None)
             else:
-                states = before.kept[part - 1 :: parts] if walk.last else before.kept
+                states = before.kept
+                if walk.last:
+                    states = states[len(states) * (part - 1) // parts : len(states) * part // parts]
                 if processes > 1 and walk.last:
                     _in_processes(walk, states, before.led_to, processes)
                 else:
@@ -218,8 +228,9 @@ def explore(
 
 
 def _in_processes(walk: Walk, states: list[Kept], led_to: Mapping[int, set[str]], processes: int) -> None:
-    global _shared, _states, _led_to
-    _shared, _states, _led_to = walk, states, led_to
+    global _shared, _states, _led_to, _turns
+    _shared, _states, _led_to, _turns = walk, states, led_to, Turns(len(states))
+    walk.finished = Finished()
     fork = multiprocessing.get_context("fork")
     entered: set[int] = set()
     ended: set[int] = set()

@@ -92,6 +92,25 @@ def test_what_is_found_does_not_depend_on_the_order_of_the_walk(
     assert explore(works, faults, reduced=False) == found
 
 
+def test_several_processes_find_together_what_one_finds() -> None:
+    one, several = explore((P,), 1), explore((P,), 1, processes=3)
+    assert (several.states, several.ends) == (one.states, one.ends)
+
+
+def test_a_schedule_without_end_is_found_by_several_processes_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever of them walks which part of it."""
+    steps = System.steps
+
+    def with_a_step_that_leads_nowhere(self: System) -> list[Choice]:
+        faulty = self.target.intake._draining and not self.is_idle()
+        return [*steps(self), Choice("nothing", None)] if faulty else steps(self)
+
+    monkeypatch.setattr(System, "steps", with_a_step_that_leads_nowhere)
+    monkeypatch.setattr(System, "on_nothing", lambda *_: None, raising=False)
+    with pytest.raises(Violation, match="a schedule without end"):
+        explore((P,), 1, processes=2)
+
+
 def test_the_reduction_leaves_out_interleavings_and_no_end() -> None:
     reduced, full = explore((P, M), 0), explore((P, M), 0, reduced=False)
     assert reduced.ends == full.ends
