@@ -46,6 +46,7 @@ class Departure:
     asks: int = 0  # how often it was offered
     computed: int = 0  # positions whose blocks may be announced
     announced: int = 0  # blocks announced to the last handoff
+    drafted: int = 0  # positions of which what was announced may have the draft model's KV, too
     logprobs: TokenLogprobs | None = None  # of the token at `length`
     held: list[int] = dataclasses.field(default_factory=list)  # blocks of an ended sequence
     reason: str = ""  # why it was cancelled, or the last handoff ended
@@ -247,7 +248,7 @@ class Sender(Departures):
             0,
             attempt.alone,
         )
-        departure.key, departure.announced = offer.key, 0
+        departure.key, departure.announced, departure.drafted = offer.key, 0, length
         departure.computed = min(departure.length, sequence.num_computed)
         listener = functools.partial(self._heard, departure)
         try:
@@ -259,6 +260,8 @@ class Sender(Departures):
     def _announce(self, departure: Departure) -> None:
         """Give the handoff the blocks that hold their KV; at the end also the tail."""
         sequence, block_size = departure.sequence, self._node.engine.layout.block_size
+        if sequence.num_draft_computed < sequence.num_computed:  # what it makes up for comes too late
+            departure.drafted = min(departure.drafted, sequence.num_draft_computed)
         start, computed = departure.announced, departure.computed
         end = computed // block_size
         if computed == departure.length:
@@ -278,7 +281,7 @@ class Sender(Departures):
             position=length,
             first_token=sequence.token_ids[length],
             logprobs=departure.logprobs,
-            draft_positions=min(length, sequence.num_draft_computed),
+            draft_positions=min(departure.drafted, sequence.num_draft_computed),
         )
 
     def _withdraw(self, departure: Departure) -> None:

@@ -172,6 +172,26 @@ def test_a_draft_model_with_a_shorter_context_drafts_as_far_as_it_reaches(tmp_pa
     assert 0 < counts(engine).accepted < 64 - len(prompt)
 
 
+@pytest.mark.parametrize("positions", [1, 16])
+def test_a_rehearsal_goes_no_further_than_the_draft_model_reaches(tmp_path: Path, positions: int) -> None:
+    model = changed_draft(tmp_path / "draft", max_position_embeddings=positions)
+    engine = draft_engine(ModelSource(positions), model=model)
+    engine.warm_up()
+    assert not counts(engine).failures
+    engine.check_idle()
+
+
+def test_a_proposer_that_asks_for_more_than_the_draft_model_reaches_costs_drafts_only(
+    plain: dict[tuple[str, int], list[Any]], tmp_path: Path
+) -> None:
+    engine = draft_engine(
+        ModelSource(512), model=changed_draft(tmp_path / "draft", max_position_embeddings=64)
+    )
+    assert outputs(engine) == plain
+    assert engine.proposer is not None
+    assert engine.proposer.failures.count
+
+
 @pytest.mark.parametrize("rows", [-100, 64])
 def test_vocabularies_may_differ_in_their_padding(
     plain: dict[tuple[str, int], list[Any]], tmp_path: Path, rows: int

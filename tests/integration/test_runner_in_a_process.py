@@ -120,7 +120,7 @@ def test_drafts_cross_and_change_nothing(apart: Engine, steps_ahead: int) -> Non
     tokens = by_choice(run(here))
     prompts = {"warm": LONG, "edited": PROMPT, "greedy": LONG[:50], "gone": []}
     truth = Truth({(r, c): prompts[r] + ids for (r, c), ids in tokens.items()} | {("gone", 0): []})
-    apart.proposer = GuardedProposer(truth, apart.facts.vocab_size, has_draft_model=False)
+    apart.proposer = GuardedProposer(truth, apart.facts.vocab_size)
     try:
         assert by_choice(run(apart)) == tokens
     finally:

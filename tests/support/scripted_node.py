@@ -38,6 +38,7 @@ class Transfer:
         self.announced: list[Any] = []  # indexes of blocks (as `ready_blocks` says), in order
         self.committed: list[HandoffKey] = []
         self.next_tokens: list[tuple[int, int]] = []  # position and token of each commit
+        self.draft_positions: list[int] = []  # of each commit
         self.cancelled: list[HandoffKey] = []
         self.granted: set[HandoffKey] = set()
         self.ended: list[Ended] = []  # what the next call finds out
@@ -59,10 +60,13 @@ class Transfer:
             self.announced += blocks
             self._find_out()
 
-    def commit(self, key: HandoffKey, *, position: int, first_token: int, **_: Any) -> None:
+    def commit(
+        self, key: HandoffKey, *, position: int, first_token: int, draft_positions: int, **_: Any
+    ) -> None:
         if key in self.listeners:
             self.committed.append(key)
             self.next_tokens.append((position, first_token))
+            self.draft_positions.append(draft_positions)
             self._find_out()
 
     def cancel(self, key: HandoffKey, reason: str) -> None:

@@ -72,10 +72,11 @@ class EngineCore:
             max_num_batched_tokens=settings.max_num_batched_tokens,
             max_model_len=facts.max_model_len,
         )
+        positions = facts.draft.max_model_len if facts.draft is not None else 0
         self.proposer = (
             None
             if proposer is None
-            else GuardedProposer(proposer, facts.vocab_size, has_draft_model=facts.draft is not None)
+            else GuardedProposer(proposer, facts.vocab_size, draft_positions=positions)
         )
         self.num_steps = 0
         self._slots = SequenceSlots(num_sampler_slots(settings))

@@ -130,12 +130,13 @@ class Scheduler(OpenSequences):
         self._publish(sequence)
 
     def _take_drafted(self, sequence: Sequence, room: Room) -> None:
-        """What came with it, behind what the blocks that were here already have."""
+        """What came with it, behind what the blocks that were here already have: nothing came of these."""
         pool, size = self.pool, self.pool.block_size
-        pool.mark_drafted(room.blocks[room.num_cached : sequence.num_draft_computed // size])
-        full = pool.num_drafted(room.blocks)
         came = sequence.num_draft_computed
-        sequence.num_draft_computed = came if full == came // size else full * size
+        pool.mark_drafted(room.blocks[room.num_cached : came // size])
+        full = pool.num_drafted(room.blocks)
+        has_tail = full == came // size >= room.num_cached
+        sequence.num_draft_computed = came if has_tail else full * size
 
     def fork(self, parent: Sequence, children: Iterable[Sequence]) -> None:
         """Let children with the parent's prompt take part from their first token on.

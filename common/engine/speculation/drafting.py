@@ -100,7 +100,7 @@ class Drafting:
     def propose(self, sequences: AnySequence[Sequence]) -> None:
         if self._rehearsed is not None:
             for sequence in sequences:
-                sequence.draft_token_ids = self._rehearsed[: max(0, sequence.room_for_drafts)]
+                self._rehearse(sequence, self._rehearsed[: max(0, sequence.room_for_drafts)])
             return
         self._drafted_by.clear()
         count = len(sequences)
@@ -126,6 +126,12 @@ class Drafting:
         if any(by_model):
             used = any(length for length, of_model in zip(lengths, by_model, strict=True) if of_model)
             self._without_model = 0 if used else self._without_model + 1
+
+    def _rehearse(self, sequence: Sequence, drafts: list[int]) -> None:
+        if TO_BE_DRAFTED in drafts:  # no further than the draft model reaches
+            (source,) = (source for source in self.sources if source.by_model)
+            drafts = source.draft(sequence, len(drafts))
+        sequence.draft_token_ids = drafts
 
     def _best(self, sequence: Sequence, share: float) -> _Draft | None:
         """The draft of which most is to be expected; `share`: of a step's time, that of a round of the draft

@@ -53,10 +53,11 @@ class Failures:
 class GuardedProposer:
     """Implements `HostProposer` by another one, `inner`."""
 
-    def __init__(self, inner: HostProposer, vocab_size: int, *, has_draft_model: bool) -> None:
+    def __init__(self, inner: HostProposer, vocab_size: int, *, draft_positions: int = 0) -> None:
+        """`draft_positions`: of a sequence, that a draft model can compute; 0 without one."""
         self.inner, self.name = inner, inner.name
         self.failures = Failures(inner.name)
-        self._vocab_size, self._has_draft_model = vocab_size, has_draft_model
+        self._vocab_size, self._draft_positions = vocab_size, draft_positions
 
     @property
     def counts(self) -> Mapping[str, DraftCounts]:
@@ -77,13 +78,17 @@ class GuardedProposer:
         with self.failures.borne("propose"):
             self.inner.propose(sequences)
             for sequence in sequences:
-                self._check(sequence.draft_token_ids)
+                self._check(sequence, sequence.draft_token_ids)
             return
         for sequence in sequences:
             sequence.draft_token_ids, sequence.catches_up = [], False
 
-    def _check(self, drafts: list[int]) -> None:
-        if self._has_draft_model and drafts == [TO_BE_DRAFTED] * len(drafts):
+    def _check(self, sequence: Sequence, drafts: list[int]) -> None:
+        if not drafts:
+            return
+        reached = len(sequence.token_ids) + len(drafts) - 1
+        by_model = sequence.draft_model_follows and reached <= self._draft_positions
+        if by_model and drafts == [TO_BE_DRAFTED] * len(drafts):
             return
         for token in drafts:
             if type(token) is not int or not 0 <= token < self._vocab_size:

@@ -508,6 +508,27 @@ def expecting(machine: Machine, prompt: list[int], **options: object) -> tuple[S
     return sequence, room
 
 
+@pytest.mark.parametrize(
+    ("here", "came", "has"),
+    [(0, 9, 0), (1, 9, 4), (2, 9, 9), (2, 6, 8), (1, 6, 4), (1, 4, 4), (0, 3, 0), (2, 0, 8)],
+)
+def test_of_a_draft_models_kv_nothing_came_with_the_blocks_that_were_here(
+    here: int, came: int, has: int
+) -> None:
+    """Of two cached blocks `here` were drafted; `came` positions where the prompt was computed."""
+    machine = Machine()
+    machine.add(PROMPT[:9], max_tokens=1)
+    machine.run_until_idle()
+    sequence, room = expecting(machine, PROMPT[:9], max_tokens=3)
+    assert room.num_cached == 2
+    machine.pool.mark_drafted(room.blocks[:here])
+    sequence.num_draft_computed = came
+    machine.land(sequence, room)
+    assert sequence.num_draft_computed == has
+    assert machine.pool.num_drafted(room.blocks) == has // machine.pool.block_size
+    machine.run_until_idle()
+
+
 def test_a_held_slot_is_taken_by_no_sequence_that_waits() -> None:
     machine = Machine(max_num_seqs=2)
     coming, room = expecting(machine, PROMPT[:8], max_tokens=3)

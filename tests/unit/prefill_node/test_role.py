@@ -16,6 +16,7 @@ from common.wire.message import HandoffKey
 from common.wire.messages import Failed, TookOver
 from kv_transfer.ports import Ended, Outcome
 from prefill_node import role as prefill
+from tests.support.checkpoints import DRAFT
 from tests.support.engines import poisoned_engine
 from tests.support.hashes import chain_hashes
 from tests.support.redis import a_dispatch
@@ -324,6 +325,30 @@ async def test_a_choice_that_is_cancelled_makes_way_for_the_next(
     assert node.links.committed == [key("d1", 0), key("d1", 2)]
     node.links.tell(ended("d1", Outcome.ADOPTED, choice=2))
     assert role.num_open == 0
+
+
+@pytest.mark.parametrize("cached", ["", "by the model", "by both"])
+async def test_blocks_that_are_sent_before_the_draft_model_made_up_for_them_do_not_count_as_drafted(
+    cached: str,
+) -> None:
+    """A cached block is sent at once, and the draft model computes it in the first step: too late."""
+    node = ScriptedNode(poisoned_engine(speculative="draft", speculative_model=str(DRAFT)))
+    role = prefill.PrefillRole(node)
+    node.run_role(role)
+    node.decode_nodes("d1")
+    entry, params = an_entry(), SamplingParams(max_tokens=2, ignore_eos=True)
+    prompt = entry.dispatch.request.token_ids
+    if cached:
+        (sequence,) = node.engine.add_prompt("before", prompt, params)
+        sequence.draft_model_follows = cached == "by both"
+    while node.engine.has_work:
+        node.engine.step()
+    role.accept(entry)
+    await node.step(role)
+    assert bool(node.engine.pool.num_hit_blocks) == bool(cached)
+    assert node.links.draft_positions == [0 if cached == "by the model" else len(prompt)]
+    node.links.tell(ended("d1", Outcome.ADOPTED))
+    node.engine.check_idle()
 
 
 async def test_a_resumed_reply_does_not_end_here_because_drafts_were_right() -> None:
