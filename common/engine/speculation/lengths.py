@@ -174,16 +174,21 @@ def choose_lengths(
     guessed = np.asarray(by_model or [False] * len(available), np.bool_)
     most_rounds = int(np.asarray(available)[guessed].max(initial=0)) if round_cost else 0
     base = len(available) + beside
-    best, lengths = (1 + MARGIN) * base / float(costs.of(np.array([base]))[0]), [0] * len(available)
-    for rounds in range(most_rounds + 1) if round_cost else (most,):
-        allowed = np.where(guessed[:, None] & (places > rounds), 0.0, worth)
-        order = np.argsort(-allowed, axis=None, kind="stable")[: np.count_nonzero(allowed)]
-        if not len(order):
+    order = np.argsort(-worth, axis=None, kind="stable")[: np.count_nonzero(worth)]
+    worths = worth.ravel()[order]
+    rounds_of = np.where(guessed[:, None] & bool(round_cost), places, 0).ravel()[order]
+    sizes = costs.of(base + np.arange(len(order) + 1))
+    best, taken = (1 + MARGIN) * base / float(sizes[0]), order[:0]
+    for rounds in range(most_rounds + 1):
+        if base + worths.sum() <= best * (float(sizes[min(1, len(order))]) + round_cost * rounds):
+            break  # nor do more rounds pay
+        allowed = np.flatnonzero(rounds_of <= rounds)
+        if not len(allowed):
             continue
-        tokens = base + np.cumsum(allowed.ravel()[order])
-        goodput = tokens / (costs.of(base + 1 + np.arange(len(order))) + round_cost * rounds)
+        tokens = base + np.cumsum(worths[allowed])
+        goodput = tokens / (sizes[1 : len(allowed) + 1] + round_cost * rounds)
         at = int(np.argmax(goodput))
         if goodput[at] > best:
-            best = float(goodput[at])
-            lengths = np.bincount(order[: at + 1] // most, minlength=len(available)).tolist()
+            best, taken = float(goodput[at]), order[allowed[: at + 1]]
+    lengths: list[int] = np.bincount(taken // most, minlength=len(available)).tolist()
     return lengths
