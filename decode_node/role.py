@@ -74,7 +74,8 @@ class DecodeRole:
             request = dataclasses.replace(offer.request, token_ids=known)
             sequence = node.engine.make_sequence(attempt.engine_id, request, offer.key.choice)
             sequence.num_computed = len(offer.request.token_ids)
-            sequence.num_draft_computed = max(0, min(sequence.num_computed, commit.draft_positions))
+            if node.engine.layout.num_draft:
+                sequence.num_draft_computed = max(0, min(sequence.num_computed, commit.draft_positions))
             sequence.block_hashes = list(offer.block_hashes)  # each checked by the intake
             node.kv.run(sequence, adopted.reservation)
         except PdqError as error:

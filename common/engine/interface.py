@@ -44,6 +44,7 @@ class DraftFacts:
     name: str
     max_model_len: int  # positions for which it can draft
     relative_size: float  # its weights' bytes, as a share of the model's: about what a token of it costs
+    by_text: bool = False  # it has its own tokens, and its KV lies elsewhere
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -156,6 +157,7 @@ class DraftReport:
 
     seconds: float
     faulty: frozenset[int] = frozenset()  # ids of sequences for which it gave NaN or infinity
+    forgotten: frozenset[int] = frozenset()  # and of those that it has to be told from the start
     error: str = ""  # why it has computed nothing of this
 
 

@@ -120,6 +120,9 @@ class EngineSettings:
     speculative_model: str = setting(
         "", "folder or hub name of the draft model (empty: the one that ships, for the model that ships)"
     )
+    speculative_by_text: bool = setting(
+        False, "the draft model may have another tokenizer: its drafts are encoded anew"
+    )
     num_speculative_tokens: int | None = setting(
         None, "tokens drafted for a sequence in a step at most (none: 8)", at_least=1, at_most=64
     )
@@ -134,7 +137,12 @@ class EngineSettings:
                 "num_kv_blocks and kv_cache_memory_bytes both give the pool's size; use one",
                 param="num_kv_blocks",
             )
-        drafts = "draft" in self.speculative
+        drafts = self.uses_draft_model
+        if self.speculative_by_text and not drafts:
+            raise ConfigError(
+                f"speculative_by_text is for speculative draft and ngram+draft, not {self.speculative}",
+                param="speculative_by_text",
+            )
         if self.speculative_model and not drafts:
             raise ConfigError(
                 f"speculative_model is for speculative draft and ngram+draft, not {self.speculative}",
@@ -157,6 +165,10 @@ class EngineSettings:
                 f"into a step of max_num_batched_tokens ({self.max_num_batched_tokens})",
                 param="num_speculative_tokens",
             )
+
+    @property
+    def uses_draft_model(self) -> bool:
+        return "draft" in self.speculative.split("+")
 
     @property
     def most_drafted(self) -> int:

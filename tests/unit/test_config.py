@@ -342,3 +342,21 @@ def test_help_has_one_line_for_every_setting(service: type, capsys: pytest.Captu
 def test_no_two_settings_of_a_service_share_a_name(service: type) -> None:
     flags = [leaf.flag for leaf in config_loader._leaves(service)]
     assert len(flags) == len(set(flags))
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "says"),
+    [
+        ({"speculative_model": "x"}, "speculative_model", "off"),
+        ({"speculative": "ngram", "speculative_model": "x"}, "speculative_model", "ngram"),
+        ({"speculative": "ngram", "speculative_by_text": True}, "speculative_by_text", "ngram"),
+        ({"speculative": "draft", "model": "big"}, "speculative_model", "big"),
+    ],
+)
+def test_settings_of_a_draft_model_that_conflict_are_named(
+    fields: dict[str, Any], param: str, says: str
+) -> None:
+    with pytest.raises(ConfigError) as raised:
+        EngineSettings(**fields)
+    assert raised.value.param == param
+    assert says in raised.value.message

@@ -16,7 +16,7 @@ from common.engine.core.block_pool import BlockPool
 from common.engine.core.sequence import Sequence, SequenceStatus
 from common.engine.core.step import Chunk, Step
 from common.engine.core.step_input import block_tables
-from common.engine.interface import TO_BE_DRAFTED, DraftInput, DraftReport
+from common.engine.interface import TO_BE_DRAFTED, DraftFacts, DraftInput, DraftReport
 
 FEW = 16  # positions of a sequence that are computed one by one, as generated ones are
 
@@ -70,19 +70,29 @@ def _is_recomputed(chunk: Chunk) -> bool:
     return chunk.is_prompt or chunk.length > 1 or not chunk.samples
 
 
-def advance(step: Step, report: DraftReport, pool: BlockPool) -> None:
+def advance(step: Step, report: DraftReport, facts: DraftFacts, pool: BlockPool) -> None:
     """Take in what was computed, after the step's tokens were accepted."""
     wanted = step.input.drafts
     assert wanted is not None
-    if report.error:
+    if report.error and not report.forgotten:
         return
-    ends = wanted.starts + wanted.lengths + np.maximum(wanted.counts - 1, 0)
+    ends = wanted.starts + wanted.lengths
+    if not facts.by_text:
+        ends += np.maximum(wanted.counts - 1, 0)  # all drafts but the last were computed, too
     for index, end in zip(wanted.chunks.tolist(), ends.tolist(), strict=True):
         sequence = step.chunks[index].sequence
-        if sequence.sequence_id in report.faulty:
+        if sequence.sequence_id in report.forgotten:
+            sequence.num_draft_computed = 0
+        elif sequence.sequence_id in report.faulty:
             give_up(sequence, pool)
         elif sequence.status is SequenceStatus.RUNNING:
-            _reached(sequence, min(end, sequence.num_computed), pool)
+            end = min(end, sequence.num_computed)
+            if not facts.by_text:
+                size = pool.block_size
+                pool.mark_drafted(sequence.block_table[sequence.num_draft_computed // size : end // size])
+            sequence.num_draft_computed = max(sequence.num_draft_computed, end)
+    if facts.by_text:
+        return
     for forked, parent in zip(step.forked, step.parents, strict=True):
         if forked.sequence.status is SequenceStatus.RUNNING:
             forked.sequence.num_draft_computed = parent.sequence.num_draft_computed
@@ -92,9 +102,3 @@ def give_up(sequence: Sequence, pool: BlockPool) -> None:
     """The draft model gives no numbers for what it is; nobody is to go on from it."""
     pool.unmark_drafted(sequence.block_table)
     sequence.num_draft_computed, sequence.draft_model_follows = 0, False
-
-
-def _reached(sequence: Sequence, position: int, pool: BlockPool) -> None:
-    size = pool.block_size
-    pool.mark_drafted(sequence.block_table[sequence.num_draft_computed // size : position // size])
-    sequence.num_draft_computed = max(sequence.num_draft_computed, position)

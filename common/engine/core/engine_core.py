@@ -269,8 +269,8 @@ class EngineCore:
             self.scheduler.postprocess(step, {})
         else:
             outputs += self._accept(step, result.sampled, result.accepted)
-        if result.drafts is not None:
-            advance(step, result.drafts, self.pool)
+        if result.drafts is not None and self.facts.draft is not None:
+            advance(step, result.drafts, self.facts.draft, self.pool)
         self.num_steps += 1
         return outputs
 
@@ -281,7 +281,7 @@ class EngineCore:
             step,
             self.settings.max_num_batched_tokens,
             self.facts.draft.max_model_len,
-            prompts=self.proposer.draft_model_pays,
+            prompts=self.proposer.draft_model_pays and not self.facts.draft.by_text,
         )
 
     def fail(self, step: Step) -> None:

@@ -6,8 +6,6 @@ computed, and for whom it guesses how many tokens, the core says (core/drafts.py
 
 A guess is sampled as the model's own token will be: by the request's parameters, with the noise of its
 position. Where the two distributions are alike the two tokens are equal, at any temperature.
-
-Nothing here can fail a step: what could not be guessed is some token or other, which is found wrong.
 """
 
 from __future__ import annotations
@@ -23,33 +21,14 @@ from torch import Tensor
 
 from common.engine.devices.device import Device
 from common.engine.devices.kv_cache import KVCache
-from common.engine.interface import TO_BE_DRAFTED, Chunks, DraftFacts, DraftInput, DraftReport, StepInput
+from common.engine.interface import Chunks, DraftFacts, DraftInput, DraftReport, StepInput
 from common.engine.runner import loading
 from common.engine.runner.batch import lay_out
+from common.engine.runner.draft_step import ANY_TOKEN, Target, drafted_chunks, load_draft, with_drafts
 from common.engine.runner.sampler import Sampler
 from common.engine.sampling.records import RowFault, SampleRows
-from common.errors import ConfigError, PdqError
-from common.model_files import SHIPPED_DRAFT, model_name, model_revision, resolve_model
-from common.model_folder.description import ModelDescription, describe_model, read_config
-from common.model_folder.model_config import ModelConfig, parse_model_config
-from common.model_folder.tokenizer import tokenizer_digest
+from common.model_files import model_revision
 from common.settings.config import EngineSettings
-
-ANY_TOKEN = 0  # where a draft could not be made
-
-
-def uses_draft_model(settings: EngineSettings) -> bool:
-    return "draft" in settings.speculative.split("+")
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Target:
-    """The model whose tokens are guessed."""
-
-    config: ModelConfig
-    description: ModelDescription
-    dtype: torch.dtype
-    max_model_len: int
 
 
 @dataclasses.dataclass(slots=True)
@@ -65,30 +44,19 @@ class _Guesses:
 
 
 class DraftModel:
-    """`layout` is its part of a slab."""
+    """Implements `Drafter`."""
 
     def __init__(self, settings: EngineSettings, device: Device, target: Target) -> None:
-        """Load it. Raises `ModelError` or `InsufficientMemory`, which name it, or the `ConfigError` that
-        says why it cannot draft for `target`."""
-        name = settings.speculative_model or str(SHIPPED_DRAFT)
-        try:
-            folder = resolve_model(name, "", weights=settings.load_format == "auto", overrides={})
-            description = describe_model(folder, with_sampling_defaults=False)
-            self._config = config = parse_model_config(read_config(folder, required=True))
-            _check_pair(name, config, description, target)
-            self._length = min(target.max_model_len, config.rope.positions)
-            self._backend = device.backend(target.dtype)
-            self._model = loading.load_model(
-                settings, folder, config, device, self._backend, self._length, target.config.num_layers
-            )
-        except PdqError as error:
-            raise type(error)(f"the draft model: {error.message}", param="speculative_model") from error
-        self._vocab_size = target.config.vocab_size
-        self.layout = loading.kv_layout(config, settings.block_size, target.dtype)
-        revision = model_revision(folder, {}) if settings.load_format != "dummy" else f"dummy-{settings.seed}"
-        self.identity = f"{model_name(name, folder)}@{revision}"
-        size = loading.weight_count(config) / loading.weight_count(target.config)
-        self.facts = DraftFacts(model_name(name, folder), self._length, size)
+        """Raises as `load_draft`."""
+        draft = load_draft(settings, device, target, target.config.num_layers)
+        self._model, self._backend = draft.model, draft.backend
+        self._own_vocab_size, self._vocab_size = draft.config.vocab_size, target.config.vocab_size
+        self.layout = loading.kv_layout(draft.config, settings.block_size, target.dtype)
+        revision = (
+            model_revision(draft.folder, {}) if settings.load_format != "dummy" else f"dummy-{settings.seed}"
+        )
+        self.identity = f"{draft.name}@{revision}"
+        self.facts = DraftFacts(draft.name, draft.length, draft.relative_size)
 
     def run(
         self, step: StepInput, wanted: DraftInput, cache: KVCache, sampler: Sampler
@@ -100,9 +68,9 @@ class DraftModel:
             self._guess(guesses, wanted, cache, sampler)
         except Exception as failure:  # it costs the drafts; a device that is lost fails the step itself
             error = repr(failure) or "failed"
-        faulty = step.sequence_ids[_drafted(step)[~guesses.sound]]
-        report = DraftReport(time.perf_counter() - begun, frozenset(faulty.tolist()), error)
-        return _with_drafts(step, guesses), report
+        faulty = step.sequence_ids[drafted_chunks(step)[~guesses.sound]]
+        report = DraftReport(time.perf_counter() - begun, frozenset(faulty.tolist()), error=error)
+        return with_drafts(step, guesses.tokens), report
 
     def _guess(self, guesses: _Guesses, wanted: DraftInput, cache: KVCache, sampler: Sampler) -> None:
         """The first ones from the positions that it lacked, the others one after the other."""
@@ -141,7 +109,7 @@ class DraftModel:
 
     def _logits(self, chunks: Chunks, num_sampled: NDArray[np.int64], cache: KVCache) -> Tensor:
         """After the last position of each chunk that is sampled, `[sampled, the target's vocabulary]`."""
-        known = self._config.vocab_size  # what one of them has beyond the other's is padding
+        known = self._own_vocab_size  # what one of them has beyond the other's is padding
         if known < self._vocab_size:
             chunks = dataclasses.replace(chunks, token_ids=np.minimum(chunks.token_ids, known - 1))
         batch = lay_out(chunks, num_sampled, cache.layout.block_size, self._backend.row_plan)
@@ -152,30 +120,8 @@ class DraftModel:
         return logits[:, : self._vocab_size]
 
 
-def _check_pair(name: str, config: ModelConfig, description: ModelDescription, target: Target) -> None:
-    """`ConfigError` unless the two give every token id the same meaning."""
-    ours, theirs = target.description.tokenizer, description.tokenizer
-    if (ours is None) != (theirs is None):
-        without = name if theirs is None else "the model"
-        raise ConfigError(f"{without} has no tokenizer, so that nobody knows whether the two agree")
-    if ours is not None and theirs is not None:
-        if tokenizer_digest(ours, ()) != tokenizer_digest(theirs, ()):
-            raise ConfigError(f"{name} has another tokenizer than the model")
-    elif config.vocab_size != target.config.vocab_size:
-        raise ConfigError(
-            f"{name} has a vocabulary of {config.vocab_size} tokens, the model one of "
-            f"{target.config.vocab_size}"
-        )
-
-
-def _drafted(step: StepInput) -> NDArray[np.intp]:
-    """The chunks of a step whose drafts are guessed here, `[chunks that get any]`."""
-    ends = np.cumsum(step.lengths)
-    return np.flatnonzero((step.num_drafted > 0) & (step.token_ids[ends - 1] == TO_BE_DRAFTED))
-
-
 def _expected(step: StepInput, wanted: DraftInput) -> _Guesses:
-    chunks = _drafted(step)
+    chunks = drafted_chunks(step)
     assert (np.sort(wanted.chunks[wanted.counts > 0]) == chunks).all(), "drafts of other chunks are wanted"
     counts = step.num_drafted[chunks]
     num_sampled = np.where(step.samples, 1 + step.num_drafted, 0)
@@ -188,22 +134,3 @@ def _expected(step: StepInput, wanted: DraftInput) -> _Guesses:
         tokens=np.full((len(chunks), int(counts.max(initial=0))), ANY_TOKEN, np.int64),
         sound=np.ones(len(chunks), np.bool_),
     )
-
-
-def _with_drafts(step: StepInput, guesses: _Guesses) -> StepInput:
-    places = np.arange(guesses.tokens.shape[1]) < guesses.counts[:, None]
-    drafts = guesses.tokens[places]
-    sampled = step.sampled
-    assert sampled.drafted is not None
-    return dataclasses.replace(
-        step,
-        token_ids=_filled_in(step.token_ids, drafts),
-        sampled=dataclasses.replace(sampled, drafted=_filled_in(sampled.drafted, drafts)),
-    )
-
-
-def _filled_in(tokens: NDArray[np.int64], drafts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """`drafts`, in order, in the places where tokens are to be drafted."""
-    tokens = tokens.copy()
-    tokens[tokens == TO_BE_DRAFTED] = drafts
-    return tokens

@@ -21,7 +21,9 @@ from common.engine.devices.kv_cache import KVCache
 from common.engine.interface import EngineFacts, Filled, StepInput, StepResult, num_sampler_slots
 from common.engine.runner import loading
 from common.engine.runner.batch import Batch, lay_out
-from common.engine.runner.draft_model import DraftModel, Target, uses_draft_model
+from common.engine.runner.draft_model import DraftModel
+from common.engine.runner.draft_step import Drafter, Target
+from common.engine.runner.reencoding_draft import ReencodingDraftModel
 from common.engine.runner.sampler import Sampler
 from common.engine.runner.soundness import filled_blocks, infinite, sound_rows, spoiled
 from common.engine.sampling.records import TokenLogprob
@@ -62,10 +64,15 @@ class ModelRunner:
         self.model = loading.load_model(settings, folder, self.config, device, self.backend, length)
 
         layout = loading.kv_layout(self.config, settings.block_size, dtype)
-        self.draft: DraftModel | None = None
-        if uses_draft_model(settings):
-            self.draft = DraftModel(settings, device, Target(self.config, description, dtype, length))
-            layout = layout.with_draft(self.draft.layout)
+        self.draft: Drafter | None = None
+        if settings.uses_draft_model:
+            target = Target(self.config, description, dtype, length)
+            if settings.speculative_by_text:
+                self.draft = ReencodingDraftModel(settings, device, target)
+            else:
+                self.draft = DraftModel(settings, device, target)
+            if self.draft.layout is not None:
+                layout = layout.with_draft(self.draft.layout)
         num_blocks = loading.pool_size(settings, layout, length, device)
         slab_bytes = layout.slab_bytes
         memory = (

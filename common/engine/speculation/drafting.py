@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
-from common.engine.interface import TO_BE_DRAFTED, StepResult
+from common.engine.interface import TO_BE_DRAFTED, DraftReport, StepResult
 from common.engine.speculation.base import DraftCounts
 from common.engine.speculation.guarded import Failures
 from common.engine.speculation.lengths import (
@@ -27,7 +27,7 @@ from common.engine.speculation.lengths import (
 
 if TYPE_CHECKING:
     from common.engine.core.sequence import Sequence
-    from common.engine.core.step import Step
+    from common.engine.core.step import Chunk, Step
 
 MOST_SURE = 0.995  # of a draft: nobody knows more
 ANY_TOKEN = 0  # in a rehearsal
@@ -168,16 +168,30 @@ class Drafting:
             if chunk.is_prompt or not chunk.sequence.speculates:
                 continue
             tokens += kept
-            source = self._drafted_by.get(chunk.sequence.sequence_id, "") if chunk.num_drafted else ""
+            source = self._source_of(chunk, report)
             for name, acceptance in self._acceptance.get(chunk.sequence.sequence_id, {}).items():
                 of_it = name == source
                 acceptance.observe(chunk.num_drafted if of_it else 0, max(0, kept - 1) if of_it else 0)
             if source:
                 drafted_by[source] += chunk.num_drafted
                 self._count(source, chunk.num_drafted, max(0, kept - 1))
+        for name, prior in self._priors.items():
+            if name not in drafted_by:
+                prior.observe(0, 0)
         if step.num_prompt_tokens or not step.num_generated_tokens:
             return
         self._learn(step, result, tokens, drafted_by)
+
+    def _source_of(self, chunk: Chunk, report: DraftReport | None) -> str:
+        """Where the drafts of a chunk are from; "" where it has none, or some that stand in for what the
+        draft model could not make."""
+        name = chunk.sequence.sequence_id
+        if not chunk.num_drafted or name not in self._drafted_by:
+            return ""
+        stand_in = report is not None and (report.error or name in report.faulty | report.forgotten)
+        if stand_in and TO_BE_DRAFTED in chunk.sequence.draft_token_ids:
+            return ""
+        return self._drafted_by[name]
 
     def _model_fails(self, error: str) -> None:
         self._model_failures.add("draft", error)
