@@ -85,11 +85,22 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 16], choices=TOKENS)
     parser.add_argument("--temperatures", type=float, nargs="+", help="those of the kind, if none are named")
     parser.add_argument("--proposers", nargs="+", help="those of the kind, if none are named")
+    parser.add_argument("--tokens", type=int, help="of a reply (128, 64 and 32 for 1, 16 and 64 streams)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of ours")
+    parser.add_argument(
+        "--clock",
+        choices=("wall", "cpu"),
+        default="wall",
+        help="cpu: for one thread, where other work takes turns with it",
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=240, help="no round begins that would end later")
     parser.add_argument("--peers", nargs="+", default=[], metavar="SYSTEM=PYTHON")
     parser.add_argument("--json", type=Path, help="rows are added to those in this file")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.clock == "cpu" and (arguments.threads > 1 or arguments.peers):
+        parser.error("--clock cpu measures one thread of ours: use --threads 1, without --peers")
+    return arguments
 
 
 def _kind(name: str, arguments: argparse.Namespace) -> Kind:
@@ -116,7 +127,7 @@ def _measure(kind: Kind, arguments: argparse.Namespace) -> list[dict[str, Any]]:
             for temperature in temperatures:
                 work = Work(
                     kind.some_prompts(streams, first=turn * streams),
-                    TOKENS[streams],
+                    arguments.tokens or TOKENS[streams],
                     temperature,
                     1000 * turn,
                     kind.ignore_eos,
@@ -136,10 +147,11 @@ def _measure(kind: Kind, arguments: argparse.Namespace) -> list[dict[str, Any]]:
 def _engines(kind: Kind, arguments: argparse.Namespace) -> dict[tuple[str, str], Measured]:
     """By system and proposer."""
     proposers = [name for name in kind.proposers if name in (arguments.proposers or kind.proposers)]
+    clock = time.process_time if arguments.clock == "cpu" else time.perf_counter
     engines: dict[tuple[str, str], Measured] = {}
     for proposer in ("off", *proposers):
         _say(f"{OURS}, {proposer}")
-        engines[OURS, proposer] = Ours(kind, proposer, num_kv_blocks=1536)
+        engines[OURS, proposer] = Ours(kind, proposer, clock, threads=arguments.threads, num_kv_blocks=1536)
     for peer in arguments.peers:
         system, _, python = peer.partition("=")
         for proposer in ("off", *(name for name in PEERS_TAKE[system][0] if name in proposers)):

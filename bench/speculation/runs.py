@@ -6,9 +6,8 @@ import dataclasses
 import json
 import os
 import subprocess
-import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -54,9 +53,10 @@ class Measured(Protocol):
 
 
 class Ours:
-    """Implements `Measured`."""
+    """Implements `Measured`, in seconds of `clock`."""
 
-    def __init__(self, kind: Kind, proposer: str, **settings: object) -> None:
+    def __init__(self, kind: Kind, proposer: str, clock: Callable[[], float], **settings: object) -> None:
+        self._clock = clock
         if proposer != "off":
             settings["speculative"] = proposer
         if "draft" in proposer:
@@ -82,7 +82,7 @@ class Ours:
         waiting = set(replies)
         before = self._counted()
         tokens, chunks = 0, 0
-        start = prompts_done = time.perf_counter()
+        start = prompts_done = self._clock()
         while engine.has_work:
             outputs = engine.step()
             for output in outputs:
@@ -94,8 +94,8 @@ class Ours:
                     chunks += bool(output.token_ids)
             if waiting:
                 waiting -= {output.request_id for output in outputs if output.token_ids}
-                prompts_done = time.perf_counter()
-        end = time.perf_counter()
+                prompts_done = self._clock()
+        end = self._clock()
         counted = self._counted() - before
         return Run(
             tokens,
