@@ -30,9 +30,9 @@ import torch
 from bench.limits import Limits, measure_limits
 from bench.speculation import kinds, report
 from bench.speculation.kinds import Kind
+from bench.speculation.report import OURS
 from bench.speculation.runs import Measured, Ours, Peer, Run, Work
 
-OURS = "pdq"
 SHARED = Path("../shared")
 TOKENS = {1: 128, 16: 64, 64: 32}  # of a reply, by streams
 PEERS_TAKE = {  # system: (proposers, most streams)

@@ -9,6 +9,9 @@ from typing import Any
 
 Row = dict[str, Any]
 
+OURS = "pdq"
+PROPOSERS = ("off", "ngram", "draft", "ngram+draft")
+
 HEADER = (
     f"{'':27}{'tok/s':>8}{'/ off':>8}{'(least–most)':>15}{'all':>7}{'tok/step':>10}{'of ideal':>10}"
     f"{'accepted':>10}  same  of drafts, how many reach the 1st, 2nd, … token"
@@ -33,6 +36,8 @@ def _lines(results: dict[str, list[Row]]) -> Iterator[str]:
     for (kind, streams, temperature), rows in _grouped(results["rows"], place):
         yield f"\n{kind}, {streams} {'stream' if streams == 1 else 'streams'}, T={temperature:g}"
         yield HEADER
+        rows.sort(key=lambda row: PROPOSERS.index(row["proposer"]))
+        rows.sort(key=lambda row: row["system"] != OURS)
         for name, of_one in _grouped(rows, system):
             yield _line(" ".join(name), of_one)
 
