@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from common.engine import Engine, SamplingParams
 from common.engine.core.sequence import Sequence as EngineSequence
+from common.engine.speculation import guarded
 from common.engine.speculation.drafting import CAUGHT_UP_AT_ONCE, Drafting, DraftSource
 from common.engine.speculation.model import ModelSource
 from common.engine.speculation.ngram import NGramSource
@@ -158,6 +159,31 @@ def test_a_draft_model_that_raises_costs_drafts_only_and_is_off_after_some_times
     assert counts(engine, "ngram").accepted
     lines = [record.getMessage() for record in caplog.records if record.name == "pdq.speculation"]
     assert lines == ["proposer.failed", "proposer.off"]
+
+
+def test_an_engine_whose_draft_model_is_off_and_that_has_no_other_plans_ahead_again(
+    plain: dict[tuple[str, int], list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = draft_engine()
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(engine.runner.draft._model, "forward", fail)
+    monkeypatch.setattr(guarded, "MOST_FAILURES", 2)
+    outputs(engine)
+    assert engine.proposer is not None
+    assert not engine.proposer.is_on
+    engine.steps_ahead = 1
+    assert outputs(engine) == plain
+    engine.add_prompt("r", [5], SamplingParams(max_tokens=9, ignore_eos=True))
+    engine.step()
+    engine.step()
+    assert engine._submitted, "a step was submitted while the one before was computed"
+    engine.abort("r")
+    while engine.has_work:
+        engine.step()
+    engine.check_idle()
 
 
 def test_a_draft_model_with_a_shorter_context_drafts_as_far_as_it_reaches(tmp_path: Path) -> None:

@@ -275,7 +275,7 @@ class EngineCore:
         return outputs
 
     def _draft_input(self, step: Step) -> DraftInput | None:
-        if self.facts.draft is None or self.proposer is None:
+        if self.facts.draft is None or self.proposer is None or not self.proposer.is_on:
             return None
         return draft_input(
             step,

@@ -49,6 +49,11 @@ class HostProposer(Protocol):
         ...
 
     @property
+    def is_on(self) -> bool:
+        """Whether it may draft again: while it may, no step is planned ahead of another."""
+        return True
+
+    @property
     def draft_model_pays(self) -> bool:
         """Whether the draft model should compute prompts as they come, as far as is known."""
         ...

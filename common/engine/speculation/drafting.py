@@ -82,6 +82,10 @@ class Drafting:
         self._model_failures = Failures("draft model")
 
     @property
+    def is_on(self) -> bool:
+        return bool(self.sources)
+
+    @property
     def draft_model_pays(self) -> bool:
         return self._without_model < PATIENCE and not self._model_failures.too_many
 

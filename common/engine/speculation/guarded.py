@@ -69,7 +69,7 @@ class GuardedProposer:
 
     @property
     def is_on(self) -> bool:
-        return not self.failures.too_many
+        return self.inner.is_on and not self.failures.too_many
 
     def propose(self, sequences: AnySequence[Sequence]) -> None:
         """No drafts where it fails, or where a draft is no token: it would fail the step of everybody."""
