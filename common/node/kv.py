@@ -164,10 +164,6 @@ class NodeKV:
             for index, s in enumerate(seals, start)
         ]
 
-    def draft_positions(self, sequence: Sequence, length: int) -> int:
-        """Of how many of the first `length` positions the draft model's KV is in the slabs, too."""
-        return min(length, sequence.num_draft_computed) if self.engine.layout.num_draft else 0
-
     def go_on_writing(self, sequence: Sequence) -> None:
         """Open the tail of a sequence again: its blocks were `ready`, and it gets more positions."""
         index, fill = divmod(sequence.num_computed, self.engine.layout.block_size)

@@ -281,7 +281,7 @@ class Sender(Departures):
             position=length,
             first_token=sequence.token_ids[length],
             logprobs=departure.logprobs,
-            draft_positions=self._node.kv.draft_positions(sequence, departure.drafted),
+            draft_positions=min(departure.drafted, sequence.num_draft_computed),
         )
 
     def _withdraw(self, departure: Departure) -> None:
