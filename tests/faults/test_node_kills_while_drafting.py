@@ -17,7 +17,7 @@ async def drafted(system: Deployment) -> dict[str, int]:
 
 
 async def test_what_was_drafted_when_a_node_dies_leaves_no_trace(system: Deployment, engine: Engine) -> None:
-    asked = bodies(12, max_tokens=(100, 160), seed=5)
+    asked = bodies(16, max_tokens=(300, 400), seed=5)
     for index, body in enumerate(asked):
         cycle = itertools.cycle(range(20, 24 + index))
         body["prompt"] = [1, *itertools.islice(cycle, 70)]
@@ -29,7 +29,7 @@ async def test_what_was_drafted_when_a_node_dies_leaves_no_trace(system: Deploym
             return all(now > before[name] for name, now in (await drafted(system)).items())
 
         await wait_until(both_draft, "both decode nodes draft")
-        assert load.num_open > 4
+        assert load.num_open
         system.kill("decode-2")
         await load.finish(expected)
     await system.assert_idle()
