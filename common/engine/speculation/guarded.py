@@ -84,6 +84,8 @@ class GuardedProposer:
             sequence.draft_token_ids, sequence.catches_up = [], False
 
     def _check(self, sequence: Sequence, drafts: list[int]) -> None:
+        if type(drafts) is not list:
+            raise TypeError(f"drafts are a list, not {drafts!r}")
         if not drafts:
             return
         reached = len(sequence.token_ids) + len(drafts) - 1
