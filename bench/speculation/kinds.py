@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
-LONGEST_TEXT = 2000  # characters of a prompt that is copied from: some 500 tokens
+LONGEST_TEXT = 3500  # characters of a prompt that is copied from: some 900 tokens
 LETTERS = 16  # tokens that random text is made of
 OPENINGS = (
     "Once upon a time, there was a little {} named {}.",
