@@ -268,3 +268,17 @@ def test_what_ships_drafts_for_what_ships() -> None:
     assert engine.facts.draft.name == "pdq-5m-draft"
     (expected,) = Engine.load(num_kv_blocks=64).generate([[1, 50, 60]], BASE)
     assert reply.token_ids == expected.token_ids
+
+
+def test_of_many_sequences_one_at_a_time_catches_up() -> None:
+    """So that a draft model of which nothing is known costs little to be tried."""
+    engine = draft_engine(drafting=Late, most=4)
+    params = SamplingParams(max_tokens=3 * CAUGHT_UP_AT_ONCE, temperature=0.0, ignore_eos=True)
+    for index in range(6):
+        engine.add_prompt(str(index), encode(engine.facts.folder, STORY), params)
+    most = 0
+    while engine.has_work:
+        engine.step()
+        most = max(most, sum(sequence.catches_up for sequence in engine.scheduler.running))
+    assert most == 1
+    assert counts(engine).accepted

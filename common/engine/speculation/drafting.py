@@ -124,9 +124,17 @@ class Drafting:
             by_model,
             round_cost,
         )
+        may_catch_up = (
+            True  # one at a time: whether its drafts are of use is known before the next one's turn
+        )
         for draft, length in zip(drafts, lengths, strict=True):
-            if length:
-                self._take(draft, length)
+            sequence = draft.sequence
+            lacking = len(sequence.token_ids) - sequence.num_draft_computed if draft.source.by_model else 0
+            if length and lacking <= CAUGHT_UP_AT_ONCE:
+                sequence.draft_token_ids = draft.tokens[:length]
+                self._drafted_by[sequence.sequence_id] = draft.source.name
+            elif length and may_catch_up:
+                sequence.catches_up, may_catch_up = True, False
         if any(by_model):
             used = any(length for length, of_model in zip(lengths, by_model, strict=True) if of_model)
             self._without_model = 0 if used else self._without_model + 1
@@ -153,15 +161,6 @@ class Drafting:
             if best is None or expected > most:
                 best, most = _Draft(sequence, source, rate, tokens), expected
         return best
-
-    def _take(self, draft: _Draft, length: int) -> None:
-        sequence = draft.sequence
-        lacking = len(sequence.token_ids) - sequence.num_draft_computed
-        if draft.source.by_model and lacking > CAUGHT_UP_AT_ONCE:
-            sequence.catches_up = True
-            return
-        sequence.draft_token_ids = draft.tokens[:length]
-        self._drafted_by[sequence.sequence_id] = draft.source.name
 
     def observe(self, step: Step, result: StepResult) -> None:
         report = result.drafts
