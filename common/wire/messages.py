@@ -153,8 +153,9 @@ class Blocks(HandoffMessage):
     """handoff → intake: these blocks are computed, and lie still until a terminal answer.
 
     `slots` are block ids in the sender's pool and `generations` their generation counters (even:
-    nobody writes). `digests` are xxh3-128 of each slab, seeded with its block hash; empty when
-    digests are switched off. Duplicate: indexes that were announced already are skipped.
+    nobody writes). `digests` are xxh3-128 of each slab without a draft model's part, seeded with its
+    block hash; empty when digests are switched off. Duplicate: indexes that were announced already are
+    skipped.
     """
 
     indexes: tuple[int, ...]
