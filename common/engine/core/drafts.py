@@ -16,13 +16,9 @@ from common.engine.core.block_pool import BlockPool
 from common.engine.core.sequence import Sequence, SequenceStatus
 from common.engine.core.step import Chunk, Step
 from common.engine.core.step_input import block_tables
-from common.engine.interface import TO_BE_DRAFTED, DraftFacts, DraftInput, DraftReport
+from common.engine.interface import DraftFacts, DraftInput, DraftReport
 
 FEW = 16  # positions of a sequence that are computed one by one, as generated ones are
-
-
-def is_drafted_by_model(sequence: Sequence) -> bool:
-    return TO_BE_DRAFTED in sequence.draft_token_ids
 
 
 def draft_input(step: Step, budget: int, max_len: int, *, prompts: bool) -> DraftInput | None:
@@ -37,7 +33,7 @@ def draft_input(step: Step, budget: int, max_len: int, *, prompts: bool) -> Draf
         start = sequence.num_draft_computed
         if not chunk.num_drafted and not sequence.catches_up and not (prompts and _is_recomputed(chunk)):
             continue
-        if chunk.num_drafted and not is_drafted_by_model(sequence):
+        if chunk.num_drafted and not sequence.is_drafted_by_model:
             continue
         if not chunk.num_drafted:
             late = max(0, chunk.start - start)

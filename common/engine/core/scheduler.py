@@ -36,7 +36,6 @@ from common.engine.core.block_pool import BlockPool
 from common.engine.core.open_sequences import OpenSequences
 from common.engine.core.sequence import Sequence, SequenceStatus
 from common.engine.core.step import Chunk, Delivery, Step
-from common.engine.interface import TO_BE_DRAFTED
 from common.errors import ConfigError, ContextLengthExceeded, InvalidRequest, NeverFits
 from common.sampling import FinishReason
 
@@ -388,8 +387,8 @@ class Scheduler(OpenSequences):
         verified = len(sampled) - 1
         assert 0 <= verified <= chunk.num_drafted
         # Their KV was computed from the drafts: another token would be cached under a wrong hash.
-        drafts = sequence.draft_token_ids[:verified]
-        assert list(sampled[:verified]) == drafts or TO_BE_DRAFTED in drafts
+        right = list(sampled[:verified]) == sequence.draft_token_ids[:verified]
+        assert right or sequence.is_drafted_by_model
         sequence.draft_token_ids = []
         tokens: list[int] = []
         reason = None

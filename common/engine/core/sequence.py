@@ -18,6 +18,7 @@ import collections.abc
 import dataclasses
 import enum
 
+from common.engine.interface import TO_BE_DRAFTED
 from common.kv_layout import block_hash
 from common.sampling import FinishReason, SamplingParams
 
@@ -104,6 +105,11 @@ class Sequence:
         """Known positions one chunk may compute next: it never straddles the prompt border."""
         border, position = self.prompt_len, self.next_position
         return (border if position < border else self.num_known) - position
+
+    @property
+    def is_drafted_by_model(self) -> bool:
+        """Whether its drafts are for the draft model to make: all of them, or none."""
+        return TO_BE_DRAFTED in self.draft_token_ids
 
     @property
     def room_for_drafts(self) -> int:

@@ -32,7 +32,8 @@ from common.errors import InsufficientMemory
 from common.settings.config import EngineSettings
 
 LONGEST = 512  # of its tokens in a window: half of it is left when the window moves
-READ_AGAIN = 48  # characters before the end of a text that its tokens may depend on
+READ_AGAIN = 48  # characters, and own tokens, before the end of a text on which the next token may depend
+FEW = 48  # own tokens of a sequence that are computed one by one, as generated ones are
 MOST_ROUNDS = 4  # for each token of the model
 
 
@@ -61,7 +62,7 @@ class ReencodingDraftModel:
         assert loaded.description.tokenizer is not None
         self._theirs, self._ours = target.description.tokenizer, loaded.description.tokenizer
         self._their_size = target.config.vocab_size
-        self._model, self._backend, self._device = loaded.model, loaded.backend, device
+        self._model, self._backend = loaded.model, loaded.backend
         self._length = min(loaded.length, LONGEST)
         layout = loading.kv_layout(loaded.config, settings.block_size, target.dtype)
         self._blocks = -(-self._length // settings.block_size)
@@ -154,11 +155,10 @@ class ReencodingDraftModel:
         which nothing but NaN came out."""
         self._backend.enter_thread()
         writing = {chunk: reading for chunk, reading in readings.items() if reading.tokens}
-        starts, lengths = [], []
+        starts = []
         for reading in writing.values():
             same = _common(reading.computed, reading.tokens)
             starts.append(min(same, len(reading.tokens) - 1))  # the last one is computed for its logits
-            lengths.append(len(reading.tokens) - starts[-1])
             reading.computed = list(reading.tokens)
         rounds = {c: self._rounds(r, counts[c]) for c, r in writing.items()}
         written: dict[int, list[int]] = {chunk: [] for chunk in writing}
@@ -198,9 +198,9 @@ class ReencodingDraftModel:
     ) -> tuple[list[int], list[bool]]:
         """The likeliest token after each of these, and whether it is one."""
         lengths = np.array([len(ids) for ids in fed], np.int64)
-        order = np.argsort(lengths > READ_AGAIN, kind="stable")
+        order = np.argsort(lengths > FEW, kind="stable")
         tables = np.array(places)[order, None] * self._blocks + np.arange(self._blocks)
-        num_generated = int((lengths <= READ_AGAIN).sum())
+        num_generated = int((lengths <= FEW).sum())
         chunks = Chunks(
             num_generated=num_generated,
             starts=starts[order],

@@ -192,7 +192,7 @@ class Drafting:
         if not chunk.num_drafted or name not in self._drafted_by:
             return ""
         stand_in = report is not None and (report.error or name in report.faulty | report.forgotten)
-        if stand_in and TO_BE_DRAFTED in chunk.sequence.draft_token_ids:
+        if stand_in and chunk.sequence.is_drafted_by_model:
             return ""
         return self._drafted_by[name]
 
