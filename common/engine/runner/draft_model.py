@@ -23,8 +23,14 @@ from common.engine.devices.device import Device
 from common.engine.devices.kv_cache import KVCache
 from common.engine.interface import Chunks, DraftFacts, DraftInput, DraftReport, StepInput
 from common.engine.runner import loading
-from common.engine.runner.batch import lay_out
-from common.engine.runner.draft_step import ANY_TOKEN, Target, drafted_chunks, load_draft, with_drafts
+from common.engine.runner.draft_step import (
+    ANY_TOKEN,
+    Target,
+    drafted_chunks,
+    load_draft,
+    logits_after,
+    with_drafts,
+)
 from common.engine.runner.sampler import Sampler
 from common.engine.sampling.records import RowFault, SampleRows
 from common.model_files import model_revision
@@ -112,9 +118,7 @@ class DraftModel:
         known = self._own_vocab_size  # what one of them has beyond the other's is padding
         if known < self._vocab_size:
             chunks = dataclasses.replace(chunks, token_ids=np.minimum(chunks.token_ids, known - 1))
-        batch = lay_out(chunks, num_sampled, cache.layout.block_size, self._backend.row_plan)
-        hidden = self._model.forward(self._backend.prepare(batch.rows), cache)
-        logits = self._model.logits(hidden[torch.from_numpy(batch.sampled).to(hidden.device)])
+        logits = logits_after(self._model, self._backend, chunks, num_sampled, cache)
         if known < self._vocab_size:
             return F.pad(logits, (0, self._vocab_size - known), value=-torch.inf)
         return logits[:, : self._vocab_size]

@@ -12,12 +12,14 @@ from typing import Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from common.engine.devices.device import Backend, Device
 from common.engine.devices.kv_cache import KVCache
-from common.engine.interface import TO_BE_DRAFTED, DraftFacts, DraftInput, DraftReport, StepInput
+from common.engine.interface import TO_BE_DRAFTED, Chunks, DraftFacts, DraftInput, DraftReport, StepInput
 from common.engine.model.decoder import Model
 from common.engine.runner import loading
+from common.engine.runner.batch import lay_out
 from common.engine.runner.sampler import Sampler
 from common.errors import ConfigError, PdqError
 from common.kv_layout import KVLayout
@@ -114,6 +116,15 @@ def _check_pair(
             f"{name} has a vocabulary of {config.vocab_size} tokens, the model one of "
             f"{target.config.vocab_size}"
         )
+
+
+def logits_after(
+    model: Model, backend: Backend, chunks: Chunks, num_sampled: NDArray[np.int64], cache: KVCache
+) -> Tensor:
+    """Compute `chunks`; logits `[sampled, vocab]` of the last `num_sampled` `[chunks]` positions of each."""
+    batch = lay_out(chunks, num_sampled, cache.layout.block_size, backend.row_plan)
+    hidden = model.forward(backend.prepare(batch.rows), cache)
+    return model.logits(hidden[torch.from_numpy(batch.sampled).to(hidden.device)])
 
 
 def drafted_chunks(step: StepInput) -> NDArray[np.intp]:

@@ -20,14 +20,19 @@ import tokenizers
 import torch
 from numpy.typing import NDArray
 from tokenizers.decoders import DecodeStream
-from torch import Tensor
 
 from common.engine.devices.device import Device
 from common.engine.devices.kv_cache import KVCache
 from common.engine.interface import Chunks, DraftFacts, DraftInput, DraftReport, StepInput
 from common.engine.runner import loading
-from common.engine.runner.batch import lay_out
-from common.engine.runner.draft_step import ANY_TOKEN, Target, drafted_chunks, load_draft, with_drafts
+from common.engine.runner.draft_step import (
+    ANY_TOKEN,
+    Target,
+    drafted_chunks,
+    load_draft,
+    logits_after,
+    with_drafts,
+)
 from common.errors import InsufficientMemory
 from common.settings.config import EngineSettings
 
@@ -210,9 +215,7 @@ class ReencodingDraftModel:
             prompt_tables=tables[num_generated:].astype(np.int32),
         )
         each = np.ones(len(fed), np.int64)
-        batch = lay_out(chunks, each, self._cache.layout.block_size, self._backend.row_plan)
-        hidden = self._model.forward(self._backend.prepare(batch.rows), self._cache)
-        logits: Tensor = self._model.logits(hidden[torch.from_numpy(batch.sampled).to(hidden.device)]).float()
+        logits = logits_after(self._model, self._backend, chunks, each, self._cache).float()
         back = np.argsort(order, kind="stable")
         picks, sound = (
             logits.argmax(-1).cpu().numpy()[back],
