@@ -18,7 +18,7 @@ import json
 import math
 import re
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -95,31 +95,23 @@ class KVLayout:
         return sum(segment.num_bytes for segment in self.segments)
 
     @property
-    def checked_bytes(self) -> int:
-        """Of a slab, from its start: what its digest covers."""
-        return sum(segment.num_bytes for segment in self.own_segments)
-
-    @property
-    def own_segments(self) -> tuple[Segment, ...]:
-        """Without the draft model's."""
-        return self.segments[: len(self.segments) - self.num_draft]
+    def without_draft(self) -> KVLayout:
+        """The model's own segments, which lie at the start of a slab: what a digest covers, and what nodes
+        with different draft models have in common."""
+        return KVLayout(self.block_size, self.segments[: len(self.segments) - self.num_draft])
 
     @property
     def bytes_per_token(self) -> int:
         return self.slab_bytes // self.block_size
 
-    def tail_ranges(self, fill: int) -> Iterator[tuple[int, int]]:
-        """Byte ranges (offset, length) of the first `fill` positions of every segment."""
+    def ranges(self, fill: int = 0) -> list[tuple[int, int]]:
+        """Byte ranges (offset, length) of a slab: one for all of it, or of a tail the first `fill` positions
+        of every segment."""
+        if not fill:
+            return [(0, self.slab_bytes)]
         if not 0 < fill < self.block_size:
             raise ValueError(f"a tail holds 1 to {self.block_size - 1} positions, not {fill}")
-        for segment in self.segments:
-            yield segment.offset, segment.num_bytes // self.block_size * fill
-
-    def checked_ranges(self, fill: int = 0) -> list[tuple[int, int]]:
-        """What the digest of a slab covers, or of a tail of `fill` positions."""
-        if not fill:
-            return [(0, self.checked_bytes)]
-        return list(itertools.islice(self.tail_ranges(fill), len(self.own_segments)))
+        return [(one.offset, one.num_bytes // self.block_size * fill) for one in self.segments]
 
     def with_block_size(self, block_size: int) -> KVLayout:
         """The same segments, one after the other, in slabs of another number of positions."""
@@ -138,7 +130,7 @@ class KVLayout:
         `layers 0-24: k bfloat16 heads 0-4 of 64, v bfloat16 heads 0-4 of 64`. Groups of other
         layers follow after a semicolon.
         """
-        return _described(self.own_segments)
+        return _described(self.without_draft.segments)
 
     def describe_draft(self) -> str:
         """As `describe`, of the draft model's segments; "" without any."""
@@ -171,11 +163,12 @@ class Mismatch(NamedTuple):
 class Fingerprint:
     """What decides whether one node may use the other's KV.
 
-    `layout` is `KVLayout.describe()`; `draft` names the draft model whose KV is in the slabs, too, ""
-    for none; `numerics` is the engine's numerics class; `tokenizer` is a
+    `layout` is `KVLayout.describe()`; `numerics` is the engine's numerics class; `tokenizer` is a
     digest of what gives token ids their meaning, ids that end an answer included. `block_size` is
     each node's own choice (an intake converts), but blocks of different sizes have different
-    hashes, for it is part of their root.
+    hashes, for it is part of their root. `draft` names the draft model whose KV is in the slabs, too, ""
+    for none. It is each node's own choice as well: the draft's KV goes along where both ends have the
+    same, and the model's own KV has the same hashes with any.
     """
 
     model: str
@@ -190,7 +183,7 @@ class Fingerprint:
     def mismatch(self, other: Fingerprint) -> Mismatch | None:
         """The first thing that must be equal and is not, with both values; None if KV of one may
         go on at the other. Of a layout it is named which part differs."""
-        for field in ("model", "revision", "tokenizer", "layout", "numerics", "adapter", "draft"):
+        for field in ("model", "revision", "tokenizer", "layout", "numerics", "adapter"):
             mine, yours = str(getattr(self, field)), str(getattr(other, field))
             if mine != yours:
                 differs = Mismatch(field, mine, yours)
@@ -198,8 +191,8 @@ class Fingerprint:
         return None
 
     def digest(self) -> bytes:
-        """16 bytes over every field: the root of all block hashes made under it."""
-        value = json.dumps(dataclasses.asdict(self), sort_keys=True).encode()
+        """16 bytes over every field but `draft`: the root of all block hashes made under it."""
+        value = json.dumps(dataclasses.asdict(dataclasses.replace(self, draft="")), sort_keys=True).encode()
         return hashlib.blake2b(value, digest_size=HASH_BYTES).digest()
 
 

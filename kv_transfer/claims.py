@@ -37,7 +37,7 @@ class Check:
     def __init__(self, offer: Offer, theirs: Fingerprint, mine: Fingerprint) -> None:
         self._offer, self._block_size = offer, theirs.block_size
         self._chain = _chain(offer, theirs)
-        self._converted = _chain(offer, mine) if theirs != mine else None
+        self._converted = _chain(offer, mine) if theirs.block_size != mine.block_size else None
         self._shaped = False
 
     def advance(self) -> bool:

@@ -6,7 +6,8 @@ this host and user, with the nonce; tcp: the source answered an empty pull), nev
 hello side opens one transport at a time, and tries the next when the peer refuses it. `pdq nodes` shows
 why each earlier one was not taken.
 
-Where block sizes differ, the reader converts (transports/converting.py), and the link's reason says so.
+Where block sizes differ, the reader converts (transports/converting.py). Where draft models differ, or one
+end has none, the reader leaves the draft's part of a slab behind. The link's reason says so.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from kv_transfer.transports.converting import ConvertingReader
 from kv_transfer.transports.seam import guarded
 
 _LONGEST_VALUE = 1000  # characters that a refusal repeats
+_LONGEST_NAME = 100  # characters of a draft model's name that a link's reason repeats
 _NOTHING: Mapping[str, str] = types.MappingProxyType({})
 MOST_POSITIONS = 1024  # in a block of a peer: a scratch slab must hold that many
 
@@ -60,7 +62,8 @@ def answer(
     if differs := _compare(hello, fingerprint, target):
         mine, yours = differs.mine[:_LONGEST_VALUE], differs.yours[:_LONGEST_VALUE]
         return Refuse(hello.link, node, differs.field, mine, yours), None
-    converts = converts_from(hello, fingerprint)
+    target = target_for(hello, fingerprint, target)
+    converts = hello.fingerprint.block_size != fingerprint.block_size
     reasons: list[str] = []
     for transport in hello.transports:
         if transport not in hello.proofs:
@@ -71,15 +74,13 @@ def answer(
             reasons.append(f"{transport}: it failed before: {failed[transport]}")
         else:
             try:
-                reader = guarded(
-                    transport, _open, openers[transport], hello, transport, target, bool(converts)
-                )
+                reader = guarded(transport, _open, openers[transport], hello, transport, target, converts)
             except PdqError as error:
                 reasons.append(f"{transport}: {error}")
                 continue
             why = "; ".join((*hello.tried, *reasons))[:_LONGEST_VALUE]
             why = why or f"{transport} is the fastest that both ends have"
-            reason = "; ".join(filter(None, (why, reader.remark, converts)))
+            reason = "; ".join(filter(None, (why, reader.remark, *remarks(hello, fingerprint))))
             return Welcome(hello.link, node, transport, reason, credits), reader
     return no_transport(hello, node, ",".join(openers), "; ".join(reasons)), None
 
@@ -104,14 +105,25 @@ def no_transport(hello: Hello, node: str, mine: str, why: str) -> Refuse:
     return Refuse(hello.link, node, "transport", mine[:_LONGEST_VALUE], why[:_LONGEST_VALUE])
 
 
-def converts_from(hello: Hello, mine: Fingerprint) -> str:
-    """The remark on a link that converts blocks; "" for any other link."""
-    if hello.fingerprint.block_size == mine.block_size:
-        return ""
-    return (
-        f"blocks of {hello.fingerprint.block_size} positions are converted to {mine.block_size}, "
-        "delta is off: every block is sent"
-    )
+def target_for(hello: Hello, mine: Fingerprint, target: Target) -> Target:
+    """`target`, or the part of it that a peer with another draft model fills."""
+    if hello.fingerprint.draft == mine.draft:
+        return target
+    return target.without_draft(hello.slab_bytes)
+
+
+def remarks(hello: Hello, mine: Fingerprint) -> list[str]:
+    """What a link says of ends that differ in what each node may choose."""
+    theirs, said = hello.fingerprint, []
+    if theirs.block_size != mine.block_size:
+        said.append(
+            f"blocks of {theirs.block_size} positions are converted to {mine.block_size}, "
+            "delta is off: every block is sent"
+        )
+    if theirs.draft != mine.draft:
+        drafts = [name[:_LONGEST_NAME] or "no draft model" for name in (theirs.draft, mine.draft)]
+        said.append(f"a draft model's KV is not sent: {drafts[0]} there, {drafts[1]} here")
+    return said
 
 
 def _compare(hello: Hello, mine: Fingerprint, target: Target) -> Mismatch | None:
@@ -121,10 +133,13 @@ def _compare(hello: Hello, mine: Fingerprint, target: Target) -> Mismatch | None
         return differs
     if not 1 <= block_size <= MOST_POSITIONS:
         return Mismatch("block_size", f"1 to {MOST_POSITIONS}", str(block_size))
-    slab_bytes = target.layout.bytes_per_token * block_size
-    if hello.slab_bytes != slab_bytes:
-        return Mismatch("slab_bytes", str(slab_bytes), str(hello.slab_bytes))
-    return None
+    if hello.fingerprint.draft != mine.draft:  # how long its draft's part is only the peer knows
+        slab_bytes = target.layout.without_draft.bytes_per_token * block_size
+        fits, wanted = hello.slab_bytes >= slab_bytes, f"{slab_bytes} or more"
+    else:
+        slab_bytes = target.layout.bytes_per_token * block_size
+        fits, wanted = hello.slab_bytes == slab_bytes, str(slab_bytes)
+    return None if fits else Mismatch("slab_bytes", wanted, str(hello.slab_bytes))
 
 
 def mismatch(refuse: Refuse) -> FingerprintMismatch:

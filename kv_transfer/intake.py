@@ -126,7 +126,7 @@ class _Entry:
 @dataclasses.dataclass(slots=True, eq=False)
 class _ReceivingLink:
     credits: int  # in all
-    fingerprint: Fingerprint  # the peer's: ours, but for the block size
+    fingerprint: Fingerprint  # the peer's: ours, but for the block size and the draft model
     entries: dict[HandoffKey, _Entry] = dataclasses.field(default_factory=dict)
     answers: collections.OrderedDict[HandoffKey, Message] = dataclasses.field(
         default_factory=collections.OrderedDict
@@ -152,11 +152,9 @@ class Intake:
 
     # What the node does
 
-    def open_link(self, link: str, credits: int, block_size: int | None = None) -> None:
-        """`block_size` is that of the peer's blocks; None means the same as ours."""
-        mine = self._fingerprint
-        theirs = dataclasses.replace(mine, block_size=block_size or mine.block_size)
-        self._links[link] = _ReceivingLink(credits, theirs)
+    def open_link(self, link: str, credits: int, theirs: Fingerprint | None = None) -> None:
+        """`theirs` is the peer's fingerprint, whose KV this node can use; None means the same as ours."""
+        self._links[link] = _ReceivingLink(credits, theirs or self._fingerprint)
 
     def receive(self, message: HandoffMessage, *, now: float) -> list[Effect]:
         """Handle an Offer, Blocks, Tail, Commit or Abort from the peer of `message.key.link`."""
@@ -369,6 +367,8 @@ class Intake:
         if not claims.commits_all(entry.offer, commit):
             self._step(entry, E.FAIL, "protocol_error")
             return
+        if self._links[entry.key.link].fingerprint.draft != self._fingerprint.draft:
+            commit = dataclasses.replace(commit, draft_positions=0)  # of another draft model: it stayed there
         entry.commit, entry.committed_at = commit, self._now
         if entry.unannounced:
             self._send_grant(entry, None)

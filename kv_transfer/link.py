@@ -79,7 +79,7 @@ class Links:
         """Handoffs and intakes that ended, by end, transport and outcome."""
         self.received_blocks: collections.Counter[str] = collections.Counter()  # by transport
         self.received_bytes: collections.Counter[str] = collections.Counter()
-        self._slab_bytes, self._block_size = target.memory.slab_bytes, fingerprint.block_size
+        self._block_size = fingerprint.block_size
         self._leases, self._make_transports = leases, make_transports
         self._on_arrival, self._on_intake_ended = on_arrival, on_intake_ended
         self._listeners: dict[HandoffKey, HandoffListener] = {}
@@ -268,7 +268,7 @@ class Links:
             await self._ends.pull(end, copy.pieces)
             error = ""
             self.received_blocks[end.transport] += len(copy.pieces)
-            self.received_bytes[end.transport] += sum(map(self._size_of, copy.pieces))
+            self.received_bytes[end.transport] += end.bytes_per_token * sum(map(self._positions, copy.pieces))
         except PdqError as failure:
             error = failure.code
             self.counts[error] += 1
@@ -278,7 +278,6 @@ class Links:
             if lost is not None:
                 self._ends.give_up(lost)
 
-    def _size_of(self, piece: Piece) -> int:
-        """Bytes of KV that a piece brought."""
-        filled = sum(span.length for span in piece.spans) or piece.fill or self._block_size
-        return self._slab_bytes * filled // self._block_size
+    def _positions(self, piece: Piece) -> int:
+        """Number of positions that a piece brought."""
+        return sum(span.length for span in piece.spans) or piece.fill or self._block_size

@@ -65,6 +65,7 @@ class LinkEnd:
     transport: str = ""
     reason: str = ""
     reader: Reader | None = None
+    bytes_per_token: int = 0  # of what our reader copies
     busy: asyncio.Future[Any] | None = None  # opening this end, in a thread
     answer: Welcome | Refuse | None = None  # ours to Hello, to repeat
     answered: asyncio.Future[Welcome | Refuse] | None = None  # theirs
@@ -87,11 +88,11 @@ class LinkEnds:
         clock: Callable[[], float],
         *,
         sending_up: Callable[[str, int], None],
-        receiving_up: Callable[[str, int, int], None],
+        receiving_up: Callable[[str, int, Fingerprint], None],
         down: Callable[[LinkEnd], None],
     ) -> None:
         """`sending_up` hears of a link on which this node may offer: its name and credits.
-        `receiving_up` hears of one on which the peer may: its name, credits, and the peer's block size.
+        `receiving_up` hears of one on which the peer may: its name, credits, and the peer's fingerprint.
         `down` hears of every end that is torn down, up or not."""
         self.counts: collections.Counter[str] = collections.Counter()
         self._bus, self._node, self._fingerprint, self._target = bus, node, fingerprint, target
@@ -304,9 +305,11 @@ class LinkEnds:
             return
         end.answer = answer
         if isinstance(answer, Welcome):
-            self._receiving_up(end.name, answer.credits, hello.fingerprint.block_size)
-            if converts := handshake.converts_from(hello, self._fingerprint):
-                log.info("link.converts", peer=end.peer, link=end.name, reason=converts)
+            received = handshake.target_for(hello, self._fingerprint, self._target)
+            end.bytes_per_token = received.layout.bytes_per_token
+            self._receiving_up(end.name, answer.credits, hello.fingerprint)
+            if remarks := handshake.remarks(hello, self._fingerprint):
+                log.info("link.differs", peer=end.peer, link=end.name, reason="; ".join(remarks))
         self.send(end.name, answer)
 
     def _recent_failures(self, peer: str) -> dict[str, str]:

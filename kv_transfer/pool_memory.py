@@ -53,7 +53,7 @@ class PoolMemory(Protocol):
         """Mark the content as complete; returns the block's generation.
 
         With a `seed` (block hash, or `tail_seed`) its digest is computed here, once, where the slabs lie in
-        host memory: of `ranges`, as `KVLayout.checked_ranges` gives them, or of the whole slab.
+        host memory: of `ranges`, as `KVLayout.ranges` gives them, or of the whole slab.
         """
 
     def to_host(self, blocks: Sequence[int]) -> Iterable[Sequence[memoryview]]:

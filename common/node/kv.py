@@ -89,7 +89,7 @@ class NodeKV:
         self.memory = memory
         self._digests = digests
         layout = engine.layout
-        self._whole = layout.checked_ranges() if layout.num_draft else []
+        self._whole = layout.without_draft.ranges() if layout.num_draft else []
         self._first: tuple[HandoffKey, ExpectedPrompt] | None = None  # of the offers that wait for room
         self._rooms: dict[Reservation, Room] = {}
 
@@ -120,7 +120,7 @@ class NodeKV:
             tokens = sequence.token_ids[len(hashes) * block_size : computed]
             parent = hashes[-1] if hashes else sequence.cache_root
             seed = tail_seed(parent, tokens) if on else b""
-            ranges = self.engine.layout.checked_ranges(len(tokens))
+            ranges = self.engine.layout.without_draft.ranges(len(tokens))
             seals.append(Seal(table[len(hashes)], seed, ranges))
         return seals
 

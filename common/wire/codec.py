@@ -22,7 +22,7 @@ from common.errors import InvalidRequest, MalformedMessage
 from common.wire.message import Message
 from common.wire.messages import MESSAGES
 
-VERSION = 4
+VERSION = 5
 _PREFIX = bytes([VERSION])
 
 _Check = Callable[[Any, str], Any]

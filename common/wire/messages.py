@@ -241,7 +241,8 @@ class Pull(TransportMessage):
     """reader → source: send me these slabs. `number` counts pulls of a link, from 0.
 
     Served only with the link's `token` and only for blocks leased to that link. `fill` 0 asks for
-    whole slabs, more for that many positions of one tail. A duplicate is served again.
+    whole slabs, more for that many positions of one tail; without `with_draft` each is without the
+    draft model's part. A duplicate is served again.
     """
 
     token: bytes
@@ -249,6 +250,7 @@ class Pull(TransportMessage):
     slots: tuple[int, ...]
     generations: tuple[int, ...]
     fill: int
+    with_draft: bool = True
 
 
 @message(61)

@@ -64,23 +64,36 @@ class Reader(Protocol):
 
 
 class Target:
-    """The receiving node's own pool, which readers write to."""
+    """The receiving node's own pool, which readers write to, and how long the slabs are that they read.
 
-    def __init__(self, memory: PoolMemory, layout: KVLayout) -> None:
-        self.memory, self.layout = memory, layout
+    Where the ends have different draft models, or one has none, only what `layout` describes is copied: the
+    model's own part, which lies at the start of the slabs of both.
+    """
+
+    def __init__(
+        self, memory: PoolMemory, layout: KVLayout, *, source_slab_bytes: int = 0, with_draft: bool = True
+    ) -> None:
+        """`source_slab_bytes`: of the peer's slabs; 0 means that they are like those of `memory`. Without
+        `with_draft` the source is to leave out its draft model's part, and `layout` has none."""
+        assert with_draft or not layout.num_draft
+        self.memory, self.layout, self.with_draft = memory, layout, with_draft
+        self.source_slab_bytes = source_slab_bytes or memory.slab_bytes
+
+    def without_draft(self, source_slab_bytes: int) -> Target:
+        """For a peer that has another draft model, or none."""
+        layout = self.layout.without_draft
+        return Target(self.memory, layout, source_slab_bytes=source_slab_bytes, with_draft=False)
 
     def ranges(self, piece: Piece) -> list[tuple[int, int]]:
         """The (offset, length) parts of a slab to copy: all of it, or a tail's filled positions."""
-        if piece.fill:
-            return list(self.layout.tail_ranges(piece.fill))
-        return [(0, self.memory.slab_bytes)]
+        return self.layout.ranges(piece.fill)
 
     def check(self, piece: Piece) -> None:
         """Compare the digest of a copied piece with the promised one; `DigestMismatch`."""
         if not piece.digest:
             return
         [[slab]] = self.memory.to_host([piece.block])
-        found = ranges_digest(slab, self.layout.checked_ranges(piece.fill), piece.seed)
+        found = ranges_digest(slab, self.layout.without_draft.ranges(piece.fill), piece.seed)
         if found != piece.digest:
             raise DigestMismatch(f"block {piece.index} is not what its hash promises")
 

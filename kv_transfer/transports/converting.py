@@ -49,7 +49,12 @@ class ConvertingReader:
         with contextlib.ExitStack() as made:
             memory = target.memory.beside(count, layout.slab_bytes)
             made.callback(memory.close)
-            scratch = Target(memory, layout)
+            scratch = Target(
+                memory,
+                layout,
+                source_slab_bytes=0 if target.with_draft else target.source_slab_bytes,
+                with_draft=target.with_draft,
+            )
             reader = opener(link, proof, scratch)
             made.callback(reader.close)
             converting = cls(reader, scratch, target)

@@ -44,7 +44,7 @@ class CudaIpcReader:
         self._mapped, self._base, self._target, self._cuda = mapped, base, target, cuda
         self._lock = threading.Lock()  # held while copying: close waits
         self._closed = False
-        self._slabs = cuda.tensor(base, (mapped.num_blocks, target.memory.slab_bytes))
+        self._slabs = cuda.tensor(base, (mapped.num_blocks, target.source_slab_bytes))
         self._stream = cuda.stream()
 
     @classmethod
@@ -54,7 +54,7 @@ class CudaIpcReader:
             if len(payload) != _PAYLOAD.size:
                 raise MalformedMessage("not the memory of a device pool", param="proofs")
             slab_bytes, handle = _PAYLOAD.unpack(payload)
-            if slab_bytes != target.memory.slab_bytes:
+            if slab_bytes != target.source_slab_bytes:
                 raise MalformedMessage("the peer's slabs have another size", param="slab_bytes")
             mapped = MappedGenerations(fd)
         with contextlib.ExitStack() as made:

@@ -196,9 +196,7 @@ class _ServedNcclLink(tcp.ServedLink):
         self._channel.give_turn()
 
     def _ranges(self, pull: Pull) -> list[tuple[int, int]]:
-        memory = self._memory
-        whole = [(0, memory.slab_bytes)]
-        ranges = list(self._layout.tail_ranges(pull.fill)) if pull.fill else whole
+        memory, ranges = self._memory, self._layout_of(pull).ranges(pull.fill)
         return [(memory.address(slot) + offset, length) for slot in pull.slots for offset, length in ranges]
 
     def _on_ended(self) -> None:

@@ -170,7 +170,7 @@ class NixlReader:
             self._slabs_at,
             device,
         ) = _PROOF.unpack_from(proof)
-        if slab_bytes != target.memory.slab_bytes:
+        if slab_bytes != target.source_slab_bytes:
             raise MalformedMessage("the peer's slabs have another size", param="slab_bytes")
         self._target = target
         self._kind = "DRAM" if device < 0 else "VRAM"
@@ -226,7 +226,7 @@ class NixlReader:
         remote: Ranges = []
         for piece in pieces:
             into = memory.address(piece.block)
-            source = self._slabs_at + piece.slot * memory.slab_bytes
+            source = self._slabs_at + piece.slot * self._target.source_slab_bytes
             for offset, length in self._target.ranges(piece):
                 local.append((into + offset, length))
                 remote.append((source + offset, length))

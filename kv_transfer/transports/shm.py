@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from common.errors import LinkLost, MalformedMessage
 from kv_transfer.generations import MappedGenerations
-from kv_transfer.pool_memory import PoolMemory, copy_bytes, copy_ranges
+from kv_transfer.pool_memory import PoolMemory, copy_ranges
 from kv_transfer.ports import Piece
 from kv_transfer.transports.base import Target, require_unchanged
 from kv_transfer.transports.same_host import DescriptorServer, receive
@@ -45,7 +45,7 @@ class ShmReader:
         """Prove that the other end is on this host and of this user, and map its pool."""
         with receive(proof, folder) as (fd, _):
             mapped = MappedGenerations(fd)
-        if mapped.content_bytes != mapped.num_blocks * target.memory.slab_bytes:
+        if mapped.content_bytes != mapped.num_blocks * target.source_slab_bytes:
             mapped.close()
             raise MalformedMessage("the peer's slabs have another size", param="slab_bytes")
         return cls(mapped, target)
@@ -70,16 +70,11 @@ class ShmReader:
         Without digests one copy directly follows the other, because a copy evicts what Python needs
         between two of them."""
         mapped, target = self._mapped, self._target
-        memory = target.memory
         for piece in pieces:
             require_unchanged(mapped, piece)
         for piece in pieces:
-            source = mapped.content + piece.slot * memory.slab_bytes
-            into = memory.address(piece.block)
-            if piece.fill:
-                copy_ranges(into, source, target.layout.tail_ranges(piece.fill))
-            else:
-                copy_bytes(into, source, memory.slab_bytes)
+            source = mapped.content + piece.slot * target.source_slab_bytes
+            copy_ranges(target.memory.address(piece.block), source, target.ranges(piece))
             if piece.digest:
                 require_unchanged(mapped, piece)  # first: a torn copy is stale, not corrupt
                 target.check(piece)

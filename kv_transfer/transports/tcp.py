@@ -100,7 +100,7 @@ class ServedLink:
     def __init__(self, source: TcpSource, link: str, token: bytes, wire: SendingWire) -> None:
         self._memory, self._layout, self._leases = source.memory, source._layout, source._leases
         self._link, self._token, self._wire = link, token, wire
-        self._most_slots = slots_per_pull(wire, source.memory)
+        self._most_slots = slots_per_pull(wire, source.memory.slab_bytes)
         self._closing = False
         self._thread = threading.Thread(target=self._run, args=(source.name,), name="tcp-source", daemon=True)
         self._thread.start()
@@ -148,11 +148,15 @@ class ServedLink:
 
     def _send_slabs(self, peer: bytes, pull: Pull) -> None:
         """Send what a pull asks for. Nothing refers to the pool any more when this ends."""
-        batches = self._memory.to_host(pull.slots)
-        if pull.fill:
-            ranges = self._layout.tail_ranges(pull.fill)
-            batches = ([slab[at : at + n] for slab in batch for at, n in ranges] for batch in batches)
+        ranges = self._layout_of(pull).ranges(pull.fill)
+        batches = (
+            [slab[at : at + n] for slab in batch for at, n in ranges]
+            for batch in self._memory.to_host(pull.slots)
+        )
         self._wire.send_slabs(peer, encode(Slabs(self._link, pull.number, "")), batches)
+
+    def _layout_of(self, pull: Pull) -> KVLayout:
+        return self._layout if pull.with_draft else self._layout.without_draft
 
     def _on_ended(self) -> None:
         """Called when the thread ends and the wire is closed."""
@@ -198,7 +202,7 @@ class TcpReader:
         encrypts = not is_loopback(host) if encrypts is None else encrypts
         wire: ReceivingWire
         if scheme == "zmq":
-            slab_bytes = target.memory.slab_bytes
+            slab_bytes = target.layout.slab_bytes
             wire = ReceivingFrames(f"tcp://{host}:{port}", secret_key, slab_bytes)
         elif secret_key and encrypts:
             raise LinkLost("the source sends blocks in plain text, and this node encrypts them")
@@ -224,7 +228,7 @@ class TcpReader:
     def _portions(self, pieces: Sequence[Piece]) -> Iterator[tuple[Piece, ...]]:
         """Split the pieces into one portion for each Pull: whole slabs together, a tail alone."""
         full = [piece for piece in pieces if not piece.fill]
-        count = slots_per_pull(self._wire, self._target.memory)
+        count = slots_per_pull(self._wire, self._target.source_slab_bytes)
         for start in range(0, len(full), count):
             yield tuple(full[start : start + count])
         for piece in pieces:
@@ -233,7 +237,7 @@ class TcpReader:
 
     def _window(self) -> int:
         """Number of requests that may be under way at once."""
-        slab_bytes = self._target.memory.slab_bytes
+        slab_bytes = self._target.layout.slab_bytes
         return max(2, WINDOW_BYTES // max(self._wire.request_bytes, slab_bytes))
 
     def _pull(self, requests: Iterable[tuple[Piece, ...]], timeout: float) -> None:
@@ -292,7 +296,7 @@ class TcpReader:
         fill = pieces[0].fill if pieces else 0
         slots = tuple(piece.slot for piece in pieces)
         generations = tuple(piece.generation for piece in pieces)
-        self._send(Pull(self._link, self._token, number, slots, generations, fill))
+        self._send(Pull(self._link, self._token, number, slots, generations, fill, self._target.with_draft))
         return number
 
     def _send(self, message: Message) -> None:
@@ -332,9 +336,9 @@ class TcpReader:
         """Called when the link has ended and no pull runs."""
 
 
-def slots_per_pull(wire: SendingWire | ReceivingWire, memory: PoolMemory) -> int:
-    """Number of slabs that one Pull may ask for."""
-    return min(max(1, wire.request_bytes // memory.slab_bytes), _MAX_SLOTS)
+def slots_per_pull(wire: SendingWire | ReceivingWire, slab_bytes: int) -> int:
+    """Number of slabs, of the source's size, that one Pull may ask for."""
+    return min(max(1, wire.request_bytes // slab_bytes), _MAX_SLOTS)
 
 
 def split_proof(proof: bytes) -> tuple[bytes, str, str, int]:

@@ -85,7 +85,7 @@ async def test_greedy_and_seeded_requests_get_the_engines_tokens(
         links = await system.kv_links(name)
         assert links, f"{name} has no link"
         assert all(said in link["reason"] for link in links)
-    assert f"link.converts peer={records['prefill'].incarnation}" in system.logs()
+    assert f"link.differs peer={records['prefill'].incarnation}" in system.logs()
 
 
 async def test_every_block_is_sent_each_time_and_is_prefix_cache_there(

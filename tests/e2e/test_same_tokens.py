@@ -1,8 +1,8 @@
 """Same request, same tokens: whatever nodes compute it, it is what the in-process engine says.
 
 Greedy and seeded requests, alone and under load, first time and from the prefix cache, through one
-prefill and one decode node, two and three of them with drafts, and one unified node. A prompt that was
-computed before goes back to the node that holds it, and says so in `usage`.
+prefill and one decode node, two and three of them of which most draft, and one unified node. A prompt
+that was computed before goes back to the node that holds it, and says so in `usage`.
 """
 
 from __future__ import annotations
@@ -24,8 +24,16 @@ from tests.support.redis import wait_until
 
 SHAPES = {"1P1D": {"prefill": 1, "decode": 1}, "2P3D": {"prefill": 2, "decode": 3}, "unified": {"unified": 1}}
 
-# Drafts change nothing, whoever computes what.
-FLAGS = {"2P3D": ("--speculative", "ngram+draft", "--speculative-model", str(DRAFT))}
+# Drafts change nothing, whoever computes what, and prefill-1 and decode-4 have no draft model.
+DRAFTS = ("--speculative", "ngram+draft", "--speculative-model", str(DRAFT))
+FLAGS = {
+    "2P3D": {
+        "prefill-0": DRAFTS,
+        "decode-2": DRAFTS,
+        "decode-3": DRAFTS,
+        "decode-4": ("--speculative", "ngram"),
+    }
+}
 
 
 def requests() -> list[dict[str, Any]]:
@@ -69,7 +77,7 @@ def truth() -> list[list[Completion]]:
 # 2P3D has all that 1P1D has.
 @pytest.fixture(scope="module", params=[pytest.param("1P1D", marks=pytest.mark.slow), "2P3D", "unified"])
 def system(request: pytest.FixtureRequest) -> Iterator[Deployment]:
-    with Deployment(STORIES, **SHAPES[request.param], flags=FLAGS.get(request.param, ())) as deployment:
+    with Deployment(STORIES, **SHAPES[request.param], node_flags=FLAGS.get(request.param)) as deployment:
         yield deployment
 
 

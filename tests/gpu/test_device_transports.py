@@ -184,7 +184,7 @@ def test_two_processes_on_one_device() -> None:
 def test_of_a_tail_only_the_filled_positions_come() -> None:
     with another_process() as (_, reader, memory):
         reader.pull(pieces(fill=3)[200:201])
-        filled = sum(length for _, length in LAYOUT.tail_ranges(3))
+        filled = sum(length for _, length in LAYOUT.ranges(3))
         assert int((memory.slabs[200] == 200).sum()) == filled
         assert int((memory.slabs[200] == 0).sum()) == LAYOUT.slab_bytes - filled
 

@@ -157,7 +157,7 @@ class Pool:
         name, filled = identities(tokens, self.size)[index], values.shape[1]
         self.positions(block)[:, :filled] = values
         is_tail = filled < self.size
-        self.memory.seal(block, name, list(self.layout.tail_ranges(filled)) if is_tail else [])
+        self.memory.seal(block, name, self.layout.ranges(filled) if is_tail else [])
         if not is_tail:
             self.publish(block, name)
 

@@ -89,7 +89,7 @@ class End:
     memory: PoolMemory
     leases: Leases
     pool: CountingPool
-    layout: KVLayout  # of the source
+    layout: KVLayout  # of the source, without its draft model where that is not copied
     target: Target
     open: Callable[[str], Reader]
     readers: list[Reader] = dataclasses.field(default_factory=list)
@@ -97,7 +97,7 @@ class End:
     def fill(self, block: int, seed: bytes = SEED) -> None:
         self.memory.begin_write(block)
         self.memory.slabs[block] = torch.randint(0, 256, (self.memory.slab_bytes,)).to(torch.uint8)
-        self.memory.seal(block, seed)
+        self.memory.seal(block, seed, self.layout.without_draft.ranges())
 
     def piece(self, slot: int, block: int, seed: bytes = SEED, index: int = 0) -> Piece:
         """Into `block`, where the source's blocks would lie one after the other in the target."""
@@ -198,13 +198,18 @@ def key_of(transport: str) -> str:
 
 
 @contextlib.contextmanager
-def both_ends(transport: str, layout: KVLayout = LAYOUT, blocks: int = 8) -> Iterator[End]:
+def both_ends(
+    transport: str, layout: KVLayout = LAYOUT, blocks: int = 8, *, draft: KVLayout | None = None
+) -> Iterator[End]:
+    """`draft`: the target's layout, where the ends have different draft models."""
     pool = CountingPool()
     leases = Leases(pool)
     base = transport.partition(":")[0]
     memory = pool_memory(base, blocks, layout.slab_bytes)
-    target = target_for(transport, layout, blocks)
+    target = target_for(transport, draft or layout, blocks)
     source = make_source(base, memory, layout, leases)
+    if draft is not None:
+        target, layout = target.without_draft(layout.slab_bytes), layout.without_draft
     open_reader = opener(transport, layout)
     end = End(
         source,
@@ -299,17 +304,57 @@ def test_of_a_tail_only_the_filled_positions_are_copied(transport: str, fill: in
     seed = tail_seed(b"parent", range(fill))
     with both_ends(transport) as end:
         end.fill(2)
-        end.memory.seal(2, seed, list(LAYOUT.tail_ranges(fill)))
+        end.memory.seal(2, seed, LAYOUT.ranges(fill))
         end.leases.add(KEY, [2])
         end.target.memory.slabs[:] = 77
         whole = end.piece(2, 5, seed)
         end.reader().pull([dataclasses.replace(whole, fill=fill, spans=whole.spans[:fill])])
         filled = torch.zeros(LAYOUT.slab_bytes, dtype=torch.bool)
-        for offset, length in LAYOUT.tail_ranges(fill):
+        for offset, length in LAYOUT.ranges(fill):
             filled[offset : offset + length] = True
         assert torch.equal(end.got(5)[filled], end.memory.slabs[2][filled])
         assert (end.got(5)[~filled] == 77).all()
         assert int((end.target.memory.slabs != 77).sum()) <= int(filled.sum()), "nowhere else"
+
+
+DRAFT = KVLayout.paged_attention(num_layers=1, num_kv_heads=1, head_dim=4, block_size=4, dtype="float32")
+OTHER_DRAFT = KVLayout.paged_attention(
+    num_layers=2, num_kv_heads=1, head_dim=32, block_size=4, dtype="bfloat16"
+)
+different_drafts = pytest.mark.parametrize(
+    ("theirs", "mine"),
+    [
+        (LAYOUT, LAYOUT.with_draft(DRAFT)),
+        (LAYOUT.with_draft(OTHER_DRAFT), LAYOUT),
+        (LAYOUT.with_draft(DRAFT), LAYOUT.with_draft(OTHER_DRAFT)),
+        (LAYOUT.with_draft(DRAFT), LAYOUT.with_draft(DRAFT)),  # another one of the same shape
+    ],
+    ids=["ours", "theirs", "both", "alike"],
+)
+
+
+@every_transport
+@different_drafts
+def test_where_draft_models_differ_the_models_own_kv_is_copied_and_no_more(
+    transport: str, theirs: KVLayout, mine: KVLayout
+) -> None:
+    with both_ends(transport, theirs, draft=mine) as end:
+        end.target.memory.slabs[:] = 77
+        for block in range(8):
+            end.fill(block)
+        end.memory.seal(7, SEED, LAYOUT.ranges(3))
+        end.leases.add(KEY, list(range(8)))
+        whole = [end.piece(slot, 7 - slot, index=slot) for slot in range(8)]
+        tail = dataclasses.replace(whole[7], fill=3, spans=whole[7].spans[:3])
+        end.reader().pull([*whole[:7], tail])
+        num_copied = 0
+        for piece in (*whole[:7], tail):
+            for offset, length in LAYOUT.ranges(piece.fill):
+                sent = end.memory.slabs[piece.slot][offset : offset + length]
+                assert torch.equal(end.got(7 - piece.slot)[offset : offset + length], sent)
+                num_copied += length
+        assert int((end.target.memory.slabs != 77).sum()) <= num_copied, "nowhere else"
+        assert (end.target.memory.slabs[:, end.target.layout.slab_bytes :] == 77).all()
 
 
 @every_transport
@@ -504,7 +549,7 @@ def test_tcp_keeps_references_until_the_bytes_have_left(transport: str) -> None:
         end.leases.add(KEY, list(range(64)))
         reader = end.reader()
         assert isinstance(reader, TcpReader)
-        at_once = min(32, slots_per_pull(reader._wire, end.memory))
+        at_once = min(32, slots_per_pull(reader._wire, end.memory.slab_bytes))
         for start in range(0, 64, at_once):  # more than the sockets hold, and reads nothing
             reader._request(tuple(end.piece(b, b) for b in range(start, start + at_once)))
         wait_until(unchanged(lambda: dict(end.leases._touched)), "the source waits for its reader")
@@ -539,7 +584,7 @@ def test_tcp_refuses_a_pull_that_no_reader_of_ours_sends(transport: str) -> None
         end.leases.add(KEY, [0])
         reader = end.reader()
         assert isinstance(reader, TcpReader)
-        most = slots_per_pull(reader._wire, end.memory)
+        most = slots_per_pull(reader._wire, end.memory.slab_bytes)
         number = reader._request((end.piece(0, 0),) * (most + 1))
         assert reader._receive(10.0) == Slabs("link", number, "too_many")
 

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,8 @@ IDLE_LIMIT_S = HANGS_S
 
 
 class Deployment:
-    """`with Deployment(model, prefill=1, decode=1) as system`. `flags` go to every node."""
+    """`with Deployment(model, prefill=1, decode=1) as system`. `flags` go to every node, then its own of
+    `node_flags`, by name: nodes are numbered through all roles."""
 
     def __init__(
         self,
@@ -46,6 +47,7 @@ class Deployment:
         decode: int = 0,
         unified: int = 0,
         flags: tuple[str, ...] = (),
+        node_flags: Mapping[str, tuple[str, ...]] | None = None,
         gateway_flags: tuple[str, ...] = (),
         redis_options: tuple[str, ...] = (),
     ) -> None:
@@ -53,6 +55,7 @@ class Deployment:
         roles = ["prefill"] * prefill + ["decode"] * decode + ["unified"] * unified
         self.roles = {f"{role}-{index}": role for index, role in enumerate(roles)}
         self.flags = flags
+        self.node_flags = node_flags or {}
         self.gateway_flags = gateway_flags
         self.redis = EmbeddedRedis(options=redis_options)
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -120,6 +123,7 @@ class Deployment:
             "--max-num-batched-tokens",
             "256",
             *self.flags,
+            *self.node_flags.get(name, ()),
         )
 
     def command(self, name: str, module: str, *arguments: str) -> list[str]:

@@ -14,7 +14,7 @@ from common.node import transports
 from common.node.transports import make_transports
 from common.settings.config import BusSettings, NodeSettings
 from common.wire.bus import new_secret_key
-from common.wire.messages import Welcome
+from common.wire.messages import Refuse, Welcome
 from kv_transfer import handshake
 from kv_transfer.device_memory import DevicePoolMemory
 from kv_transfer.lease import Leases
@@ -204,3 +204,39 @@ def test_device_memory_keeps_generations_in_host_memory_and_no_digests(nodes: No
     assert memory.digests == [b"", b""]
     [[slab]] = memory.to_host([1])
     assert bytes(slab) == bytes(memory.slabs[1].numpy())
+
+
+OTHER_DRAFT = dataclasses.replace(SAME, draft="small@1")
+
+
+@pytest.mark.parametrize(("surplus", "is_welcome"), [(0, True), (160, True), (-1, False)])
+def test_nodes_with_different_draft_models_exchange_the_models_own_kv(
+    nodes: Nodes, surplus: int, is_welcome: bool
+) -> None:
+    """How long the draft's part of the peer's slabs is this node can't know; without the model's own it is
+    no slab."""
+    (source,), openers = nodes.make(("tcp",), device=False)
+    hello = handshake.hello(
+        "link", "a", OTHER_DRAFT, LAYOUT.slab_bytes + surplus, {"tcp": source.open_link("link")}
+    )
+    target = Target(nodes.memory(device=False), LAYOUT)
+    answer, reader = handshake.answer(hello, "b", SAME, target, openers, credits=1)
+    if not is_welcome:
+        assert isinstance(answer, Refuse)
+        assert answer.field == "slab_bytes"
+        return
+    assert isinstance(answer, Welcome)
+    assert reader is not None
+    reader.close()
+    assert answer.reason.endswith("a draft model's KV is not sent: small@1 there, no draft model here")
+
+
+def test_a_peer_that_says_a_wrong_length_of_its_slabs_is_not_read(nodes: Nodes) -> None:
+    (source, _), openers = nodes.make(("shm", "tcp"), device=False)
+    hello = handshake.hello(
+        "link", "a", OTHER_DRAFT, LAYOUT.slab_bytes + 8, {"shm": source.open_link("link")}
+    )
+    target = Target(nodes.memory(device=False), LAYOUT)
+    answer, _ = handshake.answer(hello, "b", SAME, target, openers, credits=1)
+    assert isinstance(answer, Refuse)
+    assert "slabs have another size" in answer.yours

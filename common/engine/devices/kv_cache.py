@@ -45,7 +45,7 @@ class KVCache:
     @property
     def own_elements(self) -> Tensor:
         """`elements` without a draft model's."""
-        return self.elements[:, : self.layout.checked_bytes // self.dtype.itemsize]
+        return self.elements[:, : self.layout.without_draft.slab_bytes // self.dtype.itemsize]
 
     @property
     def slab_elements(self) -> int:

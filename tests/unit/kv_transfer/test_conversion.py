@@ -167,7 +167,7 @@ class Sender:
             else:
                 parent = offer.block_hashes[-1] if offer.block_hashes else root
                 seeds.append(tail_seed(parent, part))
-                self.memory.seal(block, seeds[-1], list(self.layout.tail_ranges(len(part))))
+                self.memory.seal(block, seeds[-1], self.layout.ranges(len(part)))
         return blocks, seeds
 
 
@@ -181,7 +181,7 @@ class Handover:
         self.key = HandoffKey("link", name, 1, 0)
         size, mine = sender.layout.block_size, receiver.fingerprint
         self.intake = Intake(receiver, mine, TransferSettings(copy_blocks=5))
-        self.intake.open_link("link", 4, size)
+        self.intake.open_link("link", 4, dataclasses.replace(mine, block_size=size))
         tokens = tuple(chance.randrange(2**32) for _ in range(chance.randint(1, LONGEST)))
         border = chance.choice((len(tokens), chance.randint(1, len(tokens))))
         self.root = root_hash(dataclasses.replace(mine, block_size=size), "salt")

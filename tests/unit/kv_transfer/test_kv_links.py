@@ -143,6 +143,8 @@ class Node:
         settings: TransferSettings = SETTINGS,
     ) -> None:
         self.layout = LAYOUT.with_block_size(fingerprint.block_size)
+        if fingerprint.draft:
+            self.layout = self.layout.with_draft(LAYOUT.with_block_size(fingerprint.block_size))
         self.memory = HostPoolMemory(BLOCKS, self.layout.slab_bytes)
         self.pool = Pool(self.memory, fingerprint.block_size)
         self.leases = Leases(self.pool)
@@ -197,14 +199,14 @@ class Node:
 
 @contextlib.asynccontextmanager
 async def two_nodes(
-    transport: str, there: Fingerprint = FINGERPRINT
+    transport: str, there: Fingerprint = FINGERPRINT, here: Fingerprint = FINGERPRINT
 ) -> AsyncIterator[tuple[Wires, Node, Node]]:
     """`tcp to 6` is a link over tcp to a node with blocks of 6 positions."""
     transport, _, size = transport.partition(" to ")
     if size:
         there = dataclasses.replace(there, block_size=int(size))
     wires = Wires()
-    nodes = Node(wires, "p", transport), Node(wires, "d", transport, there)
+    nodes = Node(wires, "p", transport, here), Node(wires, "d", transport, there)
     try:
         yield wires, *nodes
     finally:
@@ -238,17 +240,18 @@ class Prompt:
             block = self.blocks[index]
             memory.slabs[block] = torch.randint(0, 256, (memory.slab_bytes,)).to(torch.uint8)
             if index < len(self.hashes):
-                generation = memory.seal(block, self.hashes[index])
+                own = self.node.layout.without_draft.ranges()
+                generation = memory.seal(block, self.hashes[index], own)
             else:
                 parent = self.hashes[-1] if self.hashes else root_hash(FINGERPRINT)
                 seed = tail_seed(parent, self.tokens[-self.fill :])
-                generation = memory.seal(block, seed, list(LAYOUT.tail_ranges(self.fill)))
+                generation = memory.seal(block, seed, LAYOUT.ranges(self.fill))
             ready.append(ReadyBlock(index, block, generation, memory.digests[block]))
         self.node.links.announce(key, ready)
 
     def finish(self, key: HandoffKey) -> None:
         end = len(self.tokens)
-        self.node.links.commit(key, position=end, first_token=9, logprobs=None)
+        self.node.links.commit(key, position=end, first_token=9, logprobs=None, draft_positions=end)
         self.node.pool.release(self.blocks)
 
     def arrived(self, adopted: Adopted, there: Node) -> bool:
@@ -262,10 +265,11 @@ class Prompt:
 
 
 def at_position(node: Node, blocks: Sequence[int], position: int) -> torch.Tensor:
-    """The KV of one position of a sequence, all segments."""
+    """The KV of one position of a sequence, all segments of the model's own."""
     index, at = divmod(position, node.layout.block_size)
-    slab = node.memory.slabs[blocks[index]]
-    segments = slab.view(len(node.layout.segments), node.layout.block_size, -1)
+    own = node.layout.without_draft
+    slab = node.memory.slabs[blocks[index]][: own.slab_bytes]
+    segments = slab.view(len(own.segments), own.block_size, -1)
     return segments[:, at]
 
 
@@ -306,6 +310,29 @@ async def test_prompts_around_the_length_of_a_block_arrive(transport: str, lengt
         await d.until(lambda: d.received)
         assert isinstance(adopted := d.received[0], Adopted)
         assert prompt.arrived(adopted, d)
+
+
+@every_link
+@pytest.mark.parametrize(
+    "drafts", [("", "small@1"), ("small@1", ""), ("small@1", "small@2"), ("small@1",) * 2]
+)
+async def test_a_draft_models_kv_comes_along_where_both_ends_have_the_same(
+    transport: str, drafts: tuple[str, str]
+) -> None:
+    here, there = (dataclasses.replace(FINGERPRINT, draft=draft) for draft in drafts)
+    async with two_nodes(transport, there, here) as (_, p, d):
+        prompt = Prompt(p, "r", 10)
+        key = prompt.offer(await p.links.open("d"))
+        prompt.compute(key, 0, prompt.count)
+        prompt.finish(key)
+        await d.until(lambda: d.received)
+        assert isinstance(adopted := d.received[0], Adopted)
+        assert prompt.arrived(adopted, d)
+        same = drafts[0] == drafts[1]
+        assert adopted.commit.draft_positions == (10 if same else 0)
+        [received] = d.links.received_bytes.values()
+        assert received == 10 * (d.layout if same else d.layout.without_draft).bytes_per_token
+        assert ("draft model's KV is not sent" in d.links.describe()[0]["reason"]) is not same
 
 
 @every_transport
