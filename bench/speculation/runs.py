@@ -123,7 +123,14 @@ class Peer:
     def __init__(
         self, python: Path, system: str, kind: Kind, proposer: str, environment: dict[str, str]
     ) -> None:
-        command = [str(python), str(WORKER), system, str(kind.model), proposer]
+        command = [
+            str(python),
+            "-P",
+            str(WORKER),
+            system,
+            str(kind.model),
+            proposer,
+        ]  # -P: vllm.py lies beside
         if "draft" in proposer:
             command.append(str(kind.draft))
         self._name = f"{system}, {proposer}"

@@ -20,13 +20,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.engine.devices.cpu import kernels, numba_runtime
+from common.engine.devices.cpu import kernels, lanes, numba_runtime
 from common.engine.devices.device import HeadShape, Linear
 from common.engine.devices.kv_cache import KVCache
 from common.engine.devices.rows import RowPlan, Rows
 from common.errors import ConfigError, UnsupportedModel
 
-KERNELS_VERSION = 1  # raise it when a change of kernels.py changes bits
+KERNELS_VERSION = 2  # raise it when a change of kernels.py changes bits
+
+ROWS_A_THREAD = 4  # of attention, from which on a row is one piece of work; below, each key-value head is
 
 # The overload itself: looking it up costs microseconds at each of hundreds of calls a step.
 _PRODUCT = torch.ops.mkldnn._linear_pointwise.default
@@ -277,7 +279,7 @@ class CpuBackend:
             self._element,
         )
         out = torch.empty(rows.num_rows, heads * shape.head_dim, dtype=self.dtype)
-        lanes = (0,) * (shape.head_dim // 4)
+        quarter = (0,) * (shape.head_dim // 4)
         scale = shape.head_dim**-0.5
         filled = rows.num_generated
         if rows.num_generated:
@@ -296,7 +298,9 @@ class CpuBackend:
                 rows.num_generated,
                 heads,
                 kv_heads,
-                lanes,
+                1 if rows.num_generated >= ROWS_A_THREAD * self.threads else kv_heads,
+                (0,) * lanes.heads_together(heads // kv_heads, shape.head_dim, cache.dtype.itemsize),
+                quarter,
                 shape.window,
                 scale,
                 self._element,
@@ -318,7 +322,7 @@ class CpuBackend:
                 rows.prompt_tiles.shape[0],
                 heads,
                 kv_heads,
-                lanes,
+                quarter,
                 shape.window,
                 scale,
                 self._element,

@@ -16,9 +16,11 @@ import numba
 import numpy as np
 from numba import carray, prange
 
+from common.engine.devices.cpu.lanes import LANES, exp_run, lane_of, peak_run, score_run, value_run
 from common.engine.devices.cpu.numba_runtime import fast_exp, inline, kernel, narrow, pointer, size_of, widen
 
 NEGATIVE_INFINITY = np.float32(-np.inf)
+SPAN = 128  # positions per pass of attend_generated, aligned to absolute position
 KEY_BLOCK = 64  # keys per pass of attend_prompt, aligned to absolute position
 QUERY_TILE = 32  # positions per unit of work of attend_prompt; no trace in the bits
 
@@ -153,6 +155,8 @@ def attend_generated(
     rows: Any,
     heads: Any,
     kv_heads: Any,
+    shares: Any,
+    together: Any,
     lanes: Any,
     window: Any,
     scale: Any,
@@ -160,65 +164,111 @@ def attend_generated(
 ) -> Any:
     """Attention of single query rows straight out of the paged pool: out[rows, heads * head_dim].
 
-    Row r reads positions [max(0, lengths[r] - window), lengths[r]) of the blocks tables[r]. One
-    row and one key-value head is one unit of work: scores of its group of query heads, softmax,
-    weighted sum of values, by position; so its bits are a function of that row alone.
-    `lanes` is a tuple of head_dim / 4 entries: a length that is known when compiling.
+    Row r reads positions [max(0, lengths[r] - window), lengths[r]) of the blocks tables[r], in spans of
+    SPAN positions aligned to absolute position, with a running softmax: scratch stays in the cache
+    however long a context is. One row, or the part of its key-value heads that is one of `shares`, is
+    one unit of work, and its bits are a function of that row alone.
+
+    `together` has an entry for each query head that reads keys and values at once; a group of key-value
+    head's is filled up with heads of zeros. `lanes` has head_dim / 4 entries: lengths that are known when
+    compiling.
     """
-    head_dim = 4 * len(lanes)
+    head_dim, batch = 4 * len(lanes), len(together)
     group = heads // kv_heads
+    batches = (group + batch - 1) // batch  # of a key-value head
+    own = kv_heads // shares
     length = carray(pointer(lengths, np.int32(0)), (rows,))
-    size = kv_heads * head_dim
-    for unit in prange(rows * kv_heads):
-        row, kv_head = unit // kv_heads, unit % kv_heads
+    position_bytes = kv_heads * head_dim * size_of(like)
+    batch_bytes, span_bytes = batch * head_dim * 4, batch * SPAN * 4
+    for unit in prange(rows * shares):
+        row, first_head = unit // shares, unit % shares * own
         table = carray(pointer(tables + row * table_stride * 4, np.int32(0)), (table_stride,))
-        q_start = queries + (row * row_stride + kv_head * group * head_dim) * size_of(like)
-        q = carray(pointer(q_start, like), (group, 4 * len(lanes)))
-        y_start = out + (row * heads + kv_head * group) * head_dim * size_of(like)
-        y = carray(pointer(y_start, like), (group, 4 * len(lanes)))
-        end = length[row]
+        q_start = queries + (row * row_stride + first_head * group * head_dim) * size_of(like)
+        q = carray(pointer(q_start, like), (own * group, 4 * len(lanes)))
+        y_start = out + (row * heads + first_head * group) * head_dim * size_of(like)
+        y = carray(pointer(y_start, like), (own * group, 4 * len(lanes)))
+        lines = own * batches * batch
+        query = np.zeros((lines, 4 * len(lanes)), np.float32)
+        result = np.zeros((lines, 4 * len(lanes)), np.float32)
+        scores = np.empty(lines * SPAN, np.float32)
+        peaks, sums = np.empty(LANES, np.float32), np.empty(LANES, np.float32)
+        highest = np.full(lines, NEGATIVE_INFINITY, np.float32)
+        total = np.zeros(lines, np.float32)
+        for head in range(own * group):
+            line = head // group * batches * batch + head % group
+            for i in range(4 * len(lanes)):
+                query[line, lane_of(i, lanes, like)] = widen(q[head, i]) * np.float32(scale)
+        query_at, result_at, score_at = query.ctypes.data, result.ctypes.data, scores.ctypes.data
+        own_pool = pool + first_head * head_dim * size_of(like)
+        end = numba.int64(length[row])
         start = max(0, end - window) if window > 0 else 0
-        query = np.empty((group, 4 * len(lanes)), np.float32)
-        for g in range(group):
+        for span in range(start // SPAN, (end + SPAN - 1) // SPAN):
+            first, last = max(start, span * SPAN), min(end, (span + 1) * SPAN)
+            position = first
+            while position < last:
+                block, offset = position // block_size, position % block_size
+                run = min(block_size - offset, last - position)
+                k_at = own_pool + (numba.int64(table[block]) * slab + key_offset) * size_of(like)
+                k_at += offset * position_bytes
+                for index in range(own * batches):
+                    score_run(
+                        k_at + index // batches * head_dim * size_of(like),
+                        position_bytes,
+                        run,
+                        query_at + index * batch_bytes,
+                        score_at + index * span_bytes + (position - first) * batch * 4,
+                        together,
+                        lanes,
+                        like,
+                    )
+                position += run
+            filled = (last - first) * batch
+            vectors = (filled + LANES - 1) // LANES
+            for index in range(own * batches):
+                at = score_at + index * span_bytes
+                for j in range(filled, vectors * LANES):
+                    scores[index * batch * SPAN + j] = NEGATIVE_INFINITY
+                peak_run(at, vectors, peaks.ctypes.data)
+                for head in range(batch):
+                    line = index * batch + head
+                    peak = highest[line]
+                    for j in range(head, LANES, batch):
+                        peak = max(peak, peaks[j])
+                    for j in range(head, LANES, batch):
+                        peaks[j] = peak
+                    if highest[line] > NEGATIVE_INFINITY:
+                        decay = fast_exp(highest[line] - peak)
+                        total[line] *= decay
+                        for i in range(4 * len(lanes)):
+                            result[line, i] *= decay
+                    highest[line] = peak
+                exp_run(at, vectors, peaks.ctypes.data, sums.ctypes.data)
+                for head in range(batch):
+                    for j in range(head, LANES, batch):
+                        total[index * batch + head] += sums[j]
+            position = first
+            while position < last:
+                block, offset = position // block_size, position % block_size
+                run = min(block_size - offset, last - position)
+                v_at = own_pool + (numba.int64(table[block]) * slab + value_offset) * size_of(like)
+                v_at += offset * position_bytes
+                for index in range(own * batches):
+                    value_run(
+                        v_at + index // batches * head_dim * size_of(like),
+                        position_bytes,
+                        run,
+                        score_at + index * span_bytes + (position - first) * batch * 4,
+                        result_at + index * batch_bytes,
+                        together,
+                        lanes,
+                        like,
+                    )
+                position += run
+        for head in range(own * group):
+            line = head // group * batches * batch + head % group
+            inverse = np.float32(1.0) / total[line]
             for i in range(4 * len(lanes)):
-                query[g, i] = widen(q[g, i]) * np.float32(scale)
-        weights = np.empty((group, end - start), np.float32)
-        element = np.empty(4 * len(lanes), np.float32)
-        for position in range(start, end):
-            cell = numba.int64(table[position // block_size]) * slab
-            cell += (position % block_size) * size + kv_head * head_dim + key_offset
-            k = carray(pointer(pool + cell * size_of(like), like), (4 * len(lanes),))
-            for i in range(4 * len(lanes)):
-                element[i] = widen(k[i])
-            for g in range(group):
-                total = np.float32(0.0)
-                for i in range(4 * len(lanes)):
-                    total += query[g, i] * element[i]
-                weights[g, position - start] = total
-        result = np.zeros((group, 4 * len(lanes)), np.float32)
-        inverse = np.empty(group, np.float32)
-        for g in range(group):
-            highest = NEGATIVE_INFINITY
-            for j in range(end - start):
-                highest = max(highest, weights[g, j])
-            total = np.float32(0.0)
-            for j in range(end - start):
-                weights[g, j] = fast_exp(weights[g, j] - highest)
-                total += weights[g, j]
-            inverse[g] = np.float32(1.0) / total
-        for position in range(start, end):
-            cell = numba.int64(table[position // block_size]) * slab
-            cell += (position % block_size) * size + kv_head * head_dim + value_offset
-            v = carray(pointer(pool + cell * size_of(like), like), (4 * len(lanes),))
-            for i in range(4 * len(lanes)):
-                element[i] = widen(v[i])
-            for g in range(group):
-                weight = weights[g, position - start]
-                for i in range(4 * len(lanes)):
-                    result[g, i] += weight * element[i]
-        for g in range(group):
-            for i in range(4 * len(lanes)):
-                y[g, i] = narrow(result[g, i] * inverse[g], like)
+                y[head, i] = narrow(result[line, lane_of(i, lanes, like)] * inverse, like)
 
 
 @inline

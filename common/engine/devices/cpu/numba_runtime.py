@@ -36,6 +36,7 @@ FAST_MATH = {"reassoc", "contract", "nsz", "arcp"}
 KERNEL_SOURCES = (  # of the engine; what the CPU does without compiling it is not among them
     "devices/cpu/kernel_cache.py",
     "devices/cpu/kernels.py",
+    "devices/cpu/lanes.py",
     "devices/cpu/numba_runtime.py",
     "devices/cpu/philox.py",
     "devices/cpu/sampling.py",
