@@ -21,6 +21,11 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "queue": ("common.commands.inspect", "queue", "what waits and what is at work, by node"),
     "requests": ("common.commands.inspect", "requests", "the latest requests and their stages"),
     "redis": ("common.commands.redis_shell", "main", "redis-cli, at the Redis of the running system"),
+    "distill": (
+        "common.commands.distill",
+        "main",
+        "make a draft model for speculation, from a model's own text",
+    ),
     "bench": ("common.commands.bench.command", "main", "put load on a server and measure it"),
 }
 """Name → module, function taking the arguments after the name, one line of help."""

@@ -24,6 +24,7 @@
     ├── PoisonedRequest           computing this request makes engines fail, also when it is alone
     ├── NotHeld                   a node has nothing (any more) of what it is asked for
     ├── NotFiniteLogits           the model gave NaN or infinity, or every token was banned
+    ├── TrainingFailed            a draft model in training has come to NaN or infinity
     ├── Overloaded                the service takes no further request now; retry later
     ├── RequestAborted            cancelled, timed out, or its owner is gone
     └── ServiceUnavailable        Redis or every node of a role is unreachable
@@ -153,6 +154,10 @@ class NotHeld(PdqError):
 
 class NotFiniteLogits(PdqError):
     code = "no_token"
+
+
+class TrainingFailed(PdqError):
+    code = "training_failed"
 
 
 class Overloaded(PdqError):

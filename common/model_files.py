@@ -23,8 +23,7 @@ SHIPPED_MODEL = Path(__file__).parent / "models" / "pdq-5m"
 SHIPPED_DRAFT = Path(__file__).parent / "models" / "pdq-5m-draft"
 
 # Exact names: a pattern such as *.json would take whole folders of other formats along.
-_SMALL_FILES = (
-    "config.json",
+TOKENIZER_FILES = (
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -35,8 +34,8 @@ _SMALL_FILES = (
     "tokenizer.model",
     "chat_template.jinja",
     "chat_template.json",
-    INDEX,
 )
+_SMALL_FILES = ("config.json", *TOKENIZER_FILES, INDEX)
 _TEMPLATES = "additional_chat_templates/*.jinja"
 _SAMPLE_BYTES = 65_536
 _SAMPLES = 16

@@ -325,7 +325,53 @@ class GatewaySettings:
         return bool(self.api_keys or self.api_key_file)
 
 
-SERVICES: list[type[Any]] = [NodeSettings, GatewaySettings]
+@dataclasses.dataclass(frozen=True)
+class DistillSettings:
+    """`pdq distill TARGET` makes a draft model for speculative decoding, which learns from text that the
+    target writes. Ctrl-C ends the training, and what was learned is kept; a second one leaves nothing."""
+
+    model: str = setting(
+        "", "folder or hub name of the target, also without the flag (empty: the one that ships)"
+    )
+    revision: str = setting("", "branch, tag or commit of a model from the hub")
+    output: str = setting("", "folder to make (empty: the target's name and -draft, here)")
+    prompts: str = setting(
+        "",
+        "file of what texts begin with: a prompt in each line, or in a .jsonl file an object with `prompt` "
+        "or `text`, a string or token ids (empty: the target writes beginnings, too)",
+    )
+    layers: int | None = setting(None, "layers of the draft (none: 2)", at_least=1, at_most=1024)
+    hidden_size: int | None = setting(
+        None, "width of the draft, a multiple of 32 (none: 3/8 of the target's)", at_least=32, at_most=2**16
+    )
+    texts: int = setting(2048, "texts that the target writes", at_least=16, at_most=2**24)
+    text_length: int = setting(256, "tokens of a text, its prompt included", at_least=8, at_most=2**16)
+    temperatures: tuple[float, ...] = setting((0.0, 0.6, 0.8, 1.0), "at which they are written")
+    steps: int = setting(1000, "of training", at_least=1)
+    minutes: float | None = setting(
+        None,
+        "of training at most; the result then depends on the machine's speed (none: no limit)",
+        at_least=0.01,
+    )
+    batch_tokens: int = setting(6144, "tokens of a step of training", at_least=1, at_most=2**24)
+    seed: int = setting(
+        0, "of everything random: the same one gives the same draft", at_least=0, at_most=2**31 - 1
+    )
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = setting("auto", "type of the target's weights")
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "where both models run")
+    threads: int | None = setting(None, "compute threads (none: one per core of ours)", at_least=1)
+
+    def __post_init__(self) -> None:
+        for temperature in self.temperatures:
+            if not 0.0 <= temperature <= 100.0:
+                raise ConfigError(
+                    f"temperatures must be between 0 and 100, not {temperature}", param="temperatures"
+                )
+        if not self.temperatures:
+            raise ConfigError("temperatures must name at least one", param="temperatures")
+
+
+SERVICES: list[type[Any]] = [NodeSettings, GatewaySettings, DistillSettings]
 """All trees; a `PDQ_…` variable of any of them is no mistake in the environment of another."""
 
 

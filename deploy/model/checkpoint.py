@@ -11,18 +11,17 @@ import argparse
 import json
 import os
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from safetensors.torch import load_file, save
-from tokenizers import Tokenizer
 from torch import Tensor
 
+from common.distill.folder import config_of
+from common.distill.network import Shape
+from common.engine.model.weights import write_weights
 from deploy.model.corpus import BOS, END, EOS, PAD, SPECIAL_TOKENS, Message, render
-from deploy.model.network import Llama, Shape
 
 # No extensions and no functions of any one renderer. An unknown role speaks as the user; content
 # may be a string or OpenAI's list of parts, of which the text counts.
@@ -51,14 +50,6 @@ CHAT_TEMPLATE = """\
 """
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """What a folder holds, for training and drawing."""
-
-    model: Llama
-    tokenizer: Tokenizer
-
-
 def save_state(path: Path, state: dict[str, Any]) -> None:
     """Write beside and rename, so that a stop leaves the old state or the new one."""
     torch.save(state, path.with_suffix(".tmp"))
@@ -71,50 +62,11 @@ def load_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def config_of(shape: Shape) -> dict[str, Any]:
-    """The `config.json` of a `LlamaForCausalLM`."""
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": shape.vocab_size,
-        "hidden_size": shape.hidden_size,
-        "intermediate_size": shape.intermediate_size,
-        "num_hidden_layers": shape.num_layers,
-        "num_attention_heads": shape.num_heads,
-        "num_key_value_heads": shape.num_kv_heads,
-        "head_dim": shape.head_dim,
-        "max_position_embeddings": shape.max_positions,
-        "hidden_act": "silu",
-        "rms_norm_eps": shape.norm_eps,
-        "rope_theta": shape.rope_theta,
-        "rope_scaling": None,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "attention_dropout": 0.0,
-        "tie_word_embeddings": True,
-        "initializer_range": 0.02,
-        "pad_token_id": SPECIAL_TOKENS.index(PAD),
-        "bos_token_id": SPECIAL_TOKENS.index(BOS),
-        "eos_token_id": [SPECIAL_TOKENS.index(EOS), SPECIAL_TOKENS.index(END)],
-        "torch_dtype": "bfloat16",
-        "use_cache": True,
-    }
-
-
-def shape_of(config: dict[str, Any]) -> Shape:
-    """The inverse of `config_of`."""
-    return Shape(
-        vocab_size=config["vocab_size"],
-        hidden_size=config["hidden_size"],
-        num_layers=config["num_hidden_layers"],
-        num_heads=config["num_attention_heads"],
-        num_kv_heads=config["num_key_value_heads"],
-        head_dim=config["head_dim"],
-        intermediate_size=config["intermediate_size"],
-        max_positions=config["max_position_embeddings"],
-        rope_theta=config["rope_theta"],
-        norm_eps=config["rms_norm_eps"],
-    )
+SPECIAL_IDS = {
+    "pad_token_id": SPECIAL_TOKENS.index(PAD),
+    "bos_token_id": SPECIAL_TOKENS.index(BOS),
+    "eos_token_id": [SPECIAL_TOKENS.index(EOS), SPECIAL_TOKENS.index(END)],
+}
 
 
 def check_template() -> None:
@@ -135,10 +87,7 @@ def write_checkpoint(folder: Path, weights: dict[str, Tensor], shape: Shape, tok
     """Weights in bf16, configs, tokenizer and chat template; each file readable by itself."""
     check_template()
     folder.mkdir(parents=True, exist_ok=True)
-    rounded = {name: weight.to(torch.bfloat16).contiguous() for name, weight in weights.items()}
-    partial = folder / "model.safetensors.partial"
-    partial.write_bytes(save(rounded, metadata={"format": "pt"}))
-    os.replace(partial, folder / "model.safetensors")
+    write_weights(folder, {name: weight.to(torch.bfloat16) for name, weight in weights.items()})
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "pad_token": PAD,
@@ -148,8 +97,8 @@ def write_checkpoint(folder: Path, weights: dict[str, Tensor], shape: Shape, tok
         "clean_up_tokenization_spaces": False,
         "chat_template": CHAT_TEMPLATE,
     }
-    config = config_of(shape)
-    generation_config = {name: config[name] for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    config = config_of(shape, SPECIAL_IDS)
+    generation_config = SPECIAL_IDS
     special_tokens = {"pad_token": PAD, "bos_token": BOS, "eos_token": EOS}
     for name, content in (
         ("config.json", config),
@@ -159,16 +108,6 @@ def write_checkpoint(folder: Path, weights: dict[str, Tensor], shape: Shape, tok
     ):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     shutil.copyfile(tokenizer_path, folder / "tokenizer.json")
-
-
-def read_checkpoint(folder: Path) -> Checkpoint:
-    """The model in float32 (its weights are those of the file, rounded to bf16), not training."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    model = Llama(shape_of(config))
-    weights = load_file(folder / "model.safetensors")
-    model.load_state_dict({name: weight.float() for name, weight in weights.items()})
-    model.eval()
-    return Checkpoint(model, Tokenizer.from_file(str(folder / "tokenizer.json")))
 
 
 def main() -> None:

@@ -8,7 +8,6 @@ of the state file, at any time.
 from __future__ import annotations
 
 import argparse
-import math
 import random
 import time
 from pathlib import Path
@@ -18,14 +17,15 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
+from common.distill.network import Llama, Shape
+from common.distill.optimization import descend, optimizers_of, set_rate, update_average
 from deploy.model.checkpoint import load_state, save_state
 from deploy.model.corpus import Stream, read_runs, train_tokenizer
-from deploy.model.network import TARGET, Llama
 
 # (rows, length) of a step, and how often: about the same number of tokens each.
 BATCHES = ((24, 256), (6, 1024), (3, 2048))
 SHARES = (0.80, 0.12, 0.08)
-WARM_UP = 42  # steps
+TARGET = Shape()
 
 
 def window_loss(model: nn.Module, window: Tensor) -> Tensor:
@@ -33,48 +33,6 @@ def window_loss(model: nn.Module, window: Tensor) -> Tensor:
     with torch.autocast("cpu", torch.bfloat16):
         logits = model(window[:, :-1])
     return F.cross_entropy(logits.flatten(0, 1).float(), window[:, 1:].flatten())
-
-
-def optimizers_of(model: nn.Module, weight_decay: float) -> list[torch.optim.Optimizer]:
-    """Muon (Jordan et al. 2024) for the matrices, Adam for the embedding and the norms."""
-    named = list(model.named_parameters())
-    matrices = [p for name, p in named if p.ndim == 2 and "embed" not in name]
-    table = [p for name, p in named if "embed" in name]
-    norms = [p for _, p in named if p.ndim < 2]
-    muon = torch.optim.Muon(matrices, lr=0.02, momentum=0.95, weight_decay=weight_decay)
-    adam = torch.optim.Adam(
-        [{"params": table, "lr": 4e-3}, {"params": norms, "lr": 2e-3}], betas=(0.9, 0.98), fused=True
-    )
-    for optimizer in (muon, adam):
-        for group in optimizer.param_groups:
-            group["peak"] = group["lr"]
-    return [muon, adam]
-
-
-def set_rate(optimizers: list[torch.optim.Optimizer], step: int, steps: int) -> None:
-    """Warm up, hold to 35%, then fall along a cosine to a hundredth of the peak."""
-    rise = min(1.0, (step + 0.02) / WARM_UP)
-    fall = 0.5 + 0.5 * math.cos(math.pi * max(0.0, step / steps - 0.35) / 0.65)
-    factor = rise * (0.01 + 0.99 * fall)
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * factor
-
-
-def descend(model: nn.Module, loss: Tensor, optimizers: list[torch.optim.Optimizer]) -> None:
-    """One step down the gradient of `loss`, clipped to a norm of 1."""
-    torch.autograd.backward(loss)
-    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    for optimizer in optimizers:
-        optimizer.step()
-        optimizer.zero_grad()
-
-
-def update_average(average: dict[str, Tensor], model: nn.Module, step: int) -> None:
-    """Exponential moving average of the weights; its memory grows to 100 steps."""
-    keep = min(0.99, (step + 1) / (step + 10))
-    for name, parameter in model.named_parameters():
-        average[name].lerp_(parameter.detach(), 1 - keep)
 
 
 @torch.no_grad()
@@ -134,11 +92,12 @@ def main() -> None:
     judge = Llama(TARGET)
     started, running = time.monotonic() - seconds, 0.0
     for step in range(first, options.steps):
-        set_rate(optimizers, step, options.steps)
+        set_rate(optimizers, step, step / options.steps)
         rows, length = random.Random(f"{options.seed}/{step}").choices(BATCHES, SHARES)[0]
         window = (short if length == 256 else long).take(rows, length)
         loss = step_loss(model, window)
-        descend(model, loss, optimizers)
+        torch.autograd.backward(loss)
+        descend(model, optimizers)
         update_average(average, model, step)
         running += (float(loss.detach()) - running) / min(step - first + 1, 50)
         done = step + 1

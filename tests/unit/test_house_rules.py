@@ -74,8 +74,8 @@ def test_a_library_is_loaded_by_its_own_door(library: str) -> None:
     assert users == LIBRARIES[library]
 
 
-def test_only_the_engine_and_what_moves_its_memory_knows_torch() -> None:
-    allowed = ("common/engine/", "common/node/", "kv_transfer/")
+def test_only_the_engine_and_what_trains_for_it_or_moves_its_memory_knows_torch() -> None:
+    allowed = ("common/engine/", "common/distill/", "common/node/", "kv_transfer/")
     users = importers("torch")
     assert users
     assert not [user for user in users if not user.startswith(allowed)]

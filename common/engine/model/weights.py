@@ -1,8 +1,8 @@
-"""Reading an ordinary Hugging Face checkpoint: safetensors, in one file or sharded by an index.
+"""An ordinary Hugging Face checkpoint: safetensors, in one file or sharded by an index.
 
-Owns finding, checking and reading tensors. Every failure is a `CheckpointError` that names the
-file or the tensor; shapes are checked from the headers of all files before one tensor is read, so
-that nothing is half loaded. Knows nothing of layers.
+Owns finding, checking and reading tensors, and writing those of a small model. What is read fails by a
+`CheckpointError` that names the file or the tensor; shapes are checked from the headers of all files
+before one tensor is read, so that nothing is half loaded. Knows nothing of layers.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 
 from common.errors import CheckpointError
 from common.model_folder.weight_files import INDEX, SINGLE, weight_files
@@ -121,6 +122,12 @@ class Checkpoint:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def write_weights(folder: Path, weights: Mapping[str, torch.Tensor]) -> None:
+    """All tensors in one file. Raises `OSError`."""
+    content = save({name: weight.contiguous() for name, weight in weights.items()}, metadata={"format": "pt"})
+    (folder / SINGLE).write_bytes(content)
 
 
 class RandomWeights:

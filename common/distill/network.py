@@ -1,9 +1,9 @@
-"""The shape of the shipped models: a Llama in plain torch, for training only.
+"""A Llama in plain torch, for training only.
 
 Owns the arithmetic of the forward pass and the parameter names, which are those of a
 Hugging Face `LlamaForCausalLM`, so that a state dict is a checkpoint. Knows nothing of text,
 optimizers or files. Serving has its own implementation; that both (and transformers) give the
-same logits is what makes the shipped checkpoint a test.
+same logits is what makes a checkpoint of it a test.
 """
 
 from __future__ import annotations
@@ -30,16 +30,17 @@ class Shape:
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-5
 
+    @property
+    def num_parameters(self) -> int:
+        attention = 2 * (self.num_heads + self.num_kv_heads) * self.head_dim
+        layer = self.hidden_size * (attention + 3 * self.intermediate_size + 2)
+        return self.hidden_size * (self.vocab_size + 1) + self.num_layers * layer
 
-TARGET = Shape()
-# At most a tenth of the target's bytes, and few layers: a draft is as slow as it is deep.
-DRAFT = Shape(hidden_size=96, num_layers=2, num_heads=3, num_kv_heads=1, head_dim=32, intermediate_size=352)
 
-
-def rope_tables(shape: Shape) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every position, each `[max_positions, head_dim]` (half-split layout)."""
+def rope_tables(shape: Shape, positions: int) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every position, each `[positions, head_dim]` (half-split layout)."""
     half = torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim
-    angles = torch.outer(torch.arange(shape.max_positions, dtype=torch.float32), shape.rope_theta**-half)
+    angles = torch.outer(torch.arange(positions, dtype=torch.float32), shape.rope_theta**-half)
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos(), angles.sin()
 
@@ -70,7 +71,7 @@ class BranchDropout(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention; with `past`, one call extends a dense cache."""
+    """Causal grouped-query attention."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -81,22 +82,13 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(shape.hidden_size, key, bias=False)
         self.o_proj = nn.Linear(query, shape.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, past: Past | None, layer: int) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         batch, length, _ = x.shape
         q = self.q_proj(x).view(batch, length, -1, self.shape.head_dim).transpose(1, 2)
         k = self.k_proj(x).view(batch, length, -1, self.shape.head_dim).transpose(1, 2)
         v = self.v_proj(x).view(batch, length, -1, self.shape.head_dim).transpose(1, 2)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if past is not None:
-            k, v = past.extend(layer, k, v)
-        if length == 1:
-            # One token sees all that is cached: the heads of a group are rows of one query.
-            q = q.reshape(batch, self.shape.num_kv_heads, -1, self.shape.head_dim)
-            out = F.scaled_dot_product_attention(q, k, v)
-        else:
-            # A cached call of more tokens is the whole prompt, so causal from position 0.
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-            out = out.transpose(1, 2)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
         mixed: Tensor = self.o_proj(out.reshape(batch, length, -1))
         return mixed
 
@@ -126,26 +118,10 @@ class Layer(nn.Module):
         self.mlp = FeedForward(shape)
         self.dropout = BranchDropout(dropout)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, past: Past | None, layer: int) -> Tensor:
-        x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin, past, layer))
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), cos, sin))
         fed: Tensor = self.dropout(self.mlp(self.post_attention_layernorm(x)))
         return x + fed
-
-
-class Past:
-    """Dense keys and values of a batch of equally long sequences, for drawing samples."""
-
-    def __init__(self, shape: Shape, batch: int, capacity: int, dtype: torch.dtype) -> None:
-        size = (shape.num_layers, 2, batch, shape.num_kv_heads, capacity, shape.head_dim)
-        self.store = torch.empty(size, dtype=dtype)
-        self.length = 0
-
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add `[batch, kv_heads, n, head_dim]` at `length`; return all, the new ones included."""
-        end = self.length + k.shape[2]
-        self.store[layer, 0, :, :, self.length : end] = k
-        self.store[layer, 1, :, :, self.length : end] = v
-        return self.store[layer, 0, :, :, :end], self.store[layer, 1, :, :, :end]
 
 
 class Body(nn.Module):
@@ -162,14 +138,15 @@ class Body(nn.Module):
 class Llama(nn.Module):
     """Token ids `[batch, length]` to logits `[batch, length, vocab]`; embeddings are tied."""
 
-    cos: Tensor  # [max_positions, head_dim]
+    cos: Tensor  # [longest, head_dim]
     sin: Tensor
 
-    def __init__(self, shape: Shape, dropout: float = 0.0) -> None:
+    def __init__(self, shape: Shape, dropout: float = 0.0, longest: int | None = None) -> None:
+        """`longest`: positions of a sequence in training (none: all that the shape has)."""
         super().__init__()
         self.shape = shape
         self.model = Body(shape, dropout)
-        cos, sin = rope_tables(shape)
+        cos, sin = rope_tables(shape, longest or shape.max_positions)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         self._initialize()
@@ -185,14 +162,11 @@ class Llama(nn.Module):
                 scale = 0.02
             nn.init.normal_(parameter, std=scale)
 
-    def forward(self, ids: Tensor, past: Past | None = None) -> Tensor:
-        start = past.length if past is not None else 0
-        end = start + ids.shape[1]
+    def forward(self, ids: Tensor) -> Tensor:
         x = self.model.dropout(self.model.embed_tokens(ids))
-        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-        cos, sin = self.cos[start:end].to(dtype), self.sin[start:end].to(dtype)
-        for index, layer in enumerate(self.model.layers):
-            x = layer(x, cos, sin, past, index)
-        if past is not None:
-            past.length = end
+        kind, length = x.device.type, ids.shape[1]
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        cos, sin = self.cos[:length].to(dtype), self.sin[:length].to(dtype)
+        for layer in self.model.layers:
+            x = layer(x, cos, sin)
         return F.linear(self.model.norm(x), self.model.embed_tokens.weight)
