@@ -24,6 +24,7 @@ from llvmlite.binding import Linkage
 from numba import types
 from numba.core.codegen import CPUCodeLibrary
 from numba.extending import intrinsic, overload
+from numba.np import linalg
 
 from common.engine.devices.cpu import kernel_cache, omp_pool
 from common.errors import ConfigError
@@ -84,6 +85,22 @@ def _own_copies() -> None:
 
 
 _own_copies()
+
+
+def _do_without_blas() -> None:
+    """Keep scipy out of the process.
+
+    Where it is installed, numba imports `scipy.linalg` only to see whether kernels could call its BLAS, which
+    takes a tenth of the start of a node. Ours call none.
+    """
+
+    def missing() -> None:
+        raise ImportError("kernels call no BLAS")
+
+    linalg.ensure_blas = missing
+
+
+_do_without_blas()
 
 
 def kernel(function: F) -> F:
