@@ -112,15 +112,37 @@ def test_what_is_python_runs(block: Block, served: ServeProcess) -> None:
     assert done.stdout.strip()
 
 
+PYTHON_M = ".venv/bin/python -m "
+# Each of the modules as `python -m` runs it, in one process, which imports torch once for all.
+HELP_OF_EACH = """
+import runpy, sys
+for module in sys.argv[1:]:
+    sys.argv = [module, "--help"]
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        if end.code:
+            raise
+    else:
+        sys.exit(f"{module} has done more than help")
+"""
+
+
 @each("plan")
 def test_what_takes_long_is_known(block: Block) -> None:
+    shown, modules = [], []
     for command in block.commands:
         if command.startswith("make"):
-            shown = made(command).replace("make ", "make --dry-run ", 1)
+            shown.append(made(command).replace("make ", "make --dry-run ", 1))
+        elif command.startswith(PYTHON_M):
+            modules.append(command.removeprefix(PYTHON_M).split()[0])
         else:
-            shown = installed(command.partition("#")[0]) + " --help"
+            shown.append(installed(command.partition("#")[0]) + " --help")
+    if modules:
+        shown.append(shlex.join([sys.executable, "-c", HELP_OF_EACH, *modules]))
+    for text in shown:
         done = subprocess.run(
-            ["sh", "-c", shown],
+            ["sh", "-c", text],
             cwd=ROOT,
             capture_output=True,
             text=True,

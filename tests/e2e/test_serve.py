@@ -173,7 +173,7 @@ def test_a_node_that_is_killed_comes_back(served: ServeProcess) -> None:
 
 def test_ctrl_c_finishes_what_runs_and_leaves_nothing(tmp_path: Path) -> None:
     with serving(tmp_path, *UNIFIED) as serve:
-        with _open_stream(serve.url(), max_tokens=300) as events:
+        with _open_stream(serve.url(), max_tokens=120) as events:
             next(events)
             serve.signal(signal.SIGINT)
             rest = list(events)

@@ -18,7 +18,9 @@ LOAD = bodies(20, seed=13)
 
 @pytest.fixture(scope="module")
 def pair() -> Iterator[Deployment]:
-    with Deployment(STORIES, prefill=1, decode=1, flags=BEATS, gateway_flags=BEATS) as deployment:
+    """What finds no decode node is given up after five seconds; a new life of one takes less."""
+    gateway_flags = (*BEATS, "--placement-timeout-s", "5")
+    with Deployment(STORIES, prefill=1, decode=1, flags=BEATS, gateway_flags=gateway_flags) as deployment:
         yield deployment
 
 

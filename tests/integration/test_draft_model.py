@@ -50,18 +50,18 @@ def plain() -> dict[tuple[str, int], list[Any]]:
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("sources", "settings"),
     [
-        {},
-        {"most": 1},
-        {"most": 20, "max_num_batched_tokens": 24},
-        {"num_kv_blocks": 24, "max_num_seqs": 4},  # preempts
-        {"enable_prefix_caching": False, "block_size": 4, "num_kv_blocks": 512},
+        ([ModelSource(512)], {}),
+        ([NGramSource(), ModelSource(512)], {}),
+        ([ModelSource(512)], {"most": 1}),
+        ([NGramSource(), ModelSource(512)], {"most": 20, "max_num_batched_tokens": 24}),
+        ([NGramSource(), ModelSource(512)], {"num_kv_blocks": 24, "max_num_seqs": 4}),  # preempts
+        ([ModelSource(512)], {"enable_prefix_caching": False, "block_size": 4, "num_kv_blocks": 512}),
     ],
 )
-@pytest.mark.parametrize("sources", [[ModelSource(512)], [NGramSource(), ModelSource(512)]])
 def test_a_draft_model_changes_no_token_no_logprob_and_no_end(
-    plain: dict[tuple[str, int], list[Any]], settings: dict[str, Any], sources: list[DraftSource]
+    plain: dict[tuple[str, int], list[Any]], sources: list[DraftSource], settings: dict[str, Any]
 ) -> None:
     engine = draft_engine(*sources, **settings)
     assert outputs(engine) == plain

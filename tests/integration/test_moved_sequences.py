@@ -173,9 +173,17 @@ def test_what_the_draft_model_has_computed_moves_with_it(reference: Engine, kind
     assert not any(proposer.failures.count for proposer in proposers)
 
 
-@pytest.mark.parametrize("speculative", ["ngram", "ngram+draft"])
-@pytest.mark.parametrize("begins_at", ["prefill", "unified"])
-@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize(  # each pair of them
+    ("kind", "begins_at", "speculative"),
+    [
+        ("greedy", "prefill", "ngram"),
+        ("greedy", "unified", "ngram+draft"),
+        ("seeded", "prefill", "ngram+draft"),
+        ("seeded", "unified", "ngram"),
+        ("penalties", "prefill", "ngram"),
+        ("penalties", "unified", "ngram+draft"),
+    ],
+)
 def test_with_drafts_a_sequence_that_moves_or_begins_again_anywhere_makes_the_same_tokens(
     reference: Engine, kind: str, begins_at: str, speculative: str
 ) -> None:

@@ -36,6 +36,7 @@ class Regime:
     prefix_caching: bool
     drafts: bool
     longest: bool = True  # whether the prompt to the end of the context takes part
+    families: int = 4  # of three requests with a common stem, that take part
 
 
 ALONE = Regime(1, LONGEST, 300, prefix_caching=False, drafts=False)
@@ -83,7 +84,7 @@ def requests(seed: int) -> tuple[dict[str, list[int]], dict[str, SamplingParams]
         prompts[f"short-{index}"] = random.integers(0, VOCAB, 1 + 5 * index).tolist()
     params = {
         name: SamplingParams(
-            max_tokens=96 if name == "longest" else int(random.integers(40, 180)),
+            max_tokens=96 if name == "longest" else int(random.integers(30, 130)),
             temperature=1.0,
             seed=int(random.integers(1 << 60)),
             ignore_eos=True,
@@ -108,7 +109,9 @@ def run(folder: Path, regime: Regime, dtype: str, threads: int, seed: int, truth
     if regime.drafts and truth:
         engine.proposer = RandomProposer(truth.tokens, VOCAB, seed)
     prompts, params = requests(seed)
-    order = [name for name in prompts if regime.longest or name != "longest"]
+    out = [] if regime.longest else ["longest"]
+    out += [name for name in prompts if name.startswith("family-") and int(name[7]) >= regime.families]
+    order = [name for name in prompts if name not in out]
     np.random.default_rng(seed + regime.max_num_seqs).shuffle(order)
     return run_recorded(engine, prompts, params, order)
 
@@ -128,7 +131,7 @@ def count_differing(truth: Run, other: Run) -> tuple[int, int]:
 def test_no_logit_depends_on_the_batch(folder: Path, dtype: str, threads: int) -> None:
     alone, regimes = ALONE, REGIMES
     if threads == 2:  # which wait for each other on a busy machine
-        alone, regimes = dataclasses.replace(ALONE, longest=False), REGIMES[1:2]
+        alone, *regimes = (dataclasses.replace(r, longest=False, families=1) for r in (ALONE, REGIMES[1]))
     truth = run(folder, alone, dtype, threads, 0, None)
     total, preemptions = 0, 0
     for regime in regimes:
