@@ -12,7 +12,7 @@ from common.engine.speculation.model import ModelSource
 from common.engine.text import encode
 from common.errors import ConfigError
 from tests.integration.test_draft_model import STORY, counts
-from tests.integration.test_speculation import outputs
+from tests.integration.test_speculation import FEW, outputs
 from tests.support.checkpoints import BABYLLAMA, STORIES
 from tests.support.engines import FreeRounds, NoCosts, poisoned_engine
 
@@ -25,7 +25,7 @@ def by_text(most: int = 4, **settings: Any) -> Engine:
 
 @pytest.fixture(scope="module")
 def plain() -> dict[tuple[str, int], list[Any]]:
-    return outputs(poisoned_engine())
+    return outputs(poisoned_engine(), FEW)
 
 
 @pytest.mark.parametrize("settings", [{}, {"num_kv_blocks": 24, "max_num_seqs": 4}])
@@ -33,7 +33,7 @@ def test_it_changes_no_token_no_logprob_and_no_end(
     plain: dict[tuple[str, int], list[Any]], settings: dict[str, Any]
 ) -> None:
     engine = by_text(**settings)
-    assert outputs(engine) == plain
+    assert outputs(engine, FEW) == plain
     found = counts(engine)
     assert 100 < found.accepted < found.drafted
     assert not found.failures
@@ -55,7 +55,7 @@ def test_a_story_takes_fewer_steps_either_way(model: Any, draft: Any) -> None:
 def test_what_it_has_forgotten_it_is_told_again(plain: dict[tuple[str, int], list[Any]]) -> None:
     engine = by_text()
     del engine.runner.draft._free[2:]  # more sequences than it can read at once
-    assert outputs(engine) == plain
+    assert outputs(engine, FEW) == plain
     assert counts(engine).drafted
     assert len(engine.runner.draft._readings) + len(engine.runner.draft._free) == 2
 
@@ -63,7 +63,7 @@ def test_what_it_has_forgotten_it_is_told_again(plain: dict[tuple[str, int], lis
 def test_no_numbers_cost_drafts_only(plain: dict[tuple[str, int], list[Any]]) -> None:
     engine = by_text()
     engine.runner.draft._model._norm[0] = float("nan")
-    assert outputs(engine) == plain
+    assert outputs(engine, FEW) == plain
     assert counts(engine).accepted < 5, "a token that stands in may be right"
 
 
@@ -81,7 +81,7 @@ def test_an_error_costs_drafts_only(
         return forward(*arguments)
 
     monkeypatch.setattr(engine.runner.draft._model, "forward", fail_some)
-    assert outputs(engine) == plain
+    assert outputs(engine, FEW) == plain
     found = counts(engine)
     assert found.failures == 3
     assert found.accepted > 100
