@@ -99,10 +99,19 @@ class LazyForker(Forker):
             super().close()
 
 
+class AttentiveServer(Server):
+    """Ends when it is told to; uvicorn looks ten times a second."""
+
+    async def main_loop(self) -> None:
+        await self.on_tick(0)
+        while not self.should_exit:  # noqa: ASYNC110  (whoever sets it tells nobody)
+            await asyncio.sleep(0.005)
+
+
 @contextlib.asynccontextmanager
 async def listening(service: Service, http: HTTPSettings = HTTP) -> AsyncIterator[tuple[str, Roster]]:
     """The service over HTTP: its URL and its connections."""
-    server = Server(create_app(service), http)
+    server = AttentiveServer(create_app(service), http)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         serving = asyncio.create_task(server.serve(sockets=[listener]))
