@@ -57,7 +57,7 @@ chaos-handoff: $(INSTALLED)
 	CHAOS=all $(BIN)/python -m pytest tests/faults/test_handoff_chaos.py $(ARGS)
 
 # A gateway and nodes stopped for 1 to 30 s, with default beats: 15 cases with nodes that lack an engine, 20 of
-# a whole system, 20 minutes; `make test` has two short ones. CHAOS_TABLE as above.
+# a whole system, 20 minutes; `make test` has a short one. CHAOS_TABLE as above.
 chaos-stops: $(INSTALLED)
 	CHAOS=all $(BIN)/python -m pytest tests/integration/test_stopped_processes.py tests/faults/test_stopped.py $(ARGS)
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,7 +25,13 @@ REASONS = {
 
 
 def each(*kinds: str) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("block", marked(*kinds), ids=str)
+    return pytest.mark.parametrize("block", [_param(block) for block in marked(*kinds)], ids=str)
+
+
+def _param(block: Block) -> Any:
+    """Slow are servers in other sizes: test_same_tokens.py and test_serve.py have them without make."""
+    is_slow = block.kind == "serve" and "ARGS=" in block.text
+    return pytest.param(block, marks=[pytest.mark.slow] if is_slow else [])
 
 
 def made(command: str) -> str:

@@ -38,7 +38,7 @@ WHO = ("gateway", "a node", "a node, then the gateway")
 # By default: 1 is not noticed, 4 ends the links, 7 and more also the requests.
 BEATS = (0.5, 3.0, 0.08) if ALL else (0.05, 0.5, 0.03)
 CASES = [(who, seconds) for who in WHO for seconds in (1.0, 4.0, 7.0, 12.0, 30.0)]
-SAMPLE = [("gateway", 2.0), ("a node, then the gateway", 2.0)]
+SAMPLE = [pytest.param("gateway", 2.0, marks=pytest.mark.slow), ("a node, then the gateway", 2.0)]
 PROMPTS = [[1, 400 + index, 402, 403] for index in range(6)]
 CHOICES, TOKENS = 4, 60
 
