@@ -1,12 +1,14 @@
-"""Measure the shipped checkpoints through transformers: `python -m deploy.model.measure --help`.
+"""Measure the shipped checkpoints: `python -m deploy.model.measure --help`.
 
-Owns the numbers and samples of the model cards. It loads the folders as anybody would, in float32,
-and so also checks that what training wrote is an ordinary checkpoint.
+Owns the numbers and samples of the model cards. It loads the target through transformers as anybody would,
+in float32, and so also checks that what training wrote is an ordinary checkpoint. Drafts are measured as
+`pdq distill` measures them, on beginnings that no training has seen; several, beside each other.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import random
 from pathlib import Path
@@ -17,10 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from common.distill import texts
+from common.distill.acceptance import acceptance
+from common.engine import Engine
+from common.engine.runner.model_runner import ModelRunner
 from deploy.model.corpus import ASSISTANT, documents, read_runs
 
 POSITIONS = (0, 64, 256, 1024, 2048)
-DRAFTED = 4  # tokens per step of the simulated speculation
 TEXT_PROMPTS = (
     "Once upon a time there was a king who had three daughters.",
     "ROMEO:\nWhat light is this?\n\n",
@@ -41,26 +46,24 @@ def load(folder: Path) -> tuple[Any, Any]:
 
 
 @torch.no_grad()
-def held_out(target: Any, draft: Any, texts: list[str], tokenizer: Any) -> dict[str, Any]:
-    """Loss by position over whole documents (the end token counts), and greedy agreement."""
+def held_out(target: Any, whole: list[str], tokenizer: Any) -> dict[str, Any]:
+    """Loss by position over whole documents (the end token counts)."""
     sums = torch.zeros(len(POSITIONS) - 1, dtype=torch.float64)
     counts = torch.zeros_like(sums)
-    draft_sum, same, tokens, size = 0.0, 0, 0, 0
-    for text in texts:
+    tokens, size = 0, 0
+    for text in whole:
         ids = torch.tensor([tokenizer.encode(text, add_special_tokens=False)])[:, :2048]
-        logits, guessed = target(ids).logits[0, :-1], draft(ids).logits[0, :-1]
+        logits = target(ids).logits[0, :-1]
         loss = F.cross_entropy(logits, ids[0, 1:], reduction="none").double()
         for index in range(len(sums)):
             part = loss[POSITIONS[index] : POSITIONS[index + 1]]
             sums[index] += part.sum()
             counts[index] += len(part)
-        draft_sum += float(F.cross_entropy(guessed, ids[0, 1:], reduction="sum"))
-        same += int((logits.argmax(-1) == guessed.argmax(-1)).sum())
         tokens += len(loss)
         size += len(tokenizer.decode(ids[0], skip_special_tokens=True).encode())
     nats = float(sums.sum()) / tokens
     return {
-        "documents": len(texts),
+        "documents": len(whole),
         "tokens": tokens,
         "bytes_per_token": size / tokens,
         "nats_per_token": nats,
@@ -71,8 +74,6 @@ def held_out(target: Any, draft: Any, texts: list[str], tokenizer: Any) -> dict[
             for i in range(len(sums))
             if counts[i]
         },
-        "draft_nats_per_token": draft_sum / tokens,
-        "greedy_agreement": same / tokens,
     }
 
 
@@ -87,52 +88,37 @@ def generate(model: Any, ids: Tensor, tokens: int, temperature: float) -> Tensor
     return whole[0, ids.shape[1] :]
 
 
-@torch.no_grad()
-def own_text(target: Any, draft: Any, prompts: list[list[int]], temperature: float) -> dict[str, float]:
-    """The draft on what the target writes: the share of tokens it would have had accepted.
-
-    Greedy: its choice is the target's. Otherwise: the overlap of both distributions, which is the
-    acceptance of speculative sampling (Leviathan et al. 2023).
-    """
-    accepted, tokens, ended, length, steps = 0.0, 0, 0, 0, 0
+def own_text(target: Any, prompts: list[list[int]], temperature: float) -> dict[str, float]:
+    """How long the target's replies are, and whether they end."""
     ends = set(target.generation_config.eos_token_id)
-    for prompt in prompts:
-        ids = torch.tensor([prompt])
-        new = generate(target, ids, 256, temperature)
-        whole = torch.cat((ids, new[None]), dim=1)
-        wanted = target(whole).logits[0, len(prompt) - 1 : -1]
-        guessed = draft(whole).logits[0, len(prompt) - 1 : -1]
-        if temperature > 0:
-            p, q = (wanted / temperature).softmax(-1), (guessed / temperature).softmax(-1)
-            accepted += float(torch.minimum(p, q).sum())
-        else:
-            hits = (guessed.argmax(-1) == new).tolist()
-            accepted += sum(hits)
-            position = 0
-            while position < len(hits):
-                run = 0
-                while run < DRAFTED and position + run < len(hits) and hits[position + run]:
-                    run += 1
-                position += run + 1
-                steps += 1
-        tokens += len(new)
-        ended += int(new[-1]) in ends
-        length += len(new)
-    result = {
-        "acceptance": accepted / tokens,
-        "ended_within_256": ended / len(prompts),
-        "mean_tokens": length / len(prompts),
+    replies = [generate(target, torch.tensor([prompt]), 256, temperature) for prompt in prompts]
+    return {
+        "ended_within_256": sum(int(reply[-1]) in ends for reply in replies) / len(replies),
+        "mean_tokens": sum(map(len, replies)) / len(replies),
     }
-    if steps:
-        result[f"tokens_per_step_drafting_{DRAFTED}"] = tokens / steps
-    return result
+
+
+def accepted(
+    target: Path, drafts: list[Path], prompts: list[list[int]], temperature: float
+) -> dict[str, Any]:
+    """By draft, of what the target writes after these prompts."""
+    writer = Engine.load(target, enable_prefix_caching=False)
+    beginnings = [tuple(prompt) for prompt in prompts]
+    replies = texts.write(writer, beginnings, len(prompts), 256, (temperature,), 1, lambda _: None)
+    found = {}
+    for draft in drafts:
+        runner = Engine.load(draft, max_num_seqs=2, enable_prefix_caching=False).runner
+        assert isinstance(runner, ModelRunner)
+        found[draft.name] = dataclasses.asdict(acceptance(runner, replies, temperature))
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--text-dir", type=Path, default=Path("../shared/data/text"))
     parser.add_argument("--target", type=Path, default=Path("common/models/pdq-5m"))
-    parser.add_argument("--draft", type=Path, default=Path("common/models/pdq-5m-draft"))
+    parser.add_argument("--drafts", type=Path, nargs="*", default=[Path("common/models/pdq-5m-draft")])
+    parser.add_argument("--drafts-only", action="store_true", help="nothing of the target")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--prompts", type=int, default=40, help="of each kind, held out")
     parser.add_argument("--threads", type=int, default=1)
@@ -140,22 +126,26 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     target, tokenizer = load(options.target)
-    draft, draft_tokenizer = load(options.draft)
-    assert tokenizer.get_vocab() == draft_tokenizer.get_vocab()
 
     runs = [run for run in read_runs(options.text_dir) if run.held_out]
     choice = random.Random(f"{options.seed}/measure")
-    texts = documents(runs, choice, 200, 2000, chat_share=0.0)
+    whole = documents(runs, choice, 200, 2000, chat_share=0.0)
     chats = [text for text in documents(runs, choice, 48, 512, 1.0) if ASSISTANT in text]
-    report: dict[str, Any] = {"held_out": held_out(target, draft, texts, tokenizer)}
-    beginnings = [tokenizer.encode(t, add_special_tokens=False)[:24] for t in texts]
+    beginnings = [tokenizer.encode(t, add_special_tokens=False)[:24] for t in whole]
     asked = [text.partition(ASSISTANT)[0] + ASSISTANT for text in chats]
     questions = [tokenizer.encode(text, add_special_tokens=False) for text in asked]
+    report: dict[str, Any] = {}
     for kind, prompts in (("text", beginnings), ("chat", questions)):
         some = prompts[: options.prompts]
         for temperature in (0.0, 0.8):
-            report[f"own_{kind}_at_{temperature}"] = own_text(target, draft, some, temperature)
+            drafts = accepted(options.target, options.drafts, some, temperature)
+            own = {} if options.drafts_only else own_text(target, some, temperature)
+            report[f"own_{kind}_at_{temperature}"] = own | {"drafts": drafts}
+    if not options.drafts_only:
+        report["held_out"] = held_out(target, whole, tokenizer)
     print(json.dumps(report, indent=2))
+    if options.drafts_only:
+        return
 
     for temperature in (0.0, 0.8):
         for text in TEXT_PROMPTS:

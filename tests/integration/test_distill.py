@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import json
 import os
@@ -24,6 +23,7 @@ from common.distill.display import Display
 from common.distill.distillation import distill
 from common.distill.stop import Stop
 from common.distill.texts import Text, packed
+from common.distill.training import divergence
 from common.engine import Engine, SamplingParams
 from common.engine.runner.model_runner import ModelRunner
 from common.errors import (
@@ -169,6 +169,22 @@ def test_texts_are_packed_whole_and_rows_are_never_longer() -> None:
     assert max(map(len, rows)) <= 10
     assert len(rows) == 4
     assert sum(map(len, rows)) == sum(map(len, some))
+
+
+@pytest.mark.parametrize("kept", [3, 8])
+def test_the_loss_is_the_divergence_of_likely_tokens_and_of_all_others_as_one(kept: int) -> None:
+    target, draft = (
+        torch.randn(5, 8, generator=torch.Generator().manual_seed(0)),
+        torch.arange(40.0).view(5, 8),
+    )
+    likely = target.log_softmax(-1).topk(kept)
+    p, q = (x.softmax(-1).gather(1, likely.indices) for x in (target, draft / 10))
+    if kept < 8:
+        p, q = (torch.cat((x, 1 - x.sum(-1, keepdim=True)), dim=-1) for x in (p, q))
+    expected = (p * (p / q).log()).sum(-1)
+    torch.testing.assert_close(
+        divergence(draft / 10, likely.indices, likely.values), expected, rtol=1e-4, atol=1e-5
+    )
 
 
 # ── Bad input ────────────────────────────────────────────────────────────────────────────────────
@@ -332,6 +348,6 @@ def test_an_error_is_one_line_and_exit_code_1(tmp_path: Path, capsys: pytest.Cap
     assert capsys.readouterr().err.startswith("pdq distill: model folder ")
 
 
-def test_settings_are_frozen_and_checked_without_torch() -> None:
+def test_a_temperature_that_no_request_could_have_is_refused() -> None:
     with pytest.raises(ConfigError, match="temperatures"):
-        dataclasses.replace(DistillSettings(), temperatures=(-1.0,))
+        DistillSettings(temperatures=(-1.0,))
