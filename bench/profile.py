@@ -26,7 +26,7 @@ import torch
 from bench.engine import BODY, prompt_ids
 from bench.limits import Limits, measure_limits
 from common.engine import Engine, SamplingParams
-from common.engine.devices.cpu import backend, kernels
+from common.engine.devices.cpu import kernels, products
 from common.engine.runner.model_runner import ModelRunner
 from common.engine.runner.sampler import Sampler
 
@@ -91,7 +91,7 @@ def watching(engine: Engine) -> Iterator[Clock]:
             setattr(owner, method, clock.timed(name, before))
             stack.callback(setattr, owner, method, before)
 
-        for linear in (backend._OneDnnLinear, backend._PlainLinear):
+        for linear in (products._Packed, products._ByRows, products._OneDnn, products._Plain):
             watch(linear, "product", product)
         for kernel in (*NORMS, *ATTENTION):
             watch(kernels, kernel, lambda *_, kernel=kernel: f"kernel {kernel}")

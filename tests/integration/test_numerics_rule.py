@@ -17,6 +17,7 @@ import torch
 
 from common.engine import Engine, SamplingParams
 from common.engine.devices.cpu.backend import CpuBackend
+from common.engine.devices.cpu.products import OneDnnProducts, OwnProducts
 from common.settings.config import EngineSettings
 from tests.support.checkpoints import save_random_model
 from tests.support.engines import with_poison
@@ -172,12 +173,15 @@ def test_no_logit_depends_on_the_block_size_or_the_context(folder: Path, dtype: 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_settle_sees_every_count_of_rows_that_gives_other_bits(dtype: torch.dtype, threads: int) -> None:
+@pytest.mark.parametrize("products", [OwnProducts, OneDnnProducts])
+def test_settle_sees_every_count_of_rows_that_gives_other_bits(
+    dtype: torch.dtype, threads: int, products: type[OwnProducts] | type[OneDnnProducts]
+) -> None:
     """With biases, heads on embeddings, and sizes that fit no vector."""
     generator = torch.Generator().manual_seed(2)
     for inputs, outputs in ((64, 192), (101, 300), (1089, 513), (4865, 97), (17, 2048), (1, 9)):
         for kind in ("plain", "biased", "tied"):
-            backend = CpuBackend(dtype, threads)
+            backend = CpuBackend(dtype, threads, products(dtype))
             weight = torch.randn(outputs, inputs, generator=generator).to(dtype)
             bias = torch.randn(outputs, generator=generator) if kind == "biased" else None
             tied = kind == "tied"

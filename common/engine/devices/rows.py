@@ -17,13 +17,19 @@ class RowPlan:
     """How many rows one matrix product takes, so that its kernel never depends on the batch.
 
     Prompt rows go in calls of exactly `prompt_rows` (the last one filled up); generated rows in
-    calls of at most `generated_rows`, each a multiple of `generated_multiple`.
+    calls of at most `generated_rows`, each a multiple of `generated_multiple`. Where all are 1, a product
+    takes any rows at once.
     """
 
     prompt_rows: int
     generated_rows: int
     generated_multiple: int
     query_tile: int  # positions per unit of prompt attention; leaves no trace in the bits
+
+    @property
+    def takes_any(self) -> bool:
+        """Products whose rows never depend on each other: in any calls, without padding."""
+        return self.prompt_rows == self.generated_rows == 1
 
     def slices(self, rows: int, padded_generated: int) -> Iterator[slice]:
         """The calls that `rows` rows take: half-open, in order, all of them."""

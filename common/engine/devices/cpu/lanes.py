@@ -64,7 +64,7 @@ def _lane_of(element: Any, lanes: Any, like: Any) -> Any:
     return of_pairs if like == types.uint16 else as_it_lies
 
 
-class _Code:
+class VectorCode:
     """Emits operations on vectors of `width` floats."""
 
     def __init__(self, builder: Any, width: int) -> None:
@@ -108,11 +108,14 @@ class _Code:
             return [self.load(base, 4 * first, self.floats) for first in range(0, head_dim, self.width)]
         found = []
         for first in range(0, head_dim, 2 * self.width):
-            pairs = self.load(base, 2 * first, self.words, align=2)
-            even = self.builder.shl(pairs, self.words_of(16))
-            odd = self.builder.and_(pairs, self.words_of(0xFFFF0000))
-            found += [self.builder.bitcast(half, self.floats) for half in (even, odd)]
+            found += self.halves(self.load(base, 2 * first, self.words, align=2))
         return found
+
+    def halves(self, pairs: Any) -> list[Any]:
+        """The first, and the second elements of pairs of bfloat16, as floats."""
+        first = self.builder.shl(pairs, self.words_of(16))
+        second = self.builder.and_(pairs, self.words_of(0xFFFF0000))
+        return [self.builder.bitcast(half, self.floats) for half in (first, second)]
 
     def sums(self, vectors: Sequence[Any]) -> Any:
         """The sum of the lanes of each vector, as one vector; their number is a power of two."""
@@ -216,7 +219,7 @@ def score_run(
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         key_at, stride, count, query_at, out_at = arguments[:5]
-        code = _Code(builder, width)
+        code = VectorCode(builder, width)
 
         def one_key(index: Any, _: list[Any]) -> list[Any]:
             key = code.row(builder.add(key_at, builder.mul(index, stride)), head_dim, like)
@@ -257,7 +260,7 @@ def value_run(
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         value_at, stride, count, weight_at, out_at = arguments[:5]
-        code = _Code(builder, width)
+        code = VectorCode(builder, width)
         places = [4 * (head * head_dim + part * width) for head in range(heads) for part in range(parts)]
 
         def one_value(index: Any, totals: list[Any]) -> list[Any]:
@@ -283,7 +286,7 @@ def peak_run(typing_context: Any, scores: Any, count: Any, peaks: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         score_at, count, peak_at = arguments
-        code = _Code(builder, LANES)
+        code = VectorCode(builder, LANES)
 
         def one(index: Any, highest: list[Any]) -> list[Any]:
             row = code.load(code.beyond(score_at, index, 4 * LANES), 0, code.floats)
@@ -302,7 +305,7 @@ def exp_run(typing_context: Any, scores: Any, count: Any, peaks: Any, sums: Any)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         score_at, count, peak_at, sum_at = arguments
-        code = _Code(builder, LANES)
+        code = VectorCode(builder, LANES)
         peak = code.load(peak_at, 0, code.floats)
 
         def one(index: Any, totals: list[Any]) -> list[Any]:

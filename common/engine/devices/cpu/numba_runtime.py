@@ -40,6 +40,7 @@ KERNEL_SOURCES = (  # of the engine; what the CPU does without compiling it is n
     "devices/cpu/lanes.py",
     "devices/cpu/numba_runtime.py",
     "devices/cpu/philox.py",
+    "devices/cpu/product_kernels.py",
     "devices/cpu/sampling.py",
     "devices/cpu/selection.py",
     "sampling/noise.py",

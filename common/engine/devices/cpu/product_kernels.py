@@ -1,0 +1,302 @@
+"""Products of our own, of which every row is summed in one order, however many rows there are.
+
+Owns how a weight lies for them, and two kernels: `multiply` of a weight that is packed once, and
+`multiply_rows` of one that stays readable by rows (a head on the embedding). A row's sum adds one pair of
+bfloat16 products after the other, or one float32 product, from the first column to the last (`multiply`), or
+in 16 lanes that are added up by a fixed tree (`multiply_rows`). So nothing has to be filled up to a number of
+rows, and a step may hold any.
+
+A packed weight `[out, in]` is `[out / block, in / 2, block]` pairs of bfloat16, or `[out / block, in, block]`
+float32, filled up with zeros: a block's columns of a step of the sum lie side by side.
+
+Where the processor has products of bfloat16 pairs (AVX512-BF16), they are used; elsewhere both halves of a
+pair are widened. The two round differently: the processor's features are part of the numerics class.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numba
+import numpy as np
+import torch
+from llvmlite import binding, ir
+from numba import carray, prange, types
+from numba.extending import intrinsic
+from torch import Tensor
+
+from common.engine.devices.cpu.lanes import LANES, VectorCode
+from common.engine.devices.cpu.numba_runtime import kernel, narrow, pointer, size_of, widen
+
+_FLOAT, _INT32, _INT64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
+_FEATURES = binding.get_host_cpu_features()
+PAIR_PRODUCTS: tuple[int, ...] = (0,) * bool(
+    _FEATURES.get("avx512bf16")
+)  # as a type: empty where there are none
+VECTORS = 4 if _FEATURES.get("avx512f") else 1  # of 16 columns in a block: what registers hold with 6 rows
+BLOCK = LANES * VECTORS
+COLUMNS = (0,) * VECTORS
+SIX, FOUR, TWO, ONE = (0,) * 6, (0,) * 4, (0,) * 2, (0,)  # rows at once
+ROWS_OF_A_UNIT = 36  # of a product: a multiple of six, whose part of `x` stays in the cache
+
+
+class _BFloat(ir.types.Type):  # type: ignore[misc]
+    """What llvmlite has no name for."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat)
+
+
+def pack(weight: Tensor) -> Tensor:
+    """`[out, in]` as `multiply` wants it."""
+    out_features, in_features = weight.shape
+    together = 2 if weight.dtype == torch.bfloat16 else 1
+    steps, blocks = -(-in_features // together), -(-out_features // BLOCK)
+    filled = torch.zeros(blocks * BLOCK, steps * together, dtype=weight.dtype)
+    filled[:out_features, :in_features] = weight
+    return filled.view(blocks, BLOCK, steps, together).transpose(1, 2).contiguous()
+
+
+class _Sums:
+    """Emits the steps of a sum: products of elements that `like` names, by pairs where they have 16 bits."""
+
+    def __init__(self, code: VectorCode, pairs: Any, like: Any) -> None:
+        self._code, self._of_pairs, self._has_products = code, like == types.uint16, pairs.count > 0
+
+    def element(self) -> Any:
+        """Type of what a row gives to one step."""
+        return _INT32 if self._of_pairs else _FLOAT
+
+    def vector(self) -> Any:
+        return self._code.words if self._of_pairs else self._code.floats
+
+    def everywhere(self, value: Any) -> Any:
+        """One element of a step in all lanes."""
+        builder, undefined = self._code.builder, self.vector()(ir.Undefined)
+        first = builder.insert_element(undefined, value, _INT32(0))
+        return builder.shuffle_vector(first, undefined, self._code.words_of(0))
+
+    def plus(self, total: Any, a: Any, b: Any) -> Any:
+        code = self._code
+        if not self._of_pairs:
+            return code.plus_product(a, b, total)
+        if self._has_products:
+            return self._pair_product(total, a, b)
+        for one, other in zip(code.halves(a), code.halves(b), strict=True):
+            total = code.plus_product(one, other, total)
+        return total
+
+    def _pair_product(self, total: Any, a: Any, b: Any) -> Any:
+        code, pairs = self._code, ir.VectorType(_BFloat(), 2 * self._code.width)
+        name, module = "llvm.x86.avx512bf16.dpbf16ps.512", code.builder.module
+        product = module.globals.get(name)
+        if product is None:
+            product = ir.Function(module, ir.FunctionType(code.floats, [code.floats, pairs, pairs]), name)
+        return code.builder.call(product, [total, *(code.builder.bitcast(one, pairs) for one in (a, b))])
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def tile(
+    typing_context: Any,
+    x: Any,
+    stride: Any,
+    weight: Any,
+    steps: Any,
+    totals: Any,
+    rows: Any,
+    vectors: Any,
+    pairs: Any,
+    like: Any,
+) -> Any:
+    """float32 totals[rows, 16 * vectors] += x[rows, steps] times a block's weight[steps, 16 * vectors].
+
+    Rows of `x` are `stride` bytes apart. `rows` and `vectors` are tuples with as many entries.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        x_at, stride, weight_at, steps, total_at = arguments[:5]
+        code = VectorCode(builder, LANES)
+        sums = _Sums(code, pairs, like)
+        count, wide = rows.count, vectors.count
+        starts = [builder.add(x_at, builder.mul(stride, _INT64(row))) for row in range(count)]
+        places = [64 * (row * wide + vector) for row in range(count) for vector in range(wide)]
+
+        def step(index: Any, before: list[Any]) -> list[Any]:
+            at = code.beyond(weight_at, index, 64 * wide)
+            columns = [code.load(at, 64 * vector, sums.vector()) for vector in range(wide)]
+            after = []
+            for row, start in enumerate(starts):
+                element = code.load(code.beyond(start, index, 4), 0, sums.element(), align=2)
+                element = sums.everywhere(element)
+                after += [
+                    sums.plus(before[row * wide + vector], element, column)
+                    for vector, column in enumerate(columns)
+                ]
+            return after
+
+        loaded = [code.load(total_at, place, code.floats) for place in places]
+        for place, total in zip(places, code.repeat(steps, loaded, step), strict=True):
+            code.store(total, total_at, place)
+        return context.get_dummy_value()
+
+    return types.void(*(types.int64,) * 5, rows, vectors, pairs, like), generate
+
+
+@kernel
+def multiply(
+    x: Any,
+    weight: Any,
+    bias: Any,
+    out: Any,
+    rows: Any,
+    steps: Any,
+    columns: Any,
+    six: Any,
+    four: Any,
+    two: Any,
+    one: Any,
+    vectors: Any,
+    pairs: Any,
+    like: Any,
+) -> Any:
+    """out[rows, columns] = x[rows, 4 * steps bytes] times the packed weight, plus `bias` (0 for none)."""
+    block = 16 * len(vectors)
+    blocks = (columns + block - 1) // block
+    parts = (rows + ROWS_OF_A_UNIT - 1) // ROWS_OF_A_UNIT
+    y = carray(pointer(out, like), (rows, columns))
+    for unit in prange(blocks * parts):
+        first, start = unit // parts * block, unit % parts * ROWS_OF_A_UNIT
+        count = min(block, columns - first)
+        w_at = weight + numba.int64(unit // parts) * steps * block * 4
+        totals = np.empty((len(six), 16 * len(vectors)), np.float32)
+        totals_at = totals.ctypes.data
+        row, end = start, min(rows, start + ROWS_OF_A_UNIT)
+        while row < end:
+            for i in range(len(six)):
+                for j in range(16 * len(vectors)):
+                    totals[i, j] = np.float32(0.0)
+            x_at = x + row * steps * 4
+            if end - row >= 6:
+                tile(x_at, steps * 4, w_at, steps, totals_at, six, vectors, pairs, like)
+                done = 6
+            elif end - row >= 4:
+                tile(x_at, steps * 4, w_at, steps, totals_at, four, vectors, pairs, like)
+                done = 4
+            elif end - row >= 2:
+                tile(x_at, steps * 4, w_at, steps, totals_at, two, vectors, pairs, like)
+                done = 2
+            else:
+                tile(x_at, steps * 4, w_at, steps, totals_at, one, vectors, pairs, like)
+                done = 1
+            if bias != 0:
+                b = carray(pointer(bias + first * size_of(like), like), (count,))
+                for i in range(done):
+                    for j in range(count):
+                        totals[i, j] += widen(b[j])
+            for i in range(done):
+                for j in range(count):
+                    y[row + i, first + j] = narrow(totals[i, j], like)
+            row += done
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def dot_tile(
+    typing_context: Any,
+    x: Any,
+    weight: Any,
+    stride: Any,
+    vectors: Any,
+    totals: Any,
+    rows: Any,
+    columns: Any,
+    pairs: Any,
+    like: Any,
+) -> Any:
+    """float32 totals[rows, columns] = the products of rows of `x` and of `weight`.
+
+    Each is of `vectors` vectors of 64 bytes, and they are `stride` bytes apart. The product of the two
+    numbers is a power of two, of 16 at most.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        x_at, weight_at, stride, vectors, total_at = arguments[:5]
+        code = VectorCode(builder, LANES)
+        sums = _Sums(code, pairs, like)
+        ours = [builder.add(x_at, builder.mul(stride, _INT64(row))) for row in range(rows.count)]
+        theirs = [builder.add(weight_at, builder.mul(stride, _INT64(one))) for one in range(columns.count)]
+
+        def step(index: Any, before: list[Any]) -> list[Any]:
+            x, w = (
+                [code.load(code.beyond(start, index, 64), 0, sums.vector(), align=2) for start in starts]
+                for starts in (ours, theirs)
+            )
+            pairs_of = [(one, other) for one in x for other in w]
+            return [sums.plus(total, *pair) for total, pair in zip(before, pairs_of, strict=True)]
+
+        zeros = [code.all(0.0)] * (rows.count * columns.count)
+        code.store(code.sums(code.repeat(vectors, zeros, step)), total_at)
+        return context.get_dummy_value()
+
+    return types.void(*(types.int64,) * 5, rows, columns, pairs, like), generate
+
+
+@kernel
+def multiply_rows(
+    x: Any,
+    weight: Any,
+    out: Any,
+    rows: Any,
+    width: Any,
+    columns: Any,
+    four: Any,
+    one: Any,
+    pairs: Any,
+    like: Any,
+) -> Any:
+    """out[rows, columns] = x[rows, width] times weight[columns, width] as it lies.
+
+    What is left of a row after whole vectors is added one by one.
+    """
+    whole = 64 // size_of(like)
+    vectors = width // whole
+    stride = width * size_of(like)
+    xs = carray(pointer(x, like), (rows, width))
+    ws = carray(pointer(weight, like), (columns, width))
+    y = carray(pointer(out, like), (rows, columns))
+    for group in prange((columns + 3) // 4):
+        first = group * 4
+        count = min(4, columns - first)
+        totals = np.empty((4, 4), np.float32)
+        for row in range(0, rows, 4):
+            taken = min(4, rows - row)
+            if taken == 4 and count == 4:
+                tile_at = totals.ctypes.data
+                dot_tile(
+                    x + row * stride,
+                    weight + first * stride,
+                    stride,
+                    vectors,
+                    tile_at,
+                    four,
+                    four,
+                    pairs,
+                    like,
+                )
+            else:
+                for i in range(taken):
+                    for j in range(count):
+                        x_at, w_at = x + (row + i) * stride, weight + (first + j) * stride
+                        tile_at = totals.ctypes.data + (4 * i + j) * 4
+                        dot_tile(x_at, w_at, stride, vectors, tile_at, one, one, pairs, like)
+            for i in range(taken):
+                for j in range(count):
+                    total = totals[i, j]
+                    for at in range(vectors * whole, width):
+                        total += widen(xs[row + i, at]) * widen(ws[first + j, at])
+                    y[row + i, first + j] = narrow(total, like)

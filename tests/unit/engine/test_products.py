@@ -1,0 +1,75 @@
+"""Our own products: right, for sizes that fit no vector, and a row's faults are that row's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from common.engine.devices.cpu import product_kernels
+from common.engine.devices.cpu.numba_runtime import set_num_threads
+from common.engine.devices.cpu.products import OwnProducts, Product
+
+every_dtype = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+SIZES = [(1, 1), (3, 9), (17, 65), (64, 64), (101, 300), (1089, 130)]  # in, out
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    set_num_threads(1)
+
+
+def made(dtype: torch.dtype, width: int, columns: int, kind: str) -> tuple[Product, Tensor, Tensor | None]:
+    generator = torch.Generator().manual_seed(width)
+    weight = torch.randn(columns, width, generator=generator).to(dtype)
+    bias = torch.randn(columns, generator=generator).to(dtype) if kind == "biased" else None
+    products = OwnProducts(dtype)
+    linear = products.tied_linear(weight) if kind == "tied" else products.linear(weight, bias)
+    return linear, weight, bias
+
+
+def expected(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    whole = x.double() @ weight.double().T
+    return whole if bias is None else whole + bias.double()
+
+
+def is_close(found: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """But for the rounding of the result, and of sums in float32."""
+    right = expected(x, weight, bias)
+    most = right.abs() * torch.finfo(found.dtype).eps + x.shape[1] ** 0.5 * 1e-5
+    return bool(((found.double() - right).abs() <= most).all())
+
+
+@every_dtype
+@pytest.mark.parametrize("kind", ["plain", "biased", "tied"])
+def test_products_of_any_size_are_right(dtype: torch.dtype, kind: str) -> None:
+    for width, columns in SIZES:
+        linear, weight, bias = made(dtype, width, columns, kind)
+        for rows in (1, 2, 3, 7, 36, 41):
+            x = torch.randn(rows, width, generator=torch.Generator().manual_seed(rows)).to(dtype)
+            assert is_close(linear.product(x), x, weight, bias), (width, columns, rows)
+
+
+@every_dtype
+@pytest.mark.parametrize("kind", ["biased", "tied"])
+def test_a_row_that_is_not_finite_spoils_no_other(dtype: torch.dtype, kind: str) -> None:
+    linear, _, _ = made(dtype, 101, 70, kind)
+    x = torch.randn(9, 101, generator=torch.Generator().manual_seed(0)).to(dtype)
+    right = linear.product(x)
+    for row, value in ((4, float("nan")), (8, float("inf"))):
+        spoiled = x.clone()
+        spoiled[row] = value
+        found = linear.product(spoiled)
+        assert not found[row].isfinite().any()
+        others = [other for other in range(9) if other != row]
+        assert torch.equal(found[others], right[others])
+
+
+def test_a_processor_without_products_of_pairs_widens_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(product_kernels, "PAIR_PRODUCTS", ())
+    for kind in ("biased", "tied"):
+        linear, weight, bias = made(torch.bfloat16, 101, 70, kind)
+        x = torch.randn(9, 101, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+        found = linear.product(x)
+        assert is_close(found, x, weight, bias)
+        assert torch.equal(linear.product(x[5:6]), found[5:6])
