@@ -8,9 +8,6 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from common.distill.display import Display
-from common.distill.distillation import distill
-from common.distill.stop import Stop
 from common.errors import PdqError
 from common.settings.config import DistillSettings, load
 
@@ -20,9 +17,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = load(
             DistillSettings, sys.argv[1:] if argv is None else argv, os.environ, program="pdq distill"
         )
-        distill(
-            settings, Display(Console(soft_wrap=True, highlight=False, markup=False, emoji=False)), Stop()
-        )
+        # Torch comes in here, where an interruption is one line, too.
+        from common.distill.display import Display
+        from common.distill.distillation import distill
+        from common.distill.stop import Stop
+
+        stop = Stop()
+        stop.take_signals()
+        out = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
+        distill(settings, Display(out), stop)
     except PdqError as error:
         print(f"pdq distill: {' '.join(str(error).split())}", file=sys.stderr)
         return 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -66,7 +67,7 @@ def card(about: About) -> str:
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
-base_model: {about.target}
+base_model: {json.dumps(about.target)}
 ---
 
 # {about.name}

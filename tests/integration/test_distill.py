@@ -343,6 +343,29 @@ def test_ctrl_c_before_the_training_ends_the_command_at_once(tmp_path: Path) -> 
     assert not left_in(tmp_path)
 
 
+@pytest.fixture
+def _signals() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("_signals")
+def test_the_process_takes_a_ctrl_c_in_training_as_a_stop_and_a_sigterm_as_the_end(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def signalled(_settings: object, _display: object, stop: Stop) -> None:
+        with stop.ends_early():
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop.is_wanted
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(distillation, "distill", signalled)
+    assert distill_process.main([]) == 130
+    assert capsys.readouterr().err == "pdq distill: interrupted\n"
+
+
 def test_an_error_is_one_line_and_exit_code_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert distill_process.main(["--model", str(tmp_path / "nowhere"), "--output", str(tmp_path / "d")]) == 1
     assert capsys.readouterr().err.startswith("pdq distill: model folder ")
