@@ -101,7 +101,7 @@ def own_text(target: Any, prompts: list[list[int]], temperature: float) -> dict[
 def accepted(
     target: Path, drafts: list[Path], prompts: list[list[int]], temperature: float
 ) -> dict[str, Any]:
-    """By draft, of what the target writes after these prompts."""
+    """By the folder of the draft, of what the target writes after these prompts."""
     writer = Engine.load(target, enable_prefix_caching=False)
     beginnings = [tuple(prompt) for prompt in prompts]
     replies = texts.write(writer, beginnings, len(prompts), 256, (temperature,), 1, lambda _: None)
@@ -109,7 +109,7 @@ def accepted(
     for draft in drafts:
         runner = Engine.load(draft, max_num_seqs=2, enable_prefix_caching=False).runner
         assert isinstance(runner, ModelRunner)
-        found[draft.name] = dataclasses.asdict(acceptance(runner, replies, temperature))
+        found[str(draft)] = dataclasses.asdict(acceptance(runner, replies, temperature))
     return found
 
 
