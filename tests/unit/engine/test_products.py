@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import Tensor
@@ -73,3 +77,16 @@ def test_a_processor_without_products_of_pairs_widens_them(monkeypatch: pytest.M
         found = linear.product(x)
         assert is_close(found, x, weight, bias)
         assert torch.equal(linear.product(x[5:6]), found[5:6])
+
+
+@pytest.mark.parametrize("told", [{"NUMBA_ENABLE_AVX": "0"}, {"NUMBA_CPU_NAME": "generic"}], ids=str)
+def test_products_use_what_kernels_are_compiled_for_whatever_the_host_has(told: dict[str, str]) -> None:
+    """LLVM ends a process that asks for an operation which the processor it was told of does not have."""
+    script = """
+from common.engine.devices.cpu import product_kernels as found
+print(found.PAIR_PRODUCTS, found.VECTORS)
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", script], env=os.environ | told, capture_output=True, text=True, check=True
+    )
+    assert ran.stdout.split("\n")[0] == "() 1"

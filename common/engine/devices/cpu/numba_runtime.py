@@ -52,9 +52,22 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 def target() -> str:
     """What kernels are compiled by and for: numba's version, the processor, its features."""
-    _, name, features = numba.core.registry.cpu_target.target_context.codegen().magic_tuple()
+    name, features = _processor()
     digest = hashlib.blake2b(features.encode(), digest_size=3).hexdigest()
     return f"{name}-{digest}-numba-{numba.__version__}"
+
+
+def compiles_for(feature: str) -> bool:
+    """Whether kernels may use this feature of a processor, in LLVM's words. The environment may tell numba of
+    a lesser one than the host's (NUMBA_CPU_NAME, NUMBA_CPU_FEATURES, NUMBA_ENABLE_AVX), for which LLVM ends
+    the process where it is asked for more."""
+    return f"+{feature}" in _processor()[1].split(",")
+
+
+def _processor() -> tuple[str, str]:
+    """Name and features of the processor that numba compiles for."""
+    _, name, features = numba.core.registry.cpu_target.target_context.codegen().magic_tuple()
+    return name, features
 
 
 def kernel_sources() -> list[Path]:

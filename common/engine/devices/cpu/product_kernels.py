@@ -20,20 +20,17 @@ from typing import Any
 import numba
 import numpy as np
 import torch
-from llvmlite import binding, ir
+from llvmlite import ir
 from numba import carray, prange, types
 from numba.extending import intrinsic
 from torch import Tensor
 
 from common.engine.devices.cpu.lanes import LANES, VectorCode
-from common.engine.devices.cpu.numba_runtime import kernel, narrow, pointer, size_of, widen
+from common.engine.devices.cpu.numba_runtime import compiles_for, kernel, narrow, pointer, size_of, widen
 
 _FLOAT, _INT32, _INT64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
-_FEATURES = binding.get_host_cpu_features()
-PAIR_PRODUCTS: tuple[int, ...] = (0,) * bool(
-    _FEATURES.get("avx512bf16")
-)  # as a type: empty where there are none
-VECTORS = 4 if _FEATURES.get("avx512f") else 1  # of 16 columns in a block: what registers hold with 6 rows
+PAIR_PRODUCTS = (0,) * compiles_for("avx512bf16")  # as a type: empty where there are none
+VECTORS = 4 if compiles_for("avx512f") else 1  # of 16 columns in a block: what registers hold with 6 rows
 BLOCK = LANES * VECTORS
 COLUMNS = (0,) * VECTORS
 SIX, FOUR, TWO, ONE = (0,) * 6, (0,) * 4, (0,) * 2, (0,)  # rows at once
