@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import multiprocessing
 import os
 import platform
 import re
@@ -19,10 +20,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -46,6 +47,7 @@ class Engine:
     """One docker engine and the clients that talk to it."""
 
     def __init__(self, host: str | None) -> None:
+        self.host = host
         self.environment = dict(os.environ) | ({"DOCKER_HOST": host} if host else {})
         client = shutil.which("docker")
         if client is None:
@@ -395,33 +397,54 @@ class Compose:
 
 
 class Ahead:
-    """The engine, its images and a deployment that is not up yet, made by a thread of its own."""
+    """The engine and its images, made by a process of its own: tests that count what this one holds run
+    meanwhile."""
 
     def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=_make_ahead, args=(theirs,), name="docker-ahead")
+        self._process.start()
+        theirs.close()
         self._stack = contextlib.ExitStack()
-        self._given_up = threading.Event()
-        self._thread = ThreadPoolExecutor(1, "docker-ahead")
-        self._made = self._thread.submit(self._make)
-
-    def _make(self) -> Compose:
-        engine = self._stack.enter_context(docker_engine())
-        variables = images(engine, self._check) | {"MODELS": str(ROOT / "common" / "models")}
-        self._check()
-        return self._stack.enter_context(Compose(engine, variables))
-
-    def _check(self) -> None:
-        if self._given_up.is_set():
-            raise NoEngine("nobody waits for it any more")
+        self._made: object = None
 
     def compose(self) -> Compose:
-        """Once it is there; or why it could not be made: `NoEngine`, or whatever failed."""
-        return self._made.result()
+        """A deployment that is not up yet, once its images are there; or why they could not be made:
+        `NoEngine`, or whatever failed."""
+        if self._made is None:
+            self._made = self._connection.recv()
+        if isinstance(self._made, BaseException):
+            raise self._made
+        assert isinstance(self._made, tuple)
+        host, variables = self._made
+        return self._stack.enter_context(Compose(Engine(host), variables))
 
     def close(self) -> None:
         """Take everything away again. What is being made is waited for, up to its next step."""
-        self._given_up.set()
-        self._thread.shutdown()
         self._stack.close()
+        self._connection.close()
+        self._process.join()
+
+
+def _make_ahead(connection: Connection) -> None:
+    def check() -> None:
+        if connection.poll():  # closed
+            raise NoEngine("nobody waits for it any more")
+
+    with contextlib.ExitStack() as stack:
+        try:
+            engine = stack.enter_context(docker_engine())
+            variables = images(engine, check) | {"MODELS": str(ROOT / "common" / "models")}
+            check()
+            made: object = (engine.host, variables)
+        except NoEngine as error:
+            made = error
+        except Exception:
+            made = AssertionError(traceback.format_exc())
+        with contextlib.suppress(EOFError, OSError):
+            connection.send(made)
+            connection.recv()
 
 
 @pytest.fixture(scope="session")
