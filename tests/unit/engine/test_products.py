@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.engine.devices.cpu import product_kernels
 from common.engine.devices.cpu.numba_runtime import set_num_threads
@@ -90,3 +93,31 @@ print(found.PAIR_PRODUCTS, found.VECTORS)
         [sys.executable, "-c", script], env=os.environ | told, capture_output=True, text=True, check=True
     )
     assert ran.stdout.split("\n")[0] == "() 1"
+
+
+class Storages(TorchDispatchMode):
+    """Bytes of all storages that were seen, by address."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[int, int] = {}
+
+    def __torch_dispatch__(
+        self, function: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        found = function(*args, **(kwargs or {}))
+        for one in found if isinstance(found, (list, tuple)) else [found]:
+            storage = one.untyped_storage()
+            self.seen[storage.data_ptr()] = storage.nbytes()
+        return found
+
+
+@every_dtype
+def test_a_large_weight_is_packed_with_no_other_copy_of_it(dtype: torch.dtype) -> None:
+    weight = torch.zeros(100 * product_kernels.BLOCK, 32, dtype=dtype)
+    with Storages() as storages:
+        packed = product_kernels.pack(weight)
+    assert packed.nbytes == weight.nbytes
+    for known in (packed, weight):
+        storages.seen.pop(known.data_ptr(), None)
+    assert sum(storages.seen.values()) <= weight.nbytes / 4

@@ -34,6 +34,7 @@ VECTORS = 4 if compiles_for("avx512f") else 1  # of 16 columns in a block: what 
 BLOCK = LANES * VECTORS
 COLUMNS = (0,) * VECTORS
 SIX, FOUR, TWO, ONE = (0,) * 6, (0,) * 4, (0,) * 2, (0,)  # rows at once
+_AT_ONCE = 16  # blocks that are packed
 ROWS_OF_A_UNIT = 36  # of a product: a multiple of six, whose part of `x` stays in the cache
 
 
@@ -51,13 +52,20 @@ class _BFloat(ir.types.Type):  # type: ignore[misc]
 
 
 def pack(weight: Tensor) -> Tensor:
-    """`[out, in]` as `multiply` wants it."""
+    """`[out, in]` as `multiply` wants it, in words `[blocks, steps, BLOCK]` of 32 bits. A few blocks at a
+    time, so that no other copy of a large weight is made."""
     out_features, in_features = weight.shape
-    together = 2 if weight.dtype == torch.bfloat16 else 1
+    together = 4 // weight.itemsize
     steps, blocks = -(-in_features // together), -(-out_features // BLOCK)
-    filled = torch.zeros(blocks * BLOCK, steps * together, dtype=weight.dtype)
-    filled[:out_features, :in_features] = weight
-    return filled.view(blocks, BLOCK, steps, together).transpose(1, 2).contiguous()
+    packed = torch.empty(blocks, steps, BLOCK, dtype=torch.int32)
+    filled = torch.zeros(min(blocks, _AT_ONCE) * BLOCK, steps * together, dtype=weight.dtype)
+    words = filled.view(torch.int32).view(-1, BLOCK, steps).transpose(1, 2)
+    parts = zip(torch.split(packed, _AT_ONCE), torch.split(weight, _AT_ONCE * BLOCK), strict=True)
+    for some, rows in parts:
+        filled[: len(rows), :in_features] = rows
+        filled[len(rows) :] = 0
+        some.copy_(words[: len(some)])
+    return packed
 
 
 class _Sums:
