@@ -107,8 +107,9 @@ class Storages(TorchDispatchMode):
     ) -> Any:
         found = function(*args, **(kwargs or {}))
         for one in found if isinstance(found, (list, tuple)) else [found]:
-            storage = one.untyped_storage()
-            self.seen[storage.data_ptr()] = storage.nbytes()
+            if isinstance(one, Tensor):
+                storage = one.untyped_storage()
+                self.seen[storage.data_ptr()] = storage.nbytes()
         return found
 
 
@@ -121,3 +122,12 @@ def test_a_large_weight_is_packed_with_no_other_copy_of_it(dtype: torch.dtype) -
     for known in (packed, weight):
         storages.seen.pop(known.data_ptr(), None)
     assert sum(storages.seen.values()) <= weight.nbytes / 4
+
+
+def test_the_proof_at_load_needs_no_memory_for_a_whole_vocabulary() -> None:
+    products, embedding = OwnProducts(torch.bfloat16), torch.zeros(100_003, 8, dtype=torch.bfloat16)
+    products.tied_linear(embedding)
+    products.linear(embedding, None)
+    with Storages() as storages:
+        products.settle()
+    assert sum(storages.seen.values()) <= embedding.nbytes / 4
