@@ -105,6 +105,17 @@ def test_a_change_of_any_kernel_source_has_a_cache_of_its_own(
     assert kernel_cache.directory(sources[1:]) != now
 
 
+@pytest.mark.parametrize("option", ["OPT", "LOOP_VECTORIZE", "SLP_VECTORIZE"])
+def test_an_option_of_numba_leads_to_another_folder_and_another_numerics_class(
+    option: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It changes the order of a sum, and numba would load what was compiled with another one."""
+    folder, target = kernel_cache.directory(()), numba_runtime.target()
+    monkeypatch.setattr(numba.config, option, "another")
+    assert kernel_cache.directory(()) != folder
+    assert numba_runtime.target() != target
+
+
 def compiled_from() -> set[Path]:
     """The engine's files that have a compiled function, or a constant or function that one uses."""
     found: set[Path] = set()

@@ -34,14 +34,21 @@ log = get_logger("kernels")
 
 _PROCESS = secrets.token_hex(4)
 _DIGEST_BYTES = 32
+# Of numba, which read them from the environment (NUMBA_OPT, …), and names no compiled file by them.
+_OPTIONS = ("OPT", "LOOP_VECTORIZE", "SLP_VECTORIZE", "BOUNDSCHECK", "DEBUGINFO_DEFAULT", "USING_SVML")
 _warned: set[str] = set()
+
+
+def options() -> str:
+    """Numba's options that lead to another machine code of the same kernel, and so to other bits."""
+    return ",".join(repr(getattr(numba.config, name, None)) for name in _OPTIONS)
 
 
 def directory(sources: Iterable[Path]) -> str:
     """Where compiled kernels are kept: one folder for one state of the kernels' sources, since
-    numba itself only sees a change of the file that a kernel is in, not of what it calls. Empty
-    where no folder can be written that is ours alone."""
-    digest = hashlib.blake2b(digest_size=8)
+    numba itself only sees a change of the file that a kernel is in, not of what it calls, and of
+    numba's options. Empty where no folder can be written that is ours alone."""
+    digest = hashlib.blake2b(options().encode(), digest_size=8)
     for path in sources:
         digest.update(path.read_bytes())
     name = f"kernels-{digest.hexdigest()}"

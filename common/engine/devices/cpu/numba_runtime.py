@@ -51,9 +51,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def target() -> str:
-    """What kernels are compiled by and for: numba's version, the processor, its features."""
+    """What kernels are compiled by and for: numba's version and options, the processor, its features."""
     name, features = _processor()
-    digest = hashlib.blake2b(features.encode(), digest_size=3).hexdigest()
+    digest = hashlib.blake2b(f"{features} {kernel_cache.options()}".encode(), digest_size=3).hexdigest()
     return f"{name}-{digest}-numba-{numba.__version__}"
 
 
