@@ -151,16 +151,7 @@ def states(runner: ModelRunner, ids: Sequence[int]) -> Tensor:
 
 
 def _prompt(runner: ModelRunner, ids: Sequence[int]) -> Chunks:
-    blocks = np.arange(-(-len(ids) // runner.facts.layout.block_size), dtype=np.int32)[None]
-    lengths = np.array([len(ids)])
-    return Chunks(
-        num_generated=0,
-        starts=np.zeros(1, np.int64),
-        lengths=lengths,
-        token_ids=np.array(ids, np.int64),
-        generated_tables=blocks[:0],
-        prompt_tables=blocks,
-    )
+    return Chunks.of_prompt(ids, runner.facts.layout.block_size)
 
 
 def train_head(

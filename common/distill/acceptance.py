@@ -84,19 +84,11 @@ def acceptance(draft: ModelRunner, texts: Sequence[Text], temperature: float) ->
 def _agreement(draft: ModelRunner, text: Text) -> NDArray[np.bool_]:
     """`[reply]`: whether the draft model chooses this token."""
     known = min(len(text.ids), draft.facts.max_model_len)
-    size, first = draft.facts.layout.block_size, len(text.prompt)
+    first = len(text.prompt)
     if known <= first:
         return np.zeros(len(text.reply), np.bool_)
-    ids = np.array(text.ids[: known - 1], np.int64)  # what the last token follows
-    blocks = np.arange(-(-len(ids) // size), dtype=np.int32)[None]
-    chunks = Chunks(
-        num_generated=0,
-        starts=np.zeros(1, np.int64),
-        lengths=np.array([len(ids)]),
-        token_ids=ids,
-        generated_tables=blocks[:0],
-        prompt_tables=blocks,
-    )
+    what_it_follows = text.ids[: known - 1]
+    chunks = Chunks.of_prompt(what_it_follows, draft.facts.layout.block_size)
     count = known - first
     logits = logits_after(draft.model, draft.backend, chunks, np.array([count]), draft.cache)
     params = SamplingParams(temperature=text.temperature, seed=text.seed)

@@ -15,7 +15,6 @@ import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -134,17 +133,8 @@ def _logits(runner: ModelRunner, rows: Sequence[Sequence[int]]) -> Iterator[tupl
     """(row, first position, float32 logits `[positions, vocab]`), in order."""
     size, at_once = runner.facts.layout.block_size, max(1, AT_ONCE // runner.facts.vocab_size)
     for row, ids in enumerate(rows):
-        blocks = np.arange(-(-len(ids) // size), dtype=np.int32)[None]
         for start in range(0, len(ids), at_once):
-            part = np.array(ids[start : start + at_once], np.int64)
-            chunks = Chunks(
-                num_generated=0,
-                starts=np.array([start]),
-                lengths=np.array([len(part)]),
-                token_ids=part,
-                generated_tables=blocks[:0],
-                prompt_tables=blocks,
-            )
+            chunks = Chunks.of_prompt(ids[start : start + at_once], size, start)
             runner.backend.enter_thread()
             logits = logits_after(runner.model, runner.backend, chunks, chunks.lengths, runner.cache)
             yield row, start, logits.float()

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from collections.abc import Sequence as AnySequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Protocol
@@ -108,6 +109,20 @@ class Chunks:
     token_ids: NDArray[np.int64]  # [sum of lengths], chunk by chunk
     generated_tables: NDArray[np.int32]  # [num_generated, blocks], filled up with 0
     prompt_tables: NDArray[np.int32]  # [chunks - num_generated, blocks], filled up with 0
+
+    @classmethod
+    def of_prompt(cls, token_ids: AnySequence[int], block_size: int, start: int = 0) -> Chunks:
+        """Positions of one prompt from `start` on, alone in a pool, whose first blocks it takes."""
+        end = start + len(token_ids)
+        blocks = np.arange(-(-end // block_size), dtype=np.int32)[None]
+        return Chunks(
+            num_generated=0,
+            starts=np.array([start], np.int64),
+            lengths=np.array([len(token_ids)], np.int64),
+            token_ids=np.array(token_ids, np.int64),
+            generated_tables=blocks[:0],
+            prompt_tables=blocks,
+        )
 
     @property
     def num_chunks(self) -> int:
