@@ -139,6 +139,16 @@ def rotate_and_store(
                 v[i] = x[row, (heads + kv_heads) * head_dim + i]
 
 
+@inline
+def block_run(
+    position: Any, last: Any, table: Any, block_size: Any, slab_bytes: Any, position_bytes: Any
+) -> Any:
+    """(how many positions from `position` on, before `last`, lie in its block; where in bytes they begin)."""
+    block, offset = position // block_size, position % block_size
+    start = numba.int64(table[block]) * slab_bytes + offset * position_bytes
+    return min(block_size - offset, last - position), start
+
+
 @kernel
 def attend_generated(
     queries: Any,
@@ -180,6 +190,7 @@ def attend_generated(
     length = carray(pointer(lengths, np.int32(0)), (rows,))
     position_bytes = kv_heads * head_dim * size_of(like)
     batch_bytes, span_bytes = batch * head_dim * 4, batch * SPAN * 4
+    slab_bytes = slab * size_of(like)
     for unit in prange(rows * shares):
         row, first_head = unit // shares, unit % shares * own
         table = carray(pointer(tables + row * table_stride * 4, np.int32(0)), (table_stride,))
@@ -206,10 +217,8 @@ def attend_generated(
             first, last = max(start, span * SPAN), min(end, (span + 1) * SPAN)
             position = first
             while position < last:
-                block, offset = position // block_size, position % block_size
-                run = min(block_size - offset, last - position)
-                k_at = own_pool + (numba.int64(table[block]) * slab + key_offset) * size_of(like)
-                k_at += offset * position_bytes
+                run, lies_at = block_run(position, last, table, block_size, slab_bytes, position_bytes)
+                k_at = own_pool + key_offset * size_of(like) + lies_at
                 for index in range(own * batches):
                     score_run(
                         k_at + index // batches * head_dim * size_of(like),
@@ -248,10 +257,8 @@ def attend_generated(
                         total[index * batch + head] += sums[j]
             position = first
             while position < last:
-                block, offset = position // block_size, position % block_size
-                run = min(block_size - offset, last - position)
-                v_at = own_pool + (numba.int64(table[block]) * slab + value_offset) * size_of(like)
-                v_at += offset * position_bytes
+                run, lies_at = block_run(position, last, table, block_size, slab_bytes, position_bytes)
+                v_at = own_pool + value_offset * size_of(like) + lies_at
                 for index in range(own * batches):
                     value_run(
                         v_at + index // batches * head_dim * size_of(like),

@@ -91,8 +91,8 @@ class VectorCode:
         return self.words([value] * self.width)
 
     def spread(self, value: Any) -> Any:
-        """A float in all lanes."""
-        undefined = self.floats(ir.Undefined)
+        """A number in all lanes."""
+        undefined = ir.VectorType(value.type, self.width)(ir.Undefined)
         first = self.builder.insert_element(undefined, value, _INT32(0))
         return self.builder.shuffle_vector(first, undefined, self.words_of(0))
 
@@ -147,7 +147,8 @@ class VectorCode:
         least, most = self.all(-87.0), self.all(88.0)
         x = self.builder.select(self.builder.fcmp_ordered("<", x, least), least, x)
         x = self.builder.select(self.builder.fcmp_ordered(">", x, most), most, x)
-        n = self._floor(self.plus_product(x, self.all(_LOG2_E), self.all(0.5)))
+        n = self.plus_product(x, self.all(_LOG2_E), self.all(0.5))
+        n = self.call(f"llvm.floor.v{self.width}f32", n)
         r = self.plus_product(n, self.all(_LN2_HIGH), x)
         r = self.plus_product(n, self.all(_LN2_LOW), r)
         p = self.all(_POLYNOMIAL[0])
@@ -158,12 +159,13 @@ class VectorCode:
         scale = self.builder.bitcast(self.builder.shl(exponent, self.words_of(23)), self.floats)
         return self.builder.fmul(p, scale)
 
-    def _floor(self, x: Any) -> Any:
-        name, module = f"llvm.floor.v{self.width}f32", self.builder.module
-        floor = module.globals.get(name)
-        if floor is None:
-            floor = ir.Function(module, ir.FunctionType(self.floats, [self.floats]), name)
-        return self.builder.call(floor, [x])
+    def call(self, name: str, *values: Any) -> Any:
+        """What a function of LLVM's gives, in floats."""
+        function = self.builder.module.globals.get(name)
+        if function is None:
+            of = ir.FunctionType(self.floats, [value.type for value in values])
+            function = ir.Function(self.builder.module, of, name)
+        return self.builder.call(function, values)
 
     def repeat(
         self, count: Any, totals: Sequence[Any], body: Callable[[Any, list[Any]], list[Any]]

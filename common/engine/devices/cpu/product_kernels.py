@@ -81,12 +81,6 @@ class _Sums:
     def vector(self) -> Any:
         return self._code.words if self._of_pairs else self._code.floats
 
-    def everywhere(self, value: Any) -> Any:
-        """One element of a step in all lanes."""
-        builder, undefined = self._code.builder, self.vector()(ir.Undefined)
-        first = builder.insert_element(undefined, value, _INT32(0))
-        return builder.shuffle_vector(first, undefined, self._code.words_of(0))
-
     def plus(self, total: Any, a: Any, b: Any) -> Any:
         code = self._code
         if not self._of_pairs:
@@ -99,11 +93,8 @@ class _Sums:
 
     def _pair_product(self, total: Any, a: Any, b: Any) -> Any:
         code, pairs = self._code, ir.VectorType(_BFloat(), 2 * self._code.width)
-        name, module = "llvm.x86.avx512bf16.dpbf16ps.512", code.builder.module
-        product = module.globals.get(name)
-        if product is None:
-            product = ir.Function(module, ir.FunctionType(code.floats, [code.floats, pairs, pairs]), name)
-        return code.builder.call(product, [total, *(code.builder.bitcast(one, pairs) for one in (a, b))])
+        a, b = (code.builder.bitcast(one, pairs) for one in (a, b))
+        return code.call("llvm.x86.avx512bf16.dpbf16ps.512", total, a, b)
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -138,7 +129,7 @@ def tile(
             after = []
             for row, start in enumerate(starts):
                 element = code.load(code.beyond(start, index, 4), 0, sums.element(), align=2)
-                element = sums.everywhere(element)
+                element = code.spread(element)
                 after += [
                     sums.plus(before[row * wide + vector], element, column)
                     for vector, column in enumerate(columns)

@@ -69,6 +69,10 @@ class _Shape:
     out_features: int
     biased: bool
 
+    @classmethod
+    def of(cls, weight: Tensor, *, tied: bool = False, biased: bool = False) -> _Shape:
+        return cls(tied, weight.shape[1], weight.shape[0], biased)
+
 
 class _Packed:
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -136,11 +140,11 @@ class OwnProducts:
         self._shapes: set[_Shape] = set()
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> Product:
-        self._shapes.add(_Shape(False, weight.shape[1], weight.shape[0], bias is not None))
+        self._shapes.add(_Shape.of(weight, biased=bias is not None))
         return _Packed(weight, bias)
 
     def tied_linear(self, embedding: Tensor) -> Product:
-        self._shapes.add(_Shape(True, embedding.shape[1], embedding.shape[0], False))
+        self._shapes.add(_Shape.of(embedding, tied=True))
         return _ByRows(embedding)
 
     def settle(self) -> str:
@@ -202,11 +206,11 @@ class OneDnnProducts:
         self._shapes: set[_Shape] = set()
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> Product:
-        self._shapes.add(_Shape(False, weight.shape[1], weight.shape[0], bias is not None))
+        self._shapes.add(_Shape.of(weight, biased=bias is not None))
         return _OneDnn(weight, bias)
 
     def tied_linear(self, embedding: Tensor) -> Product:
-        self._shapes.add(_Shape(True, embedding.shape[1], embedding.shape[0], False))
+        self._shapes.add(_Shape.of(embedding, tied=True))
         return _Plain(embedding)
 
     def settle(self) -> str:
