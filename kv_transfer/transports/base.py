@@ -78,6 +78,7 @@ class Target:
         assert with_draft or not layout.num_draft
         self.memory, self.layout, self.with_draft = memory, layout, with_draft
         self.source_slab_bytes = source_slab_bytes or memory.slab_bytes
+        self._checked = layout.without_draft
 
     def without_draft(self, source_slab_bytes: int) -> Target:
         """For a peer that has another draft model, or none."""
@@ -93,7 +94,7 @@ class Target:
         if not piece.digest:
             return
         [[slab]] = self.memory.to_host([piece.block])
-        found = ranges_digest(slab, self.layout.without_draft.ranges(piece.fill), piece.seed)
+        found = ranges_digest(slab, self._checked.ranges(piece.fill), piece.seed)
         if found != piece.digest:
             raise DigestMismatch(f"block {piece.index} is not what its hash promises")
 

@@ -273,6 +273,18 @@ def at_position(node: Node, blocks: Sequence[int], position: int) -> torch.Tenso
     return segments[:, at]
 
 
+async def handed_over(prompt: Prompt, here: Node, there: Node) -> Adopted:
+    """The first prompt of a link, all of it at once, as it arrived."""
+    key = prompt.offer(await here.links.open("d"))
+    prompt.compute(key, 0, prompt.count)
+    prompt.finish(key)
+    await there.until(lambda: there.received)
+    adopted = there.received[0]
+    assert isinstance(adopted, Adopted)
+    assert prompt.arrived(adopted, there)
+    return adopted
+
+
 every_transport = pytest.mark.parametrize("transport", ["shm", "tcp"])
 every_link = pytest.mark.parametrize("transport", ["shm", "tcp", "shm to 3", "tcp to 6"])
 
@@ -303,13 +315,7 @@ async def test_a_prompt_is_handed_over_chunk_by_chunk(transport: str) -> None:
 @pytest.mark.parametrize("length", [1, 3, 4, 5])
 async def test_prompts_around_the_length_of_a_block_arrive(transport: str, length: int) -> None:
     async with two_nodes(transport) as (_, p, d):
-        prompt = Prompt(p, "r", length)
-        key = prompt.offer(await p.links.open("d"))
-        prompt.compute(key, 0, prompt.count)
-        prompt.finish(key)
-        await d.until(lambda: d.received)
-        assert isinstance(adopted := d.received[0], Adopted)
-        assert prompt.arrived(adopted, d)
+        await handed_over(Prompt(p, "r", length), p, d)
 
 
 @every_link
@@ -321,13 +327,7 @@ async def test_a_draft_models_kv_comes_along_where_both_ends_have_the_same(
 ) -> None:
     here, there = (dataclasses.replace(FINGERPRINT, draft=draft) for draft in drafts)
     async with two_nodes(transport, there, here) as (_, p, d):
-        prompt = Prompt(p, "r", 10)
-        key = prompt.offer(await p.links.open("d"))
-        prompt.compute(key, 0, prompt.count)
-        prompt.finish(key)
-        await d.until(lambda: d.received)
-        assert isinstance(adopted := d.received[0], Adopted)
-        assert prompt.arrived(adopted, d)
+        adopted = await handed_over(Prompt(p, "r", 10), p, d)
         same = drafts[0] == drafts[1]
         assert adopted.commit.draft_positions == (10 if same else 0)
         [received] = d.links.received_bytes.values()
