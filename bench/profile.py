@@ -66,21 +66,26 @@ class Clock:
         return timing
 
 
+def shapes(engine: Engine) -> dict[str, tuple[int, int]]:
+    """Columns that each product takes and gives."""
+    config = engine.runner.config
+    return {
+        "product qkv": (config.hidden_size, (config.num_heads + 2 * config.num_kv_heads) * config.head_dim),
+        "product output": (config.num_heads * config.head_dim, config.hidden_size),
+        "product gate_up": (config.hidden_size, 2 * config.intermediate_size),
+        "product down": (config.intermediate_size, config.hidden_size),
+        "product head": (config.hidden_size, config.vocab_size),
+    }
+
+
 @contextlib.contextmanager
 def watching(engine: Engine) -> Iterator[Clock]:
     """Time the parts of an engine's steps."""
     clock = Clock()
-    config = engine.runner.config
-    names = {
-        (config.hidden_size, (config.num_heads + 2 * config.num_kv_heads) * config.head_dim): "qkv",
-        (config.num_heads * config.head_dim, config.hidden_size): "output",
-        (config.hidden_size, 2 * config.intermediate_size): "gate_up",
-        (config.intermediate_size, config.hidden_size): "down",
-        (config.hidden_size, config.vocab_size): "head",
-    }
+    names = {shape: part for part, shape in shapes(engine).items()}
 
     def product(linear: Any, x: torch.Tensor) -> str:
-        part = f"product {names[linear.in_features, linear.out_features]}"
+        part = names[linear.in_features, linear.out_features]
         clock.rows[part] += x.shape[0]
         return part
 
@@ -113,18 +118,12 @@ class Profile:
 
 def product_limit(engine: Engine, part: str, rows: float, calls: float, limits: Limits) -> float:
     """Seconds that products of this shape take at least, all `calls` of a step with `rows` in all."""
-    config = engine.runner.config
-    shape = {
-        "qkv": config.hidden_size * (config.num_heads + 2 * config.num_kv_heads) * config.head_dim,
-        "output": config.num_heads * config.head_dim * config.hidden_size,
-        "gate_up": config.hidden_size * 2 * config.intermediate_size,
-        "down": config.intermediate_size * config.hidden_size,
-        "head": config.hidden_size * config.vocab_size,
-    }[part.removeprefix("product ")]
+    width, columns = shapes(engine)[part]
+    size, config = width * columns, engine.runner.config
     layers = 1 if part == "product head" else config.num_layers
     once = min(calls, layers)  # a weight is read once where its calls follow each other
-    read = once * shape * engine.runner.backend.dtype.itemsize / limits.read_bytes
-    return max(read, 2.0 * shape * rows / limits.matmul_flops)
+    read = once * size * engine.runner.backend.dtype.itemsize / limits.read_bytes
+    return max(read, 2.0 * size * rows / limits.matmul_flops)
 
 
 def kv_bytes(engine: Engine, positions: int) -> int:

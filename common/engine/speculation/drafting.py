@@ -124,9 +124,8 @@ class Drafting:
             by_model,
             round_cost,
         )
-        may_catch_up = (
-            True  # one at a time: whether its drafts are of use is known before the next one's turn
-        )
+        # One at a time: whether its drafts are of use is known before the next one's turn.
+        may_catch_up = True
         for draft, length in zip(drafts, lengths, strict=True):
             sequence = draft.sequence
             lacking = len(sequence.token_ids) - sequence.num_draft_computed if draft.source.by_model else 0
