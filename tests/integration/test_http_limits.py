@@ -361,6 +361,7 @@ async def test_a_client_that_is_gone_is_seen_although_nothing_is_written(
             client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         client.writer.close()
         await until(lambda: served.dispatcher.num_open == 0)
+        await until(lambda: served.cluster.ended)  # the write follows in a task of its own
         assert [state for state, _, _ in served.cluster.ended.values()] == ["cancelled"]
         await until(lambda: not served.connections.open)
 
