@@ -356,6 +356,7 @@ class Node:
             waiting=engine.scheduler.num_waiting,
             running=engine.scheduler.num_running,
             free_blocks=engine.pool.num_free,
+            unfilled_slots=engine.pool.num_unfilled_slots,
             open_attempts=self.role.num_open,
             leases=sum(self.leases.count().values()),
             reserved=self.kv.num_reserved,

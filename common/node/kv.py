@@ -208,8 +208,11 @@ class NodeKV:
             self.engine.scheduler.forget()
 
     def landed(self, reservation: Reservation, piece: Piece, /) -> None:
-        if not piece.fill:
-            self.engine.pool.publish(piece.block, piece.seed)
+        pool = self.engine.pool
+        if piece.fill:
+            pool.fill([piece.block], 0, piece.fill)
+        else:
+            pool.publish(piece.block, piece.seed)
 
     def adopt(self, reservation: Reservation, /) -> None:
         """The room stays held until whoever hears of the arrival calls `run` or `discard`."""

@@ -70,6 +70,11 @@ def _of_the_engine(metrics: Metrics, node: NodeServices) -> None:
         lambda: pool.num_used / pool.num_blocks,
     )
     reads(
+        "pdq_kv_cache_unfilled_perc",
+        "Part of the KV slots that is reserved and has no token: of tails, of prompts under way; 0 to 1",
+        lambda: pool.num_unfilled_slots / (pool.num_blocks * pool.block_size),
+    )
+    reads(
         "pdq_kv_blocks",
         "KV blocks: free, used, and cached, which may be either",
         lambda: {("free",): pool.num_free, ("used",): pool.num_used, ("cached",): pool.num_cached},

@@ -86,6 +86,7 @@ class Beat:
     waiting: int = 0
     running: int = 0
     free_blocks: int = 0
+    unfilled_slots: int = 0  # of blocks in use: reserved, without a token
     open_attempts: int = 0  # requests of which this node still has something
     leases: int = 0  # of blocks that a peer may still read
     reserved: int = 0  # prompts with room here that are on their way

@@ -108,6 +108,7 @@ def move(here: EngineWithMemory, sequence: Sequence, there: EngineWithMemory) ->
     offer = offer_of(sequence, "tenant", block_size)
     blocks = here.engine.pool.blocks_for(sequence.num_computed)
     ready = here.kv.ready_blocks(sequence, sequence.block_table, 0, blocks, sequence.num_computed)
+    unfilled = there.engine.pool.num_unfilled_slots
     room = there.kv.reserve(offer)
     assert room is not None
     for index in room.missing:
@@ -117,6 +118,8 @@ def move(here: EngineWithMemory, sequence: Sequence, there: EngineWithMemory) ->
         seed = b"" if fill else offer.block_hashes[index]
         there.kv.landed(room, Piece(index, ready[index].slot, 0, block, fill, b"", seed))
     there.kv.adopt(room)
+    empty = len(room.blocks) * block_size - sequence.num_computed  # of the tail, nothing else is reserved
+    assert there.engine.pool.num_unfilled_slots == unfilled + empty
     last = sequence.token_ids[sequence.num_computed]
     request = dataclasses.replace(offer.request, token_ids=(*offer.request.token_ids, last))
     moved = there.engine.make_sequence("r/1", request, offer.key.choice)

@@ -104,6 +104,7 @@ async def test_a_handoff_is_counted_at_both_ends_by_transport_and_outcome(redis_
         free = node.get("pdq_kv_blocks", state="free")
         assert free + node.get("pdq_kv_blocks", state="used") == BLOCKS
         assert node.get("pdq_kv_blocks", state="cached") >= 3
+        assert node["pdq_kv_cache_usage_perc"] == node["pdq_kv_cache_unfilled_perc"] == 0
         assert node["pdq_num_requests_running"] == node["pdq_num_requests_waiting"] == 0
         steps = node.get("pdq_steps_total", outcome="computed")
         assert steps == node["pdq_step_seconds_count"] > 0

@@ -1,9 +1,9 @@
 """The block pool: which block of KV memory is used by how many, and what is cached in it.
 
-Owns: reference counts, the free list, the prefix cache (hash to block) with its eviction order, which blocks
-a draft model has filled, too, and the numbered events from which gateways build their prefix index. Knows
-nothing of tensors, tokens or sequences: a reference may be a sequence's or that of a lease of the transfer
-layer.
+Owns: reference counts, the free list, the prefix cache (hash to block) with its eviction order, how far each
+used block is filled, which blocks a draft model has filled, too, and the numbered events from which gateways
+build their prefix index. Knows nothing of tensors, tokens or sequences: a reference may be a sequence's or
+that of a lease of the transfer layer.
 
 Every block is in exactly one of three places:
 
@@ -75,6 +75,8 @@ class BlockPool:
         self._hashes: list[bytes | None] = [None] * num_blocks
         self._free = list(range(num_blocks - 1, -1, -1))  # a stack
         self._idle: OrderedDict[int, None] = OrderedDict()  # oldest first
+        self._filled = [0] * num_blocks  # slots of each used block that have a token
+        self._num_filled = 0  # their sum
         self._drafted: set[int] = set()  # that hold a draft model's KV of all their positions, too
         self._by_hash: dict[bytes, int] = {}
         self._events: deque[CacheEvent] = deque(maxlen=max_pending_events)
@@ -93,6 +95,11 @@ class BlockPool:
         return self.num_blocks - self.num_free
 
     @property
+    def num_unfilled_slots(self) -> int:
+        """Slots of used blocks that have no token: what is reserved and not used."""
+        return self.num_used * self.block_size - self._num_filled
+
+    @property
     def num_cached(self) -> int:
         """Published blocks, used or idle."""
         return len(self._by_hash)
@@ -103,6 +110,10 @@ class BlockPool:
 
     def references(self, block_id: int) -> int:
         return self._references[block_id]
+
+    def num_filled(self, block_id: int) -> int:
+        """Slots of a used block that have a token; they are its first."""
+        return self._filled[block_id]
 
     def is_shared(self, block_id: int) -> bool:
         """More than one holder: nobody may write into it."""
@@ -124,6 +135,7 @@ class BlockPool:
             taken += evicted
         for block_id in taken:
             self._references[block_id] = 1
+            self._filled[block_id] = 0
         self._drafted.difference_update(taken)
         return taken
 
@@ -133,6 +145,7 @@ class BlockPool:
             if self._references[block_id] == 0:
                 assert block_id in self._idle, f"block {block_id} is free"
                 del self._idle[block_id]
+                self._num_filled += self._filled[block_id]
             self._references[block_id] += 1
 
     def release(self, block_ids: Sequence[int]) -> None:
@@ -148,6 +161,7 @@ class BlockPool:
             self._references[block_id] -= 1
             if self._references[block_id] > 0:
                 continue
+            self._num_filled -= self._filled[block_id]
             if self._hashes[block_id] is None:
                 freed.append(block_id)
             else:
@@ -156,6 +170,19 @@ class BlockPool:
             if self._on_free is not None:
                 self._on_free(freed)
             self._free += freed
+
+    def fill(self, block_ids: Sequence[int], start: int, end: int) -> None:
+        """Positions [start, end), at least one, of a chain of used blocks have a token, and all those before
+        them in the same block."""
+        size, filled = self.block_size, self._filled
+        last = (end - 1) // size
+        for block_id in block_ids[start // size : last]:
+            self._num_filled += size - filled[block_id]
+            filled[block_id] = size
+        gained = end - last * size - filled[block_ids[last]]
+        if gained > 0:
+            filled[block_ids[last]] += gained
+            self._num_filled += gained
 
     def lookup(self, hashes: Iterable[bytes]) -> list[int]:
         """Blocks of the longest cached prefix of a chain. Takes nothing and changes nothing."""
@@ -197,6 +224,7 @@ class BlockPool:
         stays, and this one remains unpublished.
         """
         assert self._references[block_id] > 0, f"block {block_id} is not used"
+        self.fill([block_id], 0, self.block_size)
         if not self.enable_prefix_cache:
             return block_id
         canonical = self._by_hash.setdefault(block_hash, block_id)
@@ -249,6 +277,9 @@ class BlockPool:
             assert place, f"block {block_id}: {count} references, hash {block_hash!r}"
             if block_hash is not None:
                 assert self._by_hash.get(block_hash) == block_id, f"block {block_id} is lost"
+                assert self._filled[block_id] == self.block_size, f"block {block_id} is not full"
+        used = (block_id for block_id, count in enumerate(self._references) if count)
+        assert self._num_filled == sum(self._filled[block_id] for block_id in used), "slots are miscounted"
         assert len(self._by_hash) == sum(h is not None for h in self._hashes), "a stale hash"
 
     def _evict_oldest(self) -> int:

@@ -127,6 +127,8 @@ class OpenSequences:
             assert sequence.status is (SequenceStatus.PAUSED if paused else SequenceStatus.RUNNING)
             assert self.pool.blocks_for(sequence.num_computed) <= len(sequence.block_table)
             held.update(sequence.block_table)
+            filled = sum(map(self.pool.num_filled, sequence.block_table))
+            assert filled >= sequence.num_computed, "slots with a token count as unfilled"
         for sequence in self._waiting:
             assert sequence.status is SequenceStatus.WAITING
             assert (sequence.block_table, sequence.num_computed) == ([], 0)
@@ -175,6 +177,7 @@ class OpenSequences:
         for chunk in step.chunks:
             chunk.sequence.in_flight += chunk.length
             chunk.sequence.pending += chunk.samples
+            self.pool.fill(chunk.sequence.block_table, chunk.start, chunk.end - chunk.num_drafted)
 
     def _end_step(self, step: Step) -> None:
         if step.chunks:

@@ -123,6 +123,7 @@ class Scheduler(OpenSequences):
         assert self.pool.blocks_for(sequence.num_computed) <= len(room.blocks)
         self._admission.held.remove(room)
         sequence.block_table = list(room.blocks)
+        self.pool.fill(room.blocks, 0, sequence.num_computed)
         self._take_drafted(sequence, room)
         self._register(sequence)
         self._run(sequence)
@@ -218,6 +219,8 @@ class Scheduler(OpenSequences):
                 deliveries.append(Delivery(sequence, position, tokens, reason, chunk.num_drafted, verified))
             if sequence.status is SequenceStatus.RUNNING:  # not a fork that found no slot
                 sequence.num_computed = num_computed
+                if chunk.num_drafted:  # only now it is known which of them are tokens
+                    self.pool.fill(sequence.block_table, chunk.start, num_computed)
                 self._publish(sequence)
             if reason is not None:
                 self.finish(sequence, reason)

@@ -139,6 +139,26 @@ def test_lost_events_show_as_a_gap() -> None:
     assert tuple(pool.snapshot()) == (3, {name(1), name(2), name(3)})
 
 
+def test_slots_without_a_token_count_while_their_block_is_used() -> None:
+    pool = pool_of(4)
+    blocks = pool.allocate(3)
+    assert pool.num_unfilled_slots == 12
+    pool.fill(blocks, 0, 5)
+    pool.fill(blocks, 3, 6)
+    assert (pool.num_unfilled_slots, [pool.num_filled(b) for b in blocks]) == (6, [4, 2, 0])
+    pool.acquire(blocks)  # whoever shares blocks shares their slots
+    pool.release(blocks)
+    assert pool.num_unfilled_slots == 6
+    pool.publish(blocks[0], name(1))
+    pool.release(blocks)
+    assert pool.num_unfilled_slots == 0
+    pool.match([name(1)])
+    assert pool.num_unfilled_slots == 0
+    pool.allocate(3)  # what was in them before does not count
+    assert pool.num_unfilled_slots == 12
+    pool.check()
+
+
 @pytest.mark.parametrize(("num_blocks", "block_size"), [(0, 4), (4, 0)])
 def test_a_pool_without_room_is_a_config_error(num_blocks: int, block_size: int) -> None:
     with pytest.raises(ConfigError):
@@ -208,6 +228,13 @@ class PoolAgainstModel(RuleBasedStateMachine):
         canonical = self.pool.publish(block_id, name(number))
         assert self.content[canonical] == name(number)
         assert self.pool.lookup([name(number)]) == [canonical]
+
+    @precondition(lambda self: any(self.holders))
+    @rule(data=st.data(), end=st.integers(1, 12))
+    def fill(self, data: st.DataObject, end: int) -> None:
+        holder = self.holder(data)
+        if holder:
+            self.pool.fill(holder, 0, min(end, 4 * len(holder)))
 
     @rule(numbers=st.lists(st.integers(0, 5), max_size=3, unique=True))
     def match(self, numbers: list[int]) -> None:

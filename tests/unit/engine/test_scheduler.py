@@ -340,6 +340,35 @@ def test_drafts_never_pass_the_last_token() -> None:
 # Blocks.
 
 
+def test_a_slot_counts_as_unfilled_until_a_step_computes_its_token() -> None:
+    machine = Machine(max_num_batched_tokens=6)
+    sequence = machine.add(PROMPT[:9], max_tokens=12)
+    unfilled = []
+    for _ in range(4):
+        step = machine.scheduler.schedule()
+        unfilled.append(machine.pool.num_unfilled_slots)
+        machine.finish_step(step)
+        machine.scheduler.check()
+    assert unfilled == [12 - 6, 12 - 9, 12 - 10, 12 - 11]
+    wrong = (expected_output(PROMPT[:9], sequence.params, 0)[4] + 1) % 11
+    sequence.draft_token_ids = [*expected_output(PROMPT[:9], sequence.params, 0)[3:4], wrong]
+    step = machine.scheduler.schedule()
+    assert machine.pool.num_unfilled_slots == 16 - 12, "a draft is no token"
+    machine.finish_step(step)
+    assert machine.pool.num_unfilled_slots == 16 - 13, "one of the drafts was right"
+    machine.run_until_idle()
+    assert machine.pool.num_unfilled_slots == 0
+
+
+def test_room_for_a_prompt_on_its_way_counts_as_unfilled_until_its_blocks_land() -> None:
+    machine = Machine()
+    sequence, room = expecting(machine, PROMPT[:9], max_tokens=3)
+    assert machine.pool.num_unfilled_slots == 12
+    machine.land(sequence, room)
+    assert machine.pool.num_unfilled_slots == 12 - 9
+    machine.run_until_idle()
+
+
 def test_drafts_are_dropped_before_anybody_is_preempted() -> None:
     machine = Machine(num_blocks=3)
     first = machine.add(PROMPT[:7], max_tokens=5)
