@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import numba
+import numpy as np
 import pytest
+from numba.core import codegen
 
-from common.engine.devices.cpu import kernel_cache, numba_runtime
+from common.engine.devices.cpu import compilation, kernel_cache, numba_runtime
 
 ROOT = Path(__file__).resolve().parents[2]
 DECORATORS = {"kernel", "inline", "exact", "exact_kernel", "intrinsic", "overload"}
@@ -150,7 +152,8 @@ def names(nodes: Iterable[ast.AST]) -> set[str]:
 
 def test_the_cache_is_keyed_by_all_that_is_compiled_and_by_how_it_is_kept() -> None:
     """And by nothing else: what is changed elsewhere compiles nothing anew."""
-    assert set(numba_runtime.kernel_sources()) == compiled_from() | {Path(kernel_cache.__file__)}
+    how = {Path(module.__file__) for module in (compilation, kernel_cache)}
+    assert set(numba_runtime.kernel_sources()) == compiled_from() | how
 
 
 def test_without_a_home_the_cache_is_a_private_temporary_folder(
@@ -194,14 +197,19 @@ def cold(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return folder
 
 
-def compiled(cold: Path, source: Path | None = None) -> Any:
-    """A kernel as a new process has it, which has computed once."""
-    path = source or cold.parent / "one_kernel.py"
-    spec = importlib.util.spec_from_file_location("one_kernel", path)
+def loaded(source: Path) -> Any:
+    """A module's kernels, as a new process has them."""
+    spec = importlib.util.spec_from_file_location(source.stem, source)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def compiled(cold: Path, source: Path | None = None) -> Any:
+    """A kernel as a new process has it, which has computed once."""
+    module = loaded(source or cold.parent / "one_kernel.py")
     assert module.double(21.0) == 42.0
     return module.double
 
@@ -277,3 +285,48 @@ def test_a_folder_of_somebody_else_is_not_used(monkeypatch: pytest.MonkeyPatch, 
     nobody = os.getuid() + 1
     monkeypatch.setattr(os, "getuid", lambda: nobody)
     assert kernel_cache.directory(()) == ""
+
+
+PARTS = """
+import numpy as np
+from numba import prange
+from common.engine.devices.cpu.numba_runtime import exact, kernel
+
+@exact
+def square(x):
+    return x * x
+
+@exact
+def cube(x):
+    return x * square(x)
+
+@kernel
+def cubes(values):
+    for i in prange(len(values)):
+        values[i] = cube(values[i])
+"""
+
+
+def test_what_a_kernel_calls_becomes_machine_code_with_it_only(
+    monkeypatch: pytest.MonkeyPatch, cold: Path
+) -> None:
+    """Also the body of its loop; and each of them can still be called by itself, before or afterwards."""
+    emitted = []
+    optimize = codegen.CPUCodeLibrary._optimize_final_module
+    monkeypatch.setattr(
+        codegen.CPUCodeLibrary,
+        "_optimize_final_module",
+        lambda library: (emitted.append(library.name), optimize(library)),
+    )
+    source = cold.parent / "parts.py"
+    source.write_text(PARTS)
+    module = loaded(source)
+    assert module.square(3.0) == 9.0
+    values = np.arange(4.0)
+    module.cubes(values)
+    assert values.tolist() == [0.0, 1.0, 8.0, 27.0]
+    assert emitted == ["square", "cubes"]
+    assert (module.cube(2.0), module.square(2.0)) == (8.0, 4.0)
+    assert emitted == ["square", "cubes", "cube"]
+    names = {path.name.split("-")[0] for path in cold.glob("**/*.nbc")}
+    assert names == {"parts.square", "parts.cubes", "parts.cube"}

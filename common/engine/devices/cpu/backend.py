@@ -19,7 +19,7 @@ from common.engine.devices.kv_cache import KVCache
 from common.engine.devices.rows import RowPlan, Rows
 from common.errors import ConfigError, UnsupportedModel
 
-KERNELS_VERSION = 2  # raise it when a change of kernels.py changes bits
+KERNELS_VERSION = 3  # raise it when a change of kernels.py, or of how it is compiled, changes bits
 
 ROWS_A_THREAD = 4  # of attention, from which on a row is one piece of work; below, each key-value head is
 

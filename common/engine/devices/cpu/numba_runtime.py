@@ -6,7 +6,7 @@ over the cores. Compiled code is cached on disk where that is possible (kernel_c
 
 Floating point: reassociation and contraction are allowed, NaN and infinity are kept. That is
 deterministic as long as there is one machine code per kernel, whose operations on a row depend on
-that row's own lengths only. Numba alone does not give that: see `_own_copies`.
+that row's own lengths only. Numba alone does not give that: see compilation.py.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from typing import Any, TypeVar
 import numba
 import torch  # first, so that omp_pool finds its libgomp loaded
 from llvmlite import ir
-from llvmlite.binding import Linkage
 from numba import types
-from numba.core.codegen import CPUCodeLibrary
 from numba.extending import intrinsic, overload
 from numba.np import linalg
 
-from common.engine.devices.cpu import kernel_cache, omp_pool
+from common.engine.devices.cpu import compilation, kernel_cache, omp_pool
 from common.errors import ConfigError
 
 numba.config.THREADING_LAYER = "omp"
 omp_pool.bind_to_torch()
+compilation.install()
 
 FAST_MATH = {"reassoc", "contract", "nsz", "arcp"}
 
 KERNEL_SOURCES = (  # of the engine; what the CPU does without compiling it is not among them
+    "devices/cpu/compilation.py",
     "devices/cpu/kernel_cache.py",
     "devices/cpu/kernels.py",
     "devices/cpu/lanes.py",
@@ -77,28 +77,6 @@ def kernel_sources() -> list[Path]:
 
 
 numba.config.CACHE_DIR = kernel_cache.directory(kernel_sources())
-
-
-def _own_copies() -> None:
-    """Let each compiled module call its own copies of the functions it contains.
-
-    Numba compiles the body of a parallel loop by itself first, then once more, optimised further,
-    within the kernel; both under one weak name, of which the linker takes the first it has seen:
-    the former in the process that compiles, the latter in one that loads the kernel from the
-    cache. FAST_MATH gives the two different bits.
-    """
-    optimize = CPUCodeLibrary._optimize_final_module
-
-    def optimize_own(library: Any) -> None:
-        for function in library._final_module.functions:
-            if function.linkage is Linkage.linkonce_odr and not function.is_declaration:
-                function.linkage = Linkage.internal
-        optimize(library)
-
-    CPUCodeLibrary._optimize_final_module = optimize_own
-
-
-_own_copies()
 
 
 def _do_without_blas() -> None:
