@@ -68,10 +68,10 @@ class Admission:
         if prompt.refused_at == state and not pool.lookup(following):
             return None
         count = pool.blocks_for(prompt.num_positions)
-        taken = pool.reserve(prompt.block_hashes, count, headroom)
-        if taken is None:
+        if not pool.has_room(prompt.block_hashes, count, headroom):
             prompt.found, prompt.refused_at = len(pool.lookup(prompt.block_hashes)), state
             return None
-        room = Room(*taken)
+        cached = pool.match(prompt.block_hashes)
+        room = Room(cached + pool.allocate(count - len(cached)), len(cached))
         self.held.add(room)
         return room

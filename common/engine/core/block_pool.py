@@ -202,20 +202,12 @@ class BlockPool:
         self.num_hit_blocks += len(found)
         return found
 
-    def reserve(self, hashes: Sequence[bytes], count: int, headroom: int = 0) -> tuple[list[int], int] | None:
-        """`count` blocks for one prompt, with a reference each: first those of its longest cached
-        prefix, whose number comes with them, then blocks with undefined content.
-
-        None if fewer than `headroom` blocks were free afterwards; then nothing has changed and
-        nothing was counted.
-        """
+    def has_room(self, hashes: Sequence[bytes], count: int, headroom: int = 0) -> bool:
+        """Whether a prompt of `count` blocks, the first of which may be cached under these hashes, would
+        leave `headroom` blocks free."""
         cached = self.lookup(hashes)
-        lacking = count - len(cached)
         idle = sum(block_id in self._idle for block_id in cached)  # free until they are acquired
-        if lacking + idle + headroom > self.num_free:
-            return None
-        self.match(hashes)
-        return cached + self.allocate(lacking), len(cached)
+        return count - len(cached) + idle + headroom <= self.num_free
 
     def publish(self, block_id: int, block_hash: bytes) -> int:
         """Make a used, full block findable; from now on nobody writes into it.

@@ -17,6 +17,10 @@ whoever needs another's blocks. A sequence that turns out to have ended gets not
 `finish(keep_blocks=True)` for a sequence that is in no step: the blocks of one that ends while it is in
 one are released when that step ends.
 
+A sequence takes blocks as its tokens are computed, a prompt chunk by chunk. What it knows and has no
+blocks for yet is promised to it: nobody is admitted into that, nor is room for a prompt on its way
+held in it; the prefix cache, and those that run already, use it meanwhile.
+
 Why it cannot deadlock: a sequence is admitted only when all it knows fits; a running one that
 lacks a block takes it from the least important one; the least important one, lacking a block
 itself, stalls with what it has. So the most important running sequence advances in every step,
@@ -100,7 +104,8 @@ class Scheduler(OpenSequences):
             return None
         if self._waiting and self._waiting[0].order < prompt.order:
             return None
-        room = self._admission.hold(prompt, self.max_num_seqs - self.num_free_slots)
+        headroom = self.max_num_seqs - self.num_free_slots + self._num_promised
+        room = self._admission.hold(prompt, headroom)
         if room is not None:
             self._admission.expected = None
         return room
@@ -338,8 +343,19 @@ class Scheduler(OpenSequences):
             del sequence.draft_token_ids[drafted:]
         return drafted
 
+    @property
+    def _num_promised(self) -> int:
+        """Blocks that running sequences still lack for what they know."""
+        size = self.pool.block_size
+        return sum(
+            lacking
+            for sequence in self._running
+            if (lacking := -(-sequence.num_known // size) - len(sequence.block_table)) > 0
+        )
+
     def _admit(self, step: Step, only: Callable[[Sequence], bool] | None) -> None:
-        """Start waiting sequences in their turn while slots, tokens and blocks last."""
+        """Start waiting sequences in their turn while slots, tokens and blocks last: the blocks of the first
+        chunk are taken, those of the others promised."""
         pool = self.pool
         while self._waiting and self.num_free_slots:
             spare = self.max_num_batched_tokens - step.num_tokens
@@ -355,18 +371,20 @@ class Scheduler(OpenSequences):
             if pool.enable_prefix_cache and not scores:
                 # The last token is always computed: its row is sampled.
                 hashes = sequence.hashes((known - 1) // pool.block_size, pool.block_size)
-            headroom = self._watermark if self._running else 0
-            taken = pool.reserve(hashes, pool.blocks_for(known), headroom)
-            if taken is None:
+            headroom = self._watermark + self._num_promised if self._running else 0
+            if not pool.has_room(hashes, pool.blocks_for(known), headroom):
                 return
             del self._waiting[0]
-            sequence.block_table, cached = taken
-            sequence.num_computed = cached * pool.block_size
-            sequence.num_published = cached
-            sequence.num_draft_computed = pool.num_drafted(sequence.block_table[:cached]) * pool.block_size
+            cached = pool.match(hashes)
+            sequence.block_table = cached
+            sequence.num_computed = len(cached) * pool.block_size
+            sequence.num_published = len(cached)
+            sequence.num_draft_computed = pool.num_drafted(cached) * pool.block_size
             self._run(sequence)
             if is_member:
                 length = min(sequence.num_computable, spare)
+                end = sequence.num_computed + length
+                cached += pool.allocate(pool.blocks_for(end) - len(cached))
                 step.append(self._chunk(sequence, length, 0))
 
     def _chunk(self, sequence: Sequence, known: int, drafted: int) -> Chunk:

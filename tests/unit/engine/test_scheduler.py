@@ -349,7 +349,7 @@ def test_a_slot_counts_as_unfilled_until_a_step_computes_its_token() -> None:
         unfilled.append(machine.pool.num_unfilled_slots)
         machine.finish_step(step)
         machine.scheduler.check()
-    assert unfilled == [12 - 6, 12 - 9, 12 - 10, 12 - 11]
+    assert unfilled == [8 - 6, 12 - 9, 12 - 10, 12 - 11]
     wrong = (expected_output(PROMPT[:9], sequence.params, 0)[4] + 1) % 11
     sequence.draft_token_ids = [*expected_output(PROMPT[:9], sequence.params, 0)[3:4], wrong]
     step = machine.scheduler.schedule()
@@ -358,6 +358,27 @@ def test_a_slot_counts_as_unfilled_until_a_step_computes_its_token() -> None:
     assert machine.pool.num_unfilled_slots == 16 - 13, "one of the drafts was right"
     machine.run_until_idle()
     assert machine.pool.num_unfilled_slots == 0
+
+
+def test_a_prompt_takes_blocks_chunk_by_chunk_and_what_it_lacks_is_nobody_elses_to_begin_with() -> None:
+    machine = Machine(num_blocks=8, max_num_batched_tokens=9)
+    cached = machine.add(PROMPT[20:28], max_tokens=1)
+    machine.run_until_idle()
+    long = machine.add(PROMPT[:20], max_tokens=4)
+    short = machine.add([50, 51, 52, 53], max_tokens=9)
+    machine.step()
+    assert (len(long.block_table), machine.pool.num_used) == (3, 3)
+    assert machine.pool.num_cached >= 2, "the cache has what the prompt has not come to"
+    assert machine.pool.lookup(cached.block_hashes) != []
+    late = machine.sequence(PROMPT[:17], replayed=1, max_tokens=3, priority=-1)
+    assert machine.scheduler.hold(machine.expect(late)) is None, "its 5 blocks would be those of the first"
+    machine.scheduler.forget()
+    step = machine.step()
+    assert [chunk.sequence for chunk in step.chunks] == [long]
+    step = machine.step()
+    assert {chunk.sequence for chunk in step.chunks} == {long, short}
+    assert machine.scheduler.num_preemptions == 0
+    machine.run_until_idle()
 
 
 def test_room_for_a_prompt_on_its_way_counts_as_unfilled_until_its_blocks_land() -> None:
