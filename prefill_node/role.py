@@ -1,10 +1,10 @@
 """The prefill role: computes prompts from the queue, chunk by chunk, and hands them off to decode nodes.
 
 Owns the attempts that are computed here, or on their way to a decode node (common/node/departure.py).
-A prompt is offered when its first chunk begins, and finished chunks are announced. Its first token goes
-straight to the gateway; then its sequence ends, and its blocks are held until a decode node has adopted
-them. A prompt that is refused is offered to another decode node; where all are full, or there is none
-for a while, the gateway hears that it failed, and decides.
+A prompt is offered while it is computed (offer_times.py says when), and finished chunks are announced. Its
+first token goes straight to the gateway; then its sequence ends, and its blocks are held until a decode node
+has adopted them. A prompt that is refused is offered to another decode node; where all are full, or there is
+none for a while, the gateway hears that it failed, and decides.
 
 The choices after the first are offered when the first has been adopted: by then the decode node
 holds the prompt's blocks, and only the tail is sent again.
@@ -12,8 +12,10 @@ holds the prompt's blocks, and only the tail is sent again.
 
 from __future__ import annotations
 
+import asyncio
 import collections
 import dataclasses
+import math
 import time
 from collections.abc import Set as AbstractSet
 
@@ -31,6 +33,7 @@ from common.sampling import FinishReason
 from common.store.queue import Entry
 from common.wire.messages import Dispatch, TokenRun
 from kv_transfer.ports import Adopted
+from prefill_node.offer_times import OfferTimes
 
 ENDED_REMEMBERED = 4096  # attempts
 
@@ -49,6 +52,8 @@ class PrefillRole:
         self._attempts: dict[str, Attempt] = {}  # by the engine's id
         self._departures: dict[tuple[str, int], Departure] = {}  # by the engine's id, and choice
         self._sender = Sender(node, self)
+        self._offer_times = OfferTimes(node.engine.layout.bytes_per_token)
+        self._step_began = 0.0
         self._past: collections.deque[str] = collections.deque(maxlen=ENDED_REMEMBERED)
 
     @property
@@ -86,14 +91,24 @@ class PrefillRole:
         return not sequence.pending
 
     def step_begins(self, step: Step) -> None:
-        """Offer a prompt whose first chunk begins: the room is asked for meanwhile."""
+        """Offer the prompts whose time has come, or comes during this step."""
+        self._step_began = time.monotonic()
         for chunk in step.chunks:
             departure = self._computing(chunk)
             if departure is None:
                 continue
             departure.attempt.begins(self._node, chunk)
-            if departure.is_idle:
+            if not departure.is_idle:
+                continue
+            due_s = self._offer_times.until_due(step, chunk, departure.length)
+            if not due_s:
                 self._ask(departure)
+            elif due_s < math.inf:
+                asyncio.get_running_loop().call_later(due_s, self._offer_is_due, departure)
+
+    def _offer_is_due(self, departure: Departure) -> None:
+        if departure.is_idle and departure.is_wanted:
+            self._ask(departure)
 
     def handed_off(self, step: Step) -> list[Chunk]:
         return [
@@ -117,6 +132,7 @@ class PrefillRole:
         return departure if departure is not None and departure.is_computing else None
 
     def step_ended(self, step: Step, outputs: list[StepOutput]) -> None:
+        self._offer_times.took(step, time.monotonic() - self._step_began)
         first_runs: list[tuple[str, TokenRun]] = []
         for output in outputs:
             departure = self._departures.get((output.request_id, output.choice))
