@@ -22,10 +22,12 @@ LONGEST_LINE = 2**16
 
 
 class Child:
-    """A started process. What it writes to stderr is kept until `show` says where it goes."""
+    """A started process. What it writes to stderr is kept until `show` says where it goes, but for the lines
+    that `takes` takes."""
 
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, takes: Callable[[str], bool]) -> None:
         self._process = process
+        self._takes = takes
         self._lines: deque[str] = deque(maxlen=KEPT_LINES)
         self._show: Callable[[str], None] | None = None
         self._reading = asyncio.create_task(self._read())
@@ -39,6 +41,7 @@ class Child:
         environment: Mapping[str, str],
         cores: Sequence[int],
         niceness: int = 0,
+        takes: Callable[[str], bool] = lambda line: False,
     ) -> Child:
         """`python -m module argv…`, with our stderr as its stdout; `niceness` is added to ours."""
         process = await asyncio.create_subprocess_exec(
@@ -54,7 +57,7 @@ class Child:
             process_group=0,
             preexec_fn=_before_exec(os.getpid(), cores, niceness),
         )
-        return cls(process)
+        return cls(process, takes)
 
     @property
     def pid(self) -> int:
@@ -98,6 +101,8 @@ class Child:
             if not data:
                 return
             line = data.decode("utf-8", "replace").rstrip()
+            if self._takes(line):
+                continue
             self._lines.append(line)
             if self._show is not None:
                 self._show(line)

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
+from rich.status import Status
 from rich.text import Text
 
 from common.api_keys import read_keys
@@ -28,6 +29,7 @@ from common.model_folder.description import parse_overrides
 
 STYLES = {
     "starting": "yellow",
+    "compiling": "yellow",
     "ready": "green",
     "died": "bold red",
     "killed": "bold red",
@@ -48,7 +50,11 @@ def main(argv: Sequence[str]) -> int:
     out = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
     width = 12
 
+    compiling = Compiling(out)
+
     def say(part: str, state: str, about: str) -> None:
+        if not compiling.is_news(part, state, about):
+            return
         line = Text(f"{part:<{width}} ")
         line.append(f"{state:<9}", STYLES.get(state, ""))
         line.append(f" {about}" if about else "")
@@ -69,9 +75,42 @@ def main(argv: Sequence[str]) -> int:
             print(f"{part} | {line}", file=sys.stderr, flush=True)
 
     async def run() -> int:
-        return await Supervisor(deployment, os.environ, say, invite, show_line).run()
+        try:
+            return await Supervisor(deployment, os.environ, say, invite, show_line).run()
+        finally:
+            compiling.end()
 
     return asyncio.run(run())
+
+
+class Compiling:
+    """Kernels that are compiled at a first start: on a terminal a line for the first, and below all lines one
+    that changes until each part that compiles has said something else."""
+
+    def __init__(self, out: Console) -> None:
+        self._out = out
+        self._status = Status("", console=out)
+        self._parts: dict[str, str] = {}
+        self._said = False
+
+    def is_news(self, part: str, state: str, about: str) -> bool:
+        """Whether a line is to be printed about it."""
+        if not self._out.is_terminal:
+            return True
+        if state != "compiling":
+            if self._parts.pop(part, None) is not None and not self._parts:
+                self.end()
+            return True
+        said, self._said = self._said, True
+        self._parts[part] = about
+        with contextlib.suppress(OSError):  # the terminal was closed
+            self._status.update(Text("; ".join(f"{part}: {about}" for part, about in self._parts.items())))
+            self._status.start()
+        return not said
+
+    def end(self) -> None:
+        with contextlib.suppress(OSError):
+            self._status.stop()
 
 
 def curl_line(url: str, model: str, guarded: bool) -> str:

@@ -18,6 +18,7 @@ import dataclasses
 import functools
 import math
 import os
+import re
 import signal
 import socket
 import tempfile
@@ -45,6 +46,7 @@ STEADY_S = 60.0  # a part that lived so long is not restarted more slowly for wh
 START_POLL_S, WATCH_POLL_S = 0.1, 1.0
 SLOW_START_S = 15.0
 PATIENCE_S = 10.0  # for the gateway to link with its nodes, before it is said that it waits
+KERNEL_LINE = re.compile(r" kernels\.(?P<event>compiling|waiting) kernel=(?P<kernel>\w+)")  # of a node's log
 OVERTIME_S = 5.0  # beyond the grace period, for a part to end before it is killed
 
 Say = Callable[[str, str, str], None]
@@ -64,12 +66,25 @@ class Part:
     child: Child | None = None
     record: NodeRecord | None = None  # once it is ready
     started_at: float = 0.0
+    progress_at: float = 0.0  # when it started, or last compiled a kernel
+    kernels: int = 0  # that it has begun to compile
     failed_starts: int = 0
     slow: bool = False  # and that has been said
 
     @property
     def is_gateway(self) -> bool:
         return self.module == "gateway"
+
+    def progress(self, line: str) -> str:
+        """What a line of its log tells of the kernels that it compiles before it is ready, or ""."""
+        found = KERNEL_LINE.search(line)
+        if found is None or self.record is not None:
+            return ""
+        self.progress_at, self.slow = time.monotonic(), False
+        if found["event"] == "waiting":
+            return f"{found['kernel']} (in another process, for which it waits)"
+        self.kernels += 1
+        return f"{found['kernel']} (kernel {self.kernels} of a first start)"
 
 
 class Supervisor:
@@ -215,9 +230,15 @@ class Supervisor:
         """Start the part, and again when it ends."""
         pause = FIRST_PAUSE_S
         while True:
-            part.started_at, part.record, part.slow = time.monotonic(), None, False
+            part.started_at = part.progress_at = time.monotonic()
+            part.record, part.slow, part.kernels = None, False, 0
             part.child = child = await Child.start(
-                part.module, part.argv, part.environment, part.cores, part.niceness
+                part.module,
+                part.argv,
+                part.environment,
+                part.cores,
+                part.niceness,
+                functools.partial(self._take_progress, part),
             )
             self._say(part.name, "starting", f"pid {child.pid}, {cores.shown(part.cores)}")
             # Shielded: its end is awaited again when we stop.
@@ -269,10 +290,15 @@ class Supervisor:
 
     def _note_slow(self, waiting: Sequence[Part]) -> None:
         for part in waiting:
-            if not part.slow and time.monotonic() - part.started_at > SLOW_START_S:
+            if not part.slow and time.monotonic() - part.progress_at > SLOW_START_S:
                 part.slow = True
-                about = f"for {SLOW_START_S:g} s now; a first start compiles kernels"
-                self._say(part.name, "starting", about)
+                took = time.monotonic() - part.started_at
+                self._say(part.name, "starting", f"for {took:.0f} s now")
+
+    def _take_progress(self, part: Part, line: str) -> bool:
+        if progress := part.progress(line):
+            self._say(part.name, "compiling", progress)
+        return bool(progress)
 
     def _note_ready(self, waiting: Sequence[Part], records: Mapping[str, NodeRecord]) -> None:
         for part in waiting:

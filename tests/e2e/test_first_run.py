@@ -51,7 +51,7 @@ try:
 finally:
     serve.send_signal(signal.SIGINT)
     rest, _ = serve.communicate(timeout=60)
-print(json.dumps({{"answer": answer, "code": serve.returncode}}))
+print(json.dumps({{"answer": answer, "code": serve.returncode, "said": said}}))
 """
 
 
@@ -88,6 +88,8 @@ def test_no_compiler_no_root_no_network_no_cache(tmp_path: Path, cache: str) -> 
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["code"] == 0
     assert result["answer"]["usage"]["completion_tokens"] > 0
+    compiled = [line for line in result["said"] if line.split()[1:2] == ["compiling"]]
+    assert bool(compiled) == (cache == "nothing")
 
 
 @pytest.mark.slow  # `make test` is installed in the same way, and test_readme.py serves with it

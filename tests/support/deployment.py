@@ -31,7 +31,7 @@ from common.store.server import EmbeddedRedis
 from tests.support.redis import HANGS_S, leaked_keys
 
 ROOT = Path(__file__).resolve().parents[2]
-START_LIMIT_S = 120.0
+START_LIMIT_S = 120.0  # without any news
 IDLE_LIMIT_S = HANGS_S
 
 
@@ -180,6 +180,9 @@ class Deployment:
         self.redis.stop()
         shutil.rmtree(self._logs, ignore_errors=True)
 
+    def _logged_bytes(self) -> int:
+        return sum(path.stat().st_size for path in self._logs.iterdir())
+
     def logs(self) -> str:
         return "\n".join(
             f"== {path.name}\n" + "\n".join(path.read_text().splitlines()[-15:])
@@ -211,9 +214,12 @@ class Deployment:
             return (await Registry(client).kv_links([incarnation]))[incarnation]
 
     async def wait_ready(self) -> None:
-        """Everything that was started is up, and every gateway would take a request."""
-        deadline = time.monotonic() + START_LIMIT_S
+        """Everything that was started is up, and every gateway would take a request. A start has a limit for
+        time without news only, since it may compile kernels on a busy machine."""
+        said, deadline = 0, 0.0
         while True:
+            if (news := self._logged_bytes()) != said or not deadline:
+                said, deadline = news, time.monotonic() + START_LIMIT_S
             for name, process in self.processes.items():
                 assert process.poll() is None, f"{name} ended at start\n{self.logs()}"
             ready = {n: r for n, r in (await self.records()).items() if r.state is NodeState.READY}

@@ -24,7 +24,7 @@ import psutil
 from tests.support.redis import HANGS_S
 
 ROOT = Path(__file__).parents[2]
-START_LIMIT_S = 120.0  # kernels are compiled once per machine
+START_LIMIT_S = 120.0  # without any line
 END_LIMIT_S = 90.0  # a drain takes up to 30
 
 
@@ -78,17 +78,17 @@ class ServeProcess:
                     self._heard.notify_all()
 
     def line(self, pattern: str, count: int = 1, limit_s: float = START_LIMIT_S) -> re.Match[str]:
-        """The `count`th line of stdout that matches, once it is there."""
+        """The `count`th line of stdout that matches, once it is there: `limit_s` after any other at most."""
 
         def found() -> list[re.Match[str]]:
             return [match for line in self.lines if (match := re.search(pattern, line))]
 
         with self._heard:
-            heard = self._heard.wait_for(
-                lambda: len(found()) >= count or self.process.poll() is not None, limit_s
-            )
+            heard = True
+            while heard and len(found()) < count and self.process.poll() is None:
+                heard = self._heard.wait(limit_s)
             matches = found()
-        assert heard, f"no line {pattern!r} within {limit_s} s: {self.output}"
+        assert heard or matches, f"no line {pattern!r}, nor any other for {limit_s} s: {self.output}"
         assert len(matches) >= count, f"it ended: {self.output}"
         return matches[count - 1]
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import io
+import logging
 import os
 import subprocess
 import sys
@@ -10,15 +13,19 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from common import cli
 from common.commands import cores, running
-from common.commands.child import ending
+from common.commands.child import Child, ending
 from common.commands.inspect import stages
 from common.commands.redis_shell import command_line
-from common.commands.serve import curl_line
+from common.commands.serve import Compiling, curl_line
 from common.commands.settings import ServeSettings, load_deployment
+from common.commands.supervisor import Part
 from common.errors import ConfigError
+from common.logs import ROOT as ROOT_LOGGER
+from common.logs import LineFormatter, get_logger
 from common.settings.config import GatewaySettings, NodeSettings, RedisSettings, child_environment, describe
 from common.store.request_record import ChoiceRecord
 from common.store.request_state import State
@@ -300,3 +307,62 @@ def test_how_a_process_ended_in_words() -> None:
     assert ending(3) == "exit code 3"
     assert ending(-9) == "killed by SIGKILL"
     assert ending(-200) == "killed by signal 200"
+
+
+# ── A first start ────────────────────────────────────────────────────────────────────────────────
+
+
+def kernel_lines(*kernels: str) -> list[str]:
+    """As a node writes them (common/engine/devices/cpu/kernel_cache.py)."""
+    written = io.StringIO()
+    handler = logging.StreamHandler(written)
+    handler.setFormatter(LineFormatter("node"))
+    logging.getLogger(ROOT_LOGGER).addHandler(handler)
+    for kernel in kernels:
+        get_logger("kernels").warning("kernels.compiling", kernel=kernel)
+    logging.getLogger(ROOT_LOGGER).removeHandler(handler)
+    return written.getvalue().splitlines()
+
+
+def test_a_part_that_compiles_kernels_is_making_progress() -> None:
+    part = Part("decode-1", "common.node", (), {}, ())
+    first, second = kernel_lines("multiply", "sample_rows")
+    part.slow = True
+    assert part.progress(first) == "multiply (kernel 1 of a first start)"
+    assert part.progress(second) == "sample_rows (kernel 2 of a first start)"
+    assert not part.slow
+    assert part.progress_at > 0
+    waiting = second.replace("compiling", "waiting")
+    assert part.progress(waiting) == "sample_rows (in another process, for which it waits)"
+    assert part.progress("2026 WARNING node kernels.not_cached trouble=full") == ""
+
+
+async def last_words_of(folder: Path, program: str, takes: str) -> str:
+    folder.joinpath("talks.py").write_text(program)
+    environment = os.environ | {"PYTHONPATH": str(folder)}
+    cores_here = tuple(os.sched_getaffinity(0))
+    child = await Child.start("talks", (), environment, cores_here, 0, lambda line: takes in line)
+    await child.ended
+    return child.last_words
+
+
+def test_what_is_taken_of_a_childs_lines_is_not_shown(tmp_path: Path) -> None:
+    program = "import sys\nprint('one\\ntwo', file=sys.stderr)"
+    assert asyncio.run(last_words_of(tmp_path, program, "two")) == "one"
+    assert asyncio.run(last_words_of(tmp_path, program, "none")) == "two"
+
+
+def test_on_a_terminal_the_first_kernel_has_a_line_and_the_others_share_one_that_changes() -> None:
+    written = io.StringIO()
+    compiling = Compiling(Console(file=written, force_terminal=True, width=80))
+    assert compiling.is_news("decode-1", "compiling", "multiply")
+    assert not compiling.is_news("prefill-1", "compiling", "sample_rows")
+    assert compiling.is_news("decode-1", "ready", "")
+    assert compiling.is_news("prefill-1", "ready", "")
+    compiling.end()
+    assert "prefill-1: sample_rows" in written.getvalue()
+
+
+def test_elsewhere_each_kernel_has_a_line() -> None:
+    compiling = Compiling(Console(file=io.StringIO()))
+    assert all(compiling.is_news("decode-1", "compiling", kernel) for kernel in ("one", "two"))

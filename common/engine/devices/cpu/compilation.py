@@ -25,6 +25,7 @@ from numba.core.codegen import CPUCodeLibrary, JITCodeLibrary
 from numba.core.compiler_lock import global_compiler_lock
 
 from common import garbage
+from common.engine.devices.cpu import kernel_cache
 
 _numba: Any = dispatcher
 Dispatcher, FunctionCompiler = _numba.Dispatcher, _numba._FunctionCompiler
@@ -69,7 +70,8 @@ def _compile_whole(function: Any, signature: Any) -> Any:
     arguments, _ = sigutils.normalize_signature(signature)
     if _is_part(function.overloads.get(arguments)):
         del function.overloads[arguments]  # others contain it, and now it is called by itself
-    return _compile_alone(function, signature)
+    with kernel_cache.compiling(function, signature):
+        return _compile_alone(function, signature)
 
 
 def _compile_part(function: Any, signature: Any) -> Any:
