@@ -21,8 +21,9 @@ import numba
 import torch  # first, so that omp_pool finds its libgomp loaded
 from llvmlite import ir
 from numba import types
+from numba.core import imputils
 from numba.extending import intrinsic, overload
-from numba.np import linalg
+from numba.np import arrayobj, linalg
 
 from common.engine.devices.cpu import compilation, kernel_cache, omp_pool
 from common.errors import ConfigError
@@ -161,6 +162,28 @@ def bits_of_float(typing_context: Any, value: Any) -> Any:
         return builder.bitcast(arguments[0], ir.IntType(32))
 
     return types.uint32(types.float32), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def bits_of_floats(typing_context: Any, values: Any) -> Any:
+    """The same memory as int32; numpy's `view` compiles the text of an error with it."""
+    bits = values.copy(dtype=types.int32)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        given = arrayobj.make_array(values)(context, builder, arguments[0])
+        made = arrayobj.make_array(bits)(context, builder)
+        arrayobj.populate_array(
+            made,
+            data=builder.bitcast(given.data, ir.IntType(32).as_pointer()),
+            shape=given.shape,
+            strides=given.strides,
+            itemsize=given.itemsize,
+            meminfo=given.meminfo,
+            parent=given.parent,
+        )
+        return imputils.impl_ret_borrowed(context, builder, bits, made._getvalue())
+
+    return bits(values), generate
 
 
 def widen(stored: Any) -> Any:

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from common.engine.devices.cpu.numba_runtime import exact, exact_kernel
+from common.engine.devices.cpu.numba_runtime import bits_of_floats, exact, exact_kernel
 from common.engine.devices.cpu.selection import (
     BINS,
     argmax,
@@ -25,7 +25,9 @@ from common.engine.devices.cpu.selection import (
     find_peaks,
     gather,
     kth_largest,
+    largest,
     race,
+    sort,
     sort_key,
     total_mass,
 )
@@ -118,12 +120,11 @@ def edit(
     seen_length: Any,
 ) -> Any:
     """`work` becomes the row with bias, allowed and banned ids, min_tokens and penalties."""
+    for i in range(raw.shape[0]):
+        work[i] = _NEGATIVE_INFINITY if record.allowed_length else raw[i]
     if record.allowed_length:
-        work[:] = _NEGATIVE_INFINITY
         for j in range(record.allowed_start, record.allowed_start + record.allowed_length):
             work[allowed_ids[j]] = raw[allowed_ids[j]]
-    else:
-        work[:] = raw
     for j in range(record.edits_start, record.edits_start + record.edits_length):
         work[edit_ids[j]] += edit_values[j]
     if position < record.min_position:
@@ -180,15 +181,134 @@ def row_logprobs(
     ranks[row] = rank
     if count == 0:
         return
-    bound = kth_largest(peaks, count)
+    bound = kth_largest(peaks, count, keys)
     n = gather(values, peaks, bound, _NEGATIVE_INFINITY, np.int64(values.shape[0]), near, near_ids)
     for j in range(n):
         keys[j] = sort_key(near[j], j)
-    keys[:n].sort()
+    sort(keys, n)
     for place in range(min(n, count)):
         found = np.int64(keys[place] & _MASK)
         top_ids[row, place] = near_ids[found]
         top[row, place] = np.float64(near[found]) - np.float64(peak) - log_total
+
+
+@exact
+def sample_lane(
+    lane: Any,
+    logits: Any,
+    half: Any,
+    sources: Any,
+    slots: Any,
+    positions: Any,
+    drafted: Any,
+    draft_start: Any,
+    draft_length: Any,
+    records: Any,
+    edit_ids: Any,
+    edit_values: Any,
+    allowed_ids: Any,
+    stop_ids: Any,
+    counts: Any,
+    seen: Any,
+    seen_length: Any,
+    scratch: Any,
+    tokens: Any,
+    faults: Any,
+    chosen: Any,
+    ranks: Any,
+    top_ids: Any,
+    top: Any,
+) -> Any:
+    """The rows that are one thread's. Apart from the loop over threads, which numba compiles twice."""
+    lanes = scratch.raw.shape[0]
+    near, near_ids = scratch.near[lane], scratch.near_ids[lane]
+    keys, bins = scratch.keys[lane], scratch.bins[lane]
+    for row in range(lane, slots.shape[0], lanes):
+        record = records[slots[row]]
+        raw = scratch.raw[lane]
+        if half.shape[0]:
+            widen(half[sources[row]], bits_of_floats(raw))
+        else:
+            raw = logits[sources[row]]
+        raw_peaks = scratch.raw_peaks[lane]
+        tokens[row] = -1
+        faults[row] = _NOT_FINITE
+        if not find_peaks(bits_of_floats(raw), raw_peaks):
+            continue
+        values, peaks = raw, raw_peaks
+        if record.edited:
+            values, peaks = scratch.work[lane], scratch.work_peaks[lane]
+            start = draft_start[row]
+            edit(
+                raw,
+                values,
+                record,
+                positions[row],
+                drafted[start : start + draft_length[row]],
+                edit_ids,
+                edit_values,
+                allowed_ids,
+                stop_ids,
+                counts,
+                seen,
+                seen_length,
+            )
+            if not find_peaks(bits_of_floats(values), peaks):
+                continue
+        faults[row] = _NO_TOKEN_LEFT
+        first = argmax(values, peaks)
+        peak = values[first]
+        if peak == _NEGATIVE_INFINITY:
+            continue
+        faults[row] = _OK
+        token = first
+        if record.temperature > 0.0:
+            cut, last = cut_of(
+                values,
+                peaks,
+                peak,
+                record.temperature,
+                record.inverse_temperature,
+                record.top_k,
+                record.top_p,
+                record.min_p_cut,
+                near,
+                near_ids,
+                bins,
+                keys,
+            )
+            token = race(
+                values,
+                peaks,
+                peak,
+                first,
+                record.temperature,
+                cut,
+                last,
+                record.seed,
+                record.choice,
+                positions[row],
+                scratch.least[lane],
+                scratch.holder[lane],
+            )
+        tokens[row] = token
+        if record.logprobs >= 0:
+            row_logprobs(
+                raw,
+                raw_peaks,
+                largest(raw_peaks),
+                token,
+                record.logprobs,
+                near,
+                near_ids,
+                keys,
+                bins,
+                row,
+                chosen,
+                ranks,
+                top_ids,
+                top,
+            )
 
 
 @exact_kernel
@@ -218,96 +338,82 @@ def sample_rows(
     top: Any,
 ) -> Any:
     """Fill `tokens` and `faults` (and the logprobs of the rows that want them)."""
+    for lane in numba.prange(scratch.raw.shape[0]):
+        sample_lane(
+            np.int64(lane),
+            logits,
+            half,
+            sources,
+            slots,
+            positions,
+            drafted,
+            draft_start,
+            draft_length,
+            records,
+            edit_ids,
+            edit_values,
+            allowed_ids,
+            stop_ids,
+            counts,
+            seen,
+            seen_length,
+            scratch,
+            tokens,
+            faults,
+            chosen,
+            ranks,
+            top_ids,
+            top,
+        )
+
+
+@exact
+def score_lane(
+    lane: Any,
+    logits: Any,
+    half: Any,
+    targets: Any,
+    counts: Any,
+    scratch: Any,
+    faults: Any,
+    chosen: Any,
+    ranks: Any,
+    top_ids: Any,
+    top: Any,
+) -> Any:
+    """The rows that are one thread's."""
     lanes = scratch.raw.shape[0]
-    for lane in numba.prange(lanes):
-        near, near_ids = scratch.near[lane], scratch.near_ids[lane]
-        keys, bins = scratch.keys[lane], scratch.bins[lane]
-        for row in range(lane, slots.shape[0], lanes):
-            record = records[slots[row]]
-            raw = scratch.raw[lane]
-            if half.shape[0]:
-                widen(half[sources[row]], raw.view(np.int32))
-            else:
-                raw = logits[sources[row]]
-            raw_peaks = scratch.raw_peaks[lane]
-            tokens[row] = -1
-            faults[row] = _NOT_FINITE
-            if not find_peaks(raw.view(np.int32), raw_peaks):
-                continue
-            values, peaks = raw, raw_peaks
-            if record.edited:
-                values, peaks = scratch.work[lane], scratch.work_peaks[lane]
-                start = draft_start[row]
-                edit(
-                    raw,
-                    values,
-                    record,
-                    positions[row],
-                    drafted[start : start + draft_length[row]],
-                    edit_ids,
-                    edit_values,
-                    allowed_ids,
-                    stop_ids,
-                    counts,
-                    seen,
-                    seen_length,
-                )
-                if not find_peaks(values.view(np.int32), peaks):
-                    continue
-            faults[row] = _NO_TOKEN_LEFT
-            first = argmax(values, peaks)
-            peak = values[first]
-            if peak == _NEGATIVE_INFINITY:
-                continue
-            faults[row] = _OK
-            token = first
-            if record.temperature > 0.0:
-                cut, last = cut_of(
-                    values,
-                    peaks,
-                    peak,
-                    record.temperature,
-                    record.inverse_temperature,
-                    record.top_k,
-                    record.top_p,
-                    record.min_p_cut,
-                    near,
-                    near_ids,
-                    bins,
-                    keys,
-                )
-                token = race(
-                    values,
-                    peaks,
-                    peak,
-                    first,
-                    record.temperature,
-                    cut,
-                    last,
-                    record.seed,
-                    record.choice,
-                    positions[row],
-                    scratch.least[lane],
-                    scratch.holder[lane],
-                )
-            tokens[row] = token
-            if record.logprobs >= 0:
-                row_logprobs(
-                    raw,
-                    raw_peaks,
-                    raw_peaks.max(),
-                    token,
-                    record.logprobs,
-                    near,
-                    near_ids,
-                    keys,
-                    bins,
-                    row,
-                    chosen,
-                    ranks,
-                    top_ids,
-                    top,
-                )
+    for row in range(lane, targets.shape[0], lanes):
+        raw = scratch.raw[lane]
+        if half.shape[0]:
+            widen(half[row], bits_of_floats(raw))
+        else:
+            raw = logits[row]
+        peaks = scratch.raw_peaks[lane]
+        faults[row] = _NOT_FINITE
+        if not find_peaks(bits_of_floats(raw), peaks):
+            continue
+        faults[row] = _NO_TOKEN_LEFT
+        peak = largest(peaks)
+        if peak == _NEGATIVE_INFINITY:
+            continue
+        faults[row] = _OK
+        row_logprobs(
+            raw,
+            peaks,
+            peak,
+            targets[row],
+            counts[row],
+            scratch.near[lane],
+            scratch.near_ids[lane],
+            scratch.keys[lane],
+            scratch.bins[lane],
+            row,
+            chosen,
+            ranks,
+            top_ids,
+            top,
+        )
 
 
 @exact_kernel
@@ -324,39 +430,10 @@ def target_logprobs(
     top: Any,
 ) -> Any:
     """Log-probabilities of given tokens: no sampling."""
-    lanes = scratch.raw.shape[0]
-    for lane in numba.prange(lanes):
-        for row in range(lane, targets.shape[0], lanes):
-            raw = scratch.raw[lane]
-            if half.shape[0]:
-                widen(half[row], raw.view(np.int32))
-            else:
-                raw = logits[row]
-            peaks = scratch.raw_peaks[lane]
-            faults[row] = _NOT_FINITE
-            if not find_peaks(raw.view(np.int32), peaks):
-                continue
-            faults[row] = _NO_TOKEN_LEFT
-            peak = peaks.max()
-            if peak == _NEGATIVE_INFINITY:
-                continue
-            faults[row] = _OK
-            row_logprobs(
-                raw,
-                peaks,
-                peak,
-                targets[row],
-                counts[row],
-                scratch.near[lane],
-                scratch.near_ids[lane],
-                scratch.keys[lane],
-                scratch.bins[lane],
-                row,
-                chosen,
-                ranks,
-                top_ids,
-                top,
-            )
+    for lane in numba.prange(scratch.raw.shape[0]):
+        score_lane(
+            np.int64(lane), logits, half, targets, counts, scratch, faults, chosen, ranks, top_ids, top
+        )
 
 
 @exact

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from common.engine.devices.cpu.numba_runtime import exact
+from common.engine.devices.cpu.numba_runtime import bits_of_float, bits_of_floats, exact, float_of_bits
 from common.engine.devices.cpu.philox import group_noise, token_noise
 from common.engine.sampling.noise import GROUP, LOG_LEAST
 from common.engine.sampling.softmax_mass import FLOOR, LN2_HIGH, LN2_LOW, LOG2_E, MASS_BITS, POLYNOMIAL
@@ -36,6 +36,8 @@ _NEGATIVE_INFINITY_BITS, _ZERO = np.int32(0x7F800000 - 2**31), np.int32(0)
 # taken. Changes the cost only.
 _REACH_NEAR, _REACH_FAR = 4.0, 10.0
 
+_BY_MASS, _NOT_BY_MASS = np.bool_(True), np.bool_(False)  # of one type, which True and False are not
+
 BINS = 1024
 STRIP = 32  # ids that are searched at once
 _SORTABLE = 1024  # at most so many candidates are sorted
@@ -48,7 +50,7 @@ def mass(value: Any, peak: Any, inverse_temperature: Any) -> Any:
     n = (x * _LOG2_E + _ROUND) - _ROUND
     f = (x - n * _LN2_HIGH) - n * _LN2_LOW
     p = (((((_P6 * f + _P5) * f + _P4) * f + _P3) * f + _P2) * f + _P1) * f + _P0
-    power = np.int32((np.int32(n) + _EXPONENT) << _23).view(np.float32)
+    power = float_of_bits(np.uint32((np.int32(n) + _EXPONENT) << _23))
     return np.int64(p * power)
 
 
@@ -76,7 +78,7 @@ def find_peaks(bits: Any, peaks: Any) -> Any:
     for group in range(peaks.shape[0]):
         top, magnitude = tile_peak(bits[group * GROUP : group * GROUP + GROUP])
         worst = max(worst, magnitude)
-        peaks[group] = np.int32(top ^ ((top >> _31) & _ABSOLUTE)).view(np.float32)
+        peaks[group] = float_of_bits(np.uint32(top ^ ((top >> _31) & _ABSOLUTE)))
     return worst < _INFINITY_BITS
 
 
@@ -91,6 +93,14 @@ def argmax(values: Any, peaks: Any) -> Any:
     while values[i] != peaks[group]:
         i += 1
     return i
+
+
+@exact
+def largest(peaks: Any) -> Any:
+    peak = peaks[0]
+    for group in range(1, peaks.shape[0]):
+        peak = max(peak, peaks[group])
+    return peak
 
 
 @exact
@@ -151,19 +161,37 @@ def gather(values: Any, peaks: Any, bound: Any, cut: Any, last: Any, near: Any, 
 
 
 @exact
-def kth_largest(peaks: Any, k: Any) -> Any:
-    """The k-th largest group maximum: a lower bound of the k-th largest logit; or -inf."""
-    if k > peaks.shape[0]:
-        return _NEGATIVE_INFINITY
-    return np.sort(peaks)[peaks.shape[0] - k]
+def sort_key(value: Any, token: Any) -> Any:
+    """uint64 whose ascending order is: larger logit first, then lower id."""
+    b = np.int32(bits_of_float(np.float32(value + np.float32(0.0))))  # -0.0 becomes 0.0
+    ordered = np.int64(b ^ ((b >> _31) & _ABSOLUTE))
+    return (np.uint64(np.int64(2**31 - 1) - ordered) << _32) | np.uint64(token)
 
 
 @exact
-def sort_key(value: Any, token: Any) -> Any:
-    """uint64 whose ascending order is: larger logit first, then lower id."""
-    b = np.float32(value + np.float32(0.0)).view(np.int32)  # -0.0 becomes 0.0
-    ordered = np.int64(b ^ ((b >> _31) & _ABSOLUTE))
-    return (np.uint64(np.int64(2**31 - 1) - ordered) << _32) | np.uint64(token)
+def sort(keys: Any, count: Any) -> Any:
+    """Put the first `count` keys in ascending order (Shell's sort; numpy's takes a second to compile)."""
+    gap = count
+    while gap > 1:
+        gap = max(1, 4 * gap // 9)
+        for i in range(gap, count):
+            key = keys[i]
+            place = i
+            while place >= gap and keys[place - gap] > key:
+                keys[place] = keys[place - gap]
+                place -= gap
+            keys[place] = key
+
+
+@exact
+def kth_largest(peaks: Any, k: Any, keys: Any) -> Any:
+    """The k-th largest group maximum: a lower bound of the k-th largest logit; or -inf."""
+    if k > peaks.shape[0]:
+        return _NEGATIVE_INFINITY
+    for group in range(peaks.shape[0]):
+        keys[group] = sort_key(peaks[group], group)
+    sort(keys, peaks.shape[0])
+    return peaks[np.int64(keys[k - 1] & _MASK)]
 
 
 @exact
@@ -177,7 +205,7 @@ def extent(bits: Any) -> Any:
         high = max(high, ordered)
     low = np.int32(low ^ ((low >> _31) & _ABSOLUTE))
     high = np.int32(high ^ ((high >> _31) & _ABSOLUTE))
-    return low.view(np.float32), high.view(np.float32)
+    return float_of_bits(np.uint32(low)), float_of_bits(np.uint32(high))
 
 
 @exact
@@ -199,9 +227,9 @@ def shortest_prefix(
     """
     one = np.int64(1)
     while n > _SORTABLE:
-        low, high = extent(near[:n].view(np.int32))
+        low, high = extent(bits_of_floats(near[:n]))
         scale = (BINS - 0.01) / (np.float64(high) - np.float64(low))
-        if low == high or not np.isfinite(scale):
+        if low == high or not scale < np.inf:
             break
         bins[:] = 0
         for j in range(n):
@@ -222,13 +250,13 @@ def shortest_prefix(
         if kept == n:
             break
         n = kept
-    low, high = extent(near[:n].view(np.int32))
+    low, high = extent(bits_of_floats(near[:n]))
     if low == high:
         weight = mass(low, peak, inverse_temperature) if by_mass else one
         return low, np.int64(near_ids[(target + weight - 1) // weight - 1])
     for j in range(n):
         keys[j] = sort_key(near[j], j)
-    keys[:n].sort()
+    sort(keys, n)
     found = np.int64(0)
     for place in range(n):
         found = np.int64(keys[place] & _MASK)
@@ -259,11 +287,11 @@ def cut_of(
     if min_p_cut > -np.inf:
         cut, last = np.float32(np.float64(peak) + min_p_cut), size
     if 0 < top_k < size:
-        bound = kth_largest(peaks, top_k)
+        bound = kth_largest(peaks, top_k, keys)
         n = gather(values, peaks, bound, cut, last, near, near_ids)
         if n >= top_k:  # fewer only when min_p left fewer
             cut, last = shortest_prefix(
-                near, near_ids, n, top_k, False, peak, inverse_temperature, bins, keys
+                near, near_ids, n, top_k, _NOT_BY_MASS, peak, inverse_temperature, bins, keys
             )
     if top_p < 1.0:
         total = total_mass(values, peaks, peak, inverse_temperature, cut, last)
@@ -275,7 +303,9 @@ def cut_of(
             reached = tile_mass(near[:n], peak, inverse_temperature, _NEGATIVE_INFINITY)
             if reached >= target:
                 break
-        cut, last = shortest_prefix(near, near_ids, n, target, True, peak, inverse_temperature, bins, keys)
+        cut, last = shortest_prefix(
+            near, near_ids, n, target, _BY_MASS, peak, inverse_temperature, bins, keys
+        )
     return cut, last
 
 
