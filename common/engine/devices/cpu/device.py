@@ -38,7 +38,9 @@ class CpuDevice:
 
             return ReferenceBackend(self.torch_device, dtype, "cpu")
         from common.engine.devices.cpu.backend import CpuBackend
+        from common.engine.devices.cpu.first_start import compile_sampler_beside
 
+        compile_sampler_beside()
         threads = settings.threads or len(settings.cores) or torch.get_num_threads()
         return CpuBackend(dtype, threads)
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import hashlib
 import io
 import os
@@ -84,6 +85,12 @@ def cache(dispatcher: Any) -> None:
         _warn("unusable", error)
 
 
+def is_new(dispatcher: Any) -> bool:
+    """Whether a kernel was never compiled here, for any signature, and can be kept."""
+    cache = dispatcher._cache
+    return isinstance(cache, _Cache) and not cache.is_used()
+
+
 @contextlib.contextmanager
 def compiling(dispatcher: Any, signature: Any) -> Iterator[None]:
     """While a kernel is loaded or, where the cache lacks it, compiled: in one process of this machine. The
@@ -141,6 +148,9 @@ class _Cache(FunctionCache):  # type: ignore[misc]
             if self._lock is not None:  # whoever waits for the kernel need not do so any longer
                 with contextlib.suppress(OSError):
                     self._lock.unlink()
+
+    def is_used(self) -> bool:
+        return any(Path(self._cache_path).glob(f"{glob.escape(self._impl.filename_base)}.*.nbi"))
 
     def has(self, signature: Any) -> bool:
         return self._files(signature).has(self._key(signature))
