@@ -1,6 +1,6 @@
 """The decode role: runs sequences that arrive by handoff, with KV and first token, to their end.
 
-Owns the attempts that decode here. As `unified` (and whenever a gateway sends it a request) it
+Owns the attempts that decode here. As `unified`, and whenever a gateway sends it a request while it idles, it
 computes the prompt itself. Admission is the engine's (common/engine/core/admission.py): an offer is
 granted a slot and room for its whole prompt, or waits, and its sequence runs from the next step on.
 When the node drains, what runs moves to other decode nodes (moves.py), as far as they have room.

@@ -81,7 +81,7 @@ async def run(settings: GatewaySettings, incarnation: str, models: ServedModels,
             store=RecordStore(requests),
             bus=links,
             directory=links,
-            router=LeastLoadedRouter(index),
+            router=LeastLoadedRouter(index, decode_prompt_tokens=settings.decode_prompt_tokens),
             limits=DispatchLimits(
                 max_attempts=settings.max_attempts,
                 max_open=settings.max_open_requests,

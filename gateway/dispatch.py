@@ -92,7 +92,7 @@ class Dispatcher:
         self._limits = limits
         self._metrics = metrics
         self._open: dict[str, OpenRequest] = {}
-        self._placement = Placement(gateway, bus, directory, router, limits)
+        self._placement = Placement(gateway, bus, directory, router, limits, metrics)
         self._holders = Holders(gateway, self._open, bus, directory, self.on_node_lost, limits.quiet_s)
         self._whereabouts = Whereabouts(
             self._open, store, directory, self._lose_unheard, self._adopt, limits.unheard_s

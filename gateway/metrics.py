@@ -34,6 +34,9 @@ class GatewayMetrics:
         self.itl = histogram(
             "pdq_gateway_inter_token_seconds", "Between two arrivals of tokens of one choice"
         )
+        self.placements = counter(
+            "pdq_gateway_placements_total", "Attempts, by role of the node that computes the prompt", ["role"]
+        )
         self.retries = counter("pdq_gateway_retries_total", "Attempts after the first, by cause", ["cause"])
         self.dead_letters = counter(
             "pdq_gateway_dead_letters_total", "Requests that made engines fail, also when alone"

@@ -17,6 +17,7 @@ from common.logs import get_logger
 from common.request import Request
 from common.sampling import SamplingParams
 from common.wire.messages import Dispatch
+from gateway.metrics import GatewayMetrics
 from gateway.open_request import OpenRequest
 from gateway.ports import NodeBus, NodeDirectory, NodeView
 from gateway.router import Decision, RouteQuestion, Router, what_lacks
@@ -42,13 +43,20 @@ class Placement:
     """All methods run on one event loop."""
 
     def __init__(
-        self, gateway: str, bus: NodeBus, directory: NodeDirectory, router: Router, limits: DispatchLimits
+        self,
+        gateway: str,
+        bus: NodeBus,
+        directory: NodeDirectory,
+        router: Router,
+        limits: DispatchLimits,
+        metrics: GatewayMetrics,
     ) -> None:
         self._gateway = gateway
         self._bus = bus
         self._directory = directory
         self._router = router
         self._limits = limits
+        self._metrics = metrics
         # Prompt tokens by node: sent, less those computed, since loads were read; may be negative.
         self._in_flight: Counter[str] = Counter()
         self._nodes_changed = asyncio.Event()
@@ -85,6 +93,7 @@ class Placement:
         node = decision.prefill.incarnation
         log.debug("request.placed", request=asked.id, node=node, why=decision.reason)
         request.fingerprint = request.fingerprint or decision.prefill.fingerprint
+        self._metrics.placements.labels(decision.prefill.role).inc()
         request.involved.add(node)
         dispatch = Dispatch(
             request=asked,

@@ -8,6 +8,10 @@ The policy estimates the work before the first token, in prompt tokens: what wai
 what of this prompt it does not hold. Estimates within one block of the best are equal, and among
 equals a hash of the request decides: a hot prefix that several nodes hold spreads over them, and
 the same request asked twice gives the same answer.
+
+A decode node that idles computes a prompt itself, and goes on with it, where that is less work than at any
+other node by more than a block. It idles while no sequence runs there; and what it has taken never exceeds
+`decode_prompt_tokens`: a sequence that arrives meanwhile waits for so many at most.
 """
 
 from __future__ import annotations
@@ -85,7 +89,7 @@ class Weighed:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Decision:
-    """`decode` is None when `prefill` is unified and goes on by itself."""
+    """`decode` is None when `prefill` goes on by itself: a unified node, or a decode node that idles."""
 
     prefill: NodeView
     decode: NodeView | None
@@ -107,8 +111,10 @@ class Router(Protocol):
 class LeastLoadedRouter:
     """Chooses the least work before the first token; see the module."""
 
-    def __init__(self, index: PrefixIndex) -> None:
+    def __init__(self, index: PrefixIndex, *, decode_prompt_tokens: int = 0) -> None:
+        """`decode_prompt_tokens`: how many prompt tokens an idle decode node takes at most, 0: none."""
         self._index = index
+        self._decode_prompt_tokens = decode_prompt_tokens
 
     def route(
         self, question: RouteQuestion, nodes: Sequence[NodeView], in_flight: Mapping[str, int]
@@ -131,6 +137,9 @@ class LeastLoadedRouter:
             return None
         weighed = self._weigh(question, first, in_flight)
         best = weighed[0]
+        idle = self._idle_decoder(question, decoders, first, min(one.cost for one in weighed), in_flight)
+        if idle is not None:
+            return idle
         prefill = next(node for node in first if node.incarnation == best.incarnation)
         decode = None
         if prefill.role == PREFILL:
@@ -142,6 +151,33 @@ class LeastLoadedRouter:
             f"not cached, {len(first)} candidates"
         )
         return Decision(prefill, decode, reason)
+
+    def _idle_decoder(
+        self,
+        question: RouteQuestion,
+        decoders: Sequence[NodeView],
+        first: Sequence[NodeView],
+        least: int,
+        in_flight: Mapping[str, int],
+    ) -> Decision | None:
+        """The idle decode node where the prompt costs less than `least`, which it costs at one of `first`."""
+        prefill = [node for node in first if node.role == PREFILL]
+        idle = [
+            node
+            for node in decoders
+            if not node.load.running
+            and node.incarnation not in question.avoid
+            and question.only in ("", node.incarnation)
+            and any(node in _partners(one, [node]) for one in prefill)
+        ]
+        if not idle or not self._decode_prompt_tokens:
+            return None
+        best = self._weigh(question, idle, in_flight)[0]
+        node = next(node for node in idle if node.incarnation == best.incarnation)
+        if best.cost > self._decode_prompt_tokens or best.cost + node.fingerprint.block_size >= least:
+            return None
+        reason = f"it decodes nothing: {best.cost} tokens to compute, {least} elsewhere"
+        return Decision(node, None, reason)
 
     def _weigh(
         self, question: RouteQuestion, nodes: Sequence[NodeView], in_flight: Mapping[str, int]

@@ -292,6 +292,9 @@ class GatewaySettings:
     placement_timeout_s: float = setting(
         8.0, "how long a request waits for a node that can take it", at_least=0.01
     )
+    decode_prompt_tokens: int = setting(
+        512, "prompt tokens that an idle decode node computes itself at most (0: none)", at_least=0
+    )
     request_timeout_s: float = setting(600.0, "longest life of a request", at_least=0.1)
     grace_period_s: float = setting(30.0, "time that a drain gives to open requests", at_least=0)
     http: HTTPSettings = field(default_factory=HTTPSettings, metadata={"prefix": ""})

@@ -99,6 +99,8 @@ class Deployment:
             "0",
             "--model",
             str(self.model),
+            "--decode-prompt-tokens",  # every prompt is handed over, unless a test wants other
+            "0",
             *self.gateway_flags,
         )
 

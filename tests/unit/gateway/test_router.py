@@ -48,8 +48,9 @@ def route(
     asked: RouteQuestion | None = None,
     index: PrefixIndex | None = None,
     in_flight: dict[str, int] | None = None,
+    decode_prompt_tokens: int = 0,
 ) -> Decision | None:
-    router = LeastLoadedRouter(index or PrefixIndex())
+    router = LeastLoadedRouter(index or PrefixIndex(), decode_prompt_tokens=decode_prompt_tokens)
     return router.route(asked or question(), nodes, in_flight or {})
 
 
@@ -164,6 +165,75 @@ def test_prefill_goes_with_the_decode_node_that_runs_least_and_matches() -> None
     assert decision is not None
     assert decision.decode is not None
     assert (decision.prefill.incarnation, decision.decode.incarnation) == ("p", "d2")
+
+
+def alone(
+    nodes: list[NodeView],
+    asked: RouteQuestion | None = None,
+    index: PrefixIndex | None = None,
+    most: int = 100,
+) -> str:
+    """The decode node that computes the prompt by itself, "" if none does. It has 40 tokens."""
+    decision = route(nodes, asked, index, decode_prompt_tokens=most)
+    assert decision is not None
+    if decision.prefill.role != "decode":
+        return ""
+    assert decision.decode is None
+    assert "decodes nothing" in decision.reason
+    return decision.prefill.incarnation
+
+
+def test_a_decode_node_that_idles_computes_a_prompt_that_would_wait_elsewhere() -> None:
+    busy, idle = node("p", "prefill", waiting=5), node("d", "decode")
+    assert alone([busy, idle]) == "d"
+    assert alone([busy, idle], most=0) == "", "by setting"
+    assert alone([node("p", "prefill", waiting=4), idle]) == "", "no more than a block would be saved"
+    assert alone([node("p", "prefill"), node("d", "decode", waiting=10)]) == ""
+
+
+def test_a_decode_node_that_decodes_computes_no_prompt_however_long_the_queue() -> None:
+    assert alone([node("p", "prefill", waiting=10_000), node("d", "decode", running=1)]) == ""
+
+
+def test_what_a_decode_node_takes_is_bounded_by_what_may_delay_others() -> None:
+    busy = node("p", "prefill", waiting=10_000)
+    assert alone([busy, node("d", "decode", waiting=60)], most=100) == "d"
+    assert alone([busy, node("d", "decode", waiting=61)], most=100) == ""
+    assert alone([busy, node("d", "decode")], most=39) == ""
+    assert alone([busy, node("d", "decode")], index=holding("d", blocks=9), most=4) == "d", (
+        "what is not cached"
+    )
+
+
+def test_a_decode_node_computes_no_prompt_where_the_prefix_is_elsewhere() -> None:
+    nodes = [node("p", "prefill", waiting=30), node("d", "decode")]
+    assert alone(nodes, index=holding("p")) == ""
+    assert alone(nodes) == "d"
+
+
+def test_a_decode_node_computes_prompts_only_as_its_prefill_nodes_would() -> None:
+    other = replace(PRINT, numerics="another")
+    nodes = [
+        node("p", "prefill", waiting=1000),
+        node("d", "decode", running=2),
+        node("odd", "decode", fingerprint=other),
+    ]
+    assert alone(nodes) == ""
+    assert alone([*nodes, node("u", waiting=50)]) == "", "nor does it when there is a unified node"
+    assert alone([*nodes, node("d2", "decode", draining=True)]) == ""
+    assert alone([*nodes, node("d2", "decode")]) == "d2"
+    assert alone([*nodes, node("d2", "decode")], question(avoid=frozenset({"d2"}))) == ""
+    assert alone([*nodes, node("d2", "decode")], question(only="p")) == ""
+
+
+def test_a_burst_is_shared_with_an_idle_decode_node_up_to_the_bound() -> None:
+    nodes, in_flight, taken = [node("p", "prefill"), node("d", "decode")], Counter[str](), Counter[str]()
+    for number in range(16):
+        decision = route(nodes, question(f"r{number}"), in_flight=in_flight, decode_prompt_tokens=240)
+        assert decision is not None
+        in_flight[decision.prefill.incarnation] += len(PROMPT)
+        taken[decision.prefill.incarnation] += 1
+    assert taken == {"p": 10, "d": 6}
 
 
 def test_another_block_size_is_no_mismatch_but_the_same_one_is_preferred_among_equals() -> None:
