@@ -32,10 +32,10 @@ bench: $(INSTALLED)
 bench-handoff: $(INSTALLED)
 	$(BIN)/python -m bench.handoff $(ARGS)
 
-# vLLM beside ours on two cores: VLLM_PYTHON names the python of an environment with vllm (for CPU) and
-# nixl (`python -m bench.peers --help`).
+# Ours and every peer that is named over HTTP, under the same loads on two cores: ARGS="vllm=PYTHON", the python
+# of an environment such as `python -m bench.peers install vllm FOLDER` makes.
 bench-peers: $(INSTALLED)
-	$(BIN)/python -m bench.peers $(ARGS)
+	$(BIN)/python -m bench.peers loads $(ARGS)
 
 # The handoff protocol: a minute of random schedules, every schedule of a prompt and a move, three blocks and two
 # faults, and each rule taken out; the same for streams of tokens. Minutes; `make test` has a part of each.

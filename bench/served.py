@@ -1,4 +1,4 @@
-"""A whole system for a benchmark: `pdq serve` with one unified node, up and ready, and ended after."""
+"""A whole system for a benchmark: `pdq serve`, up and ready, and ended after."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ START_LIMIT_S = 300.0
 
 
 @contextlib.contextmanager
-def served(port: int, flags: Sequence[str]) -> Iterator[psutil.Process]:
-    """The process of `pdq serve --unified 1`; its gateway is at `port` of loopback."""
-    command = [sys.executable, "-m", "common.cli", "serve", "--unified", "1", "--port", str(port), *flags]
+def served(
+    port: int, flags: Sequence[str], nodes: Sequence[str] = ("--unified", "1")
+) -> Iterator[psutil.Process]:
+    """The process of `pdq serve` with these `nodes`; its gateway is at `port` of loopback."""
+    command = [sys.executable, "-m", "common.cli", "serve", *nodes, "--port", str(port), *flags]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
     try:
         deadline = time.monotonic() + START_LIMIT_S

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Protocol
 
 import psutil
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from bench.engine import BODY
 from common.commands.bench.client import Exchange, read
@@ -26,13 +28,14 @@ SERVED_NAME = "measured"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Model:
-    """What both systems serve: a config with random weights, and a tokenizer; and the size of the KV
-    pool of each server."""
+    """What all systems serve: a config, weights (of `dummy` load format: random ones, made at load), and a
+    tokenizer; and the size of the KV pool of each server."""
 
     folder: Path
     vocab_size: int
     kv_bytes_per_token: int
     pool_tokens: int
+    load_format: str = "dummy"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -105,9 +108,10 @@ def completion_body(prompt: Sequence[int], max_tokens: int, *, stream: bool) -> 
     return body | ({"stream_options": {"include_usage": True}} if stream else {})
 
 
-def make_model(folder: Path, pool_tokens: int) -> Model:
+def make_model(folder: Path, pool_tokens: int, *, checkpoint: bool = False) -> Model:
     """The 0.5B body's config, and a tokenizer in which every id of its vocabulary is a word, so that
-    each token is text and hence an event."""
+    each token is text and hence an event. `checkpoint`: a file of random weights too, for an engine that
+    cannot make its own."""
     shutil.copy(BODY / "config.json", folder)
     config = json.loads((BODY / "config.json").read_text())
     size: int = config["vocab_size"]
@@ -125,6 +129,8 @@ def make_model(folder: Path, pool_tokens: int) -> Model:
     (folder / "tokenizer_config.json").write_text(json.dumps(about))
     heads: int = config["num_key_value_heads"] * config["head_dim"]
     per_token = 2 * 2 * heads * int(config["num_hidden_layers"])  # K and V, two bytes each
+    if checkpoint:
+        _write_weights(folder)
     return Model(folder, size, per_token, pool_tokens)
 
 
@@ -134,3 +140,10 @@ def idle_cores(system: System, seconds: float) -> float:
     before = sum(sum(process.cpu_times()[:2]) for process in processes)
     time.sleep(seconds)
     return (sum(sum(process.cpu_times()[:2]) for process in processes) - before) / seconds
+
+
+def _write_weights(folder: Path) -> None:
+    """As transformers initializes them; nothing ends a reply but its length."""
+    body = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.bfloat16)
+    body.generation_config.eos_token_id = None
+    body.save_pretrained(folder)

@@ -11,19 +11,30 @@ LABEL, WIDTH = 26, 21
 def table(figures: Mapping[str, Mapping[str, Sequence[float]]], against: str) -> list[str]:
     """Lines of text. `figures`: label → name of a system → its values, in the unit that the label
     says. Shown are median, least and most; a ratio is one of medians."""
-    names = list(dict.fromkeys(name for of in figures.values() for name in of))
-    lines = [_line("", names)]
-    lines += [_line(label, [_spread(of.get(n, ())) for n in names]) for label, of in figures.items()]
-    lines.append(f"  median / that of {against}")
+    names = _names(figures)
+    lines = [*spreads(figures), f"  median / that of {against}"]
     for label, of in figures.items():
         if base := of.get(against):
             ratios = [_ratio(of.get(name, ()), statistics.median(base)) for name in names]
-            lines.append(_line(label.rpartition(",")[0], ratios))
+            lines.append(line(label.rpartition(",")[0], ratios))
     return lines
 
 
-def _line(label: str, cells: Sequence[str]) -> str:
-    return f"  {label:{LABEL}}" + "".join(f"{cell:>{WIDTH}}" for cell in cells)
+def spreads(figures: Mapping[str, Mapping[str, Sequence[float]]]) -> list[str]:
+    """The first part of `table`."""
+    names = _names(figures)
+    return [
+        line("", names),
+        *(line(label, [_spread(of.get(name, ())) for name in names]) for label, of in figures.items()),
+    ]
+
+
+def line(label: str, cells: Sequence[str], width: int = WIDTH) -> str:
+    return f"  {label:{LABEL}}" + "".join(f"{cell:>{width}}" for cell in cells)
+
+
+def _names(figures: Mapping[str, Mapping[str, Sequence[float]]]) -> list[str]:
+    return list(dict.fromkeys(name for of in figures.values() for name in of))
 
 
 def _spread(values: Sequence[float]) -> str:

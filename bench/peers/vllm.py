@@ -14,25 +14,20 @@ each table, and the one that a fair comparison looks at.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import os
 import signal
-import socket
-import subprocess
 import time
-import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import psutil
 
+from bench.peers.process import ServerProcess, free_port, wait_healthy
 from bench.peers.system import SERVED_NAME, Completion, Copies, Model, completion_body, token_times
-from common.child_process import die_with_parent
 from common.commands.bench.client import Client, Exchange
 
-START_LIMIT_S, STOP_LIMIT_S = 240.0, 8.0
 LEAST_PRIORITY = 19
 BLOCK_SIZE = 128  # its default on CPU
 SPINS_FROM = 0.2  # cores; what an idle server's other threads take is less than a hundredth
@@ -55,71 +50,25 @@ ASK_PREFILL: dict[str, object] = {
 }
 
 
-def versions(python: Path) -> dict[str, str]:
-    """Of what is installed where `python` is."""
-    code = (
-        "import importlib.metadata as m, json;"
-        "print(json.dumps({n: m.version(n) for n in ('vllm', 'torch', 'nixl')}))"
-    )
-    reply = subprocess.run([python, "-c", code], check=True, capture_output=True, text=True)
-    found: dict[str, str] = json.loads(reply.stdout)
-    return found
+class VllmServer(ServerProcess):
+    """One server on `cores`, with `flags` beside what every server of vLLM gets here."""
 
-
-@dataclasses.dataclass(slots=True)
-class _Server:
-    role: str
-    core: int
-    url: str
-    process: subprocess.Popen[bytes]
-    log: Path
-
-    def family(self) -> list[psutil.Process]:
-        """The server and all that it started, and they started."""
-        with contextlib.suppress(psutil.NoSuchProcess):
-            parent = psutil.Process(self.process.pid)
-            return [parent, *parent.children(recursive=True)]
-        return []
-
-
-class VllmPair:
-    """The two servers: `with VllmPair(…) as pair`. Asleep until a `Vllm` wakes them."""
-
-    def __init__(self, python: Path, model: Model, folder: Path, cores: Sequence[int]) -> None:
-        self._python, self._model, self._folder = python, model, folder
-        self._cores = cores
-        self.servers: dict[str, _Server] = {}
-        self.prompt_tokens = 0  # by either of those that wake it
-
-    def __enter__(self) -> VllmPair:
-        try:
-            for role, core in zip(("kv_producer", "kv_consumer"), self._cores, strict=True):
-                self.servers[role] = self._start(role, core)
-            self._wait_ready()
-        except BaseException:
-            self._end()
-            raise
-        self.signal(signal.SIGSTOP)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._end()
-
-    def _start(self, role: str, core: int) -> _Server:
-        port, side_channel = _free_port(), _free_port()
-        transfer = {"kv_connector": "NixlConnector", "kv_role": role, "kv_buffer_device": "cpu"}
-        command = [
-            str(self._python),
-            "-m",
+    def __init__(
+        self,
+        name: str,
+        python: Path,
+        model: Model,
+        folder: Path,
+        cores: Sequence[int],
+        flags: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        arguments = [
             "vllm.entrypoints.cli.main",
             "serve",
-            str(self._model.folder),
+            str(model.folder),
             "--served-model-name",
             SERVED_NAME,
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(port),
             "--dtype",
             "bfloat16",
             "--load-format",
@@ -129,70 +78,94 @@ class VllmPair:
             "--block-size",
             str(BLOCK_SIZE),
             "--num-gpu-blocks-override",
-            str(self._model.pool_tokens // BLOCK_SIZE),
-            "--enforce-eager",
-            "--kv-transfer-config",
-            json.dumps(transfer),
+            str(model.pool_tokens // BLOCK_SIZE),
+            *flags,
         ]
-        environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | ENVIRONMENT
-        environment |= {
-            "VLLM_CPU_OMP_THREADS_BIND": str(core),
-            "VLLM_NIXL_SIDE_CHANNEL_PORT": str(side_channel),
-            "PATH": f"{self._python.parent}:{os.environ.get('PATH', '')}",
+        bound = {
+            "VLLM_CPU_OMP_THREADS_BIND": f"{min(cores)}-{max(cores)}" if len(cores) > 1 else str(cores[0])
         }
-        log = self._folder / f"vllm-{role}.log"
-        with log.open("wb") as out:
-            process = subprocess.Popen(
-                command,
-                cwd=self._folder,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=out,
-                preexec_fn=die_with_parent(os.getpid()),
-            )
-        return _Server(role, core, f"http://127.0.0.1:{port}", process, log)
+        super().__init__(name, python, arguments, ENVIRONMENT | bound | dict(environment or {}), folder)
 
-    def _wait_ready(self) -> None:
-        deadline = time.monotonic() + START_LIMIT_S
-        waiting = list(self.servers.values())
-        while waiting:
-            for server in waiting:
-                if server.process.poll() is not None or time.monotonic() > deadline:
-                    last = "\n".join(server.log.read_text(errors="replace").splitlines()[-20:])
-                    raise SystemExit(f"vLLM's {server.role} did not come up:\n{last}")
-            waiting = [server for server in waiting if not _healthy(server.url)]
-            time.sleep(0.5)
+
+class VllmPair:
+    """The two servers: `with VllmPair(…) as pair`. Asleep until a `Vllm` wakes them."""
+
+    def __init__(self, python: Path, model: Model, folder: Path, cores: Sequence[int]) -> None:
+        self._python, self._model, self._folder = python, model, folder
+        self._cores = cores
+        self.servers: dict[str, ServerProcess] = {}
+        self.prompt_tokens = 0  # by either of those that wake it
+
+    def __enter__(self) -> VllmPair:
+        try:
+            for role, core in zip(("kv_producer", "kv_consumer"), self._cores, strict=True):
+                self.servers[role] = self._start(role, core)
+            wait_healthy(list(self.servers.values()))
+        except BaseException:
+            self._end()
+            raise
+        self.signal(signal.SIGSTOP)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end()
+
+    def _start(self, role: str, core: int) -> ServerProcess:
+        transfer = {"kv_connector": "NixlConnector", "kv_role": role, "kv_buffer_device": "cpu"}
+        return VllmServer(
+            f"vllm-{role}",
+            self._python,
+            self._model,
+            self._folder,
+            [core],
+            ["--enforce-eager", "--kv-transfer-config", json.dumps(transfer)],
+            {"VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port())},
+        )
 
     def processes(self) -> list[psutil.Process]:
         return [process for server in self.servers.values() for process in server.family()]
 
     def signal(self, number: signal.Signals) -> None:
-        for process in self.processes():
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.send_signal(number)
+        for server in self.servers.values():
+            server.signal(number)
 
     def _end(self) -> None:
-        self.signal(signal.SIGCONT)
-        everyone = self.processes()
         for server in self.servers.values():
-            server.process.terminate()
-        _, left = psutil.wait_procs(everyone, STOP_LIMIT_S)
-        for process in left:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        for server in self.servers.values():
-            server.process.wait()
+            server.end()
+
+    def set_priorities(self, priority: int) -> None:
+        """Of the threads that spin. `SystemExit` where raising one again is not allowed."""
+        for thread in self.spinning_threads():
+            if os.getpriority(os.PRIO_PROCESS, thread) != priority:
+                try:
+                    os.setpriority(os.PRIO_PROCESS, thread, priority)
+                except PermissionError as error:
+                    raise SystemExit(
+                        "to raise a priority again needs CAP_SYS_NICE: measure vLLM as it comes and "
+                        "reniced in two commands (--systems)"
+                    ) from error
 
     def spinning_threads(self) -> list[int]:
-        """Threads of the idle servers that take CPU nevertheless."""
+        """Threads of the idle servers that take CPU nevertheless; `RuntimeError` if there are none."""
         processes, seconds = self.processes(), 1.0
         before = {t.id: t.user_time + t.system_time for p in processes for t in p.threads()}
         time.sleep(seconds)
         after = {t.id: t.user_time + t.system_time for p in processes for t in p.threads()}
-        return [
+        spinning = [
             thread for thread, used in after.items() if used - before.get(thread, used) > SPINS_FROM * seconds
         ]
+        if not spinning:
+            raise RuntimeError("no thread of vLLM spins: there is nothing to renice")
+        return spinning
+
+    @contextlib.contextmanager
+    def awake(self, *, reniced: bool) -> Iterator[None]:
+        self.signal(signal.SIGCONT)
+        try:
+            self.set_priorities(LEAST_PRIORITY if reniced else 0)
+            yield
+        finally:
+            self.signal(signal.SIGSTOP)
 
 
 class Vllm:
@@ -216,36 +189,13 @@ class Vllm:
 
     @contextlib.contextmanager
     def awake(self) -> Iterator[None]:
-        pair = self._pair
-        pair.signal(signal.SIGCONT)
-        try:
-            self._set_priorities(pair.spinning_threads())
+        with self._pair.awake(reniced=self._reniced):
             self._copied = self._copied_so_far()
             yield
-        finally:
-            pair.signal(signal.SIGSTOP)
-
-    def _set_priorities(self, spinning: Sequence[int]) -> None:
-        if self._reniced and not spinning:
-            raise RuntimeError("no thread of vLLM spins: there is nothing to renice")
-        wanted = LEAST_PRIORITY if self._reniced else 0
-        for thread in spinning:
-            if os.getpriority(os.PRIO_PROCESS, thread) != wanted:
-                try:
-                    os.setpriority(os.PRIO_PROCESS, thread, wanted)
-                except PermissionError as error:
-                    raise SystemExit(
-                        "to raise a priority again needs CAP_SYS_NICE: measure `vllm` and "
-                        "`vllm-reniced` in two commands (--systems)"
-                    ) from error
 
     async def complete(self, prompt: Sequence[int], max_tokens: int) -> Completion:
-        body = completion_body(prompt, 1, stream=False) | {"kv_transfer_params": ASK_PREFILL}
-        one = await self._producer.exchange(self._producer.encode(body))
-        place = _json_body(one).get("kv_transfer_params")
-        if not place:
-            raise RuntimeError("vLLM's producer does not say where the KV lies")
-        body = completion_body(prompt, max_tokens, stream=True) | {"kv_transfer_params": place}
+        one = await self._producer.exchange(self._producer.encode(first_leg(prompt)))
+        body = completion_body(prompt, max_tokens, stream=True) | {"kv_transfer_params": place_of_kv(one)}
         two = await self._consumer.exchange(self._consumer.encode(body))
         self._pair.prompt_tokens += len(prompt)
         times = token_times(two, max_tokens)
@@ -274,24 +224,18 @@ class Vllm:
         )
 
 
-def _json_body(exchange: Exchange) -> dict[str, object]:
+def first_leg(prompt: Sequence[int]) -> dict[str, object]:
+    """What the producer is asked."""
+    return completion_body(prompt, 1, stream=False) | {"kv_transfer_params": ASK_PREFILL}
+
+
+def place_of_kv(exchange: Exchange) -> object:
+    """What the producer answered; `RuntimeError` where it did not."""
     raw = b"".join(data for _, data in exchange.pieces)
     head, _, body = raw.partition(b"\r\n\r\n")
     if not head.startswith(b"HTTP/1.1 200"):
         raise RuntimeError(f"vLLM: {exchange.failure or raw[:500].decode(errors='replace')}")
-    found: dict[str, object] = json.loads(body)
-    return found
-
-
-def _healthy(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"{url}/health", timeout=5) as reply:
-            return bool(reply.status == 200)
-    except (urllib.error.URLError, OSError):
-        return False
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port: int = server.getsockname()[1]
-        return port
+    place: object = json.loads(body).get("kv_transfer_params")
+    if not place:
+        raise RuntimeError("vLLM's producer does not say where the KV lies")
+    return place

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from common import cli
-from tests.support.redis import HANGS_S
+from common.commands.bench.client import Client, Exchange, read
+from tests.support.redis import HANGS_S, wait_until
 
 Answering = Callable[["StubServer", asyncio.StreamWriter], Awaitable[None]]
 
@@ -99,6 +100,22 @@ def stream(writer: asyncio.StreamWriter) -> None:
     ]
     body = b"".join(b"data: %s\n\n" % json.dumps(event).encode() for event in events)
     writer.write(b"HTTP/1.1 200 OK\r\n\r\n" + body + b"data: [DONE]\n\n")
+
+
+async def test_a_request_that_the_caller_gives_up_keeps_what_had_come() -> None:
+    async def then_nothing(server: StubServer, writer: asyncio.StreamWriter) -> None:
+        writer.write(b'HTTP/1.1 200 OK\r\n\r\ndata: {"choices": [{"text": "a"}]}\n\n')
+        await server.until(2)
+
+    server = StubServer(then_nothing)
+    async with server.listening() as url, asyncio.timeout(HANGS_S):
+        client, result = Client(url, "", HANGS_S), Exchange(0.0)
+        task = asyncio.create_task(client.exchange(client.encode({}), result))
+        await wait_until(lambda: bool(result.pieces), "the first event has come")
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    assert len(read(result).token_times) == 1
 
 
 async def bench(url: str, report: Path, *flags: str) -> tuple[int, dict[str, Any]]:

@@ -67,9 +67,11 @@ class Client:
         data = json.dumps(body, separators=(",", ":")).encode()
         return f"{self._head}{len(data)}\r\n\r\n".encode() + data
 
-    async def exchange(self, request: bytes) -> Exchange:
-        """Send, and collect what comes until the server closes. Raises nothing of the network's."""
-        result = Exchange(time.monotonic())
+    async def exchange(self, request: bytes, result: Exchange | None = None) -> Exchange:
+        """Send, and collect what comes until the server closes. Raises nothing of the network's. A caller
+        that may cancel gives the `result` to fill, and keeps what had come; so does one whose request
+        was sent before, in a first leg."""
+        result = result or Exchange(time.monotonic())
         loop = asyncio.get_running_loop()
         closed: asyncio.Future[Exception | None] = loop.create_future()
         transport: asyncio.BaseTransport | None = None
