@@ -80,8 +80,7 @@ class Check:
 
 def _chain(offer: Offer, fingerprint: Fingerprint) -> HashChain:
     root = offer.request.cache_root(fingerprint)
-    border = fingerprint.border(offer.request.prompt_len)
-    return HashChain(root, offer.request.token_ids, fingerprint.block_size, border)
+    return HashChain(root, offer.request.token_ids, fingerprint.block_size, offer.request.prompt_len)
 
 
 def full_blocks(offer: Offer, blocks: Blocks) -> list[Announced]:
