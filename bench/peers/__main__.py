@@ -28,12 +28,12 @@ COMMANDS = {
 def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that every process is ended
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
-    if name in COMMANDS:
-        COMMANDS[name](sys.argv[2:])
-    elif name in ("-h", "--help"):
+    if name in ("-h", "--help"):
         print(__doc__)
-    else:
+        raise SystemExit(0)
+    if name not in COMMANDS:
         raise SystemExit(f"{name} is not one of {', '.join(COMMANDS)}")
+    COMMANDS[name](sys.argv[2:])
 
 
 if __name__ == "__main__":
