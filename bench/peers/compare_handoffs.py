@@ -23,7 +23,7 @@ from typing import Any
 
 from bench.peers import handoff
 from bench.peers.pdq import Pdq
-from bench.peers.session import about, earlier, save, say, shown_versions, turns, two_cores
+from bench.peers.session import about, earlier, parser_of, save, say, shown_versions, turns, two_cores
 from bench.peers.system import Model, System, make_model
 from bench.peers.vllm import Vllm, VllmPair
 
@@ -56,11 +56,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.peers handoff",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = parser_of("handoff", __doc__)
     parser.add_argument(
         "--vllm-python",
         type=Path,

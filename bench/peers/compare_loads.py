@@ -11,13 +11,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import dataclasses
 import random
 import statistics
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from bench.engine import BODY
@@ -26,10 +23,9 @@ from bench.peers import servers, session
 from bench.peers.bounds import Body
 from bench.peers.loads import LOADS, Load, Sizes
 from bench.peers.servers import Server
-from bench.peers.system import Model, make_model
+from bench.peers.system import Model
 from bench.peers.table import line, spreads
 
-POOL_TOKENS = 24 * 1024
 Row = dict[str, Any]
 
 
@@ -72,11 +68,7 @@ OURS = {servers.SHOWN[name] for name in servers.OURS}
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.peers loads",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = session.parser_of("loads", __doc__)
     session.add_arguments(parser)
     parser.add_argument("--loads", nargs="+", choices=LOADS, default=list(LOADS))
     arguments = parser.parse_args(argv)
@@ -93,12 +85,7 @@ def _measure(arguments: argparse.Namespace, chosen: Sequence[str], results: sess
     rng = random.Random(number)  # fresh prompts in each run
     command = f"loads --systems {' '.join(chosen)} --loads {' '.join(arguments.loads)}"
     results["runs"].append(session.about(f"{command} --rounds {arguments.rounds}", pythons))
-    with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pdq-peers-")))
-        (folder / "model").mkdir()
-        model = make_model(folder / "model", POOL_TOKENS, checkpoint="transformers" in chosen)
-        session.say(f"starting {', '.join(chosen)}")
-        systems = servers.start(stack, chosen, pythons, model, folder, session.two_cores())
+    with session.started(chosen, pythons) as (model, systems):
         before = measure_limits()
         for turn in range(arguments.rounds):
             for system in session.turns(systems, turn + number):
@@ -149,9 +136,7 @@ def report(results: Mapping[str, Any], body: Body) -> str:
     figures = {figure.label: {name: _values(rows, name, figure) for name in names} for figure in FIGURES}
     limits = [Limits(**row["limits"]) for row in rows]
     lines = [
-        *(f"$ python -m bench.peers {run['command']}   ({run['commit']})" for run in results["runs"]),
-        *dict.fromkeys(run["machine"] for run in results["runs"]),
-        *dict.fromkeys(session.shown_versions(run) for run in results["runs"]),
+        *session.heading(results),
         f"limits in between: matmul {_range([limit.matmul_flops / 1e9 for limit in limits])} GFLOP/s, "
         f"read {_range([limit.read_bytes / 1e9 for limit in limits])} GB/s",
         "",

@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import dataclasses
 import random
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,10 +19,8 @@ from typing import Any
 from bench.peers import plots, servers, session
 from bench.peers.loads import Load, Sizes
 from bench.peers.rates import Mix, measure, medians, schedule, summary
-from bench.peers.system import make_model
 from common.commands.bench.workload import read_trace
 
-POOL_TOKENS = 24 * 1024
 DEFAULT_TRACE = [(1024, 192)]  # without a file: all chats alike
 HEADINGS = {
     "ttft_p50_s": "first p50, s",
@@ -37,11 +33,7 @@ HEADINGS = {
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.peers rates",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = session.parser_of("rates", __doc__)
     session.add_arguments(parser)
     parser.add_argument("--rates", nargs="+", type=float, default=[0.25, 0.5, 0.75], help="chats per second")
     parser.add_argument("--seconds", type=float, default=Mix().seconds, help="of arrivals at each rate")
@@ -65,12 +57,7 @@ def _measure(arguments: argparse.Namespace, chosen: Sequence[str], results: sess
     mix = dataclasses.replace(Mix(), seconds=arguments.seconds)
     number = len(results["runs"])
     results["runs"].append(session.about(_command(arguments, chosen), pythons))
-    with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pdq-peers-")))
-        (folder / "model").mkdir()
-        model = make_model(folder / "model", POOL_TOKENS, checkpoint="transformers" in chosen)
-        session.say(f"starting {', '.join(chosen)}")
-        systems = servers.start(stack, chosen, pythons, model, folder, session.two_cores())
+    with session.started(chosen, pythons) as (model, systems):
         for turn in range(arguments.rounds):
             for system in session.turns(systems, turn + number):
                 with system.awake():
@@ -98,9 +85,7 @@ def report(results: Mapping[str, Any], curves: plots.Curves) -> str:
     """A line for each rate and system."""
     goodput = [key for key in next(iter(next(iter(curves.values())).values())) if key.startswith("goodput")]
     lines = [
-        *(f"$ python -m bench.peers {run['command']}   ({run['commit']})" for run in results["runs"]),
-        *dict.fromkeys(run["machine"] for run in results["runs"]),
-        *dict.fromkeys(session.shown_versions(run) for run in results["runs"]),
+        *session.heading(results),
         "",
         *(f"goodput {number}: {key.removeprefix('goodput ')}" for number, key in enumerate(goodput, 1)),
         "",

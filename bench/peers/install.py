@@ -7,13 +7,14 @@ has one for CPU.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import subprocess
 import sys
 import venv
 from collections.abc import Sequence
 from pathlib import Path
+
+from bench.peers import session
 
 PYTHON_CODE = "import sysconfig; print(sysconfig.get_paths()['purelib'])"
 
@@ -39,11 +40,7 @@ RECIPES = {
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench.peers install",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = session.parser_of("install", __doc__)
     parser.add_argument("peer", choices=RECIPES)
     parser.add_argument("folder", type=Path, help="of the new environment; must not exist")
     arguments = parser.parse_args(argv)

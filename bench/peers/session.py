@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 from bench.peers import servers
+from bench.peers.system import Model, make_model
 
+POOL_TOKENS = 24 * 1024
 BEGAN = time.monotonic()
 Item = TypeVar("Item")
 Results = dict[str, Any]
 """`runs`: what was run, by what versions; `rows`: what was measured, each with its run's number."""
+
+
+def parser_of(command: str, about: str | None) -> argparse.ArgumentParser:
+    """For a command of bench.peers, whose module says what it is `about`."""
+    return argparse.ArgumentParser(
+        prog=f"python -m bench.peers {command}",
+        description=about,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +62,19 @@ def chosen_systems(arguments: argparse.Namespace, parser: argparse.ArgumentParse
     if missing := [name for name in arguments.systems or () if name not in possible]:
         parser.error(f"{', '.join(missing)}: name the python of the peer as PEER=PYTHON")
     return [name for name in servers.SHOWN if name in (arguments.systems or possible)]
+
+
+@contextlib.contextmanager
+def started(
+    chosen: Sequence[str], pythons: Mapping[str, Path]
+) -> Iterator[tuple[Model, list[servers.Server]]]:
+    """The model that all get, and the chosen systems, asleep."""
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="pdq-peers-")))
+        (folder / "model").mkdir()
+        model = make_model(folder / "model", POOL_TOKENS, checkpoint="transformers" in chosen)
+        say(f"starting {', '.join(chosen)}")
+        yield model, servers.start(stack, chosen, pythons, model, folder, two_cores())
 
 
 def two_cores() -> list[int]:
@@ -88,6 +114,15 @@ def about(command: str, pythons: Mapping[str, Path]) -> Results:
             **{peer: servers.versions(python) for peer, python in pythons.items()},
         },
     }
+
+
+def heading(results: Mapping[str, Any]) -> list[str]:
+    """What all runs were, and on what."""
+    return [
+        *(f"$ python -m bench.peers {run['command']}   ({run['commit']})" for run in results["runs"]),
+        *dict.fromkeys(run["machine"] for run in results["runs"]),
+        *dict.fromkeys(shown_versions(run) for run in results["runs"]),
+    ]
 
 
 def shown_versions(run: Results) -> str:
