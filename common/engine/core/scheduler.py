@@ -312,7 +312,7 @@ class Scheduler(OpenSequences):
             first = sequence.next_position // block_size
             shared = first < len(table) and pool.is_shared(table[first])
             end = sequence.next_position + known
-            lacking = max(0, -(-end // block_size) - len(table))
+            lacking = self._num_lacking(sequence, end)
             if lacking + shared > pool.num_free:
                 if running[-1] is sequence or self._steps:
                     plan[index:] = [(0, 0)] * (len(running) - index)
@@ -338,7 +338,7 @@ class Scheduler(OpenSequences):
             known = len(sequence.token_ids)
             if known + drafted > len(table) * pool.block_size:
                 drafted = min(drafted, (len(table) + pool.num_free) * pool.block_size - known)
-                table += pool.allocate(max(0, pool.blocks_for(known + drafted) - len(table)))
+                table += pool.allocate(self._num_lacking(sequence, known + drafted))
         if drafted < len(sequence.draft_token_ids):
             del sequence.draft_token_ids[drafted:]
         return drafted
@@ -346,12 +346,11 @@ class Scheduler(OpenSequences):
     @property
     def _num_promised(self) -> int:
         """Blocks that running sequences still lack for what they know."""
-        size = self.pool.block_size
-        return sum(
-            lacking
-            for sequence in self._running
-            if (lacking := -(-sequence.num_known // size) - len(sequence.block_table)) > 0
-        )
+        return sum(self._num_lacking(sequence, sequence.num_known) for sequence in self._running)
+
+    def _num_lacking(self, sequence: Sequence, end: int) -> int:
+        """Blocks that a sequence lacks for its positions before `end`."""
+        return max(0, self.pool.blocks_for(end) - len(sequence.block_table))
 
     def _admit(self, step: Step, only: Callable[[Sequence], bool] | None) -> None:
         """Start waiting sequences in their turn while slots, tokens and blocks last: the blocks of the first
@@ -375,16 +374,14 @@ class Scheduler(OpenSequences):
             if not pool.has_room(hashes, pool.blocks_for(known), headroom):
                 return
             del self._waiting[0]
-            cached = pool.match(hashes)
-            sequence.block_table = cached
-            sequence.num_computed = len(cached) * pool.block_size
-            sequence.num_published = len(cached)
-            sequence.num_draft_computed = pool.num_drafted(cached) * pool.block_size
+            table = sequence.block_table = pool.match(hashes)
+            sequence.num_computed = len(table) * pool.block_size
+            sequence.num_published = len(table)
+            sequence.num_draft_computed = pool.num_drafted(table) * pool.block_size
             self._run(sequence)
             if is_member:
                 length = min(sequence.num_computable, spare)
-                end = sequence.num_computed + length
-                cached += pool.allocate(pool.blocks_for(end) - len(cached))
+                table += pool.allocate(self._num_lacking(sequence, sequence.num_computed + length))
                 step.append(self._chunk(sequence, length, 0))
 
     def _chunk(self, sequence: Sequence, known: int, drafted: int) -> Chunk:
