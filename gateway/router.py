@@ -161,6 +161,8 @@ class LeastLoadedRouter:
         in_flight: Mapping[str, int],
     ) -> Decision | None:
         """The idle decode node where the prompt costs less than `least`, which it costs at one of `first`."""
+        if not self._decode_prompt_tokens:
+            return None
         prefill = [node for node in first if node.role == PREFILL]
         idle = [
             node
@@ -170,7 +172,7 @@ class LeastLoadedRouter:
             and question.only in ("", node.incarnation)
             and any(node in _partners(one, [node]) for one in prefill)
         ]
-        if not idle or not self._decode_prompt_tokens:
+        if not idle:
             return None
         best = self._weigh(question, idle, in_flight)[0]
         node = next(node for node in idle if node.incarnation == best.incarnation)

@@ -6,6 +6,7 @@ Owns that process. Whoever samples before it has ended waits for the kernel, as 
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -23,8 +24,10 @@ from common.logs import configure, get_logger
 log = get_logger("kernels")
 
 
+@functools.cache
 def compile_sampler_beside() -> None:
-    """Begin, where they are not in the cache; returns at once."""
+    """Begin, where they are not in the cache; returns at once. A process begins it once, though a draft model
+    has a backend of its own."""
     if kernel_cache.is_new(sampling.sample_rows):
         follow = die_with_parent(os.getpid())
 
