@@ -9,12 +9,11 @@ from collections.abc import AsyncIterator
 
 from common.identity import ModelIdentity
 from common.metrics import Metrics
-from common.node.app import Node
 from common.request import Request
 from common.sampling import SamplingParams
-from common.settings.config import EngineSettings, MetricsSettings, NodeSettings
+from common.settings.config import EngineSettings
 from common.store.client import RedisClient
-from common.store.registry import NodeRecord, NodeState, Registry
+from common.store.registry import NodeRecord, Registry
 from common.store.requests import Requests
 from common.wire.bus import Bus
 from common.wire.senders import TO_GATEWAYS
@@ -31,6 +30,7 @@ from tests.support.checkpoints import STORIES
 from tests.support.engines import poisoned_engine
 from tests.support.metrics import Scrape, parsed, scrape
 from tests.support.redis import wait_until
+from tests.support.running_nodes import running
 
 ENGINE = EngineSettings(
     model=str(STORIES),
@@ -67,25 +67,11 @@ class Pair:
 
 @contextlib.asynccontextmanager
 async def a_pair(redis: RedisClient, decode_prompt_tokens: int) -> AsyncIterator[Pair]:
-    nodes = [
-        await asyncio.to_thread(
-            Node,
-            NodeSettings(
-                role=role,
-                engine=ENGINE,
-                redis=redis.settings,
-                bus=bus_settings(),  # type: ignore[arg-type]
-                transports=("shm",),
-                metrics=MetricsSettings(),
-            ),
-        )
-        for role in ("prefill", "decode")
-    ]
-    running = [asyncio.create_task(node.run()) for node in nodes]
-    for node in nodes:
-        await wait_until(lambda node=node: node.state is NodeState.READY, "it is ready")
     index, requests, metrics = PrefixIndex(), Requests(redis), GatewayMetrics(Metrics())
-    async with Bus("gateway-1", bus_settings(), hears=TO_GATEWAYS) as bus:
+    async with (
+        running(redis, ENGINE, "prefill", "decode") as (prefill, decode),
+        Bus("gateway-1", bus_settings(), hears=TO_GATEWAYS) as bus,
+    ):
         links = NodeLinks(bus, Registry(redis), requests, index)
         dispatcher = Dispatcher(
             gateway="gateway-1",
@@ -98,18 +84,12 @@ async def a_pair(redis: RedisClient, decode_prompt_tokens: int) -> AsyncIterator
         )
         links.inbox = dispatcher
         linking = asyncio.create_task(links.run())
-        prefill, decode = (node.record() for node in nodes)
         model = ModelIdentity(decode.model, decode.revision, decode.tokenizer)
         await wait_until(lambda: dispatcher.ready(model) is None, "both nodes are linked")
         yield Pair(prefill, decode, dispatcher, metrics)
         await dispatcher.shut_down()
-        for node in nodes:
-            node.stop()
-        await asyncio.gather(*running)
         linking.cancel()
         await asyncio.gather(linking, return_exceptions=True)
-    for node in nodes:
-        node.engine.check_idle()
 
 
 def truth() -> list[list[int]]:

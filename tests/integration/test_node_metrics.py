@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import json
 import re
-from collections.abc import AsyncIterator
 
 import httpx
 import pytest
 
 from common.commands import inspect
-from common.node.app import Node
 from common.sampling import SamplingParams
-from common.settings.config import EngineSettings, MetricsSettings, NodeSettings
+from common.settings.config import EngineSettings, MetricsSettings
 from common.store.client import RedisClient
-from common.store.registry import NodeRecord, NodeState
-from tests.support.bus_key import bus_settings
 from tests.support.checkpoints import STORIES
 from tests.support.dispatching import dispatch
 from tests.support.metrics import scrape
 from tests.support.redis import wait_until
+from tests.support.running_nodes import running
 
 BLOCKS, BLOCK = 64, 16
 ENGINE = EngineSettings(
@@ -38,39 +34,8 @@ PROMPT = [7 + n for n in range(3 * BLOCK + 5)]
 GENERATED = 6
 
 
-@contextlib.asynccontextmanager
-async def running(
-    redis: RedisClient,
-    *roles: str,
-    metrics: MetricsSettings = MetricsSettings(),  # noqa: B008
-    engine: EngineSettings = ENGINE,
-) -> AsyncIterator[list[NodeRecord]]:
-    """Nodes of these roles in this process; what they say of themselves."""
-    nodes = [
-        await asyncio.to_thread(
-            Node,
-            NodeSettings(
-                role=role,
-                engine=engine,
-                redis=redis.settings,
-                bus=bus_settings(),  # type: ignore[arg-type]
-                transports=("shm",),
-                metrics=metrics,
-            ),
-        )
-        for role in roles
-    ]
-    tasks = [asyncio.create_task(node.run()) for node in nodes]
-    for node in nodes:
-        await wait_until(lambda node=node: node.state is NodeState.READY, "it is ready")
-    yield [node.record() for node in nodes]
-    for node in nodes:
-        node.stop()
-    await asyncio.gather(*tasks)
-
-
 async def test_a_handoff_is_counted_at_both_ends_by_transport_and_outcome(redis_client: RedisClient) -> None:
-    async with running(redis_client, "prefill", "decode") as (prefill, decode):
+    async with running(redis_client, ENGINE, "prefill", "decode") as (prefill, decode):
         for name in ("r-1", "r-2"):
             params = SamplingParams(max_tokens=GENERATED, ignore_eos=True, temperature=0.0)
             answer = await dispatch(redis_client, name, PROMPT, params, prefill, decode)
@@ -117,7 +82,7 @@ async def test_a_handoff_is_counted_at_both_ends_by_transport_and_outcome(redis_
 async def test_drafts_and_how_many_of_them_were_right_are_counted_by_place(redis_client: RedisClient) -> None:
     drafting = dataclasses.replace(ENGINE, speculative="ngram", num_speculative_tokens=3)
     params = SamplingParams(max_tokens=60, ignore_eos=True, temperature=0.0, logit_bias=((20, 30.0),))
-    async with running(redis_client, "unified", engine=drafting) as (node,):
+    async with running(redis_client, drafting, "unified") as (node,):
         answer = await dispatch(redis_client, "r-1", PROMPT, params, node)
         assert tuple(answer.token_ids) == (20,) * 60, "so biased, it repeats one token"
         found = await scrape(node.url)
@@ -154,7 +119,7 @@ async def test_pdq_nodes_shows_who_drafts_how_much_of_it_is_right_and_what_it_sa
 
     drafting = dataclasses.replace(ENGINE, speculative="ngram")
     params = SamplingParams(max_tokens=60, ignore_eos=True, temperature=0.0, logit_bias=((20, 30.0),))
-    async with running(redis_client, "unified", engine=drafting) as (node,):
+    async with running(redis_client, drafting, "unified") as (node,):
         answer = await dispatch(redis_client, "r-1", PROMPT, params, node)
         await wait_until(counted, "a beat says so")
         (said,) = json.loads(await shown("--json"))
@@ -167,14 +132,14 @@ async def test_pdq_nodes_shows_who_drafts_how_much_of_it_is_right_and_what_it_sa
     assert cells["LENGTH"] == f"{answer.accepted / said['drafts']:.1f}"
     assert cells["SAVED"] == f"{said['saved_ms'] / 1000:.1f}s"
 
-    async with running(redis_client, "unified"):
+    async with running(redis_client, ENGINE, "unified"):
         assert "DRAFTS" not in await shown(), "where nobody drafts there is nothing to see"
 
 
 async def test_every_node_says_where_its_metrics_are_and_each_has_a_line_of_help(
     redis_client: RedisClient,
 ) -> None:
-    async with running(redis_client, "unified") as (record,):
+    async with running(redis_client, ENGINE, "unified") as (record,):
         async with httpx.AsyncClient() as client:
             text = (await client.get(f"{record.url}/metrics")).text
         found = await scrape(record.url)
@@ -185,5 +150,5 @@ async def test_every_node_says_where_its_metrics_are_and_each_has_a_line_of_help
 
 
 async def test_a_node_can_do_without(redis_client: RedisClient) -> None:
-    async with running(redis_client, "unified", metrics=MetricsSettings(port=None)) as (record,):
+    async with running(redis_client, ENGINE, "unified", metrics=MetricsSettings(port=None)) as (record,):
         assert record.url == ""

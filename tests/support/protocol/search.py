@@ -21,14 +21,13 @@ from __future__ import annotations
 
 import array
 import concurrent.futures
-import contextlib
 import dataclasses
-import gc
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from common import garbage
 from common.child_process import die_with_parent
 from tests.support.protocol.model import Violation
 from tests.support.protocol.shared import Finished, Turns
@@ -161,19 +160,6 @@ class Walk:
             system.forget()
 
 
-@contextlib.contextmanager
-def _uncollected() -> Iterator[None]:
-    """Without garbage collection: it would look at all that is kept, again and again, and systems go
-    without it (`System.forget`)."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
-
-
 _shared: Walk  # of a worker process: it was forked with what is known already
 _states: list[Kept]
 _led_to: Mapping[int, set[str]]
@@ -182,7 +168,7 @@ _turns: Turns
 
 def _share(process: int, processes: int) -> tuple[array.array[int], array.array[int], int]:
     """States that were kept one after the other lead to much the same: a process has neighbours."""
-    with _uncollected():
+    with garbage.paused():
         _shared.walk_faults((_states[turn] for turn in _turns.of(process, processes)), _led_to)
     return _shared.entered, _shared.ended, _shared.transitions
 
@@ -207,7 +193,7 @@ def explore(
     """
     total = Found()
     walk: Walk | None = None
-    with _uncollected():
+    with garbage.paused():
         for layer in range(faults + 1):
             before, walk = walk, Walk(last=layer == faults, reduced=reduced, before=walk)
             if before is None:
