@@ -422,16 +422,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    whole: Callable[..., object] = parser.add_argument
-    whole("--trace", type=Path, default=TRACE)
-    whole("--costs", choices=COSTS, default="cpu")
-    whole("--requests", type=int, default=1000)
-    whole("--num-kv-blocks", type=int, default=4096)
-    whole("--block-size", type=int, default=16)
-    whole("--max-num-seqs", type=int, default=64)
-    whole("--max-num-batched-tokens", type=int, default=512)
-    whole("--prefill-nodes", type=int, nargs="*", default=[1, 3])
-    whole("--seed", type=int, default=1)
+    parser.add_argument("--trace", type=Path, default=TRACE)
+    parser.add_argument("--costs", choices=COSTS, default="cpu")
+    parser.add_argument("--requests", type=int, default=1000)
+    parser.add_argument("--num-kv-blocks", type=int, default=4096)
+    parser.add_argument("--block-size", type=int, default=16)
+    parser.add_argument("--max-num-seqs", type=int, default=64)
+    parser.add_argument("--max-num-batched-tokens", type=int, default=512)
+    parser.add_argument("--prefill-nodes", type=int, nargs="*", default=[1, 3])
+    parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
     for line in report(arguments, COSTS[arguments.costs]):
         print(line, flush=True)
