@@ -26,12 +26,12 @@ import torch
 from bench.engine import BODY, prompt_ids
 from bench.limits import Limits, measure_limits
 from common.engine import Engine, SamplingParams
-from common.engine.devices.cpu import kernels, products
+from common.engine.devices.cpu import attention, kernels, products
 from common.engine.runner.model_runner import ModelRunner
 from common.engine.runner.sampler import Sampler
 
 NORMS = ("rms_norm", "add_rms_norm", "silu_mul", "rotate_and_store")
-ATTENTION = ("attend_generated", "attend_prompt")
+ATTENTION = "kernel attend"
 CORE, REST = "core: plan, commit, Python", "runner: laying out, checks, Python between calls"
 
 
@@ -98,8 +98,9 @@ def watching(engine: Engine) -> Iterator[Clock]:
 
         for linear in (products._Packed, products._ByRows, products._OneDnn, products._Plain):
             watch(linear, "product", product)
-        for kernel in (*NORMS, *ATTENTION):
+        for kernel in NORMS:
             watch(kernels, kernel, lambda *_, kernel=kernel: f"kernel {kernel}")
+        watch(attention, "attend", lambda *_: ATTENTION)
         for method in ("sample", "accept"):
             watch(Sampler, method, lambda *_: "sampling")
         watch(ModelRunner, "run", lambda *_: "run")
@@ -144,7 +145,7 @@ def summed(
         row = parts[part] = {"seconds": seconds / count, "calls": calls}
         if part.startswith("product "):
             row["limit_s"] = product_limit(engine, part, clock.rows[part] / count, calls, limits)
-        elif part.removeprefix("kernel ") in ATTENTION:
+        elif part == ATTENTION:
             row["limit_s"] = attention_s
     parts[REST] = {"seconds": (clock.seconds["run"] - inside) / count}
     parts[CORE] = {"seconds": (sum(steps) - clock.seconds["run"]) / count}

@@ -24,7 +24,7 @@ class RowPlan:
     prompt_rows: int
     generated_rows: int
     generated_multiple: int
-    query_tile: int  # positions per unit of prompt attention; leaves no trace in the bits
+    query_tile: int  # positions per unit of attention; leaves no trace in the bits
 
     @property
     def takes_any(self) -> bool:
@@ -48,18 +48,16 @@ class RowPlan:
 @dataclasses.dataclass(frozen=True, slots=True)
 class Rows:
     """The rows of one step, in the order `[generated, padding, prompt, padding]`: laid out on the
-    host, then taken to a device by `Backend.prepare`."""
+    host, then taken to a device by `Backend.prepare`; `tiles` stay on the host."""
 
     token_ids: Tensor  # int64 [rows]; 0 in padding
     positions: Tensor  # int64 [rows], absolute; 0 in padding
     slots: Tensor  # int64 [rows]: block * block_size + offset; -1 in padding
     num_generated: int  # without padding
     padded_generated: int  # where the prompt rows begin
-    generated_tables: Tensor  # int32 [num_generated, blocks]: block ids of each row's sequence
-    generated_lengths: Tensor  # int32 [num_generated]: positions each row sees, its own included
     prompt_chunks: tuple[tuple[int, int, int], ...]  # first row, rows, first position
-    prompt_tiles: Tensor  # int32 [tiles, 4]: first row, rows, first position, row of prompt_tables
-    prompt_tables: Tensor  # int32 [chunks, blocks]
+    tiles: Tensor  # int32 [tiles, 4], generated first: first row, rows, first position, where in `tables`
+    tables: Tensor  # int32: block ids of the sequences, one after the other
 
     @property
     def num_rows(self) -> int:
@@ -72,8 +70,5 @@ class Rows:
             token_ids=self.token_ids.to(device),
             positions=self.positions.to(device),
             slots=self.slots.to(device),
-            generated_tables=self.generated_tables.to(device),
-            generated_lengths=self.generated_lengths.to(device),
-            prompt_tiles=self.prompt_tiles.to(device),
-            prompt_tables=self.prompt_tables.to(device),
+            tables=self.tables.to(device),
         )

@@ -58,30 +58,25 @@ def lay_out(step: Chunks, num_sampled: NDArray[np.int64], block_size: int, plan:
     token_ids[known], positions[known] = step.token_ids, here
     slots[known] = blocks * block_size + here % block_size
 
-    prompts = range(generated, step.num_chunks)
-    prompt_chunks = tuple(
-        (int(first_rows[chunk]), int(lengths[chunk]), int(step.starts[chunk])) for chunk in prompts
-    )
+    runs = list(zip(first_rows.tolist(), lengths.tolist(), step.starts.tolist(), strict=True))
+    wide, wider = step.generated_tables.shape[1], step.prompt_tables.shape[1]
+    table_starts = [wide * chunk for chunk in range(generated)]
+    table_starts += [wide * generated + wider * chunk for chunk in range(step.num_chunks - generated)]
     tiles = [
-        (row + offset, min(plan.query_tile, length - offset), start + offset, index)
-        for index, (row, length, start) in enumerate(prompt_chunks)
+        (row + offset, min(plan.query_tile, length - offset), start + offset, table)
+        for (row, length, start), table in zip(runs, table_starts, strict=True)
         for offset in range(0, length, plan.query_tile)
     ]
     sampled_before = np.repeat(np.cumsum(num_sampled) - num_sampled, num_sampled)
     sampled_from = np.repeat(first_rows + lengths - num_sampled, num_sampled)
-    tables = step.generated_tables
-    if num_generated != generated:
-        tables = np.repeat(tables, lengths[:generated], axis=0)
     rows = Rows(
         token_ids=torch.from_numpy(token_ids),
         positions=torch.from_numpy(positions),
         slots=torch.from_numpy(slots),
         num_generated=num_generated,
         padded_generated=border,
-        generated_tables=torch.from_numpy(tables),
-        generated_lengths=torch.from_numpy((here[:num_generated] + 1).astype(np.int32)),
-        prompt_chunks=prompt_chunks,
-        prompt_tiles=torch.from_numpy(np.array(tiles, np.int32).reshape(len(tiles), 4)),
-        prompt_tables=torch.from_numpy(step.prompt_tables),
+        prompt_chunks=tuple(runs[generated:]),
+        tiles=torch.from_numpy(np.array(tiles, np.int32).reshape(len(tiles), 4)),
+        tables=torch.from_numpy(np.concatenate((step.generated_tables.ravel(), step.prompt_tables.ravel()))),
     )
     return Batch(rows, first_rows, sampled_from + np.arange(len(sampled_from)) - sampled_before)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from common.engine.devices.cpu import product_kernels
+from common.engine.devices.cpu import product_kernels, tiles
 from common.engine.devices.cpu.numba_runtime import set_num_threads
 from common.engine.devices.cpu.products import OwnProducts, Product
 
@@ -73,7 +73,7 @@ def test_a_row_that_is_not_finite_spoils_no_other(dtype: torch.dtype, kind: str)
 
 
 def test_a_processor_without_products_of_pairs_widens_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(product_kernels, "PAIR_PRODUCTS", ())
+    monkeypatch.setattr(tiles, "PAIR_PRODUCTS", ())
     for kind in ("biased", "tied"):
         linear, weight, bias = made(torch.bfloat16, 101, 70, kind)
         x = torch.randn(9, 101, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
@@ -86,8 +86,8 @@ def test_a_processor_without_products_of_pairs_widens_them(monkeypatch: pytest.M
 def test_products_use_what_kernels_are_compiled_for_whatever_the_host_has(told: dict[str, str]) -> None:
     """LLVM ends a process that asks for an operation which the processor it was told of does not have."""
     script = """
-from common.engine.devices.cpu import product_kernels as found
-print(found.PAIR_PRODUCTS, found.VECTORS)
+from common.engine.devices.cpu import product_kernels, tiles
+print(tiles.PAIR_PRODUCTS, product_kernels.VECTORS)
 """
     ran = subprocess.run(
         [sys.executable, "-c", script], env=os.environ | told, capture_output=True, text=True, check=True

@@ -12,16 +12,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from common.engine.devices.cpu import kernels, lanes, numba_runtime
+from common.engine.devices.cpu import attention, kernels, numba_runtime, tiles
 from common.engine.devices.cpu.products import ELEMENT, OneDnnProducts, OwnProducts, Product, Products
 from common.engine.devices.device import HeadShape, Linear
 from common.engine.devices.kv_cache import KVCache
 from common.engine.devices.rows import RowPlan, Rows
 from common.errors import ConfigError, UnsupportedModel
 
-KERNELS_VERSION = 3  # raise it when a change of kernels.py, or of how it is compiled, changes bits
-
-ROWS_A_THREAD = 4  # of attention, from which on a row is one piece of work; below, each key-value head is
+KERNELS_VERSION = 4  # raise it when a change of a kernel, or of how it is compiled, changes bits
 
 
 class _Linear:
@@ -197,54 +195,30 @@ class CpuBackend:
             self._element,
         )
         out = torch.empty(rows.num_rows, heads * shape.head_dim, dtype=self.dtype)
-        quarter = (0,) * (shape.head_dim // 4)
-        scale = shape.head_dim**-0.5
-        filled = rows.num_generated
-        if rows.num_generated:
-            kernels.attend_generated(
-                qkv.data_ptr(),
-                qkv.shape[1],
-                out.data_ptr(),
-                rows.generated_tables.data_ptr(),
-                rows.generated_tables.shape[1],
-                rows.generated_lengths.data_ptr(),
-                pool,
-                key_offset,
-                value_offset,
-                slab,
-                block_size,
-                rows.num_generated,
-                heads,
-                kv_heads,
-                1 if rows.num_generated >= ROWS_A_THREAD * self.threads else kv_heads,
-                (0,) * lanes.heads_together(heads // kv_heads, shape.head_dim, cache.dtype.itemsize),
-                quarter,
-                shape.window,
-                scale,
-                self._element,
-            )
-        out[filled : rows.padded_generated] = 0
+        attention.attend(
+            qkv.data_ptr(),
+            qkv.shape[1],
+            out.data_ptr(),
+            rows.tables.data_ptr(),
+            rows.tiles.data_ptr(),
+            rows.tiles.shape[0],
+            pool,
+            key_offset,
+            value_offset,
+            slab,
+            block_size,
+            heads,
+            kv_heads,
+            shape.window,
+            shape.head_dim**-0.5 * attention.LOG2_E,
+            self.threads,
+            *attention.together(heads // kv_heads, shape.head_dim),
+            (0,) * (shape.head_dim // 4),
+            tiles.PAIR_PRODUCTS,
+            self._element,
+        )
+        out[rows.num_generated : rows.padded_generated] = 0
         if rows.prompt_chunks:
-            kernels.attend_prompt(
-                qkv.data_ptr(),
-                qkv.shape[1],
-                out.data_ptr(),
-                rows.prompt_tables.data_ptr(),
-                rows.prompt_tables.shape[1],
-                rows.prompt_tiles.data_ptr(),
-                pool,
-                key_offset,
-                value_offset,
-                slab,
-                block_size,
-                rows.prompt_tiles.shape[0],
-                heads,
-                kv_heads,
-                quarter,
-                shape.window,
-                scale,
-                self._element,
-            )
             last, count, _ = rows.prompt_chunks[-1]
             out[last + count :] = 0
         return out

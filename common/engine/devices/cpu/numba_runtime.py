@@ -35,15 +35,18 @@ compilation.install()
 FAST_MATH = {"reassoc", "contract", "nsz", "arcp"}
 
 KERNEL_SOURCES = (  # of the engine; what the CPU does without compiling it is not among them
+    "devices/cpu/attention.py",
+    "devices/cpu/attention_vectors.py",
     "devices/cpu/compilation.py",
     "devices/cpu/kernel_cache.py",
     "devices/cpu/kernels.py",
-    "devices/cpu/lanes.py",
     "devices/cpu/numba_runtime.py",
     "devices/cpu/philox.py",
     "devices/cpu/product_kernels.py",
     "devices/cpu/sampling.py",
     "devices/cpu/selection.py",
+    "devices/cpu/tiles.py",
+    "devices/cpu/vectors.py",
     "sampling/noise.py",
     "sampling/softmax_mass.py",
 )
@@ -142,6 +145,18 @@ def pointer(typing_context: Any, address: Any, like: Any) -> Any:
         return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
 
     return signature, generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def take(typing_context: Any, counter: Any) -> Any:
+    """The next number of a counter, int64, at this address, from which several threads take theirs."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        word = ir.IntType(64)
+        at = builder.inttoptr(arguments[0], word.as_pointer())
+        return builder.atomic_rmw("add", at, word(1), "monotonic")
+
+    return types.int64(types.int64), generate
 
 
 @intrinsic  # type: ignore[untyped-decorator]

@@ -8,9 +8,6 @@ rows, and a step may hold any.
 
 A packed weight `[out, in]` is `[out / block, in / 2, block]` pairs of bfloat16, or `[out / block, in, block]`
 float32, filled up with zeros: a block's columns of a step of the sum lie side by side.
-
-Where the processor has products of bfloat16 pairs (AVX512-BF16), they are used; elsewhere both halves of a
-pair are widened. The two round differently: the processor's features are part of the numerics class.
 """
 
 from __future__ import annotations
@@ -25,30 +22,17 @@ from numba import carray, prange, types
 from numba.extending import intrinsic
 from torch import Tensor
 
-from common.engine.devices.cpu.lanes import LANES, VectorCode
 from common.engine.devices.cpu.numba_runtime import compiles_for, kernel, narrow, pointer, size_of, widen
+from common.engine.devices.cpu.tiles import Sums, tile
+from common.engine.devices.cpu.vectors import LANES, VectorCode
 
-_FLOAT, _INT32, _INT64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
-PAIR_PRODUCTS = (0,) * compiles_for("avx512bf16")  # as a type: empty where there are none
+_INT64 = ir.IntType(64)
 VECTORS = 4 if compiles_for("avx512f") else 1  # of 16 columns in a block: what registers hold with 6 rows
 BLOCK = LANES * VECTORS
 COLUMNS = (0,) * VECTORS
 SIX, FOUR, TWO, ONE = (0,) * 6, (0,) * 4, (0,) * 2, (0,)  # rows at once
 _AT_ONCE = 16  # blocks that are packed
 ROWS_OF_A_UNIT = 36  # of a product: a multiple of six, whose part of `x` stays in the cache
-
-
-class _BFloat(ir.types.Type):  # type: ignore[misc]
-    """What llvmlite has no name for."""
-
-    def _to_string(self) -> str:
-        return "bfloat"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _BFloat)
-
-    def __hash__(self) -> int:
-        return hash(_BFloat)
 
 
 def pack(weight: Tensor) -> Tensor:
@@ -68,82 +52,6 @@ def pack(weight: Tensor) -> Tensor:
     return packed
 
 
-class _Sums:
-    """Emits the steps of a sum: products of elements that `like` names, by pairs where they have 16 bits."""
-
-    def __init__(self, code: VectorCode, pairs: Any, like: Any) -> None:
-        self._code, self._of_pairs, self._has_products = code, like == types.uint16, pairs.count > 0
-
-    def element(self) -> Any:
-        """Type of what a row gives to one step."""
-        return _INT32 if self._of_pairs else _FLOAT
-
-    def vector(self) -> Any:
-        return self._code.words if self._of_pairs else self._code.floats
-
-    def plus(self, total: Any, a: Any, b: Any) -> Any:
-        code = self._code
-        if not self._of_pairs:
-            return code.plus_product(a, b, total)
-        if self._has_products:
-            return self._pair_product(total, a, b)
-        for one, other in zip(code.halves(a), code.halves(b), strict=True):
-            total = code.plus_product(one, other, total)
-        return total
-
-    def _pair_product(self, total: Any, a: Any, b: Any) -> Any:
-        code, pairs = self._code, ir.VectorType(_BFloat(), 2 * self._code.width)
-        a, b = (code.builder.bitcast(one, pairs) for one in (a, b))
-        return code.call("llvm.x86.avx512bf16.dpbf16ps.512", total, a, b)
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def tile(
-    typing_context: Any,
-    x: Any,
-    stride: Any,
-    weight: Any,
-    steps: Any,
-    totals: Any,
-    rows: Any,
-    vectors: Any,
-    pairs: Any,
-    like: Any,
-) -> Any:
-    """float32 totals[rows, 16 * vectors] += x[rows, steps] times a block's weight[steps, 16 * vectors].
-
-    Rows of `x` are `stride` bytes apart. `rows` and `vectors` are tuples with as many entries.
-    """
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        x_at, stride, weight_at, steps, total_at = arguments[:5]
-        code = VectorCode(builder, LANES)
-        sums = _Sums(code, pairs, like)
-        count, wide = rows.count, vectors.count
-        starts = [builder.add(x_at, builder.mul(stride, _INT64(row))) for row in range(count)]
-        places = [64 * (row * wide + vector) for row in range(count) for vector in range(wide)]
-
-        def step(index: Any, before: list[Any]) -> list[Any]:
-            at = code.beyond(weight_at, index, 64 * wide)
-            columns = [code.load(at, 64 * vector, sums.vector()) for vector in range(wide)]
-            after = []
-            for row, start in enumerate(starts):
-                element = code.load(code.beyond(start, index, 4), 0, sums.element(), align=2)
-                element = code.spread(element)
-                after += [
-                    sums.plus(before[row * wide + vector], element, column)
-                    for vector, column in enumerate(columns)
-                ]
-            return after
-
-        loaded = [code.load(total_at, place, code.floats) for place in places]
-        for place, total in zip(places, code.repeat(steps, loaded, step), strict=True):
-            code.store(total, total_at, place)
-        return context.get_dummy_value()
-
-    return types.void(*(types.int64,) * 5, rows, vectors, pairs, like), generate
-
-
 @kernel
 def multiply(
     x: Any,
@@ -158,6 +66,7 @@ def multiply(
     two: Any,
     one: Any,
     vectors: Any,
+    fresh: Any,
     pairs: Any,
     like: Any,
 ) -> Any:
@@ -174,21 +83,18 @@ def multiply(
         totals_at = totals.ctypes.data
         row, end = start, min(rows, start + ROWS_OF_A_UNIT)
         while row < end:
-            for i in range(len(six)):
-                for j in range(16 * len(vectors)):
-                    totals[i, j] = np.float32(0.0)
-            x_at = x + row * steps * 4
+            x_at, stride = x + row * steps * 4, steps * 4
             if end - row >= 6:
-                tile(x_at, steps * 4, w_at, steps, totals_at, six, vectors, pairs, like)
+                tile(x_at, stride, w_at, steps, totals_at, block * 4, six, vectors, fresh, pairs, like)
                 done = 6
             elif end - row >= 4:
-                tile(x_at, steps * 4, w_at, steps, totals_at, four, vectors, pairs, like)
+                tile(x_at, stride, w_at, steps, totals_at, block * 4, four, vectors, fresh, pairs, like)
                 done = 4
             elif end - row >= 2:
-                tile(x_at, steps * 4, w_at, steps, totals_at, two, vectors, pairs, like)
+                tile(x_at, stride, w_at, steps, totals_at, block * 4, two, vectors, fresh, pairs, like)
                 done = 2
             else:
-                tile(x_at, steps * 4, w_at, steps, totals_at, one, vectors, pairs, like)
+                tile(x_at, stride, w_at, steps, totals_at, block * 4, one, vectors, fresh, pairs, like)
                 done = 1
             if bias != 0:
                 b = carray(pointer(bias + first * size_of(like), like), (count,))
@@ -222,8 +128,8 @@ def dot_tile(
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         x_at, weight_at, stride, vectors, total_at = arguments[:5]
-        code = VectorCode(builder, LANES)
-        sums = _Sums(code, pairs, like)
+        code = VectorCode(builder)
+        sums = Sums(code, pairs, like)
         ours = [builder.add(x_at, builder.mul(stride, _INT64(row))) for row in range(rows.count)]
         theirs = [builder.add(weight_at, builder.mul(stride, _INT64(one))) for one in range(columns.count)]
 

@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.engine.devices.cpu import product_kernels
-from common.engine.devices.cpu.kernels import QUERY_TILE
+from common.engine.devices.cpu import product_kernels, tiles
+from common.engine.devices.cpu.attention import QUERY_TILE
 from common.engine.devices.rows import RowPlan
 from common.errors import ConfigError
 
@@ -100,7 +100,8 @@ class _Packed:
             product_kernels.TWO,
             product_kernels.ONE,
             product_kernels.COLUMNS,
-            product_kernels.PAIR_PRODUCTS,
+            tiles.FRESH,
+            tiles.PAIR_PRODUCTS,
             self._like,
         )
         return out
@@ -122,7 +123,7 @@ class _ByRows:
             self.out_features,
             product_kernels.FOUR,
             product_kernels.ONE,
-            product_kernels.PAIR_PRODUCTS,
+            tiles.PAIR_PRODUCTS,
             self._like,
         )
         return out

@@ -92,15 +92,12 @@ class ReferenceBackend:
         _store(keys, key, rows.slots)
         _store(values, value, rows.slots)
         out = torch.zeros_like(query)
-        for row in range(rows.num_generated):
-            end = int(rows.generated_lengths[row])
-            table = rows.generated_tables[row]
-            out[row : row + 1] = _attend(query[row : row + 1], keys, values, table, end - 1, shape.window)
-        for index, (first_row, count, position) in enumerate(rows.prompt_chunks):
-            table = rows.prompt_tables[index]
-            out[first_row : first_row + count] = _attend(
-                query[first_row : first_row + count], keys, values, table, position, shape.window
-            )
+        for first_row, count, position, table_start in rows.tiles.tolist():
+            table = rows.tables[table_start:]
+            together = 1 if first_row < rows.num_generated else count
+            for done in range(0, count, together):
+                here = slice(first_row + done, first_row + done + together)
+                out[here] = _attend(query[here], keys, values, table, position + done, shape.window)
         return out.reshape(rows.num_rows, -1)
 
     def settle(self) -> None:
