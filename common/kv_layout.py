@@ -18,6 +18,7 @@ import json
 import math
 import re
 import struct
+import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -151,6 +152,9 @@ def _described(segments: Sequence[Segment]) -> str:
     return "; ".join(f"layers {start}-{end}: {said}" for start, end, said in groups)
 
 
+ONE_CLASS = "one-class"  # in a numerics class: a generated position has the bits it would have in a prompt
+
+
 class Mismatch(NamedTuple):
     """What keeps two nodes from using each other's KV: a field, and its value at either."""
 
@@ -179,6 +183,11 @@ class Fingerprint:
     adapter: str = ""
     tokenizer: str = ""
     draft: str = ""
+
+    def border(self, prompt_len: int) -> int:
+        """How many of a sequence's first positions count as prompt in the hashes of its blocks: all of them
+        where the numerics class says that generated ones have the same bits."""
+        return sys.maxsize if ONE_CLASS in self.numerics.split("/") else prompt_len
 
     def mismatch(self, other: Fingerprint) -> Mismatch | None:
         """The first thing that must be equal and is not, with both values; None if KV of one may
@@ -237,9 +246,10 @@ def root_hash(fingerprint: Fingerprint, cache_salt: str = "") -> bytes:
 def block_hash(parent: bytes, token_ids: Sequence[int], num_prompt: int) -> bytes:
     """Hash of a full block: parent, its token ids, and how many of its positions are prompt.
 
-    Prompt and generated positions are computed by different kernel shapes (see the numerics
-    rule), so a block is identified by its border too: `num_prompt` is `block_size` for a block
-    of a prompt, 0 for a generated one, between for the block with the border inside.
+    Where prompt and generated positions are computed by different kernel shapes (see the numerics
+    rule), a block is identified by its border too: `num_prompt` is `block_size` for a block
+    of a prompt, 0 for a generated one, between for the block with the border inside. Where they are
+    not, all count as prompt (`Fingerprint.border`): a reply's blocks are those of the next turn's prompt.
     """
     data = struct.pack(f"<I{len(token_ids)}I", num_prompt, *token_ids)
     return hashlib.blake2b(parent + data, digest_size=HASH_BYTES, person=b"pdq-block").digest()
@@ -252,10 +262,11 @@ class HashChain:
     """Hashes of all full blocks of a sequence, in order, computed a piece at a time: those of a long
     prompt take longer than an event loop may be held up (128k tokens: 13 ms)."""
 
-    def __init__(self, root: bytes, token_ids: Sequence[int], block_size: int, prompt_len: int) -> None:
+    def __init__(self, root: bytes, token_ids: Sequence[int], block_size: int, border: int) -> None:
+        """`border`: as `Fingerprint.border` gives it."""
         self.hashes: list[bytes] = []
         self._parent = root
-        self._token_ids, self._block_size, self._prompt_len = token_ids, block_size, prompt_len
+        self._token_ids, self._block_size, self._border = token_ids, block_size, border
 
     def advance(self, tokens: int = HASHED_AT_ONCE) -> bool:
         """Compute those of about so many more tokens, of one block at least; whether these were the
@@ -264,7 +275,7 @@ class HashChain:
         total, count = len(self._token_ids) // size, max(1, tokens // size)
         for index in range(known, min(known + count, total)):
             start = index * size
-            num_prompt = min(max(self._prompt_len - start, 0), size)
+            num_prompt = min(max(self._border - start, 0), size)
             try:
                 self._parent = block_hash(self._parent, self._token_ids[start : start + size], num_prompt)
             except struct.error as error:

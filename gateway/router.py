@@ -64,7 +64,7 @@ class RouteQuestion:
                 self.request.cache_root(fingerprint),
                 self.request.token_ids,
                 fingerprint.block_size,
-                self.request.prompt_len,
+                fingerprint.border(self.request.prompt_len),
             )
         return self._chains[fingerprint]
 

@@ -80,7 +80,8 @@ class Check:
 
 def _chain(offer: Offer, fingerprint: Fingerprint) -> HashChain:
     root = offer.request.cache_root(fingerprint)
-    return HashChain(root, offer.request.token_ids, fingerprint.block_size, offer.request.prompt_len)
+    border = fingerprint.border(offer.request.prompt_len)
+    return HashChain(root, offer.request.token_ids, fingerprint.block_size, border)
 
 
 def full_blocks(offer: Offer, blocks: Blocks) -> list[Announced]:

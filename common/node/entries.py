@@ -124,7 +124,7 @@ class Entries:
         The engine refuses token ids that cannot be hashed."""
         request, mine = entry.dispatch.request, self._node.engine.fingerprint
         root = request.cache_root(mine)
-        chain = HashChain(root, request.token_ids, mine.block_size, request.prompt_len)
+        chain = HashChain(root, request.token_ids, mine.block_size, mine.border(request.prompt_len))
         with contextlib.suppress(ValueError):
             return dataclasses.replace(entry, block_hashes=tuple(await chain.finish()))
         return entry

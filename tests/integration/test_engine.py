@@ -132,6 +132,33 @@ def test_a_repeated_prompt_is_served_from_the_cache_with_the_same_tokens() -> No
     assert first[0].token_ids == again[0].token_ids
 
 
+def slabs(engine: Engine) -> dict[bytes, Tensor]:
+    """The content of all cached blocks, by hash."""
+    pool, elements = engine.pool, engine.runner.cache.elements
+    blocks = {pool.hash_of(block): elements[block].clone() for block in range(pool.num_blocks)}
+    return {name: content for name, content in blocks.items() if name is not None}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_reply_is_a_prefix_of_the_next_turn(dtype: str) -> None:
+    """Its blocks were generated, one token after the other, and have the bits of those of a prompt."""
+    engine = poisoned_engine(dtype=dtype)
+    (reply,) = engine.generate([PROMPTS[2]], sampled(40))
+    turn = [*PROMPTS[2], *reply.token_ids, *PROMPTS[1][:5]]
+    size = engine.layout.block_size
+    hits = engine.pool.num_hit_blocks
+    (again,) = engine.generate([turn], sampled(40))
+    computed = len(PROMPTS[2]) + 40 - 1  # the last token was sampled, and not computed
+    assert engine.pool.num_hit_blocks - hits == computed // size
+    fresh = poisoned_engine(dtype=dtype)
+    (cold,) = fresh.generate([turn], sampled(40))
+    assert again.token_ids == cold.token_ids
+    generated, computed_as_prompt = slabs(engine), slabs(fresh)
+    assert generated.keys() >= computed_as_prompt.keys()
+    for name, content in computed_as_prompt.items():
+        assert torch.equal(generated[name], content)
+
+
 def test_a_salt_keeps_tenants_apart() -> None:
     engine = poisoned_engine()
     for salt in ("one", "other"):

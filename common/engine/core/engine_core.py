@@ -143,6 +143,7 @@ class EngineCore:
             priority=request.priority,
             arrival=number,
             cache_root=request.cache_root(self.fingerprint),
+            hash_border=self.fingerprint.border(request.prompt_len),
             speculates=request.speculative,
             draft_model_follows=request.speculative,
             prediction=prediction,

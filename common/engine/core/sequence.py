@@ -55,6 +55,7 @@ class Sequence:
     priority: int = 0  # lower is more important
     arrival: int = 0
     cache_root: bytes = b""  # parent of the first block's hash
+    hash_border: int | None = None  # see `Fingerprint.border`; None: `prompt_len`
     speculates: bool = True  # tokens may be drafted for it
     draft_model_follows: bool = True  # computes its positions, too, so that it can draft now or elsewhere
     prediction: list[int] = dataclasses.field(default_factory=list)  # what its reply may be like
@@ -74,6 +75,8 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.order = (self.priority, self.arrival, self.sequence_id)
+        if self.hash_border is None:
+            self.hash_border = self.prompt_len
 
     @property
     def num_generated(self) -> int:
@@ -122,7 +125,8 @@ class Sequence:
 
     def hashes(self, count: int, block_size: int) -> list[bytes]:
         """Hashes of the first `count` blocks, which must be full; each is computed once."""
-        known = self.block_hashes
+        known, border = self.block_hashes, self.hash_border
+        assert border is not None
         assert count * block_size <= len(self.token_ids)
         for index in range(len(known), count):
             start = index * block_size
@@ -130,7 +134,7 @@ class Sequence:
                 block_hash(
                     known[-1] if known else self.cache_root,
                     self.token_ids[start : start + block_size],
-                    min(max(self.prompt_len - start, 0), block_size),
+                    min(max(border - start, 0), block_size),
                 )
             )
         return known if len(known) == count else known[:count]

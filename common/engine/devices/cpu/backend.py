@@ -18,6 +18,7 @@ from common.engine.devices.device import HeadShape, Linear
 from common.engine.devices.kv_cache import KVCache
 from common.engine.devices.rows import RowPlan, Rows
 from common.errors import ConfigError, UnsupportedModel
+from common.kv_layout import ONE_CLASS
 
 KERNELS_VERSION = 4  # raise it when a change of a kernel, or of how it is compiled, changes bits
 
@@ -61,6 +62,7 @@ class CpuBackend:
                 str(self.dtype).removeprefix("torch."),
                 f"threads-{self.threads}",
                 f"rows-{plan.prompt_rows}-{plan.generated_rows}x{plan.generated_multiple}",
+                *((ONE_CLASS,) if plan.takes_any else ()),
                 f"torch-{torch.__version__.partition('+')[0]}",
                 f"kernels-{KERNELS_VERSION}",
                 f"{self._products.name}-{self._digest}",
