@@ -181,6 +181,175 @@ def _pass_over(
     _add_values(weights, values, first, last, result, result_bytes, half, lines, columns, pairs, like)
 
 
+@inline
+def _attend_tiles(
+    counter_at: Any,
+    scratch_at: Any,
+    sizes: Any,
+    queries: Any,
+    row_stride: Any,
+    out: Any,
+    tables: Any,
+    tiles: Any,
+    num_tiles: Any,
+    pool: Any,
+    key_offset: Any,
+    value_offset: Any,
+    slab: Any,
+    block_size: Any,
+    heads: Any,
+    kv_heads: Any,
+    window: Any,
+    scale: Any,
+    few: Any,
+    many: Any,
+    columns: Any,
+    lanes: Any,
+    pairs: Any,
+    like: Any,
+) -> Any:
+    """What one worker does of `attend`: it takes a tile and a head of keys and values, until none is left."""
+    group = heads // kv_heads
+    parts = (group + len(few) - 1) // len(few)
+    lines_of_row = parts * len(few)
+    block = 16 * len(columns)
+    head_dim = 4 * len(lanes)
+    head_bytes = head_dim * size_of(like)
+    position_bytes, words = kv_heads * head_bytes, head_bytes // 4
+    result_bytes = (head_dim + block - 1) // block * block * 4
+    per_step = 4 // size_of(like)
+    steps = SPAN // per_step
+    tile_of = carray(pointer(tiles, np.int32(0)), (num_tiles, 4))
+    query_at = scratch_at
+    result_at = _after(query_at, sizes[0])
+    state_at = _after(result_at, sizes[1])
+    keys_at = _after(state_at, sizes[2])
+    values_at = _after(keys_at, sizes[3])
+    scores_at = _after(values_at, sizes[4])
+    weights_at = _after(scores_at, sizes[5])
+    k_rows_at = _after(weights_at, sizes[6])
+    v_rows_at = _after(k_rows_at, sizes[7])
+    half_at = _after(v_rows_at, sizes[8])
+    nothing_at = _after(half_at, sizes[9])
+    result = carray(pointer(result_at, np.float32(0)), (sizes[1] // 4,))
+    state = carray(pointer(state_at, np.float32(0)), (sizes[2] // (LINE_WORDS * 4), LINE_WORDS))
+    k_rows = carray(pointer(k_rows_at, np.int64(0)), (SPAN,))
+    v_rows = carray(pointer(v_rows_at, np.int64(0)), (SPAN,))
+    unit = take(counter_at)
+    while unit < num_tiles * kv_heads:
+        # later tiles cost more: they are handed out first
+        index, kv_head = num_tiles - 1 - unit // kv_heads, unit % kv_heads
+        unit = take(counter_at)
+        first_row, count = numba.int64(tile_of[index, 0]), numba.int64(tile_of[index, 1])
+        start = numba.int64(tile_of[index, 2])
+        end = start + count
+        lowest = max(0, start - window + 1) if window > 0 else 0
+        num_blocks = (end + block_size - 1) // block_size
+        table_at = tables + numba.int64(tile_of[index, 3]) * 4
+        table = carray(pointer(table_at, np.int32(0)), (num_blocks,))
+        for row in range(count):
+            q_at = queries + (first_row + row) * row_stride * size_of(like) + kv_head * group * head_bytes
+            q = carray(pointer(q_at, like), (group * head_dim,))
+            kept = carray(pointer(query_at + row * lines_of_row * head_bytes, like), (group * head_dim,))
+            for i in range(group * head_dim):
+                kept[i] = q[i]
+        result[: count * lines_of_row * result_bytes // 4] = np.float32(0.0)
+        state[: count * lines_of_row] = np.float32(0.0)
+        state[: count * lines_of_row, 0] = _LOWEST
+        own = pool + kv_head * head_bytes
+        for base in range(lowest // SPAN * SPAN, end, SPAN):
+            _locate(
+                k_rows,
+                v_rows,
+                lowest,
+                end,
+                base,
+                nothing_at,
+                table,
+                block_size,
+                slab * size_of(like),
+                position_bytes,
+                own + key_offset * size_of(like),
+                own + value_offset * size_of(like),
+            )
+            filled = (min(end - base, SPAN) + 15) // 16 * 16
+            for j in range(max(lowest - base, 0) // 16 * 16, filled, 16):
+                if count <= FEW_ROWS:
+                    for i in range(j, j + 16):
+                        fetch(v_rows[i], lanes, like)
+                    for i in range(j + 16, min(j + 32, filled)):
+                        fetch(k_rows[i], lanes, like)
+                at = keys_at + j // block * words * block * 4 + j % block * 4
+                pack_keys(k_rows_at + j * 8, at, columns, lanes, like)
+            for j in range(max(lowest - base, 0) // 16 * 16, filled, per_step):
+                at = values_at + j // per_step * block * 4
+                pack_values(v_rows[j], v_rows[j + per_step - 1], at, steps * block * 4, columns, lanes, like)
+            row = 0
+            while row < count:
+                here = start + row
+                line = row * lines_of_row
+                several = len(many) // len(few)
+                sees_all = here + 1 >= base + SPAN and (window <= 0 or here + several <= base + window)
+                if several > 1 and row + several <= count and sees_all:
+                    _pass_over(
+                        query_at + line * head_bytes,
+                        words,
+                        keys_at,
+                        values_at,
+                        0,
+                        SPAN,
+                        scale,
+                        scores_at,
+                        weights_at,
+                        half_at,
+                        state_at + line * LINE_WORDS * 4,
+                        result_at + line * result_bytes,
+                        result_bytes,
+                        many,
+                        columns,
+                        pairs,
+                        like,
+                    )
+                    row += several
+                    continue
+                first = max(here + 1 - window - base, 0) if window > 0 else 0
+                last = min(here + 1 - base, SPAN)
+                if first < last:
+                    for _part in range(parts):
+                        _pass_over(
+                            query_at + line * head_bytes,
+                            words,
+                            keys_at,
+                            values_at,
+                            first,
+                            last,
+                            scale,
+                            scores_at,
+                            weights_at,
+                            half_at,
+                            state_at + line * LINE_WORDS * 4,
+                            result_at + line * result_bytes,
+                            result_bytes,
+                            few,
+                            columns,
+                            pairs,
+                            like,
+                        )
+                        line += len(few)
+                row += 1
+        for row in range(count):
+            y_at = out + ((first_row + row) * heads + kv_head * group) * head_bytes
+            y = carray(pointer(y_at, like), (group, head_dim))
+            for g in range(group):
+                line = row * lines_of_row + g
+                total = np.float32(0.0)
+                for i in range(16, LINE_WORDS):
+                    total += state[line, i]
+                inverse = np.float32(1.0) / total
+                for i in range(head_dim):
+                    y[g, i] = narrow(result[line * result_bytes // 4 + i] * inverse, like)
+
+
 @kernel
 def attend(
     queries: Any,
@@ -213,14 +382,11 @@ def attend(
     is for powers of two. `few`, `many`, `columns` as in `Together`; `lanes` has head_dim / 4 entries.
     """
     group = heads // kv_heads
-    parts = (group + len(few) - 1) // len(few)
-    lines_of_row = parts * len(few)
+    lines_of_row = (group + len(few) - 1) // len(few) * len(few)
     head_dim, block = 4 * len(lanes), 16 * len(columns)
-    head_bytes, position_bytes = head_dim * size_of(like), kv_heads * head_dim * size_of(like)
-    words = head_bytes // 4
+    head_bytes = head_dim * size_of(like)
     result_bytes = (head_dim + block - 1) // block * block * 4
-    per_step = 4 // size_of(like)
-    steps = SPAN // per_step
+    steps = SPAN * size_of(like) // 4
     tile_of = carray(pointer(tiles, np.int32(0)), (num_tiles, 4))
     most = 1
     for index in range(num_tiles):
@@ -243,136 +409,32 @@ def attend(
     for size in sizes:
         total_bytes += (size + 63) // 64 * 64
     memory = np.zeros(8 + workers * total_bytes // 8, np.int64)
-    taken_at = memory.ctypes.data
     for worker in prange(workers):
-        query_at = taken_at + 64 + worker * total_bytes
-        result_at = _after(query_at, sizes[0])
-        state_at = _after(result_at, sizes[1])
-        keys_at = _after(state_at, sizes[2])
-        values_at = _after(keys_at, sizes[3])
-        scores_at = _after(values_at, sizes[4])
-        weights_at = _after(scores_at, sizes[5])
-        k_rows_at = _after(weights_at, sizes[6])
-        v_rows_at = _after(k_rows_at, sizes[7])
-        half_at = _after(v_rows_at, sizes[8])
-        nothing_at = _after(half_at, sizes[9])
-        result = carray(pointer(result_at, np.float32(0)), (lines * result_bytes // 4,))
-        state = carray(pointer(state_at, np.float32(0)), (lines, LINE_WORDS))
-        k_rows = carray(pointer(k_rows_at, np.int64(0)), (SPAN,))
-        v_rows = carray(pointer(v_rows_at, np.int64(0)), (SPAN,))
-        unit = take(taken_at)
-        while unit < num_tiles * kv_heads:
-            # later tiles cost more: they are handed out first
-            index, kv_head = num_tiles - 1 - unit // kv_heads, unit % kv_heads
-            unit = take(taken_at)
-            first_row, count = numba.int64(tile_of[index, 0]), numba.int64(tile_of[index, 1])
-            start = numba.int64(tile_of[index, 2])
-            end = start + count
-            lowest = max(0, start - window + 1) if window > 0 else 0
-            num_blocks = (end + block_size - 1) // block_size
-            table_at = tables + numba.int64(tile_of[index, 3]) * 4
-            table = carray(pointer(table_at, np.int32(0)), (num_blocks,))
-            for row in range(count):
-                q_at = queries + (first_row + row) * row_stride * size_of(like) + kv_head * group * head_bytes
-                q = carray(pointer(q_at, like), (group * head_dim,))
-                kept = carray(pointer(query_at + row * lines_of_row * head_bytes, like), (group * head_dim,))
-                for i in range(group * head_dim):
-                    kept[i] = q[i]
-            result[: count * lines_of_row * result_bytes // 4] = np.float32(0.0)
-            state[: count * lines_of_row] = np.float32(0.0)
-            state[: count * lines_of_row, 0] = _LOWEST
-            own = pool + kv_head * head_bytes
-            for base in range(lowest // SPAN * SPAN, end, SPAN):
-                _locate(
-                    k_rows,
-                    v_rows,
-                    lowest,
-                    end,
-                    base,
-                    nothing_at,
-                    table,
-                    block_size,
-                    slab * size_of(like),
-                    position_bytes,
-                    own + key_offset * size_of(like),
-                    own + value_offset * size_of(like),
-                )
-                filled = (min(end - base, SPAN) + 15) // 16 * 16
-                for j in range(max(lowest - base, 0) // 16 * 16, filled, 16):
-                    if count <= FEW_ROWS:
-                        for i in range(j, j + 16):
-                            fetch(v_rows[i], lanes, like)
-                        for i in range(j + 16, min(j + 32, filled)):
-                            fetch(k_rows[i], lanes, like)
-                    at = keys_at + j // block * words * block * 4 + j % block * 4
-                    pack_keys(k_rows_at + j * 8, at, columns, lanes, like)
-                for j in range(max(lowest - base, 0) // 16 * 16, filled, per_step):
-                    at = values_at + j // per_step * block * 4
-                    pack_values(
-                        v_rows[j], v_rows[j + per_step - 1], at, steps * block * 4, columns, lanes, like
-                    )
-                row = 0
-                while row < count:
-                    here = start + row
-                    line = row * lines_of_row
-                    several = len(many) // len(few)
-                    sees_all = here + 1 >= base + SPAN and (window <= 0 or here + several <= base + window)
-                    if several > 1 and row + several <= count and sees_all:
-                        _pass_over(
-                            query_at + line * head_bytes,
-                            words,
-                            keys_at,
-                            values_at,
-                            0,
-                            SPAN,
-                            scale,
-                            scores_at,
-                            weights_at,
-                            half_at,
-                            state_at + line * LINE_WORDS * 4,
-                            result_at + line * result_bytes,
-                            result_bytes,
-                            many,
-                            columns,
-                            pairs,
-                            like,
-                        )
-                        row += several
-                        continue
-                    first = max(here + 1 - window - base, 0) if window > 0 else 0
-                    last = min(here + 1 - base, SPAN)
-                    if first < last:
-                        for _part in range(parts):
-                            _pass_over(
-                                query_at + line * head_bytes,
-                                words,
-                                keys_at,
-                                values_at,
-                                first,
-                                last,
-                                scale,
-                                scores_at,
-                                weights_at,
-                                half_at,
-                                state_at + line * LINE_WORDS * 4,
-                                result_at + line * result_bytes,
-                                result_bytes,
-                                few,
-                                columns,
-                                pairs,
-                                like,
-                            )
-                            line += len(few)
-                    row += 1
-            for row in range(count):
-                y_at = out + ((first_row + row) * heads + kv_head * group) * head_bytes
-                y = carray(pointer(y_at, like), (group, 4 * len(lanes)))
-                for g in range(group):
-                    line = row * lines_of_row + g
-                    total = np.float32(0.0)
-                    for i in range(16, LINE_WORDS):
-                        total += state[line, i]
-                    inverse = np.float32(1.0) / total
-                    for i in range(4 * len(lanes)):
-                        y[g, i] = narrow(result[line * result_bytes // 4 + i] * inverse, like)
-    return memory[0]  # how many units were taken; numba gives memory back after its last use, which is this
+        # Its address is asked for here and not before: numba gives an array back after its last use, and an
+        # address is none.
+        _attend_tiles(
+            memory.ctypes.data,
+            memory.ctypes.data + 64 + np.int64(worker) * total_bytes,
+            sizes,
+            queries,
+            row_stride,
+            out,
+            tables,
+            tiles,
+            num_tiles,
+            pool,
+            key_offset,
+            value_offset,
+            slab,
+            block_size,
+            heads,
+            kv_heads,
+            window,
+            scale,
+            few,
+            many,
+            columns,
+            lanes,
+            pairs,
+            like,
+        )
