@@ -115,9 +115,12 @@ def test_prompt_logprobs_survive_chunks_and_preemption() -> None:
     engine.check_idle()
 
 
-def test_a_repeated_prompt_is_served_from_the_cache_with_the_same_tokens() -> None:
+@pytest.mark.parametrize("of_whole_blocks", [False, True])
+def test_a_repeated_prompt_is_served_from_the_cache_with_the_same_tokens(of_whole_blocks: bool) -> None:
     engine = poisoned_engine()
-    prompt = PROMPTS[2]
+    size = engine.layout.block_size
+    rest = 1 if of_whole_blocks else len(PROMPTS[2]) % size
+    prompt = PROMPTS[2][: len(PROMPTS[2]) // size * size] if of_whole_blocks else PROMPTS[2]
     computed: list[int] = []
 
     def watch(rows: object, hidden: Tensor) -> None:
@@ -128,7 +131,7 @@ def test_a_repeated_prompt_is_served_from_the_cache_with_the_same_tokens() -> No
         cold = sum(computed)
         again = engine.generate([prompt], sampled())
     assert cold == len(prompt)
-    assert sum(computed) - cold == len(prompt) % engine.layout.block_size
+    assert sum(computed) - cold == rest > 0
     assert first[0].token_ids == again[0].token_ids
 
 

@@ -324,12 +324,16 @@ class Scheduler(OpenSequences):
             if lacking:
                 table += pool.allocate(lacking)
             if shared:
-                (copy,) = pool.allocate(1)
-                step.copies.append((table[first], copy))
-                step.holds.append([table[first]])  # intact until it was copied
-                table[first] = copy
+                self._copy(table, first, step)
             index += 1
         return False
+
+    def _copy(self, table: list[int], index: int, step: Step) -> None:
+        """Put a copy, made at the begin of `step`, in place of a block that others read."""
+        (copy,) = self.pool.allocate(1)
+        step.copies.append((table[index], copy))
+        step.holds.append([table[index]])  # intact until it was copied
+        table[index] = copy
 
     def _fit_drafts(self, sequence: Sequence, drafted: int) -> int:
         """As many drafts as free blocks hold; the sequence keeps only these."""
@@ -365,24 +369,41 @@ class Scheduler(OpenSequences):
             if sequence.in_flight or sequence.pending:  # a step under way gives it a token
                 return
             known = len(sequence.token_ids)
-            hashes: list[bytes] = []
-            scores = sequence.params.prompt_logprobs is not None and not sequence.num_generated
-            if pool.enable_prefix_cache and not scores:
-                # The last token is always computed: its row is sampled.
-                hashes = sequence.hashes((known - 1) // pool.block_size, pool.block_size)
+            hashes = self._findable(sequence)
             headroom = self._watermark + self._num_promised if self._running else 0
-            if not pool.has_room(hashes, pool.blocks_for(known), headroom):
+            count = pool.blocks_for(known)
+            # The last token is always computed, its row is sampled: of a block that ends with it into a copy.
+            is_whole = (
+                is_member
+                and known == len(hashes) * pool.block_size
+                and len(pool.lookup(hashes)) == len(hashes)
+                and pool.has_room(hashes, count + 1, headroom)
+            )
+            if not is_whole:
+                hashes = hashes[: (known - 1) // pool.block_size]
+            if not pool.has_room(hashes, count, headroom):
                 return
             del self._waiting[0]
             table = sequence.block_table = pool.match(hashes)
-            sequence.num_computed = len(table) * pool.block_size
-            sequence.num_published = len(table)
-            sequence.num_draft_computed = pool.num_drafted(table) * pool.block_size
+            sequence.num_published = len(table) - is_whole
+            sequence.num_computed = len(table) * pool.block_size - is_whole
+            drafted = pool.num_drafted(table) * pool.block_size
+            sequence.num_draft_computed = min(drafted, sequence.num_computed)
+            if is_whole:
+                self._copy(table, -1, step)
             self._run(sequence)
             if is_member:
                 length = min(sequence.num_computable, spare)
                 table += pool.allocate(self._num_lacking(sequence, sequence.num_computed + length))
                 step.append(self._chunk(sequence, length, 0))
+
+    def _findable(self, sequence: Sequence) -> list[bytes]:
+        """Hashes of the full blocks of a sequence that waits, as far as the prefix cache may serve it."""
+        scores = sequence.params.prompt_logprobs is not None and not sequence.num_generated
+        if not self.pool.enable_prefix_cache or scores:
+            return []
+        size = self.pool.block_size
+        return sequence.hashes(len(sequence.token_ids) // size, size)
 
     def _chunk(self, sequence: Sequence, known: int, drafted: int) -> Chunk:
         start = sequence.next_position

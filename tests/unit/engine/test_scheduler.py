@@ -430,7 +430,25 @@ def test_a_cached_prompt_is_reused_up_to_its_last_token() -> None:
     machine.run_until_idle()
     machine.add(PROMPT[:8], max_tokens=1)
     machine.add(PROMPT[:9], max_tokens=1)
-    assert chunks_of(machine.step()) == [(1, 4, 8), (2, 8, 9)]
+    assert chunks_of(machine.step()) == [(1, 7, 8), (2, 8, 9)]
+    machine.run_until_idle()
+
+
+@pytest.mark.parametrize(("num_blocks", "start"), [(2, 4), (3, 7)])
+def test_the_last_token_of_a_cached_prompt_is_computed_into_a_copy_where_there_is_room_for_one(
+    num_blocks: int, start: int
+) -> None:
+    machine = Machine(num_blocks=num_blocks)
+    machine.add(PROMPT[:8], max_tokens=1)
+    machine.run_until_idle()
+    cached = machine.pool.snapshot().block_hashes
+    again = machine.add(PROMPT[:8], max_tokens=1)
+    step = machine.step()
+    assert chunks_of(step) == [(1, start, 8)]
+    assert len(step.copies) == (start == 7)
+    machine.run_until_idle()
+    machine.assert_output(again)
+    assert machine.pool.snapshot().block_hashes == cached
 
 
 def test_prompt_logprobs_need_every_position_computed() -> None:
