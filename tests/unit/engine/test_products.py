@@ -57,6 +57,21 @@ def test_products_of_any_size_are_right(dtype: torch.dtype, kind: str) -> None:
             assert is_close(linear.product(x), x, weight, bias), (width, columns, rows)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("columns", [5, 133])
+def test_sums_are_rounded_to_nearest_ties_to_even(columns: int, tied: bool) -> None:
+    """In columns of whole blocks, and in those that fill none."""
+    steps = torch.arange(columns, dtype=torch.float32)
+    large = (1.0 + steps % 128 / 128).to(torch.bfloat16)
+    small = torch.tensor([2.0**-8, 2.0**-8 + 2.0**-14, 2.0**-8 - 2.0**-14]).repeat(columns)[:columns]
+    weight = torch.stack([large, small.to(torch.bfloat16)], dim=1)
+    products = OwnProducts(torch.bfloat16)
+    linear = products.tied_linear(weight) if tied else products.linear(weight, None)
+    exact = weight.float().sum(dim=1)
+    found = linear.product(torch.tensor([[1.0, 1.0], [-1.0, -1.0]], dtype=torch.bfloat16))
+    assert torch.equal(found, torch.stack([exact, -exact]).to(torch.bfloat16))
+
+
 @every_dtype
 @pytest.mark.parametrize("kind", ["biased", "tied"])
 def test_a_row_that_is_not_finite_spoils_no_other(dtype: torch.dtype, kind: str) -> None:

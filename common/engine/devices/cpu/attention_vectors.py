@@ -20,9 +20,6 @@ from numba.extending import intrinsic
 from common.engine.devices.cpu.vectors import LANES, VectorCode
 
 _FLOAT, _INT16, _INT32, _INT64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
-_INTO_SECOND_CACHE = (
-    2  # of LLVM's prefetch: rows of heads that lie far apart drive each other out of the first
-)
 LINE_WORDS = 32  # of the state of a line: its highest score, 15 unused, 16 sums of weights
 _SUMS_AT = 64  # bytes
 
@@ -36,15 +33,9 @@ def fetch(typing_context: Any, row: Any, lanes: Any, like: Any) -> Any:
     """Ask for a head's row of elements, which will be read soon."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        byte = ir.IntType(8).as_pointer()
-        name = "llvm.prefetch.p0i8"
-        function = builder.module.globals.get(name)
-        if function is None:
-            of = ir.FunctionType(ir.VoidType(), [byte, _INT32, _INT32, _INT32])
-            function = ir.Function(builder.module, of, name)
+        code = VectorCode(builder)
         for offset in range(0, 4 * lanes.count * _element_bytes(like), 64):
-            at = builder.inttoptr(builder.add(arguments[0], _INT64(offset)), byte)
-            builder.call(function, [at, _INT32(0), _INT32(_INTO_SECOND_CACHE), _INT32(1)])
+            code.fetch(arguments[0], offset)
         return context.get_dummy_value()
 
     return types.void(types.int64, lanes, like), generate

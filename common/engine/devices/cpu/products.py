@@ -100,7 +100,6 @@ class _Packed:
             product_kernels.TWO,
             product_kernels.ONE,
             product_kernels.COLUMNS,
-            tiles.FRESH,
             tiles.PAIR_PRODUCTS,
             self._like,
         )

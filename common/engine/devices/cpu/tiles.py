@@ -10,6 +10,7 @@ pair are widened. The two round differently: the processor's features are part o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from llvmlite import ir
@@ -53,6 +54,36 @@ class Sums:
         return code.call("llvm.x86.avx512bf16.dpbf16ps.512", total, a, b)
 
 
+def add_products(
+    code: VectorCode,
+    sums: Sums,
+    rows: Sequence[Any],
+    columns: Sequence[Any],
+    step_bytes: int,
+    steps: Any,
+    before: Sequence[Any],
+    ahead: Sequence[Any] = (),
+) -> list[Any]:
+    """Emits `before`, sums of each row with each vector of columns, plus the products of so many steps.
+
+    `rows` and `columns` are addresses; from a step to the next are a word, and `step_bytes`. What lies at the
+    addresses `ahead` is brought into the caches, a line a step.
+    """
+
+    def step(index: Any, before: list[Any]) -> list[Any]:
+        vectors = [code.load(code.beyond(start, index, step_bytes), 0, sums.vector()) for start in columns]
+        for start in ahead:
+            code.fetch(code.beyond(start, index, 64))
+        after = []
+        for row, start in enumerate(rows):
+            element = code.spread(code.load(code.beyond(start, index, 4), 0, sums.element(), align=2))
+            for place, vector in enumerate(vectors, row * len(vectors)):
+                after.append(sums.plus(before[place], element, vector))
+        return after
+
+    return code.repeat(steps, before, step)
+
+
 @intrinsic  # type: ignore[untyped-decorator]
 def tile(
     typing_context: Any,
@@ -79,29 +110,16 @@ def tile(
         code = VectorCode(builder)
         sums = Sums(code, pairs, like)
         count, wide = rows.count, vectors.count
-        starts = [builder.add(x_at, builder.mul(stride, _INT64(row))) for row in range(count)]
-        outs = [builder.add(total_at, builder.mul(total_stride, _INT64(row))) for row in range(count)]
+        ours, outs = code.starts(x_at, stride, count), code.starts(total_at, total_stride, count)
+        theirs = code.starts(weight_at, _INT64(64), wide)
         places = [(out, 64 * vector) for out in outs for vector in range(wide)]
-
-        def step(index: Any, before: list[Any]) -> list[Any]:
-            at = code.beyond(weight_at, index, 64 * wide)
-            columns = [code.load(at, 64 * vector, sums.vector()) for vector in range(wide)]
-            after = []
-            for row, start in enumerate(starts):
-                element = code.load(code.beyond(start, index, 4), 0, sums.element(), align=2)
-                element = code.spread(element)
-                after += [
-                    sums.plus(before[row * wide + vector], element, column)
-                    for vector, column in enumerate(columns)
-                ]
-            return after
-
         before = (
             [code.all(0.0)] * len(places)
             if fresh.count
             else [code.load(*place, code.floats) for place in places]
         )
-        for place, total in zip(places, code.repeat(steps, before, step), strict=True):
+        after = add_products(code, sums, ours, theirs, 64 * wide, steps, before)
+        for place, total in zip(places, after, strict=True):
             code.store(total, *place)
         return context.get_dummy_value()
 

@@ -16,6 +16,7 @@ from llvmlite import ir
 LANES = 16  # of the widest vector; LLVM splits it where the processor has shorter ones
 
 _FLOAT, _INT16, _INT32, _INT64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
+_SHORTS = ir.VectorType(_INT16, LANES)
 _CONTRACT = ("contract",)  # multiply and add in one operation: the same wherever it is done
 _AS_WRITTEN = ("arcp",)  # of no effect but that numba leaves it alone: what has no flag, it lets be reordered
 _POWERS_OF_TWO = (  # a minimax polynomial of 2**x on [-1/2, 1/2]: relative error below 8e-8
@@ -26,6 +27,7 @@ _POWERS_OF_TWO = (  # a minimax polynomial of 2**x on [-1/2, 1/2]: relative erro
     6.931469671e-1,
     1.0,
 )
+_INTO_SECOND_CACHE = 2  # of LLVM's prefetch: what lies far apart would drive each other out of the first
 _LEAST_EXPONENT = -126.0  # of a normal float32
 
 
@@ -56,8 +58,17 @@ class VectorCode:
         loaded.align = align
         return loaded
 
-    def store(self, value: Any, base: Any, offset: int = 0) -> None:
-        self.builder.store(value, self._pointer(base, offset, value.type)).align = 4
+    def store(self, value: Any, base: Any, offset: int = 0, align: int = 4) -> None:
+        self.builder.store(value, self._pointer(base, offset, value.type)).align = align
+
+    def fetch(self, base: Any, offset: int = 0) -> None:
+        """Bring a line of memory into the second cache, for it is read soon. Any address will do."""
+        at = self._pointer(base, offset, ir.IntType(8))
+        name, kinds = "llvm.prefetch.p0", [at.type, _INT32, _INT32, _INT32]
+        function = self.builder.module.globals.get(name)
+        if function is None:
+            function = ir.Function(self.builder.module, ir.FunctionType(ir.VoidType(), kinds), name)
+        self.builder.call(function, [at, _INT32(0), _INT32(_INTO_SECOND_CACHE), _INT32(1)])
 
     def _pointer(self, base: Any, offset: int, of: Any) -> Any:
         address = self.builder.add(base, _INT64(offset)) if offset else base
@@ -68,6 +79,24 @@ class VectorCode:
 
     def words_of(self, value: int) -> Any:
         return self.words([value] * LANES)
+
+    def elements(self, base: Any, offset: int, are_short: bool) -> Any:
+        """16 elements in their order as floats: of bfloat16, or of float32."""
+        if not are_short:
+            return self.load(base, offset, self.floats)
+        bits = self.builder.zext(self.load(base, offset, _SHORTS, align=2), self.words)
+        return self.builder.bitcast(self.builder.shl(bits, self.words_of(16)), self.floats)
+
+    def starts(self, base: Any, stride: Any, count: int, most: Any = None) -> list[Any]:
+        """Addresses of rows that are `stride` bytes apart; beyond the first `most`, of the last of those."""
+        found = []
+        for row in range(count):
+            index = _INT64(row)
+            if most is not None:
+                last = self.builder.sub(most, _INT64(1))
+                index = self.builder.select(self.builder.icmp_signed("<", index, most), index, last)
+            found.append(self.builder.add(base, self.builder.mul(stride, index)))
+        return found
 
     def spread(self, value: Any) -> Any:
         """A number in all lanes."""
@@ -131,7 +160,7 @@ class VectorCode:
     def bfloat16(self, x: Any, at_once: bool) -> Any:
         """Rounded to nearest, ties to even, as integers of 16 bits; NaN stays NaN. `at_once`: by
         AVX512-BF16."""
-        builder, of = self.builder, ir.VectorType(_INT16, LANES)
+        builder, of = self.builder, _SHORTS
         if at_once:
             name, shape = "llvm.x86.avx512bf16.cvtneps2bf16.512", ir.VectorType(BFloat(), LANES)
             return builder.bitcast(self.call(name, x, gives=shape), of)
