@@ -21,6 +21,7 @@ from pathlib import Path
 
 from common.engine.core.engine_core import EngineCore
 from common.engine.core.output import Completion, StepOutput
+from common.engine.core.prompt_share import LEAST_TOKENS
 from common.engine.core.sequence import Sequence
 from common.engine.core.step import Step
 from common.engine.interface import Runner, StepResult
@@ -108,20 +109,26 @@ class Engine(EngineCore):
         return bool(self._submitted) or super().has_work
 
     def warm_up(self) -> None:
-        """Compile and touch what a first request would wait for: one token, then two; and see what steps
-        cost, where tokens are drafted."""
+        """Compile and touch what a first request would wait for: one token, then two, then as many as prompts
+        get in any step; and see what steps cost."""
         room = min(self.facts.max_model_len, self.pool.num_blocks * self.pool.block_size + 1)
-        self._warm_up(SamplingParams(max_tokens=min(2, room - 1), ignore_eos=True))
+        few = SamplingParams(max_tokens=min(2, room - 1), ignore_eos=True)
+        self._warm_up(few)
+        for _ in range(2):  # what is touched first takes longer
+            self.costs.forget()
+            self._warm_up(few, prompt=max(1, min(LEAST_TOKENS, room - few.max_tokens)))
         if self.proposer is not None:
             self._warm_up(
                 SamplingParams(max_tokens=min(2048, room - 1), ignore_eos=True), self.proposer.rehearsals()
             )
 
-    def _warm_up(self, params: SamplingParams, turns: Iterable[None] = itertools.repeat(None)) -> None:
+    def _warm_up(
+        self, params: SamplingParams, turns: Iterable[None] = itertools.repeat(None), *, prompt: int = 1
+    ) -> None:
         """A step for each turn, as long as there is work; nothing of it is cached."""
         caches, self.pool.enable_prefix_cache = self.pool.enable_prefix_cache, False
         try:
-            self.add_prompt("warm-up", [0], params)
+            self.add_prompt("warm-up", [0] * prompt, params)
             self.step()
             for _ in turns:
                 if not self.has_work:

@@ -59,6 +59,7 @@ class EngineFacts:
     max_model_len: int  # positions of a sequence
     stop_token_ids: tuple[int, ...]  # the model's own
     folder: Path  # the model's, on the runner's machine
+    prompt_rows: int = 1  # that one product takes of prompts, filled up; 1: any number
     on_host: bool = True  # computes on the cores that plan the next step, too
     draft: DraftFacts | None = None
     unread_fields: tuple[str, ...] = ()  # of its config.json

@@ -111,6 +111,12 @@ class EngineSettings:
     )
     max_num_seqs: int = setting(64, "sequences in one step at most", at_least=1)
     max_num_batched_tokens: int = setting(512, "tokens in one step at most", at_least=1)
+    target_itl_s: float = setting(
+        0.5,
+        "longest step while sequences decode: prompts are cut to what the measured cost of steps allows "
+        "(0: only by max_num_batched_tokens)",
+        at_least=0,
+    )
     async_scheduling: bool | None = setting(
         None, "plan a step while the one before is computed (none: unless the CPU computes it)"
     )

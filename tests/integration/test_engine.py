@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections import defaultdict
+from concurrent.futures import Future
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,6 +13,8 @@ from torch import Tensor
 from common.engine import Engine, FinishReason, SamplingParams
 from common.engine.devices.cpu.device import CpuDevice
 from common.engine.devices.rows import Rows
+from common.engine.interface import StepInput, StepResult
+from common.engine.runner.model_runner import ModelRunner
 from common.errors import (
     ConfigError,
     ContextLengthExceeded,
@@ -58,6 +64,34 @@ def test_a_sequence_joins_and_leaves_between_steps() -> None:
                 engine.add_prompt("second", PROMPTS[1], sampled(10))
     alone = poisoned_engine().generate(PROMPTS[:2], [sampled(30), sampled(10)])
     assert [tuple(seen["first"]), tuple(seen["second"])] == [c.token_ids for c in alone]
+
+
+def test_how_prompts_are_cut_by_what_steps_took_leaves_no_trace_in_the_tokens() -> None:
+    def run(row_s: float) -> tuple[list[int], dict[str, list[int]]]:
+        """Prompt tokens of each step that has any, and what was generated, where a step takes so long."""
+        engine, cut, tokens = poisoned_engine(target_itl_s=1.0), [], defaultdict[str, list[int]](list)
+
+        def compute(step: StepInput) -> Future[StepResult]:
+            cut.append(int(step.lengths[step.num_generated :].sum()))
+            result = ModelRunner.run(engine.runner, step)
+            future = Future[StepResult]()
+            future.set_result(dataclasses.replace(result, seconds=row_s * int(step.lengths.sum())))
+            return future
+
+        engine.runner.submit = compute  # type: ignore[method-assign]
+        engine.add_prompt("chat", PROMPTS[0], sampled(30))
+        engine.step()
+        engine.add_prompt("long", [1, 320, 321, 322, 323] * 48, sampled(10))
+        while engine.has_work:
+            for output in engine.step():
+                tokens[output.request_id] += output.token_ids
+        engine.check_idle()
+        return [count for count in cut if count], tokens
+
+    (whole, as_whole), (cut, as_cut) = run(row_s=1e-6), run(row_s=0.01)
+    assert whole == [5, 240]
+    assert len(cut) > len(whole)
+    assert as_cut == as_whole
 
 
 def test_choices_share_the_prompt_and_differ_by_their_noise() -> None:

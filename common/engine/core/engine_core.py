@@ -19,6 +19,7 @@ from common.engine.core.admission import ExpectedPrompt
 from common.engine.core.block_pool import BlockPool
 from common.engine.core.drafts import advance, draft_input
 from common.engine.core.output import StepOutput
+from common.engine.core.prompt_share import MULTIPLE, DecodePace, StepSeconds, pairs_of
 from common.engine.core.scheduler import Scheduler
 from common.engine.core.sequence import Sequence, SequenceStatus
 from common.engine.core.sequence_slots import SequenceSlots
@@ -66,11 +67,13 @@ class EngineCore:
             enable_prefix_cache=settings.enable_prefix_caching,
             on_free=on_free,
         )
+        self.costs = StepSeconds()
         self.scheduler = Scheduler(
             self.pool,
             max_num_seqs=settings.max_num_seqs,
             max_num_batched_tokens=settings.max_num_batched_tokens,
             max_model_len=facts.max_model_len,
+            pace=self._pace(),
         )
         positions = facts.draft.max_model_len if facts.draft is not None else 0
         self.proposer = (
@@ -86,6 +89,10 @@ class EngineCore:
         self._steps: list[Step] = []  # under way, the older first
         self._numbers = itertools.count(1)  # of steps
         self._must_settle = False  # nothing is planned before the steps under way have ended
+
+    def _pace(self) -> DecodePace | None:
+        target_s, rows = self.settings.target_itl_s, self.facts.prompt_rows
+        return DecodePace(target_s, self.costs, rows if rows > 1 else MULTIPLE) if target_s else None
 
     @property
     def layout(self) -> KVLayout:
@@ -258,6 +265,8 @@ class EngineCore:
         """Take in what was computed: accept tokens, publish blocks, end sequences."""
         assert step is self._steps[0], "an older step has not ended"
         del self._steps[0]
+        pairs = sum(pairs_of(c.start, c.length) for c in step.chunks if c.length > 1 + c.num_drafted)
+        self.costs.took(step.num_tokens, pairs, result.seconds)
         if self.proposer is not None:
             self.proposer.observe(step, result)
         for scored, entries in zip(step.input.scored, result.scored, strict=True):

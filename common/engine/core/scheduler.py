@@ -38,6 +38,7 @@ from itertools import chain
 from common.engine.core.admission import Admission, ExpectedPrompt, Room
 from common.engine.core.block_pool import BlockPool
 from common.engine.core.open_sequences import OpenSequences
+from common.engine.core.prompt_share import DecodePace, PromptShare
 from common.engine.core.sequence import Sequence, SequenceStatus
 from common.engine.core.step import Chunk, Delivery, Step
 from common.errors import ConfigError, ContextLengthExceeded, InvalidRequest, NeverFits
@@ -48,7 +49,8 @@ MAX_STEPS = 2  # under way at once
 
 class Scheduler(OpenSequences):
     """`max_num_batched_tokens` bounds a step, `max_num_seqs` the running sequences; `watermark`
-    is the share of the pool that admission leaves free for those that run already."""
+    is the share of the pool that admission leaves free for those that run already; `pace` says how many
+    prompt tokens a step takes while others decode (None: as many as it holds)."""
 
     def __init__(
         self,
@@ -58,6 +60,7 @@ class Scheduler(OpenSequences):
         max_num_batched_tokens: int,
         max_model_len: int,
         watermark: float = 0.01,
+        pace: DecodePace | None = None,
     ) -> None:
         if max_num_seqs < 1:
             raise ConfigError("max_num_seqs must be at least 1", param="max_num_seqs")
@@ -73,6 +76,7 @@ class Scheduler(OpenSequences):
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.max_model_len = max_model_len
+        self._pace = pace
         self._watermark = int(watermark * pool.num_blocks)
         self._admission = Admission(pool)
 
@@ -189,13 +193,13 @@ class Scheduler(OpenSequences):
         """
         assert len(self._steps) < MAX_STEPS, "so many steps were neither postprocessed nor abandoned"
         step = Step()
-        plan = self._plan(only)
+        plan, share = self._plan(only)
         stalled = self._secure_blocks(plan, step)
         for sequence, (known, drafted) in zip(self._running, plan, strict=False):
             if known:
                 step.append(self._chunk(sequence, known, self._fit_drafts(sequence, drafted)))
         if not stalled and not step.preempted:
-            self._admit(step, only)
+            self._admit(step, only, share)
         if step.chunks:
             self._begin_step(step)
         return step
@@ -250,11 +254,13 @@ class Scheduler(OpenSequences):
 
     # Inside `schedule`.
 
-    def _plan(self, only: Callable[[Sequence], bool] | None) -> list[tuple[int, int]]:
-        """Token budget, as (known tokens, drafted tokens) for each running sequence.
+    def _plan(self, only: Callable[[Sequence], bool] | None) -> tuple[list[tuple[int, int]], PromptShare]:
+        """Token budget, as (known tokens, drafted tokens) for each running sequence, and what is left of it
+        for those that wait.
 
         Sequences that only lack their newest token have one each for sure, and a running prompt
-        has one; drafts, then prompts and replays share what is spare, most important first.
+        has one; drafts, then prompts and replays share what is spare, most important first, as much as
+        the pace of those that decode allows.
         """
         running = self._running
         plan = [(0, 0)] * len(running)
@@ -275,13 +281,14 @@ class Scheduler(OpenSequences):
                 drafted = min(wanted, spare - reserve)
                 spare -= drafted
             plan[index] = (1, drafted)
+        generated = self.max_num_batched_tokens - spare
+        share = PromptShare(spare, generated, self._pace if decoding else None)
         if reserve:
             for index in members:
-                if not running[index].is_decoding:
-                    known = min(running[index].num_computable, spare)
-                    spare -= known
-                    plan[index] = (known, 0)
-        return plan
+                sequence = running[index]
+                if not sequence.is_decoding:
+                    plan[index] = (share.take(sequence.num_computable, sequence.next_position), 0)
+        return plan, share
 
     def _going_on(self) -> set[Sequence]:
         """Those of the step under way of which it is known what they compute next."""
@@ -356,15 +363,14 @@ class Scheduler(OpenSequences):
         """Blocks that a sequence lacks for its positions before `end`."""
         return max(0, self.pool.blocks_for(end) - len(sequence.block_table))
 
-    def _admit(self, step: Step, only: Callable[[Sequence], bool] | None) -> None:
+    def _admit(self, step: Step, only: Callable[[Sequence], bool] | None, share: PromptShare) -> None:
         """Start waiting sequences in their turn while slots, tokens and blocks last: the blocks of the first
         chunk are taken, those of the others promised."""
         pool = self.pool
         while self._waiting and self.num_free_slots:
-            spare = self.max_num_batched_tokens - step.num_tokens
             sequence = self._waiting[0]
             is_member = only is None or only(sequence)
-            if (is_member and not spare) or self._admission.goes_before(sequence.order):
+            if (is_member and share.is_spent) or self._admission.goes_before(sequence.order):
                 return
             if sequence.in_flight or sequence.pending:  # a step under way gives it a token
                 return
@@ -392,8 +398,7 @@ class Scheduler(OpenSequences):
             if is_whole:
                 self._copy(table, -1, step)
             self._run(sequence)
-            if is_member:
-                length = min(sequence.num_computable, spare)
+            if is_member and (length := share.take(sequence.num_computable, sequence.num_computed)):
                 table += pool.allocate(self._num_lacking(sequence, sequence.num_computed + length))
                 step.append(self._chunk(sequence, length, 0))
 

@@ -104,6 +104,7 @@ class ModelRunner:
             max_model_len=length,
             stop_token_ids=tuple(description.stop_token_ids),
             folder=folder,
+            prompt_rows=self.backend.row_plan.prompt_rows,
             on_host=device.torch_device.type == "cpu",
             draft=self.draft.facts if self.draft is not None else None,
             unread_fields=tuple(unknown_fields(description.config)),

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from common.engine.core.admission import ExpectedPrompt, Room
 from common.engine.core.block_pool import BlockPool
+from common.engine.core.prompt_share import DecodePace, StepSeconds
 from common.engine.core.scheduler import Scheduler
 from common.engine.core.sequence import Sequence, SequenceStatus
 from common.engine.core.step import Chunk, Delivery, Step
@@ -66,6 +67,7 @@ class Machine:
         max_model_len: int = 64,
         watermark: float = 0.0,
         enable_prefix_cache: bool = True,
+        pace: DecodePace | None = None,
     ) -> None:
         self.cells: list[list[int | None]] = [[None] * block_size for _ in range(num_blocks)]
         self.pool = BlockPool(
@@ -77,6 +79,7 @@ class Machine:
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=max_model_len,
             watermark=watermark,
+            pace=pace,
         )
         self.unforked: dict[Sequence, list[Sequence]] = {}
         self.outputs: dict[Sequence, list[int]] = {}
@@ -810,6 +813,13 @@ def test_a_token_that_contradicts_its_draft_is_not_accepted_as_verified() -> Non
         machine.scheduler.postprocess(machine.scheduler.schedule(), {0: [8, 9]})
 
 
+def tight_pace(multiple: int) -> DecodePace:
+    """A step of more rows than six is late where others decode."""
+    costs = StepSeconds()
+    costs.took(1, 0.0, 1.0)
+    return DecodePace(6.0, costs, multiple, least=1)
+
+
 class Storm:
     """Random requests, drafts, aborts, crashes, pauses and leases over a tiny pool."""
 
@@ -823,6 +833,7 @@ class Storm:
             max_num_batched_tokens=max_num_seqs + chance.randint(0, 12),
             watermark=chance.choice([0.0, 0.2]),
             enable_prefix_cache=chance.random() < 0.8,
+            pace=chance.choice([None, tight_pace(chance.randint(1, 3))]),
         )
         self.pool, self.scheduler = self.machine.pool, self.machine.scheduler
         self.leases: list[list[int]] = []
