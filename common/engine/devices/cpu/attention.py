@@ -13,6 +13,7 @@ together, so that what is read is read once for all.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import numba
@@ -61,6 +62,7 @@ class Together(NamedTuple):
     columns: tuple[int, ...]
 
 
+@functools.cache
 def together(group: int, head_dim: int) -> Together:
     """`group`: query heads that share keys and values."""
     columns = 1 if _VECTORS < 24 else 4 if group <= 3 and head_dim % 64 == 0 else 2

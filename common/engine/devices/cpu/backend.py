@@ -219,11 +219,16 @@ class CpuBackend:
             tiles.PAIR_PRODUCTS,
             self._element,
         )
-        out[rows.num_generated : rows.padded_generated] = 0
-        if rows.prompt_chunks:
-            last, count, _ = rows.prompt_chunks[-1]
-            out[last + count :] = 0
+        if not self.row_plan.takes_any:
+            _clear_padding(out, rows)
         return out
+
+
+def _clear_padding(out: Tensor, rows: Rows) -> None:
+    out[rows.num_generated : rows.padded_generated] = 0
+    if rows.prompt_chunks:
+        last, count, _ = rows.prompt_chunks[-1]
+        out[last + count :] = 0
 
 
 def _fastest(dtype: torch.dtype) -> Products:

@@ -157,55 +157,41 @@ def finish_some(totals: Any, rows: Any, columns: Any, bias: Any, out: Any, strid
 
 @kernel
 def multiply(
-    x: Any,
-    weight: Any,
-    bias: Any,
-    out: Any,
-    rows: Any,
-    steps: Any,
-    columns: Any,
-    six: Any,
-    four: Any,
-    two: Any,
-    one: Any,
-    vectors: Any,
-    pairs: Any,
-    like: Any,
+    x: Any, weight: Any, bias: Any, out: Any, rows: Any, steps: Any, columns: Any, pairs: Any, like: Any
 ) -> Any:
     """out[rows, columns] = x[rows, 4 * steps bytes] times the packed weight, plus `bias` (0 for none)."""
-    block = 16 * len(vectors)
     size = size_of(like)
-    blocks = (columns + block - 1) // block
+    blocks = (columns + BLOCK - 1) // BLOCK
     parts = (rows + ROWS_OF_A_UNIT - 1) // ROWS_OF_A_UNIT
     for unit in prange(blocks * parts):
-        first, start = unit // parts * block, unit % parts * ROWS_OF_A_UNIT
+        first, start = unit // parts * BLOCK, unit % parts * ROWS_OF_A_UNIT
         end = min(rows, start + ROWS_OF_A_UNIT)
-        block_at = weight + numba.int64(unit // parts) * steps * block * 4
-        totals = np.zeros((end - start, block), np.float32)
+        block_at = weight + numba.int64(unit // parts) * steps * BLOCK * 4
+        totals = np.zeros((end - start, BLOCK), np.float32)
         for step in range(0, steps, CHUNK):
             taken = min(CHUNK, steps - step)
             w_at = block_at + step * 64
-            ahead = w_at + taken * 64 if step + taken < steps else block_at + steps * block * 4
+            ahead = w_at + taken * 64 if step + taken < steps else block_at + steps * BLOCK * 4
             row = start
             while row < end:
                 x_at, stride, apart = x + (row * steps + step) * 4, steps * 4, steps * 64
-                t_at = totals.ctypes.data + (row - start) * block * 4
+                t_at = totals.ctypes.data + (row - start) * BLOCK * 4
                 if end - row >= 6:
-                    block_tile(x_at, stride, w_at, apart, taken, t_at, ahead, six, vectors, pairs, like)
+                    block_tile(x_at, stride, w_at, apart, taken, t_at, ahead, SIX, COLUMNS, pairs, like)
                     row += 6
                 elif end - row >= 4:
-                    block_tile(x_at, stride, w_at, apart, taken, t_at, ahead, four, vectors, pairs, like)
+                    block_tile(x_at, stride, w_at, apart, taken, t_at, ahead, FOUR, COLUMNS, pairs, like)
                     row += 4
                 elif end - row >= 2:
-                    block_tile(x_at, stride, w_at, apart, taken, t_at, ahead, two, vectors, pairs, like)
+                    block_tile(x_at, stride, w_at, apart, taken, t_at, ahead, TWO, COLUMNS, pairs, like)
                     row += 2
                 else:
-                    block_tile(x_at, stride, w_at, apart, taken, t_at, ahead, one, vectors, pairs, like)
+                    block_tile(x_at, stride, w_at, apart, taken, t_at, ahead, ONE, COLUMNS, pairs, like)
                     row += 1
         b_at = bias + first * size if bias != 0 else 0
         y_at = out + (start * columns + first) * size
-        if columns - first >= block:
-            finish(totals, end - start, b_at, y_at, columns * size, vectors, like)
+        if columns - first >= BLOCK:
+            finish(totals, end - start, b_at, y_at, columns * size, COLUMNS, like)
         else:
             finish_some(totals, end - start, columns - first, b_at, y_at, columns, like)
 
@@ -263,16 +249,7 @@ def dot_tile(
 
 @kernel
 def multiply_rows(
-    x: Any,
-    weight: Any,
-    out: Any,
-    rows: Any,
-    width: Any,
-    columns: Any,
-    four: Any,
-    one: Any,
-    pairs: Any,
-    like: Any,
+    x: Any, weight: Any, out: Any, rows: Any, width: Any, columns: Any, pairs: Any, like: Any
 ) -> Any:
     """out[rows, columns] = x[rows, width] times weight[columns, width] as it lies.
 
@@ -299,10 +276,10 @@ def multiply_rows(
                 ahead = w_at + 8 * stride
                 if end - start >= 8 and end - row >= 4:
                     ahead += (row - start) % 8 // 2 * stride  # each of two brings half the columns
-                    dot_tile(x_at, w_at, stride, most, vectors, t_at, ahead, four, four, pairs, like)
+                    dot_tile(x_at, w_at, stride, most, vectors, t_at, ahead, FOUR, FOUR, pairs, like)
                     row += 4
                 else:
-                    dot_tile(x_at, w_at, stride, most, vectors, t_at, ahead, one, four, pairs, like)
+                    dot_tile(x_at, w_at, stride, most, vectors, t_at, ahead, ONE, FOUR, pairs, like)
                     row += 1
         for at in range(vectors * whole, width):
             for i in range(end - start):
@@ -310,6 +287,6 @@ def multiply_rows(
                     totals[i, j] += widen(xs[start + i, at]) * widen(ws[first + j, at])
         y_at = out + (start * columns + first) * size
         if count == 16:
-            finish(totals, end - start, 0, y_at, columns * size, one, like)
+            finish(totals, end - start, 0, y_at, columns * size, ONE, like)
         else:
             finish_some(totals, end - start, count, 0, y_at, columns, like)

@@ -78,6 +78,7 @@ class _Packed:
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.out_features, self.in_features = weight.shape
         self._weight, self._bias = product_kernels.pack(weight), bias
+        self._weight_at = self._weight.data_ptr()
         self._bias_at = 0 if bias is None else bias.data_ptr()
         self._like, self._steps = ELEMENT[weight.dtype], self._weight.shape[1]
         self._is_odd = self._steps * 4 != self.in_features * weight.element_size()
@@ -89,17 +90,12 @@ class _Packed:
         out = torch.empty(rows, self.out_features, dtype=x.dtype)
         product_kernels.multiply(
             x.data_ptr(),
-            self._weight.data_ptr(),
+            self._weight_at,
             self._bias_at,
             out.data_ptr(),
             rows,
             self._steps,
             self.out_features,
-            product_kernels.SIX,
-            product_kernels.FOUR,
-            product_kernels.TWO,
-            product_kernels.ONE,
-            product_kernels.COLUMNS,
             tiles.PAIR_PRODUCTS,
             self._like,
         )
@@ -120,8 +116,6 @@ class _ByRows:
             x.shape[0],
             self.in_features,
             self.out_features,
-            product_kernels.FOUR,
-            product_kernels.ONE,
             tiles.PAIR_PRODUCTS,
             self._like,
         )
