@@ -2,8 +2,8 @@
 
 Processor time of `schedule()` and `postprocess()` together, median over steps, with all sequences
 decoding; with drafts, 2 of 3 are accepted. Processor time, because nothing here waits. Then requests that
-wait in line for 16 slots, few of them or many: all that the scheduler does for one, from `add` to its end, and
-what it takes to abort one that waits.
+wait in line for 16 slots, few of them or many: all that the scheduler does for one, from `add` to its end,
+and what it takes to abort one that waits.
 """
 
 from __future__ import annotations

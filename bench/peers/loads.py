@@ -5,8 +5,9 @@
     prompt    2,048 in, one out
     cached    the same prompt again
     bursts    four chats stream (128 in); after six seconds three prompts of 2,048 come, three seconds apart.
-              The gaps between tokens of the chats are of `calm` until the first of these is sent, of `burst`
-              from there to the last one's first token. Then the chats are hung up on.
+              The gaps between tokens of the chats are of `burst` from when the first of these is sent to the
+              last one's first token, of `calm` for six seconds before and six after: gaps grow with the
+              chats, bursts or not. Then the chats are hung up on.
 
 Prompts are random ids, fresh each time, so that no prefix cache helps but in `cached`. Moments are the
 client's, which runs on the same two cores.
@@ -98,6 +99,7 @@ class Load:
                 asked.append(asyncio.create_task(self._ask(self._fresh(sizes.prompt), 1)))
             replies = await asyncio.gather(*asked)
             ended_at = max(answer.token_times[0] for _, answer in replies)
+            await asyncio.sleep(sizes.calm_s)
             if any(task.done() for task in tasks):
                 raise RuntimeError(f"{self._server.name}: a chat ended before the bursts did")
         finally:
@@ -150,12 +152,12 @@ def tpot_s(answer: Answer) -> float:
 def calm_and_burst(
     times: Sequence[Sequence[float]], calm_from: float, burst_from: float, ended_at: float
 ) -> tuple[list[float], list[float]]:
-    """Gaps between the tokens of each stream, sorted. One that a burst may have made longer, by its end or
-    its beginning, is of the burst, and counts whole."""
+    """Gaps between the tokens of each stream, sorted: before and after the bursts, and in them. One that a
+    burst may have made longer, by its end or its beginning, is of the burst, and counts whole."""
     calm, burst = [], []
     for stream in times:
         for before, after in itertools.pairwise(stream):
-            if calm_from <= before and after <= burst_from:
+            if (calm_from <= before and after <= burst_from) or before >= ended_at:
                 calm.append(after - before)
             elif after > burst_from and before < ended_at:
                 burst.append(after - before)

@@ -65,8 +65,8 @@ def test_a_limit_is_the_larger_of_two_measurements() -> None:
 def test_a_stall_that_a_burst_makes_is_the_bursts_from_either_end() -> None:
     one = [0.0, 1.0, 2.0, 9.0, 10.0, 30.0, 31.0]
     calm, burst = calm_and_burst([one, [2.5, 2.75]], calm_from=1.0, burst_from=3.0, ended_at=20.0)
-    assert calm == [0.25, 1.0]  # neither what came before the calm
-    assert burst == [1.0, 7.0, 20.0]  # nor what began after the end
+    assert calm == [0.25, 1.0, 1.0]  # before and after the bursts, not before the calm
+    assert burst == [1.0, 7.0, 20.0]
 
 
 def test_time_per_token_counts_tokens_and_not_events() -> None:
