@@ -378,13 +378,17 @@ class Scheduler(OpenSequences):
             hashes = self._findable(sequence)
             headroom = self._watermark + self._num_promised if self._running else 0
             count = pool.blocks_for(known)
-            # The last token is always computed, its row is sampled: of a block that ends with it into a copy.
-            is_whole = (
+            # The last token is always computed, its row is sampled: of a block that ends with it into a copy,
+            # which has to be made in this step.
+            length = 0
+            if (
                 is_member
                 and known == len(hashes) * pool.block_size
                 and len(pool.lookup(hashes)) == len(hashes)
                 and pool.has_room(hashes, count + 1, headroom)
-            )
+            ):
+                length = share.take(1, known - 1)
+            is_whole = length > 0
             if not is_whole:
                 hashes = hashes[: (known - 1) // pool.block_size]
             if not pool.has_room(hashes, count, headroom):
@@ -397,8 +401,10 @@ class Scheduler(OpenSequences):
             sequence.num_draft_computed = min(drafted, sequence.num_computed)
             if is_whole:
                 self._copy(table, -1, step)
+            elif is_member:
+                length = share.take(sequence.num_computable, sequence.num_computed)
             self._run(sequence)
-            if is_member and (length := share.take(sequence.num_computable, sequence.num_computed)):
+            if length:
                 table += pool.allocate(self._num_lacking(sequence, sequence.num_computed + length))
                 step.append(self._chunk(sequence, length, 0))
 

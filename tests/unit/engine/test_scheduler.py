@@ -454,6 +454,22 @@ def test_the_last_token_of_a_cached_prompt_is_computed_into_a_copy_where_there_i
     assert machine.pool.snapshot().block_hashes == cached
 
 
+def test_a_copy_is_made_in_the_step_that_computes_into_it() -> None:
+    """Not in one without a token for it, which may be given up."""
+    machine = Machine(pace=tight_pace(1))
+    machine.add(PROMPT[:8], max_tokens=1)
+    machine.run_until_idle()
+    machine.add(PROMPT[20:24], max_tokens=9)
+    machine.step()  # from here on it decodes, and a step takes five tokens of prompts
+    machine.add(PROMPT[10:15], max_tokens=1)
+    cached = machine.add(PROMPT[:8], max_tokens=1)
+    step = machine.scheduler.schedule()
+    assert cached not in [chunk.sequence for chunk in step.chunks]
+    machine.scheduler.abandon(step)
+    machine.run_until_idle()
+    machine.assert_output(cached)
+
+
 def test_prompt_logprobs_need_every_position_computed() -> None:
     machine = Machine()
     machine.add(PROMPT[:9], max_tokens=1)
