@@ -74,11 +74,13 @@ class SharedMemory:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Seal:
-    """A block that a step fills, and its digest's seed; `ranges`: what it covers of a tail."""
+    """A block that a step fills, and its digest's seed; `ranges`: what it covers of a tail. A digest that is
+    known already is not computed."""
 
     slot: int
     seed: bytes  # b"": no digest
     ranges: AnySequence[tuple[int, int]] = ()
+    digest: bytes = b""
 
 
 class NodeKV:
@@ -114,7 +116,8 @@ class NodeKV:
         hashes = sequence.hashes(computed // block_size, block_size)
         on = self._digests
         seals = [
-            Seal(table[index], hashes[index] if on else b"") for index in range(start, min(end, len(hashes)))
+            Seal(table[index], hashes[index] if on else b"", digest=self._digest_of(hashes[index]))
+            for index in range(start, min(end, len(hashes)))
         ]
         if end > len(hashes):
             tokens = sequence.token_ids[len(hashes) * block_size : computed]
@@ -123,6 +126,12 @@ class NodeKV:
             ranges = self.engine.layout.without_draft.ranges(len(tokens))
             seals.append(Seal(table[len(hashes)], seed, ranges))
         return seals
+
+    def _digest_of(self, block_hash: bytes) -> bytes:
+        """Of the sealed block that is cached under a hash. Another one with that hash has the same content: a
+        copy whose original was spoiled before is to be found out by this digest."""
+        memory, slot = self.memory, self.engine.pool.published(block_hash)
+        return b"" if slot is None or memory.generations[slot] % 2 else memory.digests[slot]
 
     def unsealed(self, sequence: Sequence, table: AnySequence[int]) -> list[Seal]:
         """The full, computed blocks of a sequence that were never sealed: they arrived with it, or it did
@@ -146,7 +155,10 @@ class NodeKV:
         For any thread, while somebody holds the blocks and nobody writes into them.
         """
         for seal in seals:
-            self.memory.seal(seal.slot, seal.seed, seal.ranges or self._whole)
+            if seal.digest:
+                self.memory.digests[seal.slot] = seal.digest
+            seed = b"" if seal.digest else seal.seed
+            self.memory.seal(seal.slot, seed, seal.ranges or self._whole)
 
     def ready_blocks(
         self, sequence: Sequence, table: AnySequence[int], start: int, end: int, computed: int

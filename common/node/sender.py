@@ -187,7 +187,10 @@ class Sender(Departures):
         engine.pool.release(engine.finish(departure.sequence, FinishReason.CANCELLED))
 
     def _forget(self, departure: Departure) -> None:
-        self._node.engine.pool.forget(departure.table)
+        """What was sent, and what any of it is a copy of."""
+        engine = self._node.engine
+        block_size = engine.layout.block_size
+        engine.pool.forget(departure.sequence.hashes(departure.length // block_size, block_size))
 
     # Actions: the link.
 

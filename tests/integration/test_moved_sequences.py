@@ -20,7 +20,7 @@ from common.sampling import FinishReason
 from common.settings.config import EngineSettings
 from common.wire.message import HandoffKey
 from common.wire.messages import Offer
-from kv_transfer.ports import Piece
+from kv_transfer.ports import Piece, ReadyBlock
 from tests.support.asked import a_request
 from tests.support.checkpoints import DRAFT, STORIES
 from tests.support.engines import FreeRounds, NoCosts, with_poison
@@ -150,6 +150,32 @@ def test_a_sequence_that_moves_twice_makes_the_same_tokens(reference: Engine, ki
     assert sum(node.num_computed[False] for node in nodes) == len(expected.token_ids) - 1
     for node in nodes:
         node.engine.check_idle()
+
+
+def test_a_copy_of_a_block_whose_memory_failed_is_sent_with_the_digest_of_what_it_was() -> None:
+    """So that who receives it finds that out."""
+    node = EngineWithMemory()
+    size = node.engine.layout.block_size
+    prompt = PROMPT[: len(PROMPT) // size * size]
+    first_bytes: list[int] = []
+
+    def ready() -> list[ReadyBlock]:
+        (sequence,) = node.engine.add_prompt("r/1", prompt, KINDS["greedy"])
+        node.steps(1)
+        node.engine.scheduler.pause(sequence)
+        found = node.kv.ready_blocks(sequence, sequence.block_table, 0, len(prompt) // size, len(prompt))
+        first_bytes.append(node.memory.slab(found[-1].slot)[0])
+        node.engine.pool.release(node.engine.finish(sequence, FinishReason.CANCELLED))
+        return found
+
+    sealed = ready()
+    node.memory.slab(sealed[-1].slot)[0] ^= 1
+    again = ready()
+    assert again[-1].slot != sealed[-1].slot
+    assert first_bytes[1] == first_bytes[0] ^ 1
+    assert [block.digest for block in again] == [block.digest for block in sealed]
+    assert all(block.digest for block in again)
+    node.engine.check_idle()
 
 
 @pytest.mark.parametrize("kind", ["greedy", "penalties"])

@@ -194,6 +194,10 @@ class BlockPool:
             found.append(block_id)
         return found
 
+    def published(self, block_hash: bytes) -> int | None:
+        """The block that is found under a hash."""
+        return self._by_hash.get(block_hash)
+
     def match(self, hashes: Sequence[bytes]) -> list[int]:
         """As `lookup`, with a reference to each block, and counted."""
         found = self.lookup(hashes)
@@ -226,11 +230,17 @@ class BlockPool:
         assert canonical != block_id or self._hashes[block_id] == block_hash
         return canonical
 
-    def forget(self, block_ids: Iterable[int]) -> None:
-        """These used blocks are found no more; whoever holds them keeps them."""
-        for block_id in block_ids:
-            assert self._references[block_id] > 0, f"block {block_id} is not used"
+    def forget(self, hashes: Iterable[bytes]) -> None:
+        """What is published under these hashes is found no more; whoever holds it keeps it."""
+        published = [self._by_hash[block_hash] for block_hash in hashes if block_hash in self._by_hash]
+        for block_id in published:
             self._unpublish(block_id)
+        freed = [block_id for block_id in published if block_id in self._idle]
+        for block_id in freed:
+            del self._idle[block_id]
+        if freed and self._on_free is not None:
+            self._on_free(freed)
+        self._free += freed
 
     def mark_drafted(self, block_ids: Iterable[int]) -> None:
         """A draft model has computed all positions of these used blocks."""

@@ -95,6 +95,7 @@ def advance(step: Step, report: DraftReport, facts: DraftFacts, pool: BlockPool)
 
 
 def give_up(sequence: Sequence, pool: BlockPool) -> None:
-    """The draft model gives no numbers for what it is; nobody is to go on from it."""
-    pool.unmark_drafted(sequence.block_table)
+    """The draft model gives no numbers for what it is; nobody is to go on from it, nor from what it is a copy
+    of."""
+    pool.unmark_drafted(sequence.block_table + pool.lookup(sequence.block_hashes))
     sequence.num_draft_computed, sequence.draft_model_follows = 0, False

@@ -389,8 +389,9 @@ class EngineCore:
         return outputs
 
     def _fail_not_finite(self, sequence: Sequence) -> StepOutput:
-        """What it has read may be what spoils it: nobody else is to find that in the cache."""
-        self.pool.forget(sequence.block_table)
+        """What it has read, or a copy of which, may be what spoils it: nobody else is to find that in the
+        cache."""
+        self.pool.forget(sequence.block_hashes)
         return self._fail(sequence, NOT_FINITE)
 
     def _fail(self, sequence: Sequence, what: str) -> StepOutput:

@@ -135,11 +135,10 @@ class Pool:
                 self.watcher.freed(self, block)
         self.watcher.room_changed(self)
 
-    def forget(self, blocks: Sequence[int]) -> None:
-        for block in blocks:
-            require(self.references[block] > 0, "forgets a block that nobody holds")
-            if self.identity[block]:
-                del self.cached[self.identity[block]]
+    def forget(self, hashes: Sequence[bytes]) -> None:
+        for identity in hashes:
+            block = self.cached.pop(identity, None)
+            if block is not None:
                 self.identity[block] = b""
 
     # IntakePool

@@ -207,3 +207,12 @@ def test_lines_that_are_computed_together_fit_the_registers(group: int) -> None:
         assert few <= many <= 24 // columns
         assert many % few == 0
         assert few * -(-group // few) - group < few, "as few lines of zeros as can be"
+
+
+@pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT32])
+def test_one_key_has_all_the_weight_however_large_its_score(dtype: torch.dtype) -> None:
+    """A score is finite, and so is what a row computes of it."""
+    paged = Paged(dataclasses.replace(SMALL, length=1), dtype)
+    paged.qkv *= 1e6
+    paged.keys *= 1e6
+    assert torch.equal(paged.attend([(0, 1)]), paged.expected().to(dtype))

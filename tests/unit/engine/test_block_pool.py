@@ -50,13 +50,25 @@ def test_what_is_forgotten_is_found_no_more_and_kept_by_its_holders() -> None:
     pool = BlockPool(2, 4)
     first, second = pool.allocate(2)
     pool.publish(first, b"first")
-    pool.forget([first, second])
+    pool.forget([b"first", b"unknown"])
     assert pool.lookup([b"first"]) == []
     assert [event.kind for event in pool.drain_events()] == [CacheEventKind.STORED, CacheEventKind.EVICTED]
     assert pool.references(first) == 1
     pool.publish(second, b"first")
     pool.release([first, second])
     assert pool.num_cached == 1
+    pool.check()
+
+
+def test_what_is_forgotten_and_held_by_nobody_is_free() -> None:
+    freed: list[int] = []
+    pool = BlockPool(2, 4, on_free=freed.extend)
+    (block,) = pool.allocate(1)
+    pool.publish(block, b"first")
+    pool.release([block])
+    pool.forget([b"first"])
+    assert freed == [block]
+    assert pool.num_free == 2
     pool.check()
 
 

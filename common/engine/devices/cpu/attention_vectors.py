@@ -166,11 +166,10 @@ def weigh(
         peak = code.larger(peak, before)
         decay = code.power_of_two(code.times(code.minus(before, peak), scale))
         decay = builder.select(builder.fcmp_ordered("==", before, lowest), code.all(0.0), decay)
-        offset = code.minus(code.all(-0.0), code.times(peak, scale))
 
         def weight_of(index: Any, totals: list[Any]) -> list[Any]:
             score = code.load(code.beyond(score_at, index, 64), 0, code.floats)
-            weight = code.power_of_two(code.plus_product(score, scale, offset))
+            weight = code.power_of_two(code.times(code.minus(score, peak), scale))
             stored = code.bfloat16(weight, pairs.count > 0) if like == types.uint16 else weight
             code.store(stored, code.beyond(weight_at, index, weight_bytes))
             return [code.plus(totals[0], weight)]
