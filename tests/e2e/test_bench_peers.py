@@ -36,7 +36,9 @@ def test_every_load_gives_its_figures_on_ours() -> None:
     rows = compare_loads.measure(system, model, list(LOADS), rng, SIZES)
     figures = {row["load"]: row.get("figures", row.get("failed")) for row in rows}
     for figure in compare_loads.FIGURES:
-        assert figures[figure.load][figure.key] > 0, figures
+        found = figures[figure.load][figure.key]
+        # A small model's tokens may come two at a time, with no time between them.
+        assert found > 0 or (found == 0.0 and "p50" in figure.key), figures
 
 
 def test_every_arrival_is_answered_on_ours() -> None:
