@@ -264,7 +264,7 @@ def main() -> None:
     profiles: list[Profile] = []
     with watching(engine) as clock:
         for rows in arguments.rows:
-            profiles.append(decode(engine, clock, limits, rows, arguments.context, 24 + rows))
+            profiles.append(decode(engine, clock, limits, rows, arguments.context, 24 + 2 * rows))
         for prompt in arguments.prompts:
             profiles.append(prefill(engine, clock, limits, prompt, 3))
         if not arguments.no_mixed:

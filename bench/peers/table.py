@@ -30,7 +30,7 @@ def spreads(figures: Mapping[str, Mapping[str, Sequence[float]]]) -> list[str]:
 
 
 def line(label: str, cells: Sequence[str], width: int = WIDTH) -> str:
-    return f"  {label:{LABEL}}" + "".join(f"{cell:>{width}}" for cell in cells)
+    return f"  {label:{LABEL}}" + "".join(f" {cell:>{width - 1}}" for cell in cells)
 
 
 def _names(figures: Mapping[str, Mapping[str, Sequence[float]]]) -> list[str]:
