@@ -11,9 +11,10 @@ from common.engine import SamplingParams
 from common.engine.speculation.drafting import Drafting
 from common.engine.speculation.model import ModelSource
 from common.errors import NotFiniteLogits
-from common.kv_layout import block_hash, root_hash
+from common.kv_layout import root_hash
 from tests.support.checkpoints import DRAFT
 from tests.support.engines import FreeRounds, NoCosts, poisoned_engine
+from tests.support.hashes import chain_hashes
 
 PARAMS = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
 
@@ -25,10 +26,7 @@ def test_a_spoiled_last_block_of_a_prompt_of_whole_blocks_is_found_no_more(block
     size = engine.layout.block_size
     prompt = list(range(3, 3 + blocks * size))
     (right,) = engine.generate([prompt], PARAMS)
-    parent, chain = root_hash(engine.fingerprint), []
-    for index in range(blocks):
-        parent = block_hash(parent, prompt[index * size : (index + 1) * size], size)
-        chain.append(parent)
+    chain = chain_hashes(root_hash(engine.fingerprint), prompt, size, len(prompt))
     engine.runner.cache.elements[engine.pool.lookup(chain)[-1]] = float("nan")  # as if the memory had failed
     with contextlib.suppress(NotFiniteLogits):
         engine.generate([prompt], PARAMS)
@@ -53,7 +51,8 @@ def test_a_spoiled_draft_of_a_last_block_costs_drafts_once() -> None:
         return engine.proposer.counts["draft"].drafted - before
 
     assert num_drafted() > 0
-    (block,) = engine.pool.lookup([block_hash(root_hash(engine.fingerprint), prompt, len(prompt))])
+    chain = chain_hashes(root_hash(engine.fingerprint), prompt, len(prompt), len(prompt))
+    (block,) = engine.pool.lookup(chain)
     own = engine.layout.without_draft.slab_bytes // engine.runner.cache.elements.element_size()
     engine.runner.cache.elements[block].view(-1)[own:] = float("nan")  # as if the memory had failed
     found = [num_drafted() for _ in range(3)]
