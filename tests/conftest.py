@@ -28,6 +28,9 @@ BEGAN_WITH_SYSTEMS = pytest.StashKey[bool]()
 os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="pdq-tests-")
 atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)
 
+# GPU kernels are interpreted, on tensors of the host. Before triton is imported.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # As in nodes, and before torch is imported: here, too, others have the cores.
 os.environ.setdefault("GOMP_SPINCOUNT", OMP_SPIN)
 

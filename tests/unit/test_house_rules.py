@@ -64,6 +64,11 @@ def test_a_dependency_comes_in_by_its_own_door(dependency: str) -> None:
     assert importers(dependency) == DOORS[dependency]
 
 
+def test_only_the_gpu_knows_triton() -> None:
+    assert importers("triton")
+    assert all(path.startswith("common/engine/devices/cuda/") for path in importers("triton"))
+
+
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_a_library_is_loaded_by_its_own_door(library: str) -> None:
     users = {

@@ -1,0 +1,165 @@
+"""Compile every GPU kernel ahead of time, without a GPU: what machine code takes, what it should cost.
+
+    python -m bench.gpu_kernels                            a table for the shapes of Qwen3-8B
+    python -m bench.gpu_kernels --targets 80 90 --json     as the tests read it
+
+Registers, spills and shared memory are what ptxas and cuobjdump say of the machine code; the time is computed
+from bytes and operations, at the rates of the card named, and is no measurement.
+
+Fused multiply-adds count in float32 and float64 only: a card without sums of bfloat16 computes them as
+`fma(a, 1, b)`, which rounds as a sum does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from common.engine.devices.cuda import norms
+from common.engine.devices.cuda.launch import OPTIONS, Work
+
+TARGETS = (80, 89, 90, 100, 120)  # compute capabilities, times ten
+KINDS = {"bf16": 2, "fp16": 2, "fp32": 4}  # triton's words, and bytes
+
+# bytes a second that a copy reaches, and products of bfloat16 a second (gpu-engine.md, section 5)
+CARDS = {"H100": (3.0e12, 790e12), "H200": (4.3e12, 790e12)}
+
+# the most shared memory of one program, in bytes (CUDA C Programming Guide, table of compute capabilities)
+SHARED_LIMIT = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+
+_PRODUCTS = re.compile(r"(?:wgmma\.mma_async|mma)\.[\w.:]*?m\d+n\d+k\d+|tcgen05\.mma")
+_FUSED = re.compile(r"\bfma\.\w+(?:\.ftz)?\.f(?:32|64)\b")
+_USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ModelShape:
+    """What the launches of a model depend on. Default: Qwen3-8B."""
+
+    hidden: int = 4096
+    intermediate: int = 12288
+    num_heads: int = 32
+    num_kv_heads: int = 8
+    head_dim: int = 128
+    vocab: int = 151_936
+    num_layers: int = 36
+    block_size: int = 16
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Compiled:
+    """The machine code of one `Work` for one target."""
+
+    name: str
+    target: int
+    registers: int  # of a thread
+    spilled: int  # bytes of local memory of a thread
+    shared: int  # bytes of a program
+    products: tuple[str, ...]  # the tensor cores' instructions, without their types
+    fused: int  # fused multiply-adds in PTX
+    may_fuse: bool
+
+
+def works(shape: ModelShape, kind: str) -> Iterator[Work]:
+    """Every launch of a step: as many rows as a bucket of generated ones has, and a prompt's."""
+    size = KINDS[kind]
+    for rows in (1, 64, 2048):
+        yield from norms.works(rows, shape.hidden, kind, size)
+
+
+def compiled(work: Work, target: int) -> Compiled:
+    """Raises what triton or ptxas raises where a kernel does not compile."""
+    kernel, names = work.launch.kernel, work.parameters()
+    signature = dict(zip(names, work.types, strict=True)) | dict.fromkeys(work.launch.constants, "constexpr")
+    places = {name: (place,) for place, name in enumerate(kernel.arg_names)}
+    aligned = [n for n, kind in zip(names, work.types, strict=True) if kind[0] == "*" or n in work.multiples]
+    source = ASTSource(
+        fn=kernel,
+        signature={name: signature[name] for name in kernel.arg_names},
+        constexprs={places[name]: value for name, value in work.launch.constants.items()},
+        attrs={places[name]: [["tt.divisibility", 16]] for name in aligned},
+    )
+    options = {"num_warps": work.launch.num_warps, "num_stages": work.launch.num_stages, **OPTIONS}
+    code = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+    ptx: str = code.asm["ptx"]
+    registers, stack, _, local = _resources(code.asm["cubin"])
+    return Compiled(
+        name=work.name,
+        target=target,
+        registers=registers,
+        spilled=stack + local,
+        shared=code.metadata.shared,
+        products=tuple(sorted(set(_PRODUCTS.findall(ptx)))),
+        fused=len(_FUSED.findall(ptx)),
+        may_fuse=work.may_fuse,
+    )
+
+
+def _resources(cubin: bytes) -> tuple[int, int, int, int]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        said = subprocess.run(
+            [_cuobjdump(), "-res-usage", file.name], check=True, capture_output=True, text=True
+        ).stdout
+    found = _USAGE.search(said)
+    assert found is not None, said
+    registers, stack, shared, local = map(int, found.groups())
+    return registers, stack, shared, local
+
+
+@functools.cache
+def _cuobjdump() -> Path:
+    return Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+
+
+def seconds(work: Work, card: str) -> float:
+    """The least time of a launch: its bytes or its operations, whichever takes longer."""
+    bytes_a_second, flops_a_second = CARDS[card]
+    return max(work.num_bytes / bytes_a_second, work.flops / flops_a_second)
+
+
+def table(all_works: Iterable[Work], targets: Iterable[int]) -> Iterator[str]:
+    numbers = ("programs", "MB", "GFLOP", *(f"{card} us" for card in CARDS))
+    columns = [f"{number:>9}" for number in numbers] + [f"  sm_{target:<3} regs shared" for target in targets]
+    yield f"{'':44}" + "".join(columns)
+    for work in all_works:
+        cells = [f"{work.num_programs:>9}", f"{work.num_bytes / 1e6:9.2f}", f"{work.flops / 1e9:9.2f}"]
+        cells += [f"{seconds(work, card) * 1e6:9.2f}" for card in CARDS]
+        for code in (compiled(work, target) for target in targets):
+            cells.append(f"{code.registers:>13} {code.shared:>6}{'!' if code.spilled else ' '}")
+        yield f"{work.name:44}" + "".join(cells)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--targets", type=int, nargs="+", default=list(TARGETS), choices=TARGETS)
+    parser.add_argument("--kind", default="bf16", choices=KINDS)
+    parser.add_argument("--only", default="", help="works whose name has this in it")
+    parser.add_argument("--json", action="store_true", help="a line of JSON for each work and target")
+    arguments = parser.parse_args()
+    wanted = [work for work in works(ModelShape(), arguments.kind) if arguments.only in work.name]
+    if arguments.json:
+        for work in wanted:
+            for target in arguments.targets:
+                print(json.dumps(dataclasses.asdict(compiled(work, target))), flush=True)
+    else:
+        for line in table(wanted, arguments.targets):
+            print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()

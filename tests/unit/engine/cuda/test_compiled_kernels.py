@@ -1,0 +1,48 @@
+"""Every GPU kernel becomes machine code for every card, without a GPU.
+
+The compiler runs in a process of its own, for in that of the tests kernels are interpreted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from bench.gpu_kernels import KINDS, SHARED_LIMIT, TARGETS
+
+MOST_REGISTERS = 255  # of a thread, on every card
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def codes(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    said = subprocess.run(
+        [sys.executable, "-m", "bench.gpu_kernels", "--json", "--kind", request.param],
+        env=environment,
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    ).stdout
+    return [json.loads(line) for line in said.splitlines()]
+
+
+def test_every_kernel_compiles_for_every_card(codes: list[dict[str, Any]]) -> None:
+    assert {code["target"] for code in codes} == set(TARGETS)
+    assert all(0 < code["registers"] <= MOST_REGISTERS for code in codes)
+
+
+def test_no_kernel_spills_registers(codes: list[dict[str, Any]]) -> None:
+    assert [code for code in codes if code["spilled"]] == []
+
+
+def test_every_kernel_fits_into_shared_memory(codes: list[dict[str, Any]]) -> None:
+    assert [code for code in codes if code["shared"] > SHARED_LIMIT[code["target"]]] == []
+
+
+def test_no_multiplication_is_fused_with_a_sum(codes: list[dict[str, Any]]) -> None:
+    assert [code for code in codes if code["fused"] and not code["may_fuse"]] == []
