@@ -66,7 +66,7 @@ test-gpu:
 	$(PYTHON) -m pytest -c tests/gpu/pytest.ini --rootdir tests/gpu --confcutdir tests/gpu -m gpu -ra tests/gpu $(ARGS)
 
 bench-gpu:
-	$(PYTHON) -m bench.engine --device cuda --threads 1 $(ARGS)
+	$(PYTHON) -m bench.gpu $(ARGS)
 
 # Modules are compiled when they are first imported: most never are. Kept, or each process of the tests
 # would compile them anew.

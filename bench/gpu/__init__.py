@@ -1,0 +1,1 @@
+"""The engine on one GPU against the limits of that GPU, and beside transformers."""
