@@ -127,12 +127,17 @@ class SimulatedNode:
         fingerprint = Fingerprint("simulated", "", "", "", arguments.block_size)
         longest = arguments.num_kv_blocks * arguments.block_size
         facts = EngineFacts(
-            fingerprint, layout, arguments.num_kv_blocks, VOCABULARY, longest, (), Path("/nowhere")
+            fingerprint,
+            layout,
+            arguments.num_kv_blocks,
+            VOCABULARY,
+            longest,
+            arguments.max_num_seqs,
+            arguments.max_num_batched_tokens,
+            (),
+            Path("/nowhere"),
         )
-        settings = EngineSettings(
-            max_num_seqs=arguments.max_num_seqs, max_num_batched_tokens=arguments.max_num_batched_tokens
-        )
-        self.core, self._costs = EngineCore(facts, settings), costs
+        self.core, self._costs = EngineCore(facts, EngineSettings()), costs
         self.offer_times = OfferTimes(layout.bytes_per_token)
         self.step: Step | None = None
         self.step_s = 0.0

@@ -65,9 +65,9 @@ class PrefillRole:
         engine = self._node.engine
         waiting = engine.scheduler.waiting
         ahead = sum(len(sequence.token_ids) for sequence in waiting)
-        if ahead >= engine.settings.max_num_batched_tokens:
+        if ahead >= engine.facts.max_num_batched_tokens:
             return 0
-        return min(8, engine.settings.max_num_seqs - engine.scheduler.num_running - len(waiting))
+        return min(8, engine.facts.max_num_seqs - engine.scheduler.num_running - len(waiting))
 
     # The prompt.
 

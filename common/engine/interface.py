@@ -27,15 +27,14 @@ from numpy.typing import NDArray
 from common.engine.sampling.records import SampleOutput, SampleRows, TokenLogprob
 from common.kv_layout import Fingerprint, KVLayout
 from common.sampling import SamplingParams
-from common.settings.config import EngineSettings
 
 MAX_CHOICES = 64  # `n` of one request
 TO_BE_DRAFTED = -(2**62)  # in place of a token that the draft model guesses
 
 
-def num_sampler_slots(settings: EngineSettings) -> int:
+def num_sampler_slots(max_num_seqs: int) -> int:
     """How many slots the sampler has: choices that wait for one of the scheduler's have sampled, too."""
-    return settings.max_num_seqs * MAX_CHOICES
+    return max_num_seqs * MAX_CHOICES
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -57,6 +56,8 @@ class EngineFacts:
     num_blocks: int  # of the KV pool
     vocab_size: int
     max_model_len: int  # positions of a sequence
+    max_num_seqs: int  # in a step
+    max_num_batched_tokens: int  # in a step
     stop_token_ids: tuple[int, ...]  # the model's own
     folder: Path  # the model's, on the runner's machine
     prompt_rows: int = 1  # that one product takes of prompts, filled up; 1: any number

@@ -350,7 +350,7 @@ class Node:
             block_size=mine.block_size,
             slab_bytes=engine.layout.slab_bytes,
             num_blocks=engine.pool.num_blocks,
-            max_num_seqs=engine.settings.max_num_seqs,
+            max_num_seqs=engine.facts.max_num_seqs,
             max_model_len=engine.facts.max_model_len,
             speculative=proposer.name if proposer is not None and proposer.is_on else "",
             waiting=engine.scheduler.num_waiting,

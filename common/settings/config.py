@@ -19,7 +19,7 @@ from common.api_keys import check_keys
 from common.errors import ConfigError
 from common.settings import loader as config_loader
 from common.settings.loader import child_environment, describe, setting
-from common.settings.values import parse_bytes
+from common.settings.values import DEVICE_FORM, parse_bytes, parse_device
 
 __all__ = ["child_environment", "describe", "is_loopback", "load"]
 
@@ -102,15 +102,37 @@ class EngineSettings:
     load_format: Literal["auto", "dummy"] = setting("auto", "dummy: random weights, to measure cost")
     seed: int = setting(0, "seed of dummy weights", at_least=0)
     kernels: Literal["auto", "reference"] = setting("auto", "reference: plain torch, to compare")
-    device: Literal["auto", "cpu", "cuda"] = setting("auto", "where the model runs")
+    device: str = setting(
+        "auto",
+        "where the model runs; cuda: any GPU that is free, cuda:N: that one of those this process sees",
+        parse=parse_device,
+        form=DEVICE_FORM,
+    )
+    gpu_memory_utilization: float = setting(
+        0.9,
+        "share of all memory of a GPU that this process takes, for weights, KV pool and all else",
+        above=0,
+        at_most=1,
+    )
+    share_gpu: bool = setting(
+        False,
+        "other nodes may have the same GPU, if they say so too: give each its gpu_memory_utilization, "
+        "together at most 1",
+    )
+    enforce_eager: bool = setting(False, "record no CUDA graphs: start sooner, decode more slowly")
+    tensor_parallel_size: int = setting(1, "GPUs that one model is divided among; reserved: 1", at_least=1)
     max_model_len: int | None = setting(None, "longest prompt plus output, in tokens", at_least=2)
     block_size: int = setting(16, "token positions in one KV block", at_least=1)
     num_kv_blocks: int | None = setting(None, "blocks in the KV pool, exactly", at_least=1)
     kv_cache_memory_bytes: int | None = setting(
         None, "size of the KV pool, such as 2GiB", parse=parse_bytes, at_least=1
     )
-    max_num_seqs: int = setting(64, "sequences in one step at most", at_least=1)
-    max_num_batched_tokens: int = setting(512, "tokens in one step at most", at_least=1)
+    max_num_seqs: int | None = setting(
+        None, "sequences in one step at most (none: 64, on a GPU 256)", at_least=1
+    )
+    max_num_batched_tokens: int | None = setting(
+        None, "tokens in one step at most (none: 512, on a GPU 2048, or 8192 if it has 70 GiB)", at_least=1
+    )
     target_itl_s: float = setting(
         0.5,
         "longest step while sequences decode: prompts are cut to what the measured cost of steps allows "
@@ -143,6 +165,12 @@ class EngineSettings:
                 "num_kv_blocks and kv_cache_memory_bytes both give the pool's size; use one",
                 param="num_kv_blocks",
             )
+        if self.tensor_parallel_size != 1:
+            raise ConfigError(
+                f"tensor_parallel_size is reserved: a model runs on one GPU so far, not on "
+                f"{self.tensor_parallel_size}; several nodes use several GPUs",
+                param="tensor_parallel_size",
+            )
         drafts = self.uses_draft_model
         if self.speculative_by_text and not drafts:
             raise ConfigError(
@@ -165,7 +193,7 @@ class EngineSettings:
                     "num_speculative_tokens says how many tokens are drafted, but speculative is off",
                     param="num_speculative_tokens",
                 )
-        elif self.most_drafted >= self.max_num_batched_tokens:
+        elif self.max_num_batched_tokens is not None and self.most_drafted >= self.max_num_batched_tokens:
             raise ConfigError(
                 f"num_speculative_tokens ({self.most_drafted}) and the token that follows them do not fit "
                 f"into a step of max_num_batched_tokens ({self.max_num_batched_tokens})",
@@ -367,7 +395,7 @@ class DistillSettings:
         0, "of everything random: the same one gives the same draft", at_least=0, at_most=2**31 - 1
     )
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = setting("auto", "type of the target's weights")
-    device: Literal["auto", "cpu", "cuda"] = setting("auto", "where both models run")
+    device: str = setting("auto", "where both models run", parse=parse_device, form=DEVICE_FORM)
     threads: int | None = setting(None, "compute threads (none: one per core of ours)", at_least=1)
 
     def __post_init__(self) -> None:

@@ -47,18 +47,23 @@ def setting(
     secret: bool | Callable[[str], bool] = False,
     aliases: tuple[str, ...] = (),
     parse: Callable[[str], Any] | None = None,
+    form: str = "",
+    above: float | None = None,
     at_least: float | None = None,
     at_most: float | None = None,
 ) -> Any:
     """A field of a settings class. `flag` replaces the flag's name (without dashes in front),
     `aliases` are further names of it; `secret` may be a function that says of a text whether it
-    holds one; `parse` turns text into the value where the type alone does not say how."""
+    holds one; `parse` turns text into the value where the type alone does not say how, and `form`
+    is what help and errors then show of it, such as `cpu|cuda:N`."""
     metadata = {
         "help": help,
         "flag": flag,
         "secret": secret,
         "aliases": aliases,
         "parse": parse,
+        "form": form,
+        "above": above,
         "at_least": at_least,
         "at_most": at_most,
     }
@@ -135,9 +140,12 @@ class _Leaf:
             value = convert(given, self.annotation)
         except (ValueError, KeyError) as error:
             shown = "" if self.secret else f", not {given!r}"
-            raise ConfigError(
-                f"{source} must be {values.in_words(self.annotation)}{shown}", param=source
-            ) from error
+            form = self.field.metadata.get("form")
+            meant = "one of " + ", ".join(form.split("|")) if form else values.in_words(self.annotation)
+            raise ConfigError(f"{source} must be {meant}{shown}", param=source) from error
+        above = self.field.metadata.get("above")
+        if above is not None and value is not None and value <= above:
+            raise ConfigError(f"{source} must be more than {above:g}, not {value}", param=source)
         least = self.field.metadata.get("at_least")
         if least is not None and value is not None and value < least:
             raise ConfigError(f"{source} must be at least {least}, not {value}", param=source)
@@ -245,7 +253,7 @@ class _Parser(argparse.ArgumentParser):
             default = leaf.field.default
             needed = default is dataclasses.MISSING
             shown = "needed" if needed else f"default: {values.text_of(default) or 'empty'}"
-            flag = f"{leaf.flag} {values.metavar(leaf.annotation)}"
+            flag = f"{leaf.flag} {leaf.field.metadata.get('form') or values.metavar(leaf.annotation)}"
             if leaf.is_switch:
                 flag = f"{leaf.flag}, --no-{leaf.flag[2:]}"
             if not leaf.has_flag:

@@ -9,11 +9,14 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import re
 import types
 import typing
 from collections.abc import Callable
 from typing import Any, Literal
 
+DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,4})?", re.ASCII)
+DEVICE_FORM = "auto|cpu|cuda|cuda:N"
 BYTE_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 BOOLEANS = dict.fromkeys(("true", "1", "yes", "on"), True) | dict.fromkeys(("false", "0", "no", "off"), False)
 
@@ -26,6 +29,14 @@ def parse_bytes(text: str) -> int:
     if not math.isfinite(size):
         raise ValueError(text)
     return int(size)
+
+
+def parse_device(text: str) -> str:
+    """`auto`, `cpu`, `cuda`, or `cuda:` and the index of a GPU among those that the process sees;
+    `ValueError` for anything else."""
+    if not DEVICE.fullmatch(text):
+        raise ValueError(text)
+    return text
 
 
 def optional(annotation: Any) -> Any | None:

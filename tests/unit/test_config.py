@@ -39,7 +39,7 @@ def test_a_flag_beats_the_environment_which_beats_the_file_which_beats_the_defau
     assert settings.engine.max_num_seqs == 7
     assert settings.engine.block_size == 8
     assert settings.engine.max_model_len == 100
-    assert settings.engine.max_num_batched_tokens == EngineSettings().max_num_batched_tokens
+    assert settings.engine.max_num_batched_tokens is None
 
 
 def test_the_config_flag_beats_the_config_variable(tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_nested_trees_have_their_prefix_and_the_engine_has_none() -> None:
         (["--max-num", "1"], {}, "--max-num"),  # an abbreviation is not a name
         (["stray"], {}, "stray"),
         ([], {"PDQ_MAX_NUM_SEQ": "1"}, "PDQ_MAX_NUM_SEQ"),
-        (["--max-num-seqs", "many"], {}, "--max-num-seqs must be an integer, not 'many'"),
+        (["--max-num-seqs", "many"], {}, "--max-num-seqs must be an integer or none, not 'many'"),
         (["--max-num-seqs", "0"], {}, "--max-num-seqs must be at least 1"),
         (["--max-num-seqs"], {}, "expected one argument"),
         ([], {"PDQ_BLOCK_SIZE": "1.5"}, "PDQ_BLOCK_SIZE must be an integer"),
@@ -77,6 +77,14 @@ def test_nested_trees_have_their_prefix_and_the_engine_has_none() -> None:
         (["--kv-cache-memory-bytes", "2 parsecs"], {}, "--kv-cache-memory-bytes"),
         ([], {"PDQ_ENABLE_PREFIX_CACHING": "maybe"}, "true or false"),
         (["--num-kv-blocks=1", "--kv-cache-memory-bytes=1"], {}, "both give the pool's size"),
+        (["--device", "cuda:"], {}, "--device must be one of auto, cpu, cuda, cuda:N, not 'cuda:'"),
+        (["--device", "cuda:-1"], {}, "one of auto, cpu, cuda, cuda:N"),
+        (["--device", "cpu:0"], {}, "one of auto, cpu, cuda, cuda:N"),
+        ([], {"PDQ_DEVICE": "cuda:0x1"}, "PDQ_DEVICE must be one of auto, cpu, cuda, cuda:N"),
+        (["--gpu-memory-utilization", "0"], {}, "must be more than 0, not 0"),
+        (["--gpu-memory-utilization", "1.01"], {}, "must be at most 1, not 1.01"),
+        (["--gpu-memory-utilization", "90%"], {}, "--gpu-memory-utilization must be a number"),
+        (["--tensor-parallel-size", "2"], {}, "tensor_parallel_size is reserved"),
         (["--num-speculative-tokens", "4"], {}, "speculative is off"),
         ([], {"PDQ_NUM_SPECULATIVE_TOKENS": "4"}, "speculative is off"),
         (["--speculative", "guess"], {}, "--speculative must be one of off, ngram"),
@@ -114,6 +122,8 @@ def test_a_mistake_is_a_config_error_that_names_it(
         ("[engine]\nmax_num_seqs = true", "engine.max_num_seqs must be an integer"),
         ("[engine]\nmax_num_seqs = '1'", "engine.max_num_seqs must be an integer"),
         ("[engine]\nmax_num_seqs = 0", "at least 1"),
+        ("[engine]\ndevice = 'gpu'", "engine.device must be one of auto, cpu, cuda, cuda:N, not 'gpu'"),
+        ("[engine]\ndevice = 0", "engine.device must be one of auto, cpu, cuda, cuda:N, not 0"),
         ("name = 3", "name must be text"),
         ("name = ", "cannot read settings"),
     ],
@@ -291,6 +301,14 @@ def test_lists_come_with_commas_or_by_repetition_and_none_empties_them() -> None
     assert load(NodeSettings, ["--cores", "1,2", "--cores", "3"], {}).engine.cores == (1, 2, 3)
     assert load(NodeSettings, ["--transports", "none"], {}).transports == ()
     assert load(NodeSettings, ["--max-model-len", "none"], {}).engine.max_model_len is None
+
+
+def test_a_gpu_is_set_by_the_names_that_vllm_has() -> None:
+    argv = ["--device=cuda:12", "--gpu-memory-utilization=1", "--enforce-eager", "--tensor-parallel-size=1"]
+    engine = load(NodeSettings, argv, {"PDQ_SHARE_GPU": "1"}).engine
+    assert (engine.device, engine.gpu_memory_utilization, engine.enforce_eager) == ("cuda:12", 1.0, True)
+    assert engine.share_gpu
+    assert EngineSettings().gpu_memory_utilization == 0.9
 
 
 def test_switches_have_a_negative_form() -> None:

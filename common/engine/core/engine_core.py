@@ -70,8 +70,8 @@ class EngineCore:
         self.costs = StepSeconds()
         self.scheduler = Scheduler(
             self.pool,
-            max_num_seqs=settings.max_num_seqs,
-            max_num_batched_tokens=settings.max_num_batched_tokens,
+            max_num_seqs=facts.max_num_seqs,
+            max_num_batched_tokens=facts.max_num_batched_tokens,
             max_model_len=facts.max_model_len,
             pace=self._pace(),
         )
@@ -82,7 +82,7 @@ class EngineCore:
             else GuardedProposer(proposer, facts.vocab_size, draft_positions=positions)
         )
         self.num_steps = 0
-        self._slots = SequenceSlots(num_sampler_slots(settings))
+        self._slots = SequenceSlots(num_sampler_slots(facts.max_num_seqs))
         self._children: dict[int, list[Sequence]] = {}  # parent's id → choices that wait for it
         self._prompt_logprobs: dict[int, list[TokenLogprob | None]] = {}
         self._sequence_ids = itertools.count()
@@ -289,7 +289,7 @@ class EngineCore:
             return None
         return draft_input(
             step,
-            self.settings.max_num_batched_tokens,
+            self.facts.max_num_batched_tokens,
             self.facts.draft.max_model_len,
             prompts=self.proposer.draft_model_pays and not self.facts.draft.by_text,
         )

@@ -14,11 +14,15 @@ DEVICES: dict[str, type[Device]] = {"cuda": CudaDevice, "cpu": CpuDevice}
 
 def choose_device(settings: EngineSettings) -> Device:
     """The device that all parts of one engine use. `ConfigError` where the machine lacks it."""
-    if settings.device == "auto":
+    name = settings.device.partition(":")[0]
+    if name == "auto":
         kind = next(kind for kind in DEVICES.values() if kind.is_present())
+    elif name in DEVICES:
+        kind = DEVICES[name]
     else:
-        kind = DEVICES[settings.device]
+        raise ConfigError(f"device {name!r} is none of auto, {', '.join(DEVICES)}", param="device")
     if not kind.is_present():
-        name = settings.device
-        raise ConfigError(f"device {name} is set, but torch finds no {name.upper()} device", param="device")
+        raise ConfigError(
+            f"device {settings.device} is set, but torch finds no {name.upper()} device", param="device"
+        )
     return kind(settings)

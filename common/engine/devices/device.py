@@ -30,6 +30,14 @@ from common.engine.sampling.slots import SlotTable
 from common.settings.config import EngineSettings
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class StepLimits:
+    """How much one step takes at most."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+
+
 class Device(Protocol):
     """Cheap to make: nothing is computed, compiled or allocated before it is asked for."""
 
@@ -40,6 +48,10 @@ class Device(Protocol):
     @staticmethod
     def is_present() -> bool:
         """Whether this machine has one."""
+        ...
+
+    def default_limits(self) -> StepLimits:
+        """Of steps, where the settings leave them open."""
         ...
 
     def preferred_dtype(self, stored: str) -> torch.dtype:
@@ -60,7 +72,8 @@ class Device(Protocol):
         ...
 
     def free_memory(self) -> int:
-        """Bytes that could be allocated now."""
+        """Bytes that this process may allocate now: what is free, within its share of the memory where
+        it has one. `InsufficientMemory` if it cannot have that share."""
         ...
 
     def default_pool_bytes(self, free: int) -> int:

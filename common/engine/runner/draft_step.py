@@ -63,6 +63,7 @@ class Target:
     description: ModelDescription
     dtype: torch.dtype
     max_model_len: int
+    max_num_seqs: int  # in a step
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

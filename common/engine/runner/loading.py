@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from common.engine.devices.device import Backend, Device
+from common.engine.devices.device import Backend, Device, StepLimits
 from common.engine.devices.kv_cache import TORCH_DTYPES, blocks_for_memory
 from common.engine.model.decoder import Model, tensor_shapes
 from common.engine.model.weights import Checkpoint, RandomWeights
@@ -30,6 +30,16 @@ def choose_dtype(settings: EngineSettings, stored: str, device: Device) -> torch
     if settings.dtype == "auto":
         return device.preferred_dtype(stored)
     return TORCH_DTYPES[settings.dtype]
+
+
+def step_limits(settings: EngineSettings, device: Device) -> StepLimits:
+    """From the settings, or the device's own, as far as those do not contradict what is set."""
+    own, seqs, tokens = device.default_limits(), settings.max_num_seqs, settings.max_num_batched_tokens
+    if seqs is None:
+        seqs = own.max_num_seqs if tokens is None else min(own.max_num_seqs, tokens)
+    if tokens is None:
+        tokens = max(own.max_num_batched_tokens, seqs)
+    return StepLimits(seqs, tokens)
 
 
 def context_length(settings: EngineSettings, config: ModelConfig) -> int:
@@ -100,7 +110,9 @@ def _check_weights_fit(config: ModelConfig, dtype: torch.dtype, device: Device, 
         )
 
 
-def pool_size(settings: EngineSettings, layout: KVLayout, max_model_len: int, device: Device) -> int:
+def pool_size(
+    settings: EngineSettings, layout: KVLayout, max_model_len: int, max_num_seqs: int, device: Device
+) -> int:
     """From the settings, or as much as all sequences can use, within what the device gives a pool."""
     free = device.free_memory()
     if settings.num_kv_blocks is not None:
@@ -108,7 +120,7 @@ def pool_size(settings: EngineSettings, layout: KVLayout, max_model_len: int, de
     elif settings.kv_cache_memory_bytes is not None:
         count = blocks_for_memory(layout, settings.kv_cache_memory_bytes)
     else:
-        useful = settings.max_num_seqs * -(-max_model_len // layout.block_size)
+        useful = max_num_seqs * -(-max_model_len // layout.block_size)
         limit = device.default_pool_bytes(free)
         count = min(useful, blocks_for_memory(layout, limit))
     if count * layout.slab_bytes > free:

@@ -51,6 +51,7 @@ class ModelRunner:
         Raises `ModelError`, `ConfigError` or `InsufficientMemory`.
         """
         self.device = device = choose_device(settings)
+        limits = loading.step_limits(settings, device)
         overrides = parse_overrides(settings.hf_overrides)
         folder = resolve_model(
             settings.model, settings.revision, weights=settings.load_format == "auto", overrides=overrides
@@ -66,14 +67,14 @@ class ModelRunner:
         layout = loading.kv_layout(self.config, settings.block_size, dtype)
         self.draft: Drafter | None = None
         if settings.uses_draft_model:
-            target = Target(self.config, description, dtype, length)
+            target = Target(self.config, description, dtype, length, limits.max_num_seqs)
             if settings.speculative_by_text:
                 self.draft = ReencodingDraftModel(settings, device, target)
             else:
                 self.draft = DraftModel(settings, device, target)
             if self.draft.layout is not None:
                 layout = layout.with_draft(self.draft.layout)
-        num_blocks = loading.pool_size(settings, layout, length, device)
+        num_blocks = loading.pool_size(settings, layout, length, limits.max_num_seqs, device)
         slab_bytes = layout.slab_bytes
         memory = (
             storage(device.torch_device, num_blocks, slab_bytes)
@@ -82,7 +83,8 @@ class ModelRunner:
         )
         self.cache = KVCache(layout, num_blocks, memory)
         vocab_size = self.config.vocab_size
-        self.sampler = Sampler(vocab_size, num_sampler_slots(settings), device.sampling(vocab_size))
+        slots = num_sampler_slots(limits.max_num_seqs)
+        self.sampler = Sampler(vocab_size, slots, device.sampling(vocab_size))
         self._failed = False  # the last step
         self._spoiled_ids: frozenset[int] = frozenset()  # of the last step
         self._last: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))  # its number, its tokens
@@ -102,6 +104,8 @@ class ModelRunner:
             num_blocks=num_blocks,
             vocab_size=self.config.vocab_size,
             max_model_len=length,
+            max_num_seqs=limits.max_num_seqs,
+            max_num_batched_tokens=limits.max_num_batched_tokens,
             stop_token_ids=tuple(description.stop_token_ids),
             folder=folder,
             prompt_rows=self.backend.row_plan.prompt_rows,

@@ -71,15 +71,15 @@ class ReencodingDraftModel:
         self._length = min(loaded.length, LONGEST)
         layout = loading.kv_layout(loaded.config, settings.block_size, target.dtype)
         self._blocks = -(-self._length // settings.block_size)
-        count = settings.max_num_seqs * self._blocks
+        count = target.max_num_seqs * self._blocks
         if count * layout.slab_bytes > device.free_memory():
             raise InsufficientMemory(
-                f"the draft model: its KV of {settings.max_num_seqs} sequences takes "
+                f"the draft model: its KV of {target.max_num_seqs} sequences takes "
                 f"{count * layout.slab_bytes >> 20} MiB; lower --max-num-seqs",
                 param="speculative_model",
             )
         self._cache = KVCache(layout, count, device.pool(count, layout.slab_bytes))
-        self._free = list(range(settings.max_num_seqs))
+        self._free = list(range(target.max_num_seqs))
         self._readings: OrderedDict[int, _Reading] = OrderedDict()  # by sequence id, the last used last
         self.facts = DraftFacts(loaded.name, target.max_model_len, loaded.relative_size, by_text=True)
 

@@ -10,7 +10,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from common.engine.devices.device import Backend, Sampling
+from common.engine.devices.device import Backend, Sampling, StepLimits
 from common.settings.config import EngineSettings
 
 DEFAULT_POOL_BYTES = 4 << 30
@@ -26,6 +26,9 @@ class CpuDevice:
     @staticmethod
     def is_present() -> bool:
         return True
+
+    def default_limits(self) -> StepLimits:
+        return StepLimits(max_num_seqs=64, max_num_batched_tokens=512)
 
     def preferred_dtype(self, stored: str) -> torch.dtype:
         fast = stored != "float32" and torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -5,27 +5,45 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from common.engine.devices.device import Backend, Sampling
+from common.engine.devices.cuda.memory_share import MemoryShare
+from common.engine.devices.device import Backend, Sampling, StepLimits
 from common.engine.devices.kv_cache import TORCH_DTYPES
 from common.engine.devices.reference.backend import ReferenceBackend
 from common.engine.devices.reference.sampling import TorchSampling
+from common.errors import ConfigError
 from common.settings.config import EngineSettings
+
+LARGE_BYTES = 70 << 30  # of memory: from there on vLLM gives a step more tokens, too
 
 
 class CudaDevice:
-    """See `Device`. The first one that the process sees."""
+    """See `Device`. The one that the settings name, else the first that the process sees."""
 
     def __init__(self, settings: EngineSettings) -> None:
-        self.torch_device = torch.device("cuda", 0)
+        named = settings.device.partition(":")[2]
+        if named and int(named) >= (count := torch.cuda.device_count()):
+            raise ConfigError(
+                f"device cuda:{named} is set, but torch sees {count} "
+                f"GPU{'' if count == 1 else 's'}, cuda:0 to cuda:{count - 1}",
+                param="device",
+            )
+        self.torch_device = torch.device("cuda", int(named or 0))
+        self._settings = settings
+        self._share: MemoryShare | None = None
 
     @staticmethod
     def is_present() -> bool:
         return torch.cuda.is_available()
 
+    def default_limits(self) -> StepLimits:
+        total = torch.cuda.get_device_properties(self.torch_device).total_memory
+        return StepLimits(256, 8192 if total >= LARGE_BYTES else 2048)
+
     def preferred_dtype(self, stored: str) -> torch.dtype:
         return TORCH_DTYPES.get(stored, torch.bfloat16)
 
     def backend(self, dtype: torch.dtype) -> Backend:
+        torch.cuda.set_device(self.torch_device)  # of this thread, for what is launched without a device
         name = torch.cuda.get_device_name(self.torch_device)
         return ReferenceBackend(self.torch_device, dtype, name)
 
@@ -36,7 +54,14 @@ class CudaDevice:
         return torch.zeros((num_blocks, slab_bytes), dtype=torch.uint8, device=self.torch_device)
 
     def free_memory(self) -> int:
-        return int(torch.cuda.mem_get_info(self.torch_device)[0])
+        free, total = torch.cuda.mem_get_info(self.torch_device)
+        own = torch.cuda.memory_reserved(self.torch_device)
+        if self._share is None:
+            settings = self._settings
+            self._share = MemoryShare(
+                settings.gpu_memory_utilization, total, free + own, others=settings.share_gpu
+            )
+        return self._share.left(free, own)
 
     def default_pool_bytes(self, free: int) -> int:
         return free // 2
