@@ -12,7 +12,8 @@ from torch import Tensor
 from common.engine import Engine, SamplingParams
 from common.engine.devices.kv_cache import KVCache
 from common.engine.devices.rows import Rows
-from common.engine.runner.model_runner import ModelRunner, Storage
+from common.engine.runner.loaded_model import Storage
+from common.engine.runner.model_runner import ModelRunner
 from common.engine.speculation import HostProposer
 from common.engine.speculation.lengths import RoundCosts, StepCosts
 from common.settings.config import EngineSettings

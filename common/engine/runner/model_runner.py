@@ -1,14 +1,14 @@
 """The engine's device side: a model and its KV pool, and one step after the other of what it is told.
 
-Owns weights, KV memory, the sampler's state, and the order of a step's parts. Knows nothing of requests,
-of who holds which block, or of why a step is as it is: everything comes in a `StepInput`.
+Owns the sampler's state, and the order of a step's parts. Knows nothing of requests, of who holds which
+block, or of why a step is as it is: everything comes in a `StepInput`. For devices that have computed when
+a call returns; queue_runner.py is for others.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
 from concurrent.futures import Future
 
 import numpy as np
@@ -16,103 +16,36 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from common.engine.devices.choice import choose_device
-from common.engine.devices.kv_cache import KVCache
-from common.engine.interface import EngineFacts, Filled, StepInput, StepResult, num_sampler_slots
+from common.engine.devices.device import Device
+from common.engine.interface import Filled, StepInput, StepResult, num_sampler_slots
 from common.engine.runner import loading
 from common.engine.runner.batch import Batch, lay_out
-from common.engine.runner.draft_model import DraftModel
-from common.engine.runner.draft_step import Drafter, Target
-from common.engine.runner.reencoding_draft import ReencodingDraftModel
+from common.engine.runner.loaded_model import LoadedModel, Storage
 from common.engine.runner.sampler import Sampler
 from common.engine.runner.soundness import filled_blocks, infinite, sound_rows, spoiled
 from common.engine.sampling.records import TokenLogprob
-from common.kv_layout import Fingerprint
-from common.model_files import model_name, model_revision, resolve_model
-from common.model_folder.config_fields import unknown_fields
-from common.model_folder.description import describe_model, parse_overrides, read_config
-from common.model_folder.model_config import parse_model_config
 from common.settings.config import EngineSettings
 
 SCORED_AT_ONCE = 64  # positions of a prompt: their logits are large
 
-Storage = Callable[[torch.device, int, int], Tensor]
-"""From the device that a pool must lie on, its number of blocks and the bytes of a slab to its memory,
-zeroed, uint8 `[num_blocks, slab_bytes]`."""
 
-
-class ModelRunner:
+class ModelRunner(LoadedModel):
     """Implements `Runner`: `submit` computes at once, in the thread that calls it."""
 
-    def __init__(self, settings: EngineSettings, *, storage: Storage | None = None) -> None:
-        """Load the model, and its draft model, and reserve the pool, on the device that the settings name;
-        `storage` where the pool is to be shared with other processes.
-
-        Raises `ModelError`, `ConfigError` or `InsufficientMemory`.
-        """
-        self.device = device = choose_device(settings)
-        limits = loading.step_limits(settings, device)
-        overrides = parse_overrides(settings.hf_overrides)
-        folder = resolve_model(
-            settings.model, settings.revision, weights=settings.load_format == "auto", overrides=overrides
+    def __init__(
+        self, settings: EngineSettings, *, storage: Storage | None = None, device: Device | None = None
+    ) -> None:
+        """As `LoadedModel`, with a pool from `storage` where that is to be shared with other processes."""
+        super().__init__(settings, device)
+        seqs = self.limits.max_num_seqs
+        self.open_pool(
+            loading.pool_size(settings, self.layout, self.max_model_len, seqs, self.device), storage
         )
-        config = read_config(folder, overrides, required=True)
-        self.config = parse_model_config(config)
-        description = describe_model(folder, config, with_sampling_defaults=False)
-        length = loading.context_length(settings, self.config)
-        dtype = loading.choose_dtype(settings, self.config.dtype, device)
-        self.backend = device.backend(dtype)
-        self.model = loading.load_model(settings, folder, self.config, device, self.backend, length)
-
-        layout = loading.kv_layout(self.config, settings.block_size, dtype)
-        self.draft: Drafter | None = None
-        if settings.uses_draft_model:
-            target = Target(self.config, description, dtype, length, limits.max_num_seqs)
-            if settings.speculative_by_text:
-                self.draft = ReencodingDraftModel(settings, device, target)
-            else:
-                self.draft = DraftModel(settings, device, target)
-            if self.draft.layout is not None:
-                layout = layout.with_draft(self.draft.layout)
-        num_blocks = loading.pool_size(settings, layout, length, limits.max_num_seqs, device)
-        slab_bytes = layout.slab_bytes
-        memory = (
-            storage(device.torch_device, num_blocks, slab_bytes)
-            if storage is not None
-            else device.pool(num_blocks, slab_bytes)
-        )
-        self.cache = KVCache(layout, num_blocks, memory)
         vocab_size = self.config.vocab_size
-        slots = num_sampler_slots(limits.max_num_seqs)
-        self.sampler = Sampler(vocab_size, slots, device.sampling(vocab_size))
+        self.sampler = Sampler(vocab_size, num_sampler_slots(seqs), self.device.sampling(vocab_size))
         self._failed = False  # the last step
         self._spoiled_ids: frozenset[int] = frozenset()  # of the last step
         self._last: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, np.int64))  # its number, its tokens
-        self.facts = EngineFacts(
-            fingerprint=Fingerprint(
-                model=settings.served_model_name or model_name(settings.model, folder),
-                revision=model_revision(folder, overrides)
-                if settings.load_format != "dummy"
-                else f"dummy-{settings.seed}",
-                layout=layout.describe(),
-                numerics=self.backend.numerics_class + self.config.rope.numerics(length),
-                block_size=settings.block_size,
-                tokenizer=description.tokenizer_digest,
-                draft=self.draft.identity if self.draft is not None else "",
-            ),
-            layout=layout,
-            num_blocks=num_blocks,
-            vocab_size=self.config.vocab_size,
-            max_model_len=length,
-            max_num_seqs=limits.max_num_seqs,
-            max_num_batched_tokens=limits.max_num_batched_tokens,
-            stop_token_ids=tuple(description.stop_token_ids),
-            folder=folder,
-            prompt_rows=self.backend.row_plan.prompt_rows,
-            on_host=device.torch_device.type == "cpu",
-            draft=self.draft.facts if self.draft is not None else None,
-            unread_fields=tuple(unknown_fields(description.config)),
-        )
 
     def submit(self, step: StepInput, filled: Filled | None = None, /) -> Future[StepResult]:
         future: Future[StepResult] = Future()
