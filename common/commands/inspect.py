@@ -70,6 +70,7 @@ def nodes(argv: Sequence[str]) -> int:
             ]
         )
     drafting = any(record.speculative or record.drafts for record in records)
+    on_gpus = any(record.gpu for record in records)
     table = table_of(
         "NODE",
         "ROLE",
@@ -78,6 +79,7 @@ def nodes(argv: Sequence[str]) -> int:
         "BEAT",
         "PID",
         ">CORES",
+        *(("DEVICE",) if on_gpus else ()),
         ">FREE",
         ">BLOCKS",
         ">RUN",
@@ -92,7 +94,7 @@ def nodes(argv: Sequence[str]) -> int:
     )
     for record in records:
         name = record.incarnation
-        table.add_row(*_node_row(record, snapshot, links[name], drafting=drafting))
+        table.add_row(*_node_row(record, snapshot, links[name], drafting=drafting, on_gpus=on_gpus))
     return print_table(table, "no nodes")
 
 
@@ -166,7 +168,7 @@ def requests(argv: Sequence[str]) -> int:
 
 
 def _node_row(
-    record: NodeRecord, snapshot: Snapshot, links: Sequence[KVLink], *, drafting: bool
+    record: NodeRecord, snapshot: Snapshot, links: Sequence[KVLink], *, drafting: bool, on_gpus: bool
 ) -> list[str]:
     name = record.incarnation
     up_s = time.time() - record.started_at / 1000 if record.started_at else None
@@ -179,6 +181,7 @@ def _node_row(
         age(snapshot.ages[name]),
         str(record.pid or ""),
         str(record.cores or ""),
+        *((_device(record),) if on_gpus else ()),
         str(record.free_blocks) if worker else "",
         str(record.num_blocks) if worker else "",
         str(record.running),
@@ -191,6 +194,11 @@ def _node_row(
         record.model,
         record.endpoint if worker else record.url,
     ]
+
+
+def _device(record: NodeRecord) -> str:
+    """`cuda:3 NVIDIA H200 GPU-1b9d…`: as its process counts, and as everybody calls it."""
+    return " ".join(filter(None, (record.device, record.gpu_name, record.gpu)))
 
 
 def draft_cells(record: NodeRecord) -> list[str]:

@@ -231,13 +231,14 @@ def load_deployment(argv: Sequence[str], environ: Mapping[str, str]) -> Deployme
         raise ConfigError("--bus-port names one port, which several processes cannot share")
     if given.metrics.port and prefill + decode + given.unified > 1:
         raise ConfigError("--metrics-port names one port, which several nodes cannot share")
+    node = NodeSettings(**_fields_of(NodeSettings, given))
     return Deployment(
         prefill,
         decode,
         given.unified,
         _usable(given.engine.cores),
         gateway=GatewaySettings(**_fields_of(GatewaySettings, given)),
-        node=NodeSettings(**_fields_of(NodeSettings, given)),
+        node=dataclasses.replace(node, gpu_nodes=max(node.gpu_nodes, prefill + decode + given.unified)),
     )
 
 

@@ -27,6 +27,7 @@ from typing import Any
 
 from common.background import is_a_failure, report
 from common.engine import Engine
+from common.engine.interface import Runner
 from common.engine.runner import loading
 from common.engine.runner.model_runner import ModelRunner
 from common.engine.runner.thread_runner import ThreadRunner
@@ -39,14 +40,17 @@ from common.node.announcer import Announcer
 from common.node.cache_feed import CacheFeed
 from common.node.entries import Entries
 from common.node.gateways import Gateways
+from common.node.gpu_lease import GpuLease
+from common.node.gpus import take_gpu
 from common.node.kv import NodeKV, SharedMemory
+from common.node.leased_runner import LeasedRunner
 from common.node.metrics import NodeMetrics
 from common.node.peers import Peers
 from common.node.ports import NodeRole, NodeServices
 from common.node.steps import Steps
 from common.node.suspects import Suspects
 from common.node.transports import make_transports
-from common.settings.config import NodeSettings
+from common.settings.config import EngineSettings, NodeSettings
 from common.store.client import RedisClient
 from common.store.queue import Entry
 from common.store.registry import NodeRecord, NodeState, Registry, Role, Snapshot, new_incarnation
@@ -83,9 +87,10 @@ class Node:
         make_bus: Callable[..., Bus] = Bus,
         make_runner: Callable[..., ModelRunner] = ModelRunner,
         make_role: Callable[[str, NodeServices], NodeRole] = load_role,
+        take_gpu: Callable[[NodeSettings, str], tuple[EngineSettings, GpuLease | None]] = take_gpu,
     ) -> None:
-        """`make_bus`, `make_runner` and `make_role` make those parts; each gets the same arguments as
-        the default."""
+        """`make_bus`, `make_runner`, `make_role` and `take_gpu` make those parts; each gets the same
+        arguments as the default."""
         self.settings = settings
         self.name = settings.name or f"{settings.role}-{socket.gethostname().split('.')[0]}"
         self.incarnation = new_incarnation(self.name)
@@ -97,15 +102,23 @@ class Node:
         self._ends_at = math.inf
 
         shared = SharedMemory()
+        engine, self.lease = take_gpu(settings, self.incarnation)
         self._runner: ThreadRunner | None = None
+
+        def runner() -> Runner:
+            inner = make_runner(engine, storage=shared.allocate)
+            return inner if self.lease is None else LeasedRunner(inner, self.lease)
+
         try:
-            self._runner = ThreadRunner(lambda: make_runner(settings.engine, storage=shared.allocate))
-            self.engine = Engine(settings.engine, self._runner, on_free=shared.freed)
+            self._runner = ThreadRunner(runner)
+            self.engine = Engine(engine, self._runner, on_free=shared.freed)
         except BaseException:
             if self._runner is not None:
                 self._runner.close()
             if shared.memory is not None:
                 shared.memory.close()
+            if self.lease is not None:
+                self.lease.close()
             raise
         assert shared.memory is not None
         self.memory = shared.memory
@@ -206,6 +219,7 @@ class Node:
                     ("watch", self._watch()),
                     ("announce", self.announcer.run()),
                     ("compute", self.steps.run()),
+                    ("hold", self._hold_gpu()),
                 )
             ]
             stack.push_async_callback(_end, loops)
@@ -225,6 +239,7 @@ class Node:
         stack.callback(loop.set_exception_handler, loop.get_exception_handler())
         loop.set_exception_handler(self._loop_error)
         stack.callback(lambda: log.info("node.ended", steps=self.engine.num_steps))
+        stack.push_async_callback(self._end_lease)
         stack.callback(self._end_engine)
         stack.push_async_callback(self.redis.close)
         await self.redis.open()
@@ -255,6 +270,18 @@ class Node:
         grace_s = min(self._ends_at - time.monotonic(), self.settings.grace_period_s)
         self._runner.close(max(LAST_STEP_S, grace_s))
         self.memory.close()
+
+    async def _hold_gpu(self) -> None:
+        """`EngineBroken` when the GPU is somebody else's."""
+        if self.lease is None:
+            await asyncio.Event().wait()
+        else:
+            await self.lease.until_lost()
+
+    async def _end_lease(self) -> None:
+        """A thread that hangs may still compute: others get its GPU when the lease is over."""
+        if self.lease is not None:
+            await asyncio.to_thread(self.lease.close, release=not self.steps.hangs)
 
     async def _leave(self) -> None:
         try:
@@ -323,6 +350,7 @@ class Node:
     def record(self, beats: int = 0) -> NodeRecord:
         """What `pdq nodes` shows of this node."""
         engine, mine = self.engine, self.engine.fingerprint
+        gpu = self.lease.gpu if self.lease is not None else None
         proposer = engine.proposer
         drafts = DraftCounts()
         for of_source in proposer.counts.values() if proposer is not None else ():
@@ -335,6 +363,9 @@ class Node:
             endpoint=self.bus.endpoint,
             url=self.metrics.url(self.bus.endpoint),
             host=socket.gethostname(),
+            device=f"cuda:{gpu.index}" if gpu is not None else str(self.memory.slabs.device),
+            gpu=gpu.uuid if gpu is not None else "",
+            gpu_name=gpu.name if gpu is not None else "",
             pid=os.getpid(),
             cores=len(os.sched_getaffinity(0)),
             started_at=self._started_at,
@@ -374,6 +405,7 @@ class Node:
         return {
             "role": self.settings.role,
             "node": self.incarnation,
+            "device": self.lease.gpu if self.lease is not None else self.memory.slabs.device,
             "model": self.engine.fingerprint.model,
             "blocks": self.engine.pool.num_blocks,
             "numerics": self.engine.fingerprint.numerics,

@@ -241,6 +241,12 @@ class NodeSettings:
         "encrypt what tcp carries; blocks are several times faster in plain text, for a "
         "network that is trusted (none: between hosts, not on loopback)",
     )
+    gpu_nodes: int = setting(
+        1,
+        "nodes that divide the GPUs that --device allows (`pdq serve` counts its own): where there are "
+        "fewer GPUs they share them, each with its part of gpu_memory_utilization",
+        at_least=1,
+    )
     shm_dir: str = setting(
         "", "folder that containers of one host share, for the sockets that hand out shared memory"
     )

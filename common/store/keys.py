@@ -21,6 +21,7 @@ WORK_TTL_S = 24 * 3600
 INSPECT_TTL_S = 600
 NODE_TTL_S = 3600
 REAPER_LOCK_TTL_S = 30
+GPU_LEASE_TTL_S = 15
 
 RECENT_REQUESTS = 10_000
 DEAD_LETTERS = 1_000
@@ -93,6 +94,12 @@ class Keys:
         """Name of the one reaper at work. String; REAPER_LOCK_TTL_S.
         Writer and reader: reapers."""
         return self._key("reaper")
+
+    def gpu(self, host: str, uuid: str) -> Key:
+        """Who computes on one GPU of one host (gpu_scripts.py), one holder or several that share it.
+        Hash; GPU_LEASE_TTL_S, renewed about every second by each holder. Writer: nodes that hold it or
+        look for one. Readers: they."""
+        return self._key("gpu", host, uuid)
 
     def schema(self) -> Key:
         """SCHEMA of whoever came first. String; permanent. Writer and reader: every client."""

@@ -46,6 +46,9 @@ class Identity:
     endpoint: str = ""  # where its bus listens
     url: str = ""  # where its HTTP listens, if any
     host: str = ""
+    device: str = ""  # where it computes: cpu, or cuda:N as that process counts
+    gpu: str = ""  # its name in every process of the host, of which the node has a lease
+    gpu_name: str = ""
     pid: int = 0
     cores: int = 0
     started_at: int = 0  # unix ms

@@ -176,6 +176,13 @@ def test_children_get_their_own_settings_and_no_secret_on_a_command_line() -> No
         assert "PDQ_PREFILL" not in child
 
 
+def test_all_nodes_divide_the_gpus_between_them() -> None:
+    """However few there are: with one GPU and two nodes each takes half of its memory."""
+    assert load_deployment([], {}).node.gpu_nodes == 2
+    assert load_deployment(["--prefill=2", "--decode=5", "--unified=1"], {}).node.gpu_nodes == 8
+    assert load_deployment(["--gpu-nodes=9"], {}).node.gpu_nodes == 9
+
+
 def test_children_log_warnings_unless_told_otherwise() -> None:
     assert load_deployment([], {}).gateway.log.level == "warning"
     assert load_deployment(["--log-level", "info"], {}).node.log.level == "info"

@@ -13,7 +13,7 @@ from common.engine.devices.choice import DEVICES, choose_device
 from common.engine.devices.cpu.device import CpuDevice
 from common.engine.devices.cpu.sampling import NumbaSampling
 from common.engine.devices.cuda.device import CudaDevice
-from common.engine.devices.cuda.gpus import Gpu, TorchGpus
+from common.engine.devices.cuda.gpus import TorchGpus
 from common.engine.devices.cuda.memory_share import GIB, MemoryShare
 from common.engine.devices.device import Backend, Sampling, StepLimits
 from common.engine.devices.reference.backend import ReferenceBackend
@@ -21,6 +21,7 @@ from common.engine.devices.reference.sampling import TorchSampling
 from common.engine.runner.loading import step_limits
 from common.engine.runner.model_runner import ModelRunner
 from common.errors import ConfigError, InsufficientMemory
+from common.gpu import Gpu
 from common.node.kv import SharedMemory
 from common.settings.config import EngineSettings
 from common.settings.values import DEVICE_FORM, parse_device
