@@ -61,6 +61,7 @@ class Cuda(Protocol):
     def close_ipc(self, address: int) -> None: ...
 
     def pinned(self, length: int) -> Tensor:
+        self._use()  # or torch makes a context on the first device of all
         """Host bytes that a device copies at full speed; `InsufficientMemory`."""
 
     def stream(self) -> Stream: ...

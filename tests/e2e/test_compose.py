@@ -6,10 +6,12 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+import yaml
 
 from common.engine import Completion, Engine
 from tests.support.docker import ROOT, Ahead, Compose, NoEngine
@@ -141,6 +143,60 @@ async def test_the_queue_is_read_with_redis_cli(system: Compose, expected: list[
     said = await looking
     print(said[:400])
     assert "last-generated-id" in said
+
+
+@pytest.fixture
+def pretending(system: Compose, tmp_path: Path) -> list[str]:
+    """Flags of compose for a file in which the gpu services are as in the project's own, but that they run
+    the image without CUDA, on two GPUs that are not there."""
+    config = system.config("gpu")
+    for name in ("prefill-gpu", "decode-gpu"):
+        service = config["services"][name]
+        for key in ("build", "deploy", "profiles"):
+            service.pop(key, None)
+        service["image"] = system.variables["IMAGE"]
+        service["command"] = ["python", "-m", "tests.support.pretended_gpus", "2", *service["command"][3:]]
+        service["volumes"].append(f"{ROOT}/tests:/home/pdq/tests:ro")
+        service["environment"]["PDQ_THREADS"] = "1"
+    path = tmp_path / "pretending.yml"
+    path.write_text(yaml.safe_dump(config))
+    return ["--file", str(path), "--project-directory", str(ROOT)]
+
+
+async def test_replicas_take_a_gpu_each_and_that_of_one_that_was_killed(
+    system: Compose, pretending: list[str]
+) -> None:
+    system.up("--no-recreate", "--scale", "prefill=0", "--scale", "decode=0")
+
+    def scale(**counts: int) -> None:
+        flags = [flag for name, count in counts.items() for flag in ("--scale", f"{name}-gpu={count}")]
+        services = [f"{name}-gpu" for name in counts]
+        system.compose(*pretending, "up", "--detach", "--no-deps", "--no-recreate", *flags, *services)
+
+    try:
+        scale(prefill=1, decode=1)
+        nodes = system.wait_ready(gateway=1, prefill=1, decode=1)
+        on_gpus = {node["role"]: node for node in nodes if node["role"] != "gateway"}
+        assert {node["gpu"] for node in on_gpus.values()} == {"GPU-0000", "GPU-0001"}
+        assert {node["device"] for node in on_gpus.values()} == {"cuda:0", "cuda:1"}
+        (first,) = system.compose(*pretending, "ps", "--quiet", "decode-gpu").split()
+        scale(decode=2)
+        (other,) = {*system.compose(*pretending, "ps", "--quiet", "decode-gpu").split()} - {first}
+
+        def refused() -> bool:
+            return "no GPU is left: all 2 GPUs are held" in system.engine.run_all("logs", other)
+
+        await wait_until(refused, "the third has said who has them")
+        system.engine.run("kill", first)
+        gpu, known = on_gpus["decode"]["gpu"], on_gpus["decode"]["incarnation"]
+
+        def taken() -> bool:
+            return any(node["gpu"] == gpu and node["incarnation"] != known for node in system.nodes())
+
+        await wait_until(taken, "its GPU is the third one's", 120.0)
+    finally:
+        system.compose(*pretending, "rm", "--stop", "--force", "prefill-gpu", "decode-gpu")
+        system.up("--no-recreate", "--scale", "prefill=1", "--scale", "decode=1")
 
 
 def test_the_readmes_commands_work(system: Compose) -> None:

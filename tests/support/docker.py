@@ -30,6 +30,7 @@ from urllib.parse import unquote, urlsplit
 
 import httpx
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 ENGINE_LIMIT_S = 60.0
@@ -71,6 +72,14 @@ class Engine:
 
     def run(self, *arguments: str, limit_s: float = 120.0) -> str:
         return run([self._client, *arguments], env=self.environment, limit_s=limit_s)
+
+    def run_all(self, *arguments: str, limit_s: float = 120.0) -> str:
+        """As `run`, with what goes to stderr."""
+        said = [self._client, *arguments]
+        done = subprocess.run(
+            said, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=limit_s
+        )
+        return done.stdout.decode("utf-8", "replace")
 
     def has(self, image: str) -> bool:
         return bool(self.run("images", "--quiet", image).strip())
@@ -333,6 +342,12 @@ class Compose:
             "COMPOSE": shlex.join(self.engine.compose_command),
         }
         return run(command, env=environment, limit_s=limit_s) or "(nothing)"
+
+    def config(self, *profiles: str) -> dict[str, Any]:
+        """The file with everything filled in, as compose itself reads it."""
+        flags = [flag for profile in profiles for flag in ("--profile", profile)]
+        found: dict[str, Any] = yaml.safe_load(self.compose(*flags, "config"))
+        return found
 
     def up(self, *arguments: str, **variables: str) -> None:
         self.compose("up", "--detach", *arguments, **variables)
