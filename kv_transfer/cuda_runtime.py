@@ -61,7 +61,6 @@ class Cuda(Protocol):
     def close_ipc(self, address: int) -> None: ...
 
     def pinned(self, length: int) -> Tensor:
-        self._use()  # or torch makes a context on the first device of all
         """Host bytes that a device copies at full speed; `InsufficientMemory`."""
 
     def stream(self) -> Stream: ...
@@ -134,6 +133,7 @@ class CudaRuntime:
         self._call(LinkLost, "cudaIpcCloseMemHandle", ctypes.c_void_p(address))
 
     def pinned(self, length: int) -> Tensor:
+        self._use()  # or torch makes a context on the first device of all
         with _translated(InsufficientMemory):
             return torch.empty(length, dtype=torch.uint8, pin_memory=True)
 

@@ -2,7 +2,8 @@
 
 Owns: when Redis is asked, and whether this process may compute just now. Knows neither torch nor engine.
 
-    claim     the first candidate that nobody has; it is *settled* when nobody has objected for `settle_s`
+    claim     the first candidate that nobody has; where somebody may have it whom Redis has forgotten or
+              not heard of for long, it is *settled* when nobody has objected for `settle_s`
     keep      renewed every `renew_s` by a thread, whatever the node's event loop does meanwhile
     require   asked by the engine's thread before each step: returns, waits, or raises
     close     released, for the next node to have it at once
@@ -33,7 +34,6 @@ from common.logs import get_logger
 from common.settings.config import RedisSettings
 from common.store.client import RedisClient
 from common.store.gpu_leases import GpuLeases, Held, Hold, Terms
-from common.store.keys import GPU_LEASE_TTL_S
 
 log = get_logger("gpu")
 
@@ -46,7 +46,7 @@ class LeaseTimes:
     """`settle_s` is longer than any holder takes to say that it is there, with Redis' retries; `stopped_s`
     is shorter than `ttl_s`, after which others may claim."""
 
-    ttl_s: float = GPU_LEASE_TTL_S
+    ttl_s: float = 15.0
     renew_s: float = 1.0
     settle_s: float = 5.0
     stopped_s: float = 5.0
@@ -164,7 +164,14 @@ class GpuLease:
                 return
             self._loop = asyncio.get_running_loop()
         client = RedisClient(self._redis, name=f"{self._holder}-gpu")
-        leases = GpuLeases(client, self._host, self._holder, self._terms, self._times.ttl_s)
+        leases = GpuLeases(
+            client,
+            self._host,
+            self._holder,
+            self._terms,
+            ttl_s=self._times.ttl_s,
+            settle_s=self._times.settle_s,
+        )
         try:
             await client.open()
             ended = asyncio.create_task(self._end.wait())
@@ -206,7 +213,10 @@ class GpuLease:
         while True:
             kept: dict[Gpu, list[str]] = {}  # by whom, of those GPUs whose lease somebody renews
             for gpu in self._candidates:
+                self._awake_at = now()
                 held, holders = await leases.hold(gpu.uuid, Hold.CLAIM)
+                if held is Held.SETTLED:
+                    return gpu
                 if held is not Held.TAKEN:
                     if await self._settle(leases, gpu):
                         return gpu

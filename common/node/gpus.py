@@ -22,7 +22,7 @@ def take_gpu(
     settings: NodeSettings, holder: str, *, gpus: Gpus | None = None, times: LeaseTimes = TIMES
 ) -> tuple[EngineSettings, GpuLease | None]:
     """The engine's settings with the very GPU that it is to use, and the lease on it; None where it
-    computes on no GPU. Takes `times.settle_s` or longer. `ConfigError` for a GPU that is not there,
+    computes on no GPU. May take `times.ttl_s` and longer. `ConfigError` for a GPU that is not there,
     `ResourceError` if others have all of them."""
     engine = settings.engine
     if engine.device == "cpu":

@@ -27,10 +27,12 @@ class GpuLeases:
     """Those of one holder."""
 
     def __init__(
-        self, client: RedisClient, host: str, holder: str, terms: Terms, ttl_s: float = GPU_LEASE_TTL_S
+        self, client: RedisClient, host: str, holder: str, terms: Terms, *, ttl_s: float, settle_s: float
     ) -> None:
+        """A lease is over `ttl_s` after it was renewed; whoever has one says so again within `settle_s`
+        if Redis forgets it."""
         self._client, self._host, self._holder, self._terms = client, host, holder, terms
-        self._ttl_ms = int(1000 * ttl_s)
+        self._ttl_ms, self._settle_ms = int(1000 * ttl_s), int(1000 * settle_s)
 
     async def hold(self, uuid: str, how: Hold) -> tuple[Held, dict[str, int]]:
         """Take or keep one; with the holders if it is taken, and the unix ms at which they end.
@@ -38,11 +40,14 @@ class GpuLeases:
         held, holders = await self._client.call(
             HoldGpu(
                 gpu=self._client.keys.gpu(self._host, uuid),
+                since=self._client.keys.gpus_since(),
                 holder=self._holder,
                 shared=self._terms.shared,
                 permille=self._terms.permille,
                 how=how,
                 ttl_ms=self._ttl_ms,
+                settle_ms=self._settle_ms,
+                kept_s=GPU_LEASE_TTL_S,
             )
         )
         return held, dict(holders)

@@ -2,7 +2,8 @@
 
 A GPU's key is a hash, readable with `redis-cli hgetall`: incarnation → "ends settled shared permille",
 the unix ms at which the lease is over (on Redis' clock), two flags, and the share of the memory.
-What is over counts as absent, and goes with the next look.
+A lease that is over and was not released stays until the next one is settled: its holder may live,
+and only be out of reach.
 """
 
 from __future__ import annotations
@@ -20,19 +21,16 @@ local function now_ms()
   return tonumber(time[1]) * 1000 + math.floor(tonumber(time[2]) / 1000)
 end
 
--- The leases on a GPU that are not over, by holder.
+-- The leases on a GPU by holder: those that last, and those that are over and were not released.
 local function leases_of(gpu, now)
-  local found, stored = {}, redis.call('HGETALL', gpu)
+  local lasting, over, stored = {}, {}, redis.call('HGETALL', gpu)
   for i = 1, #stored, 2 do
     local ends, settled, shared, permille = string.match(stored[i + 1], '^(%d+) (%d) (%d) (%d+)$')
-    if ends and tonumber(ends) > now then
-      found[stored[i]] = {ends = tonumber(ends), settled = settled == '1', shared = shared == '1',
-                          permille = tonumber(permille)}
-    else
-      redis.call('HDEL', gpu, stored[i])
-    end
+    local kind = ends and tonumber(ends) > now and lasting or over
+    kind[stored[i]] = {ends = tonumber(ends), settled = settled == '1', shared = shared == '1',
+                       permille = tonumber(permille)}
   end
-  return found
+  return lasting, over
 end
 
 -- Whether so many permille and all of these fit together.
@@ -44,13 +42,20 @@ local function fits(permille, others)
   end
   return sum <= WHOLE
 end
+
+-- For how many ms nothing can have been forgotten here. Redis counts its own life in seconds.
+local function age_of_content(since, now)
+  redis.call('SET', since, string.format('%.0f', now), 'NX')
+  local uptime = string.match(redis.call('INFO', 'server'), 'uptime_in_seconds:(%d+)')
+  return math.min(now - tonumber(redis.call('GET', since)), (tonumber(uptime) - 1) * 1000)
+end
 """
 
 
 class Hold(enum.StrEnum):
     """What a holder says when it asks."""
 
-    CLAIM = "claim"  # "let me have it": a lease that is settled stays so
+    CLAIM = "claim"  # "let me have it"; a lease that is settled stays so
     SETTLE = "settle"  # "nobody has objected": a lease that is there is settled
     ASSERT = "assert"  # "I have it all the time": whoever has only claimed it gives way
 
@@ -66,21 +71,27 @@ class Held(enum.StrEnum):
 
 class HoldGpu(Script[tuple[Held, list[tuple[str, int]]]], library=LEASES):
     """Takes, keeps or settles a lease on a GPU, or none of it; with those who have it if it is taken, and
-    when their leases end."""
+    when their leases end.
+
+    A claim is settled at once where nobody can have a better one: all that was said in the last
+    `settle_ms` is there still, and nobody has left a lease to run out."""
 
     gpu: Key
+    since: Key
     holder: str
     shared: bool
     permille: int
     how: str
     ttl_ms: int
+    settle_ms: int
+    kept_s: int
 
     LUA = """
 redis.call('HDEL', gpu, '')  -- needs no memory; after it Redis lets the script finish though it has none
 local now = now_ms()
-local others = leases_of(gpu, now)
+local others, over = leases_of(gpu, now)
 local own = others[holder]
-others[holder] = nil
+others[holder], over[holder] = nil, nil
 if how == 'assert' and not (shared and fits(permille, others)) then
   for other, lease in pairs(others) do
     if not lease.settled then
@@ -95,10 +106,15 @@ if next(others) and not (shared and fits(permille, others)) then
   for other, lease in pairs(others) do holders[#holders + 1] = {other, lease.ends} end
   return {'taken', holders}
 end
+local is_forgetful = age_of_content(since, now) < settle_ms
 local settled = how == 'assert' or (own and (own.settled or how == 'settle'))
+                or not (next(over) or is_forgetful)
+if settled then
+  for other in pairs(over) do redis.call('HDEL', gpu, other) end
+end
 redis.call('HSET', gpu, holder, string.format('%.0f %d %d %d', now + ttl_ms, settled and 1 or 0,
                                               shared and 1 or 0, permille))
-if redis.call('PTTL', gpu) < ttl_ms then redis.call('PEXPIRE', gpu, ttl_ms) end
+redis.call('EXPIRE', gpu, kept_s)
 return {settled and 'settled' or own and 'claimed' or 'fresh', {}}
 """
 

@@ -21,7 +21,7 @@ WORK_TTL_S = 24 * 3600
 INSPECT_TTL_S = 600
 NODE_TTL_S = 3600
 REAPER_LOCK_TTL_S = 30
-GPU_LEASE_TTL_S = 15
+GPU_LEASE_TTL_S = 3600
 
 RECENT_REQUESTS = 10_000
 DEAD_LETTERS = 1_000
@@ -97,9 +97,14 @@ class Keys:
 
     def gpu(self, host: str, uuid: str) -> Key:
         """Who computes on one GPU of one host (gpu_scripts.py), one holder or several that share it.
-        Hash; GPU_LEASE_TTL_S, renewed about every second by each holder. Writer: nodes that hold it or
-        look for one. Readers: they."""
+        Hash; GPU_LEASE_TTL_S, renewed about every second by each holder; a lease in it is over much
+        sooner. Writer: nodes that hold it or look for one. Readers: they."""
         return self._key("gpu", host, uuid)
+
+    def gpus_since(self) -> Key:
+        """Unix ms since when leases are not forgotten here: gone with the content, as `epoch`. String;
+        permanent. Writer: whoever finds it absent. Readers: nodes that look for a GPU."""
+        return self._key("gpus_since")
 
     def schema(self) -> Key:
         """SCHEMA of whoever came first. String; permanent. Writer and reader: every client."""
@@ -113,7 +118,16 @@ class Keys:
 
     def permanent(self) -> frozenset[Key]:
         """The only keys that may lack a time to live."""
-        return frozenset({self.nodes(), self.requests(), self.dead_letters(), self.schema(), self.epoch()})
+        return frozenset(
+            {
+                self.nodes(),
+                self.requests(),
+                self.dead_letters(),
+                self.schema(),
+                self.epoch(),
+                self.gpus_since(),
+            }
+        )
 
     def _key(self, *parts: str) -> Key:
         return Key(":".join((self.prefix, *parts)))

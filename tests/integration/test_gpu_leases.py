@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import unittest.mock
 from asyncio.subprocess import PIPE, Process
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
@@ -94,11 +95,21 @@ def claim(redis_client: RedisClient) -> Iterator[Callable[..., GpuLease]]:
 
 def others(client: RedisClient, name: str = "other", terms: Terms = ALONE) -> GpuLeases:
     """What another process says to Redis."""
-    return GpuLeases(client, HOST, name, terms, TIMES.ttl_s)
+    return GpuLeases(client, HOST, name, terms, ttl_s=TIMES.ttl_s, settle_s=TIMES.settle_s)
 
 
 async def holders(client: RedisClient, uuid: str = "GPU-0000") -> set[bytes]:
     return set(await client.command("HKEYS", client.keys.gpu(HOST, uuid)))
+
+
+async def lease_is_over(client: RedisClient, holder: str) -> None:
+    key = client.keys.gpu(HOST, "GPU-0000")
+
+    async def is_over() -> bool:
+        stored, time = await client.pipeline(("HGET", key, holder), ("TIME",))
+        return int(stored.split()[0]) < int(time[0]) * 1000
+
+    await wait_until(is_over, "the lease is over")
 
 
 async def test_nodes_that_race_get_a_gpu_each_and_the_others_hear_who_has_them(
@@ -147,13 +158,8 @@ async def test_a_node_that_was_stopped_while_nobody_wanted_its_gpu_computes_on(
 ) -> None:
     stopped = await start("stopped", 1)
     assert await stopped.line() == "holds 0"
-    key = redis_client.keys.gpu(HOST, "GPU-0000")
     stopped.process.send_signal(signal.SIGSTOP)
-
-    async def is_over() -> bool:
-        return not await redis_client.command("EXISTS", key)
-
-    await wait_until(is_over, "the lease is over")
+    await lease_is_over(redis_client, "stopped")
     stopped.ask()
     stopped.process.send_signal(signal.SIGCONT)
     assert await stopped.line() == "step"
@@ -184,7 +190,7 @@ async def test_redis_that_forgets_everything_costs_nobody_a_gpu(
     newcomer = others(redis_client)
     for _ in range(3):
         await redis_client.command("FLUSHALL")
-        await newcomer.hold("GPU-0000", Hold.CLAIM)
+        assert (await newcomer.hold("GPU-0000", Hold.CLAIM))[0] is not Held.SETTLED
 
         async def is_back() -> bool:
             return await holders(redis_client) == {b"first"}
@@ -280,7 +286,7 @@ async def test_those_who_share_a_gpu_have_no_more_than_all_of_its_memory(
     third = others(redis_client, "third", Terms(101, shared=True))
     assert (await third.hold("GPU-0000", Hold.CLAIM))[0] is Held.TAKEN
     third = others(redis_client, "third", Terms(100, shared=True))
-    assert (await third.hold("GPU-0000", Hold.CLAIM))[0] is Held.FRESH
+    assert (await third.hold("GPU-0000", Hold.CLAIM))[0] is not Held.TAKEN
     await third.release("GPU-0000")
     with pytest.raises(ResourceError, match=r"by first, second; start fewer nodes.*--share-gpu"):
         await asyncio.to_thread(claim, "alone", gpus(1), Terms(100))
@@ -292,6 +298,29 @@ async def test_who_has_a_gpu_alone_shares_it_with_nobody(
     await asyncio.to_thread(claim, "first", gpus(1), Terms(300))
     with pytest.raises(ResourceError, match=r"the 20% of its memory.*lower --gpu-memory-utilization"):
         await asyncio.to_thread(claim, "second", gpus(1), Terms(200, shared=True))
+
+
+async def test_a_gpu_that_nobody_can_have_is_had_at_once_and_one_that_somebody_may_have_is_not(
+    claim: Callable[..., GpuLease], redis_client: RedisClient
+) -> None:
+    lease = await asyncio.to_thread(claim, "first", gpus(1))
+    newcomer = others(redis_client)
+
+    async def settles() -> bool:
+        return (await newcomer.hold("GPU-0001", Hold.CLAIM))[0] is Held.SETTLED
+
+    await wait_until(settles, "Redis has forgotten nothing for long enough")
+    await asyncio.to_thread(lease.close)
+    assert (await newcomer.hold("GPU-0000", Hold.CLAIM))[0] is Held.SETTLED  # it was released
+    await lease_is_over(redis_client, "other")
+    third = others(redis_client, "third")  # the other one may be cut off from Redis, and compute
+    assert (await third.hold("GPU-0000", Hold.CLAIM))[0] is Held.FRESH
+    assert (await newcomer.hold("GPU-0000", Hold.ASSERT))[0] is Held.SETTLED
+    assert await third.hold("GPU-0000", Hold.SETTLE) == (Held.TAKEN, unittest.mock.ANY)
+    await lease_is_over(redis_client, "other")
+    assert (await third.hold("GPU-0000", Hold.CLAIM))[0] is Held.FRESH
+    assert (await third.hold("GPU-0000", Hold.SETTLE))[0] is Held.SETTLED
+    assert await holders(redis_client) == {b"third"}
 
 
 async def test_a_claim_without_redis_is_an_error_that_says_so() -> None:
@@ -392,7 +421,9 @@ async def test_a_node_whose_gpu_was_given_away_ends(redis_client: RedisClient) -
     async with ready_node(redis_client) as (node, running):
         assert node.lease is not None
         uuid = node.lease.gpu.uuid
-        theirs = GpuLeases(redis_client, host_identity(), "other", ALONE, TIMES.ttl_s)
+        theirs = GpuLeases(
+            redis_client, host_identity(), "other", ALONE, ttl_s=TIMES.ttl_s, settle_s=TIMES.settle_s
+        )
 
         async def is_theirs() -> bool:
             await redis_client.command("DEL", redis_client.keys.gpu(host_identity(), uuid))
