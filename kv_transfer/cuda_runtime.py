@@ -1,36 +1,80 @@
-"""One CUDA device, as pools and transports use it. The only user of libcudart.
+"""One CUDA device, as pools and transports use it: memory, streams of their own, copies by the batch.
 
-Torch does all but this: a pool that another process may map must be one plain `cudaMalloc`, for torch's
-allocator hands out parts of larger pieces, and expandable segments have no IPC handle at all. The
-library is the one that torch has loaded, found by its name; nothing is compiled and nothing more is
-installed.
+Torch has no part in this: a pool that another process may map must be one plain `cudaMalloc`, for torch's
+allocator hands out parts of larger pieces; torch's streams are shared by all who ask, so that to wait for
+one is to wait for others' work; and its pinned memory asks the driver about events at moments that nobody
+chooses. Three rules hold for every call:
+
+- Nothing waits for the whole device: only for a stream that the caller alone has.
+- Nothing that is forbidden while another thread captures a graph reaches that capture: each call runs in the
+  relaxed capture mode, which ends with it.
+- What a link needs (streams, pinned memory, scratch) is kept for the next link, since to free it would wait
+  for the device. All of it stays until the process ends.
+
+A batch is copied by one kernel inside a device; between devices, and to and from the host, by the copy
+engines, in one call of the driver (since 12.8) or one after the other.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-from collections.abc import Iterator
-from typing import Any, Protocol
+import enum
+import threading
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from common.errors import ConfigError, InsufficientMemory, LinkLost, PdqError
+from common.logs import get_logger
+from kv_transfer.copy_batch import CopyBatch
+from kv_transfer.cuda_library import (
+    DEFAULT_KIND,
+    LAZY_PEER_ACCESS,
+    NON_BLOCKING,
+    NOT_READY,
+    PORTABLE,
+    RELAXED,
+    CudaLibrary,
+    IpcHandle,
+)
 
-HANDLE_BYTES = 64
-_LAZY_PEER_ACCESS = 1  # cudaIpcMemLazyEnablePeerAccess: the handle may be of another device
+log = get_logger("kv")
+
+NAME_BYTES = 16  # of a device's place on the bus, as in 00000000:1b:00.0
+TABLE_COPIES = 4096  # of one launch of the kernel
+SMALL_BYTES = 256 << 10  # between devices the kernel copies pieces that are smaller on average
+CALL_COPIES = 512  # of one call that keeps the GIL
+_LEAST_KEPT = 64 << 10  # bytes of the smallest piece of memory that is kept
+
+
+class Between(enum.Enum):
+    """Where the ends of a batch lie."""
+
+    ONE_DEVICE = "one device"
+    DEVICES = "devices"
+    HOST = "host"  # pinned memory, and the device
+
+
+class Pinned(NamedTuple):
+    """Host memory that a device copies at full speed."""
+
+    address: int
+    view: memoryview
 
 
 class Stream(Protocol):
-    """Copies in a row. `LinkLost` where the device fails."""
+    """Copies of one owner. `LinkLost` where the device fails."""
 
     @property
     def handle(self) -> int:
         """The cudaStream_t, for other libraries."""
 
-    def copy(self, into: Tensor, source: Tensor) -> None:
-        """Asynchronous; both tensors must stay until `synchronize`."""
+    def copy(self, batch: CopyBatch, between: Between) -> None:
+        """Start all copies of a batch, in any order. Both ends must stay as they are until `synchronize`.
+        After an error some of them may run."""
 
     def synchronize(self) -> None:
         """Wait until all work of the stream has ended; releases the GIL."""
@@ -38,16 +82,25 @@ class Stream(Protocol):
     def is_done(self) -> bool:
         """Whether all work of the stream has ended."""
 
+    def close(self) -> None:
+        """Give the stream back. It serves nobody again while it has work. May be called twice."""
+
 
 class Cuda(Protocol):
-    """One device. Addresses are numbers."""
+    """One device. Addresses are numbers. Any thread may call."""
 
     index: int
+
+    @property
+    def name(self) -> bytes:
+        """`NAME_BYTES` that are the same in every process that uses this device."""
 
     def malloc(self, length: int) -> int:
         """Zeroed device memory that has an IPC handle; `InsufficientMemory`."""
 
-    def free(self, address: int) -> None: ...
+    def free(self, address: int) -> None:
+        """Free what `malloc` gave. No other process may have it mapped: that is undefined. Waits for the
+        device, so only for the end of a process."""
 
     def tensor(self, address: int, shape: tuple[int, int]) -> Tensor:
         """Device memory as uint8; whoever holds the tensor keeps the memory."""
@@ -60,122 +113,299 @@ class Cuda(Protocol):
 
     def close_ipc(self, address: int) -> None: ...
 
-    def pinned(self, length: int) -> Tensor:
-        """Host bytes that a device copies at full speed; `InsufficientMemory`."""
+    def scratch(self, length: int) -> int:
+        """Device memory of any content for a link; `InsufficientMemory`."""
+
+    def give_scratch(self, address: int) -> None:
+        """Give back what `scratch` gave, for the next link."""
+
+    def pinned(self, length: int) -> Pinned:
+        """At least so many pinned bytes of any content; `InsufficientMemory`."""
+
+    def give_pinned(self, pinned: Pinned) -> None:
+        """Give back what `pinned` gave; no copy may run into or out of it."""
 
     def stream(self) -> Stream: ...
 
 
+Launch = Callable[[int, int, int, int], None]  # table, copies, bytes of the longest, stream
+
+
 class CudaRuntime:
-    """`Cuda` by torch and libcudart. `ConfigError` where there is no such library or no device."""
+    """`Cuda` by libcudart. `ConfigError` where there is no such library or no device."""
 
-    def __init__(self, index: int = 0) -> None:
+    def __init__(self, index: int = 0, library: CudaLibrary | None = None) -> None:
         self.index = index
-        self._device = torch.device("cuda", index)
-        major = (torch.version.cuda or "").partition(".")[0]
-        name = f"libcudart.so.{major}" if major else "libcudart.so"
-        try:
-            self._library = ctypes.CDLL(name)
-        except OSError as error:
-            raise ConfigError(f"CUDA transports need {name}, which torch brings: {error}") from error
-        self._library.cudaGetErrorString.restype = ctypes.c_char_p
+        self.library = library or CudaLibrary()
         count = ctypes.c_int()
-        self._call(ConfigError, "cudaGetDeviceCount", ctypes.byref(count))
+        status = self.library.waits.cudaGetDeviceCount(ctypes.byref(count))
+        self.library.check(ConfigError, "cudaGetDeviceCount", status)
+        self.library.check(ConfigError, "cudaSetDevice", self.library.waits.cudaSetDevice(index))
+        place = ctypes.create_string_buffer(64)
+        with self.entered():
+            self.call(ConfigError, "cudaDeviceGetPCIBusId", place, len(place), index)
+        self.name = place.value[-NAME_BYTES:].ljust(NAME_BYTES)
+        with self.entered():
+            self.kernels = _load_kernels()
+        self._lock = threading.Lock()
+        self._free_lanes: list[_Lane] = []
+        self._free_pinned: dict[int, list[int]] = {}  # bytes → addresses
+        self._free_scratch: dict[int, list[int]] = {}
+        self._scratch_bytes: dict[int, int] = {}  # address → bytes, of all there is
+        self._setup = self.stream()  # for zeroes, by one thread at a time
+        self._setup_lock = threading.Lock()
 
-    def _call(self, error: type[PdqError], function: str, *arguments: Any) -> None:
-        if status := getattr(self._library, function)(*arguments):
-            said = self._library.cudaGetErrorString(status).decode()
-            self._library.cudaGetLastError()  # or the next caller gets it
-            raise error(f"{function}: {said} ({status})")
+    def entered(self) -> _Entered:
+        """Around every call: this thread uses this device, and disturbs no other thread's capture."""
+        return _Entered(self.library, self.index)
 
-    def _use(self) -> None:
-        """Choose the device of this thread's next call."""
-        self._call(LinkLost, "cudaSetDevice", self.index)
+    def call(self, error: type[PdqError], function: str, *arguments: Any, quick: bool = False) -> None:
+        functions = self.library.quick if quick else self.library.waits
+        self.library.check(error, function, getattr(functions, function)(*arguments))
+
+    # Memory
 
     def malloc(self, length: int) -> int:
-        self._use()
+        with self.entered():
+            address = self._malloc(length)
+            try:
+                with self._setup_lock:
+                    handle = self._setup.handle
+                    self.call(InsufficientMemory, "cudaMemsetAsync", address, 0, length, handle)
+                    self.call(InsufficientMemory, "cudaStreamSynchronize", handle)
+            except BaseException:
+                self.library.waits.cudaFree(address)
+                raise
+        return address
+
+    def _malloc(self, length: int) -> int:
         address = ctypes.c_void_p()
-        size = ctypes.c_size_t(length)
-        self._call(InsufficientMemory, "cudaMalloc", ctypes.byref(address), size)
+        self.call(InsufficientMemory, "cudaMalloc", ctypes.byref(address), length)
         assert address.value is not None
-        self._call(InsufficientMemory, "cudaMemset", address, 0, size)
-        self._call(InsufficientMemory, "cudaDeviceSynchronize")
         return address.value
 
     def free(self, address: int) -> None:
-        self._use()
-        self._call(LinkLost, "cudaFree", ctypes.c_void_p(address))
+        with self.entered():
+            self.call(LinkLost, "cudaFree", address)
 
     def tensor(self, address: int, shape: tuple[int, int]) -> Tensor:
-        return torch.as_tensor(_DeviceArray(address, shape), device=self._device)
+        return torch.as_tensor(_DeviceArray(address, shape), device=torch.device("cuda", self.index))
 
     def ipc_handle(self, address: int) -> bytes:
-        self._use()
-        handle = _Handle()
-        self._call(ConfigError, "cudaIpcGetMemHandle", ctypes.byref(handle), ctypes.c_void_p(address))
+        handle = IpcHandle()
+        with self.entered():
+            self.call(ConfigError, "cudaIpcGetMemHandle", ctypes.byref(handle), address)
         return bytes(handle)
 
     def open_ipc(self, handle: bytes) -> int:
-        self._use()
         address = ctypes.c_void_p()
-        self._call(
-            LinkLost,
-            "cudaIpcOpenMemHandle",
-            ctypes.byref(address),
-            _Handle.from_buffer_copy(handle),
-            ctypes.c_uint(_LAZY_PEER_ACCESS),
-        )
+        theirs = IpcHandle.from_buffer_copy(handle)
+        with self.entered():
+            self.call(LinkLost, "cudaIpcOpenMemHandle", ctypes.byref(address), theirs, LAZY_PEER_ACCESS)
         assert address.value is not None
         return address.value
 
     def close_ipc(self, address: int) -> None:
-        self._use()
-        self._call(LinkLost, "cudaIpcCloseMemHandle", ctypes.c_void_p(address))
+        with self.entered():
+            self.call(LinkLost, "cudaIpcCloseMemHandle", address)
 
-    def pinned(self, length: int) -> Tensor:
-        self._use()  # or torch makes a context on the first device of all
-        with _translated(InsufficientMemory):
-            return torch.empty(length, dtype=torch.uint8, pin_memory=True)
+    def scratch(self, length: int) -> int:
+        size = _kept_bytes(length)
+        with self._lock:
+            if free := self._free_scratch.get(size):
+                return free.pop()
+        with self.entered():
+            address = self._malloc(size)
+        self._scratch_bytes[address] = size
+        return address
+
+    def give_scratch(self, address: int) -> None:
+        with self._lock:
+            self._free_scratch.setdefault(self._scratch_bytes[address], []).append(address)
+
+    def pinned(self, length: int) -> Pinned:
+        size = _kept_bytes(length)
+        with self._lock:
+            if free := self._free_pinned.get(size):
+                return _pinned(free.pop(), size)
+        address = ctypes.c_void_p()
+        with self.entered():
+            self.call(InsufficientMemory, "cudaHostAlloc", ctypes.byref(address), size, PORTABLE)
+        assert address.value is not None
+        return _pinned(address.value, size)
+
+    def give_pinned(self, pinned: Pinned) -> None:
+        with self._lock:
+            self._free_pinned.setdefault(len(pinned.view), []).append(pinned.address)
+
+    # Streams
 
     def stream(self) -> Stream:
-        return _TorchStream(self._device)
+        with self._lock:
+            lane = self._free_lanes.pop() if self._free_lanes else None
+        return _Stream(self, lane or self._make_lane())
+
+    def _make_lane(self) -> _Lane:
+        handle = ctypes.c_void_p()
+        with self.entered():
+            self.call(LinkLost, "cudaStreamCreateWithFlags", ctypes.byref(handle), NON_BLOCKING)
+        assert handle.value is not None
+        return _Lane(handle.value, _Table(self) if self.kernels else None)
+
+    def give_lane(self, lane: _Lane) -> None:
+        """Keep a lane without work for the next stream."""
+        with self._lock:
+            self._free_lanes.append(lane)
 
 
-class _TorchStream:
-    def __init__(self, device: torch.device) -> None:
-        with _translated(LinkLost):
-            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+class _Entered:
+    """A thread's calls between `__enter__` and `__exit__`; not to be nested."""
 
-    @property
-    def handle(self) -> int:
-        return int(self._stream.cuda_stream)
+    def __init__(self, library: CudaLibrary, device: int) -> None:
+        self._library, self._device = library, device
+        self._mode = ctypes.c_int(RELAXED)
 
-    def copy(self, into: Tensor, source: Tensor) -> None:
-        with _translated(LinkLost), torch.cuda.stream(self._stream):
-            into.copy_(source, non_blocking=True)
+    def __enter__(self) -> None:
+        library = self._library
+        library.check(LinkLost, "cudaSetDevice", library.quick.cudaSetDevice(self._device))
+        self._exchange()
+
+    def __exit__(self, *_: object) -> None:
+        self._exchange()
+
+    def _exchange(self) -> None:
+        status = self._library.quick.cudaThreadExchangeStreamCaptureMode(ctypes.byref(self._mode))
+        self._library.check(LinkLost, "cudaThreadExchangeStreamCaptureMode", status)
+
+
+class _Lane(NamedTuple):
+    """What a stream needs, kept from one owner to the next."""
+
+    handle: int
+    table: _Table | None
+
+
+class _Stream:
+    """A lane in one owner's hands."""
+
+    def __init__(self, cuda: CudaRuntime, lane: _Lane) -> None:
+        self._cuda, self._lane = cuda, lane
+        self.handle = lane.handle
+        self._is_closed = False
+
+    def copy(self, batch: CopyBatch, between: Between) -> None:
+        assert not self._is_closed
+        if not len(batch):
+            return
+        small = between is Between.DEVICES and batch.num_bytes < SMALL_BYTES * len(batch)
+        if self._lane.table is not None and (between is Between.ONE_DEVICE or small):
+            for start in range(0, len(batch), TABLE_COPIES):
+                self._launch(self._lane.table, batch.part(slice(start, start + TABLE_COPIES)))
+        else:
+            merged = batch.merged()
+            for start in range(0, len(merged), CALL_COPIES):
+                self._enqueue(merged.part(slice(start, start + CALL_COPIES)))
+
+    def _launch(self, table: _Table, batch: CopyBatch) -> None:
+        if not table.has_room(len(batch)):
+            self.synchronize()
+        with self._cuda.entered():
+            table.launch(self._cuda, batch, self.handle)
+
+    def _enqueue(self, batch: CopyBatch) -> None:
+        library, handle = self._cuda.library, self.handle
+        with self._cuda.entered():
+            if library.has_batches:
+                parts = [np.ascontiguousarray(part) for part in (batch.into, batch.source, batch.lengths)]
+                into, source, lengths = (part.ctypes.data for part in parts)
+                status = library.copy_batch(into, source, lengths, len(batch), handle)
+                library.check(LinkLost, "cudaMemcpyBatchAsync", status)
+                return
+            copy = library.quick.cudaMemcpyAsync
+            arguments = (part.tolist() for part in (batch.into, batch.source, batch.lengths))
+            for into, source, length in zip(*arguments, strict=True):
+                if status := copy(into, source, length, DEFAULT_KIND, handle):
+                    library.check(LinkLost, "cudaMemcpyAsync", status)
 
     def synchronize(self) -> None:
-        with _translated(LinkLost):
-            self._stream.synchronize()
+        assert not self._is_closed
+        with self._cuda.entered():
+            self._cuda.call(LinkLost, "cudaStreamSynchronize", self.handle)
+        self._ended()
 
     def is_done(self) -> bool:
-        with _translated(LinkLost):
-            return bool(self._stream.query())
+        assert not self._is_closed
+        library = self._cuda.library
+        with self._cuda.entered():
+            status = library.quick.cudaStreamQuery(self.handle)
+            if status == NOT_READY:
+                library.quick.cudaGetLastError()
+                return False
+            library.check(LinkLost, "cudaStreamQuery", status)
+        self._ended()
+        return True
+
+    def _ended(self) -> None:
+        if self._lane.table is not None:
+            self._lane.table.used = 0
+
+    def close(self) -> None:
+        if not self._is_closed:
+            is_free = self.is_done()
+            self._is_closed = True
+            if is_free:
+                self._cuda.give_lane(self._lane)
 
 
-@contextlib.contextmanager
-def _translated(error: type[PdqError]) -> Iterator[None]:
-    """Torch's errors as ours."""
+class _Table:
+    """The kernel's list of copies, in pinned memory and on the device. Launches that have not ended have
+    their own parts of it."""
+
+    def __init__(self, cuda: CudaRuntime) -> None:
+        self.used = 0  # int64s
+        self._room = 3 * TABLE_COPIES
+        pinned = cuda.pinned(8 * self._room)
+        self._host, self._address = np.frombuffer(pinned.view, np.int64), pinned.address
+        self._device = cuda.scratch(8 * self._room)
+
+    def has_room(self, copies: int) -> bool:
+        return self.used + 3 * copies <= self._room
+
+    def launch(self, cuda: CudaRuntime, batch: CopyBatch, stream: int) -> None:
+        count, at = len(batch), self.used
+        rows = self._host[at : at + 3 * count].reshape(3, count)
+        rows[0], rows[1], rows[2] = batch.into, batch.source, batch.lengths
+        wide = not int(np.bitwise_or.reduce(rows, axis=None)) % 16
+        self.used += 3 * count
+        here, there = self._address + 8 * at, self._device + 8 * at
+        arguments = (there, here, 24 * count, DEFAULT_KIND, stream)
+        cuda.call(LinkLost, "cudaMemcpyAsync", *arguments, quick=True)
+        assert cuda.kernels is not None
+        try:
+            cuda.kernels[wide](there, count, int(rows[2].max()), stream)
+        except RuntimeError as error:
+            raise LinkLost(f"cuda: {error}") from error
+
+
+def _load_kernels() -> dict[bool, Launch] | None:
+    """By whether they are wide; None where triton cannot compile here. They are loaded now, because a
+    capture forbids it."""
     try:
-        yield
-    except RuntimeError as failure:
-        raise error(f"cuda: {failure}") from failure
+        from kv_transfer.device_copy import compiled
+
+        return {wide: compiled(wide=wide) for wide in (True, False)}
+    except Exception as error:  # noqa: BLE001  (a compiler's; the copy engines do the same, slower)
+        log.warning("copies.without_kernel", error=error)
+        return None
 
 
-class _Handle(ctypes.Structure):
-    """cudaIpcMemHandle_t: passed by value."""
+def _kept_bytes(length: int) -> int:
+    """The size of memory in which `length` bytes fit and which others can use afterwards."""
+    return max(_LEAST_KEPT, 1 << (length - 1).bit_length())
 
-    _fields_ = (("reserved", ctypes.c_char * HANDLE_BYTES),)
+
+def _pinned(address: int, length: int) -> Pinned:
+    return Pinned(address, memoryview((ctypes.c_char * length).from_address(address)).cast("B"))
 
 
 class _DeviceArray:

@@ -3,6 +3,9 @@
 The library is the one that torch has loaded, found by its name. Making a communicator does not wait for
 the peer (`blocking=0`): callers ask whether it is ready, and may abort it at any moment. After `abort`
 none of its kernels runs, and the memory that it was receiving into is free again.
+
+As in cuda_library.py, `quick` keeps the GIL and `waits` gives it up. Between ncclGroupStart and
+ncclGroupEnd a send or a receive is only written down; ncclGroupEnd connects and launches.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections.abc import Sequence
+from ctypes import POINTER, c_int, c_size_t, c_void_p
 from typing import Any, Protocol
 
 import torch
@@ -67,26 +71,44 @@ class _Config(ctypes.Structure):
     )
 
 
+_SEND = (c_void_p, c_size_t, c_int, c_int, c_void_p, c_void_p)
+SIGNATURES: dict[str, tuple[Any, ...]] = {
+    "ncclGetUniqueId": (POINTER(_Id),),
+    "ncclCommInitRankConfig": (POINTER(c_void_p), c_int, _Id, c_int, POINTER(_Config)),
+    "ncclCommGetAsyncError": (c_void_p, POINTER(c_int)),
+    "ncclCommAbort": (c_void_p,),
+    "ncclGroupStart": (),
+    "ncclGroupEnd": (),
+    "ncclSend": _SEND,
+    "ncclRecv": _SEND,
+}
+
+
 class NcclLibrary:
     """`Nccl` by libnccl. `ConfigError` where there is none."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "libnccl.so.2") -> None:
+        self.quick: Any
+        self.waits: Any
         try:
-            self.functions: Any = ctypes.CDLL("libnccl.so.2")
+            self.quick, self.waits = ctypes.PyDLL(name), ctypes.CDLL(name)
         except OSError as error:
             raise ConfigError(
-                f"the nccl transport needs libnccl.so.2, which torch for CUDA brings: {error}"
+                f"the nccl transport needs {name}, which torch for CUDA brings: {error}"
             ) from error
-        self.functions.ncclGetErrorString.restype = ctypes.c_char_p
+        self.quick.ncclGetErrorString.restype = ctypes.c_char_p
+        for function, arguments in SIGNATURES.items():
+            for library in (self.quick, self.waits):
+                getattr(library, function).argtypes = arguments
 
     def check(self, error: type[PdqError], function: str, status: int) -> None:
         if status not in (0, _IN_PROGRESS):
-            said = self.functions.ncclGetErrorString(status).decode()
+            said = self.quick.ncclGetErrorString(status).decode()
             raise error(f"{function}: {said} ({status})")
 
     def unique_id(self) -> bytes:
         unique = _Id()
-        status = self.functions.ncclGetUniqueId(ctypes.byref(unique))
+        status = self.waits.ncclGetUniqueId(ctypes.byref(unique))
         self.check(LinkLost, "ncclGetUniqueId", status)
         return ctypes.string_at(ctypes.byref(unique), ID_BYTES)  # with its zero bytes
 
@@ -111,41 +133,30 @@ class _Pair:
             _UNDEFINED,
         )
         torch.cuda.set_device(device)  # of this thread
-        status = library.functions.ncclCommInitRankConfig(
+        status = library.waits.ncclCommInitRankConfig(
             ctypes.byref(self._pair), 2, _Id.from_buffer_copy(unique_id), rank, ctypes.byref(config)
         )
         library.check(LinkLost, "ncclCommInitRankConfig", status)
 
     def is_ready(self) -> bool:
         state = ctypes.c_int()
-        functions = self._library.functions
-        status = functions.ncclCommGetAsyncError(self._pair, ctypes.byref(state))
+        status = self._library.quick.ncclCommGetAsyncError(self._pair, ctypes.byref(state))
         self._library.check(LinkLost, "ncclCommGetAsyncError", status)
         self._library.check(LinkLost, "nccl", state.value)
         return state.value != _IN_PROGRESS
 
     def exchange(self, ranges: Ranges, stream: int, *, send: bool) -> None:
-        functions = self._library.functions
-        one = functions.ncclSend if send else functions.ncclRecv
+        library = self._library
+        one = library.quick.ncclSend if send else library.quick.ncclRecv
         torch.cuda.set_device(self._device)
-        self._library.check(LinkLost, "ncclGroupStart", functions.ncclGroupStart())
-        statuses = [
-            one(
-                ctypes.c_void_p(address),
-                ctypes.c_size_t(length),
-                _UINT8,
-                self._peer,
-                self._pair,
-                ctypes.c_void_p(stream),
-            )
-            for address, length in ranges
-        ]
-        self._library.check(LinkLost, "ncclGroupEnd", functions.ncclGroupEnd())
+        library.check(LinkLost, "ncclGroupStart", library.quick.ncclGroupStart())
+        statuses = [one(at, length, _UINT8, self._peer, self._pair, stream) for at, length in ranges]
+        library.check(LinkLost, "ncclGroupEnd", library.waits.ncclGroupEnd())
         for status in statuses:
-            self._library.check(LinkLost, "ncclSend" if send else "ncclRecv", status)
+            library.check(LinkLost, "ncclSend" if send else "ncclRecv", status)
 
     def abort(self) -> None:
         with self._lock:
             if self._pair:
-                self._library.functions.ncclCommAbort(self._pair)
+                self._library.waits.ncclCommAbort(self._pair)
                 self._pair = ctypes.c_void_p()

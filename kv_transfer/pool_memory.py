@@ -12,7 +12,7 @@ import itertools
 import mmap
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,7 @@ from kv_transfer.generations import POPULATE_WRITE, Generations
 from kv_transfer.ports import Span
 
 Ranges = Iterable[tuple[int, int]]  # (offset, length) in a slab
+Place = tuple[int, Sequence[tuple[int, int]]]  # a block, and ranges of its slab
 
 
 class PoolMemory(Protocol):
@@ -38,6 +39,7 @@ class PoolMemory(Protocol):
     slabs: Tensor
     generations: npt.NDArray[np.int64]
     digests: list[bytes]  # b"" for a block that has none
+    at_once: int  # places that `from_host` is to be asked for at once
 
     @property
     def cuda(self) -> Cuda | None:
@@ -59,9 +61,9 @@ class PoolMemory(Protocol):
     def to_host(self, blocks: Sequence[int]) -> Iterable[Sequence[memoryview]]:
         """Lend the slabs in host memory, a batch at a time. A batch may be gone when the next is taken."""
 
-    def from_host(self, block: int, ranges: Ranges) -> AbstractContextManager[list[memoryview]]:
-        """Lend host memory for these ranges of a slab, one view each. The slab has what was written there
-        when the context ends; after an error its content is undefined."""
+    def from_host(self, places: Sequence[Place]) -> AbstractContextManager[list[list[memoryview]]]:
+        """Lend host memory for one place or more: for each the views of its ranges. The slabs have what was
+        written there when the context ends; after an error their content is undefined."""
 
     def beside(self, num_blocks: int, slab_bytes: int) -> PoolMemory:
         """Make other slabs where these lie; `InsufficientMemory`."""
@@ -80,6 +82,7 @@ class HostPoolMemory:
     """Slabs in host memory, in the file of the generations: a peer that maps it reads them too."""
 
     cuda: Cuda | None = None
+    at_once = 1  # a slab is digested while it is in cache
 
     def __init__(self, num_blocks: int, slab_bytes: int, *, warm: bool = True) -> None:
         """`warm` touches all pages here, so that no request pays for it."""
@@ -112,9 +115,11 @@ class HostPoolMemory:
         return [[self.slab(block) for block in blocks]]
 
     @contextlib.contextmanager
-    def from_host(self, block: int, ranges: Ranges) -> Iterator[list[memoryview]]:
-        slab = self.slab(block)
-        yield [slab[offset : offset + length] for offset, length in ranges]
+    def from_host(self, places: Sequence[Place]) -> Iterator[list[list[memoryview]]]:
+        yield [
+            [self.slab(block)[offset : offset + length] for offset, length in ranges]
+            for block, ranges in places
+        ]
 
     def beside(self, num_blocks: int, slab_bytes: int) -> PoolMemory:
         return HostPoolMemory(num_blocks, slab_bytes, warm=False)
@@ -122,13 +127,8 @@ class HostPoolMemory:
     def copy_positions(
         self, layout: KVLayout, source: PoolMemory, source_layout: KVLayout, spans: Iterable[tuple[int, Span]]
     ) -> None:
-        views = list(
-            zip(
-                position_views(source.slabs.numpy(), source_layout),
-                position_views(self.slabs.numpy(), layout),
-                strict=True,
-            )
-        )
+        slabs = source.slabs.numpy()
+        views = list(zip(_positions(slabs, source_layout), _positions(self.slabs.numpy(), layout), strict=True))
         for slab, (block, at, start, length) in spans:
             for theirs, ours in views:
                 ours[block, :, at : at + length] = theirs[slab, :, start : start + length]
@@ -147,10 +147,7 @@ class HostPoolMemory:
         self._counters.close()
 
 
-Slabs = TypeVar("Slabs", npt.NDArray[np.uint8], Tensor)
-
-
-def position_views(slabs: Slabs, layout: KVLayout) -> Iterator[Slabs]:
+def _positions(slabs: npt.NDArray[np.uint8], layout: KVLayout) -> Iterator[npt.NDArray[np.uint8]]:
     """Views `[num_blocks, segments, block_size, bytes of a position]` of all slabs, one for each row of
     segments whose positions have equally many bytes."""
     for _, group in itertools.groupby(layout.segments, lambda segment: segment.num_bytes):

@@ -14,6 +14,7 @@ from common.errors import ConfigError, PdqError
 from common.kv_layout import KVLayout
 from common.logs import get_logger
 from common.settings.config import NodeSettings
+from kv_transfer.device_memory import DevicePoolMemory
 from kv_transfer.lease import Leases
 from kv_transfer.link_ends import Transports
 from kv_transfer.nccl_library import NcclLibrary
@@ -77,11 +78,11 @@ def _make(name: str, settings: NodeSettings, memory: PoolMemory, layout: KVLayou
         encrypts = settings.encrypt_blocks
         source = TcpSource(memory, layout, leases, **network, encrypts=encrypts)
         return source, functools.partial(TcpReader.open, secret_key=bus.secret_key, encrypts=encrypts)
+    assert isinstance(memory, DevicePoolMemory), "they read a pool on a device"
     cuda = memory.cuda
-    assert cuda is not None, "they read a pool on a device"
     if name == "cuda_ipc":
         opener = functools.partial(CudaIpcReader.open, cuda=cuda, folder=folder)
-        return CudaIpcSource(memory, cuda, folder), opener
+        return CudaIpcSource(memory, folder), opener
     nccl, turns = NcclLibrary(), Turns()
     return (
         NcclSource(memory, layout, leases, cuda, nccl, turns, **network),

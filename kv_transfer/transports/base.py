@@ -17,13 +17,13 @@ The same rules hold for each, and one suite of tests checks them (tests/integrat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from common.errors import DigestMismatch, StaleBlock
+from common.errors import DigestMismatch, MalformedMessage, StaleBlock
 from common.kv_layout import KVLayout
 from kv_transfer.digests import ranges_digest
 from kv_transfer.pool_memory import PoolMemory
@@ -93,10 +93,9 @@ class Target:
         """Compare the digest of a copied piece with the promised one; `DigestMismatch`."""
         if not piece.digest:
             return
-        [[slab]] = self.memory.to_host([piece.block])
-        found = ranges_digest(slab, self._checked.ranges(piece.fill), piece.seed)
-        if found != piece.digest:
-            raise DigestMismatch(f"block {piece.index} is not what its hash promises")
+        for [slab] in self.memory.to_host([piece.block]):
+            if ranges_digest(slab, self._checked.ranges(piece.fill), piece.seed) != piece.digest:
+                raise DigestMismatch(f"block {piece.index} is not what its hash promises")
 
 
 class Counted(Protocol):
@@ -110,6 +109,37 @@ def require_unchanged(pool: Counted, piece: Piece) -> None:
     """`StaleBlock` unless the piece's block has the announced, even generation now."""
     if pool.generations[piece.slot] != piece.generation or piece.generation % 2:
         raise StaleBlock(f"block {piece.index} was reused while it was being copied")
+
+
+class Places:
+    """Where many pieces lie, as arrays: int64 `[n]`. What looks at each of them does so at once."""
+
+    def __init__(self, pieces: Sequence[Piece]) -> None:
+        self._pieces = pieces
+        try:
+            rows = np.array([(p.slot, p.block, p.generation, p.fill) for p in pieces], np.int64)
+        except OverflowError as error:
+            raise MalformedMessage("no pool has such a block", param="slots") from error
+        self.slots, self.blocks, self.generations, self.fills = rows.reshape(-1, 4).T
+
+    def are_inside(self, num_blocks: int) -> bool:
+        """Whether a pool of so many blocks has all slots."""
+        return bool(((self.slots >= 0) & (self.slots < num_blocks)).all())
+
+    def require_unchanged(self, pool: Counted) -> None:
+        """As the function, for all of them."""
+        wrong = (pool.generations[self.slots] != self.generations) | (self.generations % 2 != 0)
+        if wrong.any():
+            piece = self._pieces[int(wrong.argmax())]
+            raise StaleBlock(f"block {piece.index} was reused while it was being copied")
+
+    def by_fill(self) -> Iterator[tuple[int, Any]]:
+        """Each number of filled positions, 0 for whole slabs, and an index of the pieces that have it."""
+        if not self.fills.any():
+            yield 0, slice(None)
+            return
+        for fill in np.unique(self.fills).tolist():
+            yield fill, self.fills == fill
 
 
 # Opens the reading end of a link with the proof of a Hello. Blocking. `LinkLost` or `MalformedMessage`

@@ -49,9 +49,13 @@ class Callers:
         """Let a caller stay connected, no longer as one of these. It stays registered."""
         self._silent.remove(caller)
 
-    def hang_up(self, caller: socket.socket) -> None:
+    def let_go(self, caller: socket.socket) -> None:
+        """Leave a caller to somebody else, connected; the selector hears of it no more."""
         self._selector.unregister(caller)
         self._silent.remove(caller)
+
+    def hang_up(self, caller: socket.socket) -> None:
+        self.let_go(caller)
         caller.close()
 
     def close(self) -> None:

@@ -19,16 +19,16 @@ it before the lease ends.
 from __future__ import annotations
 
 import contextlib
-import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
 from common.errors import DigestMismatch, LinkLost, PdqError
 from common.kv_layout import KVLayout
+from common.logs import get_logger
 from common.wire.codec import encode
 from common.wire.messages import Pull, Slabs
-from kv_transfer.cuda_runtime import Cuda
+from kv_transfer.cuda_runtime import Cuda, Stream
 from kv_transfer.lease import Leases
 from kv_transfer.nccl_library import ID_BYTES, Communicator, Nccl, Ranges
 from kv_transfer.pool_memory import PoolMemory
@@ -38,7 +38,10 @@ from kv_transfer.transports.base import Target
 from kv_transfer.transports.tcp_frames import ReceivingFrames, SendingFrames
 from kv_transfer.transports.wires import STALL_TIMEOUT, ReceivingWire, SendingWire
 
-_POLL = 0.0002
+log = get_logger("kv")
+
+_POLL_S = (0.00005, 0.001)  # the first pause between two looks at the device, and the longest
+ABORT_S = 5.0  # for an aborted kernel to leave the device
 
 
 class Turns:
@@ -64,8 +67,9 @@ class Channel:
         self._device, self._nccl = cuda.index, nccl
         self._turn, self._sends, self._is_closing = turn, sends, is_closing
         self._pair: Communicator | None = None
-        self._stream = cuda.stream()
+        self._stream: Stream | None = cuda.stream()
         self._has_turn = False
+        self._pause = _POLL_S[0]
 
     def take_turn(self) -> None:
         while not self._turn.acquire(timeout=0.02):
@@ -89,13 +93,14 @@ class Channel:
 
     def begin(self, ranges: Ranges) -> None:
         """Put one exchange on the stream."""
-        if self._pair is None:
+        if self._pair is None or self._stream is None:
             raise LinkLost("the communicator was aborted")
+        self._pause = _POLL_S[0]
         self._pair.exchange(ranges, self._stream.handle, send=self._sends)
         self._wait_ready(STALL_TIMEOUT)
 
     def is_done(self) -> bool:
-        return self._stream.is_done()
+        return self._stream is None or self._stream.is_done()
 
     def _wait_ready(self, timeout: float) -> None:
         deadline = time.monotonic() + timeout
@@ -104,24 +109,38 @@ class Channel:
             self.pause(deadline)
 
     def pause(self, deadline: float) -> None:
-        """Sleep for a moment. `LinkLost` when the link closes or the deadline has passed."""
+        """Sleep for a moment, longer each time: a peer that stands still costs nobody the interpreter.
+        `LinkLost` when the link closes or the deadline has passed."""
         self._require_open()
         if time.monotonic() > deadline:
             raise LinkLost("the peer's end of the communicator does not answer")
-        time.sleep(_POLL)
+        time.sleep(self._pause)
+        self._pause = min(1.5 * self._pause, _POLL_S[1])
 
     def _require_open(self) -> None:
         if self._is_closing():
             raise LinkLost("the link was closed")
 
     def abort(self) -> None:
-        """End the communicator: the device does nothing more for this link."""
+        """End the communicator: the device does nothing more for this link when this returns."""
         try:
             if self._pair is not None:
                 self._pair.abort()
                 self._pair = None
+            if self._stream is not None:
+                self._end(self._stream)
+                self._stream = None
         finally:
             self.give_turn()
+
+    def _end(self, stream: Stream) -> None:
+        deadline = time.monotonic() + ABORT_S
+        while not stream.is_done():
+            if time.monotonic() > deadline:
+                log.error("nccl.not_aborted", seconds=ABORT_S)
+                break
+            time.sleep(_POLL_S[1])
+        stream.close()
 
 
 class NcclSource(tcp.TcpSource):
@@ -188,8 +207,9 @@ class _ServedNcclLink(tcp.ServedLink):
         try:
             self._wire.send(peer, header)
             self._channel.begin(self._ranges(pull))
+            deadline = time.monotonic() + STALL_TIMEOUT  # the reader asked, and has its turn: it is there
             while not self._channel.is_done():
-                self._channel.pause(math.inf)
+                self._channel.pause(deadline)
         except BaseException:
             self._channel.abort()  # before the blocks are let go
             raise

@@ -12,6 +12,7 @@ way, with a few bytes of payload. There are two kinds of socket, which differ in
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hmac
 import os
 import secrets
@@ -23,6 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from common.errors import ConfigError, LinkLost, MalformedMessage
+from kv_transfer.mappings import UNMAPPED, Mapped, Mappings
 from kv_transfer.transports.callers import Callers
 from kv_transfer.transports.wires import Stop
 
@@ -39,9 +41,12 @@ class DescriptorServer:
     """Hands `fd` and `payload` to readers that prove a link. One thread serves all of them, and waits
     for none in particular."""
 
-    def __init__(self, fd: int, folder: str = "", payload: bytes = b"") -> None:
-        """`folder` is the socket's place; "" makes an abstract one. `ConfigError` if neither can be."""
-        self._fd, self._payload = fd, payload
+    def __init__(
+        self, fd: int, folder: str = "", payload: bytes = b"", mappings: Mappings | None = None
+    ) -> None:
+        """`folder` is the socket's place; "" makes an abstract one. `ConfigError` if neither can be.
+        `mappings` keeps the connections of those who got the payload, if it is a handle."""
+        self._fd, self._payload, self._mappings = fd, payload, mappings
         self._name = secrets.token_bytes(_NAME_BYTES // 2).hex().encode()
         self._nonces: dict[bytes, bytes] = {}  # first half → second half
         self._links: dict[str, bytes] = {}
@@ -68,6 +73,8 @@ class DescriptorServer:
         first = self._links.pop(link, None)
         if first is not None:
             self._nonces.pop(first, None)
+        if self._mappings is not None:
+            self._mappings.sweep()
 
     def close(self) -> None:
         self._stop.set()
@@ -89,18 +96,38 @@ class DescriptorServer:
             self._callers.close()
 
     def _answer(self, caller: socket.socket) -> None:
+        hang_up = self._callers.hang_up
         with contextlib.suppress(OSError):
-            if _user(caller) == os.geteuid():
-                second = self._nonces.get(caller.recv(_HALF + 1))
-                if second is not None:
-                    socket.send_fds(caller, [second, self._payload], [self._fd])
-        self._callers.hang_up(caller)
+            second = self._nonces.get(caller.recv(_HALF + 1)) if _user(caller) == os.geteuid() else None
+            if second is not None:
+                if self._mappings is not None:  # before it can map anything
+                    self._callers.let_go(caller)
+                    hang_up = lambda _: None  # noqa: E731
+                    self._mappings.add(caller)
+                socket.send_fds(caller, [second, self._payload], [self._fd])
+        hang_up(caller)
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Received:
+    """What a source hands over, and the connection that it came over."""
+
+    fd: int
+    payload: bytes
+    connection: socket.socket
+    is_kept: bool = False
+
+    def keep(self) -> Mapped:
+        """Take the connection over: what the payload names is about to be mapped."""
+        mapped = Mapped(self.connection)
+        self.is_kept = True
+        return mapped
 
 
 @contextlib.contextmanager
-def receive(proof: bytes, folder: str = "") -> Iterator[tuple[int, bytes]]:
-    """Yield the descriptor and payload of the source that made `proof`. The descriptor is closed at
-    the end.
+def receive(proof: bytes, folder: str = "") -> Iterator[Received]:
+    """Yield what the source hands over that made `proof`. The descriptor is closed at the end, and the
+    connection, unless it was kept.
 
     Looks for the source in `folder`, if there is one, and among the abstract sockets. `LinkLost` if it
     is not on this host, belongs to another user, or does not know the nonce.
@@ -108,23 +135,30 @@ def receive(proof: bytes, folder: str = "") -> Iterator[tuple[int, bytes]]:
     if len(proof) != _NAME_BYTES + 2 * _HALF:
         raise MalformedMessage("a proof of one host has a name and a nonce", param="proofs")
     name, first = proof[:_NAME_BYTES], proof[_NAME_BYTES:-_HALF]
+    fds: list[int] = []
+    received: Received | None = None
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+        try:
             connection.settimeout(_TIMEOUT)
             _connect(connection, name, folder)
             if _user(connection) != os.geteuid():
                 raise LinkLost("the pool belongs to another user")
             connection.send(first)
             answer, fds, _, _ = socket.recv_fds(connection, _HALF + _MAX_PAYLOAD, 1)
-    except OSError as error:
-        raise LinkLost(f"not on this host: {error}") from error
-    try:
+        except OSError as error:
+            raise LinkLost(f"not on this host: {error}") from error
         if not hmac.compare_digest(answer[:_HALF], proof[-_HALF:]) or len(fds) != 1:
             raise LinkLost("not on this host: the nonce differs")
-        yield fds[0], answer[_HALF:]
+        received = Received(fds[0], answer[_HALF:], connection)
+        yield received
     finally:
         for fd in fds:
             os.close(fd)
+        if received is None or not received.is_kept:
+            with contextlib.suppress(OSError):
+                connection.send(UNMAPPED)
+            connection.close()
 
 
 def _abstract(name: bytes) -> bytes:

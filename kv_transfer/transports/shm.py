@@ -43,8 +43,8 @@ class ShmReader:
     @classmethod
     def open(cls, link: str, proof: bytes, target: Target, *, folder: str = "") -> ShmReader:
         """Prove that the other end is on this host and of this user, and map its pool."""
-        with receive(proof, folder) as (fd, _):
-            mapped = MappedGenerations(fd)
+        with receive(proof, folder) as received:
+            mapped = MappedGenerations(received.fd)
         if mapped.content_bytes != mapped.num_blocks * target.source_slab_bytes:
             mapped.close()
             raise MalformedMessage("the peer's slabs have another size", param="slab_bytes")

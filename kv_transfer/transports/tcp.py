@@ -310,14 +310,27 @@ class TcpReader:
     def _receive_slabs(self, pieces: tuple[Piece, ...]) -> PdqError | None:
         """Receive the slabs of one request into their blocks, even those behind a wrong one. Returns
         the first error; raises `LinkLost`."""
-        target, failure = self._target, None
+        failure: PdqError | None = None
+        at_once = self._target.memory.at_once
+        for start in range(0, len(pieces), at_once):
+            found = self._receive_some(pieces[start : start + at_once])
+            failure = failure or found
+        return failure
+
+    def _receive_some(self, pieces: tuple[Piece, ...]) -> PdqError | None:
+        failure: PdqError | None = None
+        target = self._target
+        places = [(piece.block, target.ranges(piece)) for piece in pieces]
+        with target.memory.from_host(places) as slabs:
+            for view in itertools.chain.from_iterable(slabs):
+                try:
+                    self._wire.read_into(view)
+                except MalformedMessage as error:
+                    failure = failure or error
         for piece in pieces:
             try:
-                with target.memory.from_host(piece.block, target.ranges(piece)) as views:
-                    for view in views:
-                        self._wire.read_into(view)
                 target.check(piece)
-            except (DigestMismatch, MalformedMessage) as error:
+            except DigestMismatch as error:
                 failure = failure or error
         return failure
 

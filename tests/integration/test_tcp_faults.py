@@ -21,6 +21,7 @@ import zmq
 from common.errors import InsufficientMemory, LinkLost, MalformedMessage, PdqError
 from common.wire.codec import encode
 from common.wire.messages import Proved, Pull, Slabs
+from kv_transfer.cuda_runtime import Pinned
 from kv_transfer.lease import Leases
 from kv_transfer.pool_memory import HostPoolMemory
 from kv_transfer.ports import Piece
@@ -101,8 +102,10 @@ def test_a_pull_that_found_no_pinned_memory_leaves_its_link_in_step_or_lost(tran
         reader = end.reader()
         pieces = [end.piece(b, b, index=b) for b in range(8)]
         with pytest.MonkeyPatch.context() as patch:
-            pinned = CUDA.pinned  # by the reader, a slab at a time
-            patch.setattr(CUDA, "pinned", lambda n: no_memory() if n == LAYOUT.slab_bytes else pinned(n))
+            pinned, puller = CUDA.pinned, threading.get_ident()  # the source has a thread of its own
+            patch.setattr(
+                CUDA, "pinned", lambda n: no_memory() if threading.get_ident() == puller else pinned(n)
+            )
             with pytest.raises(PdqError):
                 reader.pull(pieces)
         try:
@@ -112,7 +115,7 @@ def test_a_pull_that_found_no_pinned_memory_leaves_its_link_in_step_or_lost(tran
         assert end.all_same()
 
 
-def no_memory(*_: object) -> torch.Tensor:
+def no_memory(*_: object) -> Pinned:
     raise InsufficientMemory("no pinned memory")
 
 

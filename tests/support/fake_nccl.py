@@ -1,7 +1,8 @@
 """NCCL without a device: two ranks of one process meet by the id; each end moves when both are there.
 
 A receive is copied only when the sender's exchange is on its stream, as a kernel of NCCL waits for
-its peer's. `aborted` counts communicators that ended; `left` those that did not.
+its peer's. `left` counts communicators that did not end, `groups` the exchanges. Ranges outside the device's
+memory are a fault of the device (fake_cuda.py), when they are asked for and when they are copied.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ class FakeNccl:
         self.pairs: dict[bytes, dict[int, FakePair]] = {}
         self.lock = threading.Lock()
         self.left = 0
+        self.groups: list[tuple[bool, int]] = []  # one for each exchange: whether it sends, and how many ranges
 
     def unique_id(self) -> bytes:
         return os.urandom(ID_BYTES)
@@ -54,6 +56,9 @@ class FakePair:
         return self._nccl.peer_comes and self._peer() is not None
 
     def exchange(self, ranges: Ranges, stream: int, *, send: bool) -> None:
+        self._nccl.groups.append((send, len(ranges)))
+        for address, length in ranges:
+            self._nccl.cuda.require(address, length)
         if send:
             with self._nccl.lock:
                 self.sending.append(list(ranges))
@@ -76,6 +81,8 @@ class FakePair:
             sent = peer.sending.pop(0)
         assert [length for _, length in sent] == [length for _, length in ranges]
         for (into, length), (source, _) in zip(ranges, sent, strict=True):
+            for address in (into, source):
+                self._nccl.cuda.require(address, length)
             ctypes.memmove(into, source, length)
         return True
 

@@ -71,15 +71,16 @@ def test_slabs_come_to_host_memory_in_the_order_asked_for(memory: PoolMemory) ->
 
 def test_a_slab_has_what_was_filled_in_once_the_context_ends(memory: PoolMemory) -> None:
     before = memory.slabs.clone()
-    with memory.from_host(2, [(3, 5), (20, 2)]) as views:
-        views[0][:], views[1][:] = b"abcde", b"xy"
+    with memory.from_host([(2, [(3, 5), (20, 2)]), (4, [(0, 3)])]) as ((first, second), (third,)):
+        first[:], second[:], third[:] = b"abcde", b"xy", b"new"
     before[2, 3:8] = torch.tensor(list(b"abcde"))
     before[2, 20:22] = torch.tensor(list(b"xy"))
+    before[4, :3] = torch.tensor(list(b"new"))
     assert torch.equal(memory.slabs, before)
 
 
 def test_an_error_while_a_slab_is_filled_reaches_the_caller(memory: PoolMemory) -> None:
-    with pytest.raises(LinkLost), memory.from_host(2, [(0, 4)]):
+    with pytest.raises(LinkLost), memory.from_host([(2, [(0, 4)])]):
         raise LinkLost("gone")
 
 
@@ -89,8 +90,7 @@ def test_positions_go_to_blocks_of_another_size(memory: PoolMemory) -> None:
     with contextlib.closing(memory.beside(1, whole.slab_bytes)) as other:
         spans = [(block, Span(0, 4 * block, 0, 4)) for block in range(5)]
         other.copy_positions(whole, memory, LAYOUT, spans)
-        [[slab]] = other.to_host([0])
-        content = bytes(slab)
+        [content] = [bytes(slab) for [slab] in other.to_host([0])]
     for theirs, ours in zip(LAYOUT.segments, whole.segments, strict=True):
         rows = [memory.slabs[b, theirs.offset :][: theirs.num_bytes] for b in range(5)]
         expected = bytes(torch.cat(rows).numpy())
