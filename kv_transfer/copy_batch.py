@@ -30,11 +30,15 @@ class CopyBatch:
         cls, into: npt.ArrayLike, source: npt.ArrayLike, ranges: Sequence[tuple[int, int]]
     ) -> CopyBatch:
         """The same (offset, length) ranges of slabs that begin at `into` and `source`."""
+        into, source = np.asarray(into, np.int64), np.asarray(source, np.int64)
+        if len(ranges) == 1:
+            offset, length = ranges[0]
+            return cls(into + offset, source + offset, np.full(len(into), length))
         offsets, lengths = np.asarray(ranges, np.int64).reshape(-1, 2).T
-        targets = np.asarray(into, np.int64)[:, None] + offsets
+        targets = into[:, None] + offsets
         return cls(
             targets.ravel(),
-            (np.asarray(source, np.int64)[:, None] + offsets).ravel(),
+            (source[:, None] + offsets).ravel(),
             np.broadcast_to(lengths, targets.shape).ravel(),
         )
 

@@ -290,13 +290,18 @@ class _Stream:
 
     def __init__(self, cuda: CudaRuntime, lane: _Lane) -> None:
         self._cuda, self._lane = cuda, lane
-        self.handle = lane.handle
-        self._is_closed = False
+        self._is_closed, self._is_idle = False, False
+
+    @property
+    def handle(self) -> int:
+        self._is_idle = False  # whoever asks may give it work
+        return self._lane.handle
 
     def copy(self, batch: CopyBatch, between: Between) -> None:
         assert not self._is_closed
         if not len(batch):
             return
+        self._is_idle = False
         small = between is Between.DEVICES and batch.num_bytes < SMALL_BYTES * len(batch)
         if self._lane.table is not None and (between is Between.ONE_DEVICE or small):
             for start in range(0, len(batch), TABLE_COPIES):
@@ -310,10 +315,10 @@ class _Stream:
         if not table.has_room(len(batch)):
             self.synchronize()
         with self._cuda.entered():
-            table.launch(self._cuda, batch, self.handle)
+            table.launch(self._cuda, batch, self._lane.handle)
 
     def _enqueue(self, batch: CopyBatch) -> None:
-        library, handle = self._cuda.library, self.handle
+        library, handle = self._cuda.library, self._lane.handle
         with self._cuda.entered():
             if library.has_batches:
                 parts = [np.ascontiguousarray(part) for part in (batch.into, batch.source, batch.lengths)]
@@ -330,14 +335,14 @@ class _Stream:
     def synchronize(self) -> None:
         assert not self._is_closed
         with self._cuda.entered():
-            self._cuda.call(LinkLost, "cudaStreamSynchronize", self.handle)
+            self._cuda.call(LinkLost, "cudaStreamSynchronize", self._lane.handle)
         self._ended()
 
     def is_done(self) -> bool:
         assert not self._is_closed
         library = self._cuda.library
         with self._cuda.entered():
-            status = library.quick.cudaStreamQuery(self.handle)
+            status = library.quick.cudaStreamQuery(self._lane.handle)
             if status == NOT_READY:
                 library.quick.cudaGetLastError()
                 return False
@@ -346,12 +351,13 @@ class _Stream:
         return True
 
     def _ended(self) -> None:
+        self._is_idle = True
         if self._lane.table is not None:
             self._lane.table.used = 0
 
     def close(self) -> None:
         if not self._is_closed:
-            is_free = self.is_done()
+            is_free = self._is_idle or self.is_done()
             self._is_closed = True
             if is_free:
                 self._cuda.give_lane(self._lane)
@@ -394,7 +400,7 @@ def _load_kernels() -> dict[bool, Launch] | None:
         from kv_transfer.device_copy import compiled
 
         return {wide: compiled(wide=wide) for wide in (True, False)}
-    except Exception as error:  # noqa: BLE001  (a compiler's; the copy engines do the same, slower)
+    except Exception as error:  # a compiler's; the copy engines do the same, slower
         log.warning("copies.without_kernel", error=error)
         return None
 

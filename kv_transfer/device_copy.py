@@ -22,7 +22,9 @@ WIDE_BYTES = 16  # of one load, where every address and length is a multiple of 
 _NOT_SPECIALISED = ["table", "num_copies"]
 
 
-@triton.jit(do_not_specialize=_NOT_SPECIALISED, do_not_specialize_on_alignment=_NOT_SPECIALISED)
+@triton.jit(  # type: ignore[untyped-decorator]
+    do_not_specialize=_NOT_SPECIALISED, do_not_specialize_on_alignment=_NOT_SPECIALISED
+)
 def copy_pieces(table, num_copies, WIDE: tl.constexpr, PART: tl.constexpr):  # type: ignore[no-untyped-def]
     """Copy part `program_id(1)` of piece `program_id(0)`. `table`: its address, int64
     `[3, num_copies]`: targets, sources, lengths. `WIDE`: all three are multiples of 16."""
@@ -38,10 +40,10 @@ def copy_pieces(table, num_copies, WIDE: tl.constexpr, PART: tl.constexpr):  # t
             sources = tl.multiple_of(source.to(tl.pointer_type(tl.int64)), 16) + places
             tl.store(targets, tl.load(sources, mask=inside), mask=inside)
         else:
-            bytes_ = start + tl.arange(0, PART)
-            within = bytes_ < length
-            into_bytes = into.to(tl.pointer_type(tl.uint8)) + bytes_
-            tl.store(into_bytes, tl.load(source.to(tl.pointer_type(tl.uint8)) + bytes_, mask=within), mask=within)
+            offsets = start + tl.arange(0, PART)
+            within = offsets < length
+            read = tl.load(source.to(tl.pointer_type(tl.uint8)) + offsets, mask=within)
+            tl.store(into.to(tl.pointer_type(tl.uint8)) + offsets, read, mask=within)
 
 
 def compiled(*, wide: bool) -> Callable[[int, int, int, int], None]:

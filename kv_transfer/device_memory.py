@@ -8,6 +8,7 @@ block must be sealed only after the step that wrote it has ended on the device.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
@@ -78,17 +79,21 @@ class DevicePoolMemory:
                 into = staged.address + np.arange(len(some)) * slab_bytes
                 source = self._base + some * slab_bytes
                 self._copy(CopyBatch.of_ranges(into, source, [(0, slab_bytes)]), Between.HOST)
-                yield [staged.view[at : at + slab_bytes] for at in range(0, len(some) * slab_bytes, slab_bytes)]
+                starts = range(0, len(some) * slab_bytes, slab_bytes)
+                yield [staged.view[at : at + slab_bytes] for at in starts]
 
     @contextlib.contextmanager
     def from_host(self, places: Sequence[Place]) -> Iterator[list[list[memoryview]]]:
-        rows = [(self.address(block) + offset, length) for block, ranges in places for offset, length in ranges]
+        rows = [
+            (self.address(block) + offset, length) for block, ranges in places for offset, length in ranges
+        ]
         into, lengths = np.array(rows, np.int64).reshape(-1, 2).T
         ends = np.cumsum(lengths)
         staged = self.cuda.pinned(int(ends[-1]))
         try:
-            views = iter([staged.view[end - length : end] for end, (_, length) in zip(ends, rows, strict=True)])
-            yield [[next(views) for _ in ranges] for _, ranges in places]
+            views = [staged.view[end - length : end] for end, length in zip(ends, lengths, strict=True)]
+            first = np.cumsum([0, *[len(ranges) for _, ranges in places]])
+            yield [views[start:end] for start, end in itertools.pairwise(first)]
             self._copy(CopyBatch(into, staged.address + ends - lengths, lengths), Between.HOST)
         finally:
             self.cuda.give_pinned(staged)
@@ -132,5 +137,5 @@ class DevicePoolMemory:
         elif self.mappings.wait(UNMAP_S):
             self.cuda.free(self._base)
         else:
-            log.warning("pool.kept", reason="another process may have it mapped", mapped=self.mappings.sweep())
+            log.warning("pool.kept", reason="others may have it mapped", others=self.mappings.sweep())
         self.mappings.close()

@@ -127,8 +127,8 @@ class HostPoolMemory:
     def copy_positions(
         self, layout: KVLayout, source: PoolMemory, source_layout: KVLayout, spans: Iterable[tuple[int, Span]]
     ) -> None:
-        slabs = source.slabs.numpy()
-        views = list(zip(_positions(slabs, source_layout), _positions(self.slabs.numpy(), layout), strict=True))
+        of_theirs = _positions(source.slabs.numpy(), source_layout)
+        views = list(zip(of_theirs, _positions(self.slabs.numpy(), layout), strict=True))
         for slab, (block, at, start, length) in spans:
             for theirs, ours in views:
                 ours[block, :, at : at + length] = theirs[slab, :, start : start + length]

@@ -247,12 +247,13 @@ class Node:
         stack.push_async_callback(self._settle)
         stack.push_async_callback(self.bus.close)
         await self.bus.start()
+        # Before the links: while a graph of the device is captured, nobody else should ask it for memory.
+        await asyncio.to_thread(self.engine.warm_up)
         stack.push_async_callback(self.links.close)
         self.links.start()
         stack.push_async_callback(self.metrics.close)
         await self.metrics.start()
         stack.callback(self.gateways.close)
-        await asyncio.to_thread(self.engine.warm_up)
         loading.give_back_memory()
         when_warm()
         # Not earlier: the reaper takes a node with a queue and no beat for dead, and a start may take long.

@@ -79,6 +79,7 @@ class Target:
         self.memory, self.layout, self.with_draft = memory, layout, with_draft
         self.source_slab_bytes = source_slab_bytes or memory.slab_bytes
         self._checked = layout.without_draft
+        self._ranges: dict[int, list[tuple[int, int]]] = {}  # by fill
 
     def without_draft(self, source_slab_bytes: int) -> Target:
         """For a peer that has another draft model, or none."""
@@ -87,7 +88,14 @@ class Target:
 
     def ranges(self, piece: Piece) -> list[tuple[int, int]]:
         """The (offset, length) parts of a slab to copy: all of it, or a tail's filled positions."""
-        return self.layout.ranges(piece.fill)
+        return self.ranges_of(piece.fill)
+
+    def ranges_of(self, fill: int) -> list[tuple[int, int]]:
+        """As of a piece with so many filled positions; 0: the whole slab."""
+        found = self._ranges.get(fill)
+        if found is None:
+            found = self._ranges[fill] = self.layout.ranges(fill)
+        return found
 
     def check(self, piece: Piece) -> None:
         """Compare the digest of a copied piece with the promised one; `DigestMismatch`."""

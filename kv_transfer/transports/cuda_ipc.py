@@ -59,20 +59,21 @@ class CudaIpcReader:
     @classmethod
     def open(cls, link: str, proof: bytes, target: Target, *, cuda: Cuda, folder: str = "") -> CudaIpcReader:
         """Prove that the other end is on this host and of this user, and map its pool."""
-        with contextlib.ExitStack() as made, receive(proof, folder) as received:
-            if len(received.payload) != _PAYLOAD.size:
-                raise MalformedMessage("not the memory of a device pool", param="proofs")
-            slab_bytes, handle, device = _PAYLOAD.unpack(received.payload)
-            if slab_bytes != target.source_slab_bytes:
-                raise MalformedMessage("the peer's slabs have another size", param="slab_bytes")
-            mapped = MappedGenerations(received.fd)
-            made.callback(mapped.close)
-            said = received.keep()
-            with contextlib.ExitStack() as unmapped:
-                unmapped.callback(said.close)
-                base = cuda.open_ipc(handle)
-                unmapped.pop_all()
-            made.callback(_unmap, cuda, base, said)
+        with contextlib.ExitStack() as made:
+            with receive(proof, folder) as received:
+                if len(received.payload) != _PAYLOAD.size:
+                    raise MalformedMessage("not the memory of a device pool", param="proofs")
+                slab_bytes, handle, device = _PAYLOAD.unpack(received.payload)
+                if slab_bytes != target.source_slab_bytes:
+                    raise MalformedMessage("the peer's slabs have another size", param="slab_bytes")
+                mapped = MappedGenerations(received.fd)
+                made.callback(mapped.close)
+                said = received.keep()
+                with contextlib.ExitStack() as unmapped:
+                    unmapped.callback(said.close)
+                    base = cuda.open_ipc(handle)
+                    unmapped.pop_all()
+                made.callback(_unmap, cuda, base, said)
             between = Between.ONE_DEVICE if device == cuda.name else Between.DEVICES
             reader = cls(mapped, base, target, cuda, between, said)
             made.pop_all()
@@ -107,7 +108,7 @@ class CudaIpcReader:
         source = self._base + places.slots * target.source_slab_bytes
         into = target.memory.address(0) + places.blocks * target.memory.slab_bytes
         return CopyBatch.joined(
-            CopyBatch.of_ranges(into[which], source[which], target.layout.ranges(fill))
+            CopyBatch.of_ranges(into[which], source[which], target.ranges_of(fill))
             for fill, which in places.by_fill()
         )
 

@@ -20,7 +20,7 @@ import selectors
 import socket
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from common.errors import ConfigError, LinkLost, MalformedMessage
@@ -96,7 +96,7 @@ class DescriptorServer:
             self._callers.close()
 
     def _answer(self, caller: socket.socket) -> None:
-        hang_up = self._callers.hang_up
+        hang_up: Callable[[socket.socket], None] = self._callers.hang_up
         with contextlib.suppress(OSError):
             second = self._nonces.get(caller.recv(_HALF + 1)) if _user(caller) == os.geteuid() else None
             if second is not None:

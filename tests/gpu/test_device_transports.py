@@ -7,11 +7,12 @@ tests/integration/test_transports.py; here are those calls.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,11 +20,11 @@ import torch
 
 from common.errors import LinkLost, StaleBlock
 from common.kv_layout import KVLayout
-from kv_transfer.cuda_runtime import CudaRuntime
+from kv_transfer.cuda_runtime import Between, CudaRuntime, Stream
 from kv_transfer.device_memory import STAGED_BYTES, DevicePoolMemory
 from kv_transfer.nccl_library import NcclLibrary
 from kv_transfer.ports import Piece, Span
-from kv_transfer.transports.base import Target
+from kv_transfer.transports.base import Places, Target
 from kv_transfer.transports.cuda_ipc import CudaIpcReader
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -45,11 +46,15 @@ for block in range(memory.num_blocks):
 torch.cuda.synchronize()
 for block in range(memory.num_blocks):
     memory.seal(block)
-source = CudaIpcSource(memory, cuda)
+source = CudaIpcSource(memory)
 print("proof", source.open_link("link").hex(), flush=True)
 for line in sys.stdin:
-    block = int(line)
-    memory.begin_write(block)
+    if line == "close\n":
+        source.close()
+        memory.close()
+        print("closed", flush=True)
+        continue
+    memory.begin_write(int(line))
     print("writing", flush=True)
 """
 
@@ -106,8 +111,10 @@ def answer(process: subprocess.Popen[str], word: str) -> str:
 
 
 @contextlib.contextmanager
-def pool(blocks: int = BLOCKS, staged_bytes: int = STAGED_BYTES) -> Iterator[DevicePoolMemory]:
-    memory = DevicePoolMemory(blocks, LAYOUT.slab_bytes, CudaRuntime(), staged_bytes)
+def pool(
+    blocks: int = BLOCKS, staged_bytes: int = STAGED_BYTES, layout: KVLayout = LAYOUT
+) -> Iterator[DevicePoolMemory]:
+    memory = DevicePoolMemory(blocks, layout.slab_bytes, CudaRuntime(), staged_bytes)
     try:
         yield memory
     finally:
@@ -115,12 +122,14 @@ def pool(blocks: int = BLOCKS, staged_bytes: int = STAGED_BYTES) -> Iterator[Dev
 
 
 @contextlib.contextmanager
-def another_process() -> Iterator[tuple[subprocess.Popen[str], CudaIpcReader, DevicePoolMemory]]:
+def another_process(
+    blocks: int = BLOCKS, layout: KVLayout = LAYOUT
+) -> Iterator[tuple[subprocess.Popen[str], CudaIpcReader, DevicePoolMemory]]:
     """A process that owns a pool on this device, and a reader of it here."""
-    arguments = (str(BLOCKS), str(LAYOUT.slab_bytes))
-    with python(OWNER, *arguments) as process, pool() as memory:
+    arguments = (str(blocks), str(layout.slab_bytes))
+    with python(OWNER, *arguments) as process, pool(blocks, layout=layout) as memory:
         proof = bytes.fromhex(answer(process, "proof"))
-        reader = CudaIpcReader.open("link", proof, Target(memory, LAYOUT), cuda=memory.cuda)
+        reader = CudaIpcReader.open("link", proof, Target(memory, layout), cuda=memory.cuda)
         try:
             yield process, reader, memory
         finally:
@@ -141,8 +150,8 @@ def test_a_pool_lies_on_the_device_and_its_generations_do_not() -> None:
         assert in_host(memory, [2]) == [bytes([9]) * LAYOUT.slab_bytes]
         content = bytes(range(256)) * (LAYOUT.slab_bytes // 256)
         half = LAYOUT.slab_bytes // 2
-        with memory.from_host(1, [(0, half), (half, half)]) as views:
-            views[0][:], views[1][:] = content[:half], content[half:]
+        with memory.from_host([(1, [(0, half), (half, half)])]) as [[first, second]]:
+            first[:], second[:] = content[:half], content[half:]
         assert in_host(memory, [1]) == [content]
         assert memory.generations.tolist() == [0, 0, 0, 0]
 
@@ -216,28 +225,164 @@ def test_kill_9_of_the_owner_leaves_the_reader_its_device() -> None:
         assert int(torch.ones(8, device="cuda").sum()) == 8
 
 
-def test_at_least_0_8_of_a_copy_on_the_device() -> None:
-    """64 MB in slabs, against the same copies inside one pool."""
-    with another_process() as (_, reader, memory):
-        other = torch.empty_like(memory.slabs)
-
-        def plain() -> None:
-            for block in range(BLOCKS):
-                other[block].copy_(memory.slabs[block])
-            torch.cuda.synchronize()
-
-        ratio = best(plain) / best(lambda: reader.pull(pieces()))
-        print(f"cuda_ipc at {ratio:.2f} of copies of the same pieces on the device")
-        assert ratio >= 0.8
+def test_an_owner_that_ends_keeps_memory_that_is_still_mapped() -> None:
+    """It waits for its readers, and then leaves the memory alone: what is mapped stays readable."""
+    with another_process() as (process, reader, memory):
+        assert process.stdin is not None
+        process.stdin.write("close\n")
+        process.stdin.flush()
+        answer(process, "closed")
+        reader.pull(pieces())
+        expected = torch.arange(BLOCKS, device="cuda").remainder(251).to(torch.uint8)
+        assert torch.equal(memory.slabs, expected[:, None].expand_as(memory.slabs))
 
 
-def best(work: object, rounds: int = 10) -> float:
+BYTES = 64 << 20  # of every copy that is measured
+SHAPES = {  # slabs of 16 tokens
+    "2.4 MB": KVLayout.paged_attention(
+        num_layers=36, num_kv_heads=8, head_dim=128, block_size=16, dtype="bfloat16"
+    ),
+    "64 KB": KVLayout.paged_attention(
+        num_layers=8, num_kv_heads=2, head_dim=64, block_size=16, dtype="bfloat16"
+    ),
+}
+by_shape = pytest.mark.parametrize("shape", SHAPES)
+
+
+@by_shape
+def test_the_device_copies_slabs_at_0_8_of_one_contiguous_copy(
+    shape: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the device's time: 64 MB out of another process's pool, blocks in an order of chance at both ends.
+    The contiguous copy is torch's."""
+    with measured(shape) as (reader, memory, some):
+        batch, between = reader._batch(Places(some)), reader._between
+        with contextlib.closing(memory.cuda.stream()) as stream:
+            ours = device_seconds(stream, lambda: stream.copy(batch, between))
+            into, source = two_of(batch.num_bytes)
+            outside = torch.cuda.ExternalStream(stream.handle)
+            one = device_seconds(stream, lambda: copied_on(outside, into, source))
+            engines = device_seconds(stream, lambda: stream.copy(batch, Between.HOST))
+        report(
+            capsys,
+            measured="device time of a batch",
+            slab=shape,
+            copies=len(batch),
+            one_contiguous_copy_us=1e6 * one,
+            cuda_ipc_us=1e6 * ours,
+            copy_engines_us=1e6 * engines,
+            ratio=one / ours,
+        )
+        assert one / ours >= 0.8
+
+
+def test_a_pull_takes_at_most_1_25_times_as_long_as_one_contiguous_copy(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """From the call to the return, Python and both looks at the generations included: 64 MB in slabs of
+    2.4 MB. The contiguous copy is torch's, waited for likewise."""
+    with measured("2.4 MB") as (reader, _, some):
+        one, ours = wall(reader, some)
+        report(capsys, measured="pull", slab="2.4 MB", one_contiguous_copy_us=1e6 * one, pull_us=1e6 * ours)
+        assert one / ours >= 0.8
+
+
+def test_what_python_adds_to_a_pull_of_small_slabs_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    """A pull in service has 64 pieces at most; of 64 KB these are copied in 2 us. What is asserted is only
+    that a piece costs less than a call of the driver for each would."""
+    with measured("64 KB") as (reader, memory, some):
+        one, ours = wall(reader, some)
+        target = memory.slabs
+
+        def piece_by_piece() -> None:
+            for piece in some:
+                target[piece.block].copy_(target[(piece.block + 1) % len(target)], non_blocking=True)
+            torch.cuda.current_stream().synchronize()
+
+        each = best(piece_by_piece)
+        report(
+            capsys,
+            measured="pull",
+            slab="64 KB",
+            one_contiguous_copy_us=1e6 * one,
+            pull_us=1e6 * ours,
+            copied_one_by_one_us=1e6 * each,
+        )
+        assert ours < 0.5 * each
+
+
+@contextlib.contextmanager
+def measured(shape: str) -> Iterator[tuple[CudaIpcReader, DevicePoolMemory, list[Piece]]]:
+    """A reader, its pool, and pieces of 64 MB in an order of chance, which have been read once."""
+    layout = SHAPES[shape]
+    count = BYTES // layout.slab_bytes
+    slots, blocks = (torch.randperm(2 * count)[:count].tolist() for _ in range(2))
+    places = zip(slots, blocks, strict=True)
+    some = [Piece(i, slot, 2, block, 0, b"", b"") for i, (slot, block) in enumerate(places)]
+    with another_process(2 * count, layout) as (_, reader, memory):
+        reader.pull(some)
+        expected = torch.tensor(slots, device="cuda").remainder(251).to(torch.uint8)
+        assert torch.equal(memory.slabs[blocks].amax(1), expected)
+        assert torch.equal(memory.slabs[blocks].amin(1), expected)
+        yield reader, memory, some
+
+
+def device_seconds(stream: Stream, enqueue: Callable[[], None], times: int = 20) -> float:
+    """Of the device, for one of many in a row; the best of some rounds."""
+    outside = torch.cuda.ExternalStream(stream.handle)
+    found = []
+    for _ in range(5):
+        enqueue()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(10_000_000)  # so that the device never waits for the host
+        outside.wait_stream(torch.cuda.current_stream())
+        begin.record(outside)
+        for _ in range(times):
+            enqueue()
+        end.record(outside)
+        stream.synchronize()
+        found.append(begin.elapsed_time(end) / 1000 / times)
+    return min(found)
+
+
+def wall(reader: CudaIpcReader, some: list[Piece]) -> tuple[float, float]:
+    """Seconds of one contiguous copy of 64 MB, and of a pull of it."""
+    into, source = two_of(len(some) * reader._target.source_slab_bytes)
+    stream = torch.cuda.Stream()
+
+    def plain() -> None:
+        copied_on(stream, into, source)
+        stream.synchronize()
+
+    return best(plain, 50), best(lambda: reader.pull(some), 50)
+
+
+def two_of(num_bytes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    into = torch.zeros(num_bytes, dtype=torch.uint8, device="cuda")
+    source = torch.ones_like(into)
+    torch.cuda.synchronize()
+    return into, source
+
+
+def copied_on(stream: torch.cuda.Stream, into: torch.Tensor, source: torch.Tensor) -> None:
+    with torch.cuda.stream(stream):
+        into.copy_(source, non_blocking=True)
+
+
+def best(work: Callable[[], None], rounds: int = 10) -> float:
     times = []
     for _ in range(rounds):
         began = time.perf_counter()
-        work()  # type: ignore[operator]
+        work()
         times.append(time.perf_counter() - began)
     return min(times)
+
+
+def report(capsys: pytest.CaptureFixture[str], **found: object) -> None:
+    """One line of JSON, whatever pytest is asked to show."""
+    device = torch.cuda.get_device_name()
+    with capsys.disabled():
+        print("\n" + json.dumps({"device": device, **found}), flush=True)
 
 
 def test_nccl_init_with_an_absent_peer_can_be_aborted() -> None:

@@ -31,7 +31,7 @@ from kv_transfer.copy_batch import CopyBatch
 from kv_transfer.cuda_library import HANDLE_BYTES
 from kv_transfer.cuda_runtime import NAME_BYTES, Between, Pinned, Stream
 
-GARBAGE, GIVEN_BACK = 0xA5, 0xEE  # what pinned and scratch memory hold before they are written, and afterwards
+GARBAGE, GIVEN_BACK = 0xA5, 0xEE  # in pinned and scratch memory
 
 
 class Memory(NamedTuple):
@@ -179,7 +179,7 @@ class FakeStream:
         self.handle = handle
         self._cuda = cuda
         self._is_closed = False
-        self.waiting: list[Callable[[], bool] | CopyBatch] = []  # copies, or work that says whether it has ended
+        self.waiting: list[Callable[[], bool] | CopyBatch] = []  # work says whether it has ended
 
     def batches(self) -> list[CopyBatch]:
         return [work for work in list(self.waiting) if isinstance(work, CopyBatch)]

@@ -27,7 +27,7 @@ class FakeNccl:
         self.pairs: dict[bytes, dict[int, FakePair]] = {}
         self.lock = threading.Lock()
         self.left = 0
-        self.groups: list[tuple[bool, int]] = []  # one for each exchange: whether it sends, and how many ranges
+        self.groups: list[tuple[bool, int]] = []  # whether it sends, and how many ranges
 
     def unique_id(self) -> bytes:
         return os.urandom(ID_BYTES)
