@@ -2,6 +2,7 @@
 
     python -m bench.gpu_kernels                            a table for the shapes of Qwen3-8B
     python -m bench.gpu_kernels --targets 80 90 --json     as the tests read it
+    python -m bench.gpu_kernels --every --only product     every product in every bucket of rows
 
 Registers, spills and shared memory are what ptxas and cuobjdump say of the machine code; the time is computed
 from bytes and operations, at the rates of the card named, and is no measurement.
@@ -26,14 +27,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from common.engine.devices.cuda import norms
+from common.engine.devices.cuda import norms, product_plans
 from common.engine.devices.cuda.launch import OPTIONS, Work
+from common.engine.devices.cuda.product_plans import Shape
 
 TARGETS = (80, 89, 90, 100, 120)  # compute capabilities, times ten
 KINDS = {"bf16": 2, "fp16": 2, "fp32": 4}  # triton's words, and bytes
 
 # bytes a second that a copy reaches, and products of bfloat16 a second (gpu-engine.md, section 5)
 CARDS = {"H100": (3.0e12, 790e12), "H200": (4.3e12, 790e12)}
+
+MULTIPROCESSORS = 132  # of both
 
 # the most shared memory of one program, in bytes (CUDA C Programming Guide, table of compute capabilities)
 SHARED_LIMIT = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
@@ -71,11 +75,32 @@ class Compiled:
     may_fuse: bool
 
 
-def works(shape: ModelShape, kind: str) -> Iterator[Work]:
-    """Every launch of a step: as many rows as a bucket of generated ones has, and a prompt's."""
+def works(shape: ModelShape, kind: str, *, every: bool = False) -> Iterator[Work]:
+    """Every launch of a step: as many rows as a bucket of generated ones has, and a prompt's. Of products
+    only those that have little in common, unless `every`."""
     size = KINDS[kind]
     for rows in (1, 64, 2048):
         yield from norms.works(rows, shape.hidden, kind, size)
+    yield from _products(shape, kind, every)
+
+
+def _products(shape: ModelShape, kind: str, every: bool) -> Iterator[Work]:
+    heads = shape.num_heads + 2 * shape.num_kv_heads
+    shapes = {
+        "qkv": Shape(heads * shape.head_dim, shape.hidden, gated=False, biased=False),
+        "o": Shape(shape.hidden, shape.num_heads * shape.head_dim, gated=False, biased=False),
+        "gate_up": Shape(shape.intermediate, shape.hidden, gated=True, biased=False),
+        "down": Shape(shape.hidden, shape.intermediate, gated=False, biased=False),
+        "head": Shape(shape.vocab, shape.hidden, gated=False, biased=False),
+    }
+    rows: dict[str, tuple[int, ...]] = {
+        "bf16": {"qkv": (1, 64, 2048), "gate_up": (1, 256, 2048), "down": (1,)},
+        "fp16": {"gate_up": (1,)},
+        "fp32": {"qkv": (64,)},
+    }[kind]
+    for name in shapes if every else rows:
+        for count in (1, 16, 32, 64, 128, 256, 2048) if every else rows[name]:
+            yield product_plans.work(name, shapes[name], count, kind, KINDS[kind], MULTIPROCESSORS)
 
 
 def compiled(work: Work, target: int) -> Compiled:
@@ -150,8 +175,10 @@ def main() -> None:
     parser.add_argument("--kind", default="bf16", choices=KINDS)
     parser.add_argument("--only", default="", help="works whose name has this in it")
     parser.add_argument("--json", action="store_true", help="a line of JSON for each work and target")
+    parser.add_argument("--every", action="store_true", help="every product in every bucket of rows")
     arguments = parser.parse_args()
-    wanted = [work for work in works(ModelShape(), arguments.kind) if arguments.only in work.name]
+    found = works(ModelShape(), arguments.kind, every=arguments.every)
+    wanted = [work for work in found if arguments.only in work.name]
     if arguments.json:
         for work in wanted:
             for target in arguments.targets:

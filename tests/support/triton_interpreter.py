@@ -17,8 +17,20 @@ BUILDER = interpreter.InterpreterBuilder
 @pytest.fixture
 def exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
     def create_dot(self: object, a: object, b: object, total: object, *precision: object) -> object:
-        wide = np.matmul(a.data.astype(np.float64), b.data.astype(np.float64))  # type: ignore[attr-defined]
-        summed = total.data + wide.astype(total.data.dtype)  # type: ignore[attr-defined]
+        with np.errstate(invalid="ignore"):  # of rows that are NaN or infinite
+            wide = np.matmul(a.data.astype(np.float64), b.data.astype(np.float64))  # type: ignore[attr-defined]
+            summed = total.data + wide.astype(total.data.dtype)  # type: ignore[attr-defined]
         return interpreter.TensorHandle(summed, total.dtype.scalar)  # type: ignore[attr-defined]
 
     monkeypatch.setattr(BUILDER, "create_dot", create_dot)
+
+
+@pytest.fixture
+def programs_in_reverse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last program of a launch runs first."""
+
+    def set_grid_idx(self: object, x: int, y: int, z: int) -> None:
+        dim = self.grid_dim  # type: ignore[attr-defined]
+        self.grid_idx = (dim[0] - 1 - x, dim[1] - 1 - y, dim[2] - 1 - z)  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(BUILDER, "set_grid_idx", set_grid_idx)

@@ -133,6 +133,10 @@ class Backend(Protocol):
         """Prepare weight `[out, in]`; the caller drops its own reference, no second copy stays."""
         ...
 
+    def gated_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
+        """Prepare weight `[2 * inner, in]`, gate rows over up rows, for `gated_mlp` and nothing else."""
+        ...
+
     def tied_linear(self, embedding: Tensor) -> Linear:
         """A head on the embedding `[vocab, hidden]` that stays in use as such: no copy."""
         ...
@@ -149,7 +153,7 @@ class Backend(Protocol):
         ...
 
     def gated_mlp(self, x: Tensor, gate_up: Linear, down: Linear, padded_generated: int) -> Tensor:
-        """down(silu(gate) * up) of x `[rows, hidden]`."""
+        """down(silu(gate) * up) of x `[rows, hidden]`; gate_up is a `gated_linear`."""
         ...
 
     def attention(

@@ -90,11 +90,12 @@ class Model:
         def read(name: str) -> Tensor:
             return source.read(prefix + name, shapes[prefix + name])
 
-        def linear(*names: str) -> Linear:
+        def linear(*names: str, is_gated: bool = False) -> Linear:
             """One product for several projections of the same input, stacked by rows."""
+            prepare = backend.gated_linear if is_gated else backend.linear
             weight = torch.cat([read(f"{name}.weight") for name in names])
             biases = [read(f"{n}.bias") for n in names if f"{prefix}{n}.bias" in shapes]
-            return backend.linear(weight, torch.cat(biases) if biases else None)
+            return prepare(weight, torch.cat(biases) if biases else None)
 
         norms = None
         if config.qk_norm:
@@ -107,7 +108,7 @@ class Model:
             head_norms=norms,
             output=linear("self_attn.o_proj"),
             mlp_norm=backend.tensor(read("post_attention_layernorm.weight")),
-            gate_up=linear("mlp.gate_proj", "mlp.up_proj"),
+            gate_up=linear("mlp.gate_proj", "mlp.up_proj", is_gated=True),
             down=linear("mlp.down_proj"),
         )
 

@@ -90,6 +90,9 @@ class CpuBackend:
         bias = None if bias is None else self.tensor(bias)
         return _Linear(self, self._products.linear(self.tensor(weight), bias))
 
+    def gated_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
+        return self.linear(weight, bias)
+
     def tied_linear(self, embedding: Tensor) -> Linear:
         return _Linear(self, self._products.tied_linear(embedding))
 

@@ -51,6 +51,9 @@ class ReferenceBackend:
     def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
         return _PlainLinear(self.tensor(weight), None if bias is None else self.tensor(bias))
 
+    def gated_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
+        return self.linear(weight, bias)
+
     def tied_linear(self, embedding: Tensor) -> Linear:
         return _PlainLinear(embedding, None)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from typing import Any
@@ -46,3 +47,11 @@ def test_every_kernel_fits_into_shared_memory(codes: list[dict[str, Any]]) -> No
 
 def test_no_multiplication_is_fused_with_a_sum(codes: list[dict[str, Any]]) -> None:
     assert [code for code in codes if code["fused"] and not code["may_fuse"]] == []
+
+
+def test_one_row_and_thousands_are_multiplied_by_one_kind_of_instruction(codes: list[dict[str, Any]]) -> None:
+    """Of any number of columns, which are rows of activations: another kind could sum in another order."""
+    for target in TARGETS:
+        products = [code for code in codes if code["target"] == target and code["name"].startswith("product")]
+        kinds = {re.sub(r"n\d+k", "nXk", name) for code in products for name in code["products"] or ["none"]}
+        assert len(kinds) == 1
