@@ -94,13 +94,19 @@ class CudaLibrary:
             self.quick, self.waits = ctypes.PyDLL(name), ctypes.CDLL(name)
         except OSError as error:
             raise ConfigError(f"CUDA transports need {name}, which torch brings: {error}") from error
-        self.quick.cudaGetErrorString.restype = c_char_p
+        for library in (self.quick, self.waits):
+            library.cudaGetErrorString.restype = c_char_p
         for function, arguments in SIGNATURES.items():
             self._declare(function, arguments)
         self.runtime = self._version("cudaRuntimeGetVersion")
         self.driver = self._version("cudaDriverGetVersion")  # 0 without one
         if self.runtime >= BATCH_VERSION:
             self._declare("cudaMemcpyBatchAsync", batch_signature(self.runtime))
+
+    def give_way(self) -> None:
+        """Let every call give the GIL up, from now on: where a call of the driver may wait for another thread
+        that waits for the device, and what the device waits for is ended by a third one in Python."""
+        self.quick = self.waits
 
     def _declare(self, function: str, arguments: tuple[Any, ...]) -> None:
         for library in (self.quick, self.waits):

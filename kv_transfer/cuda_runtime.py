@@ -127,6 +127,11 @@ class Cuda(Protocol):
 
     def stream(self) -> Stream: ...
 
+    def give_way(self) -> None:
+        """Keep the GIL in no call any more: this process has kernels that wait for a peer. A call that waits
+        for the device, as a communicator's abort does, keeps others out of the driver; and only Python ends
+        what the device waits for."""
+
 
 Launch = Callable[[int, int, int, int], None]  # table, copies, bytes of the longest, stream
 
@@ -237,6 +242,9 @@ class CudaRuntime:
     def give_pinned(self, pinned: Pinned) -> None:
         with self._lock:
             self._free_pinned.setdefault(len(pinned.view), []).append(pinned.address)
+
+    def give_way(self) -> None:
+        self.library.give_way()
 
     # Streams
 

@@ -84,6 +84,7 @@ def _make(name: str, settings: NodeSettings, memory: PoolMemory, layout: KVLayou
         opener = functools.partial(CudaIpcReader.open, cuda=cuda, folder=folder)
         return CudaIpcSource(memory, folder), opener
     nccl, turns = NcclLibrary(), Turns()
+    cuda.give_way()
     return (
         NcclSource(memory, layout, leases, cuda, nccl, turns, **network),
         functools.partial(NcclReader.connect, cuda=cuda, nccl=nccl, turns=turns, secret_key=bus.secret_key),

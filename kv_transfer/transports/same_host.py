@@ -98,12 +98,16 @@ class DescriptorServer:
     def _answer(self, caller: socket.socket) -> None:
         hang_up: Callable[[socket.socket], None] = self._callers.hang_up
         with contextlib.suppress(OSError):
-            second = self._nonces.get(caller.recv(_HALF + 1)) if _user(caller) == os.geteuid() else None
+            first = caller.recv(_HALF + 1) if _user(caller) == os.geteuid() else b""
+            second = self._nonces.get(first)
             if second is not None:
-                if self._mappings is not None:  # before it can map anything
+                if self._mappings is not None:
+                    self._nonces.pop(
+                        first, None
+                    )  # so that what is kept has a bound
                     self._callers.let_go(caller)
                     hang_up = lambda _: None  # noqa: E731
-                    self._mappings.add(caller)
+                    self._mappings.add(caller)  # before it can map anything
                 socket.send_fds(caller, [second, self._payload], [self._fd])
         hang_up(caller)
 

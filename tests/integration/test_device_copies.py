@@ -291,6 +291,15 @@ def test_a_mapping_that_cannot_be_closed_is_never_said_to_be_gone(monkeypatch: p
         assert end.memory.mappings.sweep() == 0
 
 
+def test_a_proof_maps_once() -> None:
+    """Who has it could otherwise hold as many connections of its owner as it likes."""
+    with filled("cuda_ipc") as (end, _, _):
+        proof = end.source.open_link("another")
+        end.readers.append(opener("cuda_ipc", LAYOUT)("another", proof, end.target))
+        with pytest.raises(LinkLost):
+            opener("cuda_ipc", LAYOUT)("another", proof, end.target)
+
+
 def test_a_link_that_opens_nothing_maps_nothing() -> None:
     with both_ends("cuda_ipc") as end:
         assert isinstance(end.memory, DevicePoolMemory)

@@ -158,8 +158,10 @@ async def test_a_node_that_takes_long_to_start_leaves_no_trace_to_be_reaped_befo
     await asyncio.to_thread(warming.wait, 30)
     for now[0] in (0.0, 50.0, 100.0):
         assert (await reaper.sweep()).incarnations == ()
+    assert node.links.transports == (), "nothing but the engine uses the device while it warms up"
     look_is_over.set()
     await wait_until(lambda: node.state is NodeState.READY, "it is ready")
+    assert node.links.transports
     assert await redis_client.command("EXISTS", redis_client.keys.stream(node.incarnation))
     node.stop()
     await running

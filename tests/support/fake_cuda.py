@@ -49,6 +49,7 @@ class FakeCuda:
         self.faults: list[str] = []
         self.batches: list[tuple[Between, int]] = []  # one for each call: where, and how many copies
         self.fails_after: int | None = None  # copies of the next batch that start before the device fails
+        self.gives_way = False
         self._memory: dict[int, Memory] = {}
         self._streams: dict[int, FakeStream] = {}  # that were not given back
         self._handles = itertools.count(1)
@@ -139,6 +140,9 @@ class FakeCuda:
 
     def give_pinned(self, pinned: Pinned) -> None:
         self._unmap(pinned.address, fill=GIVEN_BACK)
+
+    def give_way(self) -> None:
+        self.gives_way = True
 
     def require(self, address: int, length: int) -> Memory:
         """The memory in which a range lies; a fault if there is none."""

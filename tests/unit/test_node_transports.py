@@ -21,6 +21,7 @@ from kv_transfer.lease import Leases
 from kv_transfer.pool_memory import HostPoolMemory, PoolMemory
 from kv_transfer.transports.base import Source, Target
 from tests.support.fake_cuda import FakeCuda
+from tests.support.fake_nccl import FakeNccl
 
 LAYOUT = KVLayout.paged_attention(num_layers=1, num_kv_heads=1, head_dim=8, block_size=4, dtype="float32")
 KEY_PAIR = new_secret_key()
@@ -144,6 +145,16 @@ def test_one_that_is_named_and_cannot_be_had_is_an_error(
     monkeypatch.setattr(transports, "NcclLibrary", missing)
     with pytest.raises(ConfigError, match="nccl: no libnccl here"):
         nodes.make(("tcp", "nccl"), device=True)
+
+
+def test_beside_nccl_no_call_of_cuda_keeps_the_interpreter(
+    nodes: Nodes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes.make(("cuda_ipc", "tcp"), device=True)
+    assert not nodes.cuda.gives_way
+    monkeypatch.setattr(transports, "NcclLibrary", lambda: FakeNccl(nodes.cuda))
+    nodes.make(("cuda_ipc", "nccl"), device=True)
+    assert nodes.cuda.gives_way
 
 
 def test_a_device_without_handles_for_its_memory_has_the_others(

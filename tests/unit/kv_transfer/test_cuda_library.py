@@ -386,6 +386,28 @@ def test_a_call_that_keeps_the_interpreter_is_bounded(monkeypatch: pytest.Monkey
         assert have_happened()
 
 
+def test_beside_kernels_that_wait_for_a_peer_no_call_keeps_the_interpreter(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else: an abort waits for the device, and holds the driver's lock; a copy waits for that lock, and holds
+    the interpreter's; and the thread that would abort what the device waits for waits for the interpreter."""
+    with runtime(monkeypatch, kernels=True) as (cuda, library, _):
+        cuda.give_way()
+        library.WAITS = AllOf()  # type: ignore[misc, assignment]
+        copies, have_happened = some_copies(8)
+        with contextlib.closing(cuda.stream()) as stream:
+            stream.copy(copies, Between.HOST)
+            stream.copy(copies, Between.ONE_DEVICE)
+            assert stream.is_done()
+        assert have_happened()
+        assert {"cudaMemcpyBatchAsync", "cudaMemcpyAsync", "cudaStreamQuery"} <= set(library.calls)
+
+
+class AllOf:
+    def __contains__(self, function: str) -> bool:
+        return True
+
+
 def test_what_a_stream_and_a_link_needed_serves_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is taken from the device a second time, and nothing is freed, which would wait for it."""
     with runtime(monkeypatch, kernels=True) as (cuda, library, _):
