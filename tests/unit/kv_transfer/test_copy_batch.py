@@ -108,11 +108,14 @@ for wide in (True, False):
 """
 
 
+def uninterpreted() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+
 def test_the_kernel_compiles_for_every_card_and_moves_16_bytes_at_once() -> None:
     """In a process of its own: in that of the tests kernels are interpreted."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     said = subprocess.run(
-        [sys.executable, "-c", COMPILE], env=environment, check=True, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", COMPILE], env=uninterpreted(), check=True, stdout=subprocess.PIPE, text=True
     ).stdout
     found = [json.loads(line) for line in said.splitlines()]
     assert len(found) == 10
@@ -125,3 +128,58 @@ def test_the_kernel_compiles_for_every_card_and_moves_16_bytes_at_once() -> None
         if one["wide"]:
             assert all("v2.b64" in line for line in loads + stores), "16 bytes each"
             assert len(loads) * 16 * 32 * device_copy.WARPS == PART
+
+
+LAUNCH = """
+import json
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from kv_transfer.device_copy import PART_BYTES, compiled
+
+launches = []
+
+class Launcher:
+    def __init__(self, source, metadata):
+        self.arguments = list(source.signature)
+
+    def __call__(self, *given):
+        launches.append([given[:5], given[9:]])
+        assert len(given[9:]) == len(self.arguments)
+
+class Utilities:
+    def load_binary(self, name, kernel, shared, device):
+        assert kernel
+        return 1, 2, 32, 0, 1024
+
+    def get_device_properties(self, device):
+        return {"max_shared_mem": 232448}
+
+class Driver:
+    utils, launcher_cls = Utilities(), Launcher
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0  # asked for while it compiles; a launch names its own
+
+driver.set_active(Driver())
+for wide in (True, False):
+    compiled(wide=wide)(1 << 46, 3, 2 * PART_BYTES + 1, 77)
+print(json.dumps(launches))
+"""
+
+
+def test_the_kernel_is_compiled_and_launched_as_triton_does_it() -> None:
+    """With a driver of triton's that is not there: which arguments reach its launcher, on which stream."""
+    said = subprocess.run(
+        [sys.executable, "-c", LAUNCH], env=uninterpreted(), check=True, stdout=subprocess.PIPE, text=True
+    ).stdout
+    table = 1 << 46
+    assert json.loads(said) == [
+        [[3, 3, 1, 77, 2], [table, 3, wide, device_copy.PART_BYTES]] for wide in (True, False)
+    ]
