@@ -9,7 +9,7 @@ the device until the peer's kernel runs. So each device of a process has two tur
 same order: a reader takes its device's turn to receive before it asks, and the source takes its device's
 turn to send before it answers. A holder of the turn to send waits for nobody, since the reader that asked
 already holds its own turn. So no circle of waits can close, and each device runs at most one send and one
-receive at a time. A stopped peer keeps a turn until its link is torn down.
+receive at a time. A stopped peer keeps a turn until its time is over or its link is torn down.
 
 A communicator is set up when a reader asks for it, without blocking. The reader aborts it before a failed
 pull reports, that is, before the blocks that it was receiving into can be given back; the source aborts
