@@ -102,9 +102,7 @@ class DescriptorServer:
             second = self._nonces.get(first)
             if second is not None:
                 if self._mappings is not None:
-                    self._nonces.pop(
-                        first, None
-                    )  # so that what is kept has a bound
+                    self._nonces.pop(first, None)  # so that what is kept has a bound
                     self._callers.let_go(caller)
                     hang_up = lambda _: None  # noqa: E731
                     self._mappings.add(caller)  # before it can map anything

@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,8 @@ import torch
 
 from common.errors import LinkLost, StaleBlock
 from common.kv_layout import KVLayout
+from kv_transfer import cuda_runtime
+from kv_transfer.cuda_library import CudaLibrary
 from kv_transfer.cuda_runtime import Between, CudaRuntime, Stream
 from kv_transfer.device_memory import STAGED_BYTES, DevicePoolMemory
 from kv_transfer.nccl_library import NcclLibrary
@@ -235,6 +238,67 @@ def test_an_owner_that_ends_keeps_memory_that_is_still_mapped() -> None:
         reader.pull(pieces())
         expected = torch.arange(BLOCKS, device="cuda").remainder(251).to(torch.uint8)
         assert torch.equal(memory.slabs, expected[:, None].expand_as(memory.slabs))
+
+
+@pytest.mark.parametrize("way", ["kernel", "one call", "one after the other"])
+def test_each_way_of_copying_brings_every_byte(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if way != "kernel":
+        monkeypatch.setattr(cuda_runtime, "_load_kernels", lambda: None)
+    if way == "one after the other":
+        monkeypatch.setattr(CudaLibrary, "has_batches", False)
+    with another_process() as (_, reader, memory):
+        if way == "kernel":
+            assert isinstance(memory.cuda, CudaRuntime)
+            assert memory.cuda.kernels, "triton compiles here"
+        if way == "one call" and not CudaLibrary().has_batches:
+            pytest.skip("this driver or runtime is older than 12.8")
+        slots, blocks = torch.randperm(BLOCKS).tolist(), torch.randperm(BLOCKS).tolist()
+        places = list(zip(slots, blocks, strict=True))
+        reader.pull([Piece(i, slot, 2, block, 0, b"", b"") for i, (slot, block) in enumerate(places)])
+        expected = torch.empty(BLOCKS, dtype=torch.uint8, device="cuda")
+        expected[blocks] = torch.tensor(slots, device="cuda").remainder(251).to(torch.uint8)
+        assert torch.equal(memory.slabs, expected[:, None].expand_as(memory.slabs))
+        memory.slabs.zero_()
+        torch.cuda.synchronize()
+        reader.pull([Piece(0, 200, 2, 7, 3, b"", b"")])
+        assert int((memory.slabs == 200).sum()) == sum(length for _, length in LAYOUT.ranges(3))
+
+
+def test_a_link_that_opens_and_pulls_ends_no_capture_of_another_thread() -> None:
+    """Not even one of the global mode, which every forbidden call of any thread ends."""
+    errors: list[BaseException] = []
+    with another_process() as (_, reader, memory):
+        begun = threading.Event()
+
+        def serve() -> None:
+            try:
+                assert begun.wait(60)
+                reader.pull(pieces())
+                streams = [memory.cuda.stream() for _ in range(4)]  # more than are kept
+                memory.cuda.give_pinned(memory.cuda.pinned(33 << 20))
+                memory.cuda.give_scratch(memory.cuda.scratch(33 << 20))
+                for stream in streams:
+                    stream.synchronize()
+                    stream.close()
+                with pool(4) as another:
+                    assert in_host(another, [0])
+            except BaseException as error:
+                errors.append(error)
+
+        number = torch.ones(1 << 20, device="cuda")
+        assert float((number + 1).mul(3).sum()) == 6 << 20  # what is captured has run before
+        graph, serving = torch.cuda.CUDAGraph(), threading.Thread(target=serve)
+        serving.start()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph, capture_error_mode="global"):
+            more = number + 1
+            begun.set()
+            serving.join(60)
+            result = more.mul(3)
+        assert errors == []
+        graph.replay()
+        torch.cuda.synchronize()
+        assert float(result.sum()) == 6 << 20
 
 
 BYTES = 64 << 20  # of every copy that is measured

@@ -26,6 +26,7 @@ import os
 import random
 import sys
 import threading
+import weakref
 from collections.abc import AsyncIterator, Callable, Sequence
 
 import numpy as np
@@ -38,6 +39,8 @@ from common.wire.message import HandoffKey, Message
 from common.wire.messages import Offer
 from kv_transfer import pool_memory
 from kv_transfer.conversion import Conversion
+from kv_transfer.copy_batch import CopyBatch
+from kv_transfer.device_memory import DevicePoolMemory
 from kv_transfer.digests import tail_seed
 from kv_transfer.generations import MappedGenerations
 from kv_transfer.lease import Leases
@@ -54,12 +57,16 @@ from kv_transfer.ports import (
     TransferSettings,
 )
 from kv_transfer.transports import shm, tcp
-from kv_transfer.transports.base import Opener, Source, Target
+from kv_transfer.transports.base import Opener, Places, Source, Target
 from kv_transfer.transports.converting import ConvertingReader
+from kv_transfer.transports.cuda_ipc import CudaIpcReader, CudaIpcSource
+from kv_transfer.transports.nccl import NcclReader, NcclSource, Turns
 from kv_transfer.transports.shm import ShmReader, ShmSource
 from kv_transfer.transports.tcp import TcpReader, TcpSource
 from kv_transfer.transports.tcp_stream import ReceivingStream
 from tests.support.asked import a_request
+from tests.support.fake_cuda import FakeCuda, FakeStream
+from tests.support.fake_nccl import FakeNccl
 from tests.support.hashes import chain_hashes
 from tests.support.protocol import mutations
 from tests.support.redis import HANGS_S
@@ -75,6 +82,7 @@ FINGERPRINT = Fingerprint("model", "rev", LAYOUT.describe(), "numerics", BLOCK)
 ALIKE, CONVERTING = (BLOCK, BLOCK, BLOCK), (4, 6, 3)  # block sizes of the three nodes
 SETTINGS = TransferSettings(credits=4, repeat=0.03, answer=1.0, patience=0.2, quiet=0.2, copy_blocks=3)
 
+ON_DEVICE = ("cuda_ipc", "tcp+staged", "nccl")
 KEY_PAIR = new_secret_key()
 POISON = 0xA5
 NEVER = HANGS_S
@@ -148,7 +156,7 @@ class Pool:
 
     def positions(self, block: int) -> np.ndarray:
         """What a block holds, `[segments, size, words]`."""
-        slab = np.frombuffer(self.memory.slab(block), np.uint64)
+        slab = self.memory.slabs[block].numpy().view(np.uint64)
         return slab.reshape(SEGMENTS, self.size, WORDS)
 
     def write(self, block: int, index: int, tokens: tuple[int, ...]) -> None:
@@ -209,6 +217,8 @@ class Air:
         self.cuts = 0
         self.adopted: set[HandoffKey] = set()
         self.connections: dict[frozenset[str], int] = {}
+        self.cuda = FakeCuda(seed=seed)
+        self.nccl = FakeNccl(self.cuda)
 
     def name(self, a: str, b: str) -> str:
         pair = frozenset((a, b))
@@ -256,7 +266,12 @@ class Node:
     def __init__(self, air: Air, name: str, transport: str, size: int, digests: bool) -> None:
         self.air, self.name, self.size, self.digests = air, name, size, digests
         layout = LAYOUT.with_block_size(size)
-        self.memory = HostPoolMemory(POSITIONS // size, layout.slab_bytes)
+        count, cuda, nccl, turns = POSITIONS // size, air.cuda, air.nccl, Turns()
+        self.memory: PoolMemory = (
+            DevicePoolMemory(count, layout.slab_bytes, cuda)
+            if transport in ON_DEVICE
+            else HostPoolMemory(count, layout.slab_bytes)
+        )
         self.pool = Pool(self.memory, layout)
         self.leases = Leases(self.pool)
         self.ended: dict[HandoffKey, asyncio.Future[Ended]] = {}
@@ -264,13 +279,17 @@ class Node:
         self.decoding: set[asyncio.Task[None]] = set()
         self.failure: BaseException | None = None
         key = KEY_PAIR if transport == "tcp+curve" else ""
-        source: Source = (
-            ShmSource(self.memory)
-            if transport == "shm"
-            else TcpSource(self.memory, layout, self.leases, secret_key=key)
-        )
+        make_source: dict[str, Callable[[], Source]] = {
+            "shm": lambda: ShmSource(self.memory),
+            "cuda_ipc": lambda: CudaIpcSource(self.memory),  # type: ignore[arg-type]
+            "nccl": lambda: NcclSource(self.memory, layout, self.leases, cuda, nccl, turns),
+        }
+        make_tcp = functools.partial(TcpSource, self.memory, layout, self.leases, secret_key=key)
+        source = make_source.get(transport, make_tcp)()
         openers: dict[str, Opener] = {
             "shm": ShmReader.open,
+            "cuda_ipc": functools.partial(CudaIpcReader.open, cuda=cuda),
+            "nccl": functools.partial(NcclReader.connect, cuda=cuda, nccl=nccl, turns=turns),
             "tcp": functools.partial(TcpReader.open, secret_key=key),
         }
         self.links = Links(
@@ -406,7 +425,9 @@ async def three_nodes(
     finally:
         for node in nodes:
             await node.links.close()
+        for node in nodes:
             node.memory.close()
+        assert (air.cuda.faults, air.cuda.left, air.nccl.left) == ([], 0, 0)
 
 
 def prompts(rng: random.Random) -> tuple[int, ...]:
@@ -495,12 +516,22 @@ def rough_copies(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
         if rng.random() < rough["flips"]:
             view[0] ^= 0xFF
 
+    def copy_all(stream: FakeStream, batch: CopyBatch) -> None:
+        """As a device: half of each piece, then the other halves."""
+        half = batch.lengths // 2
+        run(stream, CopyBatch(batch.into, batch.source, half))
+        dawdle()
+        run(stream, CopyBatch(batch.into + half, batch.source + half, batch.lengths - half))
+
+    run = FakeStream._run
+    monkeypatch.setattr(FakeStream, "_run", copy_all)
     monkeypatch.setattr(pool_memory, "_copy", copy)
     monkeypatch.setattr(ReceivingStream, "read_into", read_in_halves)
     return rough
 
 
 every_transport = pytest.mark.parametrize("transport", ["shm", "tcp", "tcp+curve"])
+every_on_device = pytest.mark.parametrize("transport", ON_DEVICE)
 
 
 @every_transport
@@ -532,11 +563,28 @@ async def test_a_leased_block_is_never_stale(transport: str) -> None:
     assert await hand_over(transport, seed=3, count=HANDOFFS // 12, digests=False, cuts=0)
 
 
+FEWER = {"nccl": 4}  # times: each of its links takes a while to set up
+
+
+@every_on_device
+async def test_on_devices_whoever_adopts_a_sequence_reads_what_its_tokens_say(transport: str) -> None:
+    """Generations alone see to it: blocks there have no digests."""
+    count = HANDOFFS // 8 // FEWER.get(transport, 1)
+    assert await hand_over(transport, seed=7, count=count)
+    assert await hand_over(transport, seed=8, count=count // 3, sizes=CONVERTING)
+
+
+@every_on_device
+async def test_on_devices_a_leased_block_is_never_stale(transport: str) -> None:
+    assert await hand_over(transport, seed=9, count=HANDOFFS // 24 // FEWER.get(transport, 1), cuts=0)
+
+
 # The test of the test: rules taken out of the real code, one at a time. Each must be noticed.
 
 
 def no_generation_check(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(shm, "require_unchanged", lambda *_: None)
+    patch.setattr(Places, "require_unchanged", lambda *_: None)
 
 
 def no_second_look(patch: pytest.MonkeyPatch) -> None:
@@ -551,6 +599,24 @@ def no_second_look(patch: pytest.MonkeyPatch) -> None:
         looked.add(id(piece))
 
     patch.setattr(shm, "require_unchanged", first_only)
+
+
+def no_second_look_on_a_device(patch: pytest.MonkeyPatch) -> None:
+    look, looked = Places.require_unchanged, weakref.WeakSet[Places]()
+
+    def first_only(places: Places, pool: MappedGenerations) -> None:
+        if places not in looked:
+            look(places, pool)
+        looked.add(places)
+
+    patch.setattr(Places, "require_unchanged", first_only)
+
+
+def copies_are_not_waited_for(patch: pytest.MonkeyPatch) -> None:
+    """By the pull: they happen when it gives its stream back, after its second look."""
+    close = FakeStream.close
+    patch.setattr(FakeStream, "synchronize", lambda _: None)
+    patch.setattr(FakeStream, "close", lambda stream: (stream.is_done(), close(stream)))
 
 
 def no_digest_check(patch: pytest.MonkeyPatch) -> None:
@@ -628,6 +694,9 @@ class Mutation:
 MUTATIONS = [
     Mutation(no_generation_check, cuts=0.2, slow=0.5),
     Mutation(no_second_look, cuts=0.2, slow=0.5),
+    Mutation(no_generation_check, "cuda_ipc", cuts=0.2, slow=0.5),
+    Mutation(no_second_look_on_a_device, "cuda_ipc", cuts=0.2, slow=0.5),
+    Mutation(copies_are_not_waited_for, "cuda_ipc", cuts=0.2, slow=0.5),
     Mutation(no_digest_check, digests=True, flips=0.02),
     Mutation(no_digest_check, "tcp", digests=True, flips=0.02),
     Mutation(mutations.failed_copy_counts_as_good, digests=True, flips=0.02),
@@ -638,6 +707,7 @@ MUTATIONS = [
     Mutation(mutations.lease_ends_with_commit, "tcp", cuts=0),
     Mutation(mutations.lease_ends_with_own_abort, cuts=0, aborts=6, slow=0.5),
     Mutation(lease_holds_no_reference, "tcp", cuts=0),
+    Mutation(lease_holds_no_reference, "tcp+staged", cuts=0),
     Mutation(mutations.release_while_a_copy_runs, cuts=0, aborts=6, slow=0.5),
     Mutation(failed_intake_keeps_its_reservation, aborts=6),
     Mutation(mutations.terminal_answers_are_forgotten),
