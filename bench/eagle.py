@@ -273,9 +273,11 @@ def step_of(model: Model, runner: ModelRunner, rows: int) -> Callable[[], object
 
 def head_step(runner: ModelRunner, config: ModelConfig, inner: int) -> Callable[[], object]:
     one = dataclasses.replace(config, num_layers=1, windows=(0,), intermediate_size=inner)
-    source = RandomWeights(0, tied=True, dtype=runner.backend.dtype)
+    source = RandomWeights(0, tied=True, device=runner.backend.device)
     layer = step_of(Model(one, runner.backend, source, 512), runner, 1)
-    joined = runner.backend.linear(source.read("joined", (config.hidden_size, 2 * config.hidden_size)), None)
+    weight = runner.backend.memory(config.hidden_size, 2 * config.hidden_size)
+    source.fill("joined", (config.hidden_size, 2 * config.hidden_size), weight)
+    joined = runner.backend.linear(weight, None)
     padded = runner.backend.row_plan.padded_generated(1)
     x = torch.zeros(padded, 2 * config.hidden_size, dtype=runner.backend.dtype)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from common.distill.network import Llama, Shape
+from common.engine.devices.filling import HostFiller
 from common.engine.model.weights import Checkpoint
 from common.errors import ConfigError
 from common.model_folder.model_config import ModelConfig
@@ -48,11 +49,13 @@ def fresh(shape: Shape, target: ModelConfig, folder: Path, longest: int) -> Llam
     has one of its own: a draft's embedding is its head, too)."""
     draft = Llama(shape, longest=longest)
     size = (target.vocab_size, target.hidden_size)
-    with Checkpoint(folder) as checkpoint:
+    wide = torch.empty(size)
+    with Checkpoint(folder) as checkpoint, HostFiller(1) as filler:
         tied = target.tie_word_embeddings and not checkpoint.has("lm_head.weight")
-        wide = checkpoint.read("model.embed_tokens.weight" if tied else "lm_head.weight", size)
+        stored = checkpoint.stored("model.embed_tokens.weight" if tied else "lm_head.weight", size)
+        filler.fill(wide, stored)
     with torch.no_grad():
-        draft.model.embed_tokens.weight.copy_(on_main_axes(wide.float(), shape.hidden_size))
+        draft.model.embed_tokens.weight.copy_(on_main_axes(wide, shape.hidden_size))
     return draft
 
 

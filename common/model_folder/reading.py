@@ -27,10 +27,10 @@ MAX_TOKENIZER_BYTES = 2**29  # of a large multilingual vocabulary: 35 MB
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
-def read_bytes(path: Path, limit: int) -> bytes:
-    """The content of a regular file; raises `CheckpointError`, also for more than `limit` bytes."""
+def open_regular(path: Path) -> int:
+    """A descriptor of a regular file, for reading; raises `CheckpointError`. A pipe or a device that is named
+    like a file is neither waited for nor read for ever."""
     try:
-        # A pipe or a device named like a file is neither waited for nor read for ever.
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError as error:
         what = "is a link to a file that is missing" if path.is_symlink() else "is missing"
@@ -38,11 +38,21 @@ def read_bytes(path: Path, limit: int) -> bytes:
     except OSError as error:
         raise _error(path, f"cannot be read: {error.strerror}") from error
     try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise _error(path, "is no regular file")
-        if status.st_size > limit:
-            raise _error(path, f"has {status.st_size} bytes, {limit} are read at most")
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """The content of a regular file; raises `CheckpointError`, also for more than `limit` bytes."""
+    descriptor = open_regular(path)
+    try:
+        size = os.fstat(descriptor).st_size
+        if size > limit:
+            raise _error(path, f"has {size} bytes, {limit} are read at most")
         with open(descriptor, "rb", closefd=False) as file:
             return file.read(limit)
     except OSError as error:
@@ -67,7 +77,11 @@ def read_object(path: Path, *, required: bool = False, limit: int = MAX_JSON_BYT
     """
     if not required and not os.path.lexists(path):
         return {}
-    text = read_text(path, limit)
+    return parse_object(path, read_text(path, limit))
+
+
+def parse_object(path: Path, text: str) -> dict[str, Any]:
+    """As `read_object`, of what stands in `path`."""
     try:
         value = json.loads(text, object_pairs_hook=_without_duplicates)
         if _SURROGATE.search(text):

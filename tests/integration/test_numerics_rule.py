@@ -183,7 +183,7 @@ def test_settle_sees_every_count_of_rows_that_gives_other_bits(
         for kind in ("plain", "biased", "tied"):
             backend = CpuBackend(dtype, threads, products(dtype))
             weight = torch.randn(outputs, inputs, generator=generator).to(dtype)
-            bias = torch.randn(outputs, generator=generator) if kind == "biased" else None
+            bias = torch.randn(outputs, generator=generator).to(dtype) if kind == "biased" else None
             tied = kind == "tied"
             linear = backend.tied_linear(weight) if tied else backend.linear(weight, bias)
             backend.settle()

@@ -23,6 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from common.engine.devices.filling import Filler
 from common.engine.devices.kv_cache import KVCache
 from common.engine.devices.rows import RowPlan, Rows
 from common.engine.sampling.records import Logprobs, SampleOutput, SampleRows
@@ -65,6 +66,10 @@ class Device(Protocol):
 
     def sampling(self, vocab_size: int) -> Sampling:
         """By the thread that will compute, after its backend."""
+        ...
+
+    def filler(self) -> Filler:
+        """What brings stored tensors into the memory that its backends give."""
         ...
 
     def pool(self, num_blocks: int, slab_bytes: int) -> Tensor:
@@ -125,12 +130,13 @@ class Backend(Protocol):
         """Called at load for each layer; raises `UnsupportedModel` for heads it cannot compute."""
         ...
 
-    def tensor(self, value: Tensor) -> Tensor:
-        """A small parameter (a norm's weight, an embedding) in the backend's dtype and place."""
+    def memory(self, *shape: int) -> Tensor:
+        """Memory for a weight or another parameter, in the backend's dtype and place, not yet filled."""
         ...
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
-        """Prepare weight `[out, in]`; the caller drops its own reference, no second copy stays."""
+        """Prepare weight `[out, in]`, out of `memory`; the caller drops its own reference, no second copy
+        stays. On a device with a queue it may not be filled yet, but will be when its turn comes."""
         ...
 
     def gated_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:

@@ -8,8 +8,6 @@ rotation, tied heads. Knows nothing of devices, blocks or scheduling.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +19,6 @@ from common.engine.devices.rows import Rows
 from common.engine.model.rope import rope_table
 from common.engine.model.weights import TensorSource
 from common.model_folder.model_config import ModelConfig
-
-
-class CheckedSource(TensorSource, Protocol):
-    """A source that can say beforehand whether all tensors are as they must be."""
-
-    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -50,7 +42,7 @@ class Model:
         self,
         config: ModelConfig,
         backend: Backend,
-        source: CheckedSource,
+        source: TensorSource,
         max_model_len: int,
         first_layer: int = 0,
     ) -> None:
@@ -64,12 +56,17 @@ class Model:
         source.check(tensor_shapes(config, has_head=source.has("lm_head.weight")))
         cosines, sines = rope_table(config, max_model_len)
         self._rope = (cosines.to(backend.device), sines.to(backend.device))
-        embedding = source.read("model.embed_tokens.weight", (config.vocab_size, config.hidden_size))
-        self._embedding = backend.tensor(embedding)
-        del embedding
+        size = (config.vocab_size, config.hidden_size)
+        self._embedding = self._tensor(source, "model.embed_tokens.weight", size)
         self._layers = [self._load_layer(index, source) for index in range(config.num_layers)]
-        self._norm = backend.tensor(source.read("model.norm.weight", (config.hidden_size,)))
+        self._norm = self._tensor(source, "model.norm.weight", (config.hidden_size,))
         self._head = self._load_head(source)
+        source.finish()
+
+    def _tensor(self, source: TensorSource, name: str, shape: tuple[int, ...]) -> Tensor:
+        memory = self.backend.memory(*shape)
+        source.fill(name, shape, memory)
+        return memory
 
     def _load_head(self, source: TensorSource) -> Linear:
         """A head that is stored although it is tied counts where it differs from the embedding,
@@ -77,9 +74,11 @@ class Model:
         name, tied = "lm_head.weight", self.config.tie_word_embeddings
         if tied and not source.has(name):
             return self.backend.tied_linear(self._embedding)
-        head = source.read(name, (self.config.vocab_size, self.config.hidden_size))
-        if tied and torch.equal(self.backend.tensor(head), self._embedding):
-            return self.backend.tied_linear(self._embedding)
+        head = self._tensor(source, name, (self.config.vocab_size, self.config.hidden_size))
+        if tied:
+            source.finish()
+            if torch.equal(head, self._embedding):
+                return self.backend.tied_linear(self._embedding)
         return self.backend.linear(head, None)
 
     def _load_layer(self, index: int, source: TensorSource) -> Layer:
@@ -88,26 +87,36 @@ class Model:
         prefix = f"model.layers.{index}."
 
         def read(name: str) -> Tensor:
-            return source.read(prefix + name, shapes[prefix + name])
+            return self._tensor(source, prefix + name, shapes[prefix + name])
+
+        def together(names: list[str]) -> Tensor | None:
+            """Several tensors in one, by rows."""
+            found = [shapes[prefix + name] for name in names if prefix + name in shapes]
+            if not found:
+                return None
+            rows = [shape[0] for shape in found]
+            memory = backend.memory(sum(rows), *found[0][1:])
+            for name, shape, place in zip(names, found, torch.split(memory, rows), strict=True):
+                source.fill(prefix + name, shape, place)
+            return memory
 
         def linear(*names: str, is_gated: bool = False) -> Linear:
-            """One product for several projections of the same input, stacked by rows."""
+            """One product for several projections of the same input."""
             prepare = backend.gated_linear if is_gated else backend.linear
-            weight = torch.cat([read(f"{name}.weight") for name in names])
-            biases = [read(f"{n}.bias") for n in names if f"{prefix}{n}.bias" in shapes]
-            return prepare(weight, torch.cat(biases) if biases else None)
+            weight = together([f"{name}.weight" for name in names])
+            assert weight is not None
+            return prepare(weight, together([f"{name}.bias" for name in names]))
 
         norms = None
         if config.qk_norm:
-            query, key = (backend.tensor(read(f"self_attn.{n}_norm.weight")) for n in "qk")
-            norms = (query, key)
+            norms = (read("self_attn.q_norm.weight"), read("self_attn.k_norm.weight"))
         return Layer(
             shape=_head_shape(config, index),
-            input_norm=backend.tensor(read("input_layernorm.weight")),
+            input_norm=read("input_layernorm.weight"),
             qkv=linear("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
             head_norms=norms,
             output=linear("self_attn.o_proj"),
-            mlp_norm=backend.tensor(read("post_attention_layernorm.weight")),
+            mlp_norm=read("post_attention_layernorm.weight"),
             gate_up=linear("mlp.gate_proj", "mlp.up_proj", is_gated=True),
             down=linear("mlp.down_proj"),
         )

@@ -15,7 +15,7 @@ import torch
 from common.engine.devices.device import Backend, Device, StepLimits
 from common.engine.devices.kv_cache import TORCH_DTYPES, blocks_for_memory
 from common.engine.model.decoder import Model, tensor_shapes
-from common.engine.model.weights import Checkpoint, RandomWeights
+from common.engine.model.weights import Checkpoint, RandomWeights, StoredWeights
 from common.errors import ConfigError, InsufficientMemory
 from common.kv_layout import KVLayout
 from common.model_folder.model_config import ModelConfig
@@ -65,12 +65,12 @@ def load_model(
 ) -> Model:
     _check_weights_fit(config, backend.dtype, device, length)
     if settings.load_format == "dummy":
-        tied = config.tie_word_embeddings
-        source = RandomWeights(settings.seed, tied=tied, dtype=backend.dtype)
-        model = Model(config, backend, source, length, first_layer)
+        random = RandomWeights(settings.seed, tied=config.tie_word_embeddings, device=backend.device)
+        model = Model(config, backend, random, length, first_layer)
     else:
-        with Checkpoint(folder) as checkpoint:
-            model = Model(config, backend, checkpoint, length, first_layer)
+        with Checkpoint(folder) as checkpoint, device.filler() as filler:
+            stored = StoredWeights(checkpoint, filler)
+            model = Model(config, backend, stored, length, first_layer)
     backend.settle()
     return model
 

@@ -16,6 +16,7 @@ from common.engine.devices.cuda.device import CudaDevice
 from common.engine.devices.cuda.gpus import TorchGpus
 from common.engine.devices.cuda.memory_share import GIB, MemoryShare
 from common.engine.devices.device import Backend, Sampling, StepLimits
+from common.engine.devices.filling import Filler, HostFiller
 from common.engine.devices.reference.backend import ReferenceBackend
 from common.engine.devices.reference.sampling import TorchSampling
 from common.engine.runner.loading import step_limits
@@ -57,6 +58,10 @@ class Newcomer:
         self.asked.append("sampling")
         return TorchSampling(vocab_size, self.torch_device)
 
+    def filler(self) -> Filler:
+        self.asked.append("filler")
+        return HostFiller(1)
+
     def pool(self, num_blocks: int, slab_bytes: int) -> Tensor:
         self.asked.append("pool")
         return torch.zeros(num_blocks, slab_bytes, dtype=torch.uint8)
@@ -91,7 +96,7 @@ def test_a_line_in_the_table_is_all_that_an_engine_needs_of_a_new_device(
     assert completion.token_ids == expected.token_ids
     device = engine.runner.device
     assert (engine.facts.max_num_seqs, engine.scheduler.max_num_batched_tokens) == (3, 40)
-    parts = ["limits", "dtype", "backend", "free", "free", "size of the pool", "pool", "sampling"]
+    parts = ["limits", "dtype", "backend", "free", "filler", "free", "size of the pool", "pool", "sampling"]
     assert device.asked[: len(parts)] == parts
     assert set(device.asked[len(parts) :]) == {"wait"}
     assert engine.facts.fingerprint.numerics.startswith("reference/newcomer/")

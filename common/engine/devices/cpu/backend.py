@@ -83,12 +83,11 @@ class CpuBackend:
     def enter_thread(self) -> None:
         numba_runtime.set_num_threads(self.threads)
 
-    def tensor(self, value: Tensor) -> Tensor:
-        return value.to(self.dtype).contiguous()
+    def memory(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self.dtype)
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
-        bias = None if bias is None else self.tensor(bias)
-        return _Linear(self, self._products.linear(self.tensor(weight), bias))
+        return _Linear(self, self._products.linear(weight, bias))
 
     def gated_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
         return self.linear(weight, bias)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from common.engine.devices.device import Backend, Sampling, StepLimits
+from common.engine.devices.filling import MOST_READERS, Filler, HostFiller
 from common.settings.config import EngineSettings
 
 DEFAULT_POOL_BYTES = 4 << 30
@@ -44,8 +45,14 @@ class CpuDevice:
         from common.engine.devices.cpu.first_start import compile_sampler_beside
 
         compile_sampler_beside()
-        threads = settings.threads or len(settings.cores) or torch.get_num_threads()
-        return CpuBackend(dtype, threads)
+        return CpuBackend(dtype, self._threads)
+
+    def filler(self) -> Filler:
+        return HostFiller(min(self._threads, MOST_READERS))
+
+    @property
+    def _threads(self) -> int:
+        return self._settings.threads or len(self._settings.cores) or torch.get_num_threads()
 
     def sampling(self, vocab_size: int) -> Sampling:
         from common.engine.devices.cpu.sampling import NumbaSampling

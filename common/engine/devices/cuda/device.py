@@ -6,10 +6,13 @@ import torch
 from torch import Tensor
 
 from common.engine.devices.cuda.memory_share import MemoryShare
+from common.engine.devices.cuda.queue import CudaQueue
 from common.engine.devices.device import Backend, Sampling, StepLimits
+from common.engine.devices.filling import Filler, num_readers
 from common.engine.devices.kv_cache import TORCH_DTYPES
 from common.engine.devices.reference.backend import ReferenceBackend
 from common.engine.devices.reference.sampling import TorchSampling
+from common.engine.devices.staging import StagedFiller
 from common.errors import ConfigError
 from common.settings.config import EngineSettings
 
@@ -49,6 +52,10 @@ class CudaDevice:
 
     def sampling(self, vocab_size: int) -> Sampling:
         return TorchSampling(vocab_size, self.torch_device)
+
+    def filler(self) -> Filler:
+        queue = CudaQueue(self.torch_device, torch.cuda.current_stream(self.torch_device))
+        return StagedFiller(queue, self.torch_device, num_readers())
 
     def pool(self, num_blocks: int, slab_bytes: int) -> Tensor:
         return torch.zeros((num_blocks, slab_bytes), dtype=torch.uint8, device=self.torch_device)

@@ -45,11 +45,11 @@ class ReferenceBackend:
     def enter_thread(self) -> None:
         """Nothing is kept per thread."""
 
-    def tensor(self, value: Tensor) -> Tensor:
-        return value.to(self.device, self.dtype)
+    def memory(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=self.dtype, device=self.device)
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
-        return _PlainLinear(self.tensor(weight), None if bias is None else self.tensor(bias))
+        return _PlainLinear(weight, bias)
 
     def gated_linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
         return self.linear(weight, bias)
