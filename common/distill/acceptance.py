@@ -24,7 +24,7 @@ from common.distill.texts import Text
 from common.engine.engine import Engine
 from common.engine.interface import Chunks
 from common.engine.runner.draft_step import logits_after
-from common.engine.runner.model_runner import ModelRunner
+from common.engine.runner.loaded_model import LoadedModel
 from common.engine.sampling.records import SampleRows
 from common.sampling import SamplingParams
 
@@ -58,7 +58,7 @@ class Speed:
         return self.draft / self.off
 
 
-def acceptance(draft: ModelRunner, texts: Sequence[Text], temperature: float) -> Acceptance:
+def acceptance(draft: LoadedModel, texts: Sequence[Text], temperature: float) -> Acceptance:
     """Of replies that the target wrote at this temperature. `draft` is a runner of the draft model alone, its
     pool unused."""
     agreed = [_agreement(draft, text) for text in texts if text.reply]
@@ -81,7 +81,7 @@ def acceptance(draft: ModelRunner, texts: Sequence[Text], temperature: float) ->
     )
 
 
-def _agreement(draft: ModelRunner, text: Text) -> NDArray[np.bool_]:
+def _agreement(draft: LoadedModel, text: Text) -> NDArray[np.bool_]:
     """`[reply]`: whether the draft model chooses this token."""
     known = min(len(text.ids), draft.facts.max_model_len)
     first = len(text.prompt)

@@ -28,7 +28,7 @@ from common.distill.stop import Stop
 from common.distill.texts import Lesson, Text
 from common.distill.training import Moment, Training, train
 from common.engine.engine import Engine
-from common.engine.runner.model_runner import ModelRunner
+from common.engine.runner.loaded_model import LoadedModel
 from common.errors import ConfigError, InsufficientMemory
 from common.model_files import model_name, resolve_model
 from common.model_folder.description import ModelDescription, describe_model, read_config
@@ -127,9 +127,9 @@ def _engine_settings(settings: DistillSettings) -> dict[str, object]:
     return chosen | ({"threads": settings.threads} if settings.threads is not None else {})
 
 
-def _engine(settings: DistillSettings, model: Path, **further: object) -> tuple[Engine, ModelRunner]:
+def _engine(settings: DistillSettings, model: Path, **further: object) -> tuple[Engine, LoadedModel]:
     engine = Engine.load(model, **_engine_settings(settings), **further)
-    assert isinstance(engine.runner, ModelRunner)
+    assert isinstance(engine.runner, LoadedModel)
     return engine, engine.runner
 
 

@@ -22,7 +22,7 @@ from common.distill.beginnings import Beginning, cycle
 from common.engine.engine import Engine
 from common.engine.interface import Chunks
 from common.engine.runner.draft_step import logits_after
-from common.engine.runner.model_runner import ModelRunner
+from common.engine.runner.loaded_model import LoadedModel
 from common.errors import NotFiniteLogits
 from common.sampling import SamplingParams
 
@@ -107,7 +107,7 @@ def packed(texts: Sequence[Sequence[int]], length: int) -> list[list[int]]:
     return rows
 
 
-def score(runner: ModelRunner, rows: Sequence[Sequence[int]], length: int, progress: Progress) -> Lesson:
+def score(runner: LoadedModel, rows: Sequence[Sequence[int]], length: int, progress: Progress) -> Lesson:
     """`rows` as the target sees them. The runner's engine must be idle and without cached blocks: its pool
     is written over."""
     kept = min(KEPT, runner.facts.vocab_size)
@@ -129,7 +129,7 @@ def score(runner: ModelRunner, rows: Sequence[Sequence[int]], length: int, progr
     return Lesson(ids, valid, tokens, logprobs)
 
 
-def _logits(runner: ModelRunner, rows: Sequence[Sequence[int]]) -> Iterator[tuple[int, int, Tensor]]:
+def _logits(runner: LoadedModel, rows: Sequence[Sequence[int]]) -> Iterator[tuple[int, int, Tensor]]:
     """(row, first position, float32 logits `[positions, vocab]`), in order."""
     size, at_once = runner.facts.layout.block_size, max(1, AT_ONCE // runner.facts.vocab_size)
     for row, ids in enumerate(rows):

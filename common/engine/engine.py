@@ -25,7 +25,7 @@ from common.engine.core.prompt_share import LEAST_TOKENS
 from common.engine.core.sequence import Sequence
 from common.engine.core.step import Step
 from common.engine.interface import Runner, StepResult
-from common.engine.runner.model_runner import ModelRunner
+from common.engine.runner.load_runner import load_runner
 from common.engine.speculation import HostProposer
 from common.engine.speculation.choice import make_proposer
 from common.engine.text import decode, encode
@@ -59,9 +59,9 @@ class Engine(EngineCore):
     @classmethod
     def load(cls, model: str | Path = "", **settings: object) -> Engine:
         """An engine for a folder, a hub name, or the model that ships; settings by name. It computes
-        in the thread that calls it."""
+        in the thread that calls it, or gives a device its work there."""
         wanted = config_loader.from_values(EngineSettings, {"model": str(model), **settings})
-        return cls(wanted, ModelRunner(wanted))
+        return cls(wanted, load_runner(wanted))
 
     def add_prompt(
         self,

@@ -191,7 +191,7 @@ class StepResult:
 
 
 Filled = Callable[[frozenset[int]], None]
-"""Called by the runner's thread once the blocks of a step hold their KV, before a token is chosen:
+"""Called by a thread of the runner's once the blocks of a step hold their KV, before a token is chosen:
 from then on they may be handed to another node, but those of the sequences it is given by their ids.
 """
 
@@ -210,6 +210,6 @@ class Runner(Protocol):
         """Whether this error of a step says that nothing can be computed any more."""
         ...
 
-    def close(self) -> None:
-        """Wait for what was submitted, and end."""
+    def close(self, within_s: float | None = None) -> None:
+        """Wait for what was submitted, and end. `EngineBroken` if that takes longer."""
         ...

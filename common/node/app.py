@@ -29,7 +29,7 @@ from common.background import is_a_failure, report
 from common.engine import Engine
 from common.engine.interface import Runner
 from common.engine.runner import loading
-from common.engine.runner.model_runner import ModelRunner
+from common.engine.runner.load_runner import load_runner
 from common.engine.runner.thread_runner import ThreadRunner
 from common.engine.speculation import DraftCounts
 from common.errors import ServiceUnavailable
@@ -85,7 +85,7 @@ class Node:
         settings: NodeSettings,
         *,
         make_bus: Callable[..., Bus] = Bus,
-        make_runner: Callable[..., ModelRunner] = ModelRunner,
+        make_runner: Callable[..., Runner] = load_runner,
         make_role: Callable[[str, NodeServices], NodeRole] = load_role,
         take_gpu: Callable[[NodeSettings, str], tuple[EngineSettings, GpuLease | None]] = take_gpu,
     ) -> None:

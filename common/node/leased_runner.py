@@ -27,5 +27,5 @@ class LeasedRunner:
     def is_lost(self, error: BaseException, /) -> bool:
         return isinstance(error, EngineBroken) or self.inner.is_lost(error)
 
-    def close(self) -> None:
-        self.inner.close()
+    def close(self, within_s: float | None = None) -> None:
+        self.inner.close(within_s)

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from common.distill import texts
 from common.distill.acceptance import acceptance
 from common.engine import Engine
-from common.engine.runner.model_runner import ModelRunner
+from common.engine.runner.loaded_model import LoadedModel
 from deploy.model.corpus import ASSISTANT, documents, read_runs
 
 POSITIONS = (0, 64, 256, 1024, 2048)
@@ -108,7 +108,7 @@ def accepted(
     found = {}
     for draft in drafts:
         runner = Engine.load(draft, max_num_seqs=2, enable_prefix_caching=False).runner
-        assert isinstance(runner, ModelRunner)
+        assert isinstance(runner, LoadedModel)
         found[str(draft)] = dataclasses.asdict(acceptance(runner, replies, temperature))
     return found
 

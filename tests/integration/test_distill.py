@@ -25,7 +25,7 @@ from common.distill.stop import Stop
 from common.distill.texts import Text, packed
 from common.distill.training import divergence
 from common.engine import Engine, SamplingParams
-from common.engine.runner.model_runner import ModelRunner
+from common.engine.runner.loaded_model import LoadedModel
 from common.errors import (
     CheckpointError,
     ConfigError,
@@ -70,9 +70,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return output, ended.stdout
 
 
-def runner(model: Path) -> ModelRunner:
+def runner(model: Path) -> LoadedModel:
     loaded = Engine.load(model, max_num_seqs=2, enable_prefix_caching=False).runner
-    assert isinstance(loaded, ModelRunner)
+    assert isinstance(loaded, LoadedModel)
     return loaded
 
 

@@ -20,7 +20,7 @@ import random
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -65,6 +65,7 @@ class FakeAccelerator:
         self.changed = threading.Condition(threading.RLock())
         self.queues: list[FakeQueue] = []
         self.lost: RuntimeError | None = None
+        self.peak_bytes = 1 << 20  # of whatever is measured
         self.given: list[str] = []  # kinds of all operations so far
         self.event_faults = 0  # of those to come, how many events raise
         self.memory: list[tuple[int, int]] = []  # device memory: [begin, end)
@@ -278,6 +279,9 @@ class FakeQueue:
     def run(self, work: Work) -> None:
         self.accelerator.give(self, "run", work)
 
+    def here(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def copy(self, into: Tensor, source: Tensor) -> None:
         assert into.shape == source.shape
         assert into.is_contiguous()
@@ -332,6 +336,11 @@ class FakeQueue:
         accelerator.refuse_capture("synchronize")
         accelerator.until(lambda: not self.waiting or accelerator.lost is not None, self)
         accelerator.check()
+
+    def peak_of(self, give: Callable[[], object]) -> int:
+        give()
+        self.synchronize()
+        return self.accelerator.peak_bytes
 
     def pinned(self, num_bytes: int) -> Tensor:
         self.accelerator.refuse_capture("pinned")

@@ -94,7 +94,7 @@ class ProcessRunner:
     def is_lost(self, error: BaseException, /) -> bool:
         return not self._process.is_alive()
 
-    def close(self) -> None:
+    def close(self, within_s: float | None = None) -> None:
         self._thread.shutdown()
         self._connection.send_bytes(b"")
         self._process.join(10.0)

@@ -59,13 +59,14 @@ class Recorder(TorchDispatchMode):
         self.calls.append(_Recorded(func, args, kwargs, result))
         return result
 
-    def launch(self, launch: Launch, grid: tuple[int, ...], arguments: Sequence[Any]) -> None:
+    def kernel(self, call: Callable[[], None]) -> None:
+        """What a device does by itself, reading its memory as it likes."""
         self._paused = True
         try:
-            _real_launch(launch, grid, *arguments)
+            call()
         finally:
             self._paused = False
-        self.calls.append(lambda: _real_launch(launch, grid, *arguments))
+        self.calls.append(call)
 
 
 class _Recorded:
@@ -112,8 +113,14 @@ _real_launch = Launch.__call__
 
 
 def _launch(self: Launch, grid: tuple[int, ...], *arguments: Any) -> None:
+    kernel(lambda: _real_launch(self, grid, *arguments))
+
+
+def kernel(call: Callable[[], None]) -> None:
+    """Compute `call`, which writes into tensors that are there, as one operation of the device: a graph has
+    it as such."""
     recorder = getattr(_recorders, "active", None)
     if recorder is None:
-        _real_launch(self, grid, *arguments)
+        call()
     else:
-        recorder.launch(self, grid, arguments)
+        recorder.kernel(call)

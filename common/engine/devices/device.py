@@ -1,8 +1,9 @@
-"""What a device must do, once: three protocols, of which everything that runs on it is made.
+"""What a device must do, once: protocols, of which everything that runs on it is made.
 
     Device      a place to compute: its memory and its errors; the only thing that is chosen (choice.py)
     Backend     the operations of one model in one type, by this device's kernels
-    Sampling    the arithmetic that chooses tokens, and the counts behind it
+    Sampling    the arithmetic that chooses tokens, and the counts behind it (sampling.py)
+    DeviceQueue     for a device that computes later: what a host may ask of it then (queue.py)
 
 The decoder (model/) is written against `Backend` alone, the sampler (runner/) against `Sampling`;
 neither asks what device it is. A backend owns its kernels, how weights are laid out for them, and
@@ -18,16 +19,14 @@ from __future__ import annotations
 import dataclasses
 from typing import Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from common.engine.devices.filling import Filler
 from common.engine.devices.kv_cache import KVCache
+from common.engine.devices.queue import DeviceQueue
 from common.engine.devices.rows import RowPlan, Rows
-from common.engine.sampling.records import Logprobs, SampleOutput, SampleRows
-from common.engine.sampling.slots import SlotTable
+from common.engine.devices.sampling import Sampling, StepSampling
 from common.settings.config import EngineSettings
 
 
@@ -70,6 +69,14 @@ class Device(Protocol):
 
     def filler(self) -> Filler:
         """What brings stored tensors into the memory that its backends give."""
+        ...
+
+    def queue(self) -> DeviceQueue | None:
+        """Where steps are given to it; None where everything has been computed when a call returns."""
+        ...
+
+    def step_sampling(self, vocab_size: int) -> StepSampling:
+        """In place of `sampling`, for steps that go into a queue."""
         ...
 
     def pool(self, num_blocks: int, slab_bytes: int) -> Tensor:
@@ -188,27 +195,4 @@ class Backend(Protocol):
     def enter_thread(self) -> None:
         """Called before each step, by the thread that computes it: thread counts are kept per
         thread, and another engine in this one may have changed them. Must cost next to nothing."""
-        ...
-
-
-class Sampling(Protocol):
-    """As `common.engine.sampling` says. Counts of tokens, for penalties, are rows that it numbers."""
-
-    def open_counts(self, prompt: NDArray[np.int64], generated: NDArray[np.int64]) -> int:
-        """A row of token counts, filled."""
-        ...
-
-    def close_counts(self, row: int) -> None: ...
-
-    def append_counts(self, rows: NDArray[np.int64], tokens: NDArray[np.int64]) -> None: ...
-
-    def sample(self, logits: Tensor, rows: SampleRows, table: SlotTable) -> SampleOutput:
-        """A token per row. `logits` `[>= rows, vocab]`, float32 or bfloat16."""
-        ...
-
-    def logprobs(
-        self, logits: Tensor, targets: NDArray[np.int64], counts: NDArray[np.int64]
-    ) -> tuple[Logprobs, NDArray[np.uint8]]:
-        """Of `targets[i]` and the `counts[i]` most likely tokens under `logits[i]`; and the
-        `RowFault` of each row."""
         ...

@@ -12,6 +12,7 @@ by computing on the CPU as late, or in as odd an order, as the contract allows.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from torch import Tensor
@@ -45,6 +46,11 @@ class DeviceQueue(Protocol):
         """Work that may also wait for this queue itself, where a decision is the host's."""
         ...
 
+    def here(self) -> AbstractContextManager[None]:
+        """What this thread asks the device for without a queue, such as memory that grows, comes in the order
+        of this one."""
+        ...
+
     def copy(self, into: Tensor, source: Tensor) -> None:
         """Between device memory and memory from `pinned`, contiguous and of one size."""
         ...
@@ -66,6 +72,11 @@ class DeviceQueue(Protocol):
     def synchronize(self) -> None:
         """Wait until everything that this queue was given has ended, well or not; other queues are not
         waited for. Raises what the device says has failed: then it computes nothing any more."""
+        ...
+
+    def peak_of(self, give: Callable[[], object]) -> int:
+        """Call `give`, which gives work, and wait for that: how many bytes of device memory it had at most,
+        beside those that were in use before. At load only."""
         ...
 
     def pinned(self, num_bytes: int) -> Tensor:

@@ -25,6 +25,7 @@ class RowPlan:
     generated_rows: int
     generated_multiple: int
     query_tile: int  # positions per unit of attention; leaves no trace in the bits
+    generated_tile: int = 1 << 20  # of generated ones, where it takes fewer
 
     @property
     def takes_any(self) -> bool:
@@ -48,7 +49,7 @@ class RowPlan:
 @dataclasses.dataclass(frozen=True, slots=True)
 class Rows:
     """The rows of one step, in the order `[generated, padding, prompt, padding]`: laid out on the
-    host, then taken to a device by `Backend.prepare`; `tiles` stay on the host."""
+    host, then taken to a device by `Backend.prepare`. Without a queue `tiles` stay on the host."""
 
     token_ids: Tensor  # int64 [rows]; 0 in padding
     positions: Tensor  # int64 [rows], absolute; 0 in padding
@@ -57,6 +58,7 @@ class Rows:
     padded_generated: int  # where the prompt rows begin
     prompt_chunks: tuple[tuple[int, int, int], ...]  # first row, rows, first position
     tiles: Tensor  # int32 [tiles, 4], generated first: first row, rows, first position, where in `tables`
+    num_generated_tiles: int
     tables: Tensor  # int32: block ids of the sequences, one after the other
 
     @property

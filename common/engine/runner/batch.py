@@ -62,10 +62,12 @@ def lay_out(step: Chunks, num_sampled: NDArray[np.int64], block_size: int, plan:
     wide, wider = step.generated_tables.shape[1], step.prompt_tables.shape[1]
     table_starts = [wide * chunk for chunk in range(generated)]
     table_starts += [wide * generated + wider * chunk for chunk in range(step.num_chunks - generated)]
+    small = min(plan.generated_tile, plan.query_tile)
+    sizes = [small] * generated + [plan.query_tile] * (step.num_chunks - generated)
     tiles = [
-        (row + offset, min(plan.query_tile, length - offset), start + offset, table)
-        for (row, length, start), table in zip(runs, table_starts, strict=True)
-        for offset in range(0, length, plan.query_tile)
+        (row + offset, min(size, length - offset), start + offset, table)
+        for (row, length, start), table, size in zip(runs, table_starts, sizes, strict=True)
+        for offset in range(0, length, size)
     ]
     sampled_before = np.repeat(np.cumsum(num_sampled) - num_sampled, num_sampled)
     sampled_from = np.repeat(first_rows + lengths - num_sampled, num_sampled)
@@ -77,6 +79,7 @@ def lay_out(step: Chunks, num_sampled: NDArray[np.int64], block_size: int, plan:
         padded_generated=border,
         prompt_chunks=tuple(runs[generated:]),
         tiles=torch.from_numpy(np.array(tiles, np.int32).reshape(len(tiles), 4)),
+        num_generated_tiles=int((-(-lengths[:generated] // small)).sum()),
         tables=torch.from_numpy(np.concatenate((step.generated_tables.ravel(), step.prompt_tables.ravel()))),
     )
     return Batch(rows, first_rows, sampled_from + np.arange(len(sampled_from)) - sampled_before)

@@ -19,6 +19,7 @@ from common.engine.runner import loading
 from common.engine.runner.draft_model import DraftModel
 from common.engine.runner.draft_step import Drafter, Target
 from common.engine.runner.reencoding_draft import ReencodingDraftModel
+from common.engine.runner.sampler import Sampler
 from common.kv_layout import Fingerprint
 from common.model_files import model_name, model_revision, resolve_model
 from common.model_folder.config_fields import unknown_fields
@@ -36,6 +37,7 @@ class LoadedModel:
 
     cache: KVCache
     facts: EngineFacts
+    sampler: Sampler  # made by whoever computes
 
     def __init__(self, settings: EngineSettings, device: Device | None = None) -> None:
         """Load the model, and its draft model, on the device that the settings name, unless one is given.

@@ -22,11 +22,16 @@ from common.engine.runner import loading
 from common.engine.runner.batch import Batch, lay_out
 from common.engine.runner.loaded_model import LoadedModel, Storage
 from common.engine.runner.sampler import Sampler
-from common.engine.runner.soundness import filled_blocks, infinite, sound_rows, spoiled
-from common.engine.sampling.records import TokenLogprob
+from common.engine.runner.scoring import score_prompts
+from common.engine.runner.soundness import (
+    all_sampled,
+    filled_blocks,
+    finite_blocks,
+    infinite,
+    sound_rows,
+    spoiled,
+)
 from common.settings.config import EngineSettings
-
-SCORED_AT_ONCE = 64  # positions of a prompt: their logits are large
 
 
 class ModelRunner(LoadedModel):
@@ -77,13 +82,13 @@ class ModelRunner(LoadedModel):
         num_sampled = np.where(step.samples, 1 + step.num_drafted, 0)
         batch = lay_out(step, num_sampled, self.facts.layout.block_size, self.backend.row_plan)
         hidden = self.model.forward(self.backend.prepare(batch.rows), self.cache)
-        sound = sound_rows(step, hidden)
+        sound = None if all_sampled(step) else sound_rows(hidden)
         ids: frozenset[int] | None = None
         if filled is not None:
             self.device.synchronize()
             ids = self._spoiled(step, batch, sound)
             filled(ids)
-        scored = self._score_prompts(step, batch, hidden)
+        scored = score_prompts(step.scored, self.model, self.sampler, batch, hidden)
         sampled, accepted = None, np.empty(0, np.int64)
         if len(batch.sampled):
             states = hidden[torch.from_numpy(batch.sampled).to(hidden.device)]
@@ -98,7 +103,7 @@ class ModelRunner(LoadedModel):
     def is_lost(self, error: BaseException, /) -> bool:
         return self.device.is_lost(error)
 
-    def close(self) -> None:
+    def close(self, within_s: float | None = None) -> None:
         """Nothing is under way; memory goes with the object."""
 
     def _resolved(self, step: StepInput) -> StepInput:
@@ -116,21 +121,13 @@ class ModelRunner(LoadedModel):
 
     def _spoiled(self, step: StepInput, batch: Batch, sound: Tensor | None) -> frozenset[int]:
         """Those that go on from what the step before spoiled, too: its result was not known yet."""
-        filled = filled_blocks(step, self.facts.layout.block_size)
-        going_on = self._spoiled_ids.intersection(step.sequence_ids.tolist())
-        self._spoiled_ids = spoiled(step, batch, sound) | infinite(filled, self.cache.own_elements) | going_on
-        return self._spoiled_ids
-
-    def _score_prompts(
-        self, step: StepInput, batch: Batch, hidden: Tensor
-    ) -> tuple[tuple[TokenLogprob, ...], ...]:
-        scored = []
-        for chunk in step.scored:
-            row, entries = batch.first_rows[chunk.chunk], []
-            for begin in range(0, len(chunk.targets), SCORED_AT_ONCE):
-                part = chunk.targets[begin : begin + SCORED_AT_ONCE]
-                logits = self.model.logits(hidden[row + begin : row + begin + len(part)])
-                found, _ = self.sampler.logprobs(logits, part, np.full(len(part), chunk.top))
-                entries += [TokenLogprob.of(found, i, chunk.top) for i in range(len(part))]
-            scored.append(tuple(entries))
-        return tuple(scored)
+        blocks = filled_blocks(step, self.facts.layout.block_size)
+        found = self._spoiled_ids.intersection(step.sequence_ids.tolist())
+        if sound is not None:
+            found |= spoiled(step, batch.first_rows, sound.cpu().numpy())
+        if blocks:
+            flat = torch.tensor([block for ids in blocks.values() for block in ids])
+            elements = self.cache.own_elements
+            found |= infinite(blocks, finite_blocks(flat.to(elements.device), elements).tolist())
+        self._spoiled_ids = found
+        return found

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from common.engine.devices.device import Sampling
+from common.engine.devices.sampling import Sampling
 from common.engine.interface import SlotChanges
 from common.engine.sampling.records import Logprobs, RowFault, SampleOutput, SampleRows
 from common.engine.sampling.slots import SlotTable
@@ -28,10 +28,17 @@ from common.sampling import SamplingParams
 class Sampler:
     """Slots are numbers in `[0, slots)` that the caller hands out. Not thread-safe."""
 
-    def __init__(self, vocab_size: int, slots: int, sampling: Sampling) -> None:
+    def __init__(self, vocab_size: int, slots: int, sampling: Sampling, *, counts: bool = True) -> None:
+        """`counts`: it is told of every token by `append` or `accept`, and checks that none is missing. In a
+        queue the device counts by itself, and the host hears of tokens too late."""
+        self._counts = counts
         self._table = SlotTable(slots, vocab_size)
         self._generated = np.zeros(slots, np.int64)  # tokens appended
         self._sampling = sampling
+
+    @property
+    def table(self) -> SlotTable:
+        return self._table
 
     @property
     def vocab_size(self) -> int:
@@ -102,7 +109,7 @@ class Sampler:
         assert records["live"].all(), "a row names a free slot"
         assert logits.shape[1] == self.vocab_size
         tracked = records["counts"] >= 0
-        if tracked.any():
+        if self._counts and tracked.any():
             drafted = 0 if rows.draft_length is None else rows.draft_length[tracked]
             known = self._generated[rows.slots[tracked]] + drafted
             before = rows.positions[tracked] - records["prompt_length"][tracked]
@@ -110,28 +117,8 @@ class Sampler:
         return self._sampling.sample(logits, rows, self._table)
 
     def accept(self, rows: SampleRows, output: SampleOutput) -> NDArray[np.int64]:
-        """How many tokens each run of rows gives its slot, `[runs]`: drafts while they equal the sampled
-        tokens, then one more; none where its first row has a fault. They are appended.
-
-        A run is the rows of one slot: one, or 1 + k that verify k drafts.
-        """
-        sound = output.faults == RowFault.NONE
-        kept: NDArray[np.int64] = sound.astype(np.int64)
-        taken = sound
-        if rows.drafted is not None and len(rows.drafted):
-            assert rows.draft_start is not None
-            assert rows.draft_length is not None
-            starts = np.flatnonzero(rows.draft_length == 0)
-            ends = np.append(starts[1:], len(sound))
-            kept = sound[starts].astype(np.int64)
-            for run in np.flatnonzero((ends - starts > 1) & sound[starts]):
-                first, end = starts[run], ends[run]
-                at = rows.draft_start[first]
-                drafts = rows.drafted[at : at + end - first - 1]
-                # A fault after a good token shows when its own turn comes.
-                right = (output.token_ids[first : end - 1] == drafts) & sound[first + 1 : end]
-                kept[run] += right.cumprod().sum()
-            taken = rows.draft_length < np.repeat(kept, ends - starts)
+        """As `accepted`; what is taken is appended."""
+        kept, taken = accepted(rows, output)
         self.append(rows.slots[taken], output.token_ids[taken])
         return kept
 
@@ -151,3 +138,27 @@ class Sampler:
                 f"token id {tokens[outside][0]}, the vocabulary has {self.vocab_size}", param="prompt"
             )
         return tokens
+
+
+def accepted(rows: SampleRows, output: SampleOutput) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """How many tokens each run of rows gives its slot, `[runs]`: drafts while they equal the sampled tokens,
+    then one more; none where its first row has a fault. And which rows these are, `[rows]`.
+
+    A run is the rows of one slot: one, or 1 + k that verify k drafts.
+    """
+    sound = output.faults == RowFault.NONE
+    if rows.drafted is None or not len(rows.drafted):
+        return sound.astype(np.int64), sound
+    assert rows.draft_start is not None
+    assert rows.draft_length is not None
+    starts = np.flatnonzero(rows.draft_length == 0)
+    ends = np.append(starts[1:], len(sound))
+    kept = sound[starts].astype(np.int64)
+    for run in np.flatnonzero((ends - starts > 1) & sound[starts]):
+        first, end = starts[run], ends[run]
+        at = rows.draft_start[first]
+        drafts = rows.drafted[at : at + end - first - 1]
+        # A fault after a good token shows when its own turn comes.
+        right = (output.token_ids[first : end - 1] == drafts) & sound[first + 1 : end]
+        kept[run] += right.cumprod().sum()
+    return kept, rows.draft_length < np.repeat(kept, ends - starts)

@@ -12,31 +12,34 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from common.engine.interface import StepInput
-from common.engine.runner.batch import Batch
+
+_BLOCKS_AT_ONCE = 16  # that are copied to be summed
 
 
-def sound_rows(step: StepInput, hidden: Tensor) -> Tensor | None:
-    """Which of the rows `[rows, hidden]` are finite, bool `[rows]`; None where the sampler looks at
-    every one. Does not wait for the device."""
+def all_sampled(step: StepInput) -> bool:
+    """Whether the sampler looks at every row."""
     is_decoding = step.samples & (step.lengths == 1 + step.num_drafted)
-    if step.num_generated == step.num_chunks and is_decoding.all():
-        return None
+    return step.num_generated == step.num_chunks and bool(is_decoding.all())
+
+
+def sound_rows(hidden: Tensor) -> Tensor:
+    """Which of the rows `[rows, hidden]` are finite, bool `[rows]`. Does not wait for the device."""
     return torch.isfinite(hidden.sum(-1, dtype=torch.float32))
 
 
-def spoiled(step: StepInput, batch: Batch, sound: Tensor | None) -> frozenset[int]:
-    """The ids of sequences of which a row is not sound; what was drafted may yet be rejected."""
-    if sound is None:
-        return frozenset()
-    is_sound = sound.cpu().numpy()
-    ends = batch.first_rows + step.lengths - step.num_drafted
+def spoiled(step: StepInput, first_rows: NDArray[np.int64], is_sound: NDArray[np.bool_]) -> frozenset[int]:
+    """The ids of sequences of which a row is not sound; what was drafted may yet be rejected. `first_rows`
+    of each chunk, in `is_sound` `[rows]`."""
+    ends = first_rows + step.lengths - step.num_drafted
     return frozenset(
         int(sequence_id)
-        for sequence_id, row, end in zip(step.sequence_ids, batch.first_rows, ends, strict=True)
+        for sequence_id, row, end in zip(step.sequence_ids, first_rows, ends, strict=True)
         if not is_sound[row:end].all()
     )
 
@@ -52,12 +55,15 @@ def filled_blocks(step: StepInput, block_size: int) -> dict[int, list[int]]:
     }
 
 
-def infinite(blocks: Mapping[int, Sequence[int]], elements: Tensor) -> frozenset[int]:
-    """The ids of sequences of which a block, of `elements` `[num_blocks, elements of a slab]`, has a
-    key or value that is not finite: then its sum is not, either."""
-    if not blocks:
-        return frozenset()
+def finite_blocks(blocks: Tensor, elements: Tensor) -> Tensor:
+    """Which of `blocks`, int64 `[blocks]`, of `elements` `[num_blocks, elements of a slab]` have keys and
+    values that are all finite, as their sum is then, too; bool `[blocks]`. Does not wait for the device."""
+    parts = torch.split(blocks, _BLOCKS_AT_ONCE)
+    sums = [elements.index_select(0, part).sum(-1, dtype=torch.float32) for part in parts]
+    return torch.isfinite(torch.cat(sums))
+
+
+def infinite(blocks: Mapping[int, Sequence[int]], is_finite: Sequence[bool]) -> frozenset[int]:
+    """The ids of sequences of which a block is not finite; `is_finite` of all blocks, in order."""
     owners = [name for name, ids in blocks.items() for _ in ids]
-    sums = [elements[block].sum(dtype=torch.float32) for ids in blocks.values() for block in ids]
-    is_finite = torch.isfinite(torch.stack(sums)).tolist()
     return frozenset(name for name, sound in zip(owners, is_finite, strict=True) if not sound)

@@ -5,13 +5,16 @@ What compiles kernels is imported when it is asked for: who computes elsewhere n
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import numpy as np
 import psutil
 import torch
 from torch import Tensor
 
-from common.engine.devices.device import Backend, Sampling, StepLimits
+from common.engine.devices.device import Backend, StepLimits
 from common.engine.devices.filling import MOST_READERS, Filler, HostFiller
+from common.engine.devices.sampling import Sampling
 from common.settings.config import EngineSettings
 
 DEFAULT_POOL_BYTES = 4 << 30
@@ -58,6 +61,12 @@ class CpuDevice:
         from common.engine.devices.cpu.sampling import NumbaSampling
 
         return NumbaSampling(vocab_size)
+
+    def queue(self) -> None:
+        """What a CPU is asked for it has done when the call returns."""
+
+    def step_sampling(self, vocab_size: int) -> NoReturn:
+        raise AssertionError("a CPU has no queue")
 
     def pool(self, num_blocks: int, slab_bytes: int) -> Tensor:
         """Memory that the system gives when it is first touched."""

@@ -7,11 +7,13 @@ from torch import Tensor
 
 from common.engine.devices.cuda.memory_share import MemoryShare
 from common.engine.devices.cuda.queue import CudaQueue
-from common.engine.devices.device import Backend, Sampling, StepLimits
+from common.engine.devices.device import Backend, StepLimits
 from common.engine.devices.filling import Filler, num_readers
 from common.engine.devices.kv_cache import TORCH_DTYPES
+from common.engine.devices.queue import DeviceQueue
 from common.engine.devices.reference.backend import ReferenceBackend
 from common.engine.devices.reference.sampling import TorchSampling
+from common.engine.devices.sampling import Sampling, StepSampling
 from common.engine.devices.staging import StagedFiller
 from common.errors import ConfigError
 from common.settings.config import EngineSettings
@@ -56,6 +58,12 @@ class CudaDevice:
     def filler(self) -> Filler:
         queue = CudaQueue(self.torch_device, torch.cuda.current_stream(self.torch_device))
         return StagedFiller(queue, self.torch_device, num_readers())
+
+    def queue(self) -> DeviceQueue | None:
+        return None  # the reference's operations wait for the device themselves
+
+    def step_sampling(self, vocab_size: int) -> StepSampling:
+        raise AssertionError("the reference's operations know no queue")
 
     def pool(self, num_blocks: int, slab_bytes: int) -> Tensor:
         return torch.zeros((num_blocks, slab_bytes), dtype=torch.uint8, device=self.torch_device)

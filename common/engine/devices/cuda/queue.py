@@ -7,6 +7,9 @@ Graphs are recorded on a stream of their own, since work on the default stream c
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -49,6 +52,11 @@ class CudaQueue:
         with torch.cuda.stream(self._stream):
             work()
 
+    @contextmanager
+    def here(self) -> Iterator[None]:
+        with torch.cuda.stream(self._stream):
+            yield
+
     def copy(self, into: Tensor, source: Tensor) -> None:
         with torch.cuda.stream(self._stream):
             into.copy_(source, non_blocking=True)
@@ -75,6 +83,14 @@ class CudaQueue:
 
     def synchronize(self) -> None:
         self._stream.synchronize()
+
+    def peak_of(self, give: Callable[[], object]) -> int:
+        self.synchronize()
+        torch.cuda.reset_peak_memory_stats(self._device)
+        before = torch.cuda.memory_allocated(self._device)
+        give()
+        self.synchronize()
+        return torch.cuda.max_memory_allocated(self._device) - before
 
     def pinned(self, num_bytes: int) -> Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
