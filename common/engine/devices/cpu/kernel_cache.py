@@ -20,7 +20,6 @@ import hashlib
 import io
 import os
 import secrets
-import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -36,6 +35,7 @@ from numba.core.caching import (
 )
 from numba.core.registry import cpu_target
 
+from common.cache_folder import cache_folder
 from common.logs import get_logger
 
 log = get_logger("kernels")
@@ -61,18 +61,11 @@ def directory(sources: Iterable[Path]) -> str:
     digest = hashlib.blake2b(options().encode(), digest_size=8)
     for path in sources:
         digest.update(path.read_bytes())
-    name = f"kernels-{digest.hexdigest()}"
-    for parent in ("~/.cache/pdq", f"{tempfile.gettempdir()}/pdq-{os.getuid()}"):
-        try:
-            folder = Path(parent).expanduser()
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            owner = folder.stat().st_uid
-        except (OSError, RuntimeError):  # the latter where the user has no home at all
-            continue
-        if os.access(folder, os.W_OK) and owner == os.getuid():
-            return str(folder / name)
-    _warn("no folder", "neither ~/.cache nor the temporary folder can be written")
-    return ""
+    folder = cache_folder()
+    if folder is None:
+        _warn("no folder", "neither ~/.cache nor the temporary folder can be written")
+        return ""
+    return str(folder / f"kernels-{digest.hexdigest()}")
 
 
 def cache(dispatcher: Any) -> None:

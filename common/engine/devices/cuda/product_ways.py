@@ -5,7 +5,9 @@ Owns how each is called. Which one serves is for `settling.py` to prove.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +17,7 @@ from common.engine.devices.cuda import product_plans
 from common.engine.devices.cuda.kernels.products import silu_mul_kernel
 from common.engine.devices.cuda.launch import Launch
 from common.engine.devices.cuda.product_plans import Order, Shape, Tile
-from common.engine.devices.cuda.settling import Weight
+from common.engine.devices.cuda.settling import Way, Weight
 
 _BLOCK = 1024
 
@@ -35,41 +37,41 @@ class Workspace:
         if tiles > len(self.arrived):
             self.arrived = self.arrived.new_zeros(tiles)
 
-    def clear(self) -> None:
-        """After a launch that may not have come to its end."""
-        self.arrived.zero_()
-
 
 class TiledWay:
-    """Our kernel. Implements `Way`; parallel ones for as many rows as the workspace was grown for."""
+    """Our kernel. Implements `Way`. Where a launch with more rows than were reserved would need a larger
+    workspace, its programs sum all ranges one after the other, which gives the same bits."""
 
     def __init__(
         self, shape: Shape, order: Order, tile: Tile, multiprocessors: int, workspace: Workspace
     ) -> None:
         self.name = tile.name
-        self.tile = tile
-        self._shape, self._order = shape, order
+        self._shape, self._order, self._tile = shape, order, tile
+        self._in_turn = dataclasses.replace(tile, parallel=False)
         self._multiprocessors, self._workspace = multiprocessors, workspace
-        self._launch = product_plans.launch(shape, order, tile)
+        self._reserved = 0
 
     def reserve(self, rows: int) -> None:
         """Room for launches of at most so many rows."""
-        if self.tile.parallel:
-            tiles = self.tile.tiles(self._shape, rows)
-            self._workspace.grow(self.tile.partials(self._shape, self._order, rows), tiles)
+        self._reserved = rows
+        if self._tile.parallel:
+            partials = self._tile.partials(self._shape, self._order, rows)
+            self._workspace.grow(partials, self._tile.tiles(self._shape, rows))
 
     def __call__(self, weight: Weight, x: Tensor, out: Tensor) -> None:
-        tensor, (rows, depth) = weight.tensor, x.shape
-        programs = self.tile.programs(self._shape, self._order, rows, self._multiprocessors)
+        rows, depth = x.shape
+        tile = self._tile if rows <= self._reserved else self._in_turn
+        programs = tile.programs(self._shape, self._order, rows, self._multiprocessors)
+        tensor, workspace = weight.tensor, self._workspace
         bias = tensor if weight.bias is None else weight.bias  # any pointer, where there is none
-        partials, arrived = self._workspace.partials, self._workspace.arrived
         numbers = rows, out.shape[1], depth, x.stride(0), tensor.stride(0)
-        self._launch((programs,), x, tensor, bias, out, partials, arrived, *numbers)
+        launch = product_plans.launch(self._shape, self._order, tile)
+        launch((programs,), x, tensor, bias, out, workspace.partials, workspace.arrived, *numbers)
 
 
 class LibraryWay:
     """cuBLAS through torch, told to keep to one order as far as torch lets it: sums in float32 throughout, no
-    range of columns apart. Implements `Way`. Not for graphs where `gated`, for it allocates."""
+    range of columns apart. It may take another kernel for another number of rows. Implements `Way`."""
 
     name = "library"
 
@@ -80,14 +82,32 @@ class LibraryWay:
         matmul.allow_fp16_accumulation = False
 
     def __call__(self, weight: Weight, x: Tensor, out: Tensor) -> None:
-        if not weight.shape.gated and weight.bias is None:
-            torch.mm(x, weight.tensor.T, out=out)
-            return
-        both = F.linear(x, weight.tensor, weight.bias)
         if weight.shape.gated:
-            silu_mul(both, out)
+            silu_mul(F.linear(x, weight.tensor, weight.bias), out)
+        elif weight.bias is None:
+            torch.mm(x, weight.tensor.T, out=out)
         else:
-            out.copy_(both)
+            out.copy_(F.linear(x, weight.tensor, weight.bias))
+
+
+class InExactCalls:
+    """A way whose kernel may depend on the number of rows, called with a few numbers of rows only, each of
+    which a proof can try; the rest goes another way. Implements `Way`."""
+
+    def __init__(self, way: Way, sizes: Sequence[int], rest: Way) -> None:
+        """`sizes` descend."""
+        self.name = f"{way.name}, and {rest.name}"
+        self._way, self._sizes, self._rest = way, tuple(sizes), rest
+
+    def __call__(self, weight: Weight, x: Tensor, out: Tensor) -> None:
+        done, rows = 0, x.shape[0]
+        for size in self._sizes:
+            while rows - done >= size:
+                here = slice(done, done + size)
+                self._way(weight, x[here], out[here])
+                done += size
+        if done < rows:
+            self._rest(weight, x[done:], out[done:])
 
 
 def silu_mul(both: Tensor, out: Tensor) -> None:

@@ -19,19 +19,22 @@ from torch import Tensor
 
 from common.engine.devices.cuda import product_plans
 from common.engine.devices.cuda.product_plans import BUCKETS, Order, Shape, bucket_of
-from common.engine.devices.cuda.product_ways import LibraryWay, TiledWay, Workspace
+from common.engine.devices.cuda.product_ways import InExactCalls, LibraryWay, TiledWay, Workspace
 from common.engine.devices.cuda.settling import (
     FULL,
     Operands,
     Proof,
+    Ranking,
     Way,
     Weight,
     among_strangers,
+    as_given,
     digest_of,
     is_near,
     same_bits,
     settle,
 )
+from common.engine.devices.cuda.tuning import Tuning
 from common.engine.devices.rows import RowPlan
 from common.errors import ConfigError
 from common.logs import get_logger
@@ -39,6 +42,8 @@ from common.logs import get_logger
 log = get_logger("products")
 
 QUERY_TILE = 64
+LIBRARY_ROWS = (2048, 1024, 512)  # of a call, in which the vendor's library may serve prompts
+_TIMED_ROWS = 2048  # of a prompt
 ANY_ROWS = RowPlan(1, 1, 1, query_tile=QUERY_TILE)
 EXACT_ROWS = RowPlan(prompt_rows=256, generated_rows=32, generated_multiple=32, query_tile=QUERY_TILE)
 
@@ -79,10 +84,18 @@ class GpuProducts:
     row_plan = ANY_ROWS
 
     def __init__(
-        self, dtype: torch.dtype, device: torch.device, *, multiprocessors: int, proof: Proof = FULL
+        self,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        multiprocessors: int,
+        proof: Proof = FULL,
+        tuning: Tuning | None = None,
     ) -> None:
+        """`tuning` says which of the launches that pass the proof is the fastest; without it the likely best
+        is taken."""
         self._dtype, self._device = dtype, device
-        self._multiprocessors, self._proof = multiprocessors, proof
+        self._multiprocessors, self._proof, self._tuning = multiprocessors, proof, tuning
         self._workspace = Workspace(device)
         self._plans: dict[Shape, Plan] = {}
 
@@ -118,13 +131,15 @@ class GpuProducts:
             digest.update(f"{shape} {plan.order} {plan.is_exact} {plan.digest}\n".encode())
             if plan.is_exact:
                 self.row_plan = EXACT_ROWS
+        if self._tuning is not None:
+            self._tuning.save()
         return digest.hexdigest()
 
     def _settle(self, plan: Plan) -> None:
         rows = self._proof.most_rows(plan.shape)
         operands = Operands(plan.shape, rows, self._dtype, self._device)
         described = str(plan.shape)
-        settled = settle(operands, self._ladder(plan), self._proof, described)
+        settled = settle(operands, self._ladder(plan), self._proof, described, self._ranking(operands, plan))
         if settled is not None:
             plan.ways, plan.digest = settled.ways, settled.digest
         else:
@@ -135,7 +150,7 @@ class GpuProducts:
         log.info("products.plan", shape=described, order=plan.order, ways=names, digest=plan.digest)
 
     def _ladder(self, plan: Plan) -> Sequence[Sequence[Way]]:
-        ladder = []
+        ladder: list[Sequence[Way]] = []
         for bucket in range(len(BUCKETS) + 1):
             tiles = product_plans.candidates(plan.order, bucket, self._dtype.itemsize)
             ways = [
@@ -145,7 +160,29 @@ class GpuProducts:
             for way in ways:
                 way.reserve(BUCKETS[min(bucket, len(BUCKETS) - 1)])
             ladder.append(ways)
+        if self._device.type == "cuda" and self._dtype.itemsize == 2 and plan.order.splits == 1:
+            # with more ranges than one it cannot have their order; in float32 it has another one anyway
+            tried = self._proof.sizes(plan.shape, len(BUCKETS))
+            sizes = [rows for rows in LIBRARY_ROWS if rows in tried]
+            ladder[-1] = [*ladder[-1], InExactCalls(LibraryWay(), sizes, ladder[-1][0])]
         return ladder
+
+    def _ranking(self, operands: Operands, plan: Plan) -> Ranking:
+        tuning = self._tuning
+        if tuning is None:
+            return as_given
+
+        def ranked(bucket: int, ways: Sequence[Way]) -> Sequence[Way]:
+            rows = min(operands.x.shape[0], (*BUCKETS, _TIMED_ROWS)[bucket])
+            key = f"{self._dtype} {plan.shape} {plan.order} {rows} rows"
+            return tuning.ranked(key, ways, lambda way: _call(way, operands, rows))
+
+        return ranked
+
+
+def _call(way: Way, operands: Operands, rows: int) -> None:
+    x = operands.x[:rows]
+    way(operands.weight, x, x.new_empty(rows, operands.shape.out_features))
 
 
 def _proven_exact(operands: Operands, way: Way) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -46,6 +46,13 @@ class Way(Protocol):
         ...
 
 
+Ranking = Callable[[int, Sequence[Way]], Sequence[Way]]  # ways of a bucket, by its number, fastest first
+
+
+def as_given(bucket: int, ways: Sequence[Way]) -> Sequence[Way]:
+    return ways
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Proof:
     """Numbers of rows that are tried, each with rows of both ends of a longer batch, and between rows of NaN
@@ -64,7 +71,7 @@ class Proof:
         return max(rows for bucket in range(len(BUCKETS) + 1) for rows in (1, *self.sizes(shape, bucket)))
 
 
-_SIZES = "1 2 3 4 7 8 9 15 16 17 24 31 32 33 48 63 64 65 96 127 128 129 192 255 256 257 300 512 777 2048"
+_SIZES = "1 2 3 4 7 8 9 15 16 17 24 31 32 33 48 63 64 65 96 127 128 129 192 255 256 257 300 512 777 1024 2048"
 FULL = Proof(rows=tuple(map(int, _SIZES.split())), repeats=3)
 QUICK = Proof(rows=(3, 20), repeats=1)  # where kernels are interpreted
 
@@ -95,28 +102,41 @@ class Operands:
 
 
 def settle(
-    operands: Operands, ladder: Sequence[Sequence[Way]], proof: Proof, describe: str
+    operands: Operands,
+    ladder: Sequence[Sequence[Way]],
+    proof: Proof,
+    describe: str,
+    ranked: Ranking = as_given,
 ) -> Settled | None:
-    """The first way of each bucket that is right; what the first bucket's gives is the order. Where none of a
-    bucket's own is right, that of the bucket before it serves. None if no way of few rows is.
+    """The fastest right way of each bucket. The first way of the first bucket that agrees with itself says
+    what is right, however fast it is: the order must not depend on a measurement. Where no way of a bucket is
+    right, that of the bucket before it serves. None if no way of few rows agrees with itself.
 
     Raises what says that the device has no memory.
     """
-    wanted: Tensor | None = None
-    chosen: list[Way] = []
+    first_sizes = proof.sizes(operands.shape, 0)
+    for first in ladder[0]:
+        reason, wanted = _judge(first, operands, first_sizes, None, proof.repeats)
+        if reason is None:
+            break
+        log.warning("products.refused", shape=describe, bucket=0, way=first.name, reason=reason)
+    else:
+        return None
+    chosen: list[Way] = [first]
     for bucket, ways in enumerate(ladder):
         sizes = proof.sizes(operands.shape, bucket)
-        for way in (*(ways if sizes else ()), *chosen[-1:]):  # what is not tried is not used
-            reason, found = _judge(way, operands, sizes, wanted, proof.repeats)
+        candidates = ranked(bucket, ways) if sizes else ()  # what is not tried is not used
+        for way in (*candidates, chosen[-1]):
+            if way is first and bucket == 0:
+                break
+            reason, _ = _judge(way, operands, sizes, wanted, proof.repeats)
             if reason is None:
-                wanted = found
-                chosen.append(way)
                 break
             log.warning("products.refused", shape=describe, bucket=bucket, way=way.name, reason=reason)
         else:
             return None
-    assert wanted is not None
-    return Settled(tuple(chosen), digest_of(wanted[: BUCKETS[0]]))
+        chosen.append(way)
+    return Settled(tuple(chosen[1:]), digest_of(wanted[: BUCKETS[0]]))
 
 
 def _judge(

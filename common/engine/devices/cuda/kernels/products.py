@@ -17,7 +17,7 @@ import triton.language as tl
 from common.engine.devices.cuda.kernels.arithmetic import dot, narrow
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # one machine code, whatever the number of rows
 def product_kernel(
     x,
     weight,
@@ -223,7 +223,7 @@ def silu_mul(gate, up):
     return wide / (1.0 + tl.exp(-wide)) * up.to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def silu_mul_kernel(both, out, count, width, BLOCK: tl.constexpr):
     """out `[rows, width]` = silu(gate) * up of both `[rows, 2 * width]`; count is all of out."""
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
