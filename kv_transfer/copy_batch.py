@@ -33,7 +33,8 @@ class CopyBatch:
         into, source = np.asarray(into, np.int64), np.asarray(source, np.int64)
         if len(ranges) == 1:
             offset, length = ranges[0]
-            return cls(into + offset, source + offset, np.full(len(into), length))
+            lengths = np.full(len(into), length, np.int64)
+            return cls(into + offset, source + offset, lengths) if offset else cls(into, source, lengths)
         offsets, lengths = np.asarray(ranges, np.int64).reshape(-1, 2).T
         targets = into[:, None] + offsets
         return cls(

@@ -389,7 +389,7 @@ class _Table:
         count, at = len(batch), self.used
         rows = self._host[at : at + 3 * count].reshape(3, count)
         rows[0], rows[1], rows[2] = batch.into, batch.source, batch.lengths
-        wide = not int(np.bitwise_or.reduce(rows, axis=None)) % 16
+        wide = not int(np.bitwise_or.reduce(self._host[at : at + 3 * count])) % 16
         self.used += 3 * count
         here, there = self._address + 8 * at, self._device + 8 * at
         arguments = (there, here, 24 * count, DEFAULT_KIND, stream)

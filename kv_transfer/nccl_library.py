@@ -136,7 +136,11 @@ class _Pair:
         status = library.waits.ncclCommInitRankConfig(
             ctypes.byref(self._pair), 2, _Id.from_buffer_copy(unique_id), rank, ctypes.byref(config)
         )
-        library.check(LinkLost, "ncclCommInitRankConfig", status)
+        try:
+            library.check(LinkLost, "ncclCommInitRankConfig", status)
+        except BaseException:
+            self.abort()  # of what was made until then
+            raise
 
     def is_ready(self) -> bool:
         state = ctypes.c_int()

@@ -129,14 +129,17 @@ class Places:
         except OverflowError as error:
             raise MalformedMessage("no pool has such a block", param="slots") from error
         self.slots, self.blocks, self.generations, self.fills = rows.reshape(-1, 4).T
+        self._are_even = not (np.bitwise_or.reduce(self.generations) & 1)
 
     def are_inside(self, num_blocks: int) -> bool:
         """Whether a pool of so many blocks has all slots."""
-        return bool(((self.slots >= 0) & (self.slots < num_blocks)).all())
+        return not len(self._pieces) or bool(0 <= self.slots.min() <= self.slots.max() < num_blocks)
 
     def require_unchanged(self, pool: Counted) -> None:
         """As the function, for all of them."""
-        wrong = (pool.generations[self.slots] != self.generations) | (self.generations % 2 != 0)
+        wrong = pool.generations[self.slots] != self.generations
+        if not self._are_even:
+            wrong |= self.generations % 2 != 0
         if wrong.any():
             piece = self._pieces[int(wrong.argmax())]
             raise StaleBlock(f"block {piece.index} was reused while it was being copied")

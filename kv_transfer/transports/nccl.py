@@ -134,6 +134,7 @@ class Channel:
             self.give_turn()
 
     def _end(self, stream: Stream) -> None:
+        """Wait for the aborted kernel: a library that aborts in the background has only begun to."""
         deadline = time.monotonic() + ABORT_S
         while not stream.is_done():
             if time.monotonic() > deadline:

@@ -451,6 +451,74 @@ def test_an_error_is_told_with_its_call_and_ends_what_it_began(monkeypatch: pyte
             cuda.stream().copy(some_copies(3)[0], Between.HOST)
 
 
+class FakeNcclFunctions:
+    """Both bindings of a libnccl that is not there: what is called, and whether the GIL would be kept."""
+
+    def __init__(self, calls: list[tuple[str, bool]], kept: bool, statuses: dict[str, list[int]]) -> None:
+        self._calls, self._kept, self._statuses = calls, kept, statuses
+
+    def __getattr__(self, function: str) -> Callable[..., int]:
+        def call(*arguments: Any) -> int:
+            self._calls.append((function, self._kept))
+            if function == "ncclCommInitRankConfig":
+                arguments[0]._obj.value = 77
+            waiting = self._statuses.get(function)
+            return waiting.pop(0) if waiting else 0
+
+        return call
+
+    def ncclGetErrorString(self, status: int) -> bytes:
+        return b"pretended"
+
+
+@pytest.fixture
+def nccl(monkeypatch: pytest.MonkeyPatch) -> tuple[NcclLibrary, list[tuple[str, bool]], dict[str, list[int]]]:
+    calls: list[tuple[str, bool]] = []
+    statuses: dict[str, list[int]] = {}
+    monkeypatch.setattr(nccl_library.torch.cuda, "set_device", lambda _: None)
+    library = object.__new__(NcclLibrary)
+    library.quick, library.waits = (FakeNcclFunctions(calls, kept, statuses) for kept in (True, False))
+    return library, calls, statuses
+
+
+IN_PROGRESS, SYSTEM_ERROR = 7, 2
+Nccl = tuple[NcclLibrary, list[tuple[str, bool]], dict[str, list[int]]]
+
+
+@pytest.mark.parametrize("send", [True, False])
+def test_an_exchange_is_one_group_that_gives_the_interpreter_up_once(nccl: Nccl, send: bool) -> None:
+    library, calls, statuses = nccl
+    pair = library.communicator(0, bytes(nccl_library.ID_BYTES), 0)
+    calls.clear()
+    statuses["ncclGroupEnd"] = [IN_PROGRESS]
+    pair.exchange([(1 << 40, 64), (1 << 41, 64), (1 << 42, 64)], 5, send=send)
+    one = "ncclSend" if send else "ncclRecv"
+    assert calls == [("ncclGroupStart", True), *[(one, True)] * 3, ("ncclGroupEnd", False)]
+
+
+def test_a_group_is_ended_even_when_one_of_its_sends_is_refused(nccl: Nccl) -> None:
+    """Else whatever this thread asks of NCCL next would belong to it."""
+    library, calls, statuses = nccl
+    pair = library.communicator(0, bytes(nccl_library.ID_BYTES), 0)
+    statuses["ncclSend"] = [0, SYSTEM_ERROR, 0]
+    with pytest.raises(LinkLost, match="ncclSend: pretended"):
+        pair.exchange([(1 << 40, 64)] * 3, 5, send=True)
+    assert calls[-1] == ("ncclGroupEnd", False)
+
+
+def test_a_communicator_is_made_without_waiting_and_aborted_once(nccl: Nccl) -> None:
+    library, calls, statuses = nccl
+    statuses["ncclCommInitRankConfig"] = [IN_PROGRESS]
+    pair = library.communicator(0, bytes(nccl_library.ID_BYTES), 1)
+    pair.abort()
+    pair.abort()
+    assert calls == [("ncclCommInitRankConfig", False), ("ncclCommAbort", False)]
+    statuses["ncclCommInitRankConfig"] = [SYSTEM_ERROR]
+    with pytest.raises(LinkLost, match="ncclCommInitRankConfig"):
+        library.communicator(0, bytes(nccl_library.ID_BYTES), 1)
+    assert calls[-1] == ("ncclCommAbort", False), "what was made until then is given back"
+
+
 def test_nothing_waits_for_the_whole_device() -> None:
     package = Path(cuda_runtime.__file__).parent
     for path in package.rglob("*.py"):
