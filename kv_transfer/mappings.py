@@ -93,7 +93,7 @@ def _pidfd(connection: socket.socket) -> int | None:
     credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     try:
         return os.pidfd_open(_CREDENTIALS.unpack(credentials)[0])
-    except OSError:
+    except (OSError, AttributeError):  # another namespace; a kernel, or a Python, that has none
         return None
 
 

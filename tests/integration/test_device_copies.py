@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from common.errors import LinkLost, PdqError, StaleBlock
-from kv_transfer import device_memory
+from kv_transfer import device_memory, mappings
 from kv_transfer.copy_batch import CopyBatch
 from kv_transfer.cuda_runtime import Between
 from kv_transfer.device_memory import DevicePoolMemory
@@ -315,8 +315,10 @@ import sys
 from kv_transfer.device_memory import DevicePoolMemory
 from kv_transfer.transports.base import Target
 from kv_transfer.transports.cuda_ipc import CudaIpcReader
-from tests.integration.test_transports import LAYOUT
+from common.kv_layout import KVLayout
 from tests.support.fake_cuda import FakeCuda
+LAYOUT = KVLayout.paged_attention(
+    num_layers=3, num_kv_heads=2, head_dim=8, block_size=4, dtype="float32")
 cuda = FakeCuda()
 target = Target(DevicePoolMemory(2, LAYOUT.slab_bytes, cuda), LAYOUT)
 reader = CudaIpcReader.open("link", bytes.fromhex(sys.argv[1]), target, cuda=cuda)
@@ -348,13 +350,30 @@ def test_a_reader_that_dies_has_nothing_mapped_once_its_process_has_ended() -> N
     """kill -9: it says nothing. The end of its connection is not enough, the end of the process is."""
     with both_ends("cuda_ipc") as end:
         assert isinstance(end.memory, DevicePoolMemory)
-        mappings = end.memory.mappings
+        who = end.memory.mappings
         with reader_process(end.source.open_link("link")) as process:
-            assert mappings.sweep() == 1
+            assert who.sweep() == 1
             process.send_signal(signal.SIGSTOP)
-            assert mappings.sweep() == 1
+            assert who.sweep() == 1
             process.send_signal(signal.SIGKILL)
-            wait_until(lambda: mappings.sweep() == 0, "its process has ended")
+            wait_until(lambda: who.sweep() == 0, "its process has ended")
+
+
+def test_a_dead_reader_whose_end_nobody_can_see_counts_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In another PID namespace. Its memory is kept, at once: there is nothing to wait for."""
+    monkeypatch.setattr(mappings, "_pidfd", lambda _: None)
+    cuda = FakeCuda()
+    memory = DevicePoolMemory(2, LAYOUT.slab_bytes, cuda)
+    source = CudaIpcSource(memory)
+    with reader_process(source.open_link("link")) as process:
+        process.kill()
+        process.wait()
+        assert memory.mappings.sweep() == 1
+        monkeypatch.setattr(mappings.time, "sleep", lambda _: pytest.fail("it waits for nobody"))
+        source.close()
+        memory.close()
+        assert (cuda.left, cuda.faults) == (1, [])
+    cuda.free(memory._base)
 
 
 # Digests over copies that come in any order
