@@ -16,7 +16,7 @@ import numpy as np
 from common.kv_layout import KVLayout
 from common.logs import get_logger
 from kv_transfer.copy_batch import CopyBatch
-from kv_transfer.cuda_runtime import Between, Cuda
+from kv_transfer.cuda import Between, Cuda
 from kv_transfer.generations import Generations
 from kv_transfer.mappings import Mappings
 from kv_transfer.pool_memory import Place, PoolMemory

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from common.kv_layout import KVLayout
-from kv_transfer.cuda_runtime import Cuda
+from kv_transfer.cuda import Cuda
 from kv_transfer.digests import ranges_digest, slab_digest
 from kv_transfer.generations import POPULATE_WRITE, Generations
 from kv_transfer.ports import Span

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 
 from common.errors import LinkLost, MalformedMessage
 from kv_transfer.copy_batch import CopyBatch
+from kv_transfer.cuda import NAME_BYTES, Between, Cuda
 from kv_transfer.cuda_library import HANDLE_BYTES
-from kv_transfer.cuda_runtime import NAME_BYTES, Between, Cuda
 from kv_transfer.device_memory import DevicePoolMemory
 from kv_transfer.generations import MappedGenerations
 from kv_transfer.mappings import Mapped

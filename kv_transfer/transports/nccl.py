@@ -28,7 +28,7 @@ from common.kv_layout import KVLayout
 from common.logs import get_logger
 from common.wire.codec import encode
 from common.wire.messages import Pull, Slabs
-from kv_transfer.cuda_runtime import Cuda, Stream
+from kv_transfer.cuda import Cuda, Stream
 from kv_transfer.lease import Leases
 from kv_transfer.nccl_library import ID_BYTES, Communicator, Nccl, Ranges
 from kv_transfer.pool_memory import PoolMemory

@@ -22,8 +22,9 @@ import torch
 from common.errors import LinkLost, StaleBlock
 from common.kv_layout import KVLayout
 from kv_transfer import cuda_runtime
+from kv_transfer.cuda import Between, Stream
 from kv_transfer.cuda_library import CudaLibrary
-from kv_transfer.cuda_runtime import Between, CudaRuntime, Stream
+from kv_transfer.cuda_runtime import CudaRuntime
 from kv_transfer.device_memory import STAGED_BYTES, DevicePoolMemory
 from kv_transfer.nccl_library import NcclLibrary
 from kv_transfer.ports import Piece, Span

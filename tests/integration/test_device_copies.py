@@ -22,7 +22,7 @@ import torch
 from common.errors import LinkLost, PdqError, StaleBlock
 from kv_transfer import device_memory, mappings
 from kv_transfer.copy_batch import CopyBatch
-from kv_transfer.cuda_runtime import Between
+from kv_transfer.cuda import Between
 from kv_transfer.device_memory import DevicePoolMemory
 from kv_transfer.digests import slab_digest
 from kv_transfer.ports import Piece

@@ -21,7 +21,7 @@ import zmq
 from common.errors import InsufficientMemory, LinkLost, MalformedMessage, PdqError
 from common.wire.codec import encode
 from common.wire.messages import Proved, Pull, Slabs
-from kv_transfer.cuda_runtime import Pinned
+from kv_transfer.cuda import Pinned
 from kv_transfer.lease import Leases
 from kv_transfer.pool_memory import HostPoolMemory
 from kv_transfer.ports import Piece

@@ -33,7 +33,7 @@ from common.kv_layout import KVLayout
 from common.wire.bus import new_secret_key
 from common.wire.message import HandoffKey
 from common.wire.messages import Proved, Slabs
-from kv_transfer.cuda_runtime import Pinned
+from kv_transfer.cuda import Pinned
 from kv_transfer.device_memory import STAGED_BYTES, DevicePoolMemory
 from kv_transfer.digests import slab_digest, tail_seed
 from kv_transfer.lease import Leases

@@ -28,8 +28,8 @@ import torch
 
 from common.errors import LinkLost
 from kv_transfer.copy_batch import CopyBatch
+from kv_transfer.cuda import NAME_BYTES, Between, Pinned, Stream
 from kv_transfer.cuda_library import HANDLE_BYTES
-from kv_transfer.cuda_runtime import NAME_BYTES, Between, Pinned, Stream
 
 GARBAGE, GIVEN_BACK = 0xA5, 0xEE  # in pinned and scratch memory
 

@@ -22,6 +22,7 @@ import pytest
 from common.errors import ConfigError, InsufficientMemory, LinkLost
 from kv_transfer import cuda_runtime, nccl_library
 from kv_transfer.copy_batch import CopyBatch
+from kv_transfer.cuda import Between
 from kv_transfer.cuda_library import (
     DEFAULT_KIND,
     HANDLE_BYTES,
@@ -38,7 +39,7 @@ from kv_transfer.cuda_library import (
     IpcHandle,
     batch_signature,
 )
-from kv_transfer.cuda_runtime import CALL_COPIES, TABLE_COPIES, Between, CudaRuntime
+from kv_transfer.cuda_runtime import CALL_COPIES, TABLE_COPIES, CudaRuntime
 from kv_transfer.nccl_library import NcclLibrary
 
 
