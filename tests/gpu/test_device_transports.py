@@ -1,4 +1,4 @@
-"""What moves KV between devices, on one: `make test-gpu`. Needs torch, numpy and xxhash.
+"""What moves KV between devices, on one: `make test-gpu`. Needs torch, triton, numpy and xxhash.
 
 Everything but the calls of CUDA and NCCL is tested without a device, in
 tests/integration/test_transports.py; here are those calls.
@@ -18,6 +18,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+pytest.importorskip("xxhash", reason="xxhash is not installed, and digests of slabs need it")
 
 from common.errors import LinkLost, StaleBlock
 from common.kv_layout import KVLayout
