@@ -27,7 +27,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from common.engine.devices.cuda import norms, product_plans
+from common.engine.devices.cuda import norms, product_plans, sampler_state, sampling_launches
 from common.engine.devices.cuda.launch import OPTIONS, Work
 from common.engine.devices.cuda.product_plans import Shape
 
@@ -82,6 +82,9 @@ def works(shape: ModelShape, kind: str, *, every: bool = False) -> Iterator[Work
     for rows in (1, 64, 2048):
         yield from norms.works(rows, shape.hidden, kind, size)
     yield from _products(shape, kind, every)
+    yield from sampling_launches.works(64, shape.vocab, kind, size, MULTIPROCESSORS, every=every)
+    if every:
+        yield from sampler_state.works(shape.vocab)
 
 
 def _products(shape: ModelShape, kind: str, every: bool) -> Iterator[Work]:

@@ -51,38 +51,42 @@ _SMALL = 64  # entries that are not worth compacting
 
 
 class RaggedLists:
-    """Lists of token ids (each with a float32 value) of all slots, end to end in two arrays."""
+    """Lists of ascending token ids (each with a float32 value) of all slots, end to end in two arrays."""
 
     def __init__(self, name: str) -> None:
         self.ids: NDArray[np.int64] = np.zeros(_SMALL, np.int64)
         self.values: NDArray[np.float32] = np.zeros(_SMALL, np.float32)
         self._start = f"{name}_start"
         self._length = f"{name}_length"
-        self._end = 0
         self._dropped = 0
+        self.end = 0  # of what is used
+        self.fresh = 0  # entries from here on are not yet where a device has its copy, which then moves this
 
     def put(self, record: Any, ids: Sequence[int], values: Sequence[float] | None = None) -> None:
-        end = self._end + len(ids)
+        end = self.end + len(ids)
         if end > len(self.ids):
             room = max(end, 2 * len(self.ids))
             self.ids = np.resize(self.ids, room)
             self.values = np.resize(self.values, room)
-        self.ids[self._end : end] = ids
-        self.values[self._end : end] = 0.0 if values is None else values
-        record[self._start], record[self._length] = self._end, len(ids)
-        self._end = end
+        self.ids[self.end : end] = ids
+        self.values[self.end : end] = 0.0 if values is None else values
+        record[self._start], record[self._length] = self.end, len(ids)
+        self.end = end
 
-    def drop(self, records: Records, slot: int) -> None:
-        """Forget the list of `slot`; closes the gaps once they are half of what is used."""
+    def drop(self, records: Records, slot: int) -> bool:
+        """Forget the list of `slot`; closes the gaps once they are half of what is used: then other lists
+        have moved, and it returns True."""
         self._dropped += int(records[self._length][slot])
         records[self._length][slot] = 0
-        if self._end > _SMALL and 2 * self._dropped > self._end:
+        closes = self.end > _SMALL and 2 * self._dropped > self.end
+        if closes:
             starts, lengths = records[self._start], records[self._length]
             index = ragged_index(starts, lengths)
             self.ids[: len(index)] = self.ids[index]
             self.values[: len(index)] = self.values[index]
             records[self._start] = np.cumsum(lengths) - lengths
-            self._end, self._dropped = len(index), 0
+            self.end, self._dropped, self.fresh = len(index), 0, 0
+        return closes
 
 
 def ragged_index(starts: NDArray[np.int64], lengths: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -98,6 +102,7 @@ class SlotTable:
     def __init__(self, slots: int, vocab_size: int) -> None:
         self.vocab_size = vocab_size
         self.records: Records = np.zeros(slots, SLOT)
+        self.changed: set[int] = set()  # slots; emptied by a device that has copies of their records
         self.edits = RaggedLists("edits")  # logit_bias, and banned ids with -inf
         self.allowed = RaggedLists("allowed")
         self.stops = RaggedLists("stops")
@@ -141,18 +146,20 @@ class SlotTable:
         self.stops.put(record, stops)
         record["edited"] = bool(edits or allowed or stops or counts >= 0)
         record["live"] = True
+        self.changed.add(slot)
 
     def remove(self, slot: int) -> None:
         assert self.records["live"][slot], f"slot {slot} is free"
         self.records["live"][slot] = False
-        for lists in (self.edits, self.allowed, self.stops):
-            lists.drop(self.records, slot)
+        moved = [lists.drop(self.records, slot) for lists in (self.edits, self.allowed, self.stops)]
+        if any(moved):
+            self.changed.update(np.flatnonzero(self.records["live"]).tolist())
 
 
 def _merged_edits(params: SamplingParams) -> dict[int, float]:
-    """What to add to which logit: each id once (biases of an id named twice add up)."""
+    """What to add to which logit: each id once, ascending (biases of an id named twice add up)."""
     edits: dict[int, float] = {}
     for token, bias in params.logit_bias:
         edits[token] = edits.get(token, 0.0) + bias
     edits.update((token, -math.inf) for token in params.banned_token_ids)
-    return edits
+    return dict(sorted(edits.items()))

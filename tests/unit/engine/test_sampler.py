@@ -1,10 +1,13 @@
-"""The sampler against a plain reference: full sort, noise for every token, one row at a time."""
+"""The sampler against a plain reference: full sort, noise for every token, one row at a time.
+
+The GPU's, which is interpreted here and takes a fifth of a second for a row, has tests of its own in
+cuda/test_sampling.py.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections import Counter
 
 import numba
 import numpy as np
@@ -19,134 +22,27 @@ from common.engine.devices.cpu import sampling as sampling_cpu
 from common.engine.devices.cpu import selection
 from common.engine.devices.reference import philox
 from common.engine.devices.reference import sampling as sampling_torch
-from common.engine.runner.sampler import Sampler
-from common.engine.sampling.records import RowFault, SampleRows
+from common.engine.sampling.records import RowFault
 from common.engine.sampling.slots import SLOT, RaggedLists
 from common.errors import InvalidRequest, TokenOutOfRange
 from common.sampling import SamplingParams
+from tests.support.sampling_rule import (
+    M32,
+    SHAPES,
+    at,
+    make_sampler,
+    new_sampler,
+    random_logits,
+    reference_edited,
+    reference_noise,
+    reference_philox,
+    reference_token,
+    sample_many,
+    shaped_logits,
+)
 
 IMPLEMENTATIONS = ("numba", "torch")
 both = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-M32 = 0xFFFFFFFF
-
-
-# ---------------------------------------------------------------- the reference
-
-
-def reference_philox(counter, key):
-    """Python integers, from the paper's figure."""
-    c, k = list(counter), list(key)
-    for _ in range(10):
-        a, b = 0xD2511F53 * c[0], 0xCD9E8D57 * c[2]
-        c = [(b >> 32) ^ c[1] ^ k[0], b & M32, (a >> 32) ^ c[3] ^ k[1], a & M32]
-        k = [(k[0] + 0x9E3779B9) & M32, (k[1] + 0xBB67AE85) & M32]
-    return c
-
-
-def reference_exponential(words):
-    bits = (words[0] << 20) | (words[1] >> 12)
-    return -math.log((bits + 0.5) * 2.0**-52)
-
-
-def reference_noise(seed, choice, position, vocab):
-    """Exponentials of all tokens."""
-    key = seed & M32, seed >> 32
-    noise = np.empty(vocab)
-    for group in range(-(-vocab // 256)):
-        words = reference_philox((group, position, choice, 0x70647147), key)
-        least, holder = reference_exponential(words) / 256, words[2] >> 24
-        for token in range(group * 256, min(group * 256 + 256, vocab)):
-            own = reference_philox((token, position, choice, 0x70647154), key)
-            other = least + reference_exponential(own)
-            noise[token] = least if token % 256 == holder else other
-    return noise
-
-
-def reference_edited(logits, params, prompt, before, stop_ids):
-    f = np.float32
-    out = logits.astype(np.float32)
-    if params.allowed_token_ids is not None:
-        keep = set(params.allowed_token_ids)
-        out = np.array([v if i in keep else f(-np.inf) for i, v in enumerate(out)], np.float32)
-    for token, bias in params.logit_bias:
-        out[token] += f(bias)
-    out[list(params.banned_token_ids)] = -np.inf
-    if len(before) < params.min_tokens:
-        out[list({*stop_ids, *params.stop_token_ids})] = -np.inf
-    counts = Counter(before)
-    penalty = f(params.repetition_penalty)
-    for token in {*prompt, *before}:
-        out[token] = out[token] / penalty if out[token] > 0 else out[token] * penalty
-        if counts[token]:
-            out[token] = out[token] - f(params.frequency_penalty) * f(counts[token])
-            out[token] = out[token] - f(params.presence_penalty)
-    return out
-
-
-def reference_kept(values, params):
-    """The ids that may be chosen, most likely first."""
-    order = sorted((i for i in range(len(values)) if values[i] > -np.inf), key=lambda i: (-values[i], i))
-    peak = values.max()
-    if params.min_p > 0:
-        bound = np.float32(np.float64(peak) + params.temperature * math.log(params.min_p))
-        order = [i for i in order if values[i] >= bound]
-    if params.top_k:
-        order = order[: params.top_k]
-    if params.top_p < 1:
-        inverse = min(1.0 / params.temperature, float(np.finfo(np.float32).max))
-        masses = sampling_torch.mass(
-            torch.from_numpy(values[order]), torch.tensor(peak), torch.tensor(inverse).float()
-        ).tolist()
-        target = math.ceil(params.top_p * float(sum(masses)))
-        running = np.cumsum(masses)
-        order = order[: int(np.argmax(running >= target)) + 1]
-    return order
-
-
-def reference_token(values, params, choice, position, noise=None):
-    if params.temperature == 0.0:
-        return int(np.argmax(values))
-    kept = np.array(sorted(reference_kept(values, params)))
-    if noise is None:
-        noise = reference_noise(params.seed, choice, position, len(values))
-    with np.errstate(over="ignore"):
-        lead = (values[kept].astype(np.float64) - np.float64(values.max())) / params.temperature
-    return int(kept[np.argmax(lead - np.log(noise[kept]))])
-
-
-# ---------------------------------------------------------------- builders
-
-
-def new_sampler(vocab, slots, implementation="numba"):
-    if implementation == "numba":
-        return Sampler(vocab, slots, sampling_cpu.NumbaSampling(vocab))
-    return Sampler(vocab, slots, sampling_torch.TorchSampling(vocab, torch.device("cpu")))
-
-
-def make_sampler(params, vocab, implementation, prompt=(1, 2, 3), stop_ids=(), choice=0):
-    """One slot per entry of `params`."""
-    sampler = new_sampler(vocab, len(params), implementation)
-    for slot, each in enumerate(params):
-        sampler.add(slot, each, choice, stop_ids, prompt)
-    return sampler
-
-
-def at(slots, positions, **drafts):
-    as_ids = lambda values: np.asarray(values, np.int64)  # noqa: E731
-    return SampleRows(
-        as_ids(slots), as_ids(positions), **{name: as_ids(value) for name, value in drafts.items()}
-    )
-
-
-def sample_many(params, logits, count, implementation, choice=0):
-    """Tokens of one sequence at positions 3, 4, …, all from the same logits row."""
-    sampler = make_sampler([params], len(logits), implementation, choice=choice)
-    rows = at(np.zeros(count), np.arange(3, 3 + count), sources=np.zeros(count))
-    return sampler.sample(logits[None], rows).token_ids
-
-
-def random_logits(rows, vocab, scale=3.0, seed=0):
-    return scale * torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed))
 
 
 # ---------------------------------------------------------------- noise
@@ -262,30 +158,6 @@ def test_frequencies_follow_the_exact_distribution(params, scale, implementation
 
 
 # ---------------------------------------------------------------- equality with the reference
-
-SHAPES = ("normal", "flat", "ties", "peaked", "bf16", "banned", "steep", "zeros")
-
-
-def shaped_logits(shape, vocab, seed):
-    g = np.random.default_rng(seed)
-    x = g.standard_normal(vocab).astype(np.float32) * np.float32(3)
-    if shape == "flat":
-        x = x * np.float32(1e-3)
-    elif shape == "ties":
-        x = np.round(x)
-    elif shape == "peaked":
-        x[g.integers(vocab)] += np.float32(12)
-    elif shape == "bf16":
-        x = torch.from_numpy(x).bfloat16().float().numpy()
-    elif shape == "banned":
-        x[g.random(vocab) < 0.7] = -np.inf
-        x[g.integers(vocab)] = 1.0
-    elif shape == "steep":
-        x = x * np.float32(1e30)
-    elif shape == "zeros":
-        x = np.where(g.random(vocab) < 0.5, np.float32(0.0), np.float32(-0.0))
-    return x.astype(np.float32)
-
 
 params_strategy = st.builds(
     SamplingParams,
@@ -602,6 +474,15 @@ def test_logprobs_of_prompt_tokens(implementation):
         assert result.ranks[row] == 1 + (exact[row] > exact[row, targets[row]]).sum()
         best = np.argsort(-exact[row])[: top[row]]
         assert result.top_ids[row, : top[row]].tolist() == best.tolist()
+
+
+@both
+def test_what_cannot_be_chosen_is_not_among_the_most_likely(implementation):
+    logits = torch.full((1, 300), -math.inf)
+    logits[0, [7, 3]] = torch.tensor([1.0, 0.0])
+    result, _ = new_sampler(300, 1, implementation).logprobs(logits, np.array([7]), np.array([5]))
+    assert result.top_ids[0].tolist() == [7, 3, -1, -1, -1]
+    assert np.isnan(result.top[0, 2:]).all()
 
 
 # ---------------------------------------------------------------- faults

@@ -182,7 +182,7 @@ def row_logprobs(
     if count == 0:
         return
     bound = kth_largest(peaks, count, keys)
-    n = gather(values, peaks, bound, _NEGATIVE_INFINITY, np.int64(values.shape[0]), near, near_ids)
+    n = gather(values, peaks, bound, _NEGATIVE_INFINITY, np.int64(-1), near, near_ids)
     for j in range(n):
         keys[j] = sort_key(near[j], j)
     sort(keys, n)
