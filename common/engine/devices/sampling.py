@@ -7,7 +7,7 @@ Owns the contract, and the arrays on the device. The rule by which a token is ch
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,6 +54,9 @@ class RowBuffers:
     draft_length: Tensor  # int64 [rows]
     drafted: Tensor  # int64 [one at least]
 
+    def __len__(self) -> int:
+        return len(self.slots)
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Sampled:
@@ -90,8 +93,8 @@ class StepSampling(Sampling, Protocol):
         """A step has failed, and what was sent with it may not have come: `changes` say everything."""
         ...
 
-    def apply(self, words: Tensor, changes: Changes) -> None:
-        """`words` are those of `changes`, on the device. Does not wait."""
+    def apply(self, words: Tensor, changes: Any) -> None:
+        """`changes` as that method gave it, `words` its own on the device. Does not wait."""
         ...
 
     def choose_into(self, logits: Tensor, rows: RowBuffers, out: Sampled, *, greedy: bool) -> None:

@@ -1,11 +1,13 @@
 """The reference backend: plain torch operations, on any device.
 
-Owns clarity: it is what the fast backends are compared with, and what runs on a device that has
-none (CUDA, until its kernels exist). It does not promise the numerics rule: torch chooses a
-product's kernel by the size of the batch.
+Owns clarity: it is what the fast backends are compared with. It does not keep the numerics rule: torch
+chooses a product's kernel by the size of the batch. So its class is nobody else's, not even that of the same
+device in another process, and two nodes with it hand nothing over to each other.
 """
 
 from __future__ import annotations
+
+import secrets
 
 import torch
 import torch.nn.functional as F
@@ -30,10 +32,11 @@ class ReferenceBackend:
     row_plan = RowPlan(prompt_rows=1, generated_rows=1, generated_multiple=1, query_tile=1 << 20)
 
     def __init__(self, device: torch.device, dtype: torch.dtype, name: str) -> None:
-        """`name` says which product the device is: other ones give other bits."""
+        """`name` says which product the device is."""
         self.device = device
         self.dtype = dtype
-        self._class = f"reference/{name}/{dtype}/torch-{torch.__version__}".replace(" ", "-")
+        described = f"reference/unrepeatable-{secrets.token_hex(8)}/{name}/{dtype}/torch-{torch.__version__}"
+        self._class = described.replace(" ", "-")
 
     @property
     def numerics_class(self) -> str:
