@@ -19,6 +19,7 @@ from common.engine.devices.device import Backend, Sampling, StepLimits
 from common.engine.devices.filling import Filler, HostFiller
 from common.engine.devices.reference.backend import ReferenceBackend
 from common.engine.devices.reference.sampling import TorchSampling
+from common.engine.runner.load_runner import load_runner
 from common.engine.runner.loading import step_limits
 from common.engine.runner.model_runner import ModelRunner
 from common.errors import ConfigError, InsufficientMemory
@@ -58,6 +59,9 @@ class Newcomer:
         self.asked.append("sampling")
         return TorchSampling(vocab_size, self.torch_device)
 
+    def queue(self) -> None:
+        self.asked.append("queue")
+
     def filler(self) -> Filler:
         self.asked.append("filler")
         return HostFiller(1)
@@ -91,16 +95,25 @@ def test_a_line_in_the_table_is_all_that_an_engine_needs_of_a_new_device(
     monkeypatch.delattr(CpuDevice, "backend")
     monkeypatch.delattr(NumbaSampling, "sample")
     settings = EngineSettings(model=str(STORIES), device="newcomer")
-    engine = Engine(settings, ModelRunner(settings))
+    engine = Engine(settings, load_runner(settings))
     (completion,) = engine.generate([PROMPT], SamplingParams(max_tokens=20, temperature=0.0))
     assert completion.token_ids == expected.token_ids
     device = engine.runner.device
     assert (engine.facts.max_num_seqs, engine.scheduler.max_num_batched_tokens) == (3, 40)
-    parts = ["limits", "dtype", "backend", "free", "filler", "free", "size of the pool", "pool", "sampling"]
+    parts = ["queue", "limits", "dtype", "backend", "free", "filler", "free", "size of the pool", "pool"]
+    parts.append("sampling")
     assert device.asked[: len(parts)] == parts
     assert set(device.asked[len(parts) :]) == {"wait"}
-    assert engine.facts.fingerprint.numerics.startswith("reference/newcomer/")
+    kind, unique, name, *_ = engine.facts.fingerprint.numerics.split("/")
+    assert (kind, unique.partition("-")[0], name) == ("reference", "unrepeatable", "newcomer")
     assert engine.runner.is_lost(RuntimeError())
+
+
+def test_nobody_is_compatible_with_the_reference_not_even_itself_elsewhere() -> None:
+    """It does not keep the numerics rule: nothing is handed over on trust."""
+    one, other = (ReferenceBackend(torch.device("cpu"), torch.float32, "cpu") for _ in range(2))
+    assert one.numerics_class == one.numerics_class
+    assert one.numerics_class != other.numerics_class
 
 
 def test_the_settings_name_the_devices_of_the_table() -> None:
