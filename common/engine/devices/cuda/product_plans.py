@@ -112,9 +112,9 @@ def _narrow(bucket: int, splits: int) -> tuple[Tile, ...]:
     if bucket == 2:
         return (Tile(64, 64, 4, 5, parallel=True), Tile(128, 64, 8, 4, True), Tile(128, 64, 8, 4))
     if bucket == 3:
-        return (Tile(128, 128, 8, 3, parallel=True), Tile(64, 128, 4, 3, True), Tile(128, 128, 8, 3))
+        return (Tile(128, 128, 8, 3, parallel=True), Tile(64, 128, 8, 3, True), Tile(128, 128, 8, 3))
     if bucket == 4:
-        return (Tile(128, 128, 8, 3, parallel=True), Tile(128, 128, 8, 3), Tile(64, 128, 4, 3))
+        return (Tile(128, 128, 8, 3, parallel=True), Tile(128, 128, 8, 3), Tile(64, 128, 8, 3))
     square = (Tile(128, 128, 8, 4, persistent=1), Tile(128, 128, 8, 3))
     if splits > 1:  # two accumulators, of 128 registers each at 256 columns, are too many
         return square

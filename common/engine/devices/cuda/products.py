@@ -133,6 +133,7 @@ class GpuProducts:
                 self.row_plan = EXACT_ROWS
         if self._tuning is not None:
             self._tuning.save()
+            self._tuning = None  # with its memory
         return digest.hexdigest()
 
     def _settle(self, plan: Plan) -> None:
