@@ -1,4 +1,5 @@
-"""A CUDA device: what is its own so far. It computes with the operations of `reference`."""
+"""A CUDA device: what is its own so far. It computes with the operations of `reference`,
+and chooses tokens by kernels of its own."""
 
 from __future__ import annotations
 
@@ -12,7 +13,6 @@ from common.engine.devices.filling import Filler, num_readers
 from common.engine.devices.kv_cache import TORCH_DTYPES
 from common.engine.devices.queue import DeviceQueue
 from common.engine.devices.reference.backend import ReferenceBackend
-from common.engine.devices.reference.sampling import TorchSampling
 from common.engine.devices.sampling import Sampling, StepSampling
 from common.engine.devices.staging import StagedFiller
 from common.errors import ConfigError
@@ -53,7 +53,7 @@ class CudaDevice:
         return ReferenceBackend(self.torch_device, dtype, name)
 
     def sampling(self, vocab_size: int) -> Sampling:
-        return TorchSampling(vocab_size, self.torch_device)
+        return self.step_sampling(vocab_size)
 
     def filler(self) -> Filler:
         queue = CudaQueue(self.torch_device, torch.cuda.current_stream(self.torch_device))
@@ -63,7 +63,11 @@ class CudaDevice:
         return None  # the reference's operations wait for the device themselves
 
     def step_sampling(self, vocab_size: int) -> StepSampling:
-        raise AssertionError("the reference's operations know no queue")
+        # Triton is there wherever torch is built for CUDA, and not on every other machine.
+        from common.engine.devices.cuda.sampling import CudaSampling
+
+        properties = torch.cuda.get_device_properties(self.torch_device)
+        return CudaSampling(vocab_size, self.torch_device, multiprocessors=properties.multi_processor_count)
 
     def pool(self, num_blocks: int, slab_bytes: int) -> Tensor:
         return torch.zeros((num_blocks, slab_bytes), dtype=torch.uint8, device=self.torch_device)

@@ -44,6 +44,8 @@ class Changes:
     entries: tuple[tuple[int, int], ...] = ()  # of each list: places [from, to)
     num_cleared: int = 0
     num_tallied: int = 0
+    memory: tuple[Tensor, ...] = ()  # where they go: the counts, and each list
+    outgrown: tuple[tuple[Tensor, Tensor], ...] = ()  # what is first copied, and where to
 
 
 class SamplerState:
@@ -56,9 +58,12 @@ class SamplerState:
         # One slot more, all zero: of rows that are scored, and belong to no sequence.
         self.records = torch.zeros((num_slots + 1, RECORD_WORDS), dtype=torch.int64, device=device)
         self.addresses = torch.zeros(_ADDRESSES, dtype=torch.int64, device=device)
-        self._lists = [torch.empty(_LEAST_ENTRIES, dtype=torch.int64, device=device) for _ in LISTS]
-        # By row and token: twice the number of times generated, plus one when in the prompt.
-        self._counts = torch.empty((_LEAST_COUNTS, vocab_size), dtype=torch.int32, device=device)
+        # The counts, by row and token: twice the number of times generated, plus one when in the prompt;
+        # and the lists.
+        self._memory: tuple[Tensor, ...] = (
+            torch.empty((_LEAST_COUNTS, vocab_size), dtype=torch.int32, device=device),
+            *(torch.empty(_LEAST_ENTRIES, dtype=torch.int64, device=device) for _ in LISTS),
+        )
         self._is_current = False  # the device has what `changes` said before
 
     def changes(self, table: SlotTable, counts: PendingCounts) -> Changes:
@@ -76,11 +81,17 @@ class SamplerState:
             return Changes(np.empty(0, np.int64))
         slots = np.array(sorted(table.changed), np.int64)
         table.changed.clear()
-        for place, (start, end) in enumerate(spans):
-            self._lists[place] = _grown(self._lists[place], start, end)
-            lists[place].fresh = end
-        self._counts = _grown(self._counts, len(self._counts), counts.num_rows)
-        memory = (self._counts, *self._lists)
+        used = (len(self._memory[0]), *(start for start, _ in spans))
+        wanted = (counts.num_rows, *(end for _, end in spans))
+        memory = tuple(_enough(each, size) for each, size in zip(self._memory, wanted, strict=True))
+        outgrown = tuple(
+            (old[:size], new[:size])
+            for old, new, size in zip(self._memory, memory, used, strict=True)
+            if old is not new
+        )
+        self._memory = memory
+        for each, end in zip(lists, wanted[1:], strict=True):
+            each.fresh = end
         parts = [
             np.array([each.data_ptr() for each in memory], np.int64),
             np.column_stack([slots, packed(table.records[slots])]).ravel(),
@@ -90,7 +101,7 @@ class SamplerState:
         ]
         words = np.concatenate([np.append(part, np.zeros(len(part) % 2, np.int64)) for part in parts])
         self._is_current = True
-        return Changes(words, len(slots), spans, len(cleared), len(tallied))
+        return Changes(words, len(slots), spans, len(cleared), len(tallied), memory, outgrown)
 
     def resend(self) -> None:
         """What `changes` said may not have come: the next ones say everything but counts, of which all rows
@@ -106,17 +117,20 @@ class SamplerState:
         sizes += [changes.num_cleared, changes.num_tallied]
         starts = np.cumsum([0, *(size + size % 2 for size in sizes)]).tolist()
         parts = [words[start : start + size] for start, size in zip(starts, sizes, strict=False)]
+        counts, *lists = changes.memory
+        for old, new in changes.outgrown:
+            new.copy_(old)
         self.addresses.copy_(parts[0])
         if changes.num_records:
             _RECORDS((changes.num_records,), parts[1], self.records)
         for place, (start, end) in enumerate(changes.entries):
-            self._lists[place][start:end].copy_(parts[2 + place])
+            lists[place][start:end].copy_(parts[2 + place])
         if changes.num_cleared:
             tiles = -(-self._vocab_size // _TILE)
-            _CLEAR((changes.num_cleared, tiles), parts[-2], self._counts, self._vocab_size)
+            _CLEAR((changes.num_cleared, tiles), parts[-2], counts, self._vocab_size)
         if changes.num_tallied:
             tiles = -(-changes.num_tallied // _TILE)
-            _TALLY((tiles,), parts[-1], changes.num_tallied, self._counts, self._vocab_size)
+            _TALLY((tiles,), parts[-1], changes.num_tallied, counts, self._vocab_size)
 
 
 class PendingCounts:
@@ -188,13 +202,11 @@ def _tally(row: int, tokens: NDArray[np.int64], more: int) -> Words:
     return (row << 40) | (tokens << 8) | more
 
 
-def _grown(memory: Tensor, used: int, wanted: int) -> Tensor:
-    """`memory`, or twice as much and more with its first `used` entries; what else it held is void."""
+def _enough(memory: Tensor, wanted: int) -> Tensor:
+    """`memory`, or new memory of its kind, at least twice as long, where that is too short."""
     if wanted <= len(memory):
         return memory
-    larger = memory.new_empty((max(wanted, 2 * len(memory)), *memory.shape[1:]))
-    larger[:used].copy_(memory[:used])
-    return larger
+    return memory.new_empty((max(wanted, 2 * len(memory)), *memory.shape[1:]))
 
 
 def works(vocab_size: int) -> Iterator[Work]:

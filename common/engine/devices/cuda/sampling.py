@@ -14,37 +14,27 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from common.engine.devices import sampling
 from common.engine.devices.cuda.sampler_state import Changes, PendingCounts, SamplerState
-from common.engine.devices.cuda.sampling_launches import (
-    ALL,
-    GREEDY,
-    Results,
-    RowBuffers,
-    Shape,
-    Stages,
-    Targets,
-    Workspace,
-    run,
-)
+from common.engine.devices.cuda.sampling_launches import ALL, GREEDY, Shape, Stages, Targets, Workspace, run
+from common.engine.devices.sampling import RowBuffers, Sampled
 from common.engine.sampling.records import Logprobs, SampleOutput, SampleRows
 from common.engine.sampling.slots import SlotTable
 from common.sampling import MAX_LOGPROBS
 
-__all__ = ["ALL", "GREEDY", "CudaSampling", "RowBuffers", "Sampled", "Stages"]
+__all__ = ["ALL", "GREEDY", "CudaSampling", "PackedSampled", "Stages", "row_buffers"]
 
 _H100 = 132  # multiprocessors
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Sampled(Results):
-    """What comes out, on the device: tokens int64 (-1 for padding or a fault), faults uint8, and chosen
-    float32, ranks int64, top_ids int64 and top float32 as in `Logprobs`, which are filled if a stage says so.
-    All are views of `packed`, uint8, so that one copy brings them to the host."""
+class PackedSampled(Sampled):
+    """All arrays are views of `packed`, uint8, so that one copy brings them to the host."""
 
     packed: Tensor
 
     @classmethod
-    def allocate(cls, rows: int, device: torch.device) -> Sampled:
+    def allocate(cls, rows: int, device: torch.device) -> PackedSampled:
         return cls.of(torch.zeros(cls.num_bytes(rows), dtype=torch.uint8, device=device))
 
     @staticmethod
@@ -52,9 +42,9 @@ class Sampled(Results):
         return sum(size for _, _, size in _parts(rows))
 
     @classmethod
-    def of(cls, packed: Tensor) -> Sampled:
+    def of(cls, packed: Tensor) -> PackedSampled:
         """`packed` has `num_bytes` of some number of rows."""
-        rows, views, start = len(packed) // Sampled.num_bytes(1), [], 0
+        rows, views, start = len(packed) // PackedSampled.num_bytes(1), [], 0
         for kind, shape, size in _parts(rows):
             views.append(packed[start : start + size].view(kind).view(shape))
             start += size
@@ -65,7 +55,7 @@ class Sampled(Results):
     def output(host: NDArray[np.uint8], rows: int, most: int) -> SampleOutput:
         """Of the first `rows` rows of a copy of `packed`; `most` alternatives were asked for, -1: no
         logprobs."""
-        there = Sampled.of(torch.from_numpy(host))
+        there = PackedSampled.of(torch.from_numpy(host))
         logprobs = None
         if most >= 0:
             logprobs = Logprobs(
@@ -78,7 +68,7 @@ class Sampled(Results):
 
 
 def _parts(rows: int) -> list[tuple[torch.dtype, tuple[int, ...], int]]:
-    """Of `Sampled.packed`: types, shapes and bytes, those of 8 bytes first."""
+    """Of `PackedSampled.packed`: types, shapes and bytes, those of 8 bytes first."""
     parts = [
         (torch.int64, (rows, MAX_LOGPROBS)),
         (torch.int64, (rows,)),
@@ -139,9 +129,10 @@ class CudaSampling:
         assert self._state is not None
         return self._state.changes(table, self._counts)
 
-    def apply(self, words: Tensor, changes: Changes) -> None:
+    def apply(self, words: Tensor, changes: sampling.Changes) -> None:
         """Tell it: `words` are those of `changes`, on the device. Does not wait."""
         assert self._state is not None
+        assert isinstance(changes, Changes)
         self._state.apply(words, changes)
 
     def resend(self) -> None:
@@ -154,7 +145,7 @@ class CudaSampling:
         """Of one `sample_into`."""
         return self._max_rows
 
-    def choose_into(self, logits: Tensor, rows: RowBuffers, out: Results, *, greedy: bool) -> None:
+    def choose_into(self, logits: Tensor, rows: RowBuffers, out: Sampled, *, greedy: bool) -> None:
         """`sample_into` with one of two sets of launches, counting. `greedy`: no row has a temperature, asks
         for logprobs or has edited logits."""
         self.sample_into(logits, rows, out, GREEDY if greedy else ALL, append=True)
@@ -163,7 +154,7 @@ class CudaSampling:
         self,
         logits: Tensor,
         rows: RowBuffers,
-        out: Results,
+        out: Sampled,
         stages: Stages,
         *,
         append: bool,
@@ -184,7 +175,7 @@ class CudaSampling:
             out,
             (self._state.records, self._state.addresses),
             self._space,
-            Shape.of(self._vocab_size, len(rows), self._multiprocessors),
+            Shape.of(self._vocab_size, len(rows.slots), self._multiprocessors),
             stages,
             append=append,
             targets=targets,
@@ -207,8 +198,8 @@ class CudaSampling:
         most = int(records["logprobs"].max(initial=-1))
         stages, out = Stages.of(records), []
         for begin in range(0, count, self._max_rows):
-            part = RowBuffers.of(sent[:, begin : begin + self._max_rows].contiguous(), drafts)
-            out.append(Sampled.allocate(len(part), self._device))
+            part = row_buffers(sent[:, begin : begin + self._max_rows].contiguous(), drafts)
+            out.append(PackedSampled.allocate(len(part.slots), self._device))
             self.sample_into(logits, part, out[-1], stages, append=False)
         return _joined([_received(each, most) for each in out], most)
 
@@ -224,8 +215,8 @@ class CudaSampling:
         stages, out = dataclasses.replace(GREEDY, logprobs=True), []
         for begin in range(0, count, self._max_rows):
             part = sent[:, begin : begin + self._max_rows].contiguous()
-            rows, scored = RowBuffers.of(part[:5], drafts), Targets(part[5], part[6])
-            out.append(Sampled.allocate(len(rows), self._device))
+            rows, scored = row_buffers(part[:5], drafts), Targets(part[5], part[6])
+            out.append(PackedSampled.allocate(len(rows.slots), self._device))
             self.sample_into(logits, rows, out[-1], stages, append=False, targets=scored)
         output = _joined([_received(each, most) for each in out], most)
         assert output.logprobs is not None
@@ -235,8 +226,14 @@ class CudaSampling:
         return torch.from_numpy(np.ascontiguousarray(array, np.int64)).to(self._device)
 
 
-def _received(sampled: Sampled, most: int) -> SampleOutput:
-    return Sampled.output(sampled.packed.cpu().numpy(), len(sampled.tokens), most)
+def row_buffers(five: Tensor, drafted: Tensor) -> RowBuffers:
+    """`five` int64 `[5, rows]` has all but `drafted` in their order."""
+    slots, positions, sources, draft_start, draft_length = five
+    return RowBuffers(slots, positions, sources, draft_start, draft_length, drafted)
+
+
+def _received(sampled: PackedSampled, most: int) -> SampleOutput:
+    return PackedSampled.output(sampled.packed.cpu().numpy(), len(sampled.tokens), most)
 
 
 def _joined(parts: list[SampleOutput], most: int) -> SampleOutput:

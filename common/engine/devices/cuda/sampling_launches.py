@@ -18,6 +18,7 @@ from common.engine.devices.cuda.kernels.sampling_cuts import PICKS
 from common.engine.devices.cuda.kernels.sampling_edits import NUM_BINS, NUM_HISTOGRAMS
 from common.engine.devices.cuda.kernels.sampling_values import STATE_WORDS, TILE_GROUPS
 from common.engine.devices.cuda.launch import Launch, Work, power_of_two
+from common.engine.devices.sampling import RowBuffers, Sampled
 from common.engine.sampling.noise import GROUP
 from common.engine.sampling.slots import Records
 
@@ -173,35 +174,6 @@ def _logprobs(shape: Shape) -> Launch:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class RowBuffers:
-    """Which token each row decides, on the device: int64, contiguous, as `SampleRows` has them. A row that is
-    padding has slot -1."""
-
-    slots: Tensor  # [rows]
-    positions: Tensor  # [rows]
-    sources: Tensor  # [rows] of the logits
-    draft_start: Tensor  # [rows]
-    draft_length: Tensor  # [rows]
-    drafted: Tensor  # [at least 1]
-
-    @classmethod
-    def allocate(cls, rows: int, device: torch.device, drafts: int = 1) -> RowBuffers:
-        """All rows padding."""
-        five = torch.zeros((5, rows), dtype=torch.int64, device=device)
-        five[0].fill_(-1)
-        return cls.of(five, torch.zeros(max(drafts, 1), dtype=torch.int64, device=device))
-
-    @classmethod
-    def of(cls, five: Tensor, drafted: Tensor) -> RowBuffers:
-        """`five` `[5, rows]` has the others in their order."""
-        slots, positions, sources, draft_start, draft_length = five
-        return cls(slots, positions, sources, draft_start, draft_length, drafted)
-
-    def __len__(self) -> int:
-        return len(self.slots)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
 class Targets:
     """Tokens that are not chosen but scored, with `counts` of the most likely ones; int64 `[rows]`."""
 
@@ -209,22 +181,10 @@ class Targets:
     counts: Tensor
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Results:
-    """Arrays on the device that launches fill; as in `Sampled`."""
-
-    tokens: Tensor
-    faults: Tensor
-    chosen: Tensor
-    ranks: Tensor
-    top_ids: Tensor
-    top: Tensor
-
-
 def run(
     logits: Tensor,
     rows: RowBuffers,
-    results: Results,
+    results: Sampled,
     memory: tuple[Tensor, Tensor],
     space: Workspace,
     shape: Shape,
@@ -237,7 +197,7 @@ def run(
 
     With `append` the tokens that come out are counted on the device, drafts that were right included.
     """
-    count = len(rows)
+    count = len(rows.slots)
     assert count <= space.max_rows
     wide, narrow = (count, shape.splits), (count,)
     records, addresses = memory

@@ -22,10 +22,11 @@ from common.engine.devices.cuda.kernels.sampling_values import (
     token_noise,
     value_of,
 )
-from common.engine.devices.cuda.sampling import ALL, GREEDY, CudaSampling, RowBuffers, Sampled, Stages
+from common.engine.devices.cuda.sampling import ALL, GREEDY, CudaSampling, PackedSampled, Stages, row_buffers
 from common.engine.devices.cuda.sampling_launches import works
 from common.engine.devices.reference import philox
 from common.engine.devices.reference import sampling as sampling_torch
+from common.engine.devices.sampling import RowBuffers
 from common.engine.runner.sampler import Sampler
 from common.engine.sampling.records import RowFault
 from common.sampling import SamplingParams
@@ -333,7 +334,7 @@ def test_slots_are_reused_without_a_trace() -> None:
             assert sampler.sample(logits, rows).token_ids.tolist() == wanted
     state = sampling_of(sampler)._state
     assert state is not None
-    assert len(state._lists[0]) > 1024  # they have grown
+    assert len(state._memory[1]) > 1024  # they have grown
 
 
 def test_nothing_is_sent_where_nothing_changed() -> None:
@@ -399,7 +400,7 @@ class Captured:
     sampler: Sampler
     logits: torch.Tensor
     rows: RowBuffers
-    out: Sampled
+    out: PackedSampled
     recorder: Recorder
 
     @classmethod
@@ -412,10 +413,11 @@ class Captured:
         made = cls(
             sampler,
             torch.zeros(rows, vocab),
-            RowBuffers.allocate(rows, HOST, drafts=12),
-            Sampled.allocate(rows, HOST),
+            row_buffers(torch.zeros(5, rows, dtype=torch.int64), torch.zeros(12, dtype=torch.int64)),
+            PackedSampled.allocate(rows, HOST),
             Recorder(),
         )
+        made.rows.slots.fill_(-1)
         with made.recorder.recording():
             sampling.sample_into(made.logits, made.rows, made.out, stages, append=True)
         return made
@@ -432,7 +434,7 @@ class Captured:
     def counts(self, row: int) -> list[int]:
         state = sampling_of(self.sampler)._state
         assert state is not None
-        return state._counts[row].tolist()
+        return state._memory[0][row].tolist()
 
 
 def test_a_captured_sampler_is_launches_alone_and_computes_what_its_buffers_say() -> None:
@@ -454,7 +456,7 @@ def test_a_captured_sampler_is_launches_alone_and_computes_what_its_buffers_say(
         graph.rows.positions[:count] = torch.from_numpy(rows.positions)
         graph.rows.sources.copy_(torch.arange(8))
         graph.replay()
-        output = Sampled.output(graph.out.packed.numpy().copy(), 8, 20)
+        output = PackedSampled.output(graph.out.packed.numpy().copy(), 8, 20)
         expected = plain.sample(logits, rows)
         plain.accept(rows, expected)  # tokens count, as they do in the graph
         assert output.token_ids[:count].tolist() == expected.token_ids.tolist()
