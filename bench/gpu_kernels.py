@@ -20,19 +20,23 @@ import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from common.engine.devices.cuda import norms, product_plans, sampler_state, sampling_launches
+from common.engine.devices.cuda import attention_works, norms, product_plans, sampler_state, sampling_launches
 from common.engine.devices.cuda.launch import OPTIONS, Work
 from common.engine.devices.cuda.product_plans import Shape
+from common.engine.devices.device import HeadShape
 
 TARGETS = (80, 89, 90, 100, 120)  # compute capabilities, times ten
 KINDS = {"bf16": 2, "fp16": 2, "fp32": 4}  # triton's words, and bytes
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 # bytes a second that a copy reaches, and products of bfloat16 a second (gpu-engine.md, section 5)
 CARDS = {"H100": (3.0e12, 790e12), "H200": (4.3e12, 790e12)}
@@ -44,6 +48,7 @@ SHARED_LIMIT = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120:
 
 _PRODUCTS = re.compile(r"(?:wgmma\.mma_async|mma)\.[\w.:]*?m\d+n\d+k\d+|tcgen05\.mma")
 _FUSED = re.compile(r"\bfma\.\w+(?:\.ftz)?\.f(?:32|64)\b")
+_COPIES = re.compile(r"cp\.async\.c[ag]\.shared\.global[^;]*?\],\s*(0x[0-9a-f]+|\d+)")
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
@@ -71,13 +76,14 @@ class Compiled:
     spilled: int  # bytes of local memory of a thread
     shared: int  # bytes of a program
     products: tuple[str, ...]  # the tensor cores' instructions, without their types
+    copies: tuple[int, ...]  # bytes that a thread asks for at once of what it copies to shared memory
     fused: int  # fused multiply-adds in PTX
     may_fuse: bool
 
 
-def works(shape: ModelShape, kind: str, *, every: bool = False) -> Iterator[Work]:
-    """Every launch of a step: as many rows as a bucket of generated ones has, and a prompt's. Of products
-    only those that have little in common, unless `every`."""
+def works(shape: ModelShape, kind: str, target: int, *, every: bool = False) -> Iterator[Work]:
+    """Every launch of a step on a card of this target: as many rows as a bucket of generated ones has, and a
+    prompt's. Of products and attention only those that have little in common, unless `every`."""
     size = KINDS[kind]
     for rows in (1, 64, 2048):
         yield from norms.works(rows, shape.hidden, kind, size)
@@ -85,6 +91,8 @@ def works(shape: ModelShape, kind: str, *, every: bool = False) -> Iterator[Work
     yield from sampling_launches.works(64, shape.vocab, kind, size, MULTIPROCESSORS, every=every)
     if every:
         yield from sampler_state.works(shape.vocab)
+    heads = HeadShape(shape.num_heads, shape.num_kv_heads, shape.head_dim, shape.head_dim, 0)
+    yield from attention_works.works(heads, shape.block_size, DTYPES[kind], target, every=every)
 
 
 def _products(shape: ModelShape, kind: str, every: bool) -> Iterator[Work]:
@@ -129,6 +137,7 @@ def compiled(work: Work, target: int) -> Compiled:
         spilled=stack + local,
         shared=code.metadata.shared,
         products=tuple(sorted(set(_PRODUCTS.findall(ptx)))),
+        copies=tuple(sorted({int(size, 0) for size in _COPIES.findall(ptx)})),
         fused=len(_FUSED.findall(ptx)),
         may_fuse=work.may_fuse,
     )
@@ -158,16 +167,18 @@ def seconds(work: Work, card: str) -> float:
     return max(work.num_bytes / bytes_a_second, work.flops / flops_a_second)
 
 
-def table(all_works: Iterable[Work], targets: Iterable[int]) -> Iterator[str]:
+def table(rows: Mapping[str, Mapping[int, Work]], targets: Iterable[int]) -> Iterator[str]:
+    """A line for each name; programs, which some cards have more of, as on the first target."""
     numbers = ("programs", "MB", "GFLOP", *(f"{card} us" for card in CARDS))
     columns = [f"{number:>9}" for number in numbers] + [f"  sm_{target:<3} regs shared" for target in targets]
     yield f"{'':44}" + "".join(columns)
-    for work in all_works:
+    for name, by_target in rows.items():
+        work = next(iter(by_target.values()))
         cells = [f"{work.num_programs:>9}", f"{work.num_bytes / 1e6:9.2f}", f"{work.flops / 1e9:9.2f}"]
         cells += [f"{seconds(work, card) * 1e6:9.2f}" for card in CARDS]
-        for code in (compiled(work, target) for target in targets):
+        for code in (compiled(of_target, target) for target, of_target in by_target.items()):
             cells.append(f"{code.registers:>13} {code.shared:>6}{'!' if code.spilled else ' '}")
-        yield f"{work.name:44}" + "".join(cells)
+        yield f"{name:44}" + "".join(cells)
 
 
 def main() -> None:
@@ -180,14 +191,17 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="a line of JSON for each work and target")
     parser.add_argument("--every", action="store_true", help="every product in every bucket of rows")
     arguments = parser.parse_args()
-    found = works(ModelShape(), arguments.kind, every=arguments.every)
-    wanted = [work for work in found if arguments.only in work.name]
+    rows: dict[str, dict[int, Work]] = {}
+    for target in arguments.targets:
+        for work in works(ModelShape(), arguments.kind, target, every=arguments.every):
+            if arguments.only in work.name:
+                rows.setdefault(work.name, {})[target] = work
     if arguments.json:
-        for work in wanted:
-            for target in arguments.targets:
+        for by_target in rows.values():
+            for target, work in by_target.items():
                 print(json.dumps(dataclasses.asdict(compiled(work, target))), flush=True)
     else:
-        for line in table(wanted, arguments.targets):
+        for line in table(rows, arguments.targets):
             print(line, flush=True)
 
 

@@ -55,3 +55,18 @@ def test_one_row_and_thousands_are_multiplied_by_one_kind_of_instruction(codes: 
         products = [code for code in codes if code["target"] == target and code["name"].startswith("product")]
         kinds = {re.sub(r"n\d+k", "nXk", name) for code in products for name in code["products"] or ["none"]}
         assert len(kinds) == 1
+
+
+def test_attention_multiplies_generated_rows_and_prompts_by_one_family(codes: list[dict[str, Any]]) -> None:
+    """Instructions of another family sum in another way: a reply's blocks would not be a prompt's."""
+    families: dict[int, set[str]] = {}
+    for code in codes:
+        if "attention" in code["name"] and code["products"]:
+            of = {"wgmma" if "wgmma" in product else product for product in code["products"]}
+            families.setdefault(code["target"], set()).update(of)
+    assert all(of == {"wgmma" if t == 90 else "mma.sync.aligned.m16n8k16"} for t, of in families.items())
+
+
+def test_attention_reads_keys_and_values_by_16_bytes(codes: list[dict[str, Any]]) -> None:
+    attention = [code for code in codes if code["name"].startswith("attention") and code["products"]]
+    assert [code for code in attention if code["copies"] != [16]] == []
