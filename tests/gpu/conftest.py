@@ -15,7 +15,14 @@ from typing import Any
 import pytest
 import torch
 
-ORDER = ("one_reply", "kernels", "device_transports", "sanitizer", "reference_backend")  # test_*.py
+ORDER = (
+    "one_reply",
+    "kernels",
+    "gpu_products",
+    "device_transports",
+    "sanitizer",
+    "reference_backend",
+)  # test_*.py
 LIMIT_S = 450.0  # no test begins later
 BEGUN = time.monotonic()
 

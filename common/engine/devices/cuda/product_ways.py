@@ -48,6 +48,7 @@ class TiledWay:
         self.name = tile.name
         self._shape, self._order, self._tile = shape, order, tile
         self._in_turn = dataclasses.replace(tile, parallel=False)
+        self._launches = {each: product_plans.launch(shape, order, each) for each in (tile, self._in_turn)}
         self._multiprocessors, self._workspace = multiprocessors, workspace
         self._reserved = 0
 
@@ -65,8 +66,9 @@ class TiledWay:
         tensor, workspace = weight.tensor, self._workspace
         bias = tensor if weight.bias is None else weight.bias  # any pointer, where there is none
         numbers = rows, out.shape[1], depth, x.stride(0), tensor.stride(0)
-        launch = product_plans.launch(self._shape, self._order, tile)
-        launch((programs,), x, tensor, bias, out, workspace.partials, workspace.arrived, *numbers)
+        self._launches[tile](
+            (programs,), x, tensor, bias, out, workspace.partials, workspace.arrived, *numbers
+        )
 
 
 class LibraryWay:
