@@ -152,6 +152,7 @@ def _described(segments: Sequence[Segment]) -> str:
     return "; ".join(f"layers {start}-{end}: {said}" for start, end, said in groups)
 
 
+UNREPEATABLE = "unrepeatable"  # in a numerics class: a token may depend on who else was in its step
 ONE_CLASS = "one-class"  # in a numerics class: a generated position has the bits it would have in a prompt
 
 
@@ -188,6 +189,11 @@ class Fingerprint:
         """How many of a sequence's first positions count as prompt in the hashes of its blocks: all of them
         where the numerics class says that generated ones have the same bits."""
         return sys.maxsize if ONE_CLASS in self.numerics.split("/") else prompt_len
+
+    @property
+    def is_repeatable(self) -> bool:
+        """Whether the same request gives the same tokens on all nodes of this class."""
+        return all(part.partition("-")[0] != UNREPEATABLE for part in self.numerics.split("/"))
 
     def mismatch(self, other: Fingerprint) -> Mismatch | None:
         """The first thing that must be equal and is not, with both values; None if KV of one may

@@ -95,7 +95,14 @@ def nodes(argv: Sequence[str]) -> int:
     for record in records:
         name = record.incarnation
         table.add_row(*_node_row(record, snapshot, links[name], drafting=drafting, on_gpus=on_gpus))
-    return print_table(table, "no nodes")
+    print_table(table, "no nodes")
+    for record in records:
+        if not record.fingerprint.is_repeatable:
+            print(
+                f"{record.incarnation} does not keep the numerics rule: the same request may give other "
+                f"tokens ({record.numerics})"
+            )
+    return 0
 
 
 def queue(argv: Sequence[str]) -> int:

@@ -126,6 +126,8 @@ class Node:
             log.warning("node.fields_not_read", file="config.json", fields=",".join(unread))
 
         fingerprint, layout = self.engine.fingerprint, self.engine.layout
+        if not fingerprint.is_repeatable:
+            log.warning("node.unrepeatable", numerics=fingerprint.numerics)
         self.redis = RedisClient(settings.redis, name=self.incarnation)
         self.registry = Registry(self.redis)
         self.bus = make_bus(self.incarnation, settings.bus, progress=self._progress, hears=TO_NODES)

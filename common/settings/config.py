@@ -102,6 +102,11 @@ class EngineSettings:
     load_format: Literal["auto", "dummy"] = setting("auto", "dummy: random weights, to measure cost")
     seed: int = setting(0, "seed of dummy weights", at_least=0)
     kernels: Literal["auto", "reference"] = setting("auto", "reference: plain torch, to compare")
+    attention: Literal["auto", "flashinfer", "flash-attn"] = setting(
+        "auto",
+        "auto: our own kernels; a library by its name, on a GPU: a request that is made again may then give "
+        "other tokens",
+    )
     device: str = setting(
         "auto",
         "where the model runs; cuda: any GPU that is free, cuda:N: that one of those this process sees",

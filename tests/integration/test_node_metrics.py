@@ -14,6 +14,8 @@ from common.commands import inspect
 from common.sampling import SamplingParams
 from common.settings.config import EngineSettings, MetricsSettings
 from common.store.client import RedisClient
+from common.store.node_record import NodeRecord, Role
+from common.store.registry import Registry
 from tests.support.checkpoints import STORIES
 from tests.support.dispatching import dispatch
 from tests.support.metrics import scrape
@@ -152,3 +154,19 @@ async def test_every_node_says_where_its_metrics_are_and_each_has_a_line_of_help
 async def test_a_node_can_do_without(redis_client: RedisClient) -> None:
     async with running(redis_client, ENGINE, "unified", metrics=MetricsSettings(port=None)) as (record,):
         assert record.url == ""
+
+
+async def test_pdq_nodes_says_who_does_not_keep_the_numerics_rule(
+    redis_client: RedisClient, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PDQ_REDIS_URL", redis_client.settings.url)
+    monkeypatch.setenv("PDQ_REDIS_PREFIX", redis_client.settings.prefix)
+    registry = Registry(redis_client)
+    for name, numerics in (("p-1", "cpu/own"), ("p-2", "reference/H200/flashinfer-0.7.4/unrepeatable")):
+        await registry.announce(NodeRecord(name, name, Role.PREFILL, numerics=numerics))
+    assert await asyncio.to_thread(inspect.nodes, ()) == 0
+    _, _, _, *said = capsys.readouterr().out.splitlines()
+    assert said == [
+        "p-2 does not keep the numerics rule: the same request may give other tokens "
+        "(reference/H200/flashinfer-0.7.4/unrepeatable)"
+    ]

@@ -20,6 +20,7 @@ DOORS = {
     "xxhash": {"kv_transfer/digests.py"},
     "nixl": {"kv_transfer/transports/nixl.py"},
     "huggingface_hub": {"common/model_files.py"},
+    "flashinfer": {"common/engine/devices/cuda/flashinfer.py"},
     "safetensors": {"common/engine/model/weights.py"},
     "prometheus_client": {"common/metrics.py"},
     "h11": {"gateway/connection.py", "common/metrics_server.py"},

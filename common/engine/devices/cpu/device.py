@@ -15,6 +15,7 @@ from torch import Tensor
 from common.engine.devices.device import Backend, StepLimits
 from common.engine.devices.filling import MOST_READERS, Filler, HostFiller
 from common.engine.devices.sampling import Sampling
+from common.errors import ConfigError
 from common.settings.config import EngineSettings
 
 DEFAULT_POOL_BYTES = 4 << 30
@@ -24,6 +25,12 @@ class CpuDevice:
     """See `Device`."""
 
     def __init__(self, settings: EngineSettings) -> None:
+        if settings.attention != "auto":
+            raise ConfigError(
+                f"attention {settings.attention} is set, which is a library for GPUs; the model runs on the "
+                "CPU",
+                param="attention",
+            )
         self.torch_device = torch.device("cpu")
         self._settings = settings
 

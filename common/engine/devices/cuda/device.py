@@ -6,6 +6,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from common.engine.devices.cuda.flash_attention import FlashAttention
+from common.engine.devices.cuda.flashinfer import FlashInferAttention
+from common.engine.devices.cuda.library_attention import LibraryAttention, LibraryBackend
 from common.engine.devices.cuda.memory_share import MemoryShare
 from common.engine.devices.cuda.queue import CudaQueue
 from common.engine.devices.device import Backend, StepLimits
@@ -50,7 +53,20 @@ class CudaDevice:
     def backend(self, dtype: torch.dtype) -> Backend:
         torch.cuda.set_device(self.torch_device)  # of this thread, for what is launched without a device
         name = torch.cuda.get_device_name(self.torch_device)
+        library = self._attention()
+        if library is not None:
+            return LibraryBackend(self.torch_device, dtype, name, library, self._settings.block_size)
         return ReferenceBackend(self.torch_device, dtype, name)
+
+    def _attention(self) -> LibraryAttention | None:
+        """The library that the settings name."""
+        block_size = self._settings.block_size
+        if self._settings.attention == "flashinfer":
+            return FlashInferAttention(self.torch_device, block_size)
+        if self._settings.attention == "flash-attn":
+            major, _ = torch.cuda.get_device_capability(self.torch_device)
+            return FlashAttention(self.torch_device, block_size, major)
+        return None
 
     def sampling(self, vocab_size: int) -> Sampling:
         return self.step_sampling(vocab_size)

@@ -16,6 +16,7 @@ from torch import Tensor
 from common.engine.devices.device import HeadShape, Linear
 from common.engine.devices.kv_cache import KVCache
 from common.engine.devices.rows import RowPlan, Rows
+from common.kv_layout import UNREPEATABLE
 
 
 class _PlainLinear:
@@ -35,7 +36,9 @@ class ReferenceBackend:
         """`name` says which product the device is."""
         self.device = device
         self.dtype = dtype
-        described = f"reference/unrepeatable-{secrets.token_hex(8)}/{name}/{dtype}/torch-{torch.__version__}"
+        described = (
+            f"reference/{UNREPEATABLE}-{secrets.token_hex(8)}/{name}/{dtype}/torch-{torch.__version__}"
+        )
         self._class = described.replace(" ", "-")
 
     @property
@@ -92,11 +95,11 @@ class ReferenceBackend:
         if norms is not None:
             query = self.rms_norm(query, norms[0], eps)
             key = self.rms_norm(key, norms[1], eps)
-        query = _rotate(query, rows.positions, rope, shape.rotary_dim)
-        key = _rotate(key, rows.positions, rope, shape.rotary_dim)
+        query = rotate(query, rows.positions, rope, shape.rotary_dim)
+        key = rotate(key, rows.positions, rope, shape.rotary_dim)
         keys, values = cache.view(layer, "k"), cache.view(layer, "v")
-        _store(keys, key, rows.slots)
-        _store(values, value, rows.slots)
+        store(keys, key, rows.slots)
+        store(values, value, rows.slots)
         out = torch.zeros_like(query)
         for first_row, count, position, table_start in rows.tiles.tolist():
             table = rows.tables[table_start:]
@@ -110,7 +113,7 @@ class ReferenceBackend:
         """Nothing is chosen at run time."""
 
 
-def _rotate(x: Tensor, positions: Tensor, rope: tuple[Tensor, Tensor], rotary_dim: int) -> Tensor:
+def rotate(x: Tensor, positions: Tensor, rope: tuple[Tensor, Tensor], rotary_dim: int) -> Tensor:
     """x `[rows, heads, head_dim]`; the first `rotary_dim` dimensions turn, halves paired."""
     cosines, sines = (table[positions].unsqueeze(1) for table in rope)
     low, high = x[..., :rotary_dim].float().chunk(2, dim=-1)
@@ -118,7 +121,7 @@ def _rotate(x: Tensor, positions: Tensor, rope: tuple[Tensor, Tensor], rotary_di
     return torch.cat((turned.to(x.dtype), x[..., rotary_dim:]), dim=-1)
 
 
-def _store(pool: Tensor, x: Tensor, slots: Tensor) -> None:
+def store(pool: Tensor, x: Tensor, slots: Tensor) -> None:
     """pool `[blocks, block_size, heads, head_dim]`; rows with a negative slot are padding."""
     stored = slots >= 0
     slots, x = slots[stored], x[stored]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from common.engine.devices.cuda.attention import Attention, Segment
 from common.engine.devices.device import HeadShape
-from common.engine.devices.reference.backend import ReferenceBackend, _rotate, _store
+from common.engine.devices.reference.backend import ReferenceBackend, rotate, store
 
 EPS = 1e-6
 BLOCK_SIZE = 16
@@ -53,11 +53,11 @@ class Step:
         if self.norms is not None:
             query[:] = reference.rms_norm(query, self.norms[0], EPS)
             key = reference.rms_norm(key, self.norms[1], EPS)
-        query[:] = _rotate(query, self.positions, self.rope, shape.rotary_dim)
-        key = _rotate(key, self.positions, self.rope, shape.rotary_dim)
+        query[:] = rotate(query, self.positions, self.rope, shape.rotary_dim)
+        key = rotate(key, self.positions, self.rope, shape.rotary_dim)
         segments = pool.view(len(pool), 4, BLOCK_SIZE, shape.num_kv_heads, shape.head_dim)
-        _store(segments[:, 2], key, self.slots)
-        _store(segments[:, 3], value, self.slots)
+        store(segments[:, 2], key, self.slots)
+        store(segments[:, 3], value, self.slots)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
