@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -218,10 +218,19 @@ def test_an_nccl_source_whose_reader_stands_still_gives_up(monkeypatch: pytest.M
                 else:
                     wait_until(lambda: not end.leases.count()["touched"], "the source let go")
 
+            let_go: list[int] = []
+            untouch = end.leases.untouch
+
+            def noted(link: str, blocks: Sequence[int]) -> None:
+                if blocks:
+                    let_go.append(NCCL.left)
+                untouch(link, blocks)
+
+            patch.setattr(end.leases, "untouch", noted)
             patch.setattr(type(next(iter(NCCL.pairs.values()))[0]), "exchange", only_sends)
             with pytest.raises(LinkLost):
                 reader.pull(pieces)
-        wait_until(lambda: NCCL.left == 1, "the source has aborted its end")
+            assert let_go == [1], "the source aborted its end before it let the blocks go"
 
 
 # Whose memory may be freed
