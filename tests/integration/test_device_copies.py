@@ -319,6 +319,18 @@ def test_a_link_that_opens_nothing_maps_nothing() -> None:
         wait_until(lambda: end.memory.mappings.sweep() == 0, "it said so")  # type: ignore[attr-defined]
 
 
+def test_a_connection_that_ends_without_a_word_says_nothing_while_its_process_lives() -> None:
+    """The kernel closes it before the driver lets memory go; here the process goes on, with its mapping."""
+    with filled("cuda_ipc") as (end, reader, _):
+        assert isinstance(end.memory, DevicePoolMemory)
+        assert isinstance(reader, CudaIpcReader)
+        reader._said._connection.close()
+        assert end.memory.mappings.sweep() == 1
+        reader.close()
+        assert end.memory.mappings.sweep() == 1
+        end.memory.mappings.close()  # as at the end of its owner's process
+
+
 READER = """
 import sys
 from kv_transfer.device_memory import DevicePoolMemory
