@@ -241,6 +241,7 @@ class Attention:
     def list_work(self, tiles: Tensor, workspace: Workspace) -> None:
         """Once a step, before `generated` of all layers with this shape."""
         count, rows = tiles.shape[0], workspace.rows
+        assert count <= workspace.items.shape[0], f"{workspace.items.shape[0]} places for {count} tiles"
         self.list_launch(count)(
             (max(count, -(-rows // _ROWS_OF_A_PROGRAM)),),
             tiles,
