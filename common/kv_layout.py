@@ -5,6 +5,9 @@ Knows nothing of tensors or torch: offsets are bytes, dtypes are names.
 
 A *slab* is the KV of one block (a fixed number of token positions) for all layers, in one
 contiguous piece; the pool is block-major, so that sending a block is one contiguous copy.
+
+Keys and values of 8 bits have a *scale* for each position and head, in segments of their own
+(engine/devices/scaled_rows.py says how it is chosen).
 """
 
 from __future__ import annotations
@@ -19,10 +22,13 @@ import math
 import re
 import struct
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1}
+SCALED_DTYPES: tuple[str, ...] = ("float8_e4m3fn", "float8_e5m2")  # mean nothing without a scale
+SCALE_DTYPE = "bfloat16"  # scales are powers of two, of which it has as many as float32, in half the bytes
+ALIGNMENT = 16  # bytes at whose multiples every segment and every slab begin: what one load of a GPU takes
 HASH_BYTES = 16
 
 
@@ -30,13 +36,13 @@ HASH_BYTES = 16
 class Segment:
     """One tensor inside a slab.
 
-    `shape` is `[block_size, heads, head_dim]`; `offset` is in bytes from the slab's start; the
-    head range is half-open and in the model's numbering, so that a tensor-parallel rank can say
-    which part of the heads it holds.
+    `shape` is `[block_size, heads, head_dim]`, of scales `[block_size, heads]`; `offset` is in bytes from
+    the slab's start; the head range is half-open and in the model's numbering, so that a tensor-parallel
+    rank can say which part of the heads it holds.
     """
 
     layer: int
-    kind: str  # "k" or "v"; later "latent", "scale", …
+    kind: str  # "k", "v", "k_scale" or "v_scale"; later "latent", …
     shape: tuple[int, ...]
     dtype: str
     offset: int
@@ -50,11 +56,14 @@ class Segment:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class KVLayout:
-    """The ordered list of segments of a slab. `slab_bytes` is its whole length.
+    """The ordered list of segments of a slab, each at the next multiple of `ALIGNMENT`.
 
     The last `num_draft` segments are a draft model's, whose layers are numbered on from the model's own.
     They travel with the others, but no digest covers them: they may be written after the block is full,
     and what is wrong in them costs drafts only.
+
+    What lies between two segments, if anything does, is zero and stays so: whole slabs are copied and
+    digested, and what has the same hash has the same bytes.
     """
 
     block_size: int
@@ -65,26 +74,29 @@ class KVLayout:
     def paged_attention(
         cls, *, num_layers: int, num_kv_heads: int, head_dim: int, block_size: int, dtype: str
     ) -> KVLayout:
-        """Per layer K, then V, each `[block_size, num_kv_heads, head_dim]`."""
-        shape = (block_size, num_kv_heads, head_dim)
-        size = math.prod(shape) * DTYPE_BYTES[dtype]
-        segments = tuple(
-            Segment(layer, kind, shape, dtype, (2 * layer + index) * size, 0, num_kv_heads)
-            for layer in range(num_layers)
-            for index, kind in enumerate(("k", "v"))
-        )
-        return cls(block_size, segments)
+        """Per layer K, then V, each `[block_size, num_kv_heads, head_dim]`. If `dtype` is one of
+        `SCALED_DTYPES`, per layer K's scales, then V's, each `[block_size, num_kv_heads]`, follow behind the
+        last layer's V, so that keys and values lie at equal distances in any type."""
+
+        def per_layer(kinds: tuple[str, str], dtype: str, *row: int) -> Iterable[Segment]:
+            shape = (block_size, num_kv_heads, *row)
+            for layer in range(num_layers):
+                for kind in kinds:
+                    yield Segment(layer, kind, shape, dtype, 0, 0, num_kv_heads)
+
+        segments = [*per_layer(("k", "v"), dtype, head_dim)]
+        if dtype in SCALED_DTYPES:
+            segments += per_layer(("k_scale", "v_scale"), SCALE_DTYPE)
+        return _placed(block_size, segments)
 
     def with_draft(self, draft: KVLayout) -> KVLayout:
-        """This model's segments, then those of a draft model with blocks of the same size."""
+        """This model's segments, then those of a draft model with blocks of the same size, whose dtype may
+        be another."""
         assert draft.block_size == self.block_size
         assert not self.num_draft
-        layers, length = self.num_layers, self.slab_bytes
-        behind = tuple(
-            dataclasses.replace(segment, layer=layers + segment.layer, offset=length + segment.offset)
-            for segment in draft.segments
-        )
-        return KVLayout(self.block_size, self.segments + behind, len(behind))
+        layers = self.num_layers
+        behind = [dataclasses.replace(segment, layer=layers + segment.layer) for segment in draft.segments]
+        return _placed(self.block_size, [*self.segments, *behind], len(behind))
 
     @property
     def num_layers(self) -> int:
@@ -93,7 +105,8 @@ class KVLayout:
 
     @property
     def slab_bytes(self) -> int:
-        return sum(segment.num_bytes for segment in self.segments)
+        last = self.segments[-1]
+        return _aligned(last.offset + last.num_bytes)
 
     @property
     def without_draft(self) -> KVLayout:
@@ -103,6 +116,7 @@ class KVLayout:
 
     @property
     def bytes_per_token(self) -> int:
+        """As many as a position's share of a slab is, in whole bytes."""
         return self.slab_bytes // self.block_size
 
     def ranges(self, fill: int = 0) -> list[tuple[int, int]]:
@@ -115,13 +129,11 @@ class KVLayout:
         return [(one.offset, one.num_bytes // self.block_size * fill) for one in self.segments]
 
     def with_block_size(self, block_size: int) -> KVLayout:
-        """The same segments, one after the other, in slabs of another number of positions."""
-        segments, offset = [], 0
-        for segment in self.segments:
-            shape = (block_size, *segment.shape[1:])
-            segments.append(dataclasses.replace(segment, shape=shape, offset=offset))
-            offset += segments[-1].num_bytes
-        return KVLayout(block_size, tuple(segments), self.num_draft)
+        """The same segments in slabs of another number of positions."""
+        segments = [
+            dataclasses.replace(segment, shape=(block_size, *segment.shape[1:])) for segment in self.segments
+        ]
+        return _placed(block_size, segments, self.num_draft)
 
     def describe(self) -> str:
         """All that two layouts must have in common, whatever their block sizes, as one text: without a
@@ -129,7 +141,8 @@ class KVLayout:
 
         Ranges are half-open, and layers that are alike are said once:
         `layers 0-24: k bfloat16 heads 0-4 of 64, v bfloat16 heads 0-4 of 64`. Groups of other
-        layers follow after a semicolon.
+        layers, and scales (`layers 0-24: k_scale bfloat16 heads 0-4, v_scale …`), follow after a semicolon,
+        in the order in which they lie in a slab.
         """
         return _described(self.without_draft.segments)
 
@@ -138,11 +151,25 @@ class KVLayout:
         return _described(self.segments[len(self.segments) - self.num_draft :])
 
 
+def _aligned(offset: int) -> int:
+    return -(-offset // ALIGNMENT) * ALIGNMENT
+
+
+def _placed(block_size: int, segments: Iterable[Segment], num_draft: int = 0) -> KVLayout:
+    """A layout of these segments in this order, whatever their offsets were."""
+    offset, placed = 0, []
+    for segment in segments:
+        placed.append(dataclasses.replace(segment, offset=offset))
+        offset = _aligned(offset + segment.num_bytes)
+    return KVLayout(block_size, tuple(placed), num_draft)
+
+
 def _described(segments: Sequence[Segment]) -> str:
     groups: list[tuple[int, int, str]] = []  # first layer, the one after the last, segments
     for layer, of_layer in itertools.groupby(segments, lambda segment: segment.layer):
         said = ", ".join(
-            f"{s.kind} {s.dtype} heads {s.head_start}-{s.head_end} of " + "x".join(map(str, s.shape[2:]))
+            f"{s.kind} {s.dtype} heads {s.head_start}-{s.head_end}"
+            + (" of " + "x".join(map(str, s.shape[2:])) if s.shape[2:] else "")
             for s in of_layer
         )
         if groups and groups[-1][1:] == (layer, said):
@@ -213,7 +240,21 @@ class Fingerprint:
 
 _LONGEST_TEXT = 2**14  # of a described layout that is taken apart: it comes from a peer
 _GROUP = re.compile(r"layers (\d{1,9})-(\d{1,9}): (.+)", re.ASCII)
-_SEGMENT = re.compile(r"(\w+) (\w+) heads (\d{1,9})-(\d{1,9}) of ([\dx]+)", re.ASCII)
+_SEGMENT = re.compile(r"(\w+) (\w+) heads (\d{1,9})-(\d{1,9})(?: of ([\dx]+))?", re.ASCII)
+_Groups = list[tuple[str, str, list[re.Match[str]]]]  # first layer, the one after the last, segments
+
+
+def _parsed(text: str) -> _Groups | None:
+    """A described layout, taken apart; None for what is none."""
+    groups: _Groups = []
+    for part in text.split("; "):
+        group = _GROUP.fullmatch(part)
+        segments = [_SEGMENT.fullmatch(one) for one in group[3].split(", ")] if group else [None]
+        found = [segment for segment in segments if segment is not None]
+        if group is None or len(found) < len(segments):
+            return None
+        groups.append((group[1], group[2], found))
+    return groups
 
 
 def _layout_mismatch(differs: Mismatch) -> Mismatch:
@@ -221,23 +262,27 @@ def _layout_mismatch(differs: Mismatch) -> Mismatch:
     for the text of another version."""
     if max(map(len, differs[1:])) > _LONGEST_TEXT:
         return differs
-    mine, yours = (_GROUP.fullmatch(text) for text in differs[1:])
-    if mine is None or yours is None or ";" in mine[3] + yours[3]:
+    mine, yours = (_parsed(text) for text in differs[1:])
+    if mine is None or yours is None:
         return differs
-    if mine[1] == yours[1] and mine[2] != yours[2]:
-        return Mismatch("num_layers", mine[2], yours[2])
-    parts = [[_SEGMENT.fullmatch(part) for part in group[3].split(", ")] for group in (mine, yours)]
+    layers = [{(start, end) for start, end, _ in groups} for groups in (mine, yours)]
+    if max(map(len, layers)) > 1:  # layers of several sorts
+        return differs
+    [(my_start, my_end)], [(your_start, your_end)] = layers
+    if my_start == your_start and my_end != your_end:
+        return Mismatch("num_layers", my_end, your_end)
+    parts = [[segment for _, _, segments in groups for segment in segments] for groups in (mine, yours)]
     for one, other in zip(*parts, strict=False):
-        if one is None or other is None or one[1] != other[1]:
+        if one[1] != other[1]:
             return differs
         for field, values in (
             ("dtype", (one[2], other[2])),
             ("num_kv_heads", [str(int(s[4]) - int(s[3])) for s in (one, other)]),
             ("head_range", (f"{one[3]}-{one[4]}", f"{other[3]}-{other[4]}")),
-            ("head_dim", (one[5], other[5])),
+            ("head_dim", (one[5] or "none", other[5] or "none")),
         ):
             if values[0] != values[1]:
-                return Mismatch(field, *values)
+                return Mismatch(field if one[1] in ("k", "v") else f"{one[1]} {field}", *values)
     return differs
 
 

@@ -134,10 +134,10 @@ def _compare(hello: Hello, mine: Fingerprint, target: Target) -> Mismatch | None
     if not 1 <= block_size <= MOST_POSITIONS:
         return Mismatch("block_size", f"1 to {MOST_POSITIONS}", str(block_size))
     if hello.fingerprint.draft != mine.draft:  # how long its draft's part is only the peer knows
-        slab_bytes = target.layout.without_draft.bytes_per_token * block_size
+        slab_bytes = target.layout.without_draft.with_block_size(block_size).slab_bytes
         fits, wanted = hello.slab_bytes >= slab_bytes, f"{slab_bytes} or more"
     else:
-        slab_bytes = target.layout.bytes_per_token * block_size
+        slab_bytes = target.layout.with_block_size(block_size).slab_bytes
         fits, wanted = hello.slab_bytes == slab_bytes, str(slab_bytes)
     return None if fits else Mismatch("slab_bytes", wanted, str(hello.slab_bytes))
 

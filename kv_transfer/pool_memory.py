@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from common.kv_layout import KVLayout
+from common.kv_layout import ALIGNMENT, KVLayout
 from kv_transfer.cuda import Cuda
 from kv_transfer.digests import ranges_digest, slab_digest
 from kv_transfer.generations import POPULATE_WRITE, Generations
@@ -150,12 +150,12 @@ class HostPoolMemory:
 def _positions(slabs: npt.NDArray[np.uint8], layout: KVLayout) -> Iterator[npt.NDArray[np.uint8]]:
     """Views `[num_blocks, segments, block_size, bytes of a position]` of all slabs, one for each row of
     segments whose positions have equally many bytes."""
-    for _, group in itertools.groupby(layout.segments, lambda segment: segment.num_bytes):
+    for num_bytes, group in itertools.groupby(layout.segments, lambda segment: segment.num_bytes):
         segments = list(group)
-        offset, length = segments[0].offset, sum(segment.num_bytes for segment in segments)
-        row = segments[0].num_bytes // layout.block_size
-        part = slabs[:, offset : offset + length]
-        yield part.reshape(len(slabs), len(segments), layout.block_size, row)
+        pitch = -(-num_bytes // ALIGNMENT) * ALIGNMENT  # from one to the next
+        offset, row = segments[0].offset, num_bytes // layout.block_size
+        part = slabs[:, offset : offset + len(segments) * pitch].reshape(len(slabs), len(segments), pitch)
+        yield part[:, :, :num_bytes].reshape(len(slabs), len(segments), layout.block_size, row)
 
 
 _WARM_PIECE = 4 << 20  # bytes that one system call touches

@@ -132,6 +132,9 @@ class EngineSettings:
     kv_cache_memory_bytes: int | None = setting(
         None, "size of the KV pool, such as 2GiB", parse=parse_bytes, at_least=1
     )
+    kv_cache_dtype: Literal["auto", "fp8", "fp8_e4m3", "fp8_e5m2"] = setting(
+        "auto", "type of keys and values in the KV pool (auto: that of the weights; fp8: fp8_e4m3)"
+    )
     max_num_seqs: int | None = setting(
         None, "sequences in one step at most (none: 64, on a GPU 256)", at_least=1
     )

@@ -171,8 +171,8 @@ def test_a_repeated_prompt_is_served_from_the_cache_with_the_same_tokens(of_whol
 
 def slabs(engine: Engine) -> dict[bytes, Tensor]:
     """The content of all cached blocks, by hash."""
-    pool, elements = engine.pool, engine.runner.cache.elements
-    blocks = {pool.hash_of(block): elements[block].clone() for block in range(pool.num_blocks)}
+    pool, content = engine.pool, engine.runner.cache.slabs
+    blocks = {pool.hash_of(block): content[block].clone() for block in range(pool.num_blocks)}
     return {name: content for name, content in blocks.items() if name is not None}
 
 

@@ -183,7 +183,7 @@ def test_an_infinite_key_that_nobody_has_looked_at_is_in_no_cache(fills: str, ch
             if sequence.request_id == "bad" and planned is not None and not damaged:
                 for block in filled_blocks(planned.input, size).get(sequence.sequence_id, []):
                     damaged.append(block)
-                    cache.elements[block, -1] = float("inf")
+                    cache.own_parts[-1][block, -1] = float("inf")
         return hidden
 
     engine.runner.model.forward = forward_and_damage  # type: ignore[method-assign]

@@ -49,7 +49,14 @@ class EngineWithMemory:
     def __init__(self, **fields: Any) -> None:
         shared = SharedMemory()
         settings = EngineSettings(
-            model=str(STORIES), dtype="float32", threads=1, num_kv_blocks=64, max_num_seqs=8, **fields
+            **{
+                "model": str(STORIES),
+                "dtype": "float32",
+                "threads": 1,
+                "num_kv_blocks": 64,
+                "max_num_seqs": 8,
+            }
+            | fields
         )
         names = settings.speculative.split("+")
         sources = [source for source in (NGramSource(), ModelSource(512)) if source.name in names]
@@ -113,8 +120,10 @@ def move(here: EngineWithMemory, sequence: Sequence, there: EngineWithMemory) ->
     assert room is not None
     for index in room.missing:
         block = room.blocks[index]
-        there.memory.slab(block)[:] = here.memory.slab(ready[index].slot)
         fill = offer.tail_fill if index == len(offer.block_hashes) else 0
+        source = here.memory.slab(ready[index].slot)
+        for at, length in here.engine.layout.ranges(fill):
+            there.memory.slab(block)[at : at + length] = source[at : at + length]
         seed = b"" if fill else offer.block_hashes[index]
         there.kv.landed(room, Piece(index, ready[index].slot, 0, block, fill, b"", seed))
     there.kv.adopt(room)
@@ -131,23 +140,56 @@ def move(here: EngineWithMemory, sequence: Sequence, there: EngineWithMemory) ->
     return moved
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
-@pytest.mark.parametrize("after", [1, 7, 8, 23])  # a tail, a full block, prompt and generated ones
-def test_a_sequence_that_moves_twice_makes_the_same_tokens(reference: Engine, kind: str, after: int) -> None:
-    params = KINDS[kind]
-    (expected,) = reference.generate([PROMPT], params)
-    nodes = [EngineWithMemory() for _ in range(3)]
+def move_along(nodes: list[EngineWithMemory], params: SamplingParams, after: int) -> None:
+    """The prompt begins at the first node, and goes on to the next one after so many steps."""
     (sequence,) = nodes[0].engine.add_prompt("r/1", PROMPT, params, cache_salt="tenant")
     for here, there in itertools.pairwise(nodes):
         here.steps(after)
         here.engine.scheduler.pause(sequence)
         sequence = move(here, sequence, there)
-    nodes[2].steps()
+    nodes[-1].steps()
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("after", [1, 7, 8, 23])  # a tail, a full block, prompt and generated ones
+def test_a_sequence_that_moves_twice_makes_the_same_tokens(reference: Engine, kind: str, after: int) -> None:
+    (expected,) = reference.generate([PROMPT], KINDS[kind])
+    nodes = [EngineWithMemory() for _ in range(3)]
+    move_along(nodes, KINDS[kind], after)
     assert tuple(token for node in nodes for token in node.tokens) == expected.token_ids
     assert tuple(entry for node in nodes for entry in node.logprobs) == expected.logprobs
     assert sum(node.num_computed[True] for node in nodes) == len(PROMPT)
     assert [node.num_computed[True] for node in nodes[1:]] == [0, 0]
     assert sum(node.num_computed[False] for node in nodes) == len(expected.token_ids) - 1
+    for node in nodes:
+        node.engine.check_idle()
+
+
+DRAFTING = {"speculative": "draft", "speculative_model": str(DRAFT)}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"kv_cache_dtype": "fp8"},
+        {"kv_cache_dtype": "fp8", **DRAFTING},
+        {"kv_cache_dtype": "fp8_e5m2", "kernels": "reference"},
+        {"kv_cache_dtype": "fp8", "dtype": "bfloat16", "kernels": "reference"},
+    ],
+    ids=["fp8", "fp8 with a draft", "fp8_e5m2 by the reference", "fp8 by the reference in bfloat16"],
+)
+@pytest.mark.parametrize("kind", ["greedy", "penalties"])
+@pytest.mark.parametrize("after", [1, 8])
+def test_kv_of_8_bits_moves_with_its_scales(fields: dict[str, Any], kind: str, after: int) -> None:
+    """One token of a tail whose scale stayed behind would be read as NaN."""
+    (expected,) = EngineWithMemory(
+        **fields | {"speculative": "off", "speculative_model": ""}
+    ).engine.generate([PROMPT], KINDS[kind])
+    nodes = [EngineWithMemory(**fields) for _ in range(3)]
+    move_along(nodes, KINDS[kind], after)
+    assert tuple(token for node in nodes for token in node.tokens) == expected.token_ids
+    assert tuple(entry for node in nodes for entry in node.logprobs) == expected.logprobs
+    assert [node.num_computed[True] for node in nodes[1:]] == [0, 0]
     for node in nodes:
         node.engine.check_idle()
 

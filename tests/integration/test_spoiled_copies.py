@@ -27,7 +27,7 @@ def test_a_spoiled_last_block_of_a_prompt_of_whole_blocks_is_found_no_more(block
     prompt = list(range(3, 3 + blocks * size))
     (right,) = engine.generate([prompt], PARAMS)
     chain = chain_hashes(root_hash(engine.fingerprint), prompt, size, len(prompt))
-    engine.runner.cache.elements[engine.pool.lookup(chain)[-1]] = float("nan")  # as if the memory had failed
+    engine.runner.cache.poison(engine.pool.lookup(chain)[-1:])  # as if the memory had failed
     with contextlib.suppress(NotFiniteLogits):
         engine.generate([prompt], PARAMS)
     for _ in range(2):
@@ -53,7 +53,8 @@ def test_a_spoiled_draft_of_a_last_block_costs_drafts_once() -> None:
     assert num_drafted() > 0
     chain = chain_hashes(root_hash(engine.fingerprint), prompt, len(prompt), len(prompt))
     (block,) = engine.pool.lookup(chain)
-    own = engine.layout.without_draft.slab_bytes // engine.runner.cache.elements.element_size()
-    engine.runner.cache.elements[block].view(-1)[own:] = float("nan")  # as if the memory had failed
+    cache = engine.runner.cache
+    for part in cache.parts[len(cache.own_parts) :]:
+        part[block] = float("nan")  # as if the memory had failed
     found = [num_drafted() for _ in range(3)]
     assert found[-1] > 0, found

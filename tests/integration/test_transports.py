@@ -53,6 +53,11 @@ from tests.support.holdings import shared_files
 from tests.support.redis import HANGS_S
 
 LAYOUT = KVLayout.paged_attention(num_layers=3, num_kv_heads=2, head_dim=8, block_size=4, dtype="float32")
+SCALED = (
+    KVLayout.paged_attention(  # in 8 bits, with scales of 6 bytes a position, which end between two slabs
+        num_layers=3, num_kv_heads=3, head_dim=8, block_size=5, dtype="float8_e4m3fn"
+    )
+)
 LARGE = KVLayout.paged_attention(num_layers=8, num_kv_heads=8, head_dim=64, block_size=16, dtype="float32")
 KEY = HandoffKey("link", "request", 1, 0)
 SEED = b"the block's hash"
@@ -96,7 +101,9 @@ class End:
 
     def fill(self, block: int, seed: bytes = SEED) -> None:
         self.memory.begin_write(block)
-        self.memory.slabs[block] = torch.randint(0, 256, (self.memory.slab_bytes,)).to(torch.uint8)
+        content = torch.randint(0, 256, (self.memory.slab_bytes,)).to(torch.uint8)
+        content[between_segments(self.layout)] = 0
+        self.memory.slabs[block] = content
         self.memory.seal(block, seed, self.layout.without_draft.ranges())
 
     def piece(self, slot: int, block: int, seed: bytes = SEED, index: int = 0) -> Piece:
@@ -119,6 +126,14 @@ class End:
         return self.readers[-1]
 
 
+def between_segments(layout: KVLayout) -> torch.Tensor:
+    """Which bytes of a slab belong to no segment, of the slabs of `layout` and of any that begin with it."""
+    found = torch.ones(layout.slab_bytes, dtype=torch.bool)
+    for segment in layout.segments:
+        found[segment.offset : segment.offset + segment.num_bytes] = False
+    return found.nonzero().flatten()
+
+
 def places(target: Target, layout: KVLayout, block: int) -> tuple[Span, ...]:
     """Position by position, where block `block` of `layout` goes in a target that converts."""
     if target.layout == layout:
@@ -132,7 +147,7 @@ def arrived(target: Target, layout: KVLayout, block: int) -> torch.Tensor:
     """What lies in the target, as the slab of `layout` that it came from."""
     if target.layout == layout:
         return target.memory.slabs[block]
-    slab = torch.empty(layout.slab_bytes, dtype=torch.uint8)
+    slab = torch.zeros(layout.slab_bytes, dtype=torch.uint8)
     for place in places(target, layout, block):
         for theirs, ours in zip(layout.segments, target.layout.segments, strict=True):
             row = theirs.num_bytes // layout.block_size
@@ -269,9 +284,13 @@ every_transport = pytest.mark.parametrize("transport", [*with_digests, *ON_DEVIC
 every_with_digests = pytest.mark.parametrize("transport", with_digests)
 
 
+every_layout = pytest.mark.parametrize("layout", [LAYOUT, SCALED], ids=["float32", "fp8"])
+
+
 @every_transport
-def test_pulled_blocks_are_equal_byte_for_byte(transport: str) -> None:
-    with both_ends(transport) as end:
+@every_layout
+def test_pulled_blocks_are_equal_byte_for_byte(transport: str, layout: KVLayout) -> None:
+    with both_ends(transport, layout) as end:
         for block in range(8):
             end.fill(block)
         end.leases.add(KEY, list(range(8)))
@@ -301,20 +320,22 @@ def test_a_prompt_much_larger_than_the_window_arrives_whole(transport: str) -> N
 
 
 @every_transport
+@every_layout
 @pytest.mark.parametrize("fill", [1, 3])
-def test_of_a_tail_only_the_filled_positions_are_copied(transport: str, fill: int) -> None:
+def test_of_a_tail_only_the_filled_positions_are_copied(transport: str, layout: KVLayout, fill: int) -> None:
     seed = tail_seed(b"parent", range(fill))
-    with both_ends(transport) as end:
+    with both_ends(transport, layout) as end:
         end.fill(2)
-        end.memory.seal(2, seed, LAYOUT.ranges(fill))
+        end.memory.seal(2, seed, layout.ranges(fill))
         end.leases.add(KEY, [2])
         end.target.memory.slabs[:] = 77
         whole = end.piece(2, 5, seed)
         end.reader().pull([dataclasses.replace(whole, fill=fill, spans=whole.spans[:fill])])
-        filled = torch.zeros(LAYOUT.slab_bytes, dtype=torch.bool)
-        for offset, length in LAYOUT.ranges(fill):
+        filled = torch.zeros(layout.slab_bytes, dtype=torch.bool)
+        for offset, length in layout.ranges(fill):
             filled[offset : offset + length] = True
         assert torch.equal(end.got(5)[filled], end.memory.slabs[2][filled])
+        filled[between_segments(layout)] = True
         assert (end.got(5)[~filled] == 77).all()
         assert int((end.target.memory.slabs != 77).sum()) <= int(filled.sum()), "nowhere else"
 
@@ -323,6 +344,9 @@ DRAFT = KVLayout.paged_attention(num_layers=1, num_kv_heads=1, head_dim=4, block
 OTHER_DRAFT = KVLayout.paged_attention(
     num_layers=2, num_kv_heads=1, head_dim=32, block_size=4, dtype="bfloat16"
 )
+SCALED_DRAFT = KVLayout.paged_attention(
+    num_layers=1, num_kv_heads=1, head_dim=4, block_size=5, dtype="float8_e5m2"
+)
 different_drafts = pytest.mark.parametrize(
     ("theirs", "mine"),
     [
@@ -330,8 +354,9 @@ different_drafts = pytest.mark.parametrize(
         (LAYOUT.with_draft(OTHER_DRAFT), LAYOUT),
         (LAYOUT.with_draft(DRAFT), LAYOUT.with_draft(OTHER_DRAFT)),
         (LAYOUT.with_draft(DRAFT), LAYOUT.with_draft(DRAFT)),  # another one of the same shape
+        (SCALED.with_draft(SCALED_DRAFT), SCALED.with_draft(DRAFT.with_block_size(5))),
     ],
-    ids=["ours", "theirs", "both", "alike"],
+    ids=["ours", "theirs", "both", "alike", "of another type"],
 )
 
 
@@ -344,14 +369,14 @@ def test_where_draft_models_differ_the_models_own_kv_is_copied_and_no_more(
         end.target.memory.slabs[:] = 77
         for block in range(8):
             end.fill(block)
-        end.memory.seal(7, SEED, LAYOUT.ranges(3))
+        end.memory.seal(7, SEED, theirs.without_draft.ranges(3))
         end.leases.add(KEY, list(range(8)))
         whole = [end.piece(slot, 7 - slot, index=slot) for slot in range(8)]
         tail = dataclasses.replace(whole[7], fill=3, spans=whole[7].spans[:3])
         end.reader().pull([*whole[:7], tail])
         num_copied = 0
         for piece in (*whole[:7], tail):
-            for offset, length in LAYOUT.ranges(piece.fill):
+            for offset, length in theirs.without_draft.ranges(piece.fill):
                 sent = end.memory.slabs[piece.slot][offset : offset + length]
                 assert torch.equal(end.got(7 - piece.slot)[offset : offset + length], sent)
                 num_copied += length

@@ -12,7 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common import kv_layout
-from common.kv_layout import HASHED_AT_ONCE, Fingerprint, HashChain, KVLayout, Mismatch, Segment, root_hash
+from common.kv_layout import (
+    ALIGNMENT,
+    DTYPE_BYTES,
+    HASHED_AT_ONCE,
+    Fingerprint,
+    HashChain,
+    KVLayout,
+    Mismatch,
+    Segment,
+    root_hash,
+)
 from tests.support.hashes import chain_hashes
 
 LAYOUT = KVLayout.paged_attention(num_layers=24, num_kv_heads=4, head_dim=64, block_size=16, dtype="bfloat16")
@@ -72,6 +82,103 @@ def test_a_draft_models_segments_lie_behind_and_no_digest_covers_them() -> None:
     assert len(tail) == len(both.segments), "they travel all the same"
     assert sum(length for _, length in tail) * 16 == both.slab_bytes * 3
     assert both.with_block_size(48) == layout(block_size=48).with_draft(layout(block_size=48, **SMALL))
+
+
+FP8 = layout(dtype="float8_e4m3fn")
+
+
+def test_scales_are_segments_behind_all_keys_and_values() -> None:
+    assert FP8.describe() == (
+        "layers 0-24: k float8_e4m3fn heads 0-4 of 64, v float8_e4m3fn heads 0-4 of 64; "
+        "layers 0-24: k_scale bfloat16 heads 0-4, v_scale bfloat16 heads 0-4"
+    )
+    assert FP8.num_layers == 24
+    assert {s.shape for s in FP8.segments if s.kind.endswith("_scale")} == {(16, 4)}
+    offsets = [s.offset for s in FP8.segments if s.kind in ("k", "v")]
+    assert offsets == list(range(0, 48 * 16 * 4 * 64, 16 * 4 * 64)), "at equal distances, as of any type"
+
+
+dtypes = st.sampled_from(sorted(DTYPE_BYTES))
+layouts = st.builds(
+    KVLayout.paged_attention,
+    num_layers=st.integers(1, 4),
+    num_kv_heads=st.integers(1, 5),
+    head_dim=st.integers(1, 40),
+    block_size=st.integers(1, 33),
+    dtype=dtypes,
+)
+
+
+@st.composite
+def with_drafts(draw: st.DrawFn) -> KVLayout:
+    lies = draw(layouts)
+    draft = draw(st.none() | layouts)
+    return lies if draft is None else lies.with_draft(draft.with_block_size(lies.block_size))
+
+
+@given(lies=with_drafts())
+def test_segments_are_aligned_apart_and_inside_the_slab(lies: KVLayout) -> None:
+    assert lies.slab_bytes % ALIGNMENT == 0
+    end = 0
+    for segment in lies.segments:
+        assert segment.offset % ALIGNMENT == 0
+        assert 0 <= segment.offset - end < ALIGNMENT
+        end = segment.offset + segment.num_bytes
+    assert 0 <= lies.slab_bytes - end < ALIGNMENT
+    own = lies.without_draft
+    assert own.segments == lies.segments[: len(own.segments)]
+    assert own.slab_bytes <= lies.slab_bytes
+
+
+@given(lies=with_drafts(), data=st.data())
+def test_a_tail_has_the_first_positions_of_every_segment_scales_included(
+    lies: KVLayout, data: st.DataObject
+) -> None:
+    assert lies.ranges() == [(0, lies.slab_bytes)]
+    if lies.block_size == 1:
+        return
+    fill = data.draw(st.integers(1, lies.block_size - 1))
+    for (offset, length), segment in zip(lies.ranges(fill), lies.segments, strict=True):
+        assert offset == segment.offset
+        assert length * lies.block_size == segment.num_bytes * fill
+
+
+@given(lies=with_drafts(), block_size=st.integers(1, 70))
+def test_there_and_back_to_another_block_size_is_the_same_layout(lies: KVLayout, block_size: int) -> None:
+    other = lies.with_block_size(block_size)
+    assert other.describe() == lies.describe()
+    assert other.describe_draft() == lies.describe_draft()
+    assert other.without_draft == lies.without_draft.with_block_size(block_size)
+    assert other.with_block_size(lies.block_size) == lies
+
+
+def scales(change: Callable[[Segment], Segment]) -> KVLayout:
+    return KVLayout(16, tuple(change(s) if s.kind == "k_scale" else s for s in FP8.segments))
+
+
+@pytest.mark.parametrize(
+    ("other", "differs"),
+    [
+        (LAYOUT, ("dtype", "float8_e4m3fn", "bfloat16")),
+        (layout(dtype="float8_e5m2"), ("dtype", "float8_e4m3fn", "float8_e5m2")),
+        (layout(dtype="float8_e4m3fn", num_layers=32), ("num_layers", "24", "32")),
+        (scales(lambda s: dataclasses.replace(s, dtype="float32")), ("k_scale dtype", "bfloat16", "float32")),
+        (scales(lambda s: dataclasses.replace(s, shape=(16, 4, 2))), ("k_scale head_dim", "none", "2")),
+        (scales(lambda s: dataclasses.replace(s, head_end=1)), ("k_scale num_kv_heads", "4", "1")),
+        (
+            scales(lambda s: dataclasses.replace(s, head_start=4, head_end=8)),
+            ("k_scale head_range", "0-4", "4-8"),
+        ),
+        (KVLayout(16, FP8.segments[:48]), ("layout", FP8.describe(), FP8.describe().partition(";")[0])),
+    ],
+)
+def test_a_peer_that_keeps_kv_otherwise_is_told_what_differs(
+    other: KVLayout, differs: tuple[str, str, str]
+) -> None:
+    mine, yours = fingerprint(FP8), fingerprint(other)
+    assert mine.mismatch(yours) == Mismatch(*differs)
+    assert yours.mismatch(mine) == Mismatch(differs[0], differs[2], differs[1])
+    assert mine.digest() != yours.digest(), "nor does either find the other's blocks"
 
 
 def test_nodes_with_different_draft_models_use_each_others_kv_under_the_same_hashes() -> None:
@@ -145,7 +252,8 @@ def test_whatever_a_peer_says_of_its_layout_has_a_field_that_differs(text: str) 
     differs = fingerprint().mismatch(fingerprint(layout=text))
     assert differs is not None
     assert differs.mine != differs.yours
-    assert differs.field in ("layout", "num_layers", "dtype", "num_kv_heads", "head_range", "head_dim")
+    field = differs.field.rpartition(" ")[2]
+    assert field in ("layout", "num_layers", "dtype", "num_kv_heads", "head_range", "head_dim")
 
 
 def test_the_block_size_is_everybodys_own_choice_and_part_of_every_hash() -> None:

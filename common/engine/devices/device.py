@@ -126,11 +126,13 @@ class Backend(Protocol):
 
     device: torch.device
     dtype: torch.dtype
+    kv_dtypes: tuple[str, ...]  # of `SCALED_DTYPES` in which it keeps KV (scaled_rows.py), beside its own
     row_plan: RowPlan
 
     @property
     def numerics_class(self) -> str:
-        """What the bits depend on besides model and request; equal classes give equal bits."""
+        """What the bits depend on besides model, request and the KV's dtype, which the engine adds; equal
+        classes give equal bits."""
         ...
 
     def check(self, shape: HeadShape) -> None:
@@ -180,7 +182,7 @@ class Backend(Protocol):
         norms: tuple[Tensor, Tensor] | None,
         eps: float,
     ) -> Tensor:
-        """Norm and rotate queries and keys, store keys and values, attend.
+        """Norm and rotate queries and keys, store keys and values, attend to what is stored.
 
         qkv `[rows, (heads + 2 * kv_heads) * head_dim]`, may be overwritten; rope float32
         `[positions, rotary_dim / 2]` twice; norms are q's and k's `[head_dim]`. Returns

@@ -57,7 +57,8 @@ class DraftModel:
         draft = load_draft(settings, device, target, target.config.num_layers)
         self._model, self._backend = draft.model, draft.backend
         self._own_vocab_size, self._vocab_size = draft.config.vocab_size, target.config.vocab_size
-        self.layout = loading.kv_layout(draft.config, settings.block_size, target.dtype)
+        kv_dtype = loading.choose_kv_dtype(settings, draft.backend)
+        self.layout = loading.kv_layout(draft.config, settings.block_size, kv_dtype)
         revision = (
             model_revision(draft.folder, {}) if settings.load_format != "dummy" else f"dummy-{settings.seed}"
         )

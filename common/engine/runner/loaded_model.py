@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from common.engine.devices import scaled_rows
 from common.engine.devices.choice import choose_device
 from common.engine.devices.device import Device
 from common.engine.devices.kv_cache import KVCache
@@ -57,9 +58,10 @@ class LoadedModel:
         self.max_model_len = length = loading.context_length(settings, self.config)
         dtype = loading.choose_dtype(settings, self.config.dtype, device)
         self.backend = device.backend(dtype)
+        self._kv_dtype = loading.choose_kv_dtype(settings, self.backend)
         self.model = loading.load_model(settings, folder, self.config, device, self.backend, length)
 
-        self.layout = loading.kv_layout(self.config, settings.block_size, dtype)
+        self.layout = loading.kv_layout(self.config, settings.block_size, self._kv_dtype)
         self.draft: Drafter | None = None
         if settings.uses_draft_model:
             target = Target(self.config, self._description, dtype, length, self.limits.max_num_seqs)
@@ -95,7 +97,9 @@ class LoadedModel:
                 if settings.load_format != "dummy"
                 else f"dummy-{settings.seed}",
                 layout=self.layout.describe(),
-                numerics=self.backend.numerics_class + self.config.rope.numerics(length),
+                numerics=self.backend.numerics_class
+                + self.config.rope.numerics(length)
+                + scaled_rows.numerics(self._kv_dtype),
                 block_size=settings.block_size,
                 tokenizer=description.tokenizer_digest,
                 draft=self.draft.identity if self.draft is not None else "",

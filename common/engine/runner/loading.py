@@ -17,9 +17,11 @@ from common.engine.devices.kv_cache import TORCH_DTYPES, blocks_for_memory
 from common.engine.model.decoder import Model, tensor_shapes
 from common.engine.model.weights import Checkpoint, RandomWeights, StoredWeights
 from common.errors import ConfigError, InsufficientMemory
-from common.kv_layout import KVLayout
+from common.kv_layout import SCALED_DTYPES, KVLayout
 from common.model_folder.model_config import ModelConfig
 from common.settings.config import EngineSettings
+
+_KV_DTYPES = {"fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -40,6 +42,19 @@ def step_limits(settings: EngineSettings, device: Device) -> StepLimits:
     if tokens is None:
         tokens = max(own.max_num_batched_tokens, seqs)
     return StepLimits(seqs, tokens)
+
+
+def choose_kv_dtype(settings: EngineSettings, backend: Backend) -> str:
+    """In which keys and values are kept. `ConfigError` where the backend cannot."""
+    wanted = _KV_DTYPES.get(settings.kv_cache_dtype, dtype_name(backend.dtype))
+    if wanted in SCALED_DTYPES and wanted not in backend.kv_dtypes:
+        kernels = backend.numerics_class.partition("/")[0]
+        raise ConfigError(
+            f"kv_cache_dtype {settings.kv_cache_dtype}: the kernels in use ({kernels}) do not keep keys and "
+            "values in it; take --kv-cache-dtype auto, or --kernels reference",
+            param="kv_cache_dtype",
+        )
+    return wanted
 
 
 def context_length(settings: EngineSettings, config: ModelConfig) -> int:
@@ -81,13 +96,14 @@ def weight_count(config: ModelConfig) -> int:
     return sum(math.prod(shape) for shape in shapes.values())
 
 
-def kv_layout(config: ModelConfig, block_size: int, dtype: torch.dtype) -> KVLayout:
+def kv_layout(config: ModelConfig, block_size: int, dtype: str) -> KVLayout:
+    """`dtype` as `choose_kv_dtype` gives it."""
     return KVLayout.paged_attention(
         num_layers=config.num_layers,
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
         block_size=block_size,
-        dtype=dtype_name(dtype),
+        dtype=dtype,
     )
 
 

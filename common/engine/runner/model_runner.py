@@ -127,7 +127,7 @@ class ModelRunner(LoadedModel):
             found |= spoiled(step, batch.first_rows, sound.cpu().numpy())
         if blocks:
             flat = torch.tensor([block for ids in blocks.values() for block in ids])
-            elements = self.cache.own_elements
-            found |= infinite(blocks, finite_blocks(flat.to(elements.device), elements).tolist())
+            flat = flat.to(self.cache.slabs.device)
+            found |= infinite(blocks, finite_blocks(flat, self.cache.own_parts).tolist())
         self._spoiled_ids = found
         return found

@@ -69,7 +69,8 @@ class ReencodingDraftModel:
         self._their_size = target.config.vocab_size
         self._model, self._backend = loaded.model, loaded.backend
         self._length = min(loaded.length, LONGEST)
-        layout = loading.kv_layout(loaded.config, settings.block_size, target.dtype)
+        kv_dtype = loading.choose_kv_dtype(settings, loaded.backend)
+        layout = loading.kv_layout(loaded.config, settings.block_size, kv_dtype)
         self._blocks = -(-self._length // settings.block_size)
         count = target.max_num_seqs * self._blocks
         if count * layout.slab_bytes > device.free_memory():

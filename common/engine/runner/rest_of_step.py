@@ -38,7 +38,7 @@ class RestOfStep:
             results.device(program.results, f"{REST}/sound").copy_(sound_rows(hidden))
         if under_way.blocks:
             blocks = self._upload.device(program.given, "blocks")
-            finite = finite_blocks(blocks, program.cache.own_elements)
+            finite = finite_blocks(blocks, program.cache.own_parts)
             results.device(program.results, "finite").copy_(finite)
 
     @torch.inference_mode()

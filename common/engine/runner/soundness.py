@@ -55,12 +55,20 @@ def filled_blocks(step: StepInput, block_size: int) -> dict[int, list[int]]:
     }
 
 
-def finite_blocks(blocks: Tensor, elements: Tensor) -> Tensor:
-    """Which of `blocks`, int64 `[blocks]`, of `elements` `[num_blocks, elements of a slab]` have keys and
-    values that are all finite, as their sum is then, too; bool `[blocks]`. Does not wait for the device."""
-    parts = torch.split(blocks, _BLOCKS_AT_ONCE)
-    sums = [elements.index_select(0, part).sum(-1, dtype=torch.float32) for part in parts]
-    return torch.isfinite(torch.cat(sums))
+def finite_blocks(blocks: Tensor, parts: Sequence[Tensor]) -> Tensor:
+    """Which of `blocks`, int64 `[blocks]`, have keys, values and scales that are all finite, as their sum in
+    each of `parts` (as in `KVCache`) is then, too; bool `[blocks]`. Does not wait for the device."""
+    some = torch.split(blocks, _BLOCKS_AT_ONCE)
+    sums = [torch.cat([_sums(part, ids) for ids in some]) for part in parts]
+    return torch.isfinite(torch.stack(sums)).all(0)
+
+
+def _sums(part: Tensor, blocks: Tensor) -> Tensor:
+    if part.dtype.itemsize == 1:  # not every device selects, or adds, elements of 8 bits
+        rows = part.view(torch.uint8).index_select(0, blocks).view(part.dtype).float()
+    else:
+        rows = part.index_select(0, blocks)
+    return rows.sum(-1, dtype=torch.float32)
 
 
 def infinite(blocks: Mapping[int, Sequence[int]], is_finite: Sequence[bool]) -> frozenset[int]:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from common.engine.devices.cpu import attention, numba_runtime, tiles
+from common.engine.devices.cpu import attention, kernels, numba_runtime, scaled_rows, tiles
 from common.engine.devices.cpu.products import ELEMENT
+from common.engine.devices.kv_cache import KVCache
+from common.engine.devices.scaled_rows import scaled, unscaled
+from common.kv_layout import KVLayout
 
 NOWHERE = float("nan")  # what lies in blocks that nobody holds, and beyond a sequence's end
 
@@ -76,9 +80,45 @@ class Paged:
             pool[block, 1, position % case.block_size] = self.values[position]
         return pool
 
-    def attend(self, runs: Sequence[tuple[int, int]], workers: int = 1) -> Tensor:
-        """Rows `[first, end)` of each run, one after the other, in tiles as they are."""
+    def scaled_pool(self, dtype: torch.dtype) -> KVCache:
+        """Of the same keys and values, in 8 bits."""
+        case = self.case
+        layout = KVLayout.paged_attention(
+            num_layers=1,
+            num_kv_heads=case.kv_heads,
+            head_dim=case.head_dim,
+            block_size=case.block_size,
+            dtype=str(dtype).removeprefix("torch."),
+        )
+        blocks = len(self.table) + 3
+        cache = KVCache(layout, blocks, torch.zeros(blocks, layout.slab_bytes, dtype=torch.uint8))
+        cache.poison(range(blocks))
+        for position in range(case.length):
+            block, at = self.table[position // case.block_size], position % case.block_size
+            for kind, rows in (("k", self.keys), ("v", self.values)):
+                scales = cache.scales(0, kind)
+                assert scales is not None
+                cache.view(0, kind)[block, at], scales[block, at] = scaled(rows[position], dtype)
+        return cache
+
+    def attend(
+        self, runs: Sequence[tuple[int, int]], workers: int = 1, cache: KVCache | None = None
+    ) -> Tensor:
+        """Rows `[first, end)` of each run, one after the other, in tiles as they are; of keys and values in
+        8 bits where a `cache` is given."""
         case, pool = self.case, self.pool()
+        places: tuple[Any, ...] = (
+            pool.data_ptr(),
+            0,
+            pool.stride(1) * pool.itemsize,
+            pool.stride(0) * pool.itemsize,
+        )
+        scales: tuple[Any, ...] = (0, 0, scaled_rows.PLAIN)
+        if cache is not None:
+            offsets = (cache.offset_bytes(0, "k"), cache.offset_bytes(0, "v"))
+            places = (cache.slabs.data_ptr(), *offsets, cache.layout.slab_bytes)
+            form = scaled_rows.FORMATS[cache.view(0, "k").dtype]
+            scales = (cache.offset_bytes(0, "k_scale"), cache.offset_bytes(0, "v_scale"), form)
         rows = torch.cat([self.qkv[first:end] for first, end in runs])
         starts = itertools.accumulate((end - first for first, end in runs), initial=0)
         of = [(row, end - first, first, 0) for row, (first, end) in zip(starts, runs, strict=False)]
@@ -91,10 +131,7 @@ class Paged:
             self.table.data_ptr(),
             tile_of.data_ptr(),
             len(runs),
-            pool.data_ptr(),
-            0,
-            pool.stride(1),
-            pool.stride(0),
+            *places,
             case.block_size,
             case.heads,
             case.kv_heads,
@@ -104,6 +141,7 @@ class Paged:
             *attention.together(case.heads // case.kv_heads, case.head_dim),
             (0,) * (case.head_dim // 4),
             tiles.PAIR_PRODUCTS,
+            *scales,
             ELEMENT[self.dtype],
         )
         return out
@@ -216,3 +254,120 @@ def test_one_key_has_all_the_weight_however_large_its_score(dtype: torch.dtype) 
     paged.qkv *= 1e6
     paged.keys *= 1e6
     assert torch.equal(paged.attend([(0, 1)]), paged.expected().to(dtype))
+
+
+SCALED_CASES = [
+    pytest.param(GROUP, BFLOAT16, torch.float8_e4m3fn, marks=pytest.mark.slow),
+    (dataclasses.replace(SMALL, window=37, block_size=5), BFLOAT16, torch.float8_e5m2),
+    (dataclasses.replace(SMALL, window=37, block_size=5), FLOAT32, torch.float8_e4m3fn),
+    (SMALL, FLOAT32, torch.float8_e5m2),
+    (SMALL, BFLOAT16, torch.float8_e4m3fn),
+]
+
+
+@pytest.mark.parametrize(("case", "dtype", "stored"), SCALED_CASES, ids=str)
+def test_rows_of_8_bits_have_the_bits_of_attention_to_what_is_read_back(
+    case: Case, dtype: torch.dtype, stored: torch.dtype
+) -> None:
+    sequence = Paged(case, dtype)
+    cache = sequence.scaled_pool(stored)
+    sequence.keys, sequence.values = (
+        unscaled(*scaled(rows, stored)).to(dtype) for rows in (sequence.keys, sequence.values)
+    )
+    plain = sequence.attend(in_tiles(case.length))
+    assert not plain.isnan().any()
+    for runs in (in_tiles(case.length), [(row, row + 1) for row in range(case.length)]):
+        assert torch.equal(sequence.attend(runs, cache=cache), plain)
+
+
+@pytest.mark.parametrize("kind", ["k", "v", "k_scale", "v_scale"])
+def test_nan_of_8_bits_or_of_a_scale_reaches_those_who_see_it_and_nobody_else(kind: str) -> None:
+    case = dataclasses.replace(SMALL, window=37, block_size=5)
+    sequence = Paged(case, BFLOAT16)
+    cache = sequence.scaled_pool(torch.float8_e4m3fn)
+    right = sequence.attend(in_tiles(case.length), cache=cache)
+    position, head = 133, 2
+    block, at = sequence.table[position // case.block_size], position % case.block_size
+    cache.view(0, kind)[block, at, head].view(-1)[-1] = torch.nan
+    found = sequence.attend(in_tiles(case.length), cache=cache).view(case.length, case.heads, -1)
+    seen = list(sequence.seen_by(position))
+    readers = [head * case.heads // case.kv_heads + i for i in range(case.heads // case.kv_heads)]
+    expected = torch.zeros(case.length, case.heads, dtype=torch.bool)
+    for reader in readers:
+        expected[seen, reader] = True
+    assert torch.equal(found.isnan().any(-1), expected)
+    others = ~expected.repeat_interleave(case.head_dim, 1)
+    assert torch.equal(found.flatten(1)[others], right[others])
+
+
+@pytest.mark.parametrize("stored", list(scaled_rows.FORMATS), ids=str)
+@pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT32], ids=str)
+def test_what_the_cpu_stores_in_8_bits_is_what_the_definition_says(
+    dtype: torch.dtype, stored: torch.dtype
+) -> None:
+    """Any bits that a float may have, through the kernel that stores keys and values."""
+    rows, heads, kv_heads, head_dim, block_size = 200, 4, 2, 8, 4
+    generator = torch.Generator().manual_seed(5)
+    width = (heads + 2 * kv_heads) * head_dim
+    qkv = torch.randint(-(2**31), 2**31, (rows, width), generator=generator, dtype=torch.int64)
+    qkv = qkv.to(torch.int32).view(torch.float32)
+    qkv[::2] = torch.randn(rows // 2, width, generator=generator)
+    qkv[0], qkv[1] = 0.0, torch.finfo(dtype).max
+    qkv = qkv.to(dtype)
+    layout = KVLayout.paged_attention(
+        num_layers=2,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        block_size=block_size,
+        dtype=str(stored).removeprefix("torch."),
+    )
+    blocks = rows // block_size
+    cache = KVCache(layout, blocks, torch.zeros(blocks, layout.slab_bytes, dtype=torch.uint8))
+    slots = torch.randperm(rows, generator=generator)
+    slots[3] = -1
+    positions, angles = torch.zeros(rows, dtype=torch.int64), torch.zeros(1, 0)
+    given = qkv.clone()
+    kernels.rotate_and_store(
+        given.data_ptr(),
+        positions.data_ptr(),
+        slots.data_ptr(),
+        angles.data_ptr(),
+        angles.data_ptr(),
+        0,
+        0,
+        cache.slabs.data_ptr(),
+        cache.offset_bytes(1, "k"),
+        cache.offset_bytes(1, "v"),
+        layout.slab_bytes,
+        block_size,
+        rows,
+        heads,
+        kv_heads,
+        head_dim,
+        0,
+        1e-6,
+        cache.offset_bytes(1, "k_scale"),
+        cache.offset_bytes(1, "v_scale"),
+        scaled_rows.FORMATS[stored],
+        ELEMENT[dtype],
+    )
+    expected = KVCache(layout, blocks, torch.zeros_like(cache.slabs))
+    for row in range(rows):
+        if slots[row] >= 0:
+            both = qkv[row, heads * head_dim :].view(2, kv_heads, head_dim)
+            for kind, of_kind in zip(("k", "v"), both, strict=True):
+                scales = expected.scales(1, kind)
+                assert scales is not None
+                block, at = divmod(int(slots[row]), block_size)
+                expected.view(1, kind)[block, at], scales[block, at] = scaled(of_kind, stored)
+    for kind in ("k", "v"):
+        scales = [of.scales(1, kind) for of in (cache, expected)]
+        assert scales[0] is not None
+        assert scales[1] is not None
+        is_nan = scales[1].isnan()
+        assert torch.equal(scales[0].isnan(), is_nan)
+        assert torch.equal(scales[0][~is_nan], scales[1][~is_nan])
+        ours, theirs = (of.view(1, kind).view(torch.uint8)[~is_nan] for of in (cache, expected))
+        assert torch.equal(ours, theirs)
+        assert cache.view(1, kind)[is_nan].float().isnan().all()
+    assert not cache.slabs[:, : cache.offset_bytes(1, "k")].any()

@@ -46,13 +46,17 @@ UNFILLED = 0xEE
 
 
 def layout(block_size: int) -> KVLayout:
-    """Two layers as usual, and one whose K and V are not alike."""
-    same = KVLayout.paged_attention(
-        num_layers=3, num_kv_heads=2, head_dim=4, block_size=block_size, dtype="bfloat16"
+    """Two layers as usual, and one whose K and V are not alike; then a layer in 8 bits, with scales."""
+    same, scaled = (
+        KVLayout.paged_attention(
+            num_layers=layers, num_kv_heads=2, head_dim=4, block_size=block_size, dtype=dtype
+        )
+        for layers, dtype in ((3, "bfloat16"), (1, "float8_e4m3fn"))
     )
     *usual, odd = same.segments
     odd = dataclasses.replace(odd, shape=(block_size, 1, 12), head_end=1)
-    return KVLayout(block_size, (*usual, odd))
+    behind = KVLayout(block_size, (*usual, odd)).with_draft(scaled)
+    return dataclasses.replace(behind, num_draft=0)
 
 
 def content(layout: KVLayout, tokens: Sequence[int], start: int) -> list[np.ndarray]:

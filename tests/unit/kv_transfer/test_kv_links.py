@@ -480,6 +480,7 @@ def another_layout(**fields: object) -> str:
         ("layout", another_layout(num_layers=3), "num_layers", "3", "2"),
         ("layout", another_layout(num_kv_heads=1), "num_kv_heads", "1", "2"),
         ("layout", another_layout(head_dim=16), "head_dim", "16", "8"),
+        ("layout", another_layout(dtype="float8_e4m3fn"), "dtype", "float8_e4m3fn", "float32"),
         ("layout", another_layout().replace("0-2 of", "2-4 of"), "head_range", "2-4", "0-2"),
         ("layout", "5f0c" * 8, "layout", "5f0c" * 8, LAYOUT.describe()),
         ("numerics", "x", "numerics", "x", "numerics"),

@@ -97,6 +97,43 @@ def test_positions_go_to_blocks_of_another_size(memory: PoolMemory) -> None:
         assert content[ours.offset :][: ours.num_bytes] == expected
 
 
+@pytest.mark.parametrize("on_host", [True, False], ids=["host", "device"])
+@pytest.mark.parametrize("block_size", [1, 4, 5, 16])
+def test_positions_of_segments_of_several_types_go_to_blocks_of_another_size(
+    on_host: bool, block_size: int
+) -> None:
+    """Keys and values in 8 bits, their scales, and a draft model's in 16; what lies between is nobody's."""
+    scaled, draft = (
+        KVLayout.paged_attention(num_layers=layers, num_kv_heads=3, head_dim=4, block_size=7, dtype=dtype)
+        for layers, dtype in ((2, "float8_e4m3fn"), (1, "bfloat16"))
+    )
+    theirs = scaled.with_draft(draft)
+    ours, cuda = theirs.with_block_size(block_size), FakeCuda()
+    count = -(-7 // block_size)
+    with contextlib.ExitStack() as made:
+        target: PoolMemory = (
+            HostPoolMemory(count, ours.slab_bytes)
+            if on_host
+            else DevicePoolMemory(count, ours.slab_bytes, cuda)
+        )
+        made.callback(target.close)
+        source = target.beside(2, theirs.slab_bytes)
+        made.callback(source.close)
+        source.slabs[:] = torch.arange(2 * theirs.slab_bytes).view(2, -1).remainder(241) + 1
+        target.slabs[:] = 0
+        spans = [(1, Span(p // block_size, p % block_size, p, 1)) for p in range(7)]
+        target.copy_positions(ours, source, theirs, spans)
+        expected = torch.zeros_like(target.slabs)
+        for one, other in zip(theirs.segments, ours.segments, strict=True):
+            row = one.num_bytes // 7
+            for position in range(7):
+                block, at = divmod(position, block_size)
+                sent = source.slabs[1, one.offset + position * row :][:row]
+                expected[block, other.offset + at * row :][:row] = sent
+        assert torch.equal(target.slabs, expected)
+    assert cuda.left == 0
+
+
 def test_a_block_is_odd_while_it_is_written_and_never_gets_a_number_again(memory: PoolMemory) -> None:
     seen = [int(memory.generations[1])]
     for change in (memory.begin_write, memory.begin_write, memory.seal, memory.seal):

@@ -5,7 +5,7 @@ spans of SPAN, aligned to absolute position, with a running softmax. In a span a
 values, are products as `tiles.tile` makes them: step by step, where a step is a pair of elements, or of
 positions, in bfloat16. Weights are rounded to the type of the values. What a row does not see is no part of
 its sums: neither its neighbours in a tile nor the chunks of a prompt leave a trace in the bits, and NaN
-reaches only those who see it.
+reaches only those who see it. Rows of 8 bits are widened, which is exact, before anything is computed.
 
 A *line* is a query head at a position. Those of the query heads that share keys and values are computed
 together, so that what is read is read once for all.
@@ -38,6 +38,7 @@ from common.engine.devices.cpu.numba_runtime import (
     size_of,
     take,
 )
+from common.engine.devices.cpu.scaled_rows import SCALE_BYTES, load_scaled, stored_size
 from common.engine.devices.cpu.tiles import FRESH, GOING_ON, tile
 
 SPAN = 128  # positions, whose keys and values stay in the cache while all lines of a tile pass over them
@@ -103,6 +104,20 @@ def _locate(
             k_rows[j] = nothing
             v_rows[j] = nothing
             position += 1
+
+
+@inline
+def _widen(
+    rows: Any, scales: Any, nothing: Any, first: Any, end: Any, out: Any, lanes: Any, form: Any, like: Any
+) -> Any:
+    """Of a span's rows that are stored in 8 bits, those at [first, end), in `like`'s type, at `out`; their
+    addresses are there from now on. What lies at `nothing` is in that type already."""
+    row_bytes = 4 * len(lanes) * size_of(like)
+    for j in range(first, end):
+        if rows[j] != nothing:
+            at = out + j * row_bytes
+            load_scaled(rows[j], scales[j], 4 * len(lanes), at, form, like)
+            rows[j] = at
 
 
 @inline
@@ -208,6 +223,9 @@ def _attend_tiles(
     columns: Any,
     lanes: Any,
     pairs: Any,
+    key_scales: Any,
+    value_scales: Any,
+    form: Any,
     like: Any,
 ) -> Any:
     """What one worker does of `attend`: it takes a tile and a head of keys and values, until none is left."""
@@ -217,7 +235,8 @@ def _attend_tiles(
     block = 16 * len(columns)
     head_dim = 4 * len(lanes)
     head_bytes = head_dim * size_of(like)
-    position_bytes, words = kv_heads * head_bytes, head_bytes // 4
+    words = head_bytes // 4
+    stored_bytes = head_dim * stored_size(like, form)  # of a head in the pool
     result_bytes = (head_dim + block - 1) // block * block * 4
     per_step = 4 // size_of(like)
     steps = SPAN // per_step
@@ -233,10 +252,15 @@ def _attend_tiles(
     v_rows_at = _after(k_rows_at, sizes[7])
     half_at = _after(v_rows_at, sizes[8])
     nothing_at = _after(half_at, sizes[9])
+    k_scales_at = _after(nothing_at, sizes[10])
+    v_scales_at = _after(k_scales_at, sizes[11])
+    wide_at = _after(v_scales_at, sizes[12])
     result = carray(pointer(result_at, np.float32(0)), (sizes[1] // 4,))
     state = carray(pointer(state_at, np.float32(0)), (sizes[2] // (LINE_WORDS * 4), LINE_WORDS))
     k_rows = carray(pointer(k_rows_at, np.int64(0)), (SPAN,))
     v_rows = carray(pointer(v_rows_at, np.int64(0)), (SPAN,))
+    k_scales = carray(pointer(k_scales_at, np.int64(0)), (SPAN,))
+    v_scales = carray(pointer(v_scales_at, np.int64(0)), (SPAN,))
     unit = take(counter_at)
     while unit < num_tiles * kv_heads:
         # later tiles cost more: they are handed out first
@@ -258,7 +282,8 @@ def _attend_tiles(
         result[: count * lines_of_row * result_bytes // 4] = np.float32(0.0)
         state[: count * lines_of_row] = np.float32(0.0)
         state[: count * lines_of_row, 0] = _LOWEST
-        own = pool + kv_head * head_bytes
+        own = pool + kv_head * stored_bytes
+        own_scales = pool + kv_head * SCALE_BYTES
         for base in range(lowest // SPAN * SPAN, end, SPAN):
             _locate(
                 k_rows,
@@ -269,14 +294,34 @@ def _attend_tiles(
                 nothing_at,
                 table,
                 block_size,
-                slab * size_of(like),
-                position_bytes,
-                own + key_offset * size_of(like),
-                own + value_offset * size_of(like),
+                slab,
+                kv_heads * stored_bytes,
+                own + key_offset,
+                own + value_offset,
             )
             filled = (min(end - base, SPAN) + 15) // 16 * 16
+            if len(form) > 0:
+                _locate(
+                    k_scales,
+                    v_scales,
+                    lowest,
+                    end,
+                    base,
+                    nothing_at,
+                    table,
+                    block_size,
+                    slab,
+                    kv_heads * SCALE_BYTES,
+                    own_scales + key_scales,
+                    own_scales + value_scales,
+                )
+                first = max(lowest - base, 0)
+                last = min(end - base, SPAN)
+                _widen(k_rows, k_scales, nothing_at, first, last, wide_at, lanes, form, like)
+                v_wide_at = wide_at + SPAN * head_bytes
+                _widen(v_rows, v_scales, nothing_at, first, last, v_wide_at, lanes, form, like)
             for j in range(max(lowest - base, 0) // 16 * 16, filled, 16):
-                if count <= FEW_ROWS:
+                if count <= FEW_ROWS and len(form) == 0:
                     for i in range(j, j + 16):
                         fetch(v_rows[i], lanes, like)
                     for i in range(j + 16, min(j + 32, filled)):
@@ -375,13 +420,17 @@ def attend(
     columns: Any,
     lanes: Any,
     pairs: Any,
+    key_scales: Any,
+    value_scales: Any,
+    form: Any,
     like: Any,
 ) -> Any:
     """Causal attention of runs of consecutive positions: out[rows, heads * head_dim].
 
     tiles[num_tiles, 4] are (first row, number of rows, first position, where its sequence's blocks begin in
-    `tables`). A row at position p reads positions (p - window, p]; all before it where `window` is 0. `scale`
-    is for powers of two. `few`, `many`, `columns` as in `Together`; `lanes` has head_dim / 4 entries.
+    `tables`). A row at position p reads positions (p - window, p]; all before it where `window` is 0. `slab`,
+    `key_offset`, `value_offset` and, if `form` is not PLAIN, `key_scales` and `value_scales` count bytes.
+    `scale` is for powers of two. `few`, `many`, `columns` as in `Together`; `lanes` has head_dim / 4 entries.
     """
     group = heads // kv_heads
     lines_of_row = (group + len(few) - 1) // len(few) * len(few)
@@ -389,6 +438,7 @@ def attend(
     head_bytes = head_dim * size_of(like)
     result_bytes = (head_dim + block - 1) // block * block * 4
     steps = SPAN * size_of(like) // 4
+    scaled = min(len(form), 1)
     tile_of = carray(pointer(tiles, np.int32(0)), (num_tiles, 4))
     most = 1
     for index in range(num_tiles):
@@ -406,6 +456,9 @@ def attend(
         SPAN * 8,
         block * 4,
         head_bytes,
+        scaled * SPAN * 8,
+        scaled * SPAN * 8,
+        scaled * 2 * SPAN * head_bytes,
     )
     total_bytes = 64
     for size in sizes:
@@ -438,5 +491,8 @@ def attend(
             columns,
             lanes,
             pairs,
+            key_scales,
+            value_scales,
+            form,
             like,
         )

@@ -12,13 +12,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from common.engine.devices.cpu import attention, kernels, numba_runtime, tiles
+from common.engine.devices.cpu import attention, kernels, numba_runtime, scaled_rows, tiles
 from common.engine.devices.cpu.products import ELEMENT, OneDnnProducts, OwnProducts, Product, Products
 from common.engine.devices.device import HeadShape, Linear
 from common.engine.devices.kv_cache import KVCache
 from common.engine.devices.rows import RowPlan, Rows
 from common.errors import ConfigError, UnsupportedModel
-from common.kv_layout import ONE_CLASS
+from common.kv_layout import ONE_CLASS, SCALED_DTYPES
 
 KERNELS_VERSION = 4  # raise it when a change of a kernel, or of how it is compiled, changes bits
 
@@ -36,6 +36,8 @@ class _Linear:
 
 class CpuBackend:
     """See `Backend`. `threads` is the number of cores this process computes on."""
+
+    kv_dtypes = SCALED_DTYPES
 
     def __init__(self, dtype: torch.dtype, threads: int, products: Products | None = None) -> None:
         """`products`: those that are faster on this machine, unless others are given."""
@@ -172,8 +174,12 @@ class CpuBackend:
         norms: tuple[Tensor, Tensor] | None,
         eps: float,
     ) -> Tensor:
-        pool, slab = cache.elements.data_ptr(), cache.slab_elements
-        key_offset, value_offset = cache.offset(layer, "k"), cache.offset(layer, "v")
+        pool, slab = cache.slabs.data_ptr(), cache.layout.slab_bytes
+        key_offset, value_offset = cache.offset_bytes(layer, "k"), cache.offset_bytes(layer, "v")
+        form = scaled_rows.FORMATS.get(cache.view(layer, "k").dtype, scaled_rows.PLAIN)
+        scales = (
+            (cache.offset_bytes(layer, "k_scale"), cache.offset_bytes(layer, "v_scale")) if form else (0, 0)
+        )
         block_size = cache.layout.block_size
         heads, kv_heads = shape.num_heads, shape.num_kv_heads
         q_norm, k_norm = (0, 0) if norms is None else (norms[0].data_ptr(), norms[1].data_ptr())
@@ -196,6 +202,8 @@ class CpuBackend:
             shape.head_dim,
             shape.rotary_dim,
             eps,
+            *scales,
+            form,
             self._element,
         )
         out = torch.empty(rows.num_rows, heads * shape.head_dim, dtype=self.dtype)
@@ -219,6 +227,8 @@ class CpuBackend:
             *attention.together(heads // kv_heads, shape.head_dim),
             (0,) * (shape.head_dim // 4),
             tiles.PAIR_PRODUCTS,
+            *scales,
+            form,
             self._element,
         )
         if not self.row_plan.takes_any:

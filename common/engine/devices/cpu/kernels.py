@@ -17,6 +17,7 @@ import numpy as np
 from numba import carray, prange
 
 from common.engine.devices.cpu.numba_runtime import fast_exp, kernel, narrow, pointer, size_of, widen
+from common.engine.devices.cpu.scaled_rows import SCALE_BYTES, store_scaled, stored_size
 
 
 @kernel
@@ -88,13 +89,16 @@ def rotate_and_store(
     head_dim: Any,
     rotary_dim: Any,
     eps: Any,
+    key_scales: Any,
+    value_scales: Any,
+    form: Any,
     like: Any,
 ) -> Any:
     """Rotate queries in place in qkv[rows, (heads + 2 * kv_heads) * head_dim]; store keys (rotated)
     and values at `slots` (block * block_size + offset; negative: nowhere) of a block-major pool.
 
-    `q_norm` and `k_norm` are addresses of per-head norm weights, 0 for none. `slab`, `key_offset`
-    and `value_offset` count elements, not bytes.
+    `q_norm` and `k_norm` are addresses of per-head norm weights, 0 for none. `slab`, `key_offset`,
+    `value_offset` and, if `form` is not PLAIN, `key_scales` and `value_scales` count bytes.
     """
     width = (heads + 2 * kv_heads) * head_dim
     half = rotary_dim // 2
@@ -124,9 +128,18 @@ def rotate_and_store(
         if slot[row] >= 0:
             block, offset = slot[row] // block_size, slot[row] % block_size
             size = kv_heads * head_dim
-            cell = block * slab + offset * size
-            k = carray(pointer(pool + (cell + key_offset) * size_of(like), like), (size,))
-            v = carray(pointer(pool + (cell + value_offset) * size_of(like), like), (size,))
+            cell = pool + block * slab + offset * size * stored_size(like, form)
+            if len(form) > 0:
+                scale_at = pool + block * slab + offset * kv_heads * SCALE_BYTES
+                for head in range(kv_heads):
+                    k_at = qkv + (row * width + (heads + head) * head_dim) * size_of(like)
+                    v_at = k_at + size * size_of(like)
+                    out, scale_of = cell + head * head_dim, scale_at + head * SCALE_BYTES
+                    store_scaled(k_at, head_dim, out + key_offset, scale_of + key_scales, form, like)
+                    store_scaled(v_at, head_dim, out + value_offset, scale_of + value_scales, form, like)
+                continue
+            k = carray(pointer(cell + key_offset, like), (size,))
+            v = carray(pointer(cell + value_offset, like), (size,))
             for i in range(size):
                 k[i] = x[row, heads * head_dim + i]
             for i in range(size):

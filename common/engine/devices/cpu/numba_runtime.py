@@ -44,9 +44,11 @@ KERNEL_SOURCES = (  # of the engine; what the CPU does without compiling it is n
     "devices/cpu/philox.py",
     "devices/cpu/product_kernels.py",
     "devices/cpu/sampling.py",
+    "devices/cpu/scaled_rows.py",
     "devices/cpu/selection.py",
     "devices/cpu/tiles.py",
     "devices/cpu/vectors.py",
+    "devices/scaled_rows.py",
     "sampling/noise.py",
     "sampling/softmax_mass.py",
 )

@@ -55,7 +55,9 @@ class Segment:
 
     @classmethod
     def of(cls, cache: KVCache, layer: int) -> Segment:
-        return cls(cache.elements, cache.offset(layer, "k"), cache.offset(layer, "v"))
+        dtype = cache.view(layer, "k").dtype
+        keys, values = (cache.offset_bytes(layer, kind) // dtype.itemsize for kind in ("k", "v"))
+        return cls(cache.slabs.view(dtype), keys, values)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

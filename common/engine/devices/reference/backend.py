@@ -16,7 +16,8 @@ from torch import Tensor
 from common.engine.devices.device import HeadShape, Linear
 from common.engine.devices.kv_cache import KVCache
 from common.engine.devices.rows import RowPlan, Rows
-from common.kv_layout import UNREPEATABLE
+from common.engine.devices.scaled_rows import scaled, unscaled
+from common.kv_layout import SCALED_DTYPES, UNREPEATABLE
 
 
 class _PlainLinear:
@@ -28,8 +29,9 @@ class _PlainLinear:
 
 
 class ReferenceBackend:
-    """See `Backend`; `dtype` is that of weights, activations and KV."""
+    """See `Backend`; `dtype` is that of weights and activations."""
 
+    kv_dtypes = SCALED_DTYPES
     row_plan = RowPlan(prompt_rows=1, generated_rows=1, generated_multiple=1, query_tile=1 << 20)
 
     def __init__(self, device: torch.device, dtype: torch.dtype, name: str) -> None:
@@ -97,16 +99,17 @@ class ReferenceBackend:
             key = self.rms_norm(key, norms[1], eps)
         query = rotate(query, rows.positions, rope, shape.rotary_dim)
         key = rotate(key, rows.positions, rope, shape.rotary_dim)
+        _keep(cache, layer, "k", key, rows.slots)
+        _keep(cache, layer, "v", value, rows.slots)
         keys, values = cache.view(layer, "k"), cache.view(layer, "v")
-        store(keys, key, rows.slots)
-        store(values, value, rows.slots)
+        scales = cache.scales(layer, "k"), cache.scales(layer, "v")
         out = torch.zeros_like(query)
         for first_row, count, position, table_start in rows.tiles.tolist():
             table = rows.tables[table_start:]
             together = 1 if first_row < rows.num_generated else count
             for done in range(0, count, together):
                 here = slice(first_row + done, first_row + done + together)
-                out[here] = _attend(query[here], keys, values, table, position + done, shape.window)
+                out[here] = _attend(query[here], keys, values, table, position + done, shape.window, *scales)
         return out.reshape(rows.num_rows, -1)
 
     def settle(self) -> None:
@@ -122,26 +125,55 @@ def rotate(x: Tensor, positions: Tensor, rope: tuple[Tensor, Tensor], rotary_dim
 
 
 def store(pool: Tensor, x: Tensor, slots: Tensor) -> None:
-    """pool `[blocks, block_size, heads, head_dim]`; rows with a negative slot are padding."""
+    """pool `[blocks, block_size, …]`, x `[rows, …]`; rows with a negative slot are padding."""
     stored = slots >= 0
     slots, x = slots[stored], x[stored]
     block_size = pool.shape[1]
     pool[slots // block_size, slots % block_size] = x
 
 
-def _attend(query: Tensor, keys: Tensor, values: Tensor, table: Tensor, position: int, window: int) -> Tensor:
+def _keep(cache: KVCache, layer: int, kind: str, x: Tensor, slots: Tensor) -> None:
+    """Store x `[rows, heads, head_dim]` as the layout of the cache says."""
+    pool, scales_of = cache.view(layer, kind), cache.scales(layer, kind)
+    if scales_of is None:
+        store(pool, x, slots)
+        return
+    elements, scales = scaled(x, pool.dtype)
+    store(pool.view(torch.uint8), elements.view(torch.uint8), slots)
+    store(scales_of, scales, slots)
+
+
+def _read(pool: Tensor, scales: Tensor | None, blocks: Tensor, end: int) -> Tensor:
+    """The first `end` positions of a sequence, `[heads, end, head_dim]`; float32 where they were scaled."""
+    if scales is None:
+        rows = pool[blocks]
+    else:
+        rows = unscaled(pool.view(torch.uint8)[blocks].view(pool.dtype), scales[blocks])
+    return rows.flatten(0, 1)[:end].transpose(0, 1)
+
+
+def _attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    table: Tensor,
+    position: int,
+    window: int,
+    key_scales: Tensor | None = None,
+    value_scales: Tensor | None = None,
+) -> Tensor:
     """Rows at `position`, `position + 1`, … of one sequence: query `[rows, heads, head_dim]`."""
     rows = query.shape[0]
     end = position + rows
     blocks = table[: -(-end // keys.shape[1])].long()
-    k = keys[blocks].flatten(0, 1)[:end].transpose(0, 1)
-    v = values[blocks].flatten(0, 1)[:end].transpose(0, 1)
+    k, v = _read(keys, key_scales, blocks, end), _read(values, value_scales, blocks, end)
     here = torch.arange(position, end, device=query.device).unsqueeze(1)
     there = torch.arange(end, device=query.device).unsqueeze(0)
     visible = there <= here
     if window:
         visible &= there > here - window
+    q = query.to(k.dtype).transpose(0, 1)
     attended = F.scaled_dot_product_attention(
-        query.transpose(0, 1).unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), attn_mask=visible, enable_gqa=True
+        q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0), attn_mask=visible, enable_gqa=True
     )
-    return attended.squeeze(0).transpose(0, 1)
+    return attended.squeeze(0).transpose(0, 1).to(query.dtype)
