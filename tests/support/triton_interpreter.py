@@ -3,15 +3,30 @@
 The interpreter multiplies by NumPy, whose order of summation depends on the shapes. Here a tile is summed in
 float64 and rounded once: what is left of the order is that of the tiles, which is the kernel's own. So tests
 compare launches of different shapes bit for bit, as a GPU is compared.
+
+Whoever imports this can also interpret kernels by triton 3.6 whose loops end at a number that they computed:
+its interpreter makes a Python number of an array of one element, which NumPy allows no longer; 3.7 does not.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import pytest
 from triton.runtime import interpreter
 
 BUILDER = interpreter.InterpreterBuilder
+
+_patch_lang_tensor = interpreter._patch_lang_tensor
+
+
+def _patch_with_index(tensor: Any, scope: Any) -> None:
+    _patch_lang_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+
+interpreter._patch_lang_tensor = _patch_with_index
 
 
 @pytest.fixture
