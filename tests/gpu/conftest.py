@@ -17,6 +17,7 @@ import torch
 
 ORDER = (
     "one_reply",
+    "device_queue",
     "kernels",
     "gpu_products",
     "device_transports",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,8 +13,9 @@ from torch import Tensor
 from common.engine import Engine, SamplingParams
 from common.engine.devices.kv_cache import KVCache
 from common.engine.devices.rows import Rows
+from common.engine.runner.load_runner import load_runner
 from common.engine.runner.loaded_model import Storage
-from common.engine.runner.model_runner import ModelRunner
+from common.engine.runner.queue_runner import QueueRunner
 from common.engine.speculation import HostProposer
 from common.engine.speculation.lengths import RoundCosts, StepCosts
 from common.settings.config import EngineSettings
@@ -75,13 +77,21 @@ def with_poison(
 ) -> Engine:
     """An engine that computes in the thread that calls it, with NaN in every block that nobody holds;
     `on_free` hears of those first."""
-    runner = ModelRunner(settings, storage=storage)
-    runner.cache.poison(range(runner.facts.num_blocks))
+    runner = load_runner(settings, storage=storage)
+
+    def poison(block_ids: Sequence[int]) -> None:
+        work = functools.partial(runner.cache.poison, block_ids)
+        if isinstance(runner, QueueRunner):
+            runner._queue.run(work)
+        else:
+            work()
 
     def freed(block_ids: Sequence[int]) -> None:
         if on_free is not None:
             on_free(block_ids)
-        runner.cache.poison(block_ids)
+        poison(block_ids)
+
+    poison(range(runner.facts.num_blocks))
 
     return Engine(settings, runner, proposer=host_proposer, on_free=freed)
 

@@ -313,13 +313,15 @@ class FakeQueue:
         accelerator = self.accelerator
         with accelerator.changed:
             accelerator.check()
-            recorder = Recorder()
+            recorder, before = Recorder(), [memory.clone() for memory in accelerator.kept]
             accelerator.computing.captures = True
             try:
                 with accelerator.as_device(), recorder.recording():
                     work()
             finally:
                 accelerator.computing.captures = False
+                for memory, content in zip(accelerator.kept, before, strict=True):
+                    memory.copy_(content)  # what is recorded is not computed
             return FakeGraph(recorder.calls)
 
     def replay(self, graph: Graph) -> None:

@@ -39,11 +39,18 @@ class QueueRunner(LoadedModel):
         super().__init__(settings, device)
         device.synchronize()  # weights came by another queue
         self._queue = queue
+        with queue.here():
+            self._program = self._prepared(settings, queue, storage)
+        self._run = Run()
+        self._waiter = StepWaiter(queue, self._program.memories)
+        weakref.finalize(self, self._waiter.stop)  # for who has no use for `close`
+
+    def _prepared(self, settings: EngineSettings, queue: DeviceQueue, storage: Storage | None) -> StepProgram:
         vocab_size, slots = self.config.vocab_size, num_sampler_slots(self.limits.max_num_seqs)
-        sampling = device.step_sampling(vocab_size)
+        sampling = self.device.step_sampling(vocab_size)
         sampling.bind(slots)
         self.sampler = Sampler(vocab_size, slots, sampling, counts=False)
-        self._program = StepProgram(
+        program = StepProgram(
             self.model,
             self.backend,
             self.sampler,
@@ -53,14 +60,12 @@ class QueueRunner(LoadedModel):
             self._limits(slots),
             self.draft,
         )
-        blocks = self._measured_blocks(sampling.most_rows, shared=storage is not None)
+        blocks = self._measured_blocks(program, sampling.most_rows, shared=storage is not None)
         self.open_pool(blocks, storage)
-        self._program.cache = self.cache
+        program.cache = self.cache
         if not settings.enforce_eager:
-            self._program.record()
-        self._run = Run()
-        self._waiter = StepWaiter(queue, self._program.memories)
-        weakref.finalize(self, self._waiter.stop)  # for who has no use for `close`
+            program.record()
+        return program
 
     def _buckets(self, most_rows: int) -> Buckets:
         drafted = self.settings.most_drafted if self.settings.speculative != "off" else 0
@@ -77,9 +82,9 @@ class QueueRunner(LoadedModel):
             sampled=slots,
         )
 
-    def _measured_blocks(self, most_sampled: int, *, shared: bool) -> int:
+    def _measured_blocks(self, program: StepProgram, most_sampled: int, *, shared: bool) -> int:
         """How many the pool gets, once the largest steps have run in a pool of one."""
-        program, settings, tokens = self._program, self.settings, self.limits.max_num_batched_tokens
+        settings, tokens = self.settings, self.limits.max_num_batched_tokens
         memory = self.device.pool(1, self.layout.slab_bytes)
         program.cache = KVCache(self.layout, 1, memory)
         prompts = min(self.limits.max_num_seqs, most_sampled)

@@ -252,3 +252,23 @@ def test_a_pool_that_no_peer_could_read_is_refused() -> None:
     with pytest.raises(ConfigError, match="blocks on meta cannot be handed over") as raised:
         SharedMemory().allocate(torch.device("meta"), 1, 64)
     assert raised.value.param == "device"
+
+
+@pytest.mark.parametrize(
+    ("error", "is_lost"),
+    [
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), True),
+        (RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"), True),
+        (RuntimeError("CUDA error: device-side assert triggered"), True),
+        (RuntimeError("CUDA error: out of memory"), False),
+        (torch.OutOfMemoryError("CUDA out of memory"), False),
+        (RuntimeError("shapes cannot be multiplied"), False),
+        (ValueError("CUDA error"), False),
+    ],
+)
+def test_an_error_of_cuda_is_for_good_whichever_library_reports_it(error: Exception, is_lost: bool) -> None:
+    assert CudaDevice(EngineSettings(device="cuda")).is_lost(error) is is_lost
+
+
+def test_a_gpu_has_a_queue_unless_the_reference_computes() -> None:
+    assert CudaDevice(EngineSettings(device="cuda", kernels="reference")).queue() is None

@@ -1,11 +1,15 @@
-"""A CUDA device: what is its own so far. It computes with the operations of `reference`,
-and chooses tokens by kernels of its own."""
+"""A CUDA device: its memory, its errors, and what computes on it.
+
+That is kernels of its own, in steps of a queue; or, for who compares, the operations of `reference`, many of
+which wait.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from common.engine.devices.cuda.card import Card
 from common.engine.devices.cuda.flash_attention import FlashAttention
 from common.engine.devices.cuda.flashinfer import FlashInferAttention
 from common.engine.devices.cuda.library_attention import LibraryAttention, LibraryBackend
@@ -21,6 +25,7 @@ from common.engine.devices.staging import StagedFiller
 from common.errors import ConfigError
 from common.settings.config import EngineSettings
 
+_OF_CUDA = ("CUDA error", "Triton Error [CUDA]")
 LARGE_BYTES = 70 << 30  # of memory: from there on vLLM gives a step more tokens, too
 
 
@@ -52,11 +57,28 @@ class CudaDevice:
 
     def backend(self, dtype: torch.dtype) -> Backend:
         torch.cuda.set_device(self.torch_device)  # of this thread, for what is launched without a device
-        name = torch.cuda.get_device_name(self.torch_device)
-        library = self._attention()
+        card, settings, library = Card.of(self.torch_device), self._settings, self._attention()
         if library is not None:
-            return LibraryBackend(self.torch_device, dtype, name, library, self._settings.block_size)
-        return ReferenceBackend(self.torch_device, dtype, name)
+            return LibraryBackend(self.torch_device, dtype, card.name, library, settings.block_size)
+        if not self._has_queue:
+            return ReferenceBackend(self.torch_device, dtype, card.name)
+        from common.engine.devices.cuda.backend import CudaBackend
+        from common.engine.devices.cuda.tuning import Tuning
+
+        most_rows = 1 if settings.speculative == "off" else 1 + settings.most_drafted
+        return CudaBackend(
+            self.torch_device,
+            dtype,
+            card,
+            block_size=settings.block_size,
+            most_rows=most_rows,
+            tuning=Tuning.of_card(card.name, self.torch_device),
+        )
+
+    @property
+    def _has_queue(self) -> bool:
+        """Libraries plan a step on the host, and the reference's operations wait in many places."""
+        return self._settings.kernels != "reference" and self._settings.attention == "auto"
 
     def _attention(self) -> LibraryAttention | None:
         """The library that the settings name."""
@@ -76,14 +98,14 @@ class CudaDevice:
         return StagedFiller(queue, self.torch_device, num_readers())
 
     def queue(self) -> DeviceQueue | None:
-        return None  # the reference's operations wait for the device themselves
+        return CudaQueue(self.torch_device) if self._has_queue else None
 
     def step_sampling(self, vocab_size: int) -> StepSampling:
         # Triton is there wherever torch is built for CUDA, and not on every other machine.
         from common.engine.devices.cuda.sampling import CudaSampling
 
-        properties = torch.cuda.get_device_properties(self.torch_device)
-        return CudaSampling(vocab_size, self.torch_device, multiprocessors=properties.multi_processor_count)
+        card = Card.of(self.torch_device)
+        return CudaSampling(vocab_size, self.torch_device, multiprocessors=card.multiprocessors)
 
     def pool(self, num_blocks: int, slab_bytes: int) -> Tensor:
         return torch.zeros((num_blocks, slab_bytes), dtype=torch.uint8, device=self.torch_device)
@@ -102,12 +124,15 @@ class CudaDevice:
         return free // 2
 
     def synchronize(self) -> None:
-        torch.cuda.synchronize(self.torch_device)
+        """Of this thread's stream: another one may hold a transfer whose peer has stalled."""
+        torch.cuda.current_stream(self.torch_device).synchronize()
 
     def is_lost(self, error: BaseException) -> bool:
-        """After an illegal access or an assertion in a kernel, every later call of CUDA fails; a lack
-        of memory passes."""
+        """After an illegal access or an assertion in a kernel, every later call of CUDA fails, by whichever
+        library it is made; a lack of memory passes."""
         if isinstance(error, torch.OutOfMemoryError):
             return False
         text = str(error)
-        return isinstance(error, RuntimeError) and "CUDA error" in text and "out of memory" not in text
+        return isinstance(error, RuntimeError) and (
+            any(sign in text for sign in _OF_CUDA) and "out of memory" not in text
+        )

@@ -1,0 +1,141 @@
+"""A model by the GPU's kernels, interpreted: a step against the reference, and a whole engine in a queue."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from common.engine import Engine, SamplingParams
+from common.engine.devices.cuda.backend import CudaBackend
+from common.engine.devices.cuda.card import Card
+from common.engine.devices.cuda.sampling import CudaSampling
+from common.engine.devices.cuda.settling import QUICK
+from common.engine.devices.device import Backend
+from common.engine.devices.sampling import StepSampling
+from common.engine.runner.model_runner import ModelRunner
+from common.engine.runner.queue_runner import QueueRunner
+from common.identity import ModelIdentity
+from common.kv_layout import ONE_CLASS
+from common.request import Request
+from common.settings.config import EngineSettings
+from tests.support.checkpoints import save_random_model
+from tests.support.engines import NoCosts
+from tests.support.fake_accelerator import FakeAccelerator, Order
+from tests.support.fake_device import CPU, FakeDevice
+from tests.support.quick_interpreter import quick_interpreter
+from tests.support.redis import HANGS_S
+
+__all__ = ["quick_interpreter"]
+
+pytestmark = pytest.mark.usefixtures("exact_products", "quick_interpreter")
+CARD = Card("pretended", 90, 2)
+
+
+class InterpretedDevice(FakeDevice):
+    most_rows = 1
+
+    def backend(self, dtype: torch.dtype) -> Backend:
+        return CudaBackend(CPU, dtype, CARD, block_size=8, most_rows=self.most_rows, proof=QUICK)
+
+    def step_sampling(self, vocab_size: int) -> StepSampling:
+        return CudaSampling(vocab_size, CPU, max_rows=8, multiprocessors=2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_random_model(
+        tmp_path_factory.mktemp("tiny"),
+        "llama",
+        seed=1,
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=64,
+        eos_token_id=None,
+        tie_word_embeddings=True,
+    )
+
+
+def settings(folder: Path, **fields: Any) -> EngineSettings:
+    small = {
+        "num_kv_blocks": 24,
+        "max_num_seqs": 2,
+        "max_num_batched_tokens": 8,
+        "block_size": 8,
+        "dtype": "float32",
+    }
+    return EngineSettings(model=str(folder), **(small | fields))  # type: ignore[arg-type]
+
+
+GREEDY = SamplingParams(max_tokens=4, ignore_eos=True, temperature=0.0)
+PROMPTS = [[5, 6, 7], list(range(40, 53)), [9]]
+PARAMS = [GREEDY, GREEDY, dataclasses.replace(GREEDY, temperature=0.8, seed=7)]
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path) -> list[tuple[int, ...]]:
+    """By plain torch, step by step."""
+    wanted = settings(folder)
+    alone = Engine(wanted, ModelRunner(wanted, device=FakeDevice(wanted)))
+    return [completion.token_ids for completion in alone.generate(PROMPTS, PARAMS)]
+
+
+@contextmanager
+def interpreted(folder: Path, most_rows: int = 1, **fields: Any) -> Iterator[Engine]:
+    wanted = settings(folder, **fields)
+    device = InterpretedDevice(wanted, FakeAccelerator(Order.LATE))
+    device.most_rows = most_rows
+    queue = device.queue()
+    assert queue is not None
+    runner = QueueRunner(wanted, device, queue)
+    engine = Engine(wanted, runner)
+    engine.steps_ahead = 1
+    with runner.device.accelerator.watching():  # type: ignore[attr-defined]
+        yield engine
+    engine.check_idle()
+    runner.close(HANGS_S)
+
+
+def given(engine: Engine) -> list[str]:
+    found: list[str] = engine.runner.device.accelerator.given  # type: ignore[attr-defined]
+    return found
+
+
+def test_an_engine_in_a_queue_gives_the_tokens_of_the_reference(
+    folder: Path, expected: list[tuple[int, ...]]
+) -> None:
+    """Prompts in chunks, and graphs of one and two rows, with the sampler inside."""
+    with interpreted(folder) as engine:
+        assert [completion.token_ids for completion in engine.generate(PROMPTS, PARAMS)] == expected
+        assert given(engine).count("replay") > 3
+        assert engine.fingerprint.numerics.split("/")[-1] == ONE_CLASS
+        assert engine.fingerprint.numerics.startswith("cuda/pretended/sm_90/float32/torch-")
+
+
+def test_drafts_are_verified_in_a_graph(
+    folder: Path, expected: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("common.engine.speculation.drafting.StepCosts", NoCosts)
+    drafts = {"speculative": "ngram", "num_speculative_tokens": 2, "max_num_seqs": 1}
+    with interpreted(folder, most_rows=3, **drafts) as engine:
+        model, right = ModelIdentity.of(engine.fingerprint), expected[1]
+        request = Request(
+            "r", model, tuple(PROMPTS[1]), len(PROMPTS[1]), GREEDY, prediction=(*right[:3], right[3] ^ 1)
+        )
+        engine.add("r", request)
+        outputs = []
+        while engine.has_work:
+            outputs += engine.step()
+        assert tuple(token for output in outputs for token in output.token_ids) == right
+        assert sum(output.drafted for output in outputs)
+        assert "replay" in given(engine)
