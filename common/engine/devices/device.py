@@ -157,8 +157,8 @@ class Backend(Protocol):
         ...
 
     def prepare(self, rows: Rows) -> Rows:
-        """Called once a step, before its operations, with rows on the host: the same rows where the
-        operations want them, and whatever else all layers need of them."""
+        """Called once a step, before its operations, with rows on the host, or in a queue on the device: the
+        same rows where the operations want them, and whatever else all layers need of them."""
         ...
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...

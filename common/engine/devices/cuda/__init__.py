@@ -1,1 +1,1 @@
-"""A GPU by CUDA: its memory, its errors. It has no kernels of its own yet, and takes the reference's."""
+"""A GPU by CUDA: its memory and errors, kernels of its own, and steps in a queue that nobody waits for."""

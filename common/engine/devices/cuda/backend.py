@@ -2,7 +2,8 @@
 
 Owns which kernel computes which rows, and the memory between those of attention. A step of generated rows
 alone, filled up to a bucket, goes through the kernels that divide a sequence among programs; any other step
-through those of prompts, which give the same bits. Nothing here waits for the device or depends on what is in
+through those of prompts, which give the same bits: if the card shows that they do (attention_proof.py), and
+else generated rows always go through the former. Nothing here waits for the device or depends on what is in
 its memory, so that graphs may record it.
 """
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from common.engine.devices.cuda import norms
 from common.engine.devices.cuda.attention import Attention, Segment, Workspace, check_heads
+from common.engine.devices.cuda.attention_proof import POSITIONS, prove
 from common.engine.devices.cuda.card import Card
 from common.engine.devices.cuda.products import GpuProducts
 from common.engine.devices.cuda.settling import FULL, Proof
@@ -25,6 +27,9 @@ from common.engine.devices.kv_cache import KVCache
 from common.engine.devices.rows import RowPlan, Rows
 from common.errors import ConfigError
 from common.kv_layout import ONE_CLASS
+from common.logs import get_logger
+
+log = get_logger("attention")
 
 _PLACES_EACH = 4  # of a multiprocessor, for splits that are computed side by side
 
@@ -33,6 +38,7 @@ class CudaBackend:
     """See `Backend`. For one stream at a time. `most_rows`: of one sequence that are verified at once."""
 
     row_plan: RowPlan
+    kv_dtypes: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -44,11 +50,13 @@ class CudaBackend:
         most_rows: int = 1,
         proof: Proof = FULL,
         tuning: Tuning | None = None,
+        proven_positions: int = POSITIONS,
     ) -> None:
         if dtype not in (torch.bfloat16, torch.float16, torch.float32):
             raise ConfigError(f"a GPU does not compute in {dtype}", param="dtype")
         self.device, self.dtype, self._card = device, dtype, card
         self._block_size, self._most_rows = block_size, most_rows
+        self._proven_positions = proven_positions
         self._products = GpuProducts(
             dtype, device, multiprocessors=card.multiprocessors, proof=proof, tuning=tuning
         )
@@ -56,13 +64,13 @@ class CudaBackend:
         self._partials = torch.empty(0, dtype=torch.float32, device=device)
         self._workspaces: dict[tuple[HeadShape, int, int], Workspace] = {}
         self._of_step: dict[HeadShape, Workspace] = {}  # none: the step goes through the kernels of prompts
-        self._digest = ""
+        self._digests: list[str] = []
+        self._is_one_class = True
         self.row_plan = dataclasses.replace(self._products.row_plan, generated_tile=most_rows)
 
     @property
     def numerics_class(self) -> str:
         card = self._card
-        steps = "-".join(str(attention.step) for attention in self._attentions.values())
         parts = [
             "cuda",
             card.name,
@@ -70,10 +78,9 @@ class CudaBackend:
             str(self.dtype).removeprefix("torch."),
             f"torch-{torch.__version__}",
             f"triton-{triton.__version__}",
-            f"attention-{steps}",
-            f"products-{self._digest}",
+            "-".join(self._digests),
         ]
-        if self.row_plan.takes_any:
+        if self._is_one_class:
             parts.append(ONE_CLASS)
         return "/".join(parts)
 
@@ -108,12 +115,11 @@ class CudaBackend:
     def prepare(self, rows: Rows) -> Rows:
         """Rows may be on the device already, of a step that is recorded: then nothing of them is read."""
         rows = dataclasses.replace(rows.to(self.device), tiles=rows.tiles.to(self.device))
-        self._of_step = {}
-        if 0 < rows.num_rows == rows.padded_generated:
-            tiles = rows.tiles.shape[0]
+        self._of_step, count = {}, rows.num_generated_tiles
+        if count and (rows.num_rows == rows.padded_generated or not self._is_one_class):
             for shape, attention in self._attentions.items():
-                workspace = self._workspace(shape, rows.num_rows, tiles)
-                attention.list_work(rows.tiles, workspace)
+                workspace = self._workspace(shape, rows.padded_generated, count)
+                attention.list_work(rows.tiles[:count], workspace)
                 self._of_step[shape] = workspace
         return rows
 
@@ -161,14 +167,15 @@ class CudaBackend:
         attention, segment = self._attentions[shape], Segment.of(cache, layer)
         attention.store(qkv, rows.positions, rows.slots, segment, rope, norms, eps)
         size = (rows.num_rows, shape.num_heads * shape.head_dim)
-        workspace = self._of_step.get(shape)
-        if workspace is not None:
-            out = torch.empty(size, dtype=self.dtype, device=self.device)
-            attention.generated(qkv, rows.tables, segment, workspace, out)
-            return out
-        make = torch.empty if self.row_plan.takes_any else torch.zeros  # there may be padding
+        workspace, tiles = self._of_step.get(shape), rows.tiles
+        is_filled = workspace is not None and workspace.rows == rows.num_rows
+        make = torch.empty if is_filled or self.row_plan.takes_any else torch.zeros  # there may be padding
         out = make(size, dtype=self.dtype, device=self.device)
-        attention.prompt(qkv, rows.tiles, rows.tables, segment, out, self._largest_tile)
+        if workspace is not None:
+            attention.generated(qkv, rows.tables, segment, workspace, out)
+            tiles = tiles[rows.num_generated_tiles :]
+        if not is_filled:
+            attention.prompt(qkv, tiles, rows.tables, segment, out, self._largest_tile)
         return out
 
     @property
@@ -176,8 +183,14 @@ class CudaBackend:
         return max(self.row_plan.query_tile, self._most_rows)
 
     def settle(self) -> None:
-        self._digest = self._products.settle()
+        products = self._products.settle()
         tile = min(attention.query_rows for attention in self._attentions.values())
-        self.row_plan = dataclasses.replace(
-            self._products.row_plan, query_tile=tile, generated_tile=self._most_rows
-        )
+        plan = self._products.row_plan
+        self.row_plan = dataclasses.replace(plan, query_tile=tile, generated_tile=self._most_rows)
+        proofs = [
+            prove(attention, self._most_rows, tile, self.device, self._proven_positions)
+            for attention in self._attentions.values()
+        ]
+        self._is_one_class = plan.takes_any and all(proof.is_one_class for proof in proofs)
+        self._digests = [products, *(proof.digest for proof in proofs)]
+        log.info("attention.proof", one_class=self._is_one_class, digests=self._digests)

@@ -12,11 +12,13 @@ import pytest
 import torch
 
 from common.engine import Engine, SamplingParams
+from common.engine.devices.cuda.attention import Attention
+from common.engine.devices.cuda.attention_proof import AttentionProof, prove
 from common.engine.devices.cuda.backend import CudaBackend
 from common.engine.devices.cuda.card import Card
 from common.engine.devices.cuda.sampling import CudaSampling
 from common.engine.devices.cuda.settling import QUICK
-from common.engine.devices.device import Backend
+from common.engine.devices.device import Backend, HeadShape
 from common.engine.devices.sampling import StepSampling
 from common.engine.runner.model_runner import ModelRunner
 from common.engine.runner.queue_runner import QueueRunner
@@ -39,9 +41,18 @@ CARD = Card("pretended", 90, 2)
 
 class InterpretedDevice(FakeDevice):
     most_rows = 1
+    positions = 20
 
     def backend(self, dtype: torch.dtype) -> Backend:
-        return CudaBackend(CPU, dtype, CARD, block_size=8, most_rows=self.most_rows, proof=QUICK)
+        return CudaBackend(
+            CPU,
+            dtype,
+            CARD,
+            block_size=8,
+            most_rows=self.most_rows,
+            proof=QUICK,
+            proven_positions=self.positions,
+        )
 
     def step_sampling(self, vocab_size: int) -> StepSampling:
         return CudaSampling(vocab_size, CPU, max_rows=8, multiprocessors=2)
@@ -139,3 +150,51 @@ def test_drafts_are_verified_in_a_graph(
         assert tuple(token for output in outputs for token in output.token_ids) == right
         assert sum(output.drafted for output in outputs)
         assert "replay" in given(engine)
+
+
+def test_where_attention_has_two_classes_generated_rows_keep_to_their_kernels(
+    folder: Path, expected: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In steps with prompts, too; and the class says so."""
+    wanted, ways = settings(folder), list[str]()
+    for name in ("generated", "prompt"):
+        original = getattr(Attention, name)
+
+        def attend(*arguments: Any, name: str = name, original: Any = original) -> None:
+            ways.append(name)
+            original(*arguments)
+
+        monkeypatch.setattr(Attention, name, attend)
+
+    monkeypatch.setattr(
+        "common.engine.devices.cuda.backend.prove", lambda *_: AttentionProof(False, "different")
+    )
+    runner = ModelRunner(wanted, device=InterpretedDevice(wanted))
+    found = Engine(wanted, runner).generate(PROMPTS, PARAMS)
+    assert [completion.token_ids for completion in found] == expected
+    assert ways.count("generated") > 3
+    assert runner.facts.fingerprint.numerics.split("/")[-1].endswith("different")
+
+
+def attention() -> Attention:
+    shape = HeadShape(num_heads=2, num_kv_heads=1, head_dim=16, rotary_dim=16, window=0)
+    return Attention(shape, torch.float32, 8, capability=90, multiprocessors=2)
+
+
+def test_the_proof_of_attention_finds_one_class() -> None:
+    proof = prove(attention(), 1, 8, CPU, positions=20)
+    assert proof.is_one_class
+    assert proof == prove(attention(), 1, 4, CPU, positions=20)
+
+
+@pytest.mark.parametrize("name", ["generated", "prompt"])
+def test_the_proof_of_attention_sees_a_last_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = getattr(Attention, name)
+
+    def differ(self: Attention, qkv: torch.Tensor, *further: Any) -> None:
+        original(self, qkv, *further)
+        out = next(one for one in reversed(further) if isinstance(one, torch.Tensor))
+        out[-1, -1] = torch.nextafter(out[-1, -1], torch.tensor(torch.inf))
+
+    monkeypatch.setattr(Attention, name, differ)
+    assert not prove(attention(), 1, 8, CPU, positions=20).is_one_class
