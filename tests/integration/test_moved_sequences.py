@@ -173,10 +173,9 @@ DRAFTING = {"speculative": "draft", "speculative_model": str(DRAFT)}
     [
         {"kv_cache_dtype": "fp8"},
         {"kv_cache_dtype": "fp8", **DRAFTING},
-        {"kv_cache_dtype": "fp8_e5m2", "kernels": "reference"},
-        {"kv_cache_dtype": "fp8", "dtype": "bfloat16", "kernels": "reference"},
+        {"kv_cache_dtype": "fp8_e5m2", "dtype": "bfloat16"},
     ],
-    ids=["fp8", "fp8 with a draft", "fp8_e5m2 by the reference", "fp8 by the reference in bfloat16"],
+    ids=["fp8", "fp8 with a draft", "fp8_e5m2 in bfloat16"],
 )
 @pytest.mark.parametrize("kind", ["greedy", "penalties"])
 @pytest.mark.parametrize("after", [1, 8])
