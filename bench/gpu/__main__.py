@@ -64,6 +64,28 @@ def engine_part(arguments: argparse.Namespace) -> Iterator[Result]:
         yield "idle between steps, batch 64", cases.idle_share(engine, 64, context, steps)
 
 
+def free_part(arguments: argparse.Namespace) -> Iterator[Result]:
+    """The engine with the vendor's products, which keep no order: what the rule costs is the difference."""
+    import torch
+
+    from bench.gpu import cases, limits
+    from bench.gpu.free_products import products_without_an_order
+    from common.engine import Engine
+
+    found = limits.measure(torch.device(arguments.device), tries=3)
+    with products_without_an_order():
+        engine = Engine.load(
+            arguments.model, device=arguments.device, load_format="dummy", enable_prefix_caching=False
+        )
+    engine.warm_up()
+    engine.steps_ahead = 1
+    context, steps = (32, 8) if arguments.quick else (1024, 64)
+    for batch in (1, 64):
+        yield f"without an order, decode, batch {batch}", cases.decode(engine, found, batch, context, steps)
+    prompt = 8 * context
+    yield f"without an order, prefill, {prompt} tokens", cases.prefill(engine, found, prompt, tries=3)
+
+
 def transformers_part(arguments: argparse.Namespace) -> Iterator[Result]:
     """The same requests through transformers' continuous batching, on the same weights' shapes."""
     import torch
@@ -93,6 +115,7 @@ def transformers_part(arguments: argparse.Namespace) -> Iterator[Result]:
 
 PARTS: dict[str, Callable[[argparse.Namespace], Iterator[Result]]] = {
     "engine": engine_part,
+    "free": free_part,
     "transformers": transformers_part,
 }
 
@@ -147,7 +170,8 @@ def main() -> int:
         return 0
     report: dict[str, Any] = {}
     deadline = time.monotonic() + arguments.budget_s
-    for part in PARTS:
+    parts = [part for part in PARTS if part != "free" or arguments.device.startswith("cuda")]
+    for part in parts:
         for name, values in run_part(part, arguments, max(1.0, deadline - time.monotonic())):
             report[name] = values
             print(
@@ -156,7 +180,20 @@ def main() -> int:
             )
             if arguments.json:
                 arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+    for name, share in rule_costs(report).items():
+        print(f"the rule costs {share:+.1%} of {name}")
     return int(any("error" in values for values in report.values()))
+
+
+def rule_costs(report: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """How much longer each load takes with an order of summation than without, as a share."""
+    costs = {}
+    for name, free in report.items():
+        ours = report.get(load := name.removeprefix("without an order, "))
+        if load != name and ours is not None:
+            took = "step_ms" if "step_ms" in free else "first_token_ms"
+            costs[load] = ours[took] / free[took] - 1
+    return costs
 
 
 def _shown(value: object) -> str:

@@ -7,10 +7,13 @@ import dataclasses
 import sys
 
 import pytest
+import torch
 
 from bench.gpu import __main__ as bench_gpu
 from bench.gpu.cases import covered, prefill_flops
+from bench.gpu.free_products import FreeProducts, products_without_an_order
 from bench.gpu.limits import DeviceLimits
+from common.engine.devices.cuda import backend
 from common.model_files import SHIPPED_MODEL
 from common.model_folder.description import read_config
 from common.model_folder.model_config import parse_model_config
@@ -45,3 +48,31 @@ def test_floors_of_qwen3_8b_are_those_of_the_design() -> None:
 
 def test_time_that_two_kernels_share_counts_once() -> None:
     assert covered([(0, 2), (1, 3), (1, 1.5), (5, 6)]) == 4
+
+
+def test_what_the_rule_costs_is_the_ratio_of_two_loads() -> None:
+    report = {
+        "decode, batch 1": {"step_ms": 11.0},
+        "without an order, decode, batch 1": {"step_ms": 10.0},
+        "without an order, prefill, 8192 tokens": {"first_token_ms": 3.0},
+        "limits": {"copy_bytes": 1.0},
+    }
+    assert bench_gpu.rule_costs(report) == {"decode, batch 1": pytest.approx(0.1)}
+
+
+def test_products_without_an_order_give_what_ours_are_near_to() -> None:
+    """silu(gate) * up, and a bias."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(*shape, generator=generator) for shape in ((3, 8), (12, 8), (12,)))
+    gate, up = (weight @ x.T).T.chunk(2, dim=-1)
+    torch.testing.assert_close(
+        FreeProducts().gated_linear(weight, None)(x, 0), torch.nn.functional.silu(gate) * up
+    )
+    torch.testing.assert_close(FreeProducts().linear(weight, bias)(x, 0), x @ weight.T + bias)
+
+
+def test_they_take_the_place_of_ours_only_for_a_while() -> None:
+    ours = backend.GpuProducts
+    with products_without_an_order():
+        assert backend.GpuProducts is FreeProducts
+    assert backend.GpuProducts is ours
