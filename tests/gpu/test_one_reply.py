@@ -22,7 +22,7 @@ from common.engine import Completion, Engine, SamplingParams
 from common.engine.core.sequence import Sequence
 from common.engine.speculation import HostProposer
 from common.settings.config import EngineSettings
-from tests.support.checkpoints import save_random_model
+from tests.support.checkpoints import save_random_model, transformers_model
 from tests.support.engines import with_poison
 
 pytestmark = pytest.mark.gpu
@@ -167,6 +167,29 @@ def test_the_class_promises_what_is_tested_here(
     record_property("numerics_class", made.fingerprint.numerics)
     digest = hashlib.blake2b(b"".join(logprobs for _, logprobs in alone), digest_size=16).hexdigest()
     record_property("digest", digest)
+
+
+@pytest.mark.parametrize(("dtype", "within"), [("float32", 1e-3), ("bfloat16", 0.15)])
+def test_log_probabilities_are_those_of_transformers(
+    folder: Path, device: str, dtype: str, within: float
+) -> None:
+    """In float32 on the host: of prompts beyond the window, and of what follows them."""
+    one = engine(folder, device, dtype=dtype)
+    greedy = SamplingParams(max_tokens=24, temperature=0.0, logprobs=ALTERNATIVES, ignore_eos=True)
+    prompts = [list(probe.prompt) for probe in probes()]
+    completions = one.generate(prompts, greedy)
+    model = transformers_model(folder)
+    for prompt, completion in zip(prompts, completions, strict=True):
+        with torch.inference_mode():
+            logits = model(torch.tensor([prompt + list(completion.token_ids)])).logits[
+                0, len(prompt) - 1 : -1
+            ]
+        theirs = torch.log_softmax(logits, -1)
+        for position, entry in enumerate(completion.logprobs):
+            for token, logprob in entry.top:
+                assert logprob == pytest.approx(float(theirs[position, token]), abs=within)
+            best = float(theirs[position].max())
+            assert float(theirs[position, completion.token_ids[position]]) >= best - 2 * within
 
 
 @pytest.mark.parametrize("others", [1, 3, 7, 15, 23, 40, 61, 100, 180, 252])
