@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from common.engine.devices.cuda.attention import Attention, Segment
 from common.engine.devices.device import HeadShape
+from common.engine.devices.scaled_rows import scaled, unscaled
 
 NOWHERE = float("nan")  # what lies in blocks that nobody holds, and beyond a sequence's end
 PADDING = (0, 0, 0, 0)
@@ -26,6 +28,7 @@ class Case:
     scale: float = 0.0
     split: int = 128
     dtype: torch.dtype = torch.bfloat16
+    kv_dtype: torch.dtype | None = None  # of 8 bits
 
     @property
     def heads(self) -> int:
@@ -42,6 +45,7 @@ class Case:
             scale=self.scale,
             soft_cap=self.soft_cap,
             split=self.split,
+            kv_dtype=self.kv_dtype,
         )
 
 
@@ -63,6 +67,14 @@ class Paged:
         self.queries = [self._normal(length, case.heads, case.head_dim) for length in lengths]
         self.keys = [self._normal(length, case.kv_heads, case.head_dim) for length in lengths]
         self.values = [self._normal(length, case.kv_heads, case.head_dim) for length in lengths]
+
+    def read_back(self, kv_dtype: torch.dtype) -> Paged:
+        """The same, with such keys and values as are read of what is stored in 8 bits."""
+        other = copy.copy(self)
+        for name in ("keys", "values"):
+            rows = [unscaled(*scaled(x, kv_dtype)).to(self.case.dtype) for x in getattr(self, name)]
+            setattr(other, name, rows)
+        return other
 
     def _normal(self, *sizes: int) -> Tensor:
         return torch.randn(*sizes, generator=self.generator).to(self.case.dtype)
@@ -144,7 +156,13 @@ class Paged:
                     cells[blocks[position // case.block_size], 2:, position % case.block_size] = NOWHERE
         pool = cells.flatten(1)
         size = pool.shape[1] // 4
-        return Segment(pool, 2 * size, 3 * size), torch.cat(pieces), starts
+        segment = Segment(pool, 2 * size, 3 * size)
+        if case.kv_dtype is not None:
+            elements, scales = (part.flatten(1).view(torch.uint8) for part in scaled(cells, case.kv_dtype))
+            count = 4 * case.block_size * case.kv_heads
+            first = size * 2 + count // 2  # both in pairs of bytes
+            segment = Segment(torch.cat((elements, scales), 1), 2 * size, 3 * size, first, first + count // 4)
+        return segment, torch.cat(pieces), starts
 
     def expected(self, run: Run) -> Tensor:
         """In float64, `[rows, heads, head_dim]`."""

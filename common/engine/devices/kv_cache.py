@@ -17,6 +17,12 @@ from common.kv_layout import KVLayout, Segment
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Of segments; nothing is computed in those of 8 bits.
 STORED_DTYPES = TORCH_DTYPES | {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
+# Of the setting `kv_cache_dtype`; any other name is the type in which a model computes.
+SCALED_KV_DTYPES = {
+    "fp8": torch.float8_e4m3fn,
+    "fp8_e4m3": torch.float8_e4m3fn,
+    "fp8_e5m2": torch.float8_e5m2,
+}
 
 
 class KVCache:

@@ -13,15 +13,13 @@ from pathlib import Path
 import torch
 
 from common.engine.devices.device import Backend, Device, StepLimits
-from common.engine.devices.kv_cache import TORCH_DTYPES, blocks_for_memory
+from common.engine.devices.kv_cache import SCALED_KV_DTYPES, TORCH_DTYPES, blocks_for_memory
 from common.engine.model.decoder import Model, tensor_shapes
 from common.engine.model.weights import Checkpoint, RandomWeights, StoredWeights
 from common.errors import ConfigError, InsufficientMemory
 from common.kv_layout import SCALED_DTYPES, KVLayout
 from common.model_folder.model_config import ModelConfig
 from common.settings.config import EngineSettings
-
-_KV_DTYPES = {"fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2"}
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -46,7 +44,7 @@ def step_limits(settings: EngineSettings, device: Device) -> StepLimits:
 
 def choose_kv_dtype(settings: EngineSettings, backend: Backend) -> str:
     """In which keys and values are kept. `ConfigError` where the backend cannot."""
-    wanted = _KV_DTYPES.get(settings.kv_cache_dtype, dtype_name(backend.dtype))
+    wanted = dtype_name(SCALED_KV_DTYPES.get(settings.kv_cache_dtype, backend.dtype))
     if wanted in SCALED_DTYPES and wanted not in backend.kv_dtypes:
         kernels = backend.numerics_class.partition("/")[0]
         raise ConfigError(

@@ -34,6 +34,9 @@ from common.errors import ConfigError, UnsupportedModel
 SPLIT = 256  # positions: a unit of work of a generated row, and of the order of every sum
 LOG2_E = 1.4426950408889634
 
+MANTISSAS = {torch.float8_e4m3fn: 3, torch.float8_e5m2: 2}  # bits; which KV in 8 bits there is
+
+_SCALE_BYTES = 2
 _STEP_ELEMENTS = 8 << 10  # of the keys that a program multiplies at once; without tensor cores a quarter
 _LARGEST_HEAD = 256
 _LARGEST_GROUP = 64  # query heads that share keys
@@ -47,17 +50,24 @@ _MUCH_SHARED = (80, 90, 100)  # cards whose multiprocessors have twice what othe
 @dataclasses.dataclass(frozen=True, slots=True)
 class Segment:
     """One layer's keys and values in the pool: `elements` `[blocks, slab_elements]` in the pool's dtype, and
-    where in a slab each begins, in elements."""
+    where in a slab each begins, in elements. Of 8 bits (scaled_rows.py) elements are bytes, uint8, and scales
+    begin where `key_scales` and `value_scales` say, in pairs of bytes."""
 
     elements: Tensor
     keys: int
     values: int
+    key_scales: int = 0
+    value_scales: int = 0
 
     @classmethod
     def of(cls, cache: KVCache, layer: int) -> Segment:
+        def starts(size: int, *kinds: str) -> list[int]:
+            return [cache.offset_bytes(layer, kind) // size for kind in kinds]
+
         dtype = cache.view(layer, "k").dtype
-        keys, values = (cache.offset_bytes(layer, kind) // dtype.itemsize for kind in ("k", "v"))
-        return cls(cache.slabs.view(dtype), keys, values)
+        if dtype in MANTISSAS:
+            return cls(cache.slabs, *starts(1, "k", "v"), *starts(_SCALE_BYTES, "k_scale", "v_scale"))
+        return cls(cache.slabs.view(dtype), *starts(dtype.itemsize, "k", "v"))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -121,7 +131,8 @@ class Attention:
 
     In all calls: qkv `[rows, (heads + 2 * kv_heads) * head_dim]`, whose rows are contiguous; out `[rows,
     heads * head_dim]` contiguous; tiles int32 `[tiles, 4]`, of first row, rows (0: padding), first position,
-    and where in `tables` its blocks begin; tables int32 flat. All on the device, in one dtype but for these.
+    and where in `tables` its blocks begin; tables int32 flat. All on the device, in one dtype but for these
+    and a pool of 8 bits.
     """
 
     def __init__(
@@ -135,9 +146,11 @@ class Attention:
         scale: float = 0.0,
         soft_cap: float = 0.0,
         split: int = SPLIT,
+        kv_dtype: torch.dtype | None = None,
     ) -> None:
         """`capability` times ten: 80, 90. `scale` 0: one by the root of head_dim. `soft_cap` 0: none.
-        `split` is part of the order of a sum. `UnsupportedModel`, `ConfigError`."""
+        `split` is part of the order of a sum. `kv_dtype`: one of `MANTISSAS`, where segments are stored in
+        8 bits. `UnsupportedModel`, `ConfigError`."""
         check_heads(shape)
         if block_size < 1 or block_size & (block_size - 1):
             raise ConfigError(
@@ -146,6 +159,8 @@ class Attention:
         self.shape, self.dtype, self.block_size = shape, dtype, block_size
         self.multiprocessors = multiprocessors
         self._capability = capability
+        self.kv_dtype = kv_dtype
+        self._mantissa = 0 if kv_dtype is None else MANTISSAS[kv_dtype]
         self._group = shape.num_heads // shape.num_kv_heads
         self._width = max(16, power_of_two(shape.head_dim))
         elements = _STEP_ELEMENTS if dtype.itemsize == 2 else _STEP_ELEMENTS // 4
@@ -166,6 +181,7 @@ class Attention:
             "LEVELS": self.step.bit_length() - 1,
             "SPLIT_STEPS": split // self.step,
             "WIDTH": self._width,
+            "MANTISSA": self._mantissa,
         }
 
     @property
@@ -200,6 +216,8 @@ class Attention:
             segment.elements.stride(0),
             segment.keys,
             segment.values,
+            segment.key_scales,
+            segment.value_scales,
             eps,
         )
 
@@ -304,6 +322,8 @@ class Attention:
             segment.elements.stride(0),
             segment.keys,
             segment.values,
+            segment.key_scales,
+            segment.value_scales,
             self.shape.window,
             self._scale,
             self._soft_cap,
@@ -319,7 +339,10 @@ class Attention:
     def prompt_tiling(self) -> Tiling:
         if self.dtype.itemsize > 2:
             return Tiling(16, 8, 1, 1)
-        return Tiling(128, 8, 3, 1) if self._by_warp_groups else Tiling(32, 8, 2, 1)
+        if self._by_warp_groups:
+            return Tiling(128, 8, 3, 1)
+        widens = self._mantissa and self._capability == 100  # for which that card's code takes more registers
+        return Tiling(16 if widens else 32, 8, 2, 1)
 
     def generated_tiling(self, most_rows: int) -> Tiling:
         if self.dtype.itemsize > 2:
@@ -346,6 +369,7 @@ class Attention:
                 "HEADS": _HEADS_OF_A_PROGRAM,
                 "HALF": power_of_two(shape.rotary_dim // 2),
                 "REST": power_of_two(max(1, shape.head_dim - shape.rotary_dim)),
+                "MANTISSA": self._mantissa,
             },
             num_warps=2,
         )

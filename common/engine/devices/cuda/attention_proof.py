@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from common.engine.devices.cuda.attention import SPLIT, Attention, Segment, places_for
+from common.engine.devices.scaled_rows import scaled
 
 POSITIONS = 2 * SPLIT + 72  # three splits, the last of which is not whole
 _SHIFT = 5  # by which the prompt is cut elsewhere
@@ -56,6 +57,8 @@ class _Case:
         kind = attention.dtype
         pool = torch.randn(blocks, 2 * size * width, generator=source).to(kind)
         self._segment = Segment(pool.to(device), 0, size * width)
+        if attention.kv_dtype is not None:
+            self._segment = _in_8_bits(pool.unflatten(1, (-1, shape.head_dim)), attention.kv_dtype, device)
         lines = (positions, (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim)
         self._qkv = torch.randn(lines, generator=source).to(kind).to(device)
         self._tables = torch.arange(blocks - 1, -1, -1, dtype=torch.int32, device=device)
@@ -85,6 +88,15 @@ class _Case:
         attention.list_work(tiles, workspace)
         attention.generated(self._qkv[rows].contiguous(), self._tables, self._segment, workspace, out)
         return out
+
+
+def _in_8_bits(rows: Tensor, kv_dtype: torch.dtype, device: torch.device) -> Segment:
+    """rows `[blocks, rows, head_dim]`, the keys' and then the values', as a pool holds them."""
+    elements, scales = scaled(rows, kv_dtype)
+    elements, scales = (part.view(torch.uint8).flatten(1) for part in (elements, scales.unsqueeze(-1)))
+    size, count = elements.shape[1], rows.shape[1]
+    slabs = torch.cat((elements, scales), 1).to(device)
+    return Segment(slabs, 0, size // 2, size // 2, size // 2 + count // 2)
 
 
 def _bits(x: Tensor) -> Tensor:

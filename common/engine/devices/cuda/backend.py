@@ -35,10 +35,11 @@ _PLACES_EACH = 4  # of a multiprocessor, for splits that are computed side by si
 
 
 class CudaBackend:
-    """See `Backend`. For one stream at a time. `most_rows`: of one sequence that are verified at once."""
+    """See `Backend`. For one stream at a time. `most_rows`: of one sequence that are verified at once.
+    `kv_dtype`: of 8 bits, in which keys and values are kept (scaled_rows.py); None: in `dtype`."""
 
     row_plan: RowPlan
-    kv_dtypes: tuple[str, ...] = ()
+    kv_dtypes: tuple[str, ...]
 
     def __init__(
         self,
@@ -48,6 +49,7 @@ class CudaBackend:
         *,
         block_size: int,
         most_rows: int = 1,
+        kv_dtype: torch.dtype | None = None,
         proof: Proof = FULL,
         tuning: Tuning | None = None,
         proven_positions: int = POSITIONS,
@@ -57,6 +59,8 @@ class CudaBackend:
         self.device, self.dtype, self._card = device, dtype, card
         self._block_size, self._most_rows = block_size, most_rows
         self._proven_positions = proven_positions
+        self._kv_dtype = kv_dtype
+        self.kv_dtypes = () if kv_dtype is None else (str(kv_dtype).removeprefix("torch."),)
         self._products = GpuProducts(
             dtype, device, multiprocessors=card.multiprocessors, proof=proof, tuning=tuning
         )
@@ -93,6 +97,7 @@ class CudaBackend:
                 self._block_size,
                 capability=self._card.capability,
                 multiprocessors=self._card.multiprocessors,
+                kv_dtype=self._kv_dtype,
             )
 
     def enter_thread(self) -> None:

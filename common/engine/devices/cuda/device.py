@@ -17,7 +17,7 @@ from common.engine.devices.cuda.memory_share import MemoryShare
 from common.engine.devices.cuda.queue import CudaQueue
 from common.engine.devices.device import Backend, StepLimits
 from common.engine.devices.filling import Filler, num_readers
-from common.engine.devices.kv_cache import TORCH_DTYPES
+from common.engine.devices.kv_cache import SCALED_KV_DTYPES, TORCH_DTYPES
 from common.engine.devices.queue import DeviceQueue
 from common.engine.devices.reference.backend import ReferenceBackend
 from common.engine.devices.sampling import Sampling, StepSampling
@@ -72,6 +72,7 @@ class CudaDevice:
             card,
             block_size=settings.block_size,
             most_rows=most_rows,
+            kv_dtype=SCALED_KV_DTYPES.get(settings.kv_cache_dtype),
             tuning=Tuning.of_card(card.name, self.torch_device),
         )
 

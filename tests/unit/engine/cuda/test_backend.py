@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from common.engine import Engine, SamplingParams
-from common.engine.devices.cuda.attention import Attention
+from common.engine.devices.cuda.attention import MANTISSAS, Attention
 from common.engine.devices.cuda.attention_proof import AttentionProof, prove
 from common.engine.devices.cuda.backend import CudaBackend
 from common.engine.devices.cuda.card import Card
 from common.engine.devices.cuda.sampling import CudaSampling
 from common.engine.devices.cuda.settling import QUICK
 from common.engine.devices.device import Backend, HeadShape
+from common.engine.devices.kv_cache import SCALED_KV_DTYPES
 from common.engine.devices.sampling import StepSampling
 from common.engine.runner.model_runner import ModelRunner
 from common.engine.runner.queue_runner import QueueRunner
@@ -42,6 +43,7 @@ CARD = Card("pretended", 90, 2)
 class InterpretedDevice(FakeDevice):
     most_rows = 1
     positions = 20
+    kv_dtype: torch.dtype | None = None
 
     def backend(self, dtype: torch.dtype) -> Backend:
         return CudaBackend(
@@ -49,6 +51,7 @@ class InterpretedDevice(FakeDevice):
             dtype,
             CARD,
             block_size=8,
+            kv_dtype=self.kv_dtype,
             most_rows=self.most_rows,
             proof=QUICK,
             proven_positions=self.positions,
@@ -93,19 +96,23 @@ PROMPTS = [[5, 6, 7], list(range(40, 53)), [9]]
 PARAMS = [GREEDY, GREEDY, dataclasses.replace(GREEDY, temperature=0.8, seed=7)]
 
 
-@pytest.fixture(scope="module")
-def expected(folder: Path) -> list[tuple[int, ...]]:
-    """By plain torch, step by step."""
-    wanted = settings(folder)
+def by_plain_torch(folder: Path, **fields: Any) -> list[tuple[int, ...]]:
+    """Step by step."""
+    wanted = settings(folder, **fields)
     alone = Engine(wanted, ModelRunner(wanted, device=FakeDevice(wanted)))
     return [completion.token_ids for completion in alone.generate(PROMPTS, PARAMS)]
+
+
+@pytest.fixture(scope="module")
+def expected(folder: Path) -> list[tuple[int, ...]]:
+    return by_plain_torch(folder)
 
 
 @contextmanager
 def interpreted(folder: Path, most_rows: int = 1, **fields: Any) -> Iterator[Engine]:
     wanted = settings(folder, **fields)
     device = InterpretedDevice(wanted, FakeAccelerator(Order.LATE))
-    device.most_rows = most_rows
+    device.most_rows, device.kv_dtype = most_rows, SCALED_KV_DTYPES.get(wanted.kv_cache_dtype)
     queue = device.queue()
     assert queue is not None
     runner = QueueRunner(wanted, device, queue)
@@ -131,6 +138,14 @@ def test_an_engine_in_a_queue_gives_the_tokens_of_the_reference(
         assert given(engine).count("replay") > 3
         assert engine.fingerprint.numerics.split("/")[-1] == ONE_CLASS
         assert engine.fingerprint.numerics.startswith("cuda/pretended/sm_90/float32/torch-")
+
+
+def test_an_engine_with_kv_in_8_bits_gives_the_tokens_of_the_reference(folder: Path) -> None:
+    wanted = by_plain_torch(folder, kv_cache_dtype="fp8_e5m2")
+    with interpreted(folder, kv_cache_dtype="fp8_e5m2") as engine:
+        assert [completion.token_ids for completion in engine.generate(PROMPTS, PARAMS)] == wanted
+        assert engine.runner.backend.kv_dtypes == ("float8_e5m2",)  # type: ignore[attr-defined]
+        assert ONE_CLASS in engine.fingerprint.numerics.split("/")
 
 
 def test_drafts_are_verified_in_a_graph(
@@ -176,15 +191,21 @@ def test_where_attention_has_two_classes_generated_rows_keep_to_their_kernels(
     assert runner.facts.fingerprint.numerics.split("/")[-1].endswith("different")
 
 
-def attention() -> Attention:
+def attention(kv_dtype: torch.dtype | None = None) -> Attention:
     shape = HeadShape(num_heads=2, num_kv_heads=1, head_dim=16, rotary_dim=16, window=0)
-    return Attention(shape, torch.float32, 8, capability=90, multiprocessors=2)
+    return Attention(shape, torch.float32, 8, capability=90, multiprocessors=2, kv_dtype=kv_dtype)
 
 
 def test_the_proof_of_attention_finds_one_class() -> None:
     proof = prove(attention(), 1, 8, CPU, positions=20)
     assert proof.is_one_class
     assert proof == prove(attention(), 1, 4, CPU, positions=20)
+
+
+def test_the_proof_of_attention_is_of_the_type_that_keys_are_kept_in() -> None:
+    proofs = [prove(attention(of), 1, 8, CPU, positions=20) for of in (None, *MANTISSAS)]
+    assert all(proof.is_one_class for proof in proofs)
+    assert len({proof.digest for proof in proofs}) == 3
 
 
 @pytest.mark.parametrize("name", ["generated", "prompt"])

@@ -68,5 +68,9 @@ def test_attention_multiplies_generated_rows_and_prompts_by_one_family(codes: li
 
 
 def test_attention_reads_keys_and_values_by_16_bytes(codes: list[dict[str, Any]]) -> None:
+    """Of those in 8 bits, where a row has half the bytes, some by 8."""
     attention = [code for code in codes if code["name"].startswith("attention") and code["products"]]
-    assert [code for code in attention if code["copies"] != [16]] == []
+    plain = [code for code in attention if "float8" not in code["name"]]
+    assert [code for code in plain if code["copies"] != [16]] == []
+    narrow = [code for code in attention if "float8" in code["name"]]
+    assert [code for code in narrow if not {16} <= {*code["copies"]} <= {8, 16}] == []

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from common.engine.devices.cuda.kernels.arithmetic import dot, narrow
+from common.engine.devices.cuda.kernels.scaled_rows import PLAIN, of_8_bits
 
 
 @triton.jit
@@ -59,6 +60,8 @@ def attend(
     pool,
     keys,
     values,
+    key_scales,
+    value_scales,
     slab_elements,
     window,
     scale,
@@ -77,6 +80,7 @@ def attend(
     SPLIT_STEPS: tl.constexpr,
     WIDTH: tl.constexpr,
     STAGES: tl.constexpr,
+    MANTISSA: tl.constexpr,
 ):
     """The softmax of `[begin_step, end_step)` joined to `state`: all splits before, and this one as far as it
     has come, each a largest score and a sum of weights `[LINES]` and weighted values `[LINES, WIDTH]`.
@@ -87,6 +91,7 @@ def attend(
     """
     all_most, all_total, all_values, most, total, sums = state
     column = tl.arange(0, WIDTH)
+    kind: tl.constexpr = query.dtype
     block = _blocks(table, begin_step * KEYS + tl.arange(0, KEYS), lowest, end, BLOCK_SHIFT)
     for step in tl.range(begin_step, end_step, num_stages=1 if MASKED and MIXED else STAGES):
         if step % SPLIT_STEPS == 0:
@@ -98,12 +103,30 @@ def attend(
         inside = (position >= lowest) & (position < end)
         offset = block.to(tl.int64) * slab_elements
         offset += (position & ((1 << BLOCK_SHIFT) - 1)) * POSITION_ELEMENTS
+        scale_at = block.to(tl.int64) * (slab_elements // 2)
+        scale_at += (position & ((1 << BLOCK_SHIFT) - 1)) * (POSITION_ELEMENTS // HEAD_DIM)
         block = _blocks(table, position + KEYS, lowest, end, BLOCK_SHIFT)  # of the next step, meanwhile
         sound = inside
         if MASKED and MIXED:
-            value = _load(pool + values, offset, column, inside, MASKED, HEAD_DIM, WIDTH).to(tl.float32)
+            value = _rows(
+                pool,
+                values,
+                value_scales,
+                offset,
+                scale_at,
+                column,
+                inside,
+                kind,
+                MASKED,
+                HEAD_DIM,
+                WIDTH,
+                MANTISSA,
+            )
+            value = value.to(tl.float32)
             sound = sound & (tl.max(tl.where(tl.abs(value) < float("inf"), 0, 1), axis=1) == 0)
-        key = _load(pool + keys, offset, column, inside, MASKED, HEAD_DIM, WIDTH)
+        key = _rows(
+            pool, keys, key_scales, offset, scale_at, column, inside, kind, MASKED, HEAD_DIM, WIDTH, MANTISSA
+        )
         score = dot(query, tl.trans(key), tl.zeros([LINES, KEYS], tl.float32))
         score = score * scale
         if CAPPED:  # cap * tanh(x / cap), which is cap - 2 * cap / (1 + exp(2 * x / cap))
@@ -123,8 +146,21 @@ def attend(
         total = total * before + _sums_of_lines(weight, LINES, KEYS, LEVELS)
         most = larger
 
-        value = _load(pool + values, offset, column, sound, MASKED, HEAD_DIM, WIDTH)
-        sums = dot(narrow(weight, value.dtype), value, sums * before[:, None])
+        value = _rows(
+            pool,
+            values,
+            value_scales,
+            offset,
+            scale_at,
+            column,
+            sound,
+            kind,
+            MASKED,
+            HEAD_DIM,
+            WIDTH,
+            MANTISSA,
+        )
+        sums = dot(narrow(weight, kind), value, sums * before[:, None])
     return all_most, all_total, all_values, most, total, sums
 
 
@@ -136,13 +172,40 @@ def _blocks(table, position, lowest, end, BLOCK_SHIFT: tl.constexpr):
 
 
 @triton.jit
+def _rows(
+    pool,
+    segment,
+    scales,
+    offset,
+    scale_at,
+    column,
+    inside,
+    kind: tl.constexpr,
+    MASKED: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    MANTISSA: tl.constexpr,
+):
+    """A head's keys or values of some positions as they are multiplied, `[positions, WIDTH]`."""
+    stored = _load(pool + segment, offset, column, inside, MASKED, HEAD_DIM, WIDTH)
+    if MANTISSA == PLAIN:
+        return stored
+    at = pool.to(tl.pointer_type(tl.int16), bitcast=True) + scales + scale_at
+    if MASKED:
+        scale = tl.load(at, mask=inside, other=0)
+    else:
+        scale = tl.load(at)
+    return of_8_bits(stored, scale, kind, MANTISSA)
+
+
+@triton.jit
 def _load(segment, offset, column, inside, MASKED: tl.constexpr, HEAD_DIM: tl.constexpr, WIDTH: tl.constexpr):
-    """A head's keys or values of some positions, `[positions, WIDTH]`; zeros beyond `HEAD_DIM`."""
+    """What is stored of them, `[positions, WIDTH]`; zeros beyond `HEAD_DIM`."""
     at = segment + offset[:, None] + column[None, :]
     if MASKED:
-        return tl.load(at, mask=inside[:, None] & (column < HEAD_DIM)[None, :], other=0.0)
+        return tl.load(at, mask=inside[:, None] & (column < HEAD_DIM)[None, :], other=0)
     if HEAD_DIM < WIDTH:
-        return tl.load(at, mask=(column < HEAD_DIM)[None, :], other=0.0)
+        return tl.load(at, mask=(column < HEAD_DIM)[None, :], other=0)
     return tl.load(at)
 
 
@@ -190,6 +253,8 @@ def prompt_kernel(
     slab_elements,
     keys,
     values,
+    key_scales,
+    value_scales,
     window,
     scale,
     soft_cap,
@@ -206,6 +271,7 @@ def prompt_kernel(
     SPLIT_STEPS: tl.constexpr,
     WIDTH: tl.constexpr,
     STAGES: tl.constexpr,
+    MANTISSA: tl.constexpr,
 ):
     """All splits of `LINES` lines of a tile and a kv head, joined.
 
@@ -248,6 +314,8 @@ def prompt_kernel(
                 pool,
                 keys + head * HEAD_DIM,
                 values + head * HEAD_DIM,
+                key_scales + head,
+                value_scales + head,
                 slab_elements,
                 window,
                 scale,
@@ -266,6 +334,7 @@ def prompt_kernel(
                 SPLIT_STEPS,
                 WIDTH,
                 STAGES,
+                MANTISSA,
             )
         _, total, sums = join(*state)
         result = attended(tl.where(exists, total, 1.0), sums, out.dtype.element_ty)

@@ -92,6 +92,8 @@ def generated_kernel(
     slab_elements,
     keys,
     values,
+    key_scales,
+    value_scales,
     window,
     scale,
     soft_cap,
@@ -110,6 +112,7 @@ def generated_kernel(
     SPLIT_STEPS: tl.constexpr,
     WIDTH: tl.constexpr,
     STAGES: tl.constexpr,
+    MANTISSA: tl.constexpr,
 ):
     """Splits of generated rows: as many programs as run at once take the items that `list_work_kernel` wrote.
 
@@ -158,6 +161,8 @@ def generated_kernel(
                 pool,
                 keys + head * HEAD_DIM,
                 values + head * HEAD_DIM,
+                key_scales + head,
+                value_scales + head,
                 slab_elements,
                 window,
                 scale,
@@ -176,6 +181,7 @@ def generated_kernel(
                 SPLIT_STEPS,
                 WIDTH,
                 STAGES,
+                MANTISSA,
             )
         most, total, sums = join(*state)
 

@@ -7,6 +7,13 @@ import triton
 import triton.language as tl
 
 from common.engine.devices.cuda.kernels.arithmetic import narrow
+from common.engine.devices.cuda.kernels.scaled_rows import (
+    PLAIN,
+    exponent_of,
+    magnitude,
+    scale_bits,
+    to_8_bits,
+)
 
 
 @triton.jit
@@ -23,6 +30,8 @@ def rope_store_kernel(
     slab_elements,
     keys,
     values,
+    key_scales,
+    value_scales,
     eps,
     NORMED: tl.constexpr,
     NUM_HEADS: tl.constexpr,
@@ -33,13 +42,16 @@ def rope_store_kernel(
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
     REST: tl.constexpr,
+    MANTISSA: tl.constexpr,
 ):
     """qkv `[rows, row_elements]`: queries are rotated in place, keys and values go to their slots.
 
     pool is read as slabs of `slab_elements`, in which `keys` and `values` are where the segments
-    `[block_size, kv_heads, head_dim]` begin. positions, slots int64 `[rows]`; cosines, sines float32
-    `[positions, ROTARY_DIM / 2]`; a slot below 0 is stored nowhere. A program takes `HEADS` heads of a row;
-    `HALF` and `REST` are powers of two from half of the dimensions that turn, and from those that do not, on.
+    `[block_size, kv_heads, head_dim]` begin. With `MANTISSA` (kernels/scaled_rows.py) it is bytes, and scales
+    `[block_size, kv_heads]` begin at `key_scales` and `value_scales`, in pairs of bytes. positions, slots
+    int64 `[rows]`; cosines, sines float32 `[positions, ROTARY_DIM / 2]`; a slot below 0 is stored nowhere. A
+    program takes `HEADS` heads of a row; `HALF` and `REST` are powers of two from half of the dimensions that
+    turn, and from those that do not, on.
     A thread holds both halves of a pair, so that nothing is read that another one writes. Rotation: Su et
     al., "RoFormer", 2021, halves paired as Hugging Face pairs them; rounded where the reference rounds.
     """
@@ -91,11 +103,29 @@ def rope_store_kernel(
     turned_low, turned_high = narrow(turned_low, kind), narrow(turned_high, kind)
     tl.store(start[:, None] + pair[None, :], turned_low, mask=asked & paired[None, :])
     tl.store(start[:, None] + half + pair[None, :], turned_high, mask=asked & paired[None, :])
-    tl.store(slab[:, None] + pair[None, :], turned_low, mask=kept & paired[None, :])
-    tl.store(slab[:, None] + half + pair[None, :], turned_high, mask=kept & paired[None, :])
     if HEAD_DIM > ROTARY_DIM:
         rest = narrow(rest, kind)
         tl.store(start[:, None] + still[None, :], rest, mask=asked & resting[None, :])
+
+    if MANTISSA != PLAIN:
+        turned_low, turned_high = turned_low.to(tl.float32), turned_high.to(tl.float32)
+        largest = tl.maximum(tl.max(magnitude(turned_low), axis=1), tl.max(magnitude(turned_high), axis=1))
+        if HEAD_DIM > ROTARY_DIM:
+            rest = rest.to(tl.float32)
+            largest = tl.maximum(largest, tl.max(magnitude(rest), axis=1))
+        exponent = exponent_of(largest, MANTISSA)
+        scale_at = (slot >> BLOCK_SHIFT) * (slab_elements // 2) + tl.where(is_value, value_scales, key_scales)
+        scale_at += (slot & ((1 << BLOCK_SHIFT) - 1)) * NUM_KV_HEADS + of_kv
+        scales = pool.to(tl.pointer_type(tl.int16), bitcast=True)
+        tl.store(scales + scale_at, scale_bits(exponent, largest), mask=(is_key | is_value) & (slot >= 0))
+        exponent, largest = exponent[:, None], largest[:, None]
+        turned_low = to_8_bits(turned_low, exponent, largest, MANTISSA)
+        turned_high = to_8_bits(turned_high, exponent, largest, MANTISSA)
+        if HEAD_DIM > ROTARY_DIM:
+            rest = to_8_bits(rest, exponent, largest, MANTISSA)
+    tl.store(slab[:, None] + pair[None, :], turned_low, mask=kept & paired[None, :])
+    tl.store(slab[:, None] + half + pair[None, :], turned_high, mask=kept & paired[None, :])
+    if HEAD_DIM > ROTARY_DIM:
         tl.store(slab[:, None] + still[None, :], rest, mask=kept & resting[None, :])
 
 
