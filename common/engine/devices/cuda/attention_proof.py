@@ -58,7 +58,7 @@ class _Case:
         pool = torch.randn(blocks, 2 * size * width, generator=source).to(kind)
         self._segment = Segment(pool.to(device), 0, size * width)
         if attention.kv_dtype is not None:
-            self._segment = _in_8_bits(pool.unflatten(1, (-1, shape.head_dim)), attention.kv_dtype, device)
+            self._segment = _in_8_bits(pool.view(blocks, -1, shape.head_dim), attention.kv_dtype, device)
         lines = (positions, (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim)
         self._qkv = torch.randn(lines, generator=source).to(kind).to(device)
         self._tables = torch.arange(blocks - 1, -1, -1, dtype=torch.int32, device=device)

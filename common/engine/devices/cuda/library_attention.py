@@ -90,6 +90,8 @@ class LibraryAttention(Protocol):
 class LibraryBackend(ReferenceBackend):
     """See `Backend`."""
 
+    kv_dtypes = ()  # no library takes a scale for each position and head
+
     def __init__(
         self,
         device: torch.device,

@@ -26,6 +26,7 @@ from common.engine.devices.device import Backend, HeadShape
 from common.engine.devices.reference.backend import ReferenceBackend
 from common.engine.devices.rows import Rows
 from common.engine.model.decoder import tensor_shapes
+from common.engine.runner.loading import choose_kv_dtype
 from common.engine.runner.model_runner import ModelRunner
 from common.errors import ConfigError, UnsupportedModel
 from common.kv_layout import Fingerprint
@@ -213,6 +214,13 @@ def test_heads_and_types_that_a_library_lacks_are_refused() -> None:
     wide = LibraryBackend(HOST, torch.float32, "x", FlashInferAttention(HOST, 16), 16)
     with pytest.raises(ConfigError, match="bfloat16 or float16, not in float32"):
         wide.check(SHAPE)
+
+
+def test_keys_in_8_bits_with_our_scales_are_refused() -> None:
+    backend = LibraryBackend(HOST, torch.bfloat16, "x", FlashInferAttention(HOST, 16), 16)
+    with pytest.raises(ConfigError, match=r"the kernels in use \(library\) do not keep") as raised:
+        choose_kv_dtype(EngineSettings(kv_cache_dtype="fp8"), backend)
+    assert raised.value.param == "kv_cache_dtype"
 
 
 def test_no_library_computes_on_a_cpu() -> None:
