@@ -90,7 +90,7 @@ class LibraryAttention(Protocol):
 class LibraryBackend(ReferenceBackend):
     """See `Backend`."""
 
-    kv_dtypes = ()  # no library takes a scale for each position and head
+    kv_dtypes: tuple[str, ...] = ()  # no library takes a scale for each position and head
 
     def __init__(
         self,
