@@ -352,7 +352,8 @@ class Attention:
             return Tiling(64, 4, 2, 2) if is_plain else Tiling(64, 8, 2, 1)
         if most_rows * self._group > 16:
             return Tiling(32, 8, 2, 1)
-        return Tiling(16, 4, 3 if self._capability in _MUCH_SHARED else 2, 2)
+        num_stages = 3 if self._capability in _MUCH_SHARED else 2
+        return Tiling(16, 8, num_stages, 1) if self._mantissa else Tiling(16, 4, num_stages, 2)
 
     @functools.cache  # noqa: B019  (as many as a model has shapes)
     def store_launch(self, normed: bool) -> Launch:
