@@ -20,6 +20,7 @@ from common.engine.devices.cuda.sampling import CudaSampling
 from common.engine.devices.cuda.settling import QUICK
 from common.engine.devices.device import Backend, HeadShape
 from common.engine.devices.kv_cache import SCALED_KV_DTYPES
+from common.engine.devices.rows import Rows
 from common.engine.devices.sampling import StepSampling
 from common.engine.runner.model_runner import ModelRunner
 from common.engine.runner.queue_runner import QueueRunner
@@ -219,3 +220,26 @@ def test_the_proof_of_attention_sees_a_last_bit(name: str, monkeypatch: pytest.M
 
     monkeypatch.setattr(Attention, name, differ)
     assert not prove(attention(), 1, 8, CPU, positions=20).is_one_class
+
+
+def test_steps_that_fit_into_no_bucket_leave_no_memory_behind() -> None:
+    """With drafts, there are as many kinds of them as there are numbers of sequences and of rows."""
+    backend = CudaBackend(CPU, torch.float32, CARD, block_size=8, most_rows=4)
+    backend.check(HeadShape(4, 2, 16, 16, 0))
+    sizes = [(2, 2), *((tiles + drafts, tiles) for tiles in (1, 2, 3) for drafts in (1, 2, 3))]
+    for rows, tiles in sizes:
+        none = torch.zeros(rows, dtype=torch.int64)
+        backend.prepare(
+            Rows(
+                token_ids=none,
+                positions=none,
+                slots=none - 1,
+                num_generated=rows,
+                padded_generated=rows,
+                prompt_chunks=(),
+                tiles=torch.zeros((tiles, 4), dtype=torch.int32),
+                num_generated_tiles=tiles,
+                tables=torch.zeros(1, dtype=torch.int32),
+            )
+        )
+    assert [each.rows for each in backend._workspaces.values()] == [2]
