@@ -424,6 +424,18 @@ def test_a_thread_gives_steps_and_waits_for_none() -> None:
     runner.close(HANGS_S)
 
 
+def test_whoever_waits_no_longer_ends_no_step_and_none_after_it() -> None:
+    with on_accelerator() as engine:
+        add_all(engine, [[5, 6, 7]], [GREEDY])
+        for _ in range(2):
+            step = engine.plan()
+            assert step is not None
+            future = engine.runner.submit(step.input)
+            assert not future.cancel()
+            engine.commit(step, future.result(HANGS_S))
+        assert engine.to_the_end()
+
+
 # Whether all this would be seen.
 
 

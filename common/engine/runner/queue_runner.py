@@ -106,6 +106,7 @@ class QueueRunner(LoadedModel):
     def submit(self, step: StepInput, filled: Filled | None = None, /) -> Future[StepResult]:
         """A step that was planned to follow one that failed is refused: what it goes on from is unknown."""
         future: Future[StepResult] = Future()
+        future.set_running_or_notify_cancel()  # nobody can take it from the thread that resolves it
         if step.slots.reset:
             self._run = Run()
         run, memory = self._run, self._program.memories.take()
