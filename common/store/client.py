@@ -108,9 +108,16 @@ class RedisClient:
 
     async def pipeline(self, *commands: Command) -> list[Any]:
         """Several commands in one round trip, as one transaction; their replies in order."""
+        return await self._together(commands, transaction=True)
 
+    async def read(self, *commands: Command) -> list[Any]:
+        """Several commands that only read, in one round trip; their replies in order. No transaction: a Redis
+        without memory answers what reads, but not between MULTI and EXEC."""
+        return await self._together(commands, transaction=False)
+
+    async def _together(self, commands: Sequence[Command], *, transaction: bool) -> list[Any]:
         async def run() -> list[Any]:
-            async with self._redis.pipeline(transaction=True) as pipeline:
+            async with self._redis.pipeline(transaction=transaction) as pipeline:
                 for command in commands:
                     pipeline.execute_command(*command)
                 return list(await pipeline.execute())
@@ -143,7 +150,7 @@ class RedisClient:
         """A name of the content's life; another one than before means that content was lost: after
         FLUSHALL, a restart, or a fail-over. Gateways then assert their open requests again."""
         epoch = self.keys.epoch()
-        found, info = await self.pipeline(("GET", epoch), ("INFO", "server"))
+        found, info = await self.read(("GET", epoch), ("INFO", "server"))
         if found is None:  # no write before it is needed: a Redis without memory refuses it
             _, found = await self.pipeline(("SET", epoch, secrets.token_hex(8), "NX"), ("GET", epoch))
         return f"{info['run_id']}:{text(found)}"

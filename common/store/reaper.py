@@ -180,7 +180,7 @@ class Reaper:
         oldest = await self._client.command("ZRANGE", self._keys.requests(), 0, 99)
         if not oldest:
             return
-        exists = await self._client.pipeline(
+        exists = await self._client.read(
             *(("EXISTS", self._keys.request(text(request))) for request in oldest)
         )
         expired = [name for name, found in zip(oldest, exists, strict=True) if not found]

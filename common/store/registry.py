@@ -197,7 +197,7 @@ class Registry:
         """Of each identity those fields that it has; none of one that is not there."""
         if not incarnations:
             return {}
-        replies = await self._client.pipeline(
+        replies = await self._client.read(
             *(("HMGET", self._keys.node(incarnation), *names) for incarnation in incarnations)
         )
         return {

@@ -261,9 +261,7 @@ class Requests:
         """Records in the order asked; None for one that is gone, or that cannot be read."""
         if not requests:
             return []
-        replies = await self._client.pipeline(
-            *(("HGETALL", self._keys.request(request)) for request in requests)
-        )
+        replies = await self._client.read(*(("HGETALL", self._keys.request(request)) for request in requests))
         return [
             record_of(request, reply) if reply else None
             for request, reply in zip(requests, replies, strict=True)
@@ -284,7 +282,7 @@ class Requests:
         """Load of each incarnation; all of them in one round trip."""
         if not incarnations:
             return {}
-        replies = await self._client.pipeline(
+        replies = await self._client.read(
             *(("HGETALL", self._keys.load(incarnation)) for incarnation in incarnations)
         )
         return {incarnation: load_of(reply) for incarnation, reply in zip(incarnations, replies, strict=True)}

@@ -96,7 +96,7 @@ async def test_a_beat_writes_and_reads_ten_numbers_whatever_the_node_has_to_say_
         snapshot = await reader.snapshot()
     assert snapshot.records == {node.incarnation: node for node in nodes}
     assert traffic.sent < count * most_bytes
-    assert (traffic.commands["exec"], traffic.commands["evalsha"]) == (1, 1)  # each a round trip
+    assert (traffic.commands["get"], traffic.commands["evalsha"]) == (1, 1)  # each a round trip
 
 
 async def test_an_identity_is_written_when_it_changes_and_links_when_they_do(
