@@ -7,6 +7,7 @@ are for is shown at the end: each line of host logic that keeps an order is take
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -434,6 +435,25 @@ def test_whoever_waits_no_longer_ends_no_step_and_none_after_it() -> None:
             assert not future.cancel()
             engine.commit(step, future.result(HANGS_S))
         assert engine.to_the_end()
+
+
+def test_a_step_without_host_memory_fails_and_the_next_ones_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While an earlier one is under way, which may still write."""
+    asked, params = prompts(2, 4), of_all_kinds(2, 4)
+    expected = expected_tokens(asked, params)
+    original, calls = StepMemories.take, itertools.count()
+
+    def take(memories: StepMemories) -> StepMemory:
+        if next(calls) == 3:
+            raise RuntimeError("no pinned memory is left")
+        return original(memories)
+
+    with on_accelerator() as engine:
+        monkeypatch.setattr(StepMemories, "take", take)
+        add_all(engine, asked, params)
+        assert engine.to_the_end() == expected
+        assert [str(error) for error in engine.failures] == ["no pinned memory is left"]
+        assert next(calls) > 4
 
 
 # Whether all this would be seen.

@@ -109,10 +109,11 @@ class QueueRunner(LoadedModel):
         future.set_running_or_notify_cancel()  # nobody can take it from the thread that resolves it
         if step.slots.reset:
             self._run = Run()
-        run, memory = self._run, self._program.memories.take()
+        run, memory = self._run, None
         try:
             if run.refuses:
                 raise RuntimeError("the step before this one failed")
+            memory = self._program.memories.take()
             under_way = self._program.give(step, memory, before_handing_over=filled is not None)
         except BaseException as error:
             run.refuses = True

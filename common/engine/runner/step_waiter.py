@@ -36,7 +36,7 @@ class Given:
     run: Run
     future: Future[StepResult]
     filled: Filled | None
-    memory: StepMemory
+    memory: StepMemory | None  # none where the step got none
     under_way: UnderWay | None = None
     error: BaseException | None = None
 
@@ -72,10 +72,10 @@ class StepWaiter:
             except BaseException as error:
                 given.run.refuses = given.run.has_failed = True
                 fenced = self._fenced(error)
-                self._memories.give_back(given.memory)
+                self._give_back(given.memory)
                 given.future.set_exception(fenced)
             else:
-                self._memories.give_back(given.memory)
+                self._give_back(given.memory)
                 given.future.set_result(result)
 
     def _result(self, given: Given) -> StepResult:
@@ -93,6 +93,10 @@ class StepWaiter:
         assert under_way.done is not None
         under_way.done.wait()
         return self._results.result(under_way, ids)
+
+    def _give_back(self, memory: StepMemory | None) -> None:
+        if memory is not None:
+            self._memories.give_back(memory)
 
     def _fenced(self, error: BaseException) -> BaseException:
         """The error, once nothing that the queue was given can write any more."""
