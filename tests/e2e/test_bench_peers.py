@@ -37,8 +37,8 @@ def test_every_load_gives_its_figures_on_ours() -> None:
     figures = {row["load"]: row.get("figures", row.get("failed")) for row in rows}
     for figure in compare_loads.FIGURES:
         found = figures[figure.load][figure.key]
-        # A small model's tokens may come two at a time, with no time between them.
-        assert found > 0 or (found == 0.0 and "p50" in figure.key), figures
+        # A small model's tokens may come several at a time, with no time between them.
+        assert found > 0 or (found == 0.0 and ("p50" in figure.key or figure.key == "tpot_s")), figures
 
 
 def test_every_arrival_is_answered_on_ours() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from common.store.client import RedisClient
+from common.store.gpu_scripts import Held, Hold, HoldGpu, ReleaseGpu
 from common.store.keys import Key, Keys
 from common.store.lua import Script
 from common.store.node_record import BEAT
@@ -140,6 +141,21 @@ EXAMPLES: list[tuple[Script[Any], Any]] = [
         1,
     ),
     (DropEntries(stream=KEYS.stream("a"), record_stem=RECORD, load_stem=LOAD, ids=["1-1", "1-2"]), 2),
+    (
+        HoldGpu(
+            gpu=KEYS.gpu("host", "uuid"),
+            since=KEYS.gpus_since(),
+            holder="a",
+            shared=False,
+            permille=900,
+            how=Hold.CLAIM,
+            ttl_ms=15_000,
+            settle_ms=10_000,
+            kept_s=60,
+        ),
+        (Held.FRESH, []),
+    ),
+    (ReleaseGpu(gpu=KEYS.gpu("host", "uuid"), holder="a"), False),
     (QueueLengths(streams=[KEYS.stream("a"), KEYS.stream("z")]), [(1, 0), (0, 0)]),
 ]
 

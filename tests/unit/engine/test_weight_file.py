@@ -142,7 +142,7 @@ def test_what_the_library_refuses_is_refused_here(path: Path) -> None:
     chance, original = random.Random(5), path.read_bytes()
     begin = 8 + int.from_bytes(original[:8], "little")
     both = 0
-    for _ in range(400):
+    for _ in range(600):
         data = bytearray(original)
         for _ in range(chance.choice((1, 1, 2))):
             at = chance.randrange(begin)
