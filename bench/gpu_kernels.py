@@ -119,7 +119,13 @@ def compiled(work: Work, target: int) -> Compiled:
     kernel, names = work.launch.kernel, work.parameters()
     signature = dict(zip(names, work.types, strict=True)) | dict.fromkeys(work.launch.constants, "constexpr")
     places = {name: (place,) for place, name in enumerate(kernel.arg_names)}
-    aligned = [n for n, kind in zip(names, work.types, strict=True) if kind[0] == "*" or n in work.multiples]
+    parameters = {parameter.name: parameter for parameter in kernel.params}
+    aligned = [
+        name
+        for name, kind in zip(names, work.types, strict=True)
+        if (kind[0] == "*" and not parameters[name].do_not_specialize_on_alignment)
+        or (name in work.multiples and not parameters[name].do_not_specialize)
+    ]
     source = ASTSource(
         fn=kernel,
         signature={name: signature[name] for name in kernel.arg_names},

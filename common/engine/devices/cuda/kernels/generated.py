@@ -14,7 +14,7 @@ from common.engine.devices.cuda.kernels.attention import attend, attended, join,
 RECORD = tl.constexpr(8)  # numbers of an item of the work list
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tiles", "num_rows", "places"])  # one machine code for all sizes
 def list_work_kernel(
     tiles,
     items,

@@ -25,7 +25,7 @@ def clear_kernel(rows, counts, vocab, WIDTH: tl.constexpr):
     tl.store(counts + start + column, tl.zeros([WIDTH], tl.int32), mask=column < vocab)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["number"])  # one machine code for any number
 def tally_kernel(entries, number, counts, vocab, WIDTH: tl.constexpr):
     """Add to counts `[.., vocab]`; an entry int64 has (row, token, what to add) in 24, 32 and 8 bits.
     Grid (tiles,)."""

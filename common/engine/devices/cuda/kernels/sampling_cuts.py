@@ -24,6 +24,7 @@ from common.engine.devices.cuda.kernels.sampling_values import (
     HOT,
     INFINITE,
     MASK_32,
+    OF_ROWS,
     PEAK,
     SCALES,
     STATE,
@@ -81,7 +82,7 @@ def light_key(spare, vocab, peak, inverse_temperature):
     return key
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=OF_ROWS)
 def weigh_kernel(
     logits,
     work,
@@ -177,7 +178,7 @@ def weigh_kernel(
             tl.atomic_add(histogram + PASS * _BINS + place, weight, mask=counts, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=OF_ROWS)
 def ties_kernel(
     logits,
     work,
@@ -275,7 +276,7 @@ def cut_after(
     return cut, last
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=OF_ROWS)
 def totals_kernel(
     logits,
     work,

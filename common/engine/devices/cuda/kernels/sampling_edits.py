@@ -23,6 +23,7 @@ from common.engine.devices.cuda.kernels.sampling_values import (
     MIN_P_CUT,
     MIN_POSITION,
     NO_TOKEN,
+    OF_ROWS,
     PEAK,
     PENALTIES,
     SCALES,
@@ -87,7 +88,7 @@ def penalized(value, count, repetition, presence, frequency):
     return tl.where(generated > 0, (value - less) - presence, value)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=OF_ROWS)
 def peaks_kernel(
     logits,
     work,
@@ -211,7 +212,7 @@ def peaks_kernel(
     tl.store(marks + row * tl.num_programs(1) + split, bad)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=OF_ROWS)
 def rows_kernel(
     logits,
     work,

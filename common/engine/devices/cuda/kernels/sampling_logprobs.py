@@ -9,6 +9,7 @@ from common.engine.devices.cuda.kernels.sampling_values import (
     EDITED,
     GROUP,
     INFINITE,
+    OF_ROWS,
     TILE_GROUPS,
     WORDS,
     descending,
@@ -39,7 +40,7 @@ def own_peaks(peaks, raw_peaks, slots, records, row, groups, ALL_GROUPS: tl.cons
     return tl.maximum(own, raw)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=OF_ROWS)
 def ranks_kernel(
     logits,
     peaks,
@@ -87,7 +88,7 @@ def ranks_kernel(
     tl.store(befores + row * tl.num_programs(1) + split, before)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=OF_ROWS)
 def logprobs_kernel(
     logits,
     peaks,

@@ -23,6 +23,7 @@ from common.engine.devices.cuda.kernels.sampling_values import (
     INFINITE,
     LOGPROBS,
     NO_TOKEN,
+    OF_ROWS,
     PEAK,
     RACE_GROUPS,
     SCALES,
@@ -53,7 +54,7 @@ def best_of(scores, ids, SPLITS: tl.constexpr, splits):
     return best, tl.min(tl.where(score == best, token, NO_TOKEN), axis=0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=OF_ROWS)
 def holders_kernel(
     logits,
     work,
@@ -144,7 +145,7 @@ def holders_kernel(
     tl.store(ids_of_scores + place, tl.where(wins, token, winner))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=OF_ROWS)
 def race_kernel(
     logits,
     work,
@@ -212,7 +213,7 @@ def race_kernel(
     tl.store(ids_of_scores + row * splits + split, winner)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=OF_ROWS)
 def tokens_kernel(
     scores,
     ids_of_scores,
@@ -253,7 +254,7 @@ def tokens_kernel(
     tl.store(wanted + row, wants)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=OF_ROWS)
 def append_kernel(tokens, faults, slots, drafted, draft_start, draft_length, records, addresses, vocab):
     """Count the tokens that the rows give their slots: a row's own, if the drafts before it were right.
 

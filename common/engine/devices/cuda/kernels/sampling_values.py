@@ -15,6 +15,13 @@ import triton.language as tl
 
 from common.engine.sampling import noise, softmax_mass
 
+# What has an element for each row: of a group of a step's rows it is a slice, which begins anywhere. Code
+# that was compiled for what is aligned would be compiled anew for the first that is not, while a step waits.
+OF_ROWS = (
+    *("slots", "positions", "sources", "drafted", "draft_start", "draft_length"),
+    *("tokens", "faults", "chosen", "ranks", "top_ids", "top"),
+)
+
 RECORD_WORDS = 16  # of 8 bytes, of a slot
 
 # the words of a record (sampler_state.py fills them)
