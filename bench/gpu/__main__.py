@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import platform
 import queue
@@ -36,7 +37,10 @@ def engine_part(arguments: argparse.Namespace) -> Iterator[Result]:
 
     device = torch.device(arguments.device)
     found = limits.measure(device, tries=3 if arguments.quick else 10)
-    yield "limits", {**_fields(found), "torch": torch.__version__, "python": platform.python_version()}
+    yield (
+        "limits",
+        {**dataclasses.asdict(found), "torch": torch.__version__, "python": platform.python_version()},
+    )
     begun = time.perf_counter()
     settings: dict[str, Any] = {"num_kv_blocks": 1024} if device.type == "cpu" else {}
     engine = Engine.load(
@@ -147,10 +151,6 @@ def _read(lines: Any, into: queue.SimpleQueue[str]) -> None:
     for line in lines:
         into.put(line)
     into.put("")
-
-
-def _fields(record: Any) -> dict[str, Any]:
-    return {name: getattr(record, name) for name in record.__dataclass_fields__}
 
 
 def main() -> int:
